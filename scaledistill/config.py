@@ -1,0 +1,364 @@
+"""The settings of a run: one JSON file, frozen pydantic models, every key known.
+
+Enters: a JSON file and `--set a.b=c` overrides. Leaves: a frozen `DistillConfig`, and its resolved JSON. What needs the
+number of ranks, the models or the data is checked by those who have them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+
+from scaledistill.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+STUDENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class Settings(BaseModel):
+    """A block of the configuration file."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class RunSettings(Settings):
+    folder: NonEmpty
+    """Everything that the run writes goes here."""
+    seed: NotNegative = 1
+    """Seeds the sample order, the random initialisation and dropout."""
+    deterministic: bool = False
+    """Ask PyTorch for deterministic algorithms: on GPUs, resumed runs are then equal to the bit. CPUs are so anyway."""
+    timeout_seconds: Positive = 1800
+    """A collective that takes longer ends the job."""
+
+
+class TeacherSettings(Settings):
+    model: NonEmpty
+    """A folder or a hub name, with weights in safetensors."""
+    revision: NonEmpty | None = None
+    """Branch, tag or commit on the hub."""
+    layer: Positive
+    """The block whose Q/K/V the student learns, counted from 1; nothing above it is loaded."""
+    dtype: Precision = "auto"
+    """Precision of the teacher's forward; "auto" takes that of `train.precision`."""
+    placement: Literal["replicate"] = "replicate"
+    """Where the teacher's weights lie: whole on every rank."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such models are refused."""
+
+
+class StudentSettings(Settings):
+    num_layers: Positive
+    hidden_size: Positive
+    num_attention_heads: Positive
+    intermediate_size: Positive | None = None
+    """FFN width; 4 × `hidden_size` unless said."""
+    init: NonEmpty = "random"
+    """"random", "teacher" (its weights, cut by layers, whole heads and width) or a folder: a model of this shape."""
+    layer_map: list[Positive] | None = None
+    """The teacher's layer (from 1) for each of ours; evenly spaced up to `teacher.layer` unless said."""
+    relation_heads: Positive | None = None
+    """Relation heads for this student; `relations.num_heads` unless said."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout while distilling. The exported config keeps the teacher's values."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StudentSettings:
+        if self.layer_map is not None and self.init != "teacher":
+            raise ValueError(
+                f"layer_map is read only with init='teacher', found init={self.init!r}; remove one of them"
+            )
+        if self.layer_map is not None and len(self.layer_map) != self.num_layers:
+            raise ValueError(
+                f"layer_map names {len(self.layer_map)} teacher layers, expected num_layers={self.num_layers} of them"
+            )
+        return self
+
+
+class RelationSettings(Settings):
+    num_heads: Positive
+    """Relation heads R: divides every width that a pair uses (64 is usual for large teachers, 48 for base ones)."""
+    pairs: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=lambda: {"qq": 1.0, "kk": 1.0, "vv": 1.0})
+    """Relation pairs and their weights."""
+    backend: Literal["auto", "reference", "sdpa"] = "auto"
+    """"reference": plain PyTorch; "sdpa": CPU flash attention, memory linear in tokens; "auto": the fastest."""
+
+    @field_validator("pairs")
+    @classmethod
+    def _check_pairs(cls, pairs: dict[str, float]) -> dict[str, float]:
+        known = [a + b for a in "qkv" for b in "qkv"]
+        if unknown := [pair for pair in pairs if pair not in known]:
+            raise ValueError(f"unknown pair {unknown[0]!r}, expected some of {', '.join(known)}")
+        if not any(weight > 0 for weight in pairs.values()):
+            raise ValueError('no pair has a weight above 0; the usual pairs are {"qq": 1, "kk": 1, "vv": 1}')
+        return pairs
+
+
+class DataSettings(Settings):
+    train: NonEmpty
+    """Folder or URL of the training shards, made by tools/make_shards.py."""
+    validation: NonEmpty | None = None
+    """Folder or URL of held-out shards."""
+    sequence_length: Positive
+    """Tokens per row T; must be that of the shards."""
+    attention: Literal["row"] = "row"
+    """"row": every token of a row sees the whole row, as BERT was trained."""
+    num_lanes: Positive = 32
+    """Lanes that the epoch is cut into; more lanes mix more and need more memory."""
+    window_rows: Positive = 16384
+    """Rows shuffled together in a lane. Memory: num_lanes × window_rows × T × 2 bytes at most."""
+    prefetch_batches: Positive = 4
+    """Micro-batches made ready ahead of the step."""
+    cache_folder: NonEmpty | None = None
+    """For URLs: where shards are kept locally; ~/.cache/scaledistill unless said."""
+    cache_bytes: Positive = 100_000_000_000
+    """Bound of that cache."""
+
+
+class TrainSettings(Settings):
+    global_batch_size: Positive
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: Positive | None = None
+    """Sequences per rank and forward, at most the rank's share of the batch; accumulation follows. Unless said: all."""
+    max_steps: Positive
+    """Optimizer steps of the run."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    warmup_steps: NotNegative = 0
+    """Steps of linear warm-up; linear decay to 0 at `max_steps` follows."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW weight decay; biases and LayerNorms are exempt."""
+    adam_betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        default_factory=lambda: [0.9, 0.999]
+    )
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are clipped to this global norm; 0 switches clipping off."""
+    precision: Precision = "auto"
+    """Of the student's forward and backward; master weights and moments are fp32. "auto": bf16 where it is fast."""
+    max_skipped_steps: NotNegative = 10
+    """So many steps in a row may be skipped for a non-finite loss or gradient; one more ends the run."""
+    validation_every_steps: NotNegative = 0
+    """Validation loss every so many steps and at the end; 0: never."""
+    validation_rows: Positive = 1024
+    """Held-out rows that the validation loss is the mean of."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSettings:
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}; lower it")
+        return self
+
+
+class EngineSettings(Settings):
+    name: Literal["deepspeed"] = "deepspeed"
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+    """DeepSpeed's own settings, checked key by key. Batch sizes, optimizer, schedule and clipping come from `train`."""
+    fsdp: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the FSDP2 engine."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EngineSettings:
+        if self.fsdp:
+            raise ValueError("fsdp is read only with name='fsdp', which this version does not have; remove it")
+        return self
+
+
+class CheckpointSettings(Settings):
+    every_steps: NotNegative = 1000
+    """Save every so many steps, and at the end; 0: only at the end or on a stop request."""
+    keep: Positive = 2
+    """Newest checkpoints that stay."""
+    max_failed_saves: NotNegative = 3
+    """So many saves in a row may fail (disk full) while training goes on; one more ends the run."""
+
+
+class LoggingSettings(Settings):
+    every_steps: Positive = 50
+    """A row of metrics.jsonl, and a line or a new figure on the display, every so many steps."""
+    trackers: list[NonEmpty] = Field(default_factory=list)
+    """Trackers of accelerate that get the same figures: "tensorboard", "wandb", …"""
+
+
+class DistillConfig(Settings):
+    """The settings of a whole run."""
+
+    run: RunSettings
+    teacher: TeacherSettings
+    students: dict[str, StudentSettings]
+    """Students by name; the name is part of metric names and of the export's folder."""
+    relations: RelationSettings
+    data: DataSettings
+    train: TrainSettings
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    logging: LoggingSettings = Field(default_factory=LoggingSettings)
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillConfig:
+        if len(self.students) != 1:
+            raise ValueError(f"students has {len(self.students)} entries, expected one")
+        if bad := [name for name in self.students if not STUDENT_NAME.fullmatch(name)]:
+            raise ValueError(f"students.{bad[0]}: a name has letters, digits, '-' and '_' only; it names a folder")
+        if self.train.validation_every_steps and self.data.validation is None:
+            raise ValueError(
+                f"train.validation_every_steps={self.train.validation_every_steps} needs data.validation, which is not "
+                "set; name a folder of held-out shards or set it to 0"
+            )
+        return self
+
+    def relation_heads(self, student: str) -> int:
+        """Return the number of relation heads of a student."""
+        return self.students[student].relation_heads or self.relations.num_heads
+
+    def to_json(self) -> str:
+        """Return the resolved configuration, every default written out."""
+        return json.dumps(self.model_dump(), indent=2) + "\n"
+
+
+# Changing one of these moves a run, or changes rounding at most. Any other key changes the result: a resume refuses it.
+FREE_ON_RESUME = (
+    "run.folder",
+    "run.timeout_seconds",
+    "teacher.model",  # held by the sha256 of its weights
+    "teacher.revision",
+    "teacher.placement",
+    "teacher.trust_remote_code",
+    "relations.backend",
+    "data.train",  # held by the sha256 of the manifest
+    "data.validation",
+    "data.prefetch_batches",
+    "data.cache_folder",
+    "data.cache_bytes",
+    "train.micro_batch_size",
+    "train.max_skipped_steps",
+    "train.validation_every_steps",
+    "train.validation_rows",
+    "engine",
+    "checkpoint",
+    "logging",
+)
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return "key: old -> new" for each setting whose change alters the result; both are resolved configs."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+    ]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
+    """Read a configuration file, apply `a.b=c` overrides, and check it.
+
+    Raises:
+        ConfigError: the file is missing or no JSON, or a key is unknown, of the wrong type or contradicts another.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], n=1)
+        raise ConfigError(
+            f"--config {path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"--config {path}: found a JSON {type(tree).__name__}, expected an object with blocks such as 'teacher'"
+        )
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> DistillConfig:
+    """Check a configuration given as plain dicts and lists.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    try:
+        return DistillConfig.model_validate(dict(tree))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f"the key {min(twice)!r} stands twice in one object")
+    return dict(pairs)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as --set train.max_steps=100")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text  # a bare word is a string
+    *parents, last = path.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {parent!r} is a value, not a block")
+    node[last] = value
+
+
+def _explain(item: Any) -> str:
+    """Return one line for one of pydantic's errors: dotted path, found, expected, remedy."""
+    location = tuple(part for part in item["loc"] if part != "[key]")
+    path = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        block = _block_at(location[:-1])
+        names = list(block.model_fields) if block else []
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+        return f"{path}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{path}: missing, a value is required"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    found = item["input"]
+    return f"{path}: found {json.dumps(found, default=str)} ({type(found).__name__}); {message.replace('Input s', 's')}"
+
+
+def _block_at(location: Sequence[str | int]) -> type[Settings] | None:
+    """Return the settings class that a path leads to."""
+    found: Any = DistillConfig
+    for part in location:
+        if isinstance(found, type) and issubclass(found, Settings):
+            found = found.model_fields[str(part)].annotation if str(part) in found.model_fields else None
+        elif get_origin(found) is dict:
+            found = get_args(found)[1]
+        if get_origin(found) in (Union, types.UnionType):
+            found = next((arg for arg in get_args(found) if arg is not type(None)), None)
+    return found if isinstance(found, type) and issubclass(found, Settings) else None

@@ -1,0 +1,227 @@
+"""Text to shards: documents in, a train and a held-out data set out.
+
+In: an iterator of documents, a tokenizer. Out: `OUTPUT/train` and, if asked for, `OUTPUT/validation`, each complete
+with its manifest or absent. The bytes depend on the documents and the settings, not on the number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from scaledistill.data.manifest import MANIFEST_FILE
+from scaledistill.data.pool import parallel_map
+from scaledistill.data.shards import ShardWriter
+from scaledistill.data.text import PackCounts, Packer, TextEncoder, Vocabulary, tokenizer_fingerprint
+from scaledistill.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_CHUNK_CHARACTERS = 1 << 18  # about 0.2 s of tokenising
+_CHUNK_DOCUMENTS = 4096
+
+
+@dataclass
+class ShardReport:
+    """What was read and written; `documents` counts the empty and the held-out ones too."""
+
+    documents: int = 0
+    empty_documents: int = 0
+    train: PackCounts = field(default_factory=PackCounts)
+    validation: PackCounts | None = None
+    seconds: float = 0.0
+
+    @property
+    def splits(self) -> dict[str, PackCounts]:
+        """The counts of each data set by its folder's name."""
+        return {"train": self.train} | ({"validation": self.validation} if self.validation else {})
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text in all rows, without [CLS], [SEP] and padding."""
+        return sum(counts.tokens for counts in self.splits.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def measurements(self) -> list[dict[str, object]]:
+        """Return every figure as {"name", "value", "unit", "n"}."""
+        rows: list[tuple[str, float, str]] = [
+            ("documents", self.documents, "documents"),
+            ("empty_documents", self.empty_documents, "documents"),
+            ("seconds", self.seconds, "s"),
+            ("tokens_per_second", self.tokens_per_second, "tokens/s"),
+        ]
+        for split, counts in self.splits.items():
+            rows += [
+                (f"{split}/documents", counts.documents, "documents"),
+                (f"{split}/rows", counts.rows, "rows"),
+                (f"{split}/tokens", counts.tokens, "tokens"),
+                (f"{split}/padding", counts.padding, "positions"),
+                (f"{split}/dropped_tokens", counts.dropped_tokens, "tokens"),
+            ]
+        return [{"name": f"make_shards/{name}", "value": value, "unit": unit, "n": 1} for name, value, unit in rows]
+
+
+def make_shards(
+    documents: Iterator[str],
+    output: Path,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    sequence_length: int,
+    source: Mapping[str, object],
+    last_row: Literal["pad", "drop"] = "pad",
+    held_out_fraction: float = 0.0,
+    held_out_max_documents: int | None = None,
+    seed: int = 0,
+    max_documents: int | None = None,
+    max_tokens: int | None = None,
+    rows_per_shard: int = 65_536,
+    workers: int | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[ShardReport], None] | None = None,
+) -> ShardReport:
+    """Tokenise and pack the documents into shards under `output`.
+
+    Args:
+        source: JSON-able description of the input, for the manifests.
+        last_row: what happens to the last row if it is partial; either way it is counted.
+        held_out_fraction: share of the documents that go to `validation`, chosen by a hash of seed and text, so that
+            equal documents stay together; after `held_out_max_documents` the rest goes to `train`.
+        max_documents: stop after so many documents.
+        max_tokens: stop after the document that reaches so many tokens.
+        workers: processes that tokenise; one per available core if None, 0 for none but this one.
+        on_progress: called with the counts so far, several times a second.
+
+    Raises:
+        ConfigError: settings contradict each other.
+        DataError: the source is damaged or empty, or `output` is in use. No manifest is left then, nor on Ctrl-C.
+    """
+    _check(held_out_fraction, held_out_max_documents, max_documents, max_tokens, workers)
+    start = time.perf_counter()
+    vocabulary = Vocabulary.of(tokenizer)
+    selection = {
+        "seed": seed,
+        "held_out_fraction": held_out_fraction,
+        "held_out_max_documents": held_out_max_documents,
+        "max_documents": max_documents,
+        "max_tokens": max_tokens,
+        "last_row": last_row,
+    }
+    facts = {
+        "name": tokenizer.name_or_path,
+        "sha256": tokenizer_fingerprint(tokenizer),
+        "cls_token_id": vocabulary.cls_id,
+        "sep_token_id": vocabulary.sep_id,
+    }
+
+    with contextlib.ExitStack() as stack:
+
+        def open_split(split: str) -> Packer:
+            writer = ShardWriter(
+                output / split,
+                sequence_length=sequence_length,
+                vocab_size=vocabulary.size,
+                tokenizer=facts,
+                pad_token_id=vocabulary.pad_id,
+                source={**source, **selection, "split": split},
+                rows_per_block=min(256, rows_per_shard),
+                rows_per_shard=rows_per_shard,
+                overwrite=overwrite,
+            )
+            return Packer(stack.enter_context(writer).write, vocabulary, sequence_length)
+
+        train = open_split("train")
+        report = ShardReport(train=train.counts)
+        validation = train
+        if held_out_fraction:
+            validation = open_split("validation")
+            report.validation = validation.counts
+        elif (output / "validation" / MANIFEST_FILE).exists():
+            raise DataError(
+                f"{output / 'validation'} was made by another run and may share documents with this one's train; "
+                "remove it, set a held-out fraction, or name another output folder"
+            )
+        num_to_hold_out = float("inf") if held_out_max_documents is None else held_out_max_documents
+
+        if isinstance(documents, Generator):
+            stack.callback(documents.close)
+        encoder = TextEncoder(tokenizer, seed=seed)
+        encoded = parallel_map(encoder, _chunks(documents, max_documents), workers=workers)
+        stack.enter_context(contextlib.closing(encoded))
+        num_tokens, is_full = 0, False
+        for ids_n, lengths, keys in encoded:
+            end = 0
+            for length, key in zip(lengths.tolist(), keys.tolist(), strict=True):
+                report.documents += 1
+                report.empty_documents += not length
+                is_held_out = key < held_out_fraction and validation.counts.documents < num_to_hold_out
+                (validation if is_held_out else train).add(ids_n[end : end + length])
+                end += length
+                num_tokens += length
+                if is_full := max_tokens is not None and num_tokens >= max_tokens:
+                    break
+            report.seconds = time.perf_counter() - start
+            if on_progress is not None:
+                on_progress(report)
+            if is_full:
+                break
+
+        if report.documents == 0:
+            raise DataError(f"the source {dict(source)} gave no document; check its path and options")
+        if report.validation is not None and not report.validation.documents:
+            raise DataError(
+                f"held_out_fraction={held_out_fraction:g} chose none of {report.documents} documents; use a larger one"
+            )
+        train.finish(last_row)
+        if report.validation is not None:
+            validation.finish(last_row)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _check(
+    held_out_fraction: float,
+    held_out_max_documents: int | None,
+    max_documents: int | None,
+    max_tokens: int | None,
+    workers: int | None,
+) -> None:
+    if not 0 <= held_out_fraction < 1:
+        raise ConfigError(f"held_out_fraction={held_out_fraction:g}; expected 0 to below 1, for instance 0.01")
+    if held_out_max_documents is not None and not held_out_fraction:
+        raise ConfigError(
+            f"held_out_max_documents={held_out_max_documents} without a held_out_fraction holds nothing out; set both"
+        )
+    limits = {
+        "held_out_max_documents": held_out_max_documents,
+        "max_documents": max_documents,
+        "max_tokens": max_tokens,
+    }
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ConfigError(f"{name}={limit}; expected 1 or more, or leave it out")
+    if workers is not None and workers < 0:
+        raise ConfigError(f"workers={workers}; expected 0 (this process alone) or more")
+
+
+def _chunks(documents: Iterator[str], max_documents: int | None) -> Iterator[list[str]]:
+    """Group documents into pieces of work; how they are grouped does not change the result."""
+    chunk: list[str] = []
+    num_characters = 0
+    for number, document in enumerate(documents, 1):
+        chunk.append(document)
+        num_characters += len(document)
+        if num_characters >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS or number == max_documents:
+            yield chunk
+            chunk, num_characters = [], 0
+        if number == max_documents:
+            return
+    if chunk:
+        yield chunk

@@ -1,0 +1,116 @@
+"""Reading blocks of a data set from a folder or, through a local cache, from a URL; nothing unchecked leaves.
+
+Enters: a folder or an fsspec URL of shards. Leaves: numpy views of blocks. Left to others: the order of
+rows (`data.order`), tensors (`data.stream`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+
+from scaledistill.data import remote
+from scaledistill.data.manifest import Manifest, block_span, decode_block
+from scaledistill.data.order import SampleOrder
+from scaledistill.errors import ConfigError, DataError
+
+READ_BYTES = 1 << 20
+"""Neighbouring blocks are read at once up to about this size: single blocks wait for the disk too often."""
+
+
+class ShardReader:
+    """Read blocks of a data set, every byte checked against the manifest.
+
+    `location`: a folder, or a URL whose shards are kept in `cache`. That every shard exists with the right size is
+    checked here (over HTTP: when it is read). `rank` is named in errors, because nodes may see different disks.
+
+    Raises: ConfigError for a URL that is not allowed; DataError for a bad manifest, a missing shard or a wrong size.
+    """
+
+    def __init__(
+        self, location: str | Path, *, cache: remote.ShardCache | None = None, rank: int | None = None
+    ) -> None:
+        self.location = str(location).rstrip("/")
+        self.manifest = Manifest.load(self.location)
+        self._where = f"host {socket.gethostname()}" + ("" if rank is None else f", rank {rank}")
+        self._cache = (cache or remote.ShardCache()) if remote.is_url(self.location) else None
+        self._block_starts = [np.cumsum((0, *shard.block_rows)) for shard in self.manifest.shards]
+        largest = max(size for shard in self.manifest.shards for size in shard.block_rows) * self.manifest.row_bytes
+        self._blocks_per_read = max(1, READ_BYTES // largest)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        if self._cache is None:
+            with os.scandir(self.location) as entries:
+                sizes = {entry.name: entry.stat().st_size for entry in entries}
+        elif (listing := remote.sizes(self.location)) is not None:
+            sizes = listing
+        else:
+            return
+        for shard in self.manifest.shards:
+            if shard.file not in sizes:
+                raise DataError(self._message(f"{shard.file} is missing"))
+            if sizes[shard.file] != shard.bytes:
+                raise DataError(self._message(f"{shard.file} has {sizes[shard.file]} bytes, expected {shard.bytes}"))
+
+    def _message(self, problem: str) -> str:
+        remedy = f"nothing of it was used; copy it again and run tools/check_shards.py on {self.location}"
+        return f"shards {self.location} ({self._where}): {problem}; {remedy}"
+
+    def blocks_around(self, shard: int, row: int, low: int = 0, high: int | None = None) -> range:
+        """Choose blocks to read at once for a row of a shard: its own and neighbours with rows in [low, high)."""
+        starts = self._block_starts[shard]
+        group = int(np.searchsorted(starts, row, side="right") - 1) // self._blocks_per_read * self._blocks_per_read
+        first = max(group, int(np.searchsorted(starts, low, side="right")) - 1)
+        end = min(group + self._blocks_per_read, len(starts) - 1)
+        return range(first, end if high is None else min(end, int(np.searchsorted(starts, high))))
+
+    def read(self, shard: int, blocks: range) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Read adjacent blocks: for each (its first row, ids [rows, T] of u16 or u32, uint16 documents [n, 3]).
+
+        Raises: DataError naming shard and block if one can't be read, is cut off or fails its crc32.
+        """
+        entry = self.manifest.shards[shard]
+        spans = [block_span(self.manifest, entry, block) for block in blocks]
+        start, end = spans[0][0], sum(spans[-1])
+        try:
+            descriptor = self._open(shard)
+            try:
+                data = memoryview(os.pread(descriptor, end - start, start))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise DataError(self._message(f"{entry.file}, block {blocks[0]} can't be read: {error}")) from error
+        try:
+            return [
+                (int(self._block_starts[shard][block]), *decode_block(self.manifest, entry, block, data[at:][:size]))
+                for block, (at, size) in zip(blocks, ((first - start, size) for first, size in spans), strict=True)
+            ]
+        except DataError as error:
+            kept = f" (the cached copy {self._cache.path(entry.sha256)}: delete it)" if self._cache else ""
+            raise DataError(self._message(f"{error}{kept}")) from error
+
+    def _open(self, shard: int) -> int:
+        entry = self.manifest.shards[shard]
+        if self._cache is None:
+            return os.open(f"{self.location}/{entry.file}", os.O_RDONLY)
+        return self._cache.open(f"{self.location}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256)
+
+    def order(self, *, seed: int, num_lanes: int = 32, window_rows: int = 16_384) -> SampleOrder:
+        """Return the order of this data set's samples, identified by its manifest."""
+        rows = [shard.rows for shard in self.manifest.shards]
+        return SampleOrder(rows, seed=seed, num_lanes=num_lanes, window_rows=window_rows, identity=self.manifest.sha256)
+
+    def check_cache(self, num_lanes: int) -> None:
+        """Raise ConfigError if the cache can't hold the shards that are read at the same time, one a lane."""
+        if self._cache is None:
+            return
+        sizes = sorted((shard.bytes for shard in self.manifest.shards), reverse=True)
+        if (needed := sum(sizes[:num_lanes])) > self._cache.limit_bytes:
+            raise ConfigError(
+                f"data.cache_bytes={self._cache.limit_bytes} is less than the {needed} bytes of the shards that "
+                f"data.num_lanes={num_lanes} lanes read at the same time, again and again; raise it"
+            )

@@ -1,0 +1,164 @@
+"""Rank facts, the process group's lifetime, and the few reductions of ours.
+
+Enters: the environment of a launcher (`deepspeed`, `torchrun`, `accelerate launch`) or none (plain `python`: one rank).
+Leaves: `Ranks`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from scaledistill.errors import ConfigError, DataError, PeerError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(timeout_seconds: int) -> Iterator[Ranks]:
+    """Join the job's process group, and leave it at the end; a group that stands already is used. Collective.
+
+    NCCL and one GPU a rank where there are GPUs, gloo on the CPU otherwise.
+
+    Raises:
+        ConfigError: a launcher's variables are incomplete, or there are more ranks than GPUs on this machine.
+    """
+    rank, world_size, local_rank, local_world_size = _launcher_facts()
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}; "
+                "start at most one process per GPU"
+            )
+        torch.cuda.set_device(local_rank)
+        device, backend = torch.device("cuda", local_rank), "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    # DeepSpeed reads these even where the group already stands, and would otherwise ask for MPI.
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
+    os.environ |= {"LOCAL_SIZE": str(local_world_size)}
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    timeout = timedelta(seconds=timeout_seconds)
+    if dist.is_initialized():  # the caller's own group, left as it is
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        return
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    try:
+        yield Ranks(rank, world_size, local_rank, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _launcher_facts() -> tuple[int, int, int, int]:
+    """Return (rank, world size, local rank, ranks on this machine)."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = [name for name in names if name in os.environ]
+    if "RANK" not in given and "WORLD_SIZE" not in given:
+        return 0, 1, 0, 1
+    if missing := [name for name in names if name not in given]:
+        raise ConfigError(
+            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start the run with `deepspeed`, "
+            "`torchrun` or `accelerate launch`, which set them all, or unset them for one process"
+        )
+    world_size = int(os.environ["WORLD_SIZE"])
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or str(world_size)
+    return int(os.environ["RANK"]), world_size, int(os.environ["LOCAL_RANK"]), int(local_world_size)
+
+
+def resolve_precision(setting: str, device: torch.device) -> str:
+    """Return "fp32", "bf16" or "fp16": for "auto", bf16 where the device computes it faster than fp32.
+
+    Raises:
+        ConfigError: fp16 on a CPU, which DeepSpeed refuses.
+    """
+    if setting == "auto":
+        if device.type == "cuda":
+            fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return "bf16" if fast_bf16 else "fp32"
+    if setting == "fp16" and device.type == "cpu":
+        raise ConfigError("train.precision=fp16 needs a GPU, found only a CPU; use bf16 or fp32")
+    return setting
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Return the element-wise sum over ranks. Collective."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's `value` on every rank. Collective."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's `value`, by rank. Collective."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks. Collective."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Run a block that has no collectives in it; if it fails on some ranks, fail on all of them. Collective.
+
+    Raises:
+        ConfigError, DataError: on rank 0, its own error, or that of the first rank that has one, with rank and host.
+        PeerError: on the other ranks.
+    """
+    error = None
+    try:
+        yield
+    except (ConfigError, DataError) as caught:
+        error = caught
+    failures = gather_objects(error and (type(error), str(error), socket.gethostname()))
+    failed = next((rank for rank, failure in enumerate(failures) if failure), None)
+    if failed is None:
+        return
+    kind, message, host = failures[failed]
+    if dist.get_rank() != 0:
+        raise PeerError(message, kind.exit_code) from error
+    raise error or kind(f"rank {failed} on {host}: {message}")

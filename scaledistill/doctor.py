@@ -1,0 +1,238 @@
+"""Pre-flight checks: everything about a run that can be known without loading weights, and the plan that follows.
+
+Enters: a configuration and the number of ranks. Leaves: a `Plan` with the resolved configuration, or one error that
+lists every problem found.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.table import Table
+from transformers import PretrainedConfig
+
+from scaledistill.config import DistillConfig
+from scaledistill.data.order import SampleOrder
+from scaledistill.data.remote import ShardCache
+from scaledistill.data.stream import ShardReader
+from scaledistill.data.text import load_tokenizer, tokenizer_fingerprint
+from scaledistill.distributed import resolve_precision
+from scaledistill.engines.deepspeed_block import resolve_block, zero_settings
+from scaledistill.errors import ConfigError, DataError
+from scaledistill.estimate import Estimate, estimate
+from scaledistill.models.capture import check_layer, max_sequence_length
+from scaledistill.models.student import student_config
+from scaledistill.models.teacher import load_config
+from scaledistill.relations import check_relation_heads
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do."""
+
+    config: DistillConfig
+    """Resolved: precisions and the micro-batch are settled."""
+    world_size: int
+    order: SampleOrder
+    shards: ShardReader
+    student_name: str
+    estimate: Estimate
+    free_bytes: int
+
+
+def check(config: DistillConfig, world_size: int, device: torch.device) -> Plan:
+    """Check a configuration against models, data, disk and ranks, and return the plan. No weights are read.
+
+    Raises:
+        ConfigError: settings that do not fit; every problem found is in the message, one a line.
+        DataError: the same, where the first problem is with data or model files.
+    """
+    problems: list[ConfigError | DataError] = []
+
+    def attempt(function: Callable[..., Result], *arguments: Any) -> Result | None:
+        try:
+            return function(*arguments)
+        except (ConfigError, DataError) as error:
+            problems.append(error)
+            return None
+
+    name = next(iter(config.students))
+    resolved = attempt(resolve, config, world_size, device)
+    teacher = attempt(_teacher_config, config)
+    student = attempt(_student_config, config, name, teacher) if teacher else None
+    shards = attempt(open_shards, config, config.data.train)
+    held_out = attempt(open_shards, config, config.data.validation) if config.data.validation else None
+    for setting, reader in (("data.train", shards), ("data.validation", held_out)):
+        if reader and teacher:
+            attempt(_check_shards, config, setting, reader, teacher)
+    order = attempt(_order, config, shards) if shards else None
+    if problems or not (resolved and teacher and student and shards and order):
+        raise type(problems[0])("\n".join(dict.fromkeys(str(problem) for problem in problems))) from problems[0]
+    facts = estimate(resolved, name, teacher, student, world_size)
+    free = _free_bytes(resolved, facts.checkpoint_bytes)
+    return Plan(resolved, world_size, order, shards, name, facts, free)
+
+
+def resolve(config: DistillConfig, world_size: int, device: torch.device) -> DistillConfig:
+    """Return the configuration with precisions and micro-batch settled for these ranks.
+
+    Raises:
+        ConfigError: the global batch does not divide, the engine's block is wrong, or a precision is not to be had.
+    """
+    train, teacher = config.train, config.teacher
+    precision = resolve_precision(train.precision, device)
+    teacher_dtype = precision if teacher.dtype == "auto" else resolve_precision(teacher.dtype, device)
+    batch, share = train.global_batch_size, max(1, train.global_batch_size // world_size)
+    micro = min(train.micro_batch_size or share, share)
+    unit = world_size * micro
+    if batch % unit:
+        what = f"{world_size} ranks" + (f" × train.micro_batch_size={micro}" if train.micro_batch_size else "")
+        near = " or ".join(str(size) for size in (batch // unit * unit, batch // unit * unit + unit) if size)
+        raise ConfigError(f"train.global_batch_size={batch} is not divisible by {what}; use {near}")
+    settled = config.model_copy(
+        update={
+            "train": train.model_copy(update={"precision": precision, "micro_batch_size": micro}),
+            "teacher": teacher.model_copy(update={"dtype": teacher_dtype}),
+        }
+    )
+    resolve_block(settled, world_size)
+    return settled
+
+
+def open_shards(config: DistillConfig, location: str, rank: int | None = None) -> ShardReader:
+    """Open a data set, through the local cache where it is a URL.
+
+    Raises:
+        ConfigError, DataError: see `ShardReader`.
+    """
+    folder = config.data.cache_folder
+    cache = ShardCache(Path(folder) if folder else None, limit_bytes=config.data.cache_bytes)
+    return ShardReader(location, cache=cache, rank=rank)
+
+
+def _teacher_config(config: DistillConfig) -> PretrainedConfig:
+    teacher = load_config(config.teacher.model, config.teacher.revision, config.teacher.trust_remote_code)
+    check_layer(config.teacher.layer, teacher.num_hidden_layers)
+    limit = max_sequence_length(teacher)
+    if config.data.sequence_length > limit:
+        raise ConfigError(
+            f"data.sequence_length={config.data.sequence_length} is more than the {limit} positions of "
+            f"teacher.model={config.teacher.model}; make shards with at most {limit}"
+        )
+    return teacher
+
+
+def _student_config(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:
+    spec = config.students[name]
+    student = student_config(
+        teacher,
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        intermediate_size=spec.intermediate_size,
+        name=name,
+    )
+    setting = f"students.{name}.relation_heads" if spec.relation_heads else "relations.num_heads"
+    widths = {"teacher": teacher.hidden_size, f"student {name}": spec.hidden_size}
+    try:
+        check_relation_heads(config.relation_heads(name), widths, config.relations.pairs, setting)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return student
+
+
+def _check_shards(config: DistillConfig, setting: str, shards: ShardReader, teacher: PretrainedConfig) -> None:
+    manifest, location = shards.manifest, shards.location
+    if manifest.sequence_length != config.data.sequence_length:
+        raise ConfigError(
+            f"data.sequence_length={config.data.sequence_length}, but the shards in {setting}={location} have rows of "
+            f"{manifest.sequence_length} tokens; set it to {manifest.sequence_length} or make shards of that length"
+        )
+    if manifest.largest_id >= teacher.vocab_size:
+        raise DataError(
+            f"{setting}={location} holds token id {manifest.largest_id}, beyond the vocabulary of "
+            f"teacher.model={config.teacher.model} (ids 0 to {teacher.vocab_size - 1}); make the shards with its "
+            "tokenizer"
+        )
+    expected = tokenizer_fingerprint(load_tokenizer(config.teacher.model, config.teacher.revision))
+    if (found := manifest.tokenizer["sha256"]) != expected:
+        raise DataError(
+            f"{setting}={location} was made with the tokenizer {manifest.tokenizer['name']} "
+            f"(sha256 {str(found)[:12]}…), teacher.model={config.teacher.model} has another (sha256 {expected[:12]}…); "
+            f"make the shards again with --tokenizer {config.teacher.model}"
+        )
+
+
+def _order(config: DistillConfig, shards: ShardReader) -> SampleOrder:
+    data = config.data
+    shards.check_cache(data.num_lanes)
+    return shards.order(seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows)
+
+
+def _free_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:
+    """Return the free space where the run will write; it must hold the checkpoints kept, and one in the making."""
+    folder = Path(config.run.folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    needed = (config.checkpoint.keep + 1) * checkpoint_bytes
+    if free < needed:
+        raise DataError(
+            f"run.folder={config.run.folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
+            f"checkpoint.keep={config.checkpoint.keep} checkpoints and one in the making; free some space or set "
+            "another folder"
+        )
+    return free
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return the plan as a table for people."""
+    config, facts, manifest = plan.config, plan.estimate, plan.shards.manifest
+    train, length = config.train, config.data.sequence_length
+    tokens = train.global_batch_size * length
+    accumulation = train.global_batch_size // (plan.world_size * (train.micro_batch_size or 1))
+    where = " in host memory" if facts.optimizer_on_host else ""
+    epochs = train.max_steps * train.global_batch_size / plan.order.rows_per_epoch
+    device_bytes = facts.teacher_bytes + facts.weights_and_gradients_bytes + facts.relation_bytes
+    device_bytes += 0 if facts.optimizer_on_host else facts.optimizer_bytes
+    rows = {
+        "teacher": f"{config.teacher.model}, up to layer {config.teacher.layer}: "
+        f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}",
+        "student": f"{plan.student_name}: {_millions(facts.student_parameters)}, of which "
+        f"{_millions(facts.trained_parameters)} train, {train.precision}",
+        "relations": f"{config.relation_heads(plan.student_name)} heads, pairs {', '.join(config.relations.pairs)}",
+        "engine": f"DeepSpeed ZeRO-{zero_settings(config)[0]}, {plan.world_size} ranks",
+        "step": f"{train.global_batch_size} sequences × {length} = {tokens:,} tokens; {accumulation} micro-batches "
+        f"of {train.micro_batch_size} per rank",
+        "FLOPs": f"{facts.flops_per_token / 1e9:.2f} G per token, {facts.teacher_flops_fraction:.0%} the teacher's",
+        "run": f"{train.max_steps:,} steps, {train.max_steps * tokens / 1e9:.2f} G tokens, {epochs:.1f} epochs",
+        "data": f"{manifest.rows:,} rows in {len(manifest.shards)} shards, "
+        f"{len(manifest.shards) / plan.world_size:.1f} per rank; {plan.order.dropped_rows_per_epoch} rows dropped per epoch",
+        "memory per rank": f"{_size(device_bytes)}, activations aside",
+        "  teacher": _size(facts.teacher_bytes),
+        "  weights, gradients": _size(facts.weights_and_gradients_bytes),
+        "  optimizer": _size(facts.optimizer_bytes) + where,
+        "  relation loss": _size(facts.relation_bytes),
+        "checkpoint": f"{_size(facts.checkpoint_bytes)}, {config.checkpoint.keep} kept; {_size(plan.free_bytes)} free",
+        "run folder": config.run.folder,
+    }
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, text in rows.items():
+        table.add_row(label, text)
+    return table
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M parameters" if count >= 1e5 else f"{count:,} parameters"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,141 @@
+"""The DeepSpeed engine: ZeRO 1 to 3, with optimizer and parameter offload. The only importer of DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from scaledistill.config import DistillConfig
+from scaledistill.distributed import Ranks
+from scaledistill.engines import EngineState, StepOutcome, parameter_groups
+from scaledistill.engines.deepspeed_block import resolve_block
+from scaledistill.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class DeepSpeedEngine:
+    """A student under DeepSpeed's ZeRO; see `Engine` for the methods."""
+
+    def __init__(self, config: DistillConfig, view: nn.Module, ranks: Ranks) -> None:
+        block = resolve_block(config, ranks.world_size)
+        self._ranks = ranks
+        self._accumulation: int = block["gradient_accumulation_steps"]
+        self._optimizer = torch.optim.AdamW(
+            parameter_groups(view, config.train.weight_decay),
+            lr=0.0,
+            betas=(config.train.adam_betas[0], config.train.adam_betas[1]),
+            eps=config.train.adam_epsilon,
+            fused=True,
+        )
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # On CPUs DeepSpeed would compile a shared-memory all-reduce for a minute at first use; gloo serves as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                self._engine, *_ = deepspeed.initialize(
+                    model=view, optimizer=self._optimizer, config=block, dist_init_required=False
+                )
+        except ValidationError as error:
+            item = error.errors()[0]
+            path = ".".join(str(part) for part in item["loc"])
+            raise ConfigError(
+                f"engine.deepspeed.zero_optimization.{path}: {item['msg']} (DeepSpeed's own check)"
+            ) from None
+        log.debug("DeepSpeed: %s", printed.getvalue().strip())
+        self._create_optimizer_state(next(view.parameters()).device)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self._engine(**inputs).last_hidden_state
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.backward(loss)
+        if not last:
+            self._engine.step()  # counts the micro-batch
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        skipped = not self._engine.was_step_applied()
+        return StepOutcome(skipped, float("inf") if skipped else float(self._engine.get_global_grad_norm()))
+
+    def train_mode(self, mode: bool) -> None:
+        self._engine.train(mode)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._gather(safe_get_full_fp32_param)
+
+    def state(self) -> EngineState:
+        return EngineState(
+            weights=self.weights(),
+            exp_avg=self._gather(lambda parameter: safe_get_full_optimizer_state(parameter, "exp_avg")),
+            exp_avg_sq=self._gather(lambda parameter: safe_get_full_optimizer_state(parameter, "exp_avg_sq")),
+            optimizer_steps=int(next(iter(self._optimizer.state.values()))["step"]),
+            loss_scaler=self._loss_scaler_state(),
+        )
+
+    def load_state(self, state: EngineState) -> None:
+        for name, parameter in self._engine.module.named_parameters():
+            safe_set_full_fp32_param(parameter, state.weights[name])
+            safe_set_full_optimizer_state(parameter, state.exp_avg[name], "exp_avg")
+            safe_set_full_optimizer_state(parameter, state.exp_avg_sq[name], "exp_avg_sq")
+        self._set_optimizer_steps(state.optimizer_steps)
+        for key, value in state.loss_scaler.items():
+            setattr(self._engine.optimizer.loss_scaler, key, value)
+
+    def _gather(self, get: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        """Gather parameter by parameter, so that no rank but the first holds more than one whole tensor. Collective."""
+        gathered = {}
+        for name, parameter in self._engine.module.named_parameters():
+            value = get(parameter)
+            if self._ranks.is_main:
+                gathered[name] = value.detach().to("cpu", torch.float32, copy=True).view(parameter_shape(parameter))
+        return gathered
+
+    def _create_optimizer_state(self, device: torch.device) -> None:
+        """Make Adam's moments exist by one step with learning rate 0 and zero gradients, and count it out again."""
+        self._engine.train()
+        inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device)}
+        for micro in range(self._accumulation):
+            self.backward(self.forward(inputs).float().sum() * 0.0, last=micro + 1 == self._accumulation)
+        if self.step(0.0).skipped:
+            raise ConfigError("the student's first output is not finite; check students.<name>.init and its weights")
+        zero_optimizer = self._engine.optimizer
+        if hasattr(zero_optimizer, "_hp_optimizer_states_linked"):
+            # With two parameter groups DeepSpeed 0.19.8 links after the first group's step only, when the second
+            # group has no state yet ("exp_avg not found").
+            zero_optimizer._hp_optimizer_states_linked = False
+            zero_optimizer._lazy_init_hp_params_optimizer_state()
+        self._set_optimizer_steps(0)
+
+    def _set_optimizer_steps(self, steps: int) -> None:
+        for entry in self._optimizer.state.values():
+            entry["step"].fill_(steps)
+
+    def _loss_scaler_state(self) -> Mapping[str, Any]:
+        if not self._engine.fp16_enabled():
+            return {}
+        return {
+            key: value for key, value in vars(self._engine.optimizer.loss_scaler).items() if not key.startswith("_")
+        }
+
+
+def parameter_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the whole shape of a parameter, which ZeRO-3 keeps beside the emptied tensor."""
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,0 +1,129 @@
+"""The DeepSpeed block of a configuration: what a user may set in it, and what we set. Imports nothing of DeepSpeed.
+
+DeepSpeed ignores a misspelt top-level key, reads `"bf16": "auto"` as off and clips at 1.0 where nothing is said; so
+every key is checked here, and every value that it would guess is written out.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from typing import Any
+
+from scaledistill.config import DistillConfig
+from scaledistill.errors import ConfigError
+
+ALLOWED_KEYS = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "gradient_clipping",
+    "communication_data_type",
+    "data_types",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "activation_checkpointing",
+    "comms_logger",
+    "flops_profiler",
+    "timers",
+    "aio",
+    "compile",
+    "disable_python_gc",
+)
+REFUSED_KEYS = {
+    "train_batch_size": "set train.global_batch_size instead",
+    "train_micro_batch_size_per_gpu": "set train.micro_batch_size instead",
+    "gradient_accumulation_steps": "it follows from train.global_batch_size, train.micro_batch_size and the ranks",
+    "managed_gradient_accumulation": "accumulation is ours",
+    "optimizer": "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, train.adam_betas, …",
+    "scheduler": "the learning rate is a function of the step, set by train.learning_rate and train.warmup_steps",
+    "torch_autocast": "set train.precision instead",
+}
+
+
+def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
+    """Return the whole configuration for `deepspeed.initialize`; precision and micro-batch of `config` are resolved.
+
+    Raises:
+        ConfigError: a key is unknown or ours to set, ZeRO's stage is not 1, 2 or 3, or a value contradicts `train`.
+    """
+    block = copy.deepcopy(config.engine.deepspeed)
+    for key in block:
+        if key in REFUSED_KEYS:
+            raise ConfigError(f"engine.deepspeed.{key}: not allowed here; {REFUSED_KEYS[key]}")
+        if key not in ALLOWED_KEYS:
+            near = difflib.get_close_matches(key, ALLOWED_KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(ALLOWED_KEYS)}"
+            raise ConfigError(f"engine.deepspeed.{key}: unknown key; {hint}")
+    train = config.train
+    _resolve_zero(block, min(student.hidden_size for student in config.students.values()))
+    for key, precision in (("bf16", "bf16"), ("fp16", "fp16")):
+        _settle(block.setdefault(key, {}), "enabled", train.precision == precision, f"{key}.enabled", "train.precision")
+    _settle(block, "gradient_clipping", train.max_grad_norm, "gradient_clipping", "train.max_grad_norm")
+    _settle(block.setdefault("data_types", {}), "grad_accum_dtype", "fp32", "data_types.grad_accum_dtype")
+    block["zero_force_ds_cpu_optimizer"] = False  # PyTorch's fused AdamW also steps offloaded state: exact to restore
+    block.setdefault("steps_per_print", None)
+    block["train_micro_batch_size_per_gpu"] = train.micro_batch_size
+    block["train_batch_size"] = train.global_batch_size
+    block["gradient_accumulation_steps"] = train.global_batch_size // (world_size * (train.micro_batch_size or 1))
+    if guessed := list(_autos(block)):
+        raise ConfigError(f"engine.deepspeed.{guessed[0]}='auto': DeepSpeed does not resolve it; state a value")
+    return block
+
+
+def zero_settings(config: DistillConfig) -> tuple[int, bool, bool]:
+    """Return (ZeRO stage, optimizer state offloaded, parameters offloaded)."""
+    zero = config.engine.deepspeed.get("zero_optimization", {})
+    offloads = [(zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")]
+    return zero.get("stage", 0), offloads[0], offloads[1]
+
+
+def _resolve_zero(block: dict[str, Any], hidden_size: int) -> None:
+    zero = block.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if not isinstance(zero, dict) or isinstance(stage, bool) or stage not in (1, 2, 3):
+        raise ConfigError(
+            f"engine.deepspeed.zero_optimization.stage: found {stage!r}, expected 1, 2 or 3; stage 1 costs what "
+            "stage 0 does and its overflow check protects the weights"
+        )
+    sizes = {  # as transformers resolves them
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, size in sizes.items():
+        if zero.get(key) == "auto":
+            zero[key] = size
+    for what in ("optimizer", "param"):
+        offload = zero.get(f"offload_{what}") or {}
+        device = offload.get("device", "none") if isinstance(offload, dict) else offload
+        where = f"engine.deepspeed.zero_optimization.offload_{what}.device"
+        if device not in ("none", "cpu"):
+            raise ConfigError(f"{where}: found {device!r}, expected 'cpu' or 'none'")
+        if what == "param" and device == "cpu" and stage != 3:
+            raise ConfigError(f"{where}='cpu' needs zero_optimization.stage=3, found {stage}; use stage 3 or remove it")
+
+
+def _settle(block: dict[str, Any], key: str, value: Any, name: str, owner: str = "") -> None:
+    """Write our value; a stated other one is an error."""
+    if not isinstance(block, dict):
+        raise ConfigError(f"engine.deepspeed.{name.partition('.')[0]}: found {block!r}, expected a block")
+    if block.get(key, "auto") not in ("auto", value):
+        expected = f"expected {value!r}" + (f" by {owner}; change {owner} or remove the key" if owner else "")
+        raise ConfigError(f"engine.deepspeed.{name}: found {block[key]!r}, {expected}")
+    block[key] = value
+
+
+def _autos(tree: Any, path: str = "") -> Any:
+    """Yield the dotted paths of all "auto" values."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _autos(value, f"{path}.{key}".lstrip("."))
+    elif tree == "auto":
+        yield path

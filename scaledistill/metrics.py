@@ -1,0 +1,220 @@
+"""The record of a run: `metrics.jsonl` for machines, a display or lines for people, trackers, and `loss.png`.
+
+Enters: one row per logging step, as plain numbers. Leaves: files and the console. Only rank 0 makes a `Recorder`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from scaledistill.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Dense 16-bit peak in FLOP/s by a part of the device's name; data sheets of the makers.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A6000": 154.8e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return a device's dense bf16 peak in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def memory_peak_bytes(device: torch.device) -> int:
+    """Return the most memory held so far: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Recorder:
+    """Writes a run's figures wherever they go. Used as a context manager around the loop."""
+
+    def __init__(
+        self, folder: Path, *, max_steps: int, resumed_at: int, trackers: Iterable[str], config: Mapping[str, Any]
+    ):
+        self._folder = folder
+        self._path = folder / "metrics.jsonl"
+        self._max_steps = max_steps
+        kept = [row for row in read_rows(self._path) if row["step"] <= resumed_at]  # later ones are made again
+        partial = self._path.with_name(".metrics.jsonl")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(self._path)
+        self._file = self._path.open("a")
+        self._trackers = [_tracker(name, folder, config) for name in trackers]
+        self._display = _Display(max_steps, resumed_at) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Recorder:
+        if self._display:
+            self._display.progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._display:
+            self._display.progress.stop()
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.finish()
+        draw_losses(self._folder)
+
+    def advance(self, step: int) -> None:
+        """Move the display to a step."""
+        if self._display:
+            self._display.progress.update(self._display.task, completed=step)
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Write a logging step's row; a value that is not finite becomes null."""
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(
+                {key: value for key, value in clean.items() if key != "step" and value is not None}, step=row["step"]
+            )
+        if self._display:
+            self._display.progress.update(self._display.task, completed=row["step"], figures=summary(clean))
+        else:
+            log.info("step %d/%d  %s", row["step"], self._max_steps, summary(clean))
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """Return a row's figures for people, on one line."""
+    parts = ["loss " + ("not finite" if row["loss"] is None else f"{row['loss']:.4f}")]
+    if row.get("validation_loss") is not None:
+        parts.append(f"validation {row['validation_loss']:.4f}")
+    if row.get("tokens_per_second") is not None:
+        parts.append(f"{_short(row['tokens_per_second'])} tokens/s")
+    if row.get("mfu") is not None:
+        parts.append(f"MFU {row['mfu']:.0%}")
+    if row.get("data_wait_fraction") is not None:
+        parts.append(f"data wait {row['data_wait_fraction']:.1%}")
+    if row.get("memory_peak_bytes") is not None:
+        parts.append(f"memory {row['memory_peak_bytes'] / 1e9:.1f} GB")
+    return "  ".join(parts)
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+class _Figures(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("figures", ""))
+
+
+class _Display:
+    """A progress bar on the terminal, with the last row's figures beside it."""
+
+    def __init__(self, max_steps: int, resumed_at: int) -> None:
+        self.progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            _Figures(),
+            console=Console(stderr=True),
+            refresh_per_second=4,
+            speed_estimate_period=120,
+        )
+        self.task = self.progress.add_task("distil", total=max_steps, completed=resumed_at, figures="")
+
+
+def _tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:
+    from accelerate import tracking
+
+    known = {str(getattr(key, "value", key)): cls for key, cls in tracking.LOGGER_TYPE_TO_CLASS.items()}
+    if name not in known:
+        raise ConfigError(f"logging.trackers: unknown tracker {name!r}; known: {', '.join(sorted(known))}")
+    # Only rank 0 comes here: accelerate's own rank check would start its runtime.
+    cls = type(known[name].__name__, (known[name],), {"main_process_only": False})
+    try:
+        tracker = cls(folder.name, **({"logging_dir": str(folder)} if known[name].requires_logging_directory else {}))
+        tracker.start()
+    except (ImportError, ModuleNotFoundError) as error:
+        raise ConfigError(
+            f"logging.trackers: {name!r} is not installed ({error}); pip install it or remove it"
+        ) from None
+    tracker.store_init_configuration({"config": json.dumps(config)})
+    return tracker
+
+
+def draw_losses(folder: Path) -> None:
+    """Draw `loss.png` from `metrics.jsonl`: training and validation loss by step."""
+    rows = read_rows(folder / "metrics.jsonl")
+    losses = [(row["step"], row["loss"]) for row in rows if row.get("loss")]
+    if not losses:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*zip(*losses, strict=True), color="#1f77b4", linewidth=1, label="training")
+    if validation := [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss")]:
+        axes.plot(*zip(*validation, strict=True), color="#d62728", marker="o", markersize=4, label="validation")
+    axes.set(xlabel="optimizer step", ylabel="relation loss", title=folder.name, yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(folder / "loss.png")
+
+
+class Stopwatch:
+    """Time since the last lap, and the part of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+
+    def add_wait(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def lap(self) -> tuple[float, float]:
+        """Return (seconds, seconds waited for data) since the last lap, and start the next."""
+        now = time.perf_counter()
+        seconds, waited = now - self._start, self._waited
+        self._start, self._waited = now, 0.0
+        return seconds, waited

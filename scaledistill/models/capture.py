@@ -1,0 +1,239 @@
+"""Q, K and V of one block of an encoder: one table row per architecture, one function that cuts a model into a view.
+
+Enters: a transformers encoder (or a task model around one). Leaves: a view, a module that shares its parameters,
+computes nothing above the chosen block's projections and returns Q, K and V side by side as its `last_hidden_state`.
+Loading, freezing and training are left to `models.teacher` and `models.student`.
+
+Legend: B sequences, T tokens, D width of one projection.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+from scaledistill.errors import ConfigError
+from scaledistill.relations import QKV
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where an architecture keeps its parts: paths in a block, except `blocks`, `final_norm` and `dropped`."""
+
+    blocks: str = "encoder.layer"
+    query: str = "attention.self.query"
+    key: str = "attention.self.key"
+    value: str = "attention.self.value"
+    attention_output: str = "attention.output.dense"
+    input_norm: str | None = None  # pre-norm models: applied in front of the projections
+    final_norm: str | None = None  # pre-norm models: follows the last block, must not touch Q, K and V
+    dropped: tuple[str, ...] = ("pooler",)  # children that the encoder's forward can do without
+    positions_follow_padding: bool = False  # position ids start behind pad_token_id (fairseq's convention)
+
+    @property
+    def projections(self) -> tuple[str, str, str]:
+        return self.query, self.key, self.value
+
+    def block_path(self, layer: int) -> str:
+        """The path of block `layer`: the one place where a layer number, from 1, becomes an index, from 0."""
+        return f"{self.blocks}.{layer - 1}"
+
+
+_BERT = Architecture()
+_ROBERTA = Architecture(positions_follow_padding=True)
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": _BERT,
+    "electra": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+}
+
+
+def architecture_of(config: PreTrainedConfig, *, setting: str = "teacher.model") -> Architecture:
+    """Return the table row of a model.
+
+    Raises:
+        ConfigError: its `model_type` is not in the table.
+    """
+    try:
+        return ARCHITECTURES[config.model_type]
+    except KeyError:
+        raise ConfigError(
+            f"{setting} is of type {config.model_type!r}, which is not supported; use a model of type "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        ) from None
+
+
+def base_encoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the encoder inside a task model, or the model itself if it is one."""
+    return cast(PreTrainedModel, model.base_model)
+
+
+def check_layer(layer: int, num_layers: int, *, setting: str = "teacher.layer") -> None:
+    """Raise ConfigError unless the 1-based `layer` exists in a model of `num_layers` blocks."""
+    if not 1 <= layer <= num_layers:
+        where = "beyond" if layer > num_layers else "below"
+        raise ConfigError(f"{setting}={layer} is {where} the model's {num_layers} layers; use 1 to {num_layers}")
+
+
+def max_sequence_length(config: PreTrainedConfig) -> int:
+    """Return how many tokens a sequence may have: the position table's rows that real tokens can use."""
+    offset = config.pad_token_id + 1 if architecture_of(config).positions_follow_padding else 0
+    return config.max_position_embeddings - offset
+
+
+def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class that `AutoModel` builds for `config` from transformers' own code."""
+    return cast(type[PreTrainedModel], AutoModel._model_mapping[type(config)])
+
+
+def encoder_options(config: PreTrainedConfig) -> dict[str, bool]:
+    """Return the constructor's arguments that leave out the pooler, for the architectures that have one."""
+    signature = inspect.signature(encoder_class(config).__init__)
+    return {"add_pooling_layer": False} if "add_pooling_layer" in signature.parameters else {}
+
+
+def build_encoder(config: PreTrainedConfig, *, device: str = "cpu") -> PreTrainedModel:
+    """Build the fp32 encoder of `config`, random weights, no pooler; on the "meta" device it costs nothing."""
+    with torch.device(device):
+        return AutoModel.from_config(config, dtype=torch.float32, **encoder_options(config))
+
+
+def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
+    """Return a view of `model` whose `last_hidden_state` is block `layer`'s Q, K and V, joined: [B, T, Dq + Dk + Dv].
+
+    The view takes what the model takes and shares its parameters under their names in the model, up to block `layer`'s
+    projections; what lies above is not in it. `model` (or the encoder inside a task model) stays as it was. The three
+    widths are `view.qkv_widths`, for `split_qkv`.
+
+    Args:
+        model: a supported encoder, or a task model around one.
+        layer: the block, counted from 1.
+
+    Raises:
+        ConfigError: the architecture is not supported, or has no such block.
+    """
+    encoder = base_encoder(model)
+    row = architecture_of(encoder.config)
+    try:
+        blocks = cast(nn.ModuleList, encoder.get_submodule(row.blocks))
+        check_layer(layer, len(blocks), setting="layer")
+        last = encoder.get_submodule(row.block_path(layer))
+        captured = _CapturedBlock(last, row)
+    except AttributeError as error:
+        raise ConfigError(
+            f"teacher.model calls itself {encoder.config.model_type!r} but is not built like one: {error}; "
+            "use a model that runs on transformers' own code"
+        ) from error
+    view = _own_copy(encoder)
+    parent, name = _own_parent(view, row.blocks)
+    parent._modules[name] = nn.ModuleList([*takewhile(lambda block: block is not last, blocks), captured])
+    view._modules.update({name: None for name in row.dropped if name in view._modules})
+    if row.final_norm is not None:
+        parent, name = _own_parent(view, row.final_norm)
+        parent._modules[name] = nn.Identity()
+    # The view never installs transformers' recording hooks: on shared blocks the model would then install them twice.
+    view._output_capturing_hooks_installed = True
+    view.qkv_widths = tuple(last.get_submodule(path).out_features for path in row.projections)
+    return view
+
+
+def split_qkv(hidden: Tensor, widths: tuple[int, int, int]) -> QKV:
+    """Split a view's output [B, T, Dq + Dk + Dv] into Q, K and V, without copying.
+
+    Raises:
+        ValueError: the last dimension is not the sum of the widths.
+    """
+    if hidden.shape[-1] != sum(widths):
+        raise ValueError(
+            f"a view of widths {widths} returned {tuple(hidden.shape)}; expected a last size of {sum(widths)}"
+        )
+    return QKV(*hidden.split(widths, dim=-1))
+
+
+def view_inputs(config: PreTrainedConfig, input_ids_BT: Tensor, mask_BT: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the arguments that make a model attend only to the tokens of `mask_BT` (bool, true on real tokens).
+
+    Without a mask attention stays unmasked, hence on its fastest kernels. For `sdpa` the mask is handed over ready,
+    because transformers would look at its values, a wait for the device in every forward.
+    """
+    inputs = {"input_ids": input_ids_BT}
+    if mask_BT is not None:
+        inputs["attention_mask"] = mask_BT[:, None, None, :] if config._attn_implementation == "sdpa" else mask_BT
+    return inputs
+
+
+def capture_qkv(model: PreTrainedModel, layer: int, **inputs: Any) -> QKV:
+    """Run `model` on its usual `inputs` up to block `layer` (from 1); return that block's Q, K and V, each [B, T, D].
+
+    For one-off use: `model` keeps its mode, hooks, parameters and outputs. Gradients flow unless the caller turns them
+    off.
+
+    Raises:
+        ConfigError: the architecture is not supported, or has no such block.
+    """
+    view = capture_view(model, layer)
+    return split_qkv(view(**inputs).last_hidden_state, cast(tuple[int, int, int], view.qkv_widths))
+
+
+def forward_flops(module: nn.Module, num_tokens: int) -> int:
+    """Return the floating-point operations (2 per multiply-add) of one forward on one sequence of `num_tokens` tokens.
+
+    Counts on the meta device with the module's own forward: no weights are read, wherever they are.
+    """
+    tensors: Mapping[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    input_ids_BT = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(module, shapes, kwargs={"input_ids": input_ids_BT})
+    return counter.get_total_flops()
+
+
+class _CapturedBlock(nn.Module):
+    """A block's projections (and input norm) under the block's own parameter names; returns [B, T, Dq + Dk + Dv]."""
+
+    def __init__(self, block: nn.Module, row: Architecture) -> None:
+        super().__init__()
+        self.input_norm = row.input_norm
+        self.projections = row.projections
+        for path in (*row.projections, *filter(None, [row.input_norm])):
+            *parents, name = path.split(".")
+            container: nn.Module = self
+            for parent in parents:
+                if parent not in container._modules:
+                    container.add_module(parent, nn.Module())
+                container = container.get_submodule(parent)
+            container.add_module(name, block.get_submodule(path))
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.input_norm is not None:
+            hidden_states = self.get_submodule(self.input_norm)(hidden_states)
+        return torch.cat([self.get_submodule(path)(hidden_states) for path in self.projections], dim=-1)
+
+
+def _own_copy(module: nn.Module) -> Any:
+    """Copy a module object: same children, parameters and hooks, but dictionaries of its own to change."""
+    clone = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, dict | set):
+            vars(clone)[name] = copy.copy(value)
+    return clone
+
+
+def _own_parent(view: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Give `view` its own copies of the modules above `path`; return the last of them and the name below it."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        view._modules[parent] = _own_copy(view.get_submodule(parent))
+        view = view.get_submodule(parent)
+    return view, name

@@ -1,0 +1,219 @@
+"""Write a trained student as a folder that plain transformers loads, put in place only once it has been read back.
+
+Enters: a config, the student's full fp32 state dict, the source of its tokenizer and the facts of the run. Leaves: a
+folder with config, safetensors, tokenizer and model card. Gathering the state from an engine, and when to export, are
+left to others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from scaledistill.errors import DataError
+from scaledistill.models.capture import build_encoder, capture_view, encoder_options
+from scaledistill.models.teacher import load_encoder, quiet_transformers, resolve_folder
+
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+)
+INIT_TEXT = {
+    "random": "their random initialisation",
+    "teacher": "what was cut from the teacher's layers at the start",
+}
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: feature-extraction
+tags: [distillation, minilmv2, scaledistill]
+---
+
+# {name}
+
+A {model_type} encoder of {num_layers} layers × {hidden_size} ({heads} heads, FFN {intermediate_size}),
+{parameters:.1f} M parameters, distilled with MiniLMv2's self-attention relation loss
+([arXiv 2012.15828](https://arxiv.org/abs/2012.15828)) by scaledistill.
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModel.from_pretrained("{name}"{options})
+hidden = model(**tokenizer("some text", return_tensors="pt")).last_hidden_state
+```
+
+The weights are fp32. There is no pooler and no head: fine-tune it for a task, with
+`AutoModelForSequenceClassification` and the like.
+
+## Untrained parts
+
+The loss ends at query, key and value of the last layer. What lies above, {untrained:.1f} M parameters, got no
+gradient and holds {init}; fine-tuning trains it:
+
+{untrained_names}
+
+## Licence
+
+None is stated here: it depends on the teacher's and on the data's. State yours before you publish this.
+"""
+
+
+def export_student(
+    folder: str | Path,
+    config: PreTrainedConfig,
+    state: Mapping[str, Tensor],
+    *,
+    tokenizer_source: str | Path,
+    revision: str | None = None,
+    card: Mapping[str, object],
+) -> Path:
+    """Write a student into `folder`, replacing what is there, and return the folder. One rank calls this.
+
+    Written to a folder beside it, read back with `AutoModel`, compared bit for bit and run once; then the two are
+    exchanged in one step, so that there is a good export at every moment. A failure leaves the old one.
+
+    Args:
+        folder: ends up with config.json, model.safetensors, the tokenizer without truncation or padding, and README.md.
+        config: the student's; written as it is.
+        state: every parameter of the full student by its name, fp32.
+        tokenizer_source: folder or hub name (at `revision`) that the tokenizer is taken from: the teacher's.
+        card: facts for the model card, in order, label to value; "init" (how the student was initialised) is needed.
+
+    Raises:
+        DataError: the tokenizer cannot be had, or what was read back is not what was written or gives no finite output.
+        OSError: the disk is full or not writable.
+        ValueError: the state is not that of the config, or not fp32.
+    """
+    target = Path(folder)
+    _check_state(config, state)
+    fresh = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        config.save_pretrained(fresh)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+        _save_tokenizer(tokenizer_source, revision, fresh)
+        (fresh / "README.md").write_text(_card_text(target.name, config, card), encoding="utf-8")
+        _check_export(fresh, weights)
+        for path in (*fresh.iterdir(), fresh):
+            _sync(path)
+        _exchange(fresh, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return target
+
+
+def untrained_parameters(config: PreTrainedConfig) -> list[str]:
+    """Return the names of a student's parameters above its last block's Q, K and V, which take no part in training."""
+    student = build_encoder(config, device="meta")
+    view = capture_view(student, config.num_hidden_layers)
+    return sorted(set(student.state_dict()) - set(view.state_dict()))
+
+
+def _card_text(name: str, config: PreTrainedConfig, card: Mapping[str, object]) -> str:
+    student = build_encoder(config, device="meta")
+    sizes = {key: tensor.numel() for key, tensor in student.state_dict().items()}
+    untrained = untrained_parameters(config)
+    init = str(card["init"])
+    return CARD.format(
+        name=name,
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        parameters=sum(sizes.values()) / 1e6,
+        facts="\n".join(f"| {label} | {value} |" for label, value in card.items()),
+        options="".join(f", {option}={value}" for option, value in encoder_options(config).items()),
+        untrained=sum(sizes[key] for key in untrained) / 1e6,
+        untrained_names="\n".join(f"- `{key}`" for key in untrained),
+        init=INIT_TEXT.get(init, f"what the model it started from, `{init}`, had there"),
+    )
+
+
+def _check_state(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> None:
+    expected = {name: tensor.shape for name, tensor in build_encoder(config, device="meta").state_dict().items()}
+    for name in sorted(expected.keys() | state.keys()):
+        found = state.get(name)
+        if name not in expected or found is None or (found.shape, found.dtype) != (expected[name], torch.float32):
+            what = "nothing" if found is None else f"{list(found.shape)} {found.dtype}"
+            wanted = f"{list(expected[name])} torch.float32" if name in expected else "no such parameter"
+            raise ValueError(f"the student's state has {what} for {name}; its config expects {wanted}")
+
+
+def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> None:
+    origin = resolve_folder(source, revision, TOKENIZER_FILES, setting="the tokenizer's source")
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(origin)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{source} has no tokenizer to export ({error}); give the folder with tokenizer.json"
+        ) from error
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+
+
+def _check_export(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raise DataError unless the folder loads to exactly `weights` and computes something finite."""
+    model = load_encoder(folder, setting="the export")
+    read = model.state_dict()
+    if different := [
+        name for name in weights if not torch.equal(read[name].view(torch.int32), weights[name].view(torch.int32))
+    ]:
+        raise DataError(
+            f"{folder}: {different[0]} was read back other than written; check the disk, the old export is kept"
+        )
+    with torch.no_grad():
+        output = model(input_ids=torch.arange(3, 11)[None] % model.config.vocab_size).last_hidden_state
+    if not output.isfinite().all():
+        raise DataError(
+            f"{folder}: the student's output is not finite; the old export is kept, go back to an earlier checkpoint"
+        )
+
+
+def _exchange(fresh: Path, target: Path) -> None:
+    """Put `fresh` in the place of `target`, in one step where the system can."""
+    if not target.exists():
+        fresh.rename(target)
+        return
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is None or swap(AT_FDCWD, os.fsencode(fresh), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE) != 0:
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        fresh.rename(target)
+        shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    """Make a file or a folder's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

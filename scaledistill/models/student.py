@@ -1,0 +1,237 @@
+"""Shape and first weights of a student: any depth, width, heads and FFN width within the teacher's architecture.
+
+Enters: the teacher's config, the sizes wished for and, to start from the teacher's weights, its blocks up to the
+captured layer. Leaves: a full fp32 model without pooler. It trains as `capture_view(student, num_layers)`; what is not
+in that view keeps the weights given here. Reading the settings, training and export are left to others.
+
+How a teacher's weight becomes narrower: of q, k, v and the attention output's input, the first heads, and of each the
+first components; of every other axis (hidden, FFN, embedding) the first components. So all layers, embeddings and
+LayerNorms keep the same hidden components, and equal sizes give an exact copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from scaledistill.errors import ConfigError
+from scaledistill.models.capture import architecture_of, base_encoder, build_encoder, check_layer, encoder_class
+from scaledistill.models.teacher import load_config, load_encoder
+
+# What two models must have in common for one to go on with the weights of the other.
+SHAPE = (
+    "model_type",
+    "vocab_size",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "embedding_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "pad_token_id",
+    "hidden_act",
+    "layer_norm_eps",
+)
+
+
+def student_config(
+    teacher_config: PreTrainedConfig,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    num_attention_heads: int,
+    intermediate_size: int | None = None,
+    name: str = "student",
+) -> PreTrainedConfig:
+    """Return the config of a student: the teacher's, vocabulary, positions and dropout included, with sizes of its own.
+
+    `intermediate_size` is 4 × `hidden_size` unless said. ELECTRA's embeddings are as wide as the student if the
+    teacher's are as wide as the teacher; projected ones keep their width.
+
+    Raises:
+        ConfigError: the architecture is not supported, or the heads do not divide the width.
+    """
+    architecture_of(teacher_config)
+    if hidden_size % num_attention_heads:
+        divisors = [heads for heads in range(1, hidden_size + 1) if hidden_size % heads == 0]
+        nearest = sorted(sorted(divisors, key=lambda heads: abs(heads - num_attention_heads))[:2])
+        raise ConfigError(
+            f"students.{name}.num_attention_heads={num_attention_heads} does not divide "
+            f"students.{name}.hidden_size={hidden_size}; use {' or '.join(map(str, nearest))}"
+        )
+    config = copy.deepcopy(teacher_config)
+    if getattr(config, "embedding_size", None) == config.hidden_size:
+        config.embedding_size = hidden_size
+    config.num_hidden_layers = num_layers
+    config.hidden_size = hidden_size
+    config.num_attention_heads = num_attention_heads
+    config.intermediate_size = intermediate_size or 4 * hidden_size
+    config.architectures = [encoder_class(config).__name__]
+    config.dtype = torch.float32
+    config.name_or_path = ""
+    return config
+
+
+def create_student(
+    teacher: PreTrainedModel | None,
+    config: PreTrainedConfig,
+    *,
+    init: str = "random",
+    layer_map: Sequence[int] | None = None,
+    capture_layer: int | None = None,
+    seed: int = 0,
+    dropout: float = 0.0,
+    name: str = "student",
+) -> PreTrainedModel:
+    """Build a student: fp32, on the CPU, in training mode, without pooler. The global random state stays as it was.
+
+    Args:
+        teacher: whole blocks up to the captured layer at least, as `load_encoder` gives them; read only for "teacher".
+        config: from `student_config`.
+        init: "random", "teacher" (its weights, cut as the module says) or the folder of a model of these sizes.
+        layer_map: for "teacher": the teacher's layer (from 1) for each of the student's; evenly spaced unless said.
+        capture_layer: for "teacher": the captured layer (from 1), where an even map ends; the last unless said.
+        seed: of the random weights.
+        dropout: for training; the config, and so the export, keeps its values, for fine-tuning.
+        name: the student's key in `students`, for messages.
+
+    Raises:
+        ConfigError: see `check_init`.
+        DataError: the folder's model cannot be loaded.
+    """
+    teacher_config = None if teacher is None else base_encoder(teacher).config
+    layers = check_init(init, config, teacher_config, layer_map=layer_map, capture_layer=capture_layer, name=name)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs too
+        student = build_encoder(config)
+    if init == "teacher" and teacher is not None:
+        student.load_state_dict(_cut_weights(base_encoder(teacher), student, layers))
+    elif init != "random":
+        student.load_state_dict(load_encoder(init, setting=f"students.{name}.init").state_dict())
+    set_dropout(student, dropout)
+    return student.train()
+
+
+def check_init(
+    init: str,
+    config: PreTrainedConfig,
+    teacher_config: PreTrainedConfig | None,
+    *,
+    layer_map: Sequence[int] | None = None,
+    capture_layer: int | None = None,
+    name: str = "student",
+) -> list[int]:
+    """Check, without weights, that a student of `config` can start from `init`; return its layer map for "teacher".
+
+    Raises:
+        ConfigError: the teacher is too small to be cut to this shape, the layer map does not fit, or the folder's model
+            has another shape.
+        DataError: the folder holds no model.
+    """
+    if init == "random":
+        return []
+    if init != "teacher":
+        _check_folder(init, config, name)
+        return []
+    if teacher_config is None:
+        raise ConfigError(
+            f"students.{name}.init='teacher' needs the teacher's weights; pass the teacher, or use 'random'"
+        )
+    _check_cut(config, teacher_config, name)
+    num_layers, last = config.num_hidden_layers, capture_layer or teacher_config.num_hidden_layers
+    if layer_map is None:
+        if num_layers > last:
+            raise ConfigError(
+                f"students.{name}.num_layers={num_layers} is more than the {last} teacher layers to start from; use "
+                f"{last} or fewer, set students.{name}.layer_map, or students.{name}.init='random'"
+            )
+        return even_layer_map(num_layers, last)
+    if len(layer_map) != num_layers:
+        raise ConfigError(
+            f"students.{name}.layer_map names {len(layer_map)} teacher layers, expected "
+            f"students.{name}.num_layers={num_layers} of them"
+        )
+    for layer in layer_map:
+        check_layer(layer, last, setting=f"students.{name}.layer_map")
+    return list(layer_map)
+
+
+def even_layer_map(num_layers: int, capture_layer: int) -> list[int]:
+    """Spread `num_layers` evenly over the teacher's layers 1 to `capture_layer`, ending there.
+
+    Layer i (from 1) gets i · capture_layer / num_layers, halves rounded up: 6 layers captured at 21 get 4, 7, 11, 14,
+    18, 21.
+    """
+    return [(2 * i * capture_layer + num_layers) // (2 * num_layers) for i in range(1, num_layers + 1)]
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set every dropout of `model`, that of attention included. Its config, which an export writes, is not touched."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+
+
+def _check_folder(folder: str, config: PreTrainedConfig, name: str) -> None:
+    found = load_config(folder, setting=f"students.{name}.init")
+    differing = [key for key in SHAPE if getattr(found, key, None) != getattr(config, key, None)]
+    if differing:
+        raise ConfigError(
+            f"students.{name}.init={folder!r} has {_values(found, differing)}, the student is to have "
+            f"{_values(config, differing)}; give a model of the same shape or change students.{name}"
+        )
+
+
+def _values(config: PreTrainedConfig, keys: Sequence[str]) -> str:
+    return ", ".join(f"{key}={getattr(config, key, None)!r}" for key in keys)
+
+
+def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig, name: str) -> None:
+    for key, found, most in (
+        ("num_attention_heads", config.num_attention_heads, teacher.num_attention_heads),
+        ("hidden_size / num_attention_heads", _head_size(config), _head_size(teacher)),
+        ("intermediate_size", config.intermediate_size, teacher.intermediate_size),
+    ):
+        if found > most:
+            raise ConfigError(
+                f"students.{name}.{key}={found} is more than the teacher's {most}, from which it is to be cut; use at "
+                f"most {most}, or students.{name}.init='random'"
+            )
+    embedding_size = getattr(teacher, "embedding_size", teacher.hidden_size)
+    if embedding_size != teacher.hidden_size and embedding_size == config.hidden_size:
+        raise ConfigError(
+            f"students.{name}.hidden_size={config.hidden_size} is the width of the teacher's embeddings, so that "
+            f"the student cannot take over their projection; use another width, or students.{name}.init='random'"
+        )
+
+
+def _head_size(config: PreTrainedConfig) -> int:
+    return config.hidden_size // config.num_attention_heads
+
+
+def _cut_weights(teacher: PreTrainedModel, student: PreTrainedModel, layers: Sequence[int]) -> dict[str, Tensor]:
+    """Return the student's state dict, cut from the teacher's: its block i from the teacher's layer `layers[i]`."""
+    row = architecture_of(teacher.config)
+    head_axes = {f"{path}.{kind}": 0 for path in row.projections for kind in ("weight", "bias")}
+    head_axes[f"{row.attention_output}.weight"] = 1
+    head_size = torch.arange(_head_size(student.config))
+    starts = torch.arange(student.config.num_attention_heads) * _head_size(teacher.config)
+    heads = (starts[:, None] + head_size).flatten()  # the first components of the first heads
+    whole = teacher.state_dict()
+    cut = {}
+    for key, target in student.state_dict().items():
+        source, head_axis = key, None
+        if key.startswith(f"{row.blocks}."):
+            index, part = key.removeprefix(f"{row.blocks}.").split(".", 1)
+            source, head_axis = f"{row.block_path(layers[int(index)])}.{part}", head_axes.get(part)
+        tensor = whole[source]
+        for axis, size in enumerate(target.shape):
+            kept = heads if axis == head_axis else torch.arange(size)
+            tensor = tensor.index_select(axis, kept.to(tensor.device))
+        cut[key] = tensor
+    return cut

@@ -1,0 +1,240 @@
+"""Load an encoder from a folder or the hub, only as far up as needed, and run it as a frozen teacher.
+
+Enters: a model's name and a layer. Leaves: a checked `PreTrainedModel` (also the start of a student that continues from
+a folder) and `Teacher`, which turns token ids into Q, K and V. Where the teacher lies (replicated, sharded) is left to
+the engines.
+
+Legend: B sequences, T tokens, D width of one projection.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from scaledistill.errors import ConfigError, DataError
+from scaledistill.models.capture import (
+    architecture_of,
+    base_encoder,
+    capture_view,
+    check_layer,
+    encoder_options,
+    split_qkv,
+    view_inputs,
+)
+from scaledistill.relations import QKV
+
+logger = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = ("config.json", "*.py", "model.safetensors", "model-*-of-*.safetensors", INDEX)
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+
+
+def resolve_folder(
+    model: str | Path, revision: str | None, patterns: Sequence[str], *, setting: str = "teacher.model"
+) -> Path:
+    """Return the local folder of a model; for a hub name, of its files that match `patterns`, fetched or cached.
+
+    Raises:
+        DataError: neither a folder nor to be had from the hub.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        with quiet_transformers():
+            return Path(snapshot_download(str(model), revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:
+        version = f" at revision {revision!r}" if revision else ""
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"{setting}={str(model)!r} is not a folder, and the hub gave no such model{version} ({reason}); correct "
+            "the name, or download the model where there is a network and give its folder"
+        ) from error
+
+
+def load_config(
+    model: str | Path, revision: str | None = None, trust_remote_code: bool = False, *, setting: str = "teacher.model"
+) -> PreTrainedConfig:
+    """Read a model's config, no weights.
+
+    Raises:
+        ConfigError: it needs its own Python code and `trust_remote_code` is off, or its `model_type` is not supported.
+        DataError: no such model, no `config.json`, or one that cannot be read.
+    """
+    folder = resolve_folder(model, revision, ("config.json", "*.py"), setting=setting)
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{setting}={str(model)!r} has no config.json; give the folder that save_pretrained wrote")
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(folder)
+        if not trust_remote_code and "auto_map" in found and found.get("model_type") not in CONFIG_MAPPING:
+            raise ConfigError(
+                f"{setting}={str(model)!r} runs only with Python code of its own, which is refused; if you trust that "
+                "code, set teacher.trust_remote_code=true"
+            )
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{setting}={str(model)!r}: its config.json cannot be used ({reason}); fetch the model again"
+        ) from error
+    architecture_of(config, setting=setting)
+    return config
+
+
+def load_encoder(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    num_layers: int | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    setting: str = "teacher.model",
+) -> PreTrainedModel:
+    """Load an encoder on the CPU, in eval mode: its first `num_layers` blocks (all unless said), no pooler, no head.
+
+    Args:
+        model: a folder or a hub name, with weights in safetensors.
+        dtype: of the loaded weights; the file's own unless said.
+        setting: names the model in messages.
+
+    Raises:
+        ConfigError: see `load_config`; or fewer blocks than `num_layers`.
+        DataError: no safetensors, a damaged or missing file, or a weight that the file lacks or has in another shape.
+    """
+    config = copy.deepcopy(load_config(model, revision, trust_remote_code, setting=setting))
+    if num_layers is not None:
+        check_layer(num_layers, config.num_hidden_layers)
+        config.num_hidden_layers = num_layers
+    folder = resolve_folder(model, revision, WEIGHT_FILES, setting=setting)
+    _check_weight_files(folder, f"{setting}={str(model)!r}")
+    options = encoder_options(config) if type(config) in AutoModel._model_mapping else {}
+    try:
+        with quiet_transformers():
+            encoder, info = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # reported below, by name and with both shapes
+                output_loading_info=True,
+                **options,
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{setting}={str(model)!r} cannot be loaded ({reason}); fetch the model again") from error
+    wrong = [f"{name} (not in the file)" for name in sorted(info["missing_keys"])]
+    wrong += [
+        f"{name} (file: {list(found)}, config: {list(expected)})"
+        for name, found, expected in sorted(info["mismatched_keys"])
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise DataError(
+            f"{setting}={str(model)!r} lacks weights that are needed: {', '.join(wrong[:4])}{more}; give a complete "
+            "model whose config.json belongs to its weights"
+        )
+    return encoder
+
+
+class Teacher(nn.Module):
+    """A frozen encoder, cut at a block: token ids in, that block's Q, K and V out.
+
+    Always in eval mode, never with gradients. `view` does the work; placing the teacher elsewhere means replacing it.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, layer: int, *, dtype: torch.dtype | None = None) -> None:
+        """Take over `encoder`: freeze and cast its weights in place. What lies above goes when the caller drops it.
+
+        Args:
+            layer: the block whose Q, K and V are returned, counted from 1.
+            dtype: the precision to run in; that of `encoder` unless said.
+        """
+        super().__init__()
+        self.view = capture_view(encoder, layer)
+        self.config: PreTrainedConfig = base_encoder(encoder).config
+        self.qkv_widths = cast(tuple[int, int, int], self.view.qkv_widths)
+        self.num_parameters = sum(parameter.numel() for parameter in self.view.parameters())
+        self.sha256 = weights_sha256(self.view)
+        self.view.requires_grad_(False).to(dtype or encoder.dtype)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode, whatever is asked: a teacher has no dropout."""
+        super().train(False)
+        return self
+
+    @torch.no_grad()
+    def forward(self, input_ids_BT: Tensor, mask_BT: Tensor | None = None) -> QKV:
+        """Return Q, K and V, each [B, T, D] in the teacher's dtype.
+
+        Args:
+            input_ids_BT: token ids, int64.
+            mask_BT: bool, true on real tokens; None when there is no padding.
+        """
+        hidden = self.view(**view_inputs(self.config, input_ids_BT, mask_BT)).last_hidden_state
+        return split_qkv(hidden, self.qkv_widths)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Hash a module's weights: names, dtypes, shapes and bytes, in the order of the names.
+
+    `Teacher` takes it from the weights as they came from the file, before they are cast, so that it depends neither on
+    the precision nor on the file's layout, its head or the layers above the captured one.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' reports and progress bars: what matters in them is checked and raised here."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_weight_files(folder: Path, model: str) -> None:
+    """Raise DataError unless every weight file of the folder is there and is safetensors."""
+    names = ["model.safetensors"]
+    if not (folder / names[0]).is_file() and (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(f"{model}: {INDEX} is not a weight index ({error}); fetch the model again") from error
+    if foreign := [name for name in names if not name.endswith(".safetensors") or Path(name).name != name]:
+        raise DataError(f"{model}: {INDEX} names {foreign[0]!r}; expected safetensors files in the same folder")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED):
+            raise DataError(
+                f"{model} has pickled weights only ({pickled[0]}), which can run code when loaded; expected "
+                f"{missing[0]}. If you trust them, convert them once: AutoModel.from_pretrained(folder, "
+                "use_safetensors=False).save_pretrained(new_folder)"
+            )
+        raise DataError(f"{model} lacks {missing[0]}; give a folder with all of its safetensors files")

@@ -1,0 +1,97 @@
+"""The MiniLMv2 relation loss: how far the student's multi-head self-attention relations are from the teacher's.
+
+In: `QKV` of one teacher block and one student block. Out: `RelationLoss`. A backend computes it: `reference` (any device, whole maps) or
+`sdpa` (CPU, tiles). Where Q/K/V come from is `models.capture`'s affair.
+
+Legend: B sequences, T tokens, D width, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scaledistill.relations.reference import reference_loss
+from scaledistill.relations.sdpa import sdpa_loss
+from scaledistill.relations.spec import QKV, RelationSpec, check_relation_heads, check_request, normalise_pairs
+
+__all__ = [
+    "BACKENDS",
+    "QKV",
+    "RelationLoss",
+    "RelationSpec",
+    "check_relation_heads",
+    "normalise_pairs",
+    "relation_loss",
+    "resolve_backend",
+]
+
+# A backend takes Q/K/V as they come (any strides and floating dtypes; slices of one tensor are usual) and a checked request, computes all
+# pairs, and returns the weighted total with its gradient in the student and the unweighted losses `[P]` without one.
+Backend = Callable[[QKV, QKV, RelationSpec], tuple[Tensor, Tensor]]
+BACKENDS: dict[str, Backend] = {"reference": reference_loss, "sdpa": sdpa_loss}
+
+
+class RelationLoss(NamedTuple):
+    """Scalars on the inputs' device: the weighted sum, which carries the gradient, and each pair's unweighted loss, which doesn't."""
+
+    total: Tensor
+    by_pair: dict[str, Tensor]
+
+
+def resolve_backend(backend: str, device_type: str) -> str:
+    """Return the backend's name, `auto` resolved for the device ("cpu", "cuda").
+
+    Raises:
+        ValueError: no such backend.
+    """
+    if backend == "auto":
+        return "sdpa" if device_type == "cpu" else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"relations.backend={backend!r}; expected auto, {' or '.join(BACKENDS)}")
+    return backend
+
+
+def relation_loss(
+    teacher: QKV,
+    student: QKV,
+    *,
+    num_heads: int,
+    pairs: Mapping[str, float],
+    mask_BT: Tensor | None = None,
+    segment_ids_BT: Tensor | None = None,
+    causal: bool = False,
+    backend: str = "auto",
+) -> RelationLoss:
+    """Compute the weighted sum over pairs of the mean over sequences of Σ_heads Σ_rows KL(teacher ‖ student) / (R · n).
+
+    A pair "ab" compares softmax(a bᵀ / √E) of both models, head by head, row by row, among the n real tokens of a sequence. A sequence without
+    a real token adds 0 to the mean. The teacher gets no gradient. Widths and dtypes of teacher and student may differ.
+
+    Args:
+        teacher: `[B, T, D]` each, floating; only the tensors that `pairs` names are read.
+        student: likewise, same B, T and device.
+        num_heads: R, the relation heads; divides each width used.
+        pairs: weights by name: "qq", "kk", "vv", "qk", …
+        mask_BT: bool or integer, true on real tokens, wherever they stand.
+        segment_ids_BT: integer; a token sees only tokens of its segment. n stays that of the whole row.
+        causal: a token sees only itself and earlier tokens.
+        backend: "auto", "reference" or "sdpa".
+
+    Returns:
+        Float32 losses, float64 where an input is float64.
+
+    Raises:
+        ValueError: settings or tensors that don't fit together; the message names the setting.
+
+    Source: MiniLMv2, arXiv 2012.15828, eq. 5–8.
+    """
+    spec = check_request(teacher, student, num_heads, pairs, mask_BT, segment_ids_BT, causal)
+    device_type = getattr(student, spec.letters[0]).device.type
+    compute = BACKENDS[resolve_backend(backend, device_type)]
+    with torch.autocast(device_type, enabled=False):
+        total, losses_P = compute(teacher, student, spec)
+    return RelationLoss(total, dict(zip((name for name, _ in spec.pairs), losses_P.unbind(), strict=True)))

@@ -1,0 +1,52 @@
+"""The relation loss in plain PyTorch, with whole T×T maps: the oracle of the other backends, on any device.
+
+In: Q/K/V and a checked request. Out: the total, differentiable in the student, and the losses of the pairs.
+
+Legend: B sequences, T tokens, D width, R relation heads, E width per relation head, P pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scaledistill.relations.spec import QKV, RelationSpec
+
+
+def reference_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor, Tensor]:
+    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached), both of `spec.dtype`.
+
+    Source: MiniLMv2, arXiv 2012.15828, eq. 5–8.
+    """
+    device = getattr(student, spec.letters[0]).device
+    B, T = getattr(student, spec.letters[0]).shape[:2]
+    real_BT = torch.ones(B, T, dtype=torch.bool, device=device) if spec.mask_BT is None else spec.mask_BT
+    visible_BTT = real_BT[:, None, :].expand(B, T, T)
+    if spec.segment_ids_BT is not None:
+        visible_BTT = visible_BTT & (spec.segment_ids_BT[:, :, None] == spec.segment_ids_BT[:, None, :])
+    if spec.causal:
+        visible_BTT = visible_BTT.tril()
+    # Rows of padding see everything, so that no softmax is empty; their KL is dropped below.
+    hidden_B1TT = ~(visible_BTT | ~real_BT[:, :, None])[:, None]
+
+    def heads(x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD.to(spec.dtype).masked_fill(~real_BT[:, :, None], 0.0)
+        return x_BTD.unflatten(-1, (spec.num_heads, -1)).transpose(1, 2)
+
+    def log_relation(qkv: QKV, pair: str) -> Tensor:
+        a_BRTE, b_BRTE = (heads(getattr(qkv, letter)) for letter in pair)
+        scores_BRTT = a_BRTE @ b_BRTE.mT / a_BRTE.shape[-1] ** 0.5
+        return scores_BRTT.masked_fill(hidden_B1TT, -torch.inf).log_softmax(-1)
+
+    num_rows_B = (spec.num_heads * real_BT.sum(1)).clamp(min=1)
+    losses = []
+    for pair, _ in spec.pairs:
+        with torch.no_grad():
+            teacher_BRTT = log_relation(teacher, pair)
+        student_BRTT = log_relation(student, pair)
+        difference_BRTT = (teacher_BRTT - student_BRTT).masked_fill(hidden_B1TT, 0.0)
+        kl_BRT = (teacher_BRTT.exp() * difference_BRTT).sum(-1).masked_fill(~real_BT[:, None, :], 0.0)
+        losses.append((kl_BRT.sum((1, 2)) / num_rows_B).mean())
+    losses_P = torch.stack(losses)
+    weights_P = losses_P.new_tensor([weight for _, weight in spec.pairs])
+    return (weights_P * losses_P).sum(), losses_P.detach()

@@ -1,0 +1,162 @@
+"""A run's folder: who owns it, its resolved configuration, `status.json`, and requests to stop.
+
+Layout: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `export/<student>/` and, the best by
+validation loss, `export/<student>-best/`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+
+from scaledistill.distributed import Ranks, failing_together
+from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
+from scaledistill.files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Status:
+    """`status.json`: the authority on how a run stands or ended.
+
+    Keys: `state` ("running", "done", "stopped", "failed", "diverged"), `step`, `max_steps`, `exit_code` (null while
+    running), `message`, `updated`, `host`, `pid`.
+    """
+
+    def __init__(self, folder: Path, max_steps: int) -> None:
+        self.path = folder / "status.json"
+        self.max_steps = max_steps
+        self.step = 0
+        self.started = False
+
+    def write(self, state: str, message: str, exit_code: int | None = None) -> None:
+        write_json(
+            self.path,
+            {
+                "state": state,
+                "step": self.step,
+                "max_steps": self.max_steps,
+                "exit_code": exit_code,
+                "message": message,
+                "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+            },
+        )
+
+    def write_failure(self, state: str, message: str, exit_code: int) -> None:
+        """Write an end, unless another rank's cause stands there already."""
+        known = read_json(self.path)
+        if not (self.started and known and known["state"] in ("failed", "diverged")):
+            self.write(state, message, exit_code)
+
+
+@contextmanager
+def owned(folder: Path, max_steps: int, ranks: Ranks, *, fresh: bool) -> Iterator[Status]:
+    """Hold a run's folder while the run lasts, and leave how it ended in `status.json`. Collective.
+
+    Args:
+        fresh: set an existing folder aside first.
+
+    Raises:
+        ConfigError: another process holds the folder.
+    """
+    status = Status(folder, max_steps)
+    with ExitStack() as stack:
+        with failing_together():
+            if ranks.is_main:
+                if fresh and folder.exists():
+                    with _lock(folder):
+                        log.info("--fresh: the old run is kept as %s", set_aside(folder))
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_lock(folder))
+        ended = status.path.exists()
+        try:
+            yield status
+        except PeerError:
+            raise
+        except ConfigError as error:
+            if not ended:  # a refused resume says nothing about the run that stands there
+                status.write_failure("failed", str(error), error.exit_code)
+            raise
+        except DataError as error:
+            status.write_failure("failed", str(error), error.exit_code)
+            raise
+        except DivergedError as error:
+            status.write_failure("diverged", str(error), error.exit_code)
+            raise
+        except BaseException as error:
+            status.write_failure("failed", f"{type(error).__name__}: {error}", 1)
+            raise
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"run.folder={str(folder)!r} is in use by another process; wait for it, or set another run.folder"
+            ) from None
+        yield
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a run folder to the first free `<name>.1`, `<name>.2`, …; nothing is deleted."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return folder.rename(aside)
+
+
+class StopRequest:
+    """Whether someone asked the run to stop: a signal, or a file named STOP in the run's folder."""
+
+    def __init__(self, folder: Path, *, watch_file: bool) -> None:
+        self._file = folder / "STOP" if watch_file else None
+        self._signal: int | None = None
+        self._since = 0.0
+
+    def reason(self) -> str | None:
+        """Return why to stop, or None."""
+        if self._signal is not None:
+            return f"got {signal.Signals(self._signal).name}"
+        if self._file is not None and self._file.exists():
+            return f"found {self._file}"
+        return None
+
+    def acknowledge(self) -> str | None:
+        """Return why to stop, and remove the STOP file, so that the same command goes on."""
+        reason = self.reason()
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+        return reason
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take signals as requests; a second SIGINT, a second or more after the first signal, leaves at once."""
+        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signal is None:
+            self._signal, self._since = number, now
+        elif number == signal.SIGINT and now - self._since >= 1:
+            raise KeyboardInterrupt

@@ -1,0 +1,296 @@
+"""What a run holds while it lasts: teacher, student under its engine, data order, and where in it the run stands.
+
+Enters: a resolved configuration. Leaves: a `Session` at the step to go on from, its checkpoints and its exports.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from scaledistill import __version__
+from scaledistill.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from scaledistill.config import DistillConfig, differing_keys
+from scaledistill.data.order import SampleOrder
+from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
+from scaledistill.distributed import Ranks, failing_together
+from scaledistill.doctor import open_shards
+from scaledistill.engines import Engine, EngineState, create_engine
+from scaledistill.errors import ConfigError, DataError
+from scaledistill.metrics import peak_flops
+from scaledistill.models.capture import capture_view, forward_flops
+from scaledistill.models.export import export_student
+from scaledistill.models.student import create_student, student_config
+from scaledistill.models.teacher import Teacher, load_encoder
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VERSIONED = ("torch", "transformers", "deepspeed", "safetensors")
+
+
+@dataclass
+class Student:
+    """A student under training."""
+
+    name: str
+    config: PretrainedConfig
+    engine: Engine
+    qkv_widths: tuple[int, int, int]
+    dropout: float
+    untrained: dict[str, Tensor]
+    """What the training view leaves out of the full model: the initialisation's weights, fp32, on the CPU."""
+
+
+@dataclass
+class Session:
+    """A run in progress; equal on all ranks where not said otherwise."""
+
+    config: DistillConfig
+    ranks: Ranks
+    teacher: Teacher
+    student: Student
+    shards: ShardReader
+    order: SampleOrder
+    held_out: ShardReader | None
+    step: int = 0
+    skipped_steps: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    """"step" and "validation_loss" of the best export so far."""
+    last_validation: float | None = None
+    mfu_per_token_per_second: float | None = None
+    """Share of all devices' peak that one token per second takes; None where the peak is not known."""
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per rank and optimizer step."""
+        return self.config.train.global_batch_size // (self.ranks.world_size * self.micro_batch_size)
+
+    @property
+    def micro_batch_size(self) -> int:
+        size = self.config.train.micro_batch_size
+        if size is None:
+            raise ValueError("the configuration is not resolved")
+        return size
+
+    def stream(self) -> ShardStream:
+        """Return this rank's micro-batches from the current step on."""
+        return ShardStream(
+            self.shards,
+            self.order,
+            global_batch_size=self.config.train.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            first_sample=self.step * self.config.train.global_batch_size,
+            prefetch_batches=self.config.data.prefetch_batches,
+        )
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """Return this rank's share of the held-out rows; all ranks get the same number of batches."""
+        if self.held_out is None:
+            raise ConfigError("data.validation is not set; name a folder of held-out shards")
+        return iter_validation(
+            self.held_out,
+            rows=self.config.train.validation_rows,
+            micro_batch_size=self.micro_batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+
+    def save(self) -> str | None:
+        """Commit a checkpoint of the current step; return what went wrong, if anything. Collective."""
+        student = self.student
+        state = student.engine.state()
+        groups = {
+            f"{student.name}.weights": {**student.untrained, **state.weights},
+            f"{student.name}.exp_avg": state.exp_avg,
+            f"{student.name}.exp_avg_sq": state.exp_avg_sq,
+        }
+        facts = {
+            "step": self.step,
+            "samples": self.step * self.config.train.global_batch_size,
+            "skipped_steps": self.skipped_steps,
+            "optimizer_steps": {student.name: state.optimizer_steps},
+            "loss_scaler": {student.name: dict(state.loss_scaler)},
+            "best": self.best,
+            "data": self.order.fingerprint(),
+            "teacher_sha256": self.teacher.sha256,
+            "config": self.config.model_dump(),
+            "world_size": self.ranks.world_size,
+            "versions": versions(),
+        }
+        root = Path(self.config.run.folder) / "checkpoints"
+        return save_checkpoint(root, self.step, groups, facts, keep=self.config.checkpoint.keep, ranks=self.ranks)
+
+    def export(self, folder_name: str, losses: Mapping[str, float | None]) -> Path:
+        """Write the full student as a plain transformers model, reload and compare it. Collective; rank 0 writes.
+
+        Raises:
+            DataError: the disk did not take it, or what was read back differs.
+        """
+        folder = Path(self.config.run.folder) / "export" / folder_name
+        weights = self.student.engine.weights()
+        with failing_together():
+            if self.ranks.is_main:
+                self._write_export(folder, weights, losses)
+        return folder
+
+    def _write_export(self, folder: Path, weights: Mapping[str, Tensor], losses: Mapping[str, float | None]) -> None:
+        student, config = self.student, self.config
+        card: dict[str, object] = {
+            "teacher": f"`{config.teacher.model}`, layer {config.teacher.layer}",
+            "teacher weights (sha256)": self.teacher.sha256,
+            "relations": f"{config.relation_heads(student.name)} heads, pairs {config.relations.pairs}",
+            "training data (sha256 of the manifest)": self.shards.manifest.sha256,
+            "tokens": f"{self.step * config.train.global_batch_size * config.data.sequence_length:,}"
+            f" ({self.step:,} steps of {config.train.global_batch_size} × {config.data.sequence_length})",
+            **{label: "not measured" if loss is None else f"{loss:.4f}" for label, loss in losses.items()},
+            "init": config.students[student.name].init,
+            "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        }
+        try:
+            export_student(
+                folder,
+                student.config,
+                {**student.untrained, **weights},
+                tokenizer_source=config.teacher.model,
+                revision=config.teacher.revision,
+                card=card,
+            )
+        except OSError as error:
+            raise DataError(f"{folder}: the export could not be written: {error}; free some space") from None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    own = {"scaledistill": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in VERSIONED}
+
+
+def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool) -> Session:
+    """Set up everything that a run needs, at the step of its newest good checkpoint if it is to resume. Collective.
+
+    Raises:
+        ConfigError: the run that would be resumed had other settings, another teacher or other data.
+        DataError: data or models are not what the run needs.
+    """
+    data, teacher_settings = config.data, config.teacher
+    with failing_together():
+        shards = open_shards(config, data.train, ranks.rank)
+        validates = config.train.validation_every_steps > 0
+        held_out = open_shards(config, data.validation, ranks.rank) if data.validation and validates else None
+        order = shards.order(seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows)
+        encoder = load_encoder(
+            teacher_settings.model,
+            revision=teacher_settings.revision,
+            num_layers=teacher_settings.layer,
+            trust_remote_code=teacher_settings.trust_remote_code,
+        )
+    checkpoint = newest_checkpoint(Path(config.run.folder) / "checkpoints", ranks) if resume else None
+    name = next(iter(config.students))
+    with failing_together():
+        model = _create_student(config, name, encoder, checkpoint)
+    teacher = Teacher(encoder, config.teacher.layer, dtype=DTYPES[config.teacher.dtype]).to(ranks.device)
+    del encoder
+    if checkpoint:
+        _check_same_run(checkpoint, config, teacher, order)
+    mfu = _mfu_per_token_per_second(teacher, model, config, ranks)
+    student = _train_student(config, name, model, ranks)
+    session = Session(config, ranks, teacher, student, shards, order, held_out, mfu_per_token_per_second=mfu)
+    if checkpoint:
+        _restore(session, checkpoint)
+    return session
+
+
+def _create_student(
+    config: DistillConfig, name: str, encoder: PreTrainedModel, checkpoint: Checkpoint | None
+) -> PreTrainedModel:
+    """Build the full student, with the checkpoint's weights or else those that `init` asks for."""
+    spec = config.students[name]
+    shape = student_config(
+        encoder.config,
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        intermediate_size=spec.intermediate_size,
+        name=name,
+    )
+    model = create_student(
+        encoder,
+        shape,
+        init="random" if checkpoint else spec.init,
+        layer_map=None if checkpoint else spec.layer_map,
+        capture_layer=config.teacher.layer,
+        seed=config.run.seed,
+        dropout=spec.dropout,
+        name=name,
+    )
+    if checkpoint:
+        model.load_state_dict(checkpoint.tensors(f"{name}.weights"))
+    return model
+
+
+def _train_student(config: DistillConfig, name: str, model: PreTrainedModel, ranks: Ranks) -> Student:
+    """Cut the student's training view and hand it to an engine. Collective."""
+    view = capture_view(model, config.students[name].num_layers)
+    trained = {parameter_name for parameter_name, _ in view.named_parameters()}
+    untrained = {key: value.clone() for key, value in model.state_dict().items() if key not in trained}
+    engine = create_engine(config, view, ranks)
+    return Student(name, model.config, engine, view.qkv_widths, config.students[name].dropout, untrained)
+
+
+def _mfu_per_token_per_second(
+    teacher: Teacher, model: PreTrainedModel, config: DistillConfig, ranks: Ranks
+) -> float | None:
+    """Count the FLOPs that a token needs: the teacher's forward, the student's forward and twice that backward."""
+    peak = peak_flops(ranks.device)
+    if peak is None:
+        return None
+    length = config.data.sequence_length
+    student_view = capture_view(model, model.config.num_hidden_layers)
+    needed = (forward_flops(teacher.view, length) + 3 * forward_flops(student_view, length)) / length
+    return needed / (peak * ranks.world_size)
+
+
+def _check_same_run(checkpoint: Checkpoint, config: DistillConfig, teacher: Teacher, order: SampleOrder) -> None:
+    """Refuse to go on where the result would not be that of the run that was begun."""
+    state = checkpoint.state
+    differences = differing_keys(state["config"], config.model_dump())
+    if state["teacher_sha256"] != teacher.sha256:
+        differences.append(
+            f"teacher.model: the weights of {config.teacher.model} are not those that the run began with"
+        )
+    differences += [
+        f"data.train: {key} {state['data'].get(key)} -> {value}"
+        for key, value in order.fingerprint().items()
+        if state["data"].get(key) != value
+    ]
+    if differences:
+        raise ConfigError(
+            f"{config.run.folder} holds a run at step {state['step']} with other settings: {'; '.join(differences)}. "
+            "Restore them to go on, use --fresh to start over (the old folder is kept, renamed), or set run.folder"
+        )
+
+
+def _restore(session: Session, checkpoint: Checkpoint) -> None:
+    name, state = session.student.name, checkpoint.state
+    session.student.engine.load_state(
+        EngineState(
+            weights=checkpoint.tensors(f"{name}.weights"),
+            exp_avg=checkpoint.tensors(f"{name}.exp_avg"),
+            exp_avg_sq=checkpoint.tensors(f"{name}.exp_avg_sq"),
+            optimizer_steps=state["optimizer_steps"][name],
+            loss_scaler=state["loss_scaler"][name],
+        )
+    )
+    session.step, session.skipped_steps, session.best = state["step"], state["skipped_steps"], state["best"]
+    log.info("resumed from %s at step %d", checkpoint.folder, session.step)

@@ -1,0 +1,110 @@
+"""One optimizer step, and the validation loss: where teacher, student, data and loss meet."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from scaledistill.config import DistillConfig
+from scaledistill.data.stream import Batch
+from scaledistill.distributed import all_reduce_sum
+from scaledistill.metrics import Stopwatch
+from scaledistill.models.capture import split_qkv, view_inputs
+from scaledistill.models.teacher import Teacher
+from scaledistill.relations import RelationLoss, relation_loss
+from scaledistill.session import Session, Student
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """An optimizer step, reduced over micro-batches and ranks: equal on every rank."""
+
+    losses: dict[str, float]
+    """"loss" (the weighted sum) and "loss/<student>/<pair>": means over the global batch."""
+    learning_rate: float
+    grad_norm: float
+    skipped: bool
+    """The loss or a gradient was not finite: nothing was updated."""
+    stop_requested: bool
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int) -> float:
+    """Return the rate of a step, from 0: linear warm-up over `warmup_steps`, linear decay to 0 at `max_steps`."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * (max_steps - step) / (max_steps - warmup_steps)
+
+
+def train_step(session: Session, stream: Iterator[Batch], stop_requested: bool, watch: Stopwatch) -> StepResult:
+    """Make one optimizer step on the next global batch. Collective."""
+    student, ranks, train = session.student, session.ranks, session.config.train
+    pairs = list(session.config.relations.pairs)
+    sums = torch.zeros(2 + len(pairs), dtype=torch.float64, device=ranks.device)  # loss, pairs, stop requests
+    for micro in range(session.accumulation):
+        waiting = time.perf_counter()
+        batch = on_device(next(stream), ranks.device)
+        watch.add_wait(time.perf_counter() - waiting)
+        if student.dropout:
+            seed_dropout(session.config.run.seed, session.step, micro, ranks.rank)
+        loss = forward_loss(session.teacher, student, session.config, batch)
+        # A loss that is not finite poisons the gradients: the engine then skips the step, on all ranks.
+        poison = torch.where(torch.isfinite(loss.total.detach()), 1.0, torch.nan)
+        student.engine.backward(loss.total * poison, last=micro + 1 == session.accumulation)
+        sums[:-1] += torch.stack([loss.total.detach(), *(loss.by_pair[pair].detach() for pair in pairs)])
+    rate = learning_rate(
+        session.step, peak=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
+    )
+    outcome = student.engine.step(rate)
+    sums[-1] = float(stop_requested)
+    *losses, stops = all_reduce_sum(sums).tolist()  # the step's one wait for the device that is ours
+    names = ["loss", *(f"loss/{student.name}/{pair}" for pair in pairs)]
+    means = [loss / (session.accumulation * ranks.world_size) for loss in losses]
+    session.step += 1
+    skipped = outcome.skipped or not math.isfinite(means[0])
+    return StepResult(dict(zip(names, means, strict=True)), rate, outcome.grad_norm, skipped, stops > 0)
+
+
+def forward_loss(teacher: Teacher, student: Student, config: DistillConfig, batch: Batch) -> RelationLoss:
+    """Return the relation loss of a micro-batch: the teacher's Q, K and V against the student's."""
+    target = teacher(batch.input_ids_BT, batch.mask_BT)
+    output_BTD = student.engine.forward(view_inputs(student.config, batch.input_ids_BT, batch.mask_BT))
+    return relation_loss(
+        target,
+        split_qkv(output_BTD, student.qkv_widths),
+        num_heads=config.relation_heads(student.name),
+        pairs=config.relations.pairs,
+        mask_BT=batch.mask_BT,
+        backend=config.relations.backend,
+    )
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with its tensors on `device`."""
+    if device.type == "cpu":
+        return batch
+    mask_BT = None if batch.mask_BT is None else batch.mask_BT.to(device, non_blocking=True)
+    return replace(batch, input_ids_BT=batch.input_ids_BT.to(device, non_blocking=True), mask_BT=mask_BT)
+
+
+def seed_dropout(*numbers: int) -> None:
+    """Seed all randomness of a forward by where the run stands, so that nothing of it needs saving."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+@torch.no_grad()
+def validation_loss(session: Session) -> float:
+    """Return the mean loss of the held-out rows, whatever the number of ranks and the micro-batch. Collective."""
+    student, ranks = session.student, session.ranks
+    student.engine.train_mode(False)
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # Σ loss × rows, Σ rows
+    for batch in session.validation_batches():
+        loss = forward_loss(session.teacher, student, session.config, on_device(batch, ranks.device))
+        sums += torch.stack([loss.total.double() * batch.weight, torch.full_like(sums[0], batch.weight)])
+    student.engine.train_mode(True)
+    loss_sum, rows = all_reduce_sum(sums).tolist()
+    return loss_sum / rows

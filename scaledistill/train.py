@@ -1,0 +1,227 @@
+"""The loop: which steps are made, and what is due between them.
+
+Everything that computes lives in the modules imported here; this one says in which order it happens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scaledistill import doctor, runfolder
+from scaledistill.config import DistillConfig
+from scaledistill.distributed import failing_together, process_group
+from scaledistill.errors import EXIT_DONE, EXIT_STOPPED, DataError, DivergedError, PeerError
+from scaledistill.files import write_json
+from scaledistill.metrics import Recorder, Stopwatch, memory_peak_bytes
+from scaledistill.session import Session, open_session
+from scaledistill.step import StepResult, train_step, validation_loss
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    state: str
+    """"done", "stopped" or, for a dry run, "dry run"."""
+    exit_code: int
+    step: int
+    message: str
+
+
+class Bookkeeper:
+    """What is due between steps: the finite check, validation, rows of figures, checkpoints, exports, the status.
+
+    Every method is collective. A dry run has no status, and writes nothing.
+    """
+
+    def __init__(self, session: Session, status: runfolder.Status | None, last_step: int) -> None:
+        self._session = session
+        self._status = status
+        self._last_step = last_step
+        self._config = session.config
+        self._folder = Path(session.config.run.folder)
+        self._recorder: Recorder | None = None
+        self._skipped_in_a_row = 0
+        self._failed_saves = 0
+        self._retry_save_at: int | None = None
+        self._lap_start = session.step
+        self.watch = Stopwatch()
+
+    def start(self, stack: ExitStack) -> None:
+        """Open what is written to."""
+        session = self._session
+        if self._status is None:
+            return
+        self._status.step, self._status.started = session.step, True
+        if not session.ranks.is_main:
+            return
+        write_json(self._folder / "config.json", self._config.model_dump())
+        self._status.write("running", "training")
+        recorder = Recorder(
+            self._folder,
+            max_steps=self._last_step,
+            resumed_at=session.step,
+            trackers=self._config.logging.trackers,
+            config=self._config.model_dump(),
+        )
+        self._recorder = stack.enter_context(recorder)
+
+    def after_step(self, result: StepResult) -> None:
+        """Do what is due after a step."""
+        session, train = self._session, self._config.train
+        if self._status:
+            self._status.step = session.step
+        self._check_finite(result)
+        is_last = session.step == self._last_step or result.stop_requested
+        validation = None
+        if train.validation_every_steps and (session.step % train.validation_every_steps == 0 or is_last):
+            validation = self._validate() if self._status else None
+        if (
+            validation is not None
+            or is_last
+            or session.step == 1
+            or session.step % self._config.logging.every_steps == 0
+        ):
+            self._record(result, validation)
+        elif self._recorder:
+            self._recorder.advance(session.step)
+        every = self._config.checkpoint.every_steps
+        if self._status and ((every and session.step % every == 0) or is_last or session.step == self._retry_save_at):
+            self._save(is_last)
+
+    def finish(self) -> RunResult:
+        """Export, and say how it ended."""
+        session = self._session
+        if self._status is None:
+            return RunResult("dry run", EXIT_DONE, session.step, f"{session.step} steps made, nothing written")
+        folder = session.export(session.student.name, {"validation loss": session.last_validation})
+        message = f"{session.step} steps done; the student is in {folder}"
+        if session.ranks.is_main:
+            self._status.write("done", message, EXIT_DONE)
+        return RunResult("done", EXIT_DONE, session.step, message)
+
+    def stop(self, reason: str | None) -> RunResult:
+        """Say that the run was stopped; `after_step` has saved it."""
+        session = self._session
+        message = (
+            f"stopped after step {session.step} ({reason or 'another rank was asked to'}); the same command goes on"
+        )
+        if self._status and session.ranks.is_main:
+            self._status.write("stopped", message, EXIT_STOPPED)
+        return RunResult("stopped", EXIT_STOPPED, session.step, message)
+
+    def _check_finite(self, result: StepResult) -> None:
+        """Count skipped steps; too many in a row end the run."""
+        session, batch = self._session, self._config.train.global_batch_size
+        if not result.skipped:
+            self._skipped_in_a_row = 0
+            return
+        session.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        samples = f"samples {(session.step - 1) * batch} to {session.step * batch - 1}"
+        log.warning("step %d skipped: loss or gradient not finite on %s", session.step, samples)
+        if self._skipped_in_a_row > self._config.train.max_skipped_steps:
+            raise DivergedError(
+                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last on {samples}; "
+                f"train.max_skipped_steps={self._config.train.max_skipped_steps} allows no more. Lower "
+                "train.learning_rate or lengthen train.warmup_steps; the last checkpoint is intact"
+            )
+
+    def _validate(self) -> float:
+        session = self._session
+        loss = session.last_validation = validation_loss(session)
+        if math.isfinite(loss) and loss < session.best.get("validation_loss", math.inf):
+            try:
+                session.export(f"{session.student.name}-best", {"validation loss": loss})
+                session.best = {"step": session.step, "validation_loss": loss}
+            except (DataError, PeerError) as error:
+                log.warning("%s; training goes on, the best export before is kept", error)
+        return loss
+
+    def _record(self, result: StepResult, validation: float | None) -> None:
+        session, data = self._session, self._config.data
+        seconds, waited = self.watch.lap()
+        tokens = (session.step - self._lap_start) * self._config.train.global_batch_size * data.sequence_length
+        self._lap_start = session.step
+        row = {"step": session.step, **result.losses, "lr": result.learning_rate, "grad_norm": result.grad_norm}
+        if validation is not None:
+            row["validation_loss"] = validation
+        row["tokens_per_second"] = tokens / seconds
+        if session.mfu_per_token_per_second is not None:
+            row["mfu"] = tokens / seconds * session.mfu_per_token_per_second
+        row["data_wait_fraction"] = waited / seconds
+        row["memory_peak_bytes"] = memory_peak_bytes(session.ranks.device)
+        row["skipped_steps"] = session.skipped_steps
+        if self._recorder:
+            self._recorder.record(row)
+        elif self._status is None:
+            log.info("%s", row)
+
+    def _save(self, is_last: bool) -> None:
+        """Save; where the disk does not take it, go on training and try again, up to a limit."""
+        session, settings = self._session, self._config.checkpoint
+        error = session.save()
+        self._retry_save_at = None
+        if error is None:
+            self._failed_saves = 0
+            return
+        self._failed_saves += 1
+        log.warning("checkpoint of step %d not saved: %s", session.step, error)
+        if is_last or self._failed_saves > settings.max_failed_saves:
+            raise DataError(
+                f"the checkpoint of step {session.step} could not be saved: {error}; {self._failed_saves} saves failed "
+                f"in a row, checkpoint.max_failed_saves={settings.max_failed_saves} allows no more. Free some space "
+                "and start again: the run goes on from the last good checkpoint, which is intact"
+            )
+        self._retry_save_at = session.step + max(1, settings.every_steps // 10)
+
+
+def distill(config: DistillConfig, *, fresh: bool = False, dry_run_steps: int | None = None) -> RunResult:
+    """Distil the configured student, going on from the run folder's newest good checkpoint. Collective.
+
+    Args:
+        config: the run's settings.
+        fresh: start over; an existing run folder is renamed, not deleted.
+        dry_run_steps: make so many real steps from the start and write nothing.
+
+    Raises:
+        ConfigError: the settings don't fit each other, the models, the data, or the run that they would resume.
+        DataError: data, model or disk are not what the run needs.
+        DivergedError: too many steps in a row had a non-finite loss or gradient.
+    """
+    with ExitStack() as stack:
+        ranks = stack.enter_context(process_group(config.run.timeout_seconds))
+        if config.run.deterministic:
+            torch.use_deterministic_algorithms(True)
+        with failing_together():
+            config = doctor.check(config, ranks.world_size, ranks.device).config
+        if dry_run_steps is not None:
+            session = open_session(config, ranks, resume=False)
+            return run_steps(session, Bookkeeper(session, None, dry_run_steps), dry_run_steps)
+        folder = Path(config.run.folder)
+        status = stack.enter_context(runfolder.owned(folder, config.train.max_steps, ranks, fresh=fresh))
+        session = open_session(config, ranks, resume=True)
+        return run_steps(session, Bookkeeper(session, status, config.train.max_steps), config.train.max_steps)
+
+
+def run_steps(session: Session, bookkeeper: Bookkeeper, last_step: int) -> RunResult:
+    """Make the steps up to `last_step`, each followed by what is due, unless someone asks to stop. Collective."""
+    stop = runfolder.StopRequest(Path(session.config.run.folder), watch_file=session.ranks.is_main)
+    with ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        stream = stack.enter_context(session.stream())
+        bookkeeper.start(stack)
+        while session.step < last_step:
+            result = train_step(session, stream, stop.reason() is not None, bookkeeper.watch)
+            bookkeeper.after_step(result)
+            if result.stop_requested and session.step < last_step:
+                return bookkeeper.stop(stop.acknowledge())
+        return bookkeeper.finish()

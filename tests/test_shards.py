@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scaledistill.data.manifest import _content_sha256
+from scaledistill.data.shards import Manifest, ShardWriter, verify
+from scaledistill.errors import ConfigError, DataError
+
+T = 16
+ROWS = 150
+TOKENIZER = {"name": "test", "sha256": "ab" * 32}
+SETTINGS: dict[str, Any] = {
+    "sequence_length": T,
+    "vocab_size": 3000,
+    "tokenizer": TOKENIZER,
+    "pad_token_id": 0,
+    "rows_per_block": 8,
+    "rows_per_shard": 64,
+}
+
+
+def make_rows() -> tuple[np.ndarray, np.ndarray]:
+    """Rows whose content tells their number; every seventh ends in padding."""
+    ids_NT = np.arange(ROWS * T).reshape(ROWS, T) % 2999 + 1
+    documents = [(row, *span) for row in range(ROWS) for span in ((0, 5), (5, 12 if row % 7 == 0 else T))]
+    ids_NT[::7, 12:] = 0
+    return ids_NT, np.array(documents)
+
+
+def write(folder: Path, cuts: tuple[int, ...] = (), **settings: Any) -> Manifest:
+    ids_NT, documents = make_rows()
+    with ShardWriter(folder, **{**SETTINGS, **settings}) as writer:
+        for first, end in zip((0, *cuts), (*cuts, ROWS), strict=True):
+            low, high = np.searchsorted(documents[:, 0], [first, end])
+            writer.write(ids_NT[first:end], documents[low:high] - [[first, 0, 0]])
+    return writer.close()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    write(tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def test_same_rows_give_same_bytes_however_they_are_cut(tmp_path: Path) -> None:
+    first = write(tmp_path / "a")
+    second = write(tmp_path / "b", cuts=(1, 1, 9, 80, 149))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert sorted(contents(tmp_path / "a")) == ["manifest.json", *(f"shard-00000{n}.tar" for n in range(3))]
+    assert first.sha256 == second.sha256 == Manifest.load(tmp_path / "b").sha256
+
+
+def test_manifest_counts(shards: Path) -> None:
+    manifest = Manifest.load(shards)
+    padded = len(range(0, ROWS, 7))
+    assert (manifest.rows, manifest.documents, manifest.padded_rows) == (ROWS, 2 * ROWS, padded)
+    assert manifest.tokens == ROWS * T - 4 * padded
+    assert manifest.largest_id == make_rows()[0].max()
+    assert [shard.rows for shard in manifest.shards] == [64, 64, 22]
+    assert manifest.shards[2].block_rows == (8, 8, 6)
+    assert list(verify(shards)) == []
+
+
+def test_webdataset_reads_the_tars(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WDS_SECURE", "1")
+    import webdataset
+
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves the files to the garbage collector
+        samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+        gc.collect()
+    assert [sample["__key__"] for sample in samples] == [f"{block:09d}" for block in range(19)]
+    ids_NT = np.concatenate([np.frombuffer(sample["u16"], "<u2").reshape(-1, T) for sample in samples])
+    np.testing.assert_array_equal(ids_NT, make_rows()[0])
+    documents = np.frombuffer(samples[1]["documents.u16"], "<u2").reshape(-1, 3)
+    np.testing.assert_array_equal(documents, make_rows()[1][16:32] - [[8, 0, 0]])
+
+
+def test_large_vocabularies_are_u32(tmp_path: Path) -> None:
+    manifest = write(tmp_path, vocab_size=70_000)
+    assert manifest.dtype == "u32"
+    assert list(verify(tmp_path)) == []
+
+
+def test_rows_without_documents_are_padding(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, **SETTINGS) as writer:
+        writer.write(np.zeros((3, T), np.int64), np.empty((0, 3), np.int64))
+    assert (writer.close().tokens, writer.close().padded_rows) == (0, 3)
+    assert list(verify(tmp_path)) == []
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with ShardWriter(tmp_path, **SETTINGS) as writer:
+            writer.write(*make_rows())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    with ShardWriter(tmp_path / "shards", **SETTINGS) as writer:
+        writer.write(*make_rows())
+        shutil.copytree(tmp_path / "shards", left)
+    assert sorted(contents(left)) == [".partial-lock", *(f".partial-shard-00000{n}.tar" for n in range(3))]
+    with pytest.raises(DataError, match="make_shards was interrupted; run it again"):
+        Manifest.load(left)
+    write(left)
+    assert contents(left) == contents(tmp_path / "shards")
+
+
+def test_no_rows_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no rows"), ShardWriter(tmp_path, **SETTINGS):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finished_shards_are_kept_unless_overwrite(shards: Path) -> None:
+    before = contents(shards)
+    with pytest.raises(DataError, match=r"holds manifest\.json already.*ask to overwrite"):
+        write(shards)
+    assert contents(shards) == before
+    write(shards, rows_per_shard=152, overwrite=True)
+    assert sorted(contents(shards)) == ["manifest.json", "shard-000000.tar"]
+    assert list(verify(shards)) == []
+
+
+def test_two_writers_of_one_folder(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, **SETTINGS) as writer:
+        with pytest.raises(DataError, match="another run writes shards"):
+            ShardWriter(tmp_path, **SETTINGS)
+        writer.write(*make_rows())
+    assert list(verify(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sequence_length": 65_536}, "sequence_length=65536; expected 1 to 65535"),
+        ({"rows_per_shard": 60}, "rows_per_shard=60; expected .* whole number of blocks"),
+        ({"pad_token_id": 3000}, "pad_token_id=3000, vocab_size=3000"),
+        ({"tokenizer": {"name": "x"}}, r"tokenizer lacks \['sha256'\]"),
+    ],
+)
+def test_bad_settings(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ShardWriter(tmp_path, **{**SETTINGS, **settings})
+
+
+@pytest.mark.parametrize(
+    ("ids", "documents", "message"),
+    [
+        (np.full((2, T), 3000), [], "ids from 3000 to 3000; expected 0 to 2999"),
+        (np.full((2, T), -1), [], "ids from -1 to -1"),
+        (np.zeros((2, T - 1), int), [], r"shape \(2, 15\).*expected integers \[N, 16\]"),
+        (np.zeros((2, T)), [], "dtype float64"),
+        (np.zeros((2, T), int), [(2, 0, 4)], "lies outside the 2 rows of 16"),
+        (np.zeros((2, T), int), [(0, 0, 17)], "lies outside"),
+        (np.zeros((2, T), int), [(0, 4, 4)], "is empty"),
+        (np.zeros((2, T), int), [(0, 0, 4), (0, 3, 9)], "overlap"),
+        (np.zeros((2, T), int), [(1, 0, 4), (0, 0, 4)], "don't ascend"),
+    ],
+)
+def test_bad_rows(tmp_path: Path, ids: np.ndarray, documents: list[tuple[int, ...]], message: str) -> None:
+    with pytest.raises(DataError, match=message), ShardWriter(tmp_path, **SETTINGS) as writer:
+        writer.write(ids, np.array(documents, int).reshape(-1, 3))
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object], rehash: bool = True) -> None:
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    stated = content.pop("sha256")
+    change(content)
+    path.write_text(json.dumps({"sha256": _content_sha256(content) if rehash else stated, **content}))
+
+
+def test_missing_manifest(shards: Path) -> None:
+    (shards / "manifest.json").unlink()
+    with pytest.raises(DataError, match="not completely copied"):
+        Manifest.load(shards)
+    with pytest.raises(DataError, match="no such folder"):
+        Manifest.load(shards / "other")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"format": "other"}'])
+def test_damaged_manifest(shards: Path, text: bytes) -> None:
+    (shards / "manifest.json").write_bytes(text)
+    with pytest.raises(DataError, match=r"(not a JSON object|reads .*scaledistill-shards).*make_shards"):
+        Manifest.load(shards)
+
+
+def test_edited_manifest(shards: Path) -> None:
+    change_manifest(shards, lambda content: content.update(pad_token_id=7), rehash=False)
+    with pytest.raises(DataError, match="was changed or damaged"):
+        Manifest.load(shards)
+
+
+def first_shard(**values: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content["shards"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(version=2), "'version': 2.*reads.*'version': 1"),
+        (lambda content: content.update(rows=151), "rows is 151, but the shards hold 150"),
+        (lambda content: content.update(documents=1), "documents is 1, but the shards hold 300"),
+        (lambda content: content.update(tokens=ROWS * T), "0 positions of padding cannot lie in padded_rows=22"),
+        (lambda content: content.update(vocab_size=100), "largest_id=.* is not below vocab_size=100"),
+        (lambda content: content.update(rows="150"), "rows: Input should be a valid integer"),
+        (lambda content: content.update(colour="red"), "colour: Extra inputs are not permitted"),
+        (lambda content: content["tokenizer"].pop("sha256"), r"tokenizer lacks \['sha256'\]"),
+        (lambda content: content["shards"].append(content["shards"][0]), "two equal shards, shard-000000.tar"),
+        (lambda content: content["shards"][1].update(sha256=content["shards"][0]["sha256"]), "same sha256"),
+        (lambda content: content["shards"][0]["ids_crc32"].pop(), r"shard-000000.tar: .* lengths \[7, 8\]"),
+        (first_shard(file="../other.tar"), "shards.0.file: String should match pattern"),
+        (first_shard(rows=63), "shard-000000.tar: rows is 63, but its blocks hold 64"),
+        (first_shard(bytes=3000), "its last block ends at byte .*, beyond its 3000 bytes"),
+        (first_shard(ids_offset=[1024] * 8), "members overlap or are out of order"),
+    ],
+)
+def test_inconsistent_manifest(shards: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    change_manifest(shards, change)
+    with pytest.raises(DataError, match=message):
+        Manifest.load(shards)
+
+
+def flip(path: Path, byte: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+BREAK: dict[str, tuple[Callable[[Path, Any], object], str]] = {
+    "truncated": (lambda path, _: os.truncate(path, 5000), "shard-000001.tar: 5000 bytes, expected"),
+    "zero bytes": (lambda path, _: path.write_bytes(b""), "shard-000001.tar: 0 bytes, expected"),
+    "not a tar": (lambda path, shard: path.write_bytes(b"x" * shard.bytes), "shard-000001.tar: not a tar file"),
+    "ids": (lambda path, shard: flip(path, shard.ids_offset[3] + 5), "shard-000001.tar, block 3: its token ids are"),
+    "documents": (
+        lambda path, shard: flip(path, shard.documents_offset[2]),
+        "shard-000001.tar, block 2: its document boundaries are damaged",
+    ),
+    "header": (lambda path, shard: flip(path, shard.ids_offset[4] - 512), "shard-000001.tar, block 4: tar member 9 is"),
+    "padding": (lambda path, shard: flip(path, shard.bytes - 1), "shard-000001.tar: sha256 .*, expected sha256"),
+    "missing": (lambda path, _: path.unlink(), "shard-000001.tar: can't be read"),
+    "copy": (
+        lambda path, _: path.write_bytes(path.with_name("shard-000000.tar").read_bytes()),
+        "shard-000001.tar: a copy of shard-000000.tar",
+    ),
+    "extra": (lambda path, _: path.with_name("more.tar").touch(), "more.tar: lies in the folder but is not in"),
+}
+
+
+@pytest.mark.parametrize("case", BREAK)
+def test_verify_finds(shards: Path, case: str) -> None:
+    damage, message = BREAK[case]
+    damage(shards / "shard-000001.tar", Manifest.load(shards).shards[1])
+    problems = "\n".join(verify(shards))
+    assert re.search(message, problems), problems
+    assert not re.search("^shard-00000[02]", problems, re.MULTILINE), problems
+
+
+def test_verify_finds_every_flipped_bit(shards: Path) -> None:
+    path = shards / "shard-000002.tar"
+    whole = path.read_bytes()
+    for byte in range(0, len(whole), 97):
+        flip(path, byte, byte % 8)
+        assert any(verify(shards)), byte
+        path.write_bytes(whole)
+    assert not any(verify(shards))
+
+
+def test_verify_finds_content_that_contradicts_the_manifest(shards: Path) -> None:
+    change_manifest(shards, lambda content: content.update(largest_id=2999, tokens=ROWS * T - 87))
+    assert list(verify(shards)) == [
+        "manifest.json: largest_id is 2999, but the shards give 2400",
+        "manifest.json: tokens is 2313, but the shards give 2312",
+    ]
+    change_manifest(shards, lambda content: content.update(vocab_size=2000, largest_id=1999))
+    assert "shard-000001.tar, block 7: id 2048 in a vocabulary of 2000" in list(verify(shards))
+
+
+def check_shards(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    tool = Path(__file__).parents[1] / "tools" / "check_shards.py"
+    environment = {**os.environ, "PYTHONPATH": str(tool.parents[1]), "COLUMNS": "200"}
+    return subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_check_shards_tool(shards: Path, tmp_path: Path) -> None:
+    good = check_shards(shards, "--json", tmp_path / "figures.json")
+    assert (good.returncode, good.stderr) == (0, "")
+    for shown in ("test (sha256 abab", "2,312", "3.67%"):
+        assert shown in good.stdout
+    figures = {entry["name"]: entry["value"] for entry in json.loads((tmp_path / "figures.json").read_text())}
+    assert (figures["shards/rows"], figures["shards/problems"]) == (ROWS, 0)
+    flip(shards / "shard-000000.tar", 600)
+    bad = check_shards(shards)
+    assert bad.returncode == 3
+    assert "ERROR shard-000000.tar, block 0: its document boundaries are damaged" in bad.stdout
+    (shards / "manifest.json").unlink()
+    assert check_shards(shards).returncode == 3

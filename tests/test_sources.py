@@ -1,0 +1,263 @@
+"""Text sources: every format and compression gives the same documents; damage is an error that names file and line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from scaledistill.data.compression import ReadProgress
+from scaledistill.data.docstrings import installed_docs
+from scaledistill.data.sources import dataset_documents, expand, file_documents, webdataset_documents
+from scaledistill.errors import DataError
+
+DOCUMENTS = ["first line\nsecond — line", "日本語", "last"]
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
+
+
+def parquet_bytes(columns: dict[str, list[object]]) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
+def json_lines(documents: list[str], column: str = "text") -> bytes:
+    return "".join(json.dumps({"id": 1, column: text}) + "\n" for text in documents).encode()
+
+
+def tar_bytes(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+# --- what is read ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "tar"])
+def test_every_format_and_compression(tmp_path: Path, kind: str, compression: str) -> None:
+    data = {
+        "txt": "\n\n".join(DOCUMENTS).encode(),
+        "jsonl": json_lines(DOCUMENTS),
+        "parquet": parquet_bytes({"id": [1, 2, 3], "text": list(DOCUMENTS)}),
+        "tar": tar_bytes({f"{i}.txt": text.encode() for i, text in enumerate(DOCUMENTS)}),
+    }[kind]
+    path = write(tmp_path / f"input.{kind}{compression}", COMPRESS[compression](data))
+    progress = ReadProgress()
+    read = webdataset_documents if kind == "tar" else file_documents
+    assert list(read([path, path], progress=progress)) == DOCUMENTS * 2
+    assert progress.done_bytes == progress.total_bytes == 2 * path.stat().st_size
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+def test_concatenated_streams_are_read_to_the_end(tmp_path: Path, compression: str) -> None:
+    text = "".join(f"line {i}\n" for i in range(50_000))
+    data = COMPRESS[compression](text.encode()) + COMPRESS[compression](b"the end\n")
+    path = write(tmp_path / f"input.txt{compression}", data)
+    assert list(file_documents([path], split_by="line")) == [*text.splitlines(), "the end"]
+
+
+def test_what_a_document_is_in_a_text_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "input.txt", "\ufeff\n\na\r\nb\n \t\n\n\nc\n".encode())
+    assert list(file_documents([path])) == ["a\nb", "c"]
+    assert list(file_documents([path], split_by="line")) == ["", "", "a", "b", " \t", "", "", "c"]
+    assert list(file_documents([path], split_by="file")) == ["\n\na\r\nb\n \t\n\n\nc\n"]
+
+
+def test_columns_and_empty_values(tmp_path: Path) -> None:
+    lines = write(tmp_path / "a.jsonl", b'{"body": "one"}\n{"body": null}\n\n{"body": ""}\n')
+    table = write(tmp_path / "b.parquet", parquet_bytes({"body": ["one", None, ""]}))
+    assert list(file_documents([lines], column="body")) == ["one", "", "", ""]
+    assert list(file_documents([table], column="body")) == ["one", "", ""]
+
+
+def test_webdataset_members(tmp_path: Path) -> None:
+    members = {"__meta__": b"x", "a.txt": b"one", "a.json": b"{}", "b.JSON": b'{"body": "two"}', "c/d.cls": b"1"}
+    path = write(tmp_path / "a.tar", tar_bytes({**members, "c/d.txt": b"three"}))
+    assert list(webdataset_documents([path], column="body")) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_datasets_folder(tmp_path: Path, kind: str) -> None:
+    data = {"jsonl": json_lines(DOCUMENTS, "body"), "parquet": parquet_bytes({"body": list(DOCUMENTS)})}[kind]
+    write(tmp_path / f"train.{kind}", data)
+    assert list(dataset_documents(str(tmp_path), config=None, split="train", column="body")) == DOCUMENTS
+    with pytest.raises(DataError, match=r"row 1: no column 'text' among .*'body'.*; name the text with --column"):
+        list(dataset_documents(str(tmp_path), config=None, split="train"))
+    with pytest.raises(DataError, match=r"split 'test' cannot be read: .*; check --dataset, --dataset-config"):
+        list(dataset_documents(str(tmp_path), config=None, split="test"))
+
+
+def test_a_missing_dataset() -> None:
+    with pytest.raises(DataError, match=r"data set './nowhere', config 'en', split 'train' cannot be read"):
+        list(dataset_documents("./nowhere", config="en", split="train"))
+
+
+def test_installed_docs(tmp_path: Path) -> None:
+    first = "The first docstring, long enough to be taken for English text."
+    second = "The second docstring, which stands in a class inside a class."
+    third = "The third one documents a method, and stands in two modules."
+    files = {
+        "b/z.py": f'"""{first}"""\nclass A:\n  class B:\n    """{second}"""\n    async def c(self):\n      """{third}"""\n',
+        "b/a.py": f'def f():\n  """{third}"""\n  x = """{first} But this is no docstring."""\n  def g():\n    """{second}"""\n',
+        "b/short.py": '"""Too short."""\n',
+        "b/table.py": '"""1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20"""\n',
+        "b/german.py": '"""Größere Änderungen gehören üblicherweise ins Änderungsprotokoll."""\n',
+        "b/broken.py": '"""Not Python at all, though it begins like that."""\nthis is not\n',
+        "b/tests/d.py": f'"""{first} In a test."""\n',
+        "b/test_e.py": f'"""{first} In a test too."""\n',
+        "a/escape.py": f'"""{first} Here with \\d, an invalid escape."""\n',
+    }
+    for name, source in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    expected = [f"{first} Here with \\d, an invalid escape.", third, f"{first}\n\n{second}"]
+    assert list(installed_docs(folders=[tmp_path])) == expected
+    assert list(installed_docs(folders=[tmp_path, tmp_path])) == expected
+
+
+def test_installed_docs_finds_the_packages_here() -> None:
+    documents = installed_docs()
+    assert all(len(next(documents)) >= 40 for _ in range(20))
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def fails(documents: Iterator[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(documents)
+
+
+def test_expanding_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.txt", "a.txt", "c[1].txt", "sub/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [str(path) for path in expand(["sub/d.txt", "[ab].txt"])] == ["sub/d.txt", "a.txt", "b.txt"]
+    assert [str(path) for path in expand(["**/d*", "c[1].txt"])] == ["sub/d.txt", "c[1].txt"]
+    for patterns, message in (
+        (["nowhere.txt"], r"input file 'nowhere.txt' does not exist \(looked in .*\); check the path"),
+        (["*.md"], r"input pattern '\*.md' matches no file"),
+        (["sub"], r"input 'sub' is a folder; give files or a pattern such as 'sub/\*\*/\*.txt'"),
+        (["a.txt", "./a.txt"], r"input file a.txt is given twice"),
+        (["pipe:cat a.txt"], r"input 'pipe:cat a.txt' is a URL or a command; expected a local file"),
+        (["s3://b/a.txt"], r"is a URL or a command"),
+    ):
+        with pytest.raises(DataError, match=message):
+            expand(patterns)
+
+
+def test_bad_utf8_names_the_line(tmp_path: Path) -> None:
+    bad = "good\n\ngoed\n".encode() + "schön\n".encode("latin-1")
+    message = r"bad.*, line 4: byte 0xf6 is not UTF-8; convert the text first"
+    for path in (write(tmp_path / "bad.txt", bad), write(tmp_path / "bad.txt.gz", gzip.compress(bad))):
+        fails(file_documents([path]), message)
+        fails(file_documents([path], split_by="file"), message)
+    fails(file_documents([write(tmp_path / "bad.jsonl", b'{"text": "\xff"}')]), r"bad.jsonl, line 1: byte 0xff")
+    tar = write(tmp_path / "bad.tar", tar_bytes({"7.txt": b"a\n\xff"}))
+    fails(webdataset_documents([tar]), r"bad.tar, sample '7', line 2: byte 0xff is not UTF-8")
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+def test_broken_compression(tmp_path: Path, compression: str) -> None:
+    text = "".join(f"line {i * i}\n" for i in range(30_000)).encode()
+    data = COMPRESS[compression](text)
+    message = r"is damaged or cut short: .*; fetch or compress it again"
+    for bad in (data[:-1], data[: len(data) // 2], data[:1], b"plain text, misnamed"):
+        fails(file_documents([write(tmp_path / f"a.txt{compression}", bad)]), message)
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 0x10
+    if compression != ".zst":  # zstd's checksum is optional, and off in this file
+        fails(file_documents([write(tmp_path / f"b.txt{compression}", bytes(flipped))]), rf"{message}|is not UTF-8")
+
+
+def test_empty_and_wrong_files(tmp_path: Path) -> None:
+    empty = write(tmp_path / "empty.txt", b"")
+    for split_by in ("blank-line", "line", "file"):
+        fails(file_documents([empty], split_by=split_by), r"empty.txt holds no document; leave it out")
+    fails(file_documents([write(tmp_path / "blank.txt", b"\n \n")]), "blank.txt holds no document")
+    fails(file_documents([write(tmp_path / "no.parquet", parquet_bytes({"text": []}))]), "holds no document")
+    fails(webdataset_documents([write(tmp_path / "no.tar", tar_bytes({}))]), "holds no document")
+    fails(file_documents([write(tmp_path / "a.tar", tar_bytes({"a.txt": b"x"}))]), "read WebDataset text shards with")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut', r"a.jsonl, line 2: not JSON \(.*\); expected one JSON object"),
+        (b'["text"]', r"line 2: found a JSON list; expected an object with the key 'text'"),
+        (b'{"body": 1, "id": 2}', r"line 2: no column 'text' among \['body', 'id'\]; name the text with --column"),
+        (b'{"text": 7}', r"line 2: column 'text' holds int, not text; choose another --column"),
+        (b'{"text": "\\ud800"}', r"line 2: column 'text' holds half a surrogate pair at 0"),
+    ],
+)
+def test_bad_json_lines(tmp_path: Path, line: bytes, message: str) -> None:
+    fails(file_documents([write(tmp_path / "a.jsonl", b'{"text": "good"}\n' + line + b"\n")]), message)
+    sample = write(tmp_path / "a.tar", tar_bytes({"k.json": line}))
+    fails(webdataset_documents([sample]), message.replace("a.jsonl, ", "").replace("line 2", "a.tar, sample 'k'"))
+
+
+def test_bad_parquet(tmp_path: Path) -> None:
+    good = parquet_bytes({"body": ["x" * 1000], "id": [1]})
+    path = write(tmp_path / "a.parquet", good)
+    fails(file_documents([path]), r"a.parquet: no column 'text' among \['body', 'id'\]; name the text with --column")
+    fails(file_documents([path], column="id"), r"a.parquet, row 1: column 'id' holds int, not text")
+    for bad in (b"", b"text", good[:-20], good[:40] + bytes(20) + good[60:]):
+        fails(file_documents([write(path, bad)], column="body"), r"a.parquet is damaged or not Parquet: ")
+
+
+def test_samples_without_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    fails(
+        webdataset_documents([write(path, tar_bytes({"a.txt": b"x", "b.cls": b"1"}))]),
+        r"a.tar, sample 'b': found \['cls'\]; expected a .txt or .json member",
+    )
+    fails(
+        webdataset_documents([write(path, tar_bytes({"a.txt": b"x", "README": b"1"}))]),
+        r"a.tar: 1 members are not named key.extension, as in a WebDataset",
+    )
+    fails(webdataset_documents([write(path, tar_bytes({"a.txt": b"x"}) * 2)]), "another archive, at byte 1024, after 1")
+    members = tar_bytes({"a.txt": b"x", "b.txt": b"y"}).replace(b"b.txt", b"a.txt")
+    fails(webdataset_documents([write(path, members)]), r"a.tar: .*damaged|a.tar is damaged")
+
+
+def test_damaged_tars_are_never_read_in_part(tmp_path: Path) -> None:
+    """Cut at every block, and one bit of every header flipped: webdataset alone would end quietly at most of them."""
+    texts = [f"document {i} ".encode() * 60 for i in range(6)]
+    data = tar_bytes({f"{i}.txt": text for i, text in enumerate(texts)})
+    end = data.rindex(b"document") // 512 * 512 + 512
+    path = tmp_path / "a.tar"
+    for cut in [*range(0, end + 1024, 512), 5, 700, end - 1]:
+        fails(webdataset_documents([write(path, data[:cut])]), r"a.tar (is|holds)|a.tar: ")
+    headers = [at for at in range(0, end, 512) if data[at + 257 : at + 262] == b"ustar"]
+    assert len(headers) == len(texts)
+    for at in headers:
+        flipped = bytearray(data)
+        flipped[at + 124 + 9] ^= 1  # a digit of the size
+        fails(webdataset_documents([write(path, bytes(flipped))]), r"a.tar(:| is) .*damaged")
+    assert len(list(webdataset_documents([write(path, data)]))) == len(texts)

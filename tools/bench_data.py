@@ -1,0 +1,89 @@
+"""Measure how fast one process reads shards: order, block reads, crc, gather, conversion to int64, prefetch thread."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SEQUENCE_LENGTHS = (128, 512)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--tokens", type=int, default=2**27, help="tokens of the synthetic shards (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=2**15, help="tokens of a micro-batch (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="epochs measured, each by a new reader (default: 5)")
+    parser.add_argument("--folder", type=Path, help="make the temporary shards here: the disk to measure")
+    parser.add_argument("--warm", action="store_true", help="leave the files in the page cache between the repeats")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse_arguments()
+
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from scaledistill.data.shards import Manifest, ShardWriter
+    from scaledistill.data.stream import ShardReader, ShardStream
+
+    def write(folder: Path, T: int) -> Manifest:
+        tokenizer = {"name": "synthetic", "sha256": "0" * 64}
+        generator = np.random.default_rng(0)
+        rows = 16_384
+        spans = [(row, start, end) for row in range(rows) for start, end in ((0, T // 3), (T // 3, T))]
+        with ShardWriter(folder, sequence_length=T, vocab_size=30_522, tokenizer=tokenizer, pad_token_id=0) as writer:
+            for _ in range(max(1, options.tokens // T // rows)):
+                writer.write(generator.integers(0, 30_522, (rows, T), np.uint16), np.array(spans))
+        return writer.close()
+
+    def forget(folder: Path) -> None:
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read_epoch(folder: Path, T: int) -> float:
+        shards = ShardReader(folder)
+        order = shards.order(seed=0)
+        size = max(1, options.batch_tokens // T)
+        num_batches = order.rows_per_epoch // size
+        start = time.perf_counter()
+        with ShardStream(shards, order, global_batch_size=size, micro_batch_size=size) as stream:
+            for _ in range(num_batches):
+                next(stream)
+            return num_batches * size * T / (time.perf_counter() - start)
+
+    figures = []
+    table = Table("tokens per row", "tokens/s, median", "lowest", "highest", title="one process, whole epochs")
+    for T in SEQUENCE_LENGTHS:
+        with tempfile.TemporaryDirectory(dir=options.folder) as name:
+            folder = Path(name)
+            write(folder, T)
+            rates = []
+            for _ in range(options.repeats):
+                if not options.warm:
+                    forget(folder)
+                rates.append(read_epoch(folder, T))
+        median = statistics.median(rates)
+        figures.append({"name": f"data/{T}/tokens_per_second", "value": median, "unit": "tokens/s", "n": len(rates)})
+        table.add_row(str(T), *(f"{rate / 1e6:.1f} M" for rate in (median, min(rates), max(rates))))
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

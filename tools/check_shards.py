@@ -1,0 +1,71 @@
+"""Check a folder of shards against its manifest (sizes, sha256, tar, crc32, ids, documents); print what it holds.
+
+Exit code 0 if everything holds, 3 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder with manifest.json and the tars, as made by make_shards.py")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse_arguments()
+
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from scaledistill.data.shards import Manifest, verify
+    from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, ConfigError, DataError
+
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        manifest = Manifest.load(options.folder)
+    except (ConfigError, DataError) as error:
+        console.print(f"ERROR {error}", markup=False)
+        return EXIT_ENVIRONMENT
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("checking", total=len(manifest.shards))
+        problems = list(verify(options.folder, manifest, on_shard=lambda: progress.advance(task)))
+
+    figures = [
+        ("shards", len(manifest.shards), "files"),
+        ("bytes", sum(shard.bytes for shard in manifest.shards), "bytes"),
+        ("rows", manifest.rows, "rows"),
+        ("sequence_length", manifest.sequence_length, "tokens"),
+        ("tokens", manifest.tokens, "tokens"),
+        ("documents", manifest.documents, "documents"),
+        ("padded_rows", manifest.padded_rows, "rows"),
+        ("padding_fraction", 1 - manifest.tokens / (manifest.rows * manifest.sequence_length), "fraction"),
+        ("vocab_size", manifest.vocab_size, "ids"),
+        ("largest_id", manifest.largest_id, "id"),
+        ("problems", len(problems), "problems"),
+    ]
+    table = Table(show_header=False, title=str(options.folder))
+    for name, value, _ in figures:
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.2%}")
+    table.add_row("tokenizer", f"{manifest.tokenizer['name']} (sha256 {manifest.tokenizer['sha256']})")
+    table.add_row("sha256 of the data", manifest.sha256)
+    console.print(table)
+    for problem in problems:
+        console.print(f"ERROR {problem}", markup=False)
+    if problems:
+        console.print("Copy these shards again, or make them again with tools/make_shards.py.")
+    if options.json:
+        rows = [{"name": f"shards/{name}", "value": value, "unit": unit, "n": 1} for name, value, unit in figures]
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return EXIT_ENVIRONMENT if problems else EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

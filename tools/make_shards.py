@@ -1,0 +1,257 @@
+"""Make shards of token ids from text.
+
+Example: python tools/make_shards.py books/*.txt.xz --tokenizer bert-large-uncased --output shards
+
+Writes OUTPUT/train and, with a held-out fraction, OUTPUT/validation. Exit codes: 0 done, 2 wrong options, 3 wrong input
+or environment, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from scaledistill.data.compression import ReadProgress
+    from scaledistill.data.make import ShardReport
+
+LINE_SECONDS = 10  # between progress lines where there is no terminal
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; wrong options end the process with code 2."""
+    parser = _Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_argument_group("input, one of")
+    source.add_argument("inputs", nargs="*", help="text, JSON-lines and Parquet files or globs, plain or .gz .xz .zst")
+    source.add_argument(
+        "--wds", nargs="+", metavar="TAR", help="WebDataset text shards (.txt or .json members) or globs"
+    )
+    source.add_argument(
+        "--dataset", metavar="NAME", help="a data set of the datasets library: Hub name or local folder"
+    )
+    source.add_argument("--installed-docs", action="store_true", help="the docstrings of the installed packages")
+    source.add_argument(
+        "--documents",
+        choices=("blank-line", "line", "file"),
+        default="blank-line",
+        help="what a document is in a text file: between blank lines, a line, the file (default: %(default)s)",
+    )
+    source.add_argument(
+        "--column", default="text", help="what holds the text in JSON, Parquet, data sets (default: %(default)s)"
+    )
+    source.add_argument("--dataset-config", metavar="NAME", help="configuration of --dataset")
+    source.add_argument("--split", default="train", help="split of --dataset (default: %(default)s)")
+    packing = parser.add_argument_group("tokens and rows")
+    packing.add_argument("--tokenizer", required=True, help="folder or Hub name; must be the teacher's")
+    packing.add_argument("--tokenizer-revision", metavar="REV", help="commit or tag of a Hub tokenizer")
+    packing.add_argument(
+        "--sequence-length", type=int, default=512, metavar="T", help="positions of a row (default: %(default)s)"
+    )
+    packing.add_argument(
+        "--last-row",
+        choices=("pad", "drop"),
+        default="pad",
+        help="what becomes of the last, partial row (default: %(default)s)",
+    )
+    packing.add_argument("--max-documents", type=int, metavar="N", help="stop after N documents")
+    packing.add_argument("--max-tokens", type=int, metavar="N", help="stop after the document that reaches N tokens")
+    split = parser.add_argument_group("held-out documents")
+    split.add_argument(
+        "--held-out-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="share of documents for OUTPUT/validation (default: none)",
+    )
+    split.add_argument("--held-out-max-documents", type=int, metavar="N", help="hold out no more than N documents")
+    split.add_argument("--seed", type=int, default=0, help="of the choice of held-out documents (default: %(default)s)")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="gets train/ and, if held out, validation/"
+    )
+    output.add_argument(
+        "--rows-per-shard",
+        type=int,
+        default=65_536,
+        metavar="N",
+        help="a multiple of 256, or less than 256 (default: %(default)s)",
+    )
+    output.add_argument(
+        "--overwrite", action="store_true", help="replace the shards in DIR once the new ones are finished"
+    )
+    output.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="tokenising processes; the result does not depend on it (default: all cores)",
+    )
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the figures as a list of name, value, unit, n")
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    known = [option for action in parser._actions for option in action.option_strings]
+    for name in (argument.split("=")[0] for argument in arguments if argument.startswith("--")):
+        if name not in (*known, "--"):
+            near = difflib.get_close_matches(name, known, n=1)
+            parser.error(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    options = parser.parse_intermixed_args(arguments)
+    given = [bool(options.inputs), bool(options.wds), bool(options.dataset), options.installed_docs]
+    if sum(given) != 1:
+        parser.error(f"found {sum(given)} kinds of input; give one of: files, --wds, --dataset, --installed-docs")
+    return options
+
+
+def open_source(options: argparse.Namespace, progress: ReadProgress) -> tuple[Iterator[str], dict[str, object]]:
+    """Return the documents and, for the manifests, what they are."""
+    from scaledistill.data import docstrings, pool, sources
+
+    if options.installed_docs:
+        parallel = functools.partial(pool.parallel_map, workers=options.workers)
+        return docstrings.installed_docs(parallel), {"kind": "installed-docs"}
+    column = options.column
+    if options.dataset:
+        facts = {"name": options.dataset, "config": options.dataset_config, "split": options.split}
+        documents = sources.dataset_documents(**facts, column=column)
+        return documents, {"kind": "dataset", "column": column, "dataset": facts}
+    paths = sources.expand(options.wds or options.inputs)
+    files = [str(path) for path in paths]
+    if options.wds:
+        documents = sources.webdataset_documents(paths, column=column, progress=progress)
+        return documents, {"kind": "webdataset", "column": column, "files": files}
+    documents = sources.file_documents(paths, column=column, split_by=options.documents, progress=progress)
+    return documents, {"kind": "files", "column": column, "documents": options.documents, "files": files}
+
+
+class Display:
+    """Progress on stderr: a live bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, console: Console, read: ReadProgress, options: argparse.Namespace) -> None:
+        from rich import progress
+
+        self._read, self._options, self._console = read, options, console
+        columns = ("{task.description}", progress.BarColumn(), progress.TaskProgressColumn())
+        self.bar = progress.Progress(
+            *columns, progress.TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True
+        )
+        self._task = self.bar.add_task("reading", total=None)
+        self._next_line = time.monotonic() + LINE_SECONDS
+
+    def __call__(self, report: ShardReport) -> None:
+        """Show the counts so far."""
+        text = f"{report.documents:,} documents, {report.tokens:,} tokens, {report.tokens_per_second:,.0f} tokens/s"
+        done = self._done_fraction(report)
+        self.bar.update(self._task, description=text, completed=done, total=1.0 if done else None)
+        if not self._console.is_terminal and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LINE_SECONDS
+            left = f", {done:.0%}, {report.seconds * (1 - done) / done:,.0f} s left" if done else ""
+            self._console.print(text + left, highlight=False)
+
+    def _done_fraction(self, report: ShardReport) -> float:
+        """Share of the input that is done, by the limit that is nearest; 0 where nothing tells."""
+        parts = [
+            (self._read.done_bytes, self._read.total_bytes),
+            (report.documents, self._options.max_documents),
+            (report.tokens, self._options.max_tokens),
+        ]
+        return min(1.0, max(done / whole if whole else 0.0 for done, whole in parts))
+
+
+def print_summary(console: Console, report: ShardReport, output: Path) -> None:
+    """Print what was made and the next command."""
+    from rich.table import Table
+
+    table = Table("", *report.splits, title=f"{report.documents:,} documents in {report.seconds:.1f} s")
+    rows = {
+        "documents": "documents",
+        "rows": "rows",
+        "tokens of text": "tokens",
+        "padding": "padding",
+        "dropped tokens": "dropped_tokens",
+    }
+    for label, field in rows.items():
+        table.add_row(label, *(f"{getattr(counts, field):,}" for counts in report.splits.values()))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    held_out = report.validation.documents if report.validation else 0
+    console.print(
+        f"{report.empty_documents:,} empty documents, {held_out:,} held out, "
+        f"{report.tokens_per_second:,.0f} tokens/s\n"
+        f"next: python tools/check_shards.py {' '.join(str(output / split) for split in report.splits)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make the shards and show what came out."""
+    from rich.console import Console
+
+    from scaledistill.data.compression import ReadProgress
+    from scaledistill.data.make import make_shards
+    from scaledistill.data.text import load_tokenizer
+
+    read = ReadProgress()
+    documents, source = open_source(options, read)
+    tokenizer = load_tokenizer(options.tokenizer, options.tokenizer_revision)
+    display = Display(Console(stderr=True), read, options)
+    with display.bar:
+        report = make_shards(
+            documents,
+            options.output,
+            tokenizer=tokenizer,
+            source=source,
+            sequence_length=options.sequence_length,
+            last_row=options.last_row,
+            held_out_fraction=options.held_out_fraction,
+            held_out_max_documents=options.held_out_max_documents,
+            seed=options.seed,
+            max_documents=options.max_documents,
+            max_tokens=options.max_tokens,
+            rows_per_shard=options.rows_per_shard,
+            workers=options.workers,
+            overwrite=options.overwrite,
+            on_progress=display,
+        )
+    if options.json:
+        options.json.write_text(json.dumps(report.measurements(), indent=1) + "\n")
+    print_summary(Console(), report, options.output)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, and return the exit code."""
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("scaledistill").setLevel(logging.INFO)
+    try:
+        from scaledistill.errors import ConfigError, DataError
+
+        try:
+            run(options)
+        except (ConfigError, DataError) as error:
+            print(f"make_shards: {error}", file=sys.stderr)
+            return error.exit_code
+    except KeyboardInterrupt:
+        print("make_shards: interrupted; no data set was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
