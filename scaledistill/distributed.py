@@ -57,6 +57,7 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
         device, backend = torch.device("cuda", local_rank), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     # DeepSpeed reads these even where the group already stands, and would otherwise ask for MPI.

@@ -26,8 +26,9 @@ from scaledistill.engines.deepspeed_block import resolve_block, zero_settings
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.estimate import Estimate, estimate
 from scaledistill.models.capture import check_layer, max_sequence_length
-from scaledistill.models.student import student_config
-from scaledistill.models.teacher import load_config
+from scaledistill.models.export import TOKENIZER_FILES
+from scaledistill.models.student import check_init, student_config
+from scaledistill.models.teacher import load_config, resolve_folder
 from scaledistill.relations import check_relation_heads
 
 Result = TypeVar("Result")
@@ -139,6 +140,7 @@ def _student_config(config: DistillConfig, name: str, teacher: PretrainedConfig)
         intermediate_size=spec.intermediate_size,
         name=name,
     )
+    check_init(spec.init, student, teacher, layer_map=spec.layer_map, capture_layer=config.teacher.layer, name=name)
     setting = f"students.{name}.relation_heads" if spec.relation_heads else "relations.num_heads"
     widths = {"teacher": teacher.hidden_size, f"student {name}": spec.hidden_size}
     try:
@@ -161,7 +163,8 @@ def _check_shards(config: DistillConfig, setting: str, shards: ShardReader, teac
             f"teacher.model={config.teacher.model} (ids 0 to {teacher.vocab_size - 1}); make the shards with its "
             "tokenizer"
         )
-    expected = tokenizer_fingerprint(load_tokenizer(config.teacher.model, config.teacher.revision))
+    folder = resolve_folder(config.teacher.model, config.teacher.revision, TOKENIZER_FILES)
+    expected = tokenizer_fingerprint(load_tokenizer(folder))
     if (found := manifest.tokenizer["sha256"]) != expected:
         raise DataError(
             f"{setting}={location} was made with the tokenizer {manifest.tokenizer['name']} "

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -245,7 +246,8 @@ def _train_student(config: DistillConfig, name: str, model: PreTrainedModel, ran
     trained = {parameter_name for parameter_name, _ in view.named_parameters()}
     untrained = {key: value.clone() for key, value in model.state_dict().items() if key not in trained}
     engine = create_engine(config, view, ranks)
-    return Student(name, model.config, engine, view.qkv_widths, config.students[name].dropout, untrained)
+    widths = cast(tuple[int, int, int], view.qkv_widths)
+    return Student(name, model.config, engine, widths, config.students[name].dropout, untrained)
 
 
 def _mfu_per_token_per_second(
@@ -293,4 +295,3 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
         )
     )
     session.step, session.skipped_steps, session.best = state["step"], state["skipped_steps"], state["best"]
-    log.info("resumed from %s at step %d", checkpoint.folder, session.step)

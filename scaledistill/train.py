@@ -63,6 +63,8 @@ class Bookkeeper:
         self._status.step, self._status.started = session.step, True
         if not session.ranks.is_main:
             return
+        origin = f"going on at step {session.step}" if session.step else "starting"
+        log.info("%s: %s, %d ranks, up to step %d", self._folder, origin, session.ranks.world_size, self._last_step)
         write_json(self._folder / "config.json", self._config.model_dump())
         self._status.write("running", "training")
         recorder = Recorder(

@@ -98,10 +98,10 @@ def config_file(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callab
     return make
 
 
-def tiny_tree(tmp_path: Path, teacher: Path, shards: Path, **blocks: dict[str, Any]) -> dict[str, Any]:
+def tiny_tree(tmp_path: Path, model: Path, shards: Path, /, **blocks: dict[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "run": {"folder": str(tmp_path / "run"), "timeout_seconds": 60},
-        "teacher": {"model": str(teacher), "layer": 3},
+        "teacher": {"model": str(model), "layer": 3},
         "students": {"l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "init": "teacher"}},
         "relations": {"num_heads": 4},
         "data": {"train": str(shards / "train"), "sequence_length": 16, "num_lanes": 4, "window_rows": 32},

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -74,7 +76,7 @@ def test_a_lane_reads_one_window_of_consecutive_places_at_a_time() -> None:
         rows = row_N[lane::4]
         assert (rows // 125 == lane).all()
         ends = [0, *range(4 * (lane + 1), 125, 16), 125]  # the first window has (lane + 1) / 4 of 16 rows
-        for first, end in zip(ends[:-1], ends[1:], strict=True):
+        for first, end in pairwise(ends):
             assert sorted(rows[first:end]) == list(range(lane * 125 + first, lane * 125 + end))
 
 

@@ -122,12 +122,13 @@ def test_installed_docs(tmp_path: Path) -> None:
     second = "The second docstring, which stands in a class inside a class."
     third = "The third one documents a method, and stands in two modules."
     files = {
-        "b/z.py": f'"""{first}"""\nclass A:\n  class B:\n    """{second}"""\n    async def c(self):\n      """{third}"""\n',
-        "b/a.py": f'def f():\n  """{third}"""\n  x = """{first} But this is no docstring."""\n  def g():\n    """{second}"""\n',
+        "b/z.py": f'"""{first}"""\nclass A:\n class B:\n  """{second}"""\n  async def c(self):\n   """{third}"""\n',
+        "b/a.py": f'def f():\n  """{third}"""\n  x = """{first} No docstring."""\n  def g():\n    """{second}"""\n',
         "b/short.py": '"""Too short."""\n',
         "b/table.py": '"""1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20"""\n',
         "b/german.py": '"""Größere Änderungen gehören üblicherweise ins Änderungsprotokoll."""\n',
         "b/broken.py": '"""Not Python at all, though it begins like that."""\nthis is not\n',
+        "b/surrogate.py": f'"""{first} With \\ud800, half a pair."""\n',
         "b/tests/d.py": f'"""{first} In a test."""\n',
         "b/test_e.py": f'"""{first} In a test too."""\n',
         "a/escape.py": f'"""{first} Here with \\d, an invalid escape."""\n',
@@ -135,6 +136,7 @@ def test_installed_docs(tmp_path: Path) -> None:
     for name, source in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(source)
+    (tmp_path / "b" / "gone.py").symlink_to("nowhere.py")
     expected = [f"{first} Here with \\d, an invalid escape.", third, f"{first}\n\n{second}"]
     assert list(installed_docs(folders=[tmp_path])) == expected
     assert list(installed_docs(folders=[tmp_path, tmp_path])) == expected
@@ -173,7 +175,7 @@ def test_expanding_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_bad_utf8_names_the_line(tmp_path: Path) -> None:
-    bad = "good\n\ngoed\n".encode() + "schön\n".encode("latin-1")
+    bad = b"good\n\ngoed\n" + "schön\n".encode("latin-1")
     message = r"bad.*, line 4: byte 0xf6 is not UTF-8; convert the text first"
     for path in (write(tmp_path / "bad.txt", bad), write(tmp_path / "bad.txt.gz", gzip.compress(bad))):
         fails(file_documents([path]), message)

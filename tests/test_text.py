@@ -126,7 +126,7 @@ def test_encoder_agrees_with_the_tokenizer(tokenizer: PreTrainedTokenizerFast) -
     encoded = TextEncoder(tokenizer)(documents)
     expected = [tokenizer.encode(document, add_special_tokens=False) for document in documents]
     assert encoded.ids_n.dtype == np.uint16
-    assert encoded.ids_n.tolist() == sum(expected, [])
+    assert encoded.ids_n.tolist() == [token for ids in expected for token in ids]
     assert encoded.lengths.tolist() == [len(ids) for ids in expected]
 
 
@@ -154,12 +154,12 @@ class Rows:
         self.blocks.append(ids_NT)
 
     @property
-    def ids_NT(self) -> np.ndarray:
+    def ids(self) -> np.ndarray:
         return np.concatenate(self.blocks)
 
     def text(self) -> list[int]:
         """The tokens of all pieces without their [CLS] and [SEP]."""
-        return [token for row, start, end in self.pieces for token in self.ids_NT[row, start + 1 : end - 1].tolist()]
+        return [token for row, start, end in self.pieces for token in self.ids[row, start + 1 : end - 1].tolist()]
 
 
 def pack(
@@ -176,7 +176,7 @@ def pack(
 def test_a_case_by_hand(vocabulary: Vocabulary) -> None:
     # 8 positions: 5 tokens leave one position, which cannot hold a piece; 8 tokens go on in the next row.
     written, packer = pack([[11, 12, 13, 14, 15], [21] * 8, [31]], vocabulary, 8, "pad")
-    assert written.ids_NT.tolist() == [
+    assert written.ids.tolist() == [
         [2, 11, 12, 13, 14, 15, 3, 0],
         [2, 21, 21, 21, 21, 21, 21, 3],
         [2, 21, 21, 3, 2, 31, 3, 0],
@@ -193,9 +193,9 @@ def test_packing_loses_nothing(vocabulary: Vocabulary, case: int) -> None:
     longest = rng.choice([1, 4, 3 * length])
     documents = [[rng.randrange(5, 20) for _ in range(rng.randrange(longest + 1))] for _ in range(rng.randrange(1, 60))]
     documents.append([7])
-    corpus = sum(documents, [])
+    corpus = [token for document in documents for token in document]
     written, packer = pack(documents, vocabulary, length, "pad", rows=rng.choice([1, 3, 256]))
-    ids_NT, counts = written.ids_NT, packer.counts
+    ids_NT, counts = written.ids, packer.counts
     assert written.text() == corpus
     assert (counts.tokens, counts.rows, counts.dropped_tokens) == (len(corpus), len(ids_NT), 0)
     assert counts.documents == sum(map(bool, documents))
@@ -218,7 +218,7 @@ def test_packing_loses_nothing(vocabulary: Vocabulary, case: int) -> None:
 
 def test_dropping_the_last_row(vocabulary: Vocabulary) -> None:
     written, packer = pack([[5] * 6, [6, 7]], vocabulary, 8, "drop")
-    assert written.ids_NT.tolist() == [[2, 5, 5, 5, 5, 5, 5, 3]]
+    assert written.ids.tolist() == [[2, 5, 5, 5, 5, 5, 5, 3]]
     assert (packer.counts.rows, packer.counts.tokens, packer.counts.dropped_tokens) == (1, 6, 2)
     written, packer = pack([[5] * 4], vocabulary, 8, "drop")  # two positions free: as full as a row gets
     assert (packer.counts.rows, packer.counts.padding, packer.counts.dropped_tokens) == (1, 2, 0)

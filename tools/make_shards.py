@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="F",
         help="share of documents for OUTPUT/validation (default: none)",
     )
-    split.add_argument("--held-out-max-documents", type=int, metavar="N", help="hold out no more than N documents")
+    split.add_argument("--held-out-max-documents", type=int, metavar="N", help="hold out N different documents at most")
     split.add_argument("--seed", type=int, default=0, help="of the choice of held-out documents (default: %(default)s)")
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -188,14 +188,14 @@ def print_summary(console: Console, report: ShardReport, output: Path) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
-    held_out = report.validation.documents if report.validation else 0
-    console.print(
-        f"{report.empty_documents:,} empty documents, {held_out:,} held out, "
-        f"{report.tokens_per_second:,.0f} tokens/s\n"
-        f"next: python tools/check_shards.py {' '.join(str(output / split) for split in report.splits)}",
-        highlight=False,
-        soft_wrap=True,
+    folders = {split: output / split for split in report.splits}
+    check = " && ".join(f"python tools/check_shards.py {folder}" for folder in folders.values())
+    data = " ".join(f"--set data.{split}={folder}" for split, folder in folders.items())
+    text = (
+        f"{report.empty_documents:,} empty documents, {report.tokens_per_second:,.0f} tokens/s\n"
+        f"next: {check}\nthen: deepspeed launch/distill.py --config CONFIG.json {data}"
     )
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -205,7 +205,10 @@ def run(options: argparse.Namespace) -> None:
     from scaledistill.data.compression import ReadProgress
     from scaledistill.data.make import make_shards
     from scaledistill.data.text import load_tokenizer
+    from scaledistill.errors import DataError
 
+    if options.json and not options.json.parent.is_dir():
+        raise DataError(f"--json {options.json}: no folder {options.json.parent}; make it first")
     read = ReadProgress()
     documents, source = open_source(options, read)
     tokenizer = load_tokenizer(options.tokenizer, options.tokenizer_revision)
@@ -240,15 +243,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scaledistill").setLevel(logging.INFO)
     try:
-        from scaledistill.errors import ConfigError, DataError
+        from scaledistill.errors import EXIT_ENVIRONMENT, ConfigError, DataError
 
         try:
             run(options)
         except (ConfigError, DataError) as error:
             print(f"make_shards: {error}", file=sys.stderr)
             return error.exit_code
+        except OSError as error:  # a full disk, a folder that may not be written
+            print(f"make_shards: {error}; check {options.output} and its disk", file=sys.stderr)
+            return EXIT_ENVIRONMENT
     except KeyboardInterrupt:
-        print("make_shards: interrupted; no data set was written", file=sys.stderr)
+        print("make_shards: interrupted; no unfinished shards are left", file=sys.stderr)
         return 130
     return 0
 

@@ -27,7 +27,8 @@ _SKIPPED_FOLDERS = {"__pycache__", "test", "tests", "testing", "_vendor", "vendo
 def installed_docs(map_function: MapFunction = map, folders: Sequence[Path] | None = None) -> Iterator[str]:
     """Yield the English docstrings of the installed packages, one document per module, sorted by package and path.
 
-    Nothing is imported. Tests, tiny docstrings and repeated ones are left out; modules that do not parse are logged.
+    Nothing is imported. Tests, tiny docstrings and repeated ones are left out. The log says how many modules could not
+    be parsed.
 
     Args:
         map_function: like `map`; a parallel one makes this quicker (most of the time is Python's parser).
@@ -55,7 +56,9 @@ def installed_docs(map_function: MapFunction = map, folders: Sequence[Path] | No
                     fresh.append(docstring)
             if fresh:
                 yield "\n\n".join(fresh)
-    logger.info("read the docstrings of %d modules; %d others do not parse", len(paths) - num_unparsed, num_unparsed)
+    logger.info(
+        "read the docstrings of %d modules; %d others cannot be parsed", len(paths) - num_unparsed, num_unparsed
+    )
 
 
 def _module_paths(folder: Path) -> Iterator[str]:
@@ -67,18 +70,18 @@ def _module_paths(folder: Path) -> Iterator[str]:
 
 
 def _module_docstrings(paths: list[str]) -> list[list[str] | None]:
-    """Return the English docstrings of each module, in the order of the source; None where it does not parse."""
+    """Return the English docstrings of each module, in the order of the source; None where it cannot be parsed."""
     found: list[list[str] | None] = []
     for path in paths:
-        source = Path(path).read_bytes()
-        if b'"""' not in source and b"'''" not in source:
-            found.append([])
-            continue
         try:
+            source = Path(path).read_bytes()
+            if b'"""' not in source and b"'''" not in source:
+                found.append([])
+                continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # other people's invalid escapes
                 tree = ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError):
+        except (OSError, SyntaxError, ValueError, RecursionError):
             found.append(None)
             continue
         docstrings = (ast.get_docstring(node) for node in _documented(tree))
@@ -99,4 +102,5 @@ def _is_english(text: str) -> bool:
     """Tell long enough and mostly ASCII letters; a rule of thumb that drops tables, code and most other languages."""
     data = text.encode("ascii", "ignore")
     num_letters = len(data.translate(None, _NOT_LETTERS))
-    return len(text) >= 40 and len(data) > 0.97 * len(text) and num_letters > 0.6 * len(text)
+    is_unicode = text.isascii() or text.encode("utf-8", "ignore").decode() == text  # no half of a surrogate pair
+    return is_unicode and len(text) >= 40 and len(data) > 0.97 * len(text) and num_letters > 0.6 * len(text)

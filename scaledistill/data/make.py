@@ -93,7 +93,7 @@ def make_shards(
         source: JSON-able description of the input, for the manifests.
         last_row: what happens to the last row if it is partial; either way it is counted.
         held_out_fraction: share of the documents that go to `validation`, chosen by a hash of seed and text, so that
-            equal documents stay together; after `held_out_max_documents` the rest goes to `train`.
+            equal documents stay together; after `held_out_max_documents` different ones the rest goes to `train`.
         max_documents: stop after so many documents.
         max_tokens: stop after the document that reaches so many tokens.
         workers: processes that tokenise; one per available core if None, 0 for none but this one.
@@ -149,6 +149,7 @@ def make_shards(
                 "remove it, set a held-out fraction, or name another output folder"
             )
         num_to_hold_out = float("inf") if held_out_max_documents is None else held_out_max_documents
+        held_out_keys: set[float] = set()  # so that a repetition after the last one still finds its equals
 
         if isinstance(documents, Generator):
             stack.callback(documents.close)
@@ -161,7 +162,9 @@ def make_shards(
             for length, key in zip(lengths.tolist(), keys.tolist(), strict=True):
                 report.documents += 1
                 report.empty_documents += not length
-                is_held_out = key < held_out_fraction and validation.counts.documents < num_to_hold_out
+                is_held_out = key < held_out_fraction and (key in held_out_keys or len(held_out_keys) < num_to_hold_out)
+                if is_held_out and length:
+                    held_out_keys.add(key)
                 (validation if is_held_out else train).add(ids_n[end : end + length])
                 end += length
                 num_tokens += length

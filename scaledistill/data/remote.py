@@ -1,6 +1,6 @@
 """Shards behind fsspec URLs: which URLs are allowed, small reads, and a bounded, verified local cache of whole files.
 
-Enters: URLs. Leaves: bytes and local paths. What a shard is, `data.shards` knows.
+Enters: URLs. Leaves: bytes and local paths. What a shard is, `data.manifest` knows.
 """
 
 from __future__ import annotations

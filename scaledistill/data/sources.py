@@ -109,15 +109,17 @@ def dataset_documents(name: str, *, config: str | None, split: str, column: str 
     label = f"data set {name!r}, config {config!r}, split {split!r}"
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        if column in (rows.column_names or []):
+            rows = rows.select_columns([column])  # of Parquet, nothing else is read then
         for number, row in enumerate(rows, 1):
             yield _column_of(row, column, f"{label}, row {number}")
+    except DataError:
+        raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{label} cannot be read: {error}; check --dataset, --dataset-config and --split") from error
 
 
-# --- files ------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def _documents_of_files(
@@ -153,7 +155,7 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-# --- formats --------------------------------------------------------------------------------------------------------
+# --- formats ---------------------------------------------------------------------------------------------------------
 
 
 def _decode(data: bytes, where: str, first_line: int = 1) -> str:

@@ -134,7 +134,7 @@ class TextEncoder:
 
         self._state = state
         definition, self._dtype, seed = state
-        self._salt = seed.to_bytes(8, "little", signed=True)
+        self._salt = hashlib.sha256(str(seed).encode()).digest()
         self._backend: Tokenizer = Tokenizer.from_str(definition)
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -13,13 +13,12 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from scaledistill.errors import ConfigError
 from scaledistill.relations import QKV
@@ -33,7 +32,7 @@ class Architecture:
     query: str = "attention.self.query"
     key: str = "attention.self.key"
     value: str = "attention.self.value"
-    attention_output: str = "attention.output.dense"
+    attention_output: str = "attention.output.dense"  # reads the heads side by side
     input_norm: str | None = None  # pre-norm models: applied in front of the projections
     final_norm: str | None = None  # pre-norm models: follows the last block, must not touch Q, K and V
     dropped: tuple[str, ...] = ("pooler",)  # children that the encoder's forward can do without
@@ -94,7 +93,7 @@ def max_sequence_length(config: PreTrainedConfig) -> int:
 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class that `AutoModel` builds for `config` from transformers' own code."""
-    return cast(type[PreTrainedModel], AutoModel._model_mapping[type(config)])
+    return cast(type[PreTrainedModel], MODEL_MAPPING[type(config)])
 
 
 def encoder_options(config: PreTrainedConfig) -> dict[str, bool]:
@@ -137,7 +136,9 @@ def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
         ) from error
     view = _own_copy(encoder)
     parent, name = _own_parent(view, row.blocks)
-    parent._modules[name] = nn.ModuleList([*takewhile(lambda block: block is not last, blocks), captured])
+    kept = list(blocks)[:layer]
+    kept[-1] = captured
+    parent._modules[name] = nn.ModuleList(kept)
     view._modules.update({name: None for name in row.dropped if name in view._modules})
     if row.final_norm is not None:
         parent, name = _own_parent(view, row.final_norm)

@@ -98,7 +98,8 @@ def export_student(
         config: the student's; written as it is.
         state: every parameter of the full student by its name, fp32.
         tokenizer_source: folder or hub name (at `revision`) that the tokenizer is taken from: the teacher's.
-        card: facts for the model card, in order, label to value; "init" (how the student was initialised) is needed.
+        card: facts for the model card, in order, label to value; None leaves one out. "init", how the
+            student was initialised, is needed.
 
     Raises:
         DataError: the tokenizer cannot be had, or what was read back is not what was written or gives no finite output.
@@ -146,7 +147,7 @@ def _card_text(name: str, config: PreTrainedConfig, card: Mapping[str, object]) 
         heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size,
         parameters=sum(sizes.values()) / 1e6,
-        facts="\n".join(f"| {label} | {value} |" for label, value in card.items()),
+        facts="\n".join(f"| {label} | {value} |" for label, value in card.items() if value is not None),
         options="".join(f", {option}={value}" for option, value in encoder_options(config).items()),
         untrained=sum(sizes[key] for key in untrained) / 1e6,
         untrained_names="\n".join(f"- `{key}`" for key in untrained),
@@ -169,9 +170,10 @@ def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> N
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(origin)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        reason = " ".join(str(error).split())
         raise DataError(
-            f"{source} has no tokenizer to export ({error}); give the folder with tokenizer.json"
+            f"{source} has no tokenizer to export ({reason}); give the folder with tokenizer.json"
         ) from error
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

@@ -21,7 +21,7 @@ from typing import cast
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -54,6 +54,7 @@ def resolve_folder(
     """
     if Path(model).is_dir():
         return Path(model)
+    logger.info("looking for %s on the hub", model)
     try:
         with quiet_transformers():
             return Path(snapshot_download(str(model), revision=revision, allow_patterns=list(patterns)))
@@ -124,7 +125,7 @@ def load_encoder(
         config.num_hidden_layers = num_layers
     folder = resolve_folder(model, revision, WEIGHT_FILES, setting=setting)
     _check_weight_files(folder, f"{setting}={str(model)!r}")
-    options = encoder_options(config) if type(config) in AutoModel._model_mapping else {}
+    options = encoder_options(config) if type(config) in MODEL_MAPPING else {}
     try:
         with quiet_transformers():
             encoder, info = AutoModel.from_pretrained(
@@ -211,7 +212,8 @@ def quiet_transformers() -> Iterator[None]:
     """Silence transformers' reports and progress bars: what matters in them is checked and raised here."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if bars:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """The MiniLMv2 relation loss: how far the student's multi-head self-attention relations are from the teacher's.
 
-In: `QKV` of one teacher block and one student block. Out: `RelationLoss`. A backend computes it: `reference` (any device, whole maps) or
-`sdpa` (CPU, tiles). Where Q/K/V come from is `models.capture`'s affair.
+In: `QKV` of one teacher block and one student block. Out: `RelationLoss`. A backend computes it: `reference` (any
+device, whole maps) or `sdpa` (CPU, tiles). Where Q/K/V come from is `models.capture`'s affair.
 
 Legend: B sequences, T tokens, D width, P pairs.
 """
@@ -29,14 +29,15 @@ __all__ = [
     "resolve_backend",
 ]
 
-# A backend takes Q/K/V as they come (any strides and floating dtypes; slices of one tensor are usual) and a checked request, computes all
-# pairs, and returns the weighted total with its gradient in the student and the unweighted losses `[P]` without one.
+# A backend takes Q/K/V as they come (any strides and floating dtypes; slices of one tensor are usual) and a checked
+# request, computes all pairs, and returns the weighted total with its gradient in the student, and the unweighted
+# losses `[P]` without one.
 Backend = Callable[[QKV, QKV, RelationSpec], tuple[Tensor, Tensor]]
 BACKENDS: dict[str, Backend] = {"reference": reference_loss, "sdpa": sdpa_loss}
 
 
 class RelationLoss(NamedTuple):
-    """Scalars on the inputs' device: the weighted sum, which carries the gradient, and each pair's unweighted loss, which doesn't."""
+    """Scalars on the inputs' device: the weighted sum with its gradient, and each pair's unweighted loss, detached."""
 
     total: Tensor
     by_pair: dict[str, Tensor]
@@ -46,12 +47,14 @@ def resolve_backend(backend: str, device_type: str) -> str:
     """Return the backend's name, `auto` resolved for the device ("cpu", "cuda").
 
     Raises:
-        ValueError: no such backend.
+        ValueError: no such backend, or it cannot compute on that device.
     """
     if backend == "auto":
         return "sdpa" if device_type == "cpu" else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"relations.backend={backend!r}; expected auto, {' or '.join(BACKENDS)}")
+    if backend == "sdpa" and device_type != "cpu":
+        raise ValueError(f"relations.backend='sdpa' computes on the CPU, found {device_type}; use auto or reference")
     return backend
 
 
@@ -68,8 +71,9 @@ def relation_loss(
 ) -> RelationLoss:
     """Compute the weighted sum over pairs of the mean over sequences of Σ_heads Σ_rows KL(teacher ‖ student) / (R · n).
 
-    A pair "ab" compares softmax(a bᵀ / √E) of both models, head by head, row by row, among the n real tokens of a sequence. A sequence without
-    a real token adds 0 to the mean. The teacher gets no gradient. Widths and dtypes of teacher and student may differ.
+    A pair "ab" compares softmax(a bᵀ / √E) of both models, head by head, row by row, among the n real tokens of a
+    sequence. A sequence without a real token adds 0 to the mean. The teacher gets no gradient. Widths and dtypes of
+    teacher and student may differ.
 
     Args:
         teacher: `[B, T, D]` each, floating; only the tensors that `pairs` names are read.

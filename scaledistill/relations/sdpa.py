@@ -2,17 +2,19 @@
 
 In: Q/K/V on the CPU and a checked request. Out: the total, differentiable in the student, and the losses of the pairs.
 
-A tile of a few heads' scaled dot products stays in cache through softmax, KL and the products with q, k, v. With P and S the teacher's and the
-student's softmax and M = S − P, a pair's gradients are dA = c M B and dB = c Mᵀ A, c = weight / (√E · R · n · B): they need nothing from
-above but a scalar factor, so the forward pass computes them and backward scales them. Nothing of size T² is ever saved.
-Composing `aten::_scaled_dot_product_flash_attention_for_cpu` and its backward gives the same numbers, but computes the scores five times and
-three products that nobody needs, and took 2–3 times as long; it also wants equal head widths and biases for masks.
+A tile of a few heads' scaled dot products stays in cache through softmax, KL and the products with q, k, v. With P and
+S the teacher's and the student's softmax and M = S − P, the gradients of a pair (a, b) are dA = c M B and dB = c Mᵀ A,
+c = weight / (√E · R · n · B). They need nothing from above but a scalar factor, so forward computes them and backward
+scales them: each score is computed once, and nothing of size T² is kept.
+PyTorch's own CPU flash attention and its backward (private operators) compose to the same numbers, but in five passes,
+each with its scores and two with gradients that nobody needs. That took twice as long; it also wants equal head widths
+and a bias for every kind of mask.
 
-Tokens that see each other — the real tokens of a sequence, or of a document in it — are gathered first, so padding and other documents cost
-nothing and need no bias.
+Tokens that see each other — the real tokens of a sequence, or of a document in it — are gathered first, so padding and
+other documents cost nothing.
 
-Legend: B sequences, T tokens, n gathered tokens, D width, R relation heads, E width per relation head, P pairs; in a tile h heads, m rows,
-c columns.
+Legend: B sequences, T tokens, n gathered tokens, D width, R relation heads, E width per relation head, P pairs; in a
+tile h heads, m rows, c columns.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from scaledistill.relations.spec import QKV, RelationSpec
 
-# Scores in a tile: three fp32 tiles fit a core's L2 cache, and PyTorch's cost per call stays small. Measured: flat from 2^17 to 2^19.
+# Scores in a tile: few enough for a core's cache, many enough to hide PyTorch's cost per call; flat from 2^17 to 2^19.
 _TILE_SCORES = 1 << 18
 _TILE_ROWS = 128
 # Finite, so that the difference of two hidden scores is 0 and not NaN.
@@ -34,16 +36,8 @@ _HIDDEN = -1e30
 
 
 def sdpa_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor, Tensor]:
-    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached), both of `spec.dtype`.
-
-    Raises:
-        ValueError: tensors that are not on the CPU.
-    """
+    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached), both of `spec.dtype`."""
     tensors = [getattr(student, letter) for letter in spec.letters]
-    if tensors[0].device.type != "cpu":
-        raise ValueError(
-            f"relations.backend=sdpa computes on the CPU, found tensors on {tensors[0].device}; use auto or reference"
-        )
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return _TiledLoss.apply(teacher, spec, with_grad, *tensors)
 
@@ -68,20 +62,23 @@ class _TiledLoss(torch.autograd.Function):
 def _losses_and_grads(
     teacher: QKV, student: dict[str, Tensor], spec: RelationSpec, with_grad: bool
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Return the losses of the pairs and, by letter, the total's gradient `[B, T, D]` in `spec.dtype` (none without `with_grad`)."""
+    """Return the losses of the pairs and, by letter, the total's gradient `[B, T, D]` in `spec.dtype` if wanted."""
     B, T = next(iter(student.values())).shape[:2]
     losses = [0.0] * len(spec.pairs)
     grads = {letter: torch.zeros(x.shape, dtype=spec.dtype) for letter, x in student.items()} if with_grad else {}
     work = torch.empty(3, max(_TILE_SCORES, _TILE_ROWS * T), dtype=spec.dtype)
     for sequence, tokens_n, num_real in _token_groups(B, T, spec):
-        ours = {letter: _gather(x[sequence], tokens_n, spec) for letter, x in student.items()}
-        theirs = {letter: _gather(getattr(teacher, letter)[sequence], tokens_n, spec) for letter in student}
-        ours_grads = {letter: torch.zeros_like(x) for letter, x in ours.items()} if with_grad else {}
+        teacher_RnE = {letter: _gather(getattr(teacher, letter)[sequence], tokens_n, spec) for letter in student}
+        student_RnE = {letter: _gather(x[sequence], tokens_n, spec) for letter, x in student.items()}
+        grads_RnE = {letter: torch.zeros_like(x) for letter, x in student_RnE.items()} if with_grad else {}
         share = 1 / (spec.num_heads * num_real * B)
-        for p, ((a, b), weight) in enumerate(spec.pairs):
-            sides = _Sides(theirs[a], theirs[b], ours[a], ours[b], ours_grads.get(a), ours_grads.get(b))
+        for p, (pair, weight) in enumerate(spec.pairs):
+            a, b = tuple(pair)
+            sides = _Sides(
+                teacher_RnE[a], teacher_RnE[b], student_RnE[a], student_RnE[b], grads_RnE.get(a), grads_RnE.get(b)
+            )
             losses[p] += share * _pair_kl(sides, weight * share, spec.causal, work)
-        for letter, grad_RnE in ours_grads.items():
+        for letter, grad_RnE in grads_RnE.items():
             grads[letter][sequence].index_copy_(0, tokens_n, grad_RnE.transpose(0, 1).flatten(1))
     return losses, grads
 
@@ -117,14 +114,14 @@ class _Sides(NamedTuple):
 
 
 def _pair_kl(sides: _Sides, weight: float, causal: bool, work: Tensor) -> float:
-    """Return Σ KL(P ‖ S) over heads and rows and add `weight` times its gradients to `sides`; `work` holds three tiles."""
+    """Return Σ KL(P ‖ S) over heads and rows; add `weight` times its gradients to `sides`. `work` holds three tiles."""
     R, n, _ = sides.student_a.shape
     num_rows = min(n, _TILE_ROWS)
     num_heads = min(R, max(1, _TILE_SCORES // (num_rows * n)))
     future_mm = torch.ones(num_rows, num_rows, dtype=torch.bool).triu(1)
     kl = 0.0
     for head in range(0, R, num_heads):
-        side = _Sides(*(None if x is None else x[head : head + num_heads] for x in sides))
+        side = _Sides._make(None if x is None else x[head : head + num_heads] for x in sides)
         for row in range(0, n, num_rows):
             rows = slice(row, min(row + num_rows, n))
             columns = slice(0, rows.stop if causal else n)

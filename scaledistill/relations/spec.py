@@ -1,9 +1,9 @@
 """What a relation loss is asked to compute, and the checks on it.
 
-In: the settings `relations.num_heads` and `relations.pairs`, widths or Q/K/V tensors. Out: a `RelationSpec` that a backend can trust, or
-a `ValueError` that names the setting. The mathematics is the backends' affair.
+In: the settings `relations.num_heads` and `relations.pairs`, widths or Q/K/V tensors. Out: a `RelationSpec` that a
+backend can trust, or a `ValueError` that names the setting. The mathematics is the backends' affair.
 
-Legend: B sequences, T tokens, D width of q, k or v (they may differ, and between teacher and student), R relation heads.
+Legend: B sequences, T tokens, D width (q, k and v of a model may differ in it, and so may teacher and student).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class QKV(NamedTuple):
 class RelationSpec(NamedTuple):
     """A checked request: which relations of which tokens.
 
-    `pairs` holds (name, weight), e.g. ("qk", 1.0); `mask_BT` is bool, true on real tokens; `segment_ids_BT` are integers, equal within a
-    document; `dtype` is that of the scores, the softmax and the losses: float64 where an input is, float32 otherwise.
+    `pairs` holds (name, weight), e.g. ("qk", 1.0); `mask_BT` is bool, true on real tokens; `segment_ids_BT` are
+    integers, equal within a document; `dtype` is that of scores, softmax and losses: float64 where an input is float64,
+    float32 otherwise.
     """
 
     num_heads: int
@@ -54,7 +55,7 @@ def normalise_pairs(pairs: Mapping[str, float]) -> tuple[tuple[str, float], ...]
     """Check the setting `relations.pairs` and return it as (name, weight) tuples in the given order.
 
     Raises:
-        ValueError: no pair; a name that is not two of q, k, v; a weight that is negative or not finite; only zero weights.
+        ValueError: no pair; a name that is not two of q, k, v; a negative or non-finite weight; only zero weights.
     """
     if not pairs:
         raise ValueError('relations.pairs is empty; name at least one pair, e.g. {"qq": 1.0, "kk": 1.0, "vv": 1.0}')
@@ -78,8 +79,8 @@ def check_relation_heads(
 ) -> None:
     """Check, without tensors, that every width that the pairs use can be cut into `num_heads` relation heads.
 
-    `widths` maps a model's name for messages ("teacher", "student l6") to the width of its q, k and v, or to {"q": …, "k": …, "v": …} where
-    they differ (grouped-query attention).
+    `widths` maps a model's name for messages ("teacher", "student l6") to the width of its q, k and v, or to
+    {"q": …, "k": …, "v": …} where they differ (grouped-query attention).
 
     Raises:
         ValueError: `num_heads` does not divide a used width, or a pair joins tensors of unequal width.
@@ -88,11 +89,12 @@ def check_relation_heads(
     letters = letters_of(pairs)
     used = {name: {x: w if isinstance(w, int) else w[x] for x in letters} for name, w in widths.items()}
     for name, model in used.items():
-        for a, b in pairs:
+        for pair in pairs:
+            a, b = tuple(pair)
             if model[a] != model[b]:
                 raise ValueError(
-                    f"relations.pairs: '{a}{b}' needs {a} and {b} of equal width, but the {name}'s are {model[a]} and {model[b]}; "
-                    f"leave '{a}{b}' out"
+                    f"relations.pairs: '{pair}' needs {a} and {b} of equal width, "
+                    f"but the {name}'s are {model[a]} and {model[b]}; leave '{pair}' out"
                 )
         for letter, width in model.items():
             if num_heads < 1 or width % num_heads:
@@ -101,7 +103,8 @@ def check_relation_heads(
                 divisors = [d for d in range(1, common + 1) if common % d == 0]
                 nearest = [*[d for d in divisors if d < num_heads][-1:], *[d for d in divisors if d > num_heads][:1]]
                 raise ValueError(
-                    f"{setting}={num_heads} does not divide the {name}'s {which} {width}; use {' or '.join(map(str, nearest))}"
+                    f"{setting}={num_heads} does not divide the {name}'s {which} {width}; "
+                    f"use {' or '.join(map(str, nearest))}"
                 )
 
 
@@ -117,8 +120,8 @@ def check_request(
     """Check settings and tensors against each other.
 
     Raises:
-        ValueError: as `normalise_pairs` and `check_relation_heads`; tensors of unequal `[B, T]`, device or of no floating dtype; a mask
-            that is neither bool nor integer; segment ids that are not integers.
+        ValueError: as `normalise_pairs` and `check_relation_heads`; tensors that differ in B, T or device or are not
+            floating; a mask or segment ids of another shape or device or of floating dtype.
     """
     weighted = normalise_pairs(pairs)
     names = [name for name, _ in weighted]
@@ -130,7 +133,8 @@ def check_request(
     for name, x in tensors.items():
         if x.dim() != 3 or x.shape[:2] != first.shape[:2] or 0 in x.shape:
             raise ValueError(
-                f"{name} has shape {list(x.shape)}, {first_name} has {list(first.shape)}; expected [B, T, D] with equal B and T, none of them 0"
+                f"{name} has shape {list(x.shape)}, {first_name} has {list(first.shape)}; "
+                "expected [B, T, D] with equal B and T, none of them 0"
             )
         if not x.dtype.is_floating_point or x.device != first.device:
             raise ValueError(
@@ -142,7 +146,8 @@ def check_request(
         if ids.shape != first.shape[:2] or ids.dtype.is_floating_point or ids.device != first.device:
             raise ValueError(
                 f"{name} is {ids.dtype} of shape {list(ids.shape)} on {ids.device}; "
-                f"expected {'bool or ' if ids is mask_BT else ''}integers of shape {list(first.shape[:2])} on {first.device}"
+                f"expected {'bool or ' if name == 'mask_BT' else ''}integers "
+                f"of shape {list(first.shape[:2])} on {first.device}"
             )
     widths = {
         who: {x: getattr(qkv, x).shape[2] for x in letters} for who, qkv in (("teacher", teacher), ("student", student))

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_tree
+from ranks import run_ranks
+
+from scaledistill.config import DistillConfig, parse_config
+from scaledistill.engines import parameter_groups
+from scaledistill.engines.deepspeed_block import resolve_block
+from scaledistill.errors import ConfigError
+
+ENGINES = {
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+    "zero1-offload": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+    "zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero3-offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
+
+
+def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
+    """Make a run's steps for each configuration in turn, in this rank; return the losses."""
+    from scaledistill import doctor
+    from scaledistill.data.stream import ShardStream
+    from scaledistill.distributed import process_group
+    from scaledistill.metrics import Stopwatch
+    from scaledistill.session import open_session
+    from scaledistill.step import train_step
+
+    losses = []
+    with process_group(60) as ranks:
+        for tree in trees:
+            config = doctor.check(parse_config(tree), ranks.world_size, ranks.device).config
+            session = open_session(config, ranks, resume=False)
+            with session.stream() as stream:
+                assert isinstance(stream, ShardStream)
+                steps = [train_step(session, stream, False, Stopwatch()) for _ in range(config.train.max_steps)]
+            losses.append([step.losses["loss"] for step in steps])
+    return losses
+
+
+def test_all_engines_agree(tmp_path, tiny_teacher, tiny_shards) -> None:
+    def tree(zero: dict[str, Any], precision: str, micro_batch_size: int) -> dict[str, Any]:
+        train = {"global_batch_size": 8, "micro_batch_size": micro_batch_size, "max_steps": 5, "learning_rate": 1e-3}
+        return tiny_tree(
+            tmp_path,
+            tiny_teacher,
+            tiny_shards,
+            train={**train, "precision": precision},
+            teacher={"dtype": "fp32"},
+            engine={"deepspeed": {"zero_optimization": zero}},
+        )
+
+    for precision, first, later in (("fp32", 1e-6, 1e-4), ("bf16", 1e-3, 1e-2)):
+        trees = [tree(zero, precision, 4) for zero in ENGINES.values()]
+        runs = {
+            (world_size, name): losses
+            for world_size in (1, 2)
+            for name, losses in zip(ENGINES, run_ranks(losses_of, world_size, trees)[0], strict=True)
+        }
+        expected = runs[1, "zero1"]
+        assert len(expected) == 5
+        assert expected[-1] < expected[0]
+        for which, losses in runs.items():
+            assert losses[0] == pytest.approx(expected[0], rel=first), (precision, which)
+            assert losses == pytest.approx(expected, rel=later), (precision, which)
+
+
+def block_of(**deepspeed: Any) -> DistillConfig:
+    return parse_config(
+        {
+            "run": {"folder": "r"},
+            "teacher": {"model": "m", "layer": 1},
+            "students": {"s": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}},
+            "relations": {"num_heads": 1},
+            "data": {"train": "t", "sequence_length": 8},
+            "train": {
+                "global_batch_size": 8,
+                "micro_batch_size": 2,
+                "max_steps": 1,
+                "learning_rate": 1.0,
+                "precision": "bf16",
+            },
+            "engine": {"deepspeed": {"zero_optimization": {"stage": 2}, **deepspeed}},
+        }
+    )
+
+
+def test_what_deepspeed_would_guess_is_written_out() -> None:
+    given = block_of(bf16={"enabled": "auto"}, zero_optimization={"stage": 3, "reduce_bucket_size": "auto"})
+    before = copy.deepcopy(given.engine.deepspeed)
+    block = resolve_block(given, world_size=2)
+    assert block["bf16"]["enabled"] is True
+    assert block["fp16"]["enabled"] is False
+    assert block["gradient_clipping"] == 1.0
+    assert block["zero_optimization"]["reduce_bucket_size"] == 64
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert [block[size] for size in sizes] == [8, 2, 2]
+    assert given.engine.deepspeed == before
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (
+            {"zero_optimisation": {}},
+            r"engine\.deepspeed\.zero_optimisation: unknown key; did you mean 'zero_optimization'",
+        ),
+        (
+            {"train_batch_size": 8},
+            r"engine\.deepspeed\.train_batch_size: not allowed here; set train\.global_batch_size",
+        ),
+        ({"gradient_accumulation_steps": 8}, r"gradient_accumulation_steps: not allowed here; it follows from"),
+        ({"optimizer": {}}, r"engine\.deepspeed\.optimizer: not allowed here; the optimizer is AdamW"),
+        ({"scheduler": {}}, r"engine\.deepspeed\.scheduler: not allowed here; the learning rate is a function"),
+        ({"zero_optimization": {"stage": 0}}, r"zero_optimization\.stage: found 0, expected 1, 2 or 3"),
+        ({"zero_optimization": {}}, r"zero_optimization\.stage: found None, expected 1, 2 or 3"),
+        ({"gradient_clipping": 0.5}, r"gradient_clipping: found 0\.5, expected 1\.0 by train\.max_grad_norm"),
+        ({"fp16": {"enabled": True}}, r"fp16\.enabled: found True, expected False by train\.precision"),
+        ({"bf16": True}, r"engine\.deepspeed\.bf16: found True, expected a block"),
+        ({"communication_data_type": "auto"}, r"communication_data_type='auto': DeepSpeed does not resolve it"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            r"offload_param\.device='cpu' needs zero_optimization\.stage=3, found 2",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            r"offload_optimizer\.device: found 'nvme', expected 'cpu' or 'none'",
+        ),
+    ],
+)
+def test_bad_blocks_are_refused(block: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_block(block_of(**block), world_size=1)
+
+
+def misspelt_zero_key(tree: dict[str, Any]) -> str:
+    try:
+        losses_of([tree])
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_misspelt_zero_key_is_refused(tmp_path, tiny_teacher, tiny_shards) -> None:
+    zero = {"stage": 1, "reduce_bucket_sise": 1000}
+    tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, engine={"deepspeed": {"zero_optimization": zero}})
+    [message] = run_ranks(misspelt_zero_key, 1, tree)
+    assert message.startswith("engine.deepspeed.zero_optimization.reduce_bucket_sise: ")
+
+
+def test_vectors_are_exempt_from_weight_decay() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    decayed, exempt = parameter_groups(module, 0.01)
+    assert [p.shape for p in decayed["params"]] == [(4, 3)]
+    assert [p.shape for p in exempt["params"]] == [(4,), (4,), (4,)]
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.01, 0.0)
+    counted = sum(p.numel() for p in itertools.chain(decayed["params"], exempt["params"]))
+    assert counted == sum(p.numel() for p in module.parameters())

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from scaledistill.data import remote
+from scaledistill.data.reader import ShardReader
+from scaledistill.data.remote import ShardCache
+from scaledistill.data.shards import Manifest, ShardWriter
+from scaledistill.data.stream import ShardStream
+from scaledistill.errors import ConfigError, DataError
+
+T = 8
+ROWS = 500
+IDS_NT = np.arange(ROWS * T).reshape(ROWS, T)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    tokenizer = {"name": "test", "sha256": "0" * 64}
+    sizes = {"sequence_length": T, "vocab_size": 5000, "rows_per_block": 10, "rows_per_shard": 80}
+    with ShardWriter(folder, tokenizer=tokenizer, pad_token_id=0, **sizes) as writer:
+        writer.write(IDS_NT, np.array([(row, 0, T) for row in range(ROWS)]))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "BACKOFF_SECONDS", 0.0)
+
+
+def read_all(shards: ShardReader) -> np.ndarray:
+    """Read block by block, so that every shard is opened often."""
+    blocks = [
+        (shard, block) for shard, entry in enumerate(shards.manifest.shards) for block in range(len(entry.block_rows))
+    ]
+    return np.concatenate([shards.read(shard, range(block, block + 1))[0][1] for shard, block in blocks])
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["pipe:cat x", "file:///shards", "ftp://host/x", "s3://a::memory://b", "simplecache::s3://a", "s3:a", "S3://a"],
+)
+def test_refused_urls(url: str) -> None:
+    with pytest.raises(
+        ConfigError, match="not an allowed URL; expected a folder or one of s3://, gs://, hf://, https://"
+    ):
+        ShardReader(url)
+
+
+def test_paths_are_not_urls(folder: Path) -> None:
+    assert not remote.is_url(str(folder))
+    assert not remote.is_url("./a:b")
+
+
+@pytest.fixture
+def memory_url(folder: Path) -> Iterator[str]:
+    files = fsspec.filesystem("memory")
+    files.put(str(folder), "/bucket/shards", recursive=True)
+    yield "memory://bucket/shards"
+    files.rm("/bucket", recursive=True)
+
+
+def test_memory_url_reads_the_same(folder: Path, memory_url: str, tmp_path: Path) -> None:
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
+    assert shards.manifest.sha256 == Manifest.load(folder).sha256
+    np.testing.assert_array_equal(read_all(shards), IDS_NT)
+    assert sorted(path.stem for path in tmp_path.glob("*.tar")) == sorted(
+        shard.sha256 for shard in shards.manifest.shards
+    )
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_remote_shards_are_checked_at_open(memory_url: str, tmp_path: Path) -> None:
+    files = fsspec.filesystem("memory")
+    files.pipe("/bucket/shards/shard-000001.tar", b"short")
+    with pytest.raises(DataError, match=r"shard-000001.tar has 5 bytes"):
+        ShardReader(memory_url, cache=ShardCache(tmp_path))
+    files.rm("/bucket/shards/shard-000001.tar")
+    with pytest.raises(DataError, match=r"shard-000001.tar is missing"):
+        ShardReader(memory_url, cache=ShardCache(tmp_path))
+    files.rm("/bucket/shards/manifest.json")
+    with pytest.raises(DataError, match=r"manifest.json: FileNotFoundError; check the URL"):
+        ShardReader(memory_url, cache=ShardCache(tmp_path))
+
+
+def test_damaged_downloads_are_never_used(memory_url: str, tmp_path: Path) -> None:
+    files = fsspec.filesystem("memory")
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
+    path = "/bucket/shards/shard-000003.tar"
+    files.pipe(path, files.cat(path)[:-1] + b"x")
+    with pytest.raises(DataError, match=r"shard-000003.tar: failed 4 times.*the manifest says"):
+        read_all(shards)
+    assert not list(tmp_path.glob("*.partial"))
+    assert shards.manifest.shards[3].sha256 not in {entry.stem for entry in tmp_path.glob("*.tar")}
+
+
+def test_a_damaged_cached_copy_is_named(memory_url: str, tmp_path: Path) -> None:
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
+    read_all(shards)
+    damaged = tmp_path / f"{shards.manifest.shards[0].sha256}.tar"
+    data = bytearray(damaged.read_bytes())
+    data[shards.manifest.shards[0].ids_offset[0]] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(DataError, match=rf"shard-000000.tar, block 0: .*cached copy {damaged}: delete it"):
+        read_all(shards)
+
+
+def test_cache_stays_within_its_bound_and_drops_the_least_recently_used(memory_url: str, tmp_path: Path) -> None:
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path)).manifest.shards
+    cache = ShardCache(tmp_path, limit_bytes=3 * shards[0].bytes)
+
+    def use(number: int) -> None:
+        entry = shards[number]
+        os.close(cache.open(f"{memory_url}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256))
+        time.sleep(0.01)  # modification times must differ
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= cache.limit_bytes
+
+    for number in (0, 1, 2, 0, 3, 0, 4):
+        use(number)
+    assert {path.stem for path in tmp_path.glob("*.tar")} == {shards[number].sha256 for number in (0, 3, 4)}
+
+
+def test_cache_too_small(memory_url: str, tmp_path: Path) -> None:
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path, limit_bytes=100))
+    with pytest.raises(ConfigError, match=r"data.cache_bytes=100 is less than .* data.num_lanes=6"):
+        ShardStream(shards, shards.order(seed=0, num_lanes=6), global_batch_size=8, micro_batch_size=8)
+    with pytest.raises(ConfigError, match=r"data.cache_bytes=100 is too small for one shard"):
+        shards.read(0, range(1))
+
+
+def test_what_a_killed_download_leaves_is_cleared(memory_url: str, tmp_path: Path) -> None:
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path, limit_bytes=50_000))
+    other = tmp_path / "other.lock"
+    other.touch()
+    os.truncate(other, 49_999)  # a reservation without a process
+    other.with_suffix(".partial").write_bytes(b"x" * 100)
+    own = tmp_path / f"{shards.manifest.shards[0].sha256}.partial"
+    own.write_bytes(b"half")
+    assert len(shards.read(0, range(8))) == 8
+    assert other.stat().st_size == 0
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_missing_file_system_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(DataError, match="needs a package that is not installed"):
+        ShardReader("s3://bucket/shards", cache=ShardCache(tmp_path))
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; counts what was sent whole and breaks some answers on request."""
+
+    sent: Counter[str]
+    broken: list[str]
+    delay_seconds: float
+
+    def do_GET(self) -> None:
+        time.sleep(self.delay_seconds)
+        name = self.path.rsplit("/", 1)[-1]
+        fault = self.broken.pop(0) if name.endswith(".tar") and self.broken else ""
+        if fault == "status":
+            self.send_error(503)
+        elif fault == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "5000")
+            self.end_headers()
+            self.wfile.write(b"x" * 100)
+            self.close_connection = True
+        else:
+            self.sent[name] += 1
+            super().do_GET()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[http.server.ThreadingHTTPServer]:
+    Handler.sent, Handler.broken, Handler.delay_seconds = Counter(), [], 0.0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as running:
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def test_http_with_faults(folder: Path, server: http.server.ThreadingHTTPServer, tmp_path: Path) -> None:
+    Handler.broken = ["status", "cut", "", "cut"]
+    shards = ShardReader(f"http://127.0.0.1:{server.server_port}/", cache=ShardCache(tmp_path))
+    np.testing.assert_array_equal(read_all(shards), IDS_NT)
+    assert {name: count for name, count in Handler.sent.items() if name.endswith(".tar")} == {
+        shard.file: 1 for shard in shards.manifest.shards
+    }
+    with pytest.raises(DataError, match=r"other/manifest.json: FileNotFoundError"):
+        ShardReader(f"{shards.location}/other", cache=ShardCache(tmp_path))
+
+
+READ_ALL = """
+import sys
+from pathlib import Path
+from scaledistill.data.reader import ShardReader
+from scaledistill.data.remote import ShardCache
+shards = ShardReader(sys.argv[1], cache=ShardCache(Path(sys.argv[2])))
+for number, shard in enumerate(shards.manifest.shards):
+    assert len(shards.read(number, range(len(shard.block_rows)))) == len(shard.block_rows)
+"""
+
+
+def test_processes_share_a_cache(server: http.server.ThreadingHTTPServer, tmp_path: Path) -> None:
+    Handler.delay_seconds = 0.1  # so that the processes meet
+    url = f"http://127.0.0.1:{server.server_port}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-W", "error", "-c", READ_ALL, url, str(tmp_path)]
+    processes = [subprocess.Popen(command, env=environment) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    downloads = {name: count for name, count in Handler.sent.items() if name.endswith(".tar")}
+    assert downloads == {shard.file: 1 for shard in ShardReader(url, cache=ShardCache(tmp_path)).manifest.shards}

