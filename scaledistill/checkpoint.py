@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scaledistill.distributed import Ranks, barrier, broadcast_object
+from scaledistill.distributed import Ranks, broadcast_object, failing_together
 from scaledistill.errors import DataError
 from scaledistill.files import sha256_of, sync, write_json
 
@@ -49,7 +50,7 @@ def save_checkpoint(
     keep: int,
     ranks: Ranks,
 ) -> str | None:
-    """Commit a checkpoint, then drop all but the `keep` newest. Collective; rank 0 writes.
+    """Commit a checkpoint, then drop all but the `keep` newest up to this step. Collective; rank 0 writes.
 
     Files go to a temporary folder, the manifest with sizes and hashes last; the rename is the commit. Nothing that was
     committed before is touched until then.
@@ -62,8 +63,10 @@ def save_checkpoint(
         partial = root / f".partial-step-{step:09d}"
         try:
             _write(partial, groups, state)
-            _replace(partial, root / f"step-{step:09d}")
-            for old in _committed(root)[keep:]:
+            folder = root / f"step-{step:09d}"
+            _replace(partial, folder)
+            # A later one is damaged, or this step would not have been made again: it must not push this one out.
+            for old in [path for path in _committed(root) if path.name <= folder.name][keep:]:
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as failure:
             error = f"{failure.strerror or failure} ({failure.filename or partial})"
@@ -75,7 +78,8 @@ def newest_checkpoint(root: Path, ranks: Ranks) -> Checkpoint | None:
     """Return the newest checkpoint whose sizes and hashes hold; each damaged one is named in a warning. Collective.
 
     Raises:
-        DataError: rank 0 found one that this rank does not see.
+        DataError: rank 0 found one that another rank does not see.
+        PeerError: the same, on the other ranks.
     """
     name = None
     if ranks.is_main:
@@ -89,15 +93,15 @@ def newest_checkpoint(root: Path, ranks: Ranks) -> Checkpoint | None:
     name = broadcast_object(name)
     if name is None:
         return None
-    folder = root / name
-    try:
-        state = json.loads((folder / STATE).read_text())
-    except OSError as error:
-        raise DataError(
-            f"checkpoint {folder}: rank 0 reads it, rank {ranks.rank} does not ({error.strerror}); run.folder must be "
-            "on a file system that all ranks share"
-        ) from None
-    barrier()
+    folder, state = root / name, {}
+    with failing_together():
+        try:
+            state = json.loads((folder / STATE).read_text())
+        except OSError as error:
+            raise DataError(
+                f"checkpoint {folder}: rank 0 reads it, rank {ranks.rank} does not ({error.strerror}); run.folder must "
+                "be on a file system that all ranks share"
+            ) from None
     return Checkpoint(folder, state)
 
 
@@ -131,12 +135,11 @@ def _write(partial: Path, groups: Mapping[str, Mapping[str, Tensor]], state: Map
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for group, tensors in groups.items():
+        path = partial / f"{group}.safetensors"
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / f"{group}.safetensors")
-        except Exception as error:  # safetensors wraps the system's error in its own
-            if isinstance(error, OSError) or "I/O error" in str(error):
-                raise OSError(getattr(error, "errno", None), str(error), str(partial / group)) from None
-            raise
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        except SafetensorError as error:  # how safetensors reports what the disk did not take
+            raise OSError(None, str(error), str(path)) from None
     (partial / STATE).write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(partial.iterdir())}
     for name in files:

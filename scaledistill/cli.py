@@ -35,9 +35,9 @@ def parser() -> argparse.ArgumentParser:
         "--validate", action="store_true", help="check everything without loading weights, print the plan"
     )
     parse.add_argument(
-        "--world-size", type=int, metavar="N", help="with --validate: plan for N ranks (default: those here)"
+        "--world-size", type=_positive, metavar="N", help="with --validate: plan for N ranks (default: those here)"
     )
-    parse.add_argument("--dry-run", type=int, metavar="N", help="make N real steps and write nothing")
+    parse.add_argument("--dry-run", type=_positive, metavar="N", help="make N real steps and write nothing")
     parse.add_argument("--fresh", action="store_true", help="start over; the old run folder is renamed, not deleted")
     parse.add_argument("--debug", action="store_true", help="show tracebacks and third-party messages")
     parse.add_argument(
@@ -46,9 +46,19 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"found {number}, expected 1 or more")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    options = parser().parse_args(arguments)
+    parse = parser()
+    options = parse.parse_args(arguments)
+    if options.world_size and not options.validate:
+        parse.error("--world-size is read only with --validate; the launcher sets the ranks of a run")
     is_main = os.environ.get("RANK", "0") == "0"
     _set_up_messages(is_main, options.debug)
     try:

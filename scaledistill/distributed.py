@@ -136,12 +136,6 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def barrier() -> None:
-    """Wait for all ranks. Collective."""
-    if dist.get_world_size() > 1:
-        dist.barrier()
-
-
 @contextmanager
 def failing_together() -> Iterator[None]:
     """Run a block that has no collectives in it; if it fails on some ranks, fail on all of them. Collective.

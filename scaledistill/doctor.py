@@ -6,6 +6,7 @@ lists every problem found.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from scaledistill.distributed import resolve_precision
 from scaledistill.engines.deepspeed_block import resolve_block, zero_settings
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.estimate import Estimate, estimate
+from scaledistill.metrics import check_trackers
 from scaledistill.models.capture import check_layer, max_sequence_length
 from scaledistill.models.export import TOKENIZER_FILES
 from scaledistill.models.student import check_init, student_config
-from scaledistill.models.teacher import load_config, resolve_folder
+from scaledistill.models.teacher import check_weight_files, load_config, resolve_folder
 from scaledistill.relations import check_relation_heads
 
 Result = TypeVar("Result")
@@ -64,10 +66,14 @@ def check(config: DistillConfig, world_size: int, device: torch.device) -> Plan:
             problems.append(error)
             return None
 
-    name = next(iter(config.students))
+    [(name, spec)] = config.students.items()
     resolved = attempt(resolve, config, world_size, device)
     teacher = attempt(_teacher_config, config)
     student = attempt(_student_config, config, name, teacher) if teacher else None
+    for setting, model in (("teacher.model", config.teacher.model), (f"students.{name}.init", spec.init)):
+        if model not in ("random", "teacher") and Path(model).is_dir():  # a hub's are checked when they are fetched
+            attempt(check_weight_files, Path(model), f"{setting}={model!r}")
+    attempt(check_trackers, config.logging.trackers)
     shards = attempt(open_shards, config, config.data.train)
     held_out = attempt(open_shards, config, config.data.validation) if config.data.validation else None
     for setting, reader in (("data.train", shards), ("data.validation", held_out)):
@@ -183,6 +189,8 @@ def _free_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:
     """Return the free space where the run will write; it must hold the checkpoints kept, and one in the making."""
     folder = Path(config.run.folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise DataError(f"run.folder={config.run.folder}: {existing} is not a folder to write to; set another folder")
     free = shutil.disk_usage(existing).free
     needed = (config.checkpoint.keep + 1) * checkpoint_bytes
     if free < needed:
@@ -216,7 +224,8 @@ def plan_table(plan: Plan) -> Table:
         "FLOPs": f"{facts.flops_per_token / 1e9:.2f} G per token, {facts.teacher_flops_fraction:.0%} the teacher's",
         "run": f"{train.max_steps:,} steps, {train.max_steps * tokens / 1e9:.2f} G tokens, {epochs:.1f} epochs",
         "data": f"{manifest.rows:,} rows in {len(manifest.shards)} shards, "
-        f"{len(manifest.shards) / plan.world_size:.1f} per rank; {plan.order.dropped_rows_per_epoch} rows dropped per epoch",
+        f"{len(manifest.shards) / plan.world_size:.1f} per rank; "
+        f"{plan.order.dropped_rows_per_epoch} rows left out of an epoch",
         "memory per rank": f"{_size(device_bytes)}, activations aside",
         "  teacher": _size(facts.teacher_bytes),
         "  weights, gradients": _size(facts.weights_and_gradients_bytes),

@@ -14,6 +14,7 @@ from scaledistill.engines.deepspeed_block import zero_settings
 from scaledistill.models.capture import build_encoder, capture_view, forward_flops
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+TILE_SCORES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,16 @@ def estimate(
         weights_and_gradients_bytes=weights + trained * 4 // gradient_share,
         optimizer_bytes=trained * 12 // world_size,
         optimizer_on_host=optimizer_on_host,
-        relation_bytes=_relation_bytes(config, name, teacher.hidden_size, student.hidden_size),
+        relation_bytes=_relation_bytes(config, name, student.hidden_size),
         checkpoint_bytes=whole * 4 + trained * 8,
     )
 
 
-def _relation_bytes(config: DistillConfig, name: str, teacher_width: int, student_width: int) -> int:
+def _relation_bytes(config: DistillConfig, name: str, student_width: int) -> int:
+    """Working memory of the loss: fp32 maps for `reference`, tiles and the student's gradients for `sdpa`."""
     sequences, length = config.train.micro_batch_size or 1, config.data.sequence_length
-    if config.relations.backend == "reference":  # fp32 maps of one pair, kept for backward: scores and softmax, twice
-        maps = len(config.relations.pairs) * 4 * config.relation_heads(name) * length
-        return 4 * sequences * length * maps
-    return 4 * sequences * length * len(config.relations.pairs) * 3 * (teacher_width + student_width)
+    if config.relations.backend == "reference":
+        maps = 5 * len(config.relations.pairs)  # per pair: both models' scores, their log-softmax, and a product
+        return 4 * sequences * config.relation_heads(name) * length * length * maps
+    used = len(set("".join(config.relations.pairs)))
+    return 4 * sequences * length * used * student_width + 4 * TILE_SCORES * 6

@@ -13,9 +13,13 @@ from typing import Any
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a JSON file atomically and durably."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    sync(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        sync(partial)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -89,10 +89,13 @@ class Recorder:
     def __exit__(self, *exc: object) -> None:
         if self._display:
             self._display.progress.stop()
-        self._file.close()
         for tracker in self._trackers:
             tracker.finish()
-        draw_losses(self._folder)
+        try:
+            self._file.close()
+            draw_losses(self._folder)
+        except OSError as error:
+            log.warning("%s: the record is not complete: %s", self._folder, error.strerror)
 
     def advance(self, step: int) -> None:
         """Move the display to a step."""
@@ -104,8 +107,11 @@ class Recorder:
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+        except OSError as error:  # what the disk did not take stays in the buffer and goes with the next row
+            log.warning("%s: %s; training goes on", self._path, error.strerror)
         for tracker in self._trackers:
             tracker.log(
                 {key: value for key, value in clean.items() if key != "step" and value is not None}, step=row["step"]
@@ -162,21 +168,31 @@ class _Display:
         self.task = self.progress.add_task("distil", total=max_steps, completed=resumed_at, figures="")
 
 
+def check_trackers(names: Iterable[str]) -> None:
+    """Check `logging.trackers`.
+
+    Raises:
+        ConfigError: accelerate has no such tracker, or its package is not installed.
+    """
+    for name in names:
+        from accelerate import tracking  # seconds, that a run without trackers needn't spend
+
+        if name not in tracking.LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(tracking.LOGGER_TYPE_TO_CLASS))
+            raise ConfigError(f"logging.trackers: unknown tracker {name!r}; known: {known}")
+        if name not in tracking.get_available_trackers():
+            raise ConfigError(f"logging.trackers: {name!r} is not installed; pip install it or remove it")
+
+
 def _tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:
     from accelerate import tracking
 
-    known = {str(getattr(key, "value", key)): cls for key, cls in tracking.LOGGER_TYPE_TO_CLASS.items()}
-    if name not in known:
-        raise ConfigError(f"logging.trackers: unknown tracker {name!r}; known: {', '.join(sorted(known))}")
+    check_trackers([name])
+    known = tracking.LOGGER_TYPE_TO_CLASS[name]
     # Only rank 0 comes here: accelerate's own rank check would start its runtime.
-    cls = type(known[name].__name__, (known[name],), {"main_process_only": False})
-    try:
-        tracker = cls(folder.name, **({"logging_dir": str(folder)} if known[name].requires_logging_directory else {}))
-        tracker.start()
-    except (ImportError, ModuleNotFoundError) as error:
-        raise ConfigError(
-            f"logging.trackers: {name!r} is not installed ({error}); pip install it or remove it"
-        ) from None
+    cls = type(known.__name__, (known,), {"main_process_only": False})
+    tracker = cls(folder.name, **({"logging_dir": str(folder)} if known.requires_logging_directory else {}))
+    tracker.start()
     tracker.store_init_configuration({"config": json.dumps(config)})
     return tracker
 

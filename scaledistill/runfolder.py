@@ -58,8 +58,12 @@ class Status:
     def write_failure(self, state: str, message: str, exit_code: int) -> None:
         """Write an end, unless another rank's cause stands there already."""
         known = read_json(self.path)
-        if not (self.started and known and known["state"] in ("failed", "diverged")):
+        if self.started and known and known["state"] in ("failed", "diverged"):
+            return
+        try:
             self.write(state, message, exit_code)
+        except OSError as error:  # a full disk must not hide why the run ended
+            log.error("%s could not be written: %s", self.path, error.strerror)
 
 
 @contextmanager

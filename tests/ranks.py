@@ -9,10 +9,13 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+# The process that ranks are forked from finds `preload` by this; it does not get our sys.path.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["deepspeed", "scaledistill.train", "scaledistill.engines.deepspeed"])
+context.set_forkserver_preload(["preload"])
 
 
 def free_port() -> int:
@@ -36,6 +39,12 @@ class Job:
         for process in self.processes:
             process.start()
 
+    def kill(self) -> None:
+        """Kill the ranks that are still there."""
+        for process in self.processes:
+            process.kill()
+            process.join(10)
+
     def wait(self, timeout: float = 120) -> list[Any]:
         """Return the results by rank; the first error of any rank fails the test."""
         results: dict[int, Any] = {}
@@ -55,8 +64,9 @@ class Job:
                     raise AssertionError(f"rank {rank} failed:\n{error}")
                 results[rank] = result
         finally:
+            if len(results) < len(self.processes):
+                self.kill()
             for process in self.processes:
-                process.kill() if len(results) < len(self.processes) else process.join(10)
                 process.join(10)
         return [results[rank] for rank in range(len(self.processes))]
 
@@ -76,5 +86,5 @@ def _enter(
     torch.set_num_threads(1)
     try:
         results.put((rank, function(*arguments), None))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - reported to the test
         results.put((rank, None, traceback.format_exc()))

@@ -124,7 +124,7 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "quickstart.json").write_text("{")
     with pytest.raises(ConfigError, match=r"quikstart\.json: no such file; did you mean .*quickstart\.json\?"):
         load_config(tmp_path / "quikstart.json")
-    with pytest.raises(ConfigError, match="not valid JSON: .* line 1"):
+    with pytest.raises(ConfigError, match=r"not valid JSON: .* line 1"):
         load_config(tmp_path / "quickstart.json")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ConfigError, match="found a JSON list, expected an object"):

@@ -334,7 +334,7 @@ print(json.dumps({"sdpa": step(4, 512, "sdpa", "qq", "kk", "vv"), "reference": s
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from Linux")
 def test_sdpa_memory() -> None:
-    """Peak of forward + backward beyond the inputs; reference, to save time, gets half the batch and one pair of three."""
+    """Peak of forward + backward beyond the inputs; reference, for time, gets half the batch and one pair of three."""
     run = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
     peak_bytes = json.loads(run.stdout)
     assert peak_bytes["sdpa"] * 8 < peak_bytes["reference"], peak_bytes

@@ -124,7 +124,7 @@ def load_encoder(
         check_layer(num_layers, config.num_hidden_layers)
         config.num_hidden_layers = num_layers
     folder = resolve_folder(model, revision, WEIGHT_FILES, setting=setting)
-    _check_weight_files(folder, f"{setting}={str(model)!r}")
+    check_weight_files(folder, f"{setting}={str(model)!r}")
     options = encoder_options(config) if type(config) in MODEL_MAPPING else {}
     try:
         with quiet_transformers():
@@ -222,8 +222,11 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _check_weight_files(folder: Path, model: str) -> None:
-    """Raise DataError unless every weight file of the folder is there and is safetensors."""
+def check_weight_files(folder: Path, model: str) -> None:
+    """Raise DataError, naming `model`, unless every weight file of its folder is there and is safetensors.
+
+    None is opened.
+    """
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and (folder / INDEX).is_file():
         try:

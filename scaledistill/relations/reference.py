@@ -18,9 +18,9 @@ def reference_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tens
 
     Source: MiniLMv2, arXiv 2012.15828, eq. 5–8.
     """
-    device = getattr(student, spec.letters[0]).device
-    B, T = getattr(student, spec.letters[0]).shape[:2]
-    real_BT = torch.ones(B, T, dtype=torch.bool, device=device) if spec.mask_BT is None else spec.mask_BT
+    first_BTD = getattr(student, spec.letters[0])
+    B, T, _ = first_BTD.shape
+    real_BT = first_BTD.new_ones(B, T, dtype=torch.bool) if spec.mask_BT is None else spec.mask_BT
     visible_BTT = real_BT[:, None, :].expand(B, T, T)
     if spec.segment_ids_BT is not None:
         visible_BTT = visible_BTT & (spec.segment_ids_BT[:, :, None] == spec.segment_ids_BT[:, None, :])

@@ -1,0 +1,189 @@
+"""The structure that DESIGN.md promises: who may import whom, and how long things may get."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "scaledistill"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+# Which modules of the package each may import, anywhere in it; `errors` may be imported by all but `relations`.
+ALLOWED: dict[str, set[str]] = {
+    "__init__": {"config", "models.capture", "models.student", "relations", "train"},
+    "checkpoint": {"distributed", "files"},
+    "cli": {"config", "doctor", "train"},
+    "config": set(),
+    "data": set(),
+    "data.compression": set(),
+    "data.docstrings": set(),
+    "data.make": {"data.manifest", "data.pool", "data.shards", "data.text"},
+    "data.manifest": {"data.remote"},
+    "data.order": set(),
+    "data.pool": set(),
+    "data.reader": {"data.manifest", "data.order", "data.remote"},
+    "data.remote": set(),
+    "data.shards": {"data.manifest"},
+    "data.sources": {"data.compression"},
+    "data.stream": {"data.manifest", "data.order", "data.reader"},
+    "data.text": set(),
+    "distributed": set(),
+    "doctor": {
+        "config",
+        "data.order",
+        "data.remote",
+        "data.stream",
+        "data.text",
+        "distributed",
+        "engines.deepspeed_block",
+        "estimate",
+        "metrics",
+        "models.capture",
+        "models.export",
+        "models.student",
+        "models.teacher",
+        "relations",
+    },
+    "engines": {"config", "distributed", "engines.deepspeed"},
+    "engines.deepspeed": {"config", "distributed", "engines", "engines.deepspeed_block"},
+    "engines.deepspeed_block": {"config"},
+    "errors": set(),
+    "estimate": {"config", "engines.deepspeed_block", "models.capture"},
+    "files": set(),
+    "metrics": set(),
+    "models": set(),
+    "models.capture": {"relations"},
+    "models.export": {"models.capture", "models.teacher"},
+    "models.student": {"models.capture", "models.teacher"},
+    "models.teacher": {"models.capture", "relations"},
+    "relations": {"relations.reference", "relations.sdpa", "relations.spec"},
+    "relations.reference": {"relations.spec"},
+    "relations.sdpa": {"relations.spec"},
+    "relations.spec": set(),
+    "runfolder": {"distributed", "files"},
+    "session": {
+        "__init__",
+        "checkpoint",
+        "config",
+        "data.order",
+        "data.stream",
+        "distributed",
+        "doctor",
+        "engines",
+        "metrics",
+        "models.capture",
+        "models.export",
+        "models.student",
+        "models.teacher",
+    },
+    "step": {
+        "config",
+        "data.stream",
+        "distributed",
+        "metrics",
+        "models.capture",
+        "models.teacher",
+        "relations",
+        "session",
+    },
+    "train": {"config", "distributed", "doctor", "files", "metrics", "runfolder", "session", "step"},
+}
+
+# Who may import a heavy third party, anywhere; nobody else does. A folder stands for its modules.
+THIRD_PARTIES: dict[str, set[str]] = {
+    "accelerate": {"metrics"},
+    "datasets": {"data.sources"},
+    "deepspeed": {"engines.deepspeed"},
+    "matplotlib": {"metrics"},
+    "torch": {
+        *("checkpoint", "cli", "data.stream", "distributed", "doctor", "engines", "engines.deepspeed", "metrics"),
+        *("models", "relations", "session", "step", "train"),
+    },
+    "transformers": {"data.make", "data.text", "doctor", "estimate", "models", "session"},
+    "webdataset": {"data.shards", "data.sources"},
+}
+
+# Imported before the command line has said what it wants: quick, so nothing heavy at their top.
+LIGHT_AT_THE_TOP = {"__init__", "cli", "config", "errors", "data.text", "data.make", "data.sources"}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Yield the dotted names that are imported anywhere under `tree`; of the package, without its name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.partition(".")[0] != PACKAGE.name:
+                yield name.partition(".")[0]
+                continue
+            inner = name.partition(".")[2]
+            while inner not in MODULES and inner:  # from scaledistill.files import sync: the module, not the name
+                inner = inner.rpartition(".")[0]
+            yield "scaledistill:" + (inner or "__init__")
+
+
+def parse(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(), str(MODULES[name]))
+
+
+def test_every_module_has_its_row() -> None:
+    assert sorted(ALLOWED) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_of_the_package(name: str) -> None:
+    found = {module.removeprefix("scaledistill:") for module in imports(parse(name)) if ":" in module}
+    everywhere = set() if name.partition(".")[0] == "relations" else {"errors"}
+    assert found - everywhere == ALLOWED[name], "change the code, or this table and DESIGN.md"
+
+
+@pytest.mark.parametrize("package", THIRD_PARTIES)
+def test_imports_of_third_parties(package: str) -> None:
+    found = {name for name in MODULES if package in imports(parse(name))}
+    allowed = THIRD_PARTIES[package]
+    assert {name for name in found if name not in allowed and name.rpartition(".")[0] not in allowed} == set()
+    assert all(any(name == row or name.startswith(row + ".") for name in found) for row in allowed), "table too wide"
+
+
+@pytest.mark.parametrize("name", sorted(LIGHT_AT_THE_TOP))
+def test_nothing_heavy_at_the_top(name: str) -> None:
+    tree = parse(name)
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not {"torch", "transformers", "datasets", "webdataset", "rich"} & set(imports(tree))
+
+
+def test_only_the_command_line_starts_a_run() -> None:
+    assert {name for name, allowed in ALLOWED.items() if "train" in allowed} == {"__init__", "cli"}
+    lazily = [node for node in parse("__init__").body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any("train" in name for node in lazily for name in imports(node))
+    for script in (*PACKAGE.parent.glob("launch/*.py"), *PACKAGE.parent.glob("tools/*.py")):
+        assert "scaledistill:train" not in imports(ast.parse(script.read_text())), script.name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_is_small_and_quiet(name: str) -> None:
+    text = MODULES[name].read_text()
+    assert len(text.splitlines()) <= 400
+    tree = ast.parse(text)
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert not called & {"print", "breakpoint", "eval", "exec"}
+    assert not re.search(r"/(?:home|root|work|tmp|Users|mnt)/", text), "a path of some machine"
+    assert ast.get_docstring(tree) or not tree.body, "a module says what enters and what leaves"
+
+
+def test_the_train_step_fits_on_one_screen() -> None:
+    [step] = [node for node in parse("step").body if isinstance(node, ast.FunctionDef) and node.name == "train_step"]
+    assert step.end_lineno is not None
+    assert step.end_lineno - step.lineno + 1 <= 45

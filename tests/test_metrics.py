@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_checkpoint import largest_file
+
+from scaledistill.errors import ConfigError
+from scaledistill.metrics import (
+    PEAK_FLOPS,
+    Recorder,
+    Stopwatch,
+    check_trackers,
+    draw_losses,
+    memory_peak_bytes,
+    peak_flops,
+    read_rows,
+    summary,
+)
+
+
+def recorder(folder: Path, *, resumed_at: int = 0, trackers: tuple[str, ...] = ()) -> Recorder:
+    return Recorder(folder, max_steps=10, resumed_at=resumed_at, trackers=trackers, config={"run": {"seed": 1}})
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 8.0 / step, **more}
+
+
+def write_rows(folder: Path, *rows: dict[str, Any]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+
+
+def test_rows_are_on_the_disk_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with recorder(tmp_path) as record:
+        for step in (1, 2):
+            record.record(row(step, grad_norm=1 / 3))
+            assert read_rows(tmp_path / "metrics.jsonl")[-1] == row(step, grad_norm=1 / 3)
+    assert [entry.getMessage() for entry in caplog.records] == ["step 1/10  loss 8.0000", "step 2/10  loss 4.0000"]
+    assert (tmp_path / "loss.png").is_file()
+
+
+def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+    values = {"loss": float("nan"), "grad_norm": float("inf"), "lr": -float("inf"), "skipped_steps": 1}
+    with recorder(tmp_path) as record:
+        record.record({"step": 1, **values})
+    [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert line == '{"step": 1, "loss": null, "grad_norm": null, "lr": null, "skipped_steps": 1}'
+
+
+def test_a_resume_makes_later_rows_again(tmp_path: Path) -> None:
+    write_rows(tmp_path, *(row(step) for step in range(1, 8)))
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()[:5]
+    with recorder(tmp_path, resumed_at=5) as record:
+        record.record(row(6, again=True))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == [*kept, json.dumps(row(6, again=True))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_a_new_run_starts_an_empty_record(tmp_path: Path) -> None:
+    write_rows(tmp_path, row(1))
+    with recorder(tmp_path):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("end", ['{"step": 3, "lo', "\0" * 30, '{"step": 3', "\n"])
+def test_a_last_line_that_was_cut(end: str, tmp_path: Path) -> None:
+    write_rows(tmp_path, row(1), row(2))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + end)
+    assert read_rows(path) == [row(1), row(2)]
+    with recorder(tmp_path, resumed_at=2) as record:
+        record.record(row(3))
+    assert read_rows(path) == [row(1), row(2), row(3)]
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+    draw_losses(tmp_path)
+    write_rows(tmp_path, {"step": 1, "loss": None})
+    draw_losses(tmp_path)
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_full_disk_delays_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with recorder(tmp_path) as record:
+        record.record(row(1))
+        with largest_file(40):
+            record.record(row(2))
+            record.record(row(3))
+        record.record(row(4))
+    assert read_rows(tmp_path / "metrics.jsonl") == [row(step) for step in (1, 2, 3, 4)]
+    assert caplog.text.count("metrics.jsonl: File too large; training goes on") == 2
+
+
+def test_a_full_disk_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with largest_file(40), recorder(tmp_path) as record:
+        record.record(row(1))
+        record.record(row(2))
+    assert read_rows(tmp_path / "metrics.jsonl") == [row(1)]
+    assert f"{tmp_path}: the record is not complete: File too large" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("figures", "text"),
+    [
+        ({"loss": 1.23456}, "loss 1.2346"),
+        ({"loss": None, "mfu": None}, "loss not finite"),
+        (
+            {
+                "loss": 2.0,
+                "validation_loss": 1.5,
+                "tokens_per_second": 12_345.6,
+                "mfu": 0.417,
+                "data_wait_fraction": 0.0123,
+                "memory_peak_bytes": 45_600_000_000,
+                "lr": 1e-3,
+            },
+            "loss 2.0000  validation 1.5000  12.3k tokens/s  MFU 42%  data wait 1.2%  memory 45.6 GB",
+        ),
+        ({"loss": 1.0, "tokens_per_second": 999.4}, "loss 1.0000  999 tokens/s"),
+        ({"loss": 1.0, "tokens_per_second": 2.5e6}, "loss 1.0000  2.5M tokens/s"),
+        ({"loss": 1.0, "tokens_per_second": 3e9}, "loss 1.0000  3.0G tokens/s"),
+    ],
+)
+def test_summary(figures: dict[str, Any], text: str) -> None:
+    assert summary({"step": 3, **figures}) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA RTX A6000", 154.8e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("Some GPU of the future", None),
+    ],
+)
+def test_peak_of_a_device(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == peak
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_no_peak_is_hidden_by_a_shorter_name() -> None:
+    for number, part in enumerate(PEAK_FLOPS):
+        assert not [earlier for earlier in list(PEAK_FLOPS)[:number] if earlier in part]
+
+
+def test_memory_peak_is_in_bytes() -> None:
+    before = memory_peak_bytes(torch.device("cpu"))
+    status = Path("/proc/self/status").read_text()
+    [kibibytes] = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
+    assert before == pytest.approx(kibibytes * 1024, rel=0.02)
+
+
+def test_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([10.0, 14.0, 15.0])
+    monkeypatch.setattr("scaledistill.metrics.time.perf_counter", lambda: next(now))
+    watch = Stopwatch()
+    watch.add_wait(0.5)
+    watch.add_wait(0.25)
+    assert watch.lap() == (4.0, 0.75)
+    assert watch.lap() == (1.0, 0.0)
+
+
+def test_loss_png(tmp_path: Path) -> None:
+    folder = tmp_path / "a_run"
+    folder.mkdir()
+    rows = [row(step, validation_loss=9.0 / step if step % 10 == 0 else None) for step in range(1, 41)]
+    rows[4]["loss"] = None  # a skipped step
+    write_rows(folder, *rows)
+    draw_losses(folder)
+    content = (folder / "loss.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", content[16:24]) == (960, 540)
+    from matplotlib.image import imread
+
+    pixels = imread(folder / "loss.png")[..., :3]
+    for red, green, blue in ((31, 119, 180), (214, 39, 40)):  # the two curves
+        colour = torch.tensor([red, green, blue]) / 255
+        assert int((torch.from_numpy(pixels) - colour).abs().amax(-1).lt(0.02).sum()) > 100
+
+
+def test_unknown_tracker() -> None:
+    check_trackers([])
+    with pytest.raises(ConfigError, match=r"^logging\.trackers: unknown tracker 'tensorbord'; known: aim, .*wandb$"):
+        check_trackers(["tensorbord"])
+
+
+def test_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "get_available_trackers", list)
+    with pytest.raises(
+        ConfigError, match=r"^logging\.trackers: 'wandb' is not installed; pip install it or remove it$"
+    ):
+        recorder(tmp_path, trackers=("wandb",))
+
+
+def test_a_tracker_gets_the_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from accelerate import tracking
+
+    calls: list[tuple[str, Any]] = []
+
+    class Fake(tracking.GeneralTracker):
+        name = "wandb"
+        requires_logging_directory = False
+
+        def __init__(self, run_name: str) -> None:
+            calls.append(("name", run_name))
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            calls.append(("config", values))
+
+        def log(self, values: dict[str, Any], step: int | None) -> None:
+            calls.append(("log", (step, values)))
+
+        def finish(self) -> None:
+            calls.append(("finish", None))
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
+    with recorder(tmp_path, trackers=("wandb",)) as record:
+        record.record(row(2, lr=float("nan"), grad_norm=0.5))
+    assert calls == [
+        ("name", tmp_path.name),
+        ("config", {"config": '{"run": {"seed": 1}}'}),
+        ("log", (2, {"loss": 4.0, "grad_norm": 0.5})),
+        ("finish", None),
+    ]
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra 'tracking' is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with recorder(tmp_path, trackers=("tensorboard",)) as record:
+        for step in (1, 2):
+            record.record(row(step))
+    [events] = tmp_path.rglob("events.out.tfevents.*")
+    accumulated = EventAccumulator(str(events.parent))
+    accumulated.Reload()
+    assert [(event.step, event.value) for event in accumulated.Scalars("loss")] == [(1, 8.0), (2, 4.0)]

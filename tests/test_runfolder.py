@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import context, run_ranks
+from test_checkpoint import largest_file, names
+
+from scaledistill import files
+from scaledistill.distributed import Ranks
+from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
+from scaledistill.files import read_json
+from scaledistill.runfolder import STOP_SIGNALS, Status, StopRequest, owned, set_aside
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks(0, 1, 0, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def status_of(folder: Path) -> dict[str, Any]:
+    status = read_json(folder / "status.json")
+    assert status is not None
+    return status
+
+
+def test_status_says_everything(tmp_path: Path) -> None:
+    status = Status(tmp_path, max_steps=10)
+    status.step = 4
+    status.write("stopped", "because", 75)
+    found = status_of(tmp_path)
+    assert found.pop("updated").endswith("+00:00")
+    assert found == {
+        "state": "stopped",
+        "step": 4,
+        "max_steps": 10,
+        "exit_code": 75,
+        "message": "because",
+        "host": os.uname().nodename,
+        "pid": os.getpid(),
+    }
+    assert names(tmp_path) == ["status.json"]
+
+
+def test_status_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = Status(tmp_path, max_steps=10)
+    status.write("running", "first")
+    seen = []
+    monkeypatch.setattr(files, "sync", lambda path: seen.append((path.name, status_of(tmp_path)["message"])))
+    status.write("running", "second")
+    assert [message for _, message in seen] == ["first", "second"]  # on the disk before and after it is put in place
+    with largest_file(20), pytest.raises(OSError, match="File too large"):
+        status.write("running", "third")
+    assert status_of(tmp_path)["message"] == "second"
+    assert names(tmp_path) == ["status.json"]
+
+
+ERRORS = [
+    (ConfigError("a setting"), "failed", 2, "a setting"),
+    (DataError("a shard"), "failed", 3, "a shard"),
+    (DivergedError("a loss"), "diverged", 4, "a loss"),
+    (ZeroDivisionError("a defect"), "failed", 1, "ZeroDivisionError: a defect"),
+    (KeyboardInterrupt(), "failed", 1, "KeyboardInterrupt: "),
+]
+
+
+@pytest.mark.parametrize(("error", "state", "exit_code", "message"), ERRORS, ids=lambda value: type(value).__name__)
+def test_an_error_is_written_down(
+    error: BaseException, state: str, exit_code: int, message: str, tmp_path: Path, ranks: Ranks
+) -> None:
+    def run() -> None:
+        with owned(tmp_path / "run", 10, ranks, fresh=False) as status:
+            status.step = 3
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
+    found = status_of(tmp_path / "run")
+    assert [found[key] for key in ("state", "exit_code", "message", "step")] == [state, exit_code, message, 3]
+
+
+def test_a_full_disk_does_not_hide_the_error(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        pytest.raises(DataError, match="no space for checkpoints"),
+        largest_file(20),
+        owned(tmp_path, 10, ranks, fresh=False),
+    ):
+        raise DataError("no space for checkpoints")
+    assert f"{tmp_path / 'status.json'} could not be written: File too large" in caplog.text
+
+
+def test_a_refused_resume_leaves_the_status_alone(tmp_path: Path, ranks: Ranks) -> None:
+    with owned(tmp_path, 10, ranks, fresh=False) as status:
+        status.write("done", "the run before", 0)
+    for error in (ConfigError("other settings"), PeerError("other settings", 2)):
+        with pytest.raises(type(error)), owned(tmp_path, 10, ranks, fresh=False):
+            raise error
+    assert status_of(tmp_path)["message"] == "the run before"
+    with pytest.raises(DataError), owned(tmp_path, 10, ranks, fresh=False):
+        raise DataError("no shards")
+    assert status_of(tmp_path)["message"] == "no shards"
+
+
+def test_the_first_cause_stays(tmp_path: Path, ranks: Ranks) -> None:
+    def run() -> None:
+        with owned(tmp_path, 10, ranks, fresh=False) as status:
+            status.started = True
+            status.write("failed", "another rank's cause", 3)
+            raise RuntimeError("connection closed by peer")
+
+    with pytest.raises(RuntimeError):
+        run()
+    assert status_of(tmp_path)["message"] == "another rank's cause"
+
+
+def hold(folder: Path, held: Any, let_go: Any) -> None:
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        held.set()
+        let_go.wait(60)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_has_one_owner(fresh: bool, tmp_path: Path, ranks: Ranks) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    held, let_go = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(folder, held, let_go))
+    other.start()
+    try:
+        assert held.wait(60)
+        with pytest.raises(ConfigError) as caught, owned(folder, 10, ranks, fresh=fresh):
+            pytest.fail("the folder was held")
+        assert str(caught.value) == (
+            f"run.folder='{folder}' is in use by another process; wait for it, or set another run.folder"
+        )
+        assert names(tmp_path) == ["run"]
+        assert names(folder) == [".lock"]
+    finally:
+        let_go.set()
+        other.join(10)
+    with owned(folder, 10, ranks, fresh=fresh) as status:
+        status.write("running", "now it is ours")
+
+
+def test_fresh_keeps_what_was_there(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    folder = tmp_path / "run"
+    for number in range(3):
+        with owned(folder, 10, ranks, fresh=True) as status:
+            assert names(folder) == [".lock"]
+            status.write("done", f"run {number}", 0)
+    messages = {name: status_of(tmp_path / name)["message"] for name in names(tmp_path)}
+    assert messages == {"run.1": "run 0", "run.2": "run 1", "run": "run 2"}
+    assert f"--fresh: the old run is kept as {tmp_path / 'run.2'}" in caplog.text
+    with owned(folder, 10, ranks, fresh=False):
+        assert status_of(folder)["message"] == "run 2"
+
+
+def test_set_aside_takes_the_first_free_number(tmp_path: Path) -> None:
+    for name in ("run", "run.1", "run.3"):
+        (tmp_path / name).mkdir()
+    assert set_aside(tmp_path / "run") == tmp_path / "run.2"
+    assert names(tmp_path) == ["run.1", "run.2", "run.3"]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_signal_is_a_request(number: signal.Signals, tmp_path: Path) -> None:
+    before = [signal.getsignal(each) for each in STOP_SIGNALS]
+    stop = StopRequest(tmp_path, watch_file=True)
+    with stop.listening():
+        assert stop.reason() is None
+        os.kill(os.getpid(), number)
+        assert stop.reason() == f"got {number.name}"
+        os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, following: nothing new
+        assert stop.acknowledge() == f"got {number.name}"
+    assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
+
+
+def test_a_second_interrupt_counts_only_later(tmp_path: Path) -> None:
+    stop = StopRequest(tmp_path, watch_file=False)
+    with stop.listening():
+        for _ in range(3):  # a launcher passes on what the terminal sent already
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.05)
+        os.kill(os.getpid(), signal.SIGTERM)  # never more than a request
+        assert stop.reason() == "got SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+LOOP = """
+import sys, time
+from pathlib import Path
+from scaledistill.runfolder import StopRequest
+stop = StopRequest(Path(sys.argv[1]), watch_file=True)
+with stop.listening():
+    print("ready", flush=True)
+    while not stop.reason():
+        time.sleep(0.01)
+sys.stdout.write(stop.acknowledge())
+"""
+
+
+def test_a_signal_from_another_process(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", LOOP, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGUSR1)
+    assert child.communicate(timeout=60) == ("got SIGUSR1", None)
+    assert child.returncode == 0
+
+
+def test_the_stop_file(tmp_path: Path) -> None:
+    stop, elsewhere = StopRequest(tmp_path, watch_file=True), StopRequest(tmp_path, watch_file=False)
+    assert stop.reason() is None
+    (tmp_path / "STOP").touch()
+    assert stop.reason() == f"found {tmp_path / 'STOP'}"
+    assert elsewhere.reason() is None
+    assert elsewhere.acknowledge() is None
+    assert stop.acknowledge() == f"found {tmp_path / 'STOP'}"
+    assert names(tmp_path) == []  # so that the same command goes on
+    assert stop.reason() is None
+
+
+def owned_by_two(folder: Path, which: int) -> tuple[str, str]:
+    from scaledistill.distributed import failing_together, process_group
+
+    with process_group(60) as ranks:
+        try:
+            with owned(folder, 10, ranks, fresh=True) as status, failing_together():
+                status.started = True
+                if ranks.rank == which:
+                    raise DataError("no such shard")
+        except (DataError, PeerError) as error:
+            return type(error).__name__, str(error)
+        return "nothing", ""
+
+
+def test_one_of_two_ranks_fails(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "status.json").write_text(json.dumps({"state": "failed", "message": "old"}))
+    first, second = run_ranks(owned_by_two, 2, folder, 1)
+    assert (first[0], second[0]) == ("DataError", "PeerError")
+    assert status_of(folder)["message"] == first[1]
+    assert first[1].startswith("rank 1 on ")
+    assert status_of(tmp_path / "run.1")["message"] == "old"

@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_tree
+from ranks import Job, run_ranks
+from safetensors.torch import load_file
+from test_engine import ENGINES
+
+from scaledistill.config import parse_config
+from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
+from scaledistill.metrics import read_rows
+from scaledistill.step import learning_rate
+
+LONG = {"global_batch_size": 8, "max_steps": 30, "learning_rate": 1e-3, "warmup_steps": 2, "precision": "fp32"}
+
+
+@pytest.fixture
+def make_tree(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callable[..., dict[str, Any]]:
+    """Return a function that makes the configuration of a run in `tmp_path / name`."""
+
+    def make(name: str = "run", **blocks: dict[str, Any]) -> dict[str, Any]:
+        tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, **blocks)
+        tree["run"] |= {"folder": str(tmp_path / name), **blocks.get("run", {})}
+        return tree
+
+    return make
+
+
+def distil(tree: dict[str, Any], **options: Any) -> tuple[str, int, str]:
+    """Run `distill` in this rank; return how it ended, the exit code and the message, also of an error."""
+    from scaledistill.train import distill
+
+    try:
+        result = distill(parse_config(tree), **options)
+        return result.state, result.exit_code, result.message
+    except (ConfigError, DataError, DivergedError, PeerError) as error:
+        return type(error).__name__, error.exit_code, str(error)
+
+
+def distil_all(trees: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
+    from scaledistill.distributed import process_group
+
+    with process_group(60):
+        return [distil(tree) for tree in trees]
+
+
+def distil_and_die(tree: dict[str, Any], step: int) -> None:
+    """Run until rank 1 has made `step` steps, then kill it; what the other rank makes of that is not looked at."""
+    from scaledistill.train import Bookkeeper
+
+    after_step = Bookkeeper.after_step
+
+    def deadly(self: Bookkeeper, result: Any) -> None:
+        after_step(self, result)
+        if self._session.step == step and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Bookkeeper.after_step = deadly  # type: ignore[method-assign]
+    distil(tree)
+
+
+def rows_of(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    return read_rows(Path(tree["run"]["folder"]) / "metrics.jsonl")
+
+
+def losses_of(tree: dict[str, Any]) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows_of(tree)]
+
+
+def status_of(tree: dict[str, Any]) -> dict[str, Any]:
+    return json.loads((Path(tree["run"]["folder"]) / "status.json").read_text())
+
+
+def test_learning_rate_is_a_function_of_the_step() -> None:
+    rates = [learning_rate(step, peak=8.0, warmup_steps=4, max_steps=12) for step in range(13)]
+    assert rates == [2, 4, 6, 8, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert learning_rate(0, peak=1.0, warmup_steps=0, max_steps=1) == 1
+
+
+def test_a_whole_run(make_tree: Callable[..., dict[str, Any]], tiny_shards: Path) -> None:
+    tree = make_tree(
+        data={"validation": str(tiny_shards / "validation")},
+        train={**LONG, "max_steps": 20, "learning_rate": 1e-2, "validation_every_steps": 8, "validation_rows": 13},
+        checkpoint={"every_steps": 5, "keep": 2},
+        logging={"every_steps": 5},
+    )
+    assert run_ranks(distil, 2, tree)[0][:2] == ("done", 0)
+    folder, rows = Path(tree["run"]["folder"]), rows_of(tree)
+    assert [row["step"] for row in rows] == [1, 5, 8, 10, 15, 16, 20]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [8, 16, 20]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[0]["loss"] == pytest.approx(sum(rows[0][f"loss/l2/{pair}"] for pair in ("qq", "kk", "vv")), rel=1e-6)
+    assert status_of(tree)["state"] == "done"
+    assert status_of(tree)["exit_code"] == 0
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000000015", "step-000000020"]
+    assert parse_config(json.loads((folder / "config.json").read_text())).train.micro_batch_size == 4
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    best = min((row for row in rows if "validation_loss" in row), key=lambda row: row["validation_loss"])
+    state = json.loads((folder / "checkpoints" / "step-000000020" / "state.json").read_text())
+    assert state["best"] == {"step": best["step"], "validation_loss": best["validation_loss"]}
+    assert (folder / "export" / "l2-best" / "model.safetensors").exists()
+    # The same command again has nothing to do.
+    before = losses_of(tree)
+    assert run_ranks(distil, 1, {**tree, "train": {**tree["train"], "micro_batch_size": 4}})[0][:2] == ("done", 0)
+    assert losses_of(tree) == before
+    check_export(folder / "export" / "l2", folder / "checkpoints" / "step-000000020" / "l2.weights.safetensors")
+
+
+def check_export(export: Path, weights: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(export, add_pooling_layer=False)
+    masters = load_file(weights)
+    assert masters.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, masters[name]), name
+    ids = AutoTokenizer.from_pretrained(export)("w001 w002", return_tensors="pt")
+    assert model(input_ids=ids["input_ids"]).last_hidden_state.isfinite().all()
+
+
+CASES = [(name, accumulation) for name in ENGINES for accumulation in (1, 2)]
+QUICK_CASES = [("zero1", 2), ("zero2", 1), ("zero3", 2), ("zero2-offload", 2), ("zero3-offload", 1)]
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(QUICK_CASES, id="quick"),
+        pytest.param([case for case in CASES if case not in QUICK_CASES], id="rest", marks=pytest.mark.full),
+    ],
+)
+def test_killed_runs_resume_bit_for_bit(make_tree: Callable[..., dict[str, Any]], cases: list[tuple[str, int]]) -> None:
+    def tree(kind: str, engine: str, accumulation: int) -> dict[str, Any]:
+        return make_tree(
+            f"{kind}-{engine}-{accumulation}",
+            train={**LONG, "micro_batch_size": 4 // accumulation},
+            engine={"deepspeed": {"zero_optimization": ENGINES[engine]}},
+            checkpoint={"every_steps": 11},
+        )
+
+    whole = [tree("whole", *case) for case in cases]
+    killed = [tree("killed", *case) for case in cases]
+    assert {state for state, *_ in run_ranks(distil_all, 2, whole)[0]} == {"done"}
+    for broken in killed:
+        job = Job(distil_and_die, 2, broken, 25)
+        job.processes[1].join(60)
+        assert job.processes[1].exitcode == -signal.SIGKILL
+        job.kill()
+        assert losses_of(broken)[-1][0] >= 24
+        assert status_of(broken)["state"] in ("running", "failed")
+    assert {state for state, *_ in run_ranks(distil_all, 2, killed)[0]} == {"done"}
+    for reference, resumed in zip(whole, killed, strict=True):
+        assert len(losses_of(resumed)) == LONG["max_steps"]
+        assert losses_of(resumed) == losses_of(reference)
+        ends = [Path(t["run"]["folder"]) / "checkpoints" / "step-000000030" for t in (reference, resumed)]
+        for group in ("weights", "exp_avg", "exp_avg_sq"):
+            first, second = (load_file(end / f"l2.{group}.safetensors") for end in ends)
+            assert all(torch.equal(first[name], second[name]) for name in first), group
+
+
+def test_dropout_resumes_bit_for_bit(make_tree: Callable[..., dict[str, Any]]) -> None:
+    student = {"l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "dropout": 0.3}}
+    blocks = {"students": student, "checkpoint": {"every_steps": 3}}
+    whole, stopped = make_tree("whole", **blocks), make_tree("stopped", **blocks)
+    run_ranks(distil, 1, whole)
+    run_ranks(stop_after, 1, stopped, 3)
+    assert [step for step, _ in losses_of(stopped)] == [1, 2, 3, 4]
+    run_ranks(distil, 1, stopped)
+    assert losses_of(stopped) == losses_of(whole)
+    plain = make_tree("plain", checkpoint={"every_steps": 3}, students={"l2": {**student["l2"], "dropout": 0.0}})
+    run_ranks(distil, 1, plain)
+    assert losses_of(plain) != losses_of(whole)
+
+
+def stop_after(tree: dict[str, Any], step: int, signal_number: int = signal.SIGTERM) -> tuple[str, int, str]:
+    """Run, and have the last rank get a signal once `step` steps are made."""
+    from scaledistill.train import Bookkeeper
+
+    after_step = Bookkeeper.after_step
+
+    def signalled(self: Bookkeeper, result: Any) -> None:
+        after_step(self, result)
+        if self._session.step == step and self._session.ranks.rank == self._session.ranks.world_size - 1:
+            os.kill(os.getpid(), signal_number)
+
+    Bookkeeper.after_step = signalled  # type: ignore[method-assign]
+    return distil(tree)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1", "STOP"])
+def test_stop_requests_end_all_ranks_with_a_checkpoint(make_tree: Callable[..., dict[str, Any]], how: str) -> None:
+    tree = make_tree(train={**LONG, "max_steps": 12}, checkpoint={"every_steps": 100})
+    folder = Path(tree["run"]["folder"])
+    if how == "STOP":
+        folder.mkdir()
+        (folder / "STOP").touch()
+        ends = run_ranks(distil, 2, tree)
+    else:
+        ends = run_ranks(stop_after, 2, tree, 5, getattr(signal, how))
+    assert [end[:2] for end in ends] == [("stopped", 75)] * 2
+    step = 1 if how == "STOP" else 6
+    assert (status_of(tree)["state"], status_of(tree)["exit_code"], status_of(tree)["step"]) == ("stopped", 75, step)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{step:09d}"]
+    assert run_ranks(distil, 2, tree)[0][0] == "done"
+    assert [step for step, _ in losses_of(tree)] == list(range(1, 13))
+
+
+def distil_with_bad_loss(tree: dict[str, Any], first: int, last: int, value: float) -> tuple[str, int, str]:
+    """Run with a loss of `value` on the last rank in the steps from `first` to `last`."""
+    from scaledistill import step as step_module
+
+    forward_loss, calls = step_module.forward_loss, 0
+
+    def bad(teacher: Any, student: Any, config: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        loss = forward_loss(teacher, student, config, batch)
+        here = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+        return loss._replace(total=loss.total + value) if here and first <= calls <= last else loss
+
+    step_module.forward_loss = bad
+    return distil(tree)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_losses_are_skipped_on_all_ranks(make_tree: Callable[..., dict[str, Any]], value: float) -> None:
+    tree = make_tree(checkpoint={"every_steps": 1, "keep": 9})
+    assert run_ranks(distil_with_bad_loss, 2, tree, 3, 4, value)[0][:2] == ("done", 0)
+    rows = rows_of(tree)
+    assert [row["loss"] is None for row in rows] == [False, False, True, True, False, False]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 2, 2, 2]
+    folders = sorted((Path(tree["run"]["folder"]) / "checkpoints").iterdir())
+    word = "embeddings.word_embeddings.weight"
+    weights = [load_file(folder / "l2.weights.safetensors")[word] for folder in folders]
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == [False, True, True, False, False]
+    assert json.loads((folders[-1] / "state.json").read_text())["optimizer_steps"] == {"l2": 4}
+
+
+def test_too_many_non_finite_losses_end_the_run(make_tree: Callable[..., dict[str, Any]]) -> None:
+    tree = make_tree(train={**LONG, "max_skipped_steps": 2}, checkpoint={"every_steps": 3}, run={"timeout_seconds": 60})
+    [(kind, code, message)] = run_ranks(distil_with_bad_loss, 1, tree, 5, 99, float("nan"))
+    assert (kind, code) == ("DivergedError", 4)
+    assert "3 steps in a row had a non-finite loss or gradient, the last on samples 48 to 55" in message
+    assert "train.max_skipped_steps=2" in message
+    assert (status_of(tree)["state"], status_of(tree)["exit_code"]) == ("diverged", 4)
+
+
+def distil_on_a_full_disk(tree: dict[str, Any], failing_saves: list[int]) -> tuple[str, int, str]:
+    """Run on a disk that is full for the given saves, counted from 1."""
+    from scaledistill import checkpoint
+
+    save_file, saves = checkpoint.save_file, 0
+
+    def full(tensors: Any, path: Path) -> None:
+        nonlocal saves
+        if path.name == "l2.weights.safetensors":
+            saves += 1
+        if saves in failing_saves:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save_file(tensors, path)
+
+    checkpoint.save_file = full
+    return distil(tree)
+
+
+def test_a_full_disk_is_survived(make_tree: Callable[..., dict[str, Any]]) -> None:
+    tree = make_tree(train={**LONG, "max_steps": 25}, checkpoint={"every_steps": 10, "keep": 5})
+    assert run_ranks(distil_on_a_full_disk, 1, tree, [1, 2])[0][0] == "done"
+    names = sorted(path.name for path in (Path(tree["run"]["folder"]) / "checkpoints").iterdir())
+    assert names == ["step-000000012", "step-000000020", "step-000000025"]
+    assert len(losses_of(tree)) == 25
+
+
+def test_a_disk_that_stays_full_ends_the_run(make_tree: Callable[..., dict[str, Any]]) -> None:
+    tree = make_tree(train=LONG, checkpoint={"every_steps": 10, "max_failed_saves": 1})
+    kind, code, message = run_ranks(distil_on_a_full_disk, 1, tree, list(range(2, 99)))[0]
+    assert (kind, code) == ("DataError", 3)
+    assert message.startswith("the checkpoint of step 21 could not be saved: No space left on device (")
+    assert "checkpoint.max_failed_saves=1 allows no more. Free some space" in message
+    root = Path(tree["run"]["folder"]) / "checkpoints"
+    assert [path.name for path in root.iterdir()] == ["step-000000010"]
+    assert run_ranks(distil, 1, tree)[0][0] == "done"
+
+
+def test_a_damaged_shard_ends_the_run(
+    make_tree: Callable[..., dict[str, Any]], tiny_shards: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "damaged"
+    shutil.copytree(tiny_shards / "train", copy)
+    shard = copy / "shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 4
+    shard.write_bytes(content)
+    tree = make_tree(data={"train": str(copy)}, train={**LONG, "max_steps": 400})
+    kind, code, message = run_ranks(distil, 1, tree)[0]
+    assert (kind, code) == ("DataError", 3)
+    assert "shard-000001.tar" in message
+    assert "block 0" in message
+    assert "crc32" in message
+    assert status_of(tree)["state"] == "failed"
+
+
+def test_another_run_is_not_continued(
+    make_tree: Callable[..., dict[str, Any]], tiny_teacher: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModel
+
+    tree = make_tree(checkpoint={"every_steps": 3})
+    run_ranks(distil, 1, tree)
+    other_teacher = tmp_path / "other"
+    shutil.copytree(tiny_teacher, other_teacher)
+    model = AutoModel.from_pretrained(tiny_teacher)
+    model.embeddings.word_embeddings.weight.data[7, 7] += 1
+    model.save_pretrained(other_teacher)
+    refused = {
+        "train.learning_rate: 0.001 -> 0.002": make_tree(train={**tree["train"], "learning_rate": 2e-3}),
+        "data.window_rows: 32 -> 16": make_tree(data={"window_rows": 16}),
+        "data.train: data_sha256": make_tree(data={"train": str(tiny_shards / "validation")}),
+        "teacher.model: the weights of": make_tree(teacher={"model": str(other_teacher)}),
+    }
+    ends = run_ranks(distil_all, 1, list(refused.values()))[0]
+    for expected, (kind, code, message) in zip(refused, ends, strict=True):
+        assert (kind, code) == ("ConfigError", 2)
+        assert expected in message
+        assert "use --fresh to start over" in message
+    assert status_of(tree)["state"] == "done"
+    free = make_tree(
+        checkpoint={"every_steps": 2}, logging={"every_steps": 3}, train={**tree["train"], "micro_batch_size": 2}
+    )
+    assert run_ranks(distil, 1, free)[0][0] == "done"
+
+
+def fresh(tree: dict[str, Any]) -> tuple[str, int, str]:
+    return distil(tree, fresh=True)
+
+
+def test_fresh_keeps_the_old_run(make_tree: Callable[..., dict[str, Any]]) -> None:
+    tree = make_tree()
+    run_ranks(distil, 1, tree)
+    before = (Path(tree["run"]["folder"]) / "metrics.jsonl").read_text()
+    other = make_tree(train={**tree["train"], "learning_rate": 5e-3})
+    assert run_ranks(fresh, 1, other)[0][0] == "done"
+    assert losses_of(other) != losses_of(tree) or rows_of(other)[1]["lr"] == 5e-3
+    assert (Path(tree["run"]["folder"] + ".1") / "metrics.jsonl").read_text() == before
+
+
+def dry_run(tree: dict[str, Any]) -> tuple[str, int, str]:
+    return distil(tree, dry_run_steps=2)
+
+
+def test_a_dry_run_writes_nothing(make_tree: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    tree = make_tree()
+    assert run_ranks(dry_run, 2, tree)[0] == ("dry run", 0, "2 steps made, nothing written")
+    assert not Path(tree["run"]["folder"]).exists()
+
+
+def test_a_standing_file_where_the_run_belongs(make_tree: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    tree = make_tree()
+    holder = Job(hold_folder, 1, tree["run"]["folder"])
+    while not (Path(tree["run"]["folder"]) / ".lock").exists():
+        time.sleep(0.05)
+    time.sleep(0.2)
+    kind, code, message = run_ranks(distil, 1, tree)[0]
+    holder.kill()
+    assert (kind, code) == ("ConfigError", 2)
+    assert "is in use by another process" in message
+
+
+def hold_folder(folder: str) -> None:
+    from scaledistill.distributed import process_group
+    from scaledistill.runfolder import owned
+
+    with process_group(60) as ranks, owned(Path(folder), 1, ranks, fresh=False):
+        time.sleep(60)
