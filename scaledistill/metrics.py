@@ -73,12 +73,12 @@ class Recorder:
         self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._max_steps = max_steps
+        self._trackers = [_tracker(name, folder, config) for name in trackers]
         kept = [row for row in read_rows(self._path) if row["step"] <= resumed_at]  # later ones are made again
         partial = self._path.with_name(".metrics.jsonl")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(self._path)
         self._file = self._path.open("a")
-        self._trackers = [_tracker(name, folder, config) for name in trackers]
         self._display = _Display(max_steps, resumed_at) if sys.stderr.isatty() else None
 
     def __enter__(self) -> Recorder:

@@ -71,7 +71,9 @@ def test_a_new_run_starts_an_empty_record(tmp_path: Path) -> None:
     assert not (tmp_path / "loss.png").exists()
 
 
-@pytest.mark.parametrize("end", ['{"step": 3, "lo', "\0" * 30, '{"step": 3', "\n"])
+@pytest.mark.parametrize(
+    "end", ['{"step": 3, "lo', '{"step": 3', "\0" * 30, "\n"], ids=["value", "brace", "zeros", "empty line"]
+)
 def test_a_last_line_that_was_cut(end: str, tmp_path: Path) -> None:
     write_rows(tmp_path, row(1), row(2))
     path = tmp_path / "metrics.jsonl"

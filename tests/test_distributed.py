@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from scaledistill.distributed import (
+    all_reduce_sum,
+    broadcast_object,
+    failing_together,
+    gather_objects,
+    process_group,
+    resolve_precision,
+)
+from scaledistill.errors import ConfigError, DataError, PeerError
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """This process's environment without a launcher's variables; what is set in it is gone after the test."""
+    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key not in LAUNCHER})
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else the number of threads would change under the other tests
+    return os.environ  # type: ignore[return-value]
+
+
+def test_plain_python_is_one_rank(environment: dict[str, str]) -> None:
+    for _ in range(2):  # the second time with the variables that the first has set
+        with process_group(60) as ranks:
+            assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.is_main) == (0, 1, 0, True)
+            assert ranks.device == CPU
+            assert dist.get_world_size() == 1
+            assert all_reduce_sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
+            assert broadcast_object("x") == "x"
+            assert gather_objects("x") == ["x"]
+        assert not dist.is_initialized()
+    assert {key: os.environ[key] for key in LAUNCHER[:4]} == {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+
+
+def test_a_group_that_stands_is_used_and_left(environment: dict[str, str]) -> None:
+    with process_group(60):
+        with process_group(60) as inner:
+            assert (inner.rank, inner.world_size) == (0, 1)
+        assert dist.is_initialized()
+    assert not dist.is_initialized()
+
+
+def test_the_group_ends_with_an_error(environment: dict[str, str]) -> None:
+    with pytest.raises(ZeroDivisionError), process_group(60):
+        raise ZeroDivisionError
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"RANK": "0"}, "the environment sets RANK but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            "the environment sets RANK, WORLD_SIZE, LOCAL_RANK but not MASTER_ADDR, MASTER_PORT; start the run with",
+        ),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "1"}, "sets WORLD_SIZE, MASTER_PORT but not RANK, LOCAL_RANK, MASTER_ADDR"),
+    ],
+)
+def test_incomplete_launcher(given: dict[str, str], message: str, environment: dict[str, str]) -> None:
+    environment.update(given)
+    with pytest.raises(ConfigError, match=message), process_group(60):
+        pytest.fail("a group was made")
+
+
+def test_more_ranks_than_gpus(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    environment.update({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with (
+        pytest.raises(ConfigError, match="local rank 3 has no GPU of its own: this machine shows 2; start at most one"),
+        process_group(60),
+    ):
+        pytest.fail("a group was made")
+
+
+def test_threads_are_shared_among_the_ranks_here(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    del environment["OMP_NUM_THREADS"]
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    with process_group(60):
+        pass
+    environment.update({"LOCAL_WORLD_SIZE": "3"})
+    with process_group(60):
+        pass
+    assert threads == [8, 2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stated_precision_stays(precision: str) -> None:
+    assert resolve_precision(precision, CPU) == precision
+
+
+@pytest.mark.parametrize(("amx", "avx512", "expected"), [(0, 0, "fp32"), (1, 0, "bf16"), (0, 1, "bf16")])
+def test_automatic_precision_on_a_cpu(amx: int, avx512: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    assert resolve_precision("auto", CPU) == expected
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_automatic_precision_on_a_gpu(native: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert resolve_precision("auto", torch.device("cuda")) == expected
+    assert resolve_precision("fp16", torch.device("cuda")) == "fp16"
+
+
+def test_fp16_needs_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"^train\.precision=fp16 needs a GPU, found only a CPU; use bf16 or fp32$"):
+        resolve_precision("fp16", CPU)
+
+
+def on_two_ranks() -> dict[str, Any]:
+    with process_group(60) as ranks:
+
+        def attempt(failing: set[int], kind: type[Exception] = DataError) -> tuple[str, str, int] | None:
+            try:
+                with failing_together():
+                    if ranks.rank in failing:
+                        raise kind(f"rank {ranks.rank} says no")
+            except (ConfigError, DataError, PeerError) as error:
+                return type(error).__name__, str(error), error.exit_code
+            return None
+
+        return {
+            "sum": all_reduce_sum(torch.tensor([1.0, float(ranks.rank)], dtype=torch.float64)).tolist(),
+            "broadcast": broadcast_object({"from": ranks.rank}),
+            "gathered": gather_objects((ranks.rank, "x" * ranks.rank)),
+            "none": attempt(set()),
+            "second": attempt({1}),
+            "first": attempt({0}, ConfigError),
+            "both": attempt({0, 1}),
+            "still": gather_objects(ranks.rank),
+        }
+
+
+def test_two_ranks() -> None:
+    first, second = run_ranks(on_two_ranks, 2)
+    for key, value in {
+        "sum": [2.0, 1.0],
+        "broadcast": {"from": 0},
+        "gathered": [(0, ""), (1, "x")],
+        "none": None,
+        "still": [0, 1],
+    }.items():
+        assert first[key] == second[key] == value
+    assert first["second"] == ("DataError", f"rank 1 on {socket.gethostname()}: rank 1 says no", 3)
+    assert second["second"] == ("PeerError", "rank 1 says no", 3)
+    assert first["first"] == ("ConfigError", "rank 0 says no", 2)
+    assert second["first"] == ("PeerError", "rank 0 says no", 2)
+    assert (first["both"][1], second["both"][0]) == ("rank 0 says no", "PeerError")
