@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TEACHER := models/all-MiniLM-L6-v2
 
-.PHONY: venv quickstart test lint format bench clean
+.PHONY: venv quickstart test test-full lint format bench clean
 
 venv: $(READY)
 
@@ -31,6 +31,10 @@ quickstart: $(READY) $(TEACHER)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST)
+
+# The rest of the matrices whose pairs `make test` runs.
+test-full: $(READY)
+	$(BIN)/python -m pytest -m full --timeout 1200 $(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from scaledistill.config import DistillConfig, load_config
 from scaledistill.errors import EXIT_DONE, ConfigError, DataError, DivergedError, PeerError
@@ -16,9 +17,17 @@ EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverg
 command goes on). <run.folder>/status.json says the same, also where a launcher changes the code."""
 
 
+class _OneVoice(argparse.ArgumentParser):
+    """Prints on rank 0 alone: every rank of a launcher parses the same arguments."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            super()._print_message(message, file)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `launch/distill.py`."""
-    parse = argparse.ArgumentParser(
+    parse = _OneVoice(
         prog="distill",
         description="Distil a student from a frozen teacher. Start it with `deepspeed`, `torchrun`, `accelerate "
         "launch` or plain `python`; the same command resumes.",
@@ -61,8 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parse.error("--world-size is read only with --validate; the launcher sets the ranks of a run")
     is_main = os.environ.get("RANK", "0") == "0"
     _set_up_messages(is_main, options.debug)
+    log = logging.getLogger("scaledistill")
     try:
         config = load_config(options.config, options.overrides)
+    except ConfigError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine: each reads its own file
+            log.error("%s", error)
+        return error.exit_code
+    try:
         if options.print_config:
             if is_main:
                 sys.stdout.write(config.to_json())
@@ -72,12 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from scaledistill.train import distill
 
         result = distill(config, fresh=options.fresh, dry_run_steps=options.dry_run)
-        logging.getLogger("scaledistill").info("%s", result.message)
+        log.info("%s", result.message)
         return result.exit_code
     except (ConfigError, DataError, DivergedError) as error:
         if options.debug:
             raise
-        logging.getLogger("scaledistill").error("%s", error)
+        log.error("%s", error)
         return error.exit_code
     except PeerError as error:
         return error.exit_code
@@ -102,11 +117,11 @@ def _validate(config: DistillConfig, world_size: int | None, is_main: bool) -> i
 
 def _set_up_messages(is_main: bool, debug: bool) -> None:
     """Show our messages, rank 0's alone unless they are warnings; keep third parties quiet."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-
     package = logging.getLogger("scaledistill")
     if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
         handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scaledistill.errors import ConfigError, DataError, PeerError
+from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,21 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def reported_once(ranks: Ranks) -> Iterator[None]:
+    """Run a block that fails on all ranks alike or on none: only rank 0 keeps the error.
+
+    Raises:
+        PeerError: on the other ranks.
+    """
+    try:
+        yield
+    except (ConfigError, DataError, DivergedError) as error:
+        if ranks.is_main:
+            raise
+        raise PeerError(str(error), error.exit_code) from error
 
 
 @contextmanager

@@ -74,8 +74,8 @@ def check(config: DistillConfig, world_size: int, device: torch.device) -> Plan:
         if model not in ("random", "teacher") and Path(model).is_dir():  # a hub's are checked when they are fetched
             attempt(check_weight_files, Path(model), f"{setting}={model!r}")
     attempt(check_trackers, config.logging.trackers)
-    shards = attempt(open_shards, config, config.data.train)
-    held_out = attempt(open_shards, config, config.data.validation) if config.data.validation else None
+    shards = attempt(_open_set, config, "data.train", config.data.train)
+    held_out = attempt(_open_set, config, "data.validation", config.data.validation) if config.data.validation else None
     for setting, reader in (("data.train", shards), ("data.validation", held_out)):
         if reader and teacher:
             attempt(_check_shards, config, setting, reader, teacher)
@@ -122,6 +122,13 @@ def open_shards(config: DistillConfig, location: str, rank: int | None = None) -
     folder = config.data.cache_folder
     cache = ShardCache(Path(folder) if folder else None, limit_bytes=config.data.cache_bytes)
     return ShardReader(location, cache=cache, rank=rank)
+
+
+def _open_set(config: DistillConfig, setting: str, location: str) -> ShardReader:
+    try:
+        return open_shards(config, location)
+    except DataError as error:
+        raise DataError(f"{setting}: {error}") from error
 
 
 def _teacher_config(config: DistillConfig) -> PretrainedConfig:

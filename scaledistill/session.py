@@ -22,7 +22,7 @@ from scaledistill.checkpoint import Checkpoint, newest_checkpoint, save_checkpoi
 from scaledistill.config import DistillConfig, differing_keys
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
-from scaledistill.distributed import Ranks, failing_together
+from scaledistill.distributed import Ranks, failing_together, reported_once
 from scaledistill.doctor import open_shards
 from scaledistill.engines import Engine, EngineState, create_engine
 from scaledistill.errors import ConfigError, DataError
@@ -203,9 +203,11 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool) -> Sessio
     teacher = Teacher(encoder, config.teacher.layer, dtype=DTYPES[config.teacher.dtype]).to(ranks.device)
     del encoder
     if checkpoint:
-        _check_same_run(checkpoint, config, teacher, order)
+        with reported_once(ranks):
+            _check_same_run(checkpoint, config, teacher, order)
     mfu = _mfu_per_token_per_second(teacher, model, config, ranks)
-    student = _train_student(config, name, model, ranks)
+    with reported_once(ranks):
+        student = _train_student(config, name, model, ranks)
     session = Session(config, ranks, teacher, student, shards, order, held_out, mfu_per_token_per_second=mfu)
     if checkpoint:
         _restore(session, checkpoint)

@@ -15,10 +15,10 @@ import torch
 
 from scaledistill import doctor, runfolder
 from scaledistill.config import DistillConfig
-from scaledistill.distributed import failing_together, process_group
+from scaledistill.distributed import failing_together, process_group, reported_once
 from scaledistill.errors import EXIT_DONE, EXIT_STOPPED, DataError, DivergedError, PeerError
 from scaledistill.files import write_json
-from scaledistill.metrics import Recorder, Stopwatch, memory_peak_bytes
+from scaledistill.metrics import Recorder, Stopwatch, memory_peak_bytes, summary
 from scaledistill.session import Session, open_session
 from scaledistill.step import StepResult, train_step, validation_loss
 
@@ -120,6 +120,10 @@ class Bookkeeper:
             self._status.write("stopped", message, EXIT_STOPPED)
         return RunResult("stopped", EXIT_STOPPED, session.step, message)
 
+    def _warn(self, message: str, *arguments: object) -> None:
+        if self._session.ranks.is_main:
+            log.warning(message, *arguments)
+
     def _check_finite(self, result: StepResult) -> None:
         """Count skipped steps; too many in a row end the run."""
         session, batch = self._session, self._config.train.global_batch_size
@@ -129,7 +133,7 @@ class Bookkeeper:
         session.skipped_steps += 1
         self._skipped_in_a_row += 1
         samples = f"samples {(session.step - 1) * batch} to {session.step * batch - 1}"
-        log.warning("step %d skipped: loss or gradient not finite on %s", session.step, samples)
+        self._warn("step %d skipped: loss or gradient not finite on %s", session.step, samples)
         if self._skipped_in_a_row > self._config.train.max_skipped_steps:
             raise DivergedError(
                 f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last on {samples}; "
@@ -145,7 +149,7 @@ class Bookkeeper:
                 session.export(f"{session.student.name}-best", {"validation loss": loss})
                 session.best = {"step": session.step, "validation_loss": loss}
             except (DataError, PeerError) as error:
-                log.warning("%s; training goes on, the best export before is kept", error)
+                self._warn("%s; training goes on, the best export before is kept", error)
         return loss
 
     def _record(self, result: StepResult, validation: float | None) -> None:
@@ -165,7 +169,7 @@ class Bookkeeper:
         if self._recorder:
             self._recorder.record(row)
         elif self._status is None:
-            log.info("%s", row)
+            log.info("step %d/%d  %s", session.step, self._last_step, summary(row))
 
     def _save(self, is_last: bool) -> None:
         """Save; where the disk does not take it, go on training and try again, up to a limit."""
@@ -176,7 +180,7 @@ class Bookkeeper:
             self._failed_saves = 0
             return
         self._failed_saves += 1
-        log.warning("checkpoint of step %d not saved: %s", session.step, error)
+        self._warn("checkpoint of step %d not saved: %s", session.step, error)
         if is_last or self._failed_saves > settings.max_failed_saves:
             raise DataError(
                 f"the checkpoint of step {session.step} could not be saved: {error}; {self._failed_saves} saves failed "
@@ -223,7 +227,8 @@ def run_steps(session: Session, bookkeeper: Bookkeeper, last_step: int) -> RunRe
         bookkeeper.start(stack)
         while session.step < last_step:
             result = train_step(session, stream, stop.reason() is not None, bookkeeper.watch)
-            bookkeeper.after_step(result)
+            with reported_once(session.ranks):
+                bookkeeper.after_step(result)
             if result.stop_requested and session.step < last_step:
                 return bookkeeper.stop(stop.acknowledge())
         return bookkeeper.finish()

@@ -10,14 +10,16 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from scaledistill.distributed import (
+    Ranks,
     all_reduce_sum,
     broadcast_object,
     failing_together,
     gather_objects,
     process_group,
+    reported_once,
     resolve_precision,
 )
-from scaledistill.errors import ConfigError, DataError, PeerError
+from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 CPU = torch.device("cpu")
@@ -126,6 +128,18 @@ def test_automatic_precision_on_a_gpu(native: bool, expected: str, monkeypatch: 
 def test_fp16_needs_a_gpu() -> None:
     with pytest.raises(ConfigError, match=r"^train\.precision=fp16 needs a GPU, found only a CPU; use bf16 or fp32$"):
         resolve_precision("fp16", CPU)
+
+
+@pytest.mark.parametrize("error", [ConfigError("no"), DataError("no"), DivergedError("no")], ids=type)
+def test_reported_once(error: ConfigError | DataError | DivergedError) -> None:
+    with pytest.raises(type(error)) as first, reported_once(Ranks(0, 2, 0, CPU)):
+        raise error
+    assert first.value is error
+    with pytest.raises(PeerError, match="^no$") as second, reported_once(Ranks(1, 2, 1, CPU)):
+        raise error
+    assert second.value.exit_code == error.exit_code
+    with pytest.raises(ZeroDivisionError), reported_once(Ranks(1, 2, 1, CPU)):
+        raise ZeroDivisionError  # a defect is shown by every rank that has it
 
 
 def on_two_ranks() -> dict[str, Any]:

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scaledistill import cli, doctor, train
+from scaledistill.cli import main
+from scaledistill.config import load_config
+from scaledistill.errors import DivergedError, PeerError
+from scaledistill.train import RunResult
+
+ROOT = Path(__file__).parent.parent
+MakeFile = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what `main` sets up for a whole process: handlers, warning filters and variables."""
+    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES})
+    package = logging.getLogger("scaledistill")
+    before = package.handlers[:], package.propagate, package.level
+    with warnings.catch_warnings():
+        yield
+    package.handlers[:], package.propagate = before[:2]
+    package.setLevel(before[2])
+
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def distill(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "distill.py"), *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_help_is_quick_and_says_what_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.perf_counter()
+    ended = distill("--help")
+    seconds = time.perf_counter() - start
+    with capsys.disabled():
+        sys.stdout.write(f"\n--help: {seconds:.2f} s\n")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert seconds < 5  # half a second on an idle machine; torch alone takes two
+    text = " ".join(ended.stdout.split())
+    for part in ("--config FILE", "--set KEY=VALUE", "--print-config", "--validate", "--world-size N", "--dry-run N"):
+        assert part in text, part
+    assert "exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request" in text
+    assert "local_rank" not in text
+
+
+HEAVY = """
+import sys
+from scaledistill.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+heavy = {"torch", "transformers", "deepspeed", "numpy", "datasets", "rich", "accelerate", "matplotlib", "pyarrow"}
+sys.stderr.write(" ".join(sorted(heavy & set(sys.modules))))
+"""
+
+
+@pytest.mark.parametrize("option", ["--help", "--print-config"])
+def test_nothing_heavy_is_imported(option: str) -> None:
+    arguments = ["--config", str(ROOT / "configs" / "large_to_l6.json"), option]
+    ended = subprocess.run(
+        [sys.executable, "-c", HEAVY, *arguments], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert ended.stderr == ""
+    assert ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "x.json", "--frsh"], "unrecognized arguments: --frsh"),
+        (["--config", "x.json", "--valid"], "unrecognized arguments: --valid"),  # no abbreviations
+        ([], "the following arguments are required: --config"),
+        (["--config", "x.json", "--dry-run", "0"], "argument --dry-run: found 0, expected 1 or more"),
+        (["--config", "x.json", "--validate", "--world-size", "-2"], "argument --world-size: "),
+        (["--config", "x.json", "--dry-run", "ten"], "argument --dry-run: invalid"),
+        (["--config", "x.json", "--world-size", "7"], "--world-size is read only with --validate; the launcher sets"),
+    ],
+)
+def test_misspelt_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["quickstart", "large_to_l6"])
+def test_print_config_round_trips(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = ["--config", str(ROOT / "configs" / f"{name}.json"), "--set", "train.max_steps=4321", "--print-config"]
+    assert main(first) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "resolved.json").write_text(printed)
+    assert json.loads(printed)["train"]["max_steps"] == 4321
+    assert main(["--config", str(tmp_path / "resolved.json"), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_only_rank_0_prints(config_file: MakeFile, capsys: pytest.CaptureFixture[str]) -> None:
+    os.environ["RANK"] = "1"
+    assert main(["--config", str(config_file()), "--print-config"]) == 0
+    assert main(["--config", str(config_file()), "--validate"]) == 0
+    assert main(["--config", str(config_file()), "--set", "x=1", "--validate"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"\S+ \[rank 1\] ERROR x: unknown key; .*\n", captured.err)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.max_steps"], "--set train.max_steps: expected KEY=VALUE, such as --set train.max_steps=100"),
+        (["train.max_stepz=3"], "train.max_stepz: unknown key; did you mean 'max_steps'?"),
+        (["train.max_steps=many"], 'train.max_steps: found "many" (str); should be a valid integer'),
+        (["train.learning_rate=Infinity"], "train.learning_rate: found Infinity (float); should be a finite number"),
+        (["train.max_steps.x=1"], "--set train.max_steps.x=1: 'max_steps' is a value, not a block"),
+        (["run.folder="], 'run.folder: found "" (str); String should have at least 1 character'),
+    ],
+)
+def test_bad_overrides(
+    overrides: list[str], message: str, config_file: MakeFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(config_file()), *(f"--set={each}" for each in overrides)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_a_missing_file_is_a_configuration_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(ROOT / "configs" / "quikstart.json")]) == 2
+    assert re.search(r"quikstart\.json: no such file; did you mean \S+quickstart\.json\?", capsys.readouterr().err)
+
+
+def test_validate_prints_the_plan(config_file: MakeFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(config_file()), "--validate"]) == 0
+    captured = capsys.readouterr()
+    assert "DeepSpeed ZeRO-1, 1 ranks" in captured.out
+    assert captured.out.endswith("everything that can be checked without loading weights is in order\n")
+    assert captured.err == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_validate_plans_for_other_numbers_of_ranks(config_file: MakeFile, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(config_file()), "--validate", "--world-size"]
+    assert main([*arguments, "7"]) == 2
+    assert "train.global_batch_size=8 is not divisible by 7 ranks; use 7 or 14" in capsys.readouterr().err
+    assert main([*arguments, "4"]) == 0
+    assert "DeepSpeed ZeRO-1, 4 ranks" in capsys.readouterr().out
+    os.environ["WORLD_SIZE"] = "2"  # under a launcher
+    assert main(arguments[:-1]) == 0
+    assert "DeepSpeed ZeRO-1, 2 ranks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [["--validate"], []])
+def test_data_that_is_not_there(
+    option: list[str], config_file: MakeFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(config_file(data={"train": "./no/shards"})), *option]) == 3
+    captured = capsys.readouterr()
+    assert "ERROR data.train: no such folder: no/shards; expected" in captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_where(config_file: MakeFile) -> None:
+    with pytest.raises(doctor.ConfigError, match="num_heads=5"):
+        main(["--config", str(config_file()), "--set", "relations.num_heads=5", "--validate", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("end", "exit_code", "text"),
+    [
+        (RunResult("done", 0, 6, "6 steps done"), 0, "INFO 6 steps done"),
+        (RunResult("stopped", 75, 3, "stopped after step 3"), 75, "INFO stopped after step 3"),
+        (DivergedError("11 steps in a row"), 4, "ERROR 11 steps in a row"),
+        (PeerError("said by rank 0", 3), 3, ""),
+    ],
+    ids=["done", "stopped", "diverged", "peer"],
+)
+def test_how_a_run_ended(
+    end: Any,
+    exit_code: int,
+    text: str,
+    config_file: MakeFile,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def run(config: Any, **options: Any) -> RunResult:
+        asked.update(options, config=config)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    monkeypatch.setattr(train, "distill", run)
+    path = config_file()
+    assert main(["--config", str(path), "--fresh", "--dry-run", "2", "--local_rank=0"]) == exit_code
+    assert asked == {"config": load_config(path), "fresh": True, "dry_run_steps": 2}
+    captured = capsys.readouterr()
+    assert text in captured.err if text else captured.err == ""
+
+
+def test_parser_takes_what_launchers_add() -> None:
+    assert cli.parser().parse_args(["--config", "x", "--local-rank", "3"]).local_rank == 3
