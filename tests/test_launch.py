@@ -19,7 +19,17 @@ BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", "{port}"],
     "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "{port}"],
-    "accelerate": "accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split(),
+    "accelerate": [
+        "accelerate",
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--dynamo_backend",
+        "no",
+    ],
     "python": ["python"],
 }
 
