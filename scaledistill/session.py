@@ -123,6 +123,7 @@ class Session:
             "optimizer_steps": {student.name: state.optimizer_steps},
             "loss_scaler": {student.name: dict(state.loss_scaler)},
             "best": self.best,
+            "last_validation": self.last_validation,
             "data": self.order.fingerprint(),
             "teacher_sha256": self.teacher.sha256,
             "config": self.config.model_dump(),
@@ -296,4 +297,5 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
             loss_scaler=state["loss_scaler"][name],
         )
     )
-    session.step, session.skipped_steps, session.best = state["step"], state["skipped_steps"], state["best"]
+    session.step, session.skipped_steps = state["step"], state["skipped_steps"]
+    session.best, session.last_validation = state["best"], state["last_validation"]

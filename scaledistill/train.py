@@ -82,22 +82,21 @@ class Bookkeeper:
         if self._status:
             self._status.step = session.step
         self._check_finite(result)
-        is_last = session.step == self._last_step or result.stop_requested
-        validation = None
-        if train.validation_every_steps and (session.step % train.validation_every_steps == 0 or is_last):
-            validation = self._validate() if self._status else None
-        if (
-            validation is not None
-            or is_last
-            or session.step == 1
-            or session.step % self._config.logging.every_steps == 0
-        ):
+        at_end = session.step == self._last_step
+        leaving = at_end or result.stop_requested
+
+        def due(every: int) -> bool:
+            return every > 0 and (session.step % every == 0 or at_end)
+
+        validation = self._validate() if self._status and due(train.validation_every_steps) else None
+        if validation is not None or leaving or session.step == 1 or due(self._config.logging.every_steps):
             self._record(result, validation)
         elif self._recorder:
             self._recorder.advance(session.step)
-        every = self._config.checkpoint.every_steps
-        if self._status and ((every and session.step % every == 0) or is_last or session.step == self._retry_save_at):
-            self._save(is_last)
+        if self._status and (
+            leaving or due(self._config.checkpoint.every_steps) or session.step == self._retry_save_at
+        ):
+            self._save(leaving)
 
     def finish(self) -> RunResult:
         """Export, and say how it ended."""
@@ -143,7 +142,8 @@ class Bookkeeper:
 
     def _validate(self) -> float:
         session = self._session
-        loss = session.last_validation = validation_loss(session)
+        loss = validation_loss(session)
+        session.last_validation = loss if math.isfinite(loss) else None
         if math.isfinite(loss) and loss < session.best.get("validation_loss", math.inf):
             try:
                 session.export(f"{session.student.name}-best", {"validation loss": loss})
@@ -171,7 +171,7 @@ class Bookkeeper:
         elif self._status is None:
             log.info("step %d/%d  %s", session.step, self._last_step, summary(row))
 
-    def _save(self, is_last: bool) -> None:
+    def _save(self, leaving: bool) -> None:
         """Save; where the disk does not take it, go on training and try again, up to a limit."""
         session, settings = self._session, self._config.checkpoint
         error = session.save()
@@ -181,7 +181,7 @@ class Bookkeeper:
             return
         self._failed_saves += 1
         self._warn("checkpoint of step %d not saved: %s", session.step, error)
-        if is_last or self._failed_saves > settings.max_failed_saves:
+        if leaving or self._failed_saves > settings.max_failed_saves:
             raise DataError(
                 f"the checkpoint of step {session.step} could not be saved: {error}; {self._failed_saves} saves failed "
                 f"in a row, checkpoint.max_failed_saves={settings.max_failed_saves} allows no more. Free some space "

@@ -135,7 +135,7 @@ def test_reported_once(error: ConfigError | DataError | DivergedError) -> None:
     with pytest.raises(type(error)) as first, reported_once(Ranks(0, 2, 0, CPU)):
         raise error
     assert first.value is error
-    with pytest.raises(PeerError, match="^no$") as second, reported_once(Ranks(1, 2, 1, CPU)):
+    with pytest.raises(PeerError, match=r"^no$") as second, reported_once(Ranks(1, 2, 1, CPU)):
         raise error
     assert second.value.exit_code == error.exit_code
     with pytest.raises(ZeroDivisionError), reported_once(Ranks(1, 2, 1, CPU)):

@@ -216,7 +216,8 @@ sys.stdout.write(stop.acknowledge())
 
 
 def test_a_signal_from_another_process(tmp_path: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", LOOP, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    root = Path(__file__).parent.parent
+    child = subprocess.Popen([sys.executable, "-c", LOOP, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=root)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     child.send_signal(signal.SIGUSR1)

@@ -313,6 +313,26 @@ def test_a_damaged_shard_ends_the_run(
     assert status_of(tree)["state"] == "failed"
 
 
+def distil_from(folders: list[str], tree: dict[str, Any]) -> tuple[str, int, str]:
+    """Run with a working folder of each rank's own, as on nodes with disks of their own."""
+    os.chdir(folders[int(os.environ["RANK"])])
+    return distil(tree)
+
+
+def test_a_shard_missing_on_one_rank(
+    make_tree: Callable[..., dict[str, Any]], tiny_shards: Path, tmp_path: Path
+) -> None:
+    nodes = [tmp_path / "node0", tmp_path / "node1"]
+    for node in nodes:
+        shutil.copytree(tiny_shards / "train", node / "train")
+    (nodes[1] / "train" / "shard-000001.tar").unlink()
+    tree = make_tree(data={"train": "train"})
+    ends = run_ranks(distil_from, 2, [str(node) for node in nodes], tree)
+    assert [end[:2] for end in ends] == [("DataError", 3), ("PeerError", 3)]
+    assert ends[0][2].startswith("rank 1 on ")
+    assert "shard-000001.tar is missing" in ends[0][2]
+
+
 def test_another_run_is_not_continued(
     make_tree: Callable[..., dict[str, Any]], tiny_teacher: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
