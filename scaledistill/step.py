@@ -27,7 +27,8 @@ class StepResult:
     losses: dict[str, float]
     """"loss" (the weighted sum) and "loss/<student>/<pair>": means over the global batch."""
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | torch.Tensor
+    """Before clipping; on the device until it is recorded."""
     skipped: bool
     """The loss or a gradient was not finite: nothing was updated."""
     stop_requested: bool

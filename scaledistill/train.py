@@ -157,7 +157,7 @@ class Bookkeeper:
         seconds, waited = self.watch.lap()
         tokens = (session.step - self._lap_start) * self._config.train.global_batch_size * data.sequence_length
         self._lap_start = session.step
-        row = {"step": session.step, **result.losses, "lr": result.learning_rate, "grad_norm": result.grad_norm}
+        row = {"step": session.step, **result.losses, "lr": result.learning_rate, "grad_norm": float(result.grad_norm)}
         if validation is not None:
             row["validation_loss"] = validation
         row["tokens_per_second"] = tokens / seconds

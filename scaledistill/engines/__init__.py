@@ -21,8 +21,8 @@ class StepOutcome(NamedTuple):
 
     skipped: bool
     """A gradient was not finite on some rank: nothing was updated."""
-    grad_norm: float
-    """Global L2 norm before clipping; infinite where the step was skipped."""
+    grad_norm: float | Tensor
+    """Global L2 norm before clipping, perhaps still on the device; infinite where the step was skipped."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate
         self._engine.step()
         skipped = not self._engine.was_step_applied()
-        return StepOutcome(skipped, float("inf") if skipped else float(self._engine.get_global_grad_norm()))
+        return StepOutcome(skipped, float("inf") if skipped else self._engine.get_global_grad_norm())
 
     def train_mode(self, mode: bool) -> None:
         self._engine.train(mode)
