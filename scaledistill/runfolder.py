@@ -37,7 +37,7 @@ class Status:
     def __init__(self, folder: Path, max_steps: int) -> None:
         self.path = folder / "status.json"
         self.max_steps = max_steps
-        self.step = 0
+        self.step = (read_json(self.path) or {}).get("step", 0)  # of the run before, until this one takes over
         self.started = False
 
     def write(self, state: str, message: str, exit_code: int | None = None) -> None:
@@ -74,17 +74,20 @@ def owned(folder: Path, max_steps: int, ranks: Ranks, *, fresh: bool) -> Iterato
         fresh: set an existing folder aside first.
 
     Raises:
-        ConfigError: another process holds the folder.
+        ConfigError: another process holds the folder, or it cannot be written.
     """
-    status = Status(folder, max_steps)
     with ExitStack() as stack:
         with failing_together():
             if ranks.is_main:
-                if fresh and folder.exists():
-                    with _lock(folder):
-                        log.info("--fresh: the old run is kept as %s", set_aside(folder))
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_lock(folder))
+                try:
+                    if fresh and folder.exists():
+                        with _lock(folder):
+                            log.info("--fresh: the old run is kept as %s", set_aside(folder))
+                    folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(_lock(folder))
+                except OSError as error:
+                    raise ConfigError(f"run.folder={str(folder)!r} cannot be written: {error.strerror}") from None
+        status = Status(folder, max_steps)
         ended = status.path.exists()
         try:
             yield status

@@ -61,19 +61,26 @@ class Bookkeeper:
         if self._status is None:
             return
         self._status.step, self._status.started = session.step, True
-        if not session.ranks.is_main:
-            return
+        with failing_together():
+            if session.ranks.is_main:
+                self._open_record(stack, self._status)
+
+    def _open_record(self, stack: ExitStack, status: runfolder.Status) -> None:
+        session = self._session
         origin = f"going on at step {session.step}" if session.step else "starting"
         log.info("%s: %s, %d ranks, up to step %d", self._folder, origin, session.ranks.world_size, self._last_step)
-        write_json(self._folder / "config.json", self._config.model_dump())
-        self._status.write("running", "training")
-        recorder = Recorder(
-            self._folder,
-            max_steps=self._last_step,
-            resumed_at=session.step,
-            trackers=self._config.logging.trackers,
-            config=self._config.model_dump(),
-        )
+        try:
+            write_json(self._folder / "config.json", self._config.model_dump())
+            status.write("running", "training")
+            recorder = Recorder(
+                self._folder,
+                max_steps=self._last_step,
+                resumed_at=session.step,
+                trackers=self._config.logging.trackers,
+                config=self._config.model_dump(),
+            )
+        except OSError as error:
+            raise DataError(f"run.folder={self._folder} cannot be written: {error}; free some space") from None
         self._recorder = stack.enter_context(recorder)
 
     def after_step(self, result: StepResult) -> None:
