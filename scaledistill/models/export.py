@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from scaledistill.errors import DataError
+from scaledistill.files import sync
 from scaledistill.models.capture import build_encoder, capture_view, encoder_options
 from scaledistill.models.teacher import load_encoder, quiet_transformers, resolve_folder
 
@@ -119,9 +120,9 @@ def export_student(
         (fresh / "README.md").write_text(_card_text(target.name, config, card), encoding="utf-8")
         _check_export(fresh, weights)
         for path in (*fresh.iterdir(), fresh):
-            _sync(path)
+            sync(path)
         _exchange(fresh, target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return target
@@ -210,12 +211,3 @@ def _exchange(fresh: Path, target: Path) -> None:
         target.rename(old)
         fresh.rename(target)
         shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    """Make a file or a folder's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
