@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scaledistill.config import DistillConfig, load_config
-from scaledistill.errors import EXIT_DONE, ConfigError, DataError, DivergedError, PeerError
+from scaledistill.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, DivergedError, PeerError
 
 EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request (the same
 command goes on). <run.folder>/status.json says the same, also where a launcher changes the code."""
@@ -86,8 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _validate(config, options.world_size, is_main)
         from scaledistill.train import distill
 
-        result = distill(config, fresh=options.fresh, dry_run_steps=options.dry_run)
+        under_elastic = "TORCHELASTIC_RUN_ID" in os.environ
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # --fresh was done the first time
+        result = distill(config, fresh=options.fresh and not restarted, dry_run_steps=options.dry_run)
         log.info("%s", result.message)
+        if result.exit_code == EXIT_STOPPED and under_elastic:
+            return EXIT_DONE  # torchrun would start a stopped run again; status.json tells
         return result.exit_code
     except (ConfigError, DataError, DivergedError) as error:
         if options.debug:

@@ -47,14 +47,18 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
         ConfigError: a launcher's variables are incomplete, or there are more ranks than GPUs on this machine.
     """
     rank, world_size, local_rank, local_world_size = _launcher_facts()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by run.deterministic, before any CUDA work
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        num_gpus = torch.cuda.device_count()
+        own_gpu = num_gpus == 1 and "SLURM_PROCID" in os.environ  # Slurm's --gpus-per-task=1 shows each task its own
+        if local_rank >= num_gpus and not own_gpu:
             raise ConfigError(
-                f"local rank {local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}; "
-                "start at most one process per GPU"
+                f"local rank {local_rank} has no GPU of its own: this process sees {num_gpus} (CUDA_VISIBLE_DEVICES="
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start at most one process per GPU"
             )
-        torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        index = 0 if own_gpu else local_rank
+        torch.cuda.set_device(index)
+        device, backend = torch.device("cuda", index), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out
@@ -158,16 +162,21 @@ def failing_together() -> Iterator[None]:
     Raises:
         ConfigError, DataError: on rank 0, its own error, or that of the first rank that has one, with rank and host.
         PeerError: on the other ranks.
+        Exception: any other error, on the rank that has it.
     """
     error = None
     try:
         yield
-    except (ConfigError, DataError) as caught:
+    except Exception as caught:  # noqa: BLE001 - none may leave the others waiting
         error = caught
-    failures = gather_objects(error and (type(error), str(error), socket.gethostname()))
+    expected = isinstance(error, ConfigError | DataError)
+    kind = (type(error) if expected else DataError) if error else None
+    failures = gather_objects(kind and (kind, str(error) if expected else repr(error), socket.gethostname()))
     failed = next((rank for rank, failure in enumerate(failures) if failure), None)
     if failed is None:
         return
+    if error and not expected:
+        raise error
     kind, message, host = failures[failed]
     if dist.get_rank() != 0:
         raise PeerError(message, kind.exit_code) from error

@@ -31,7 +31,7 @@ from scaledistill.models.capture import check_layer, max_sequence_length
 from scaledistill.models.export import TOKENIZER_FILES
 from scaledistill.models.student import check_init, student_config
 from scaledistill.models.teacher import check_weight_files, load_config, resolve_folder
-from scaledistill.relations import check_relation_heads
+from scaledistill.relations import check_relation_heads, resolve_backend
 
 Result = TypeVar("Result")
 
@@ -50,8 +50,10 @@ class Plan:
     free_bytes: int
 
 
-def check(config: DistillConfig, world_size: int, device: torch.device) -> Plan:
+def check(config: DistillConfig, world_size: int, device: torch.device, *, writes: bool = True) -> Plan:
     """Check a configuration against models, data, disk and ranks, and return the plan. No weights are read.
+
+    `writes` says whether the run folder is to be written, and so needs space.
 
     Raises:
         ConfigError: settings that do not fit; every problem found is in the message, one a line.
@@ -83,17 +85,21 @@ def check(config: DistillConfig, world_size: int, device: torch.device) -> Plan:
     if problems or not (resolved and teacher and student and shards and order):
         raise type(problems[0])("\n".join(dict.fromkeys(str(problem) for problem in problems))) from problems[0]
     facts = estimate(resolved, name, teacher, student, world_size)
-    free = _free_bytes(resolved, facts.checkpoint_bytes)
+    free = _free_bytes(resolved, facts.checkpoint_bytes if writes else 0)
     return Plan(resolved, world_size, order, shards, name, facts, free)
 
 
 def resolve(config: DistillConfig, world_size: int, device: torch.device) -> DistillConfig:
-    """Return the configuration with precisions and micro-batch settled for these ranks.
+    """Return the configuration with precisions, backend and micro-batch settled for these ranks.
 
     Raises:
         ConfigError: the global batch does not divide, the engine's block is wrong, or a precision is not to be had.
     """
     train, teacher = config.train, config.teacher
+    try:
+        backend = resolve_backend(config.relations.backend, device.type)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     precision = resolve_precision(train.precision, device)
     teacher_dtype = precision if teacher.dtype == "auto" else resolve_precision(teacher.dtype, device)
     batch, share = train.global_batch_size, max(1, train.global_batch_size // world_size)
@@ -107,6 +113,7 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
         update={
             "train": train.model_copy(update={"precision": precision, "micro_batch_size": micro}),
             "teacher": teacher.model_copy(update={"dtype": teacher_dtype}),
+            "relations": config.relations.model_copy(update={"backend": backend}),
         }
     )
     resolve_block(settled, world_size)
@@ -199,7 +206,8 @@ def _free_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise DataError(f"run.folder={config.run.folder}: {existing} is not a folder to write to; set another folder")
     free = shutil.disk_usage(existing).free
-    needed = (config.checkpoint.keep + 1) * checkpoint_bytes
+    standing = sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/*"))
+    needed = max(checkpoint_bytes, (config.checkpoint.keep + 1) * checkpoint_bytes - standing)
     if free < needed:
         raise DataError(
             f"run.folder={config.run.folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "

@@ -11,7 +11,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,15 @@ def memory_peak_bytes(device: torch.device) -> int:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+    """Return the rows of a `metrics.jsonl`; a line that cannot be read, such as a last one cut short, is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
@@ -227,6 +230,13 @@ class Stopwatch:
 
     def add_wait(self, seconds: float) -> None:
         self._waited += seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of a block out: what is not a step does not count against the throughput."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
 
     def lap(self) -> tuple[float, float]:
         """Return (seconds, seconds waited for data) since the last lap, and start the next."""

@@ -58,8 +58,11 @@ class Status:
     def write_failure(self, state: str, message: str, exit_code: int) -> None:
         """Write an end, unless another rank's cause stands there already."""
         known = read_json(self.path)
-        if self.started and known and known["state"] in ("failed", "diverged"):
-            return
+        if not (self.started and known and known["state"] in ("failed", "diverged")):
+            self.write_if_possible(state, message, exit_code)
+
+    def write_if_possible(self, state: str, message: str, exit_code: int | None) -> None:
+        """Write, but survive a full disk."""
         try:
             self.write(state, message, exit_code)
         except OSError as error:  # a full disk must not hide why the run ended

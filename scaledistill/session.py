@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -22,7 +23,7 @@ from scaledistill.checkpoint import Checkpoint, newest_checkpoint, save_checkpoi
 from scaledistill.config import DistillConfig, differing_keys
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
-from scaledistill.distributed import Ranks, failing_together, reported_once
+from scaledistill.distributed import Ranks, failing_together, gather_objects, reported_once
 from scaledistill.doctor import open_shards
 from scaledistill.engines import Engine, EngineState, create_engine
 from scaledistill.errors import ConfigError, DataError
@@ -64,8 +65,8 @@ class Session:
     held_out: ShardReader | None
     step: int = 0
     skipped_steps: int = 0
-    best: dict[str, float] = field(default_factory=dict)
-    """"step" and "validation_loss" of the best export so far."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """"step", "validation_loss" and "yardstick" (see `validation_identity`) of the best export so far."""
     last_validation: float | None = None
     mfu_per_token_per_second: float | None = None
     """Share of all devices' peak that one token per second takes; None where the peak is not known."""
@@ -93,6 +94,7 @@ class Session:
             world_size=self.ranks.world_size,
             first_sample=self.step * self.config.train.global_batch_size,
             prefetch_batches=self.config.data.prefetch_batches,
+            pin_memory=self.ranks.device.type == "cuda",
         )
 
     def validation_batches(self) -> Iterator[Batch]:
@@ -106,6 +108,12 @@ class Session:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
         )
+
+    def validation_identity(self) -> str | None:
+        """Return what validation losses must share to be compared: the held-out rows."""
+        if self.held_out is None:
+            return None
+        return f"{self.config.train.validation_rows} rows of {self.held_out.manifest.sha256}"
 
     def save(self) -> str | None:
         """Commit a checkpoint of the current step; return what went wrong, if anything. Collective."""
@@ -168,7 +176,7 @@ class Session:
                 revision=config.teacher.revision,
                 card=card,
             )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise DataError(f"{folder}: the export could not be written: {error}; free some space") from None
 
 
@@ -198,14 +206,18 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool) -> Sessio
             trust_remote_code=teacher_settings.trust_remote_code,
         )
     checkpoint = newest_checkpoint(Path(config.run.folder) / "checkpoints", ranks) if resume else None
+    if checkpoint:
+        with reported_once(ranks):
+            _check_same_run(checkpoint, config, order)
     name = next(iter(config.students))
     with failing_together():
         model = _create_student(config, name, encoder, checkpoint)
     teacher = Teacher(encoder, config.teacher.layer, dtype=DTYPES[config.teacher.dtype]).to(ranks.device)
     del encoder
+    _check_same_everywhere(config, teacher, order, ranks)
     if checkpoint:
         with reported_once(ranks):
-            _check_same_run(checkpoint, config, teacher, order)
+            _check_same_teacher(checkpoint, config, teacher)
     mfu = _mfu_per_token_per_second(teacher, model, config, ranks)
     with reported_once(ranks):
         student = _train_student(config, name, model, ranks)
@@ -266,24 +278,46 @@ def _mfu_per_token_per_second(
     return needed / (peak * ranks.world_size)
 
 
-def _check_same_run(checkpoint: Checkpoint, config: DistillConfig, teacher: Teacher, order: SampleOrder) -> None:
+def _check_same_everywhere(config: DistillConfig, teacher: Teacher, order: SampleOrder, ranks: Ranks) -> None:
+    """Refuse ranks that differ in settings, teacher or data: each reads its own files. Collective."""
+    facts = {"settings": config.model_dump(exclude={"data": {"train", "validation", "cache_folder"}, "logging": True})}
+    facts |= {"teacher.model": {"sha256": teacher.sha256}, "data.train": order.fingerprint()}
+    facts["settings"]["teacher"].pop("model")  # a path that may differ; its weights are compared
+    everyone = gather_objects(facts)
+    for rank, other in enumerate(everyone):
+        different = [name for name, value in other.items() if value != everyone[0][name]]
+        if different:
+            with reported_once(ranks):
+                raise ConfigError(
+                    f"rank {rank} has another {' and '.join(different)} than rank 0; give all nodes the same "
+                    "configuration file, hardware, teacher and shards"
+                )
+
+
+def _check_same_run(checkpoint: Checkpoint, config: DistillConfig, order: SampleOrder) -> None:
     """Refuse to go on where the result would not be that of the run that was begun."""
     state = checkpoint.state
     differences = differing_keys(state["config"], config.model_dump())
-    if state["teacher_sha256"] != teacher.sha256:
-        differences.append(
-            f"teacher.model: the weights of {config.teacher.model} are not those that the run began with"
-        )
     differences += [
         f"data.train: {key} {state['data'].get(key)} -> {value}"
         for key, value in order.fingerprint().items()
         if state["data"].get(key) != value
     ]
     if differences:
-        raise ConfigError(
-            f"{config.run.folder} holds a run at step {state['step']} with other settings: {'; '.join(differences)}. "
-            "Restore them to go on, use --fresh to start over (the old folder is kept, renamed), or set run.folder"
-        )
+        raise _other_run(checkpoint, config, "; ".join(differences))
+
+
+def _check_same_teacher(checkpoint: Checkpoint, config: DistillConfig, teacher: Teacher) -> None:
+    if checkpoint.state["teacher_sha256"] != teacher.sha256:
+        difference = f"teacher.model: the weights of {config.teacher.model} are not those that the run began with"
+        raise _other_run(checkpoint, config, difference)
+
+
+def _other_run(checkpoint: Checkpoint, config: DistillConfig, differences: str) -> ConfigError:
+    return ConfigError(
+        f"{config.run.folder} holds a run at step {checkpoint.state['step']} with other settings: {differences}. "
+        "Restore them to go on, use --fresh to start over (the old folder is kept, renamed), or set run.folder"
+    )
 
 
 def _restore(session: Session, checkpoint: Checkpoint) -> None:

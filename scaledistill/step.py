@@ -48,8 +48,9 @@ def train_step(session: Session, stream: Iterator[Batch], stop_requested: bool, 
     sums = torch.zeros(2 + len(pairs), dtype=torch.float64, device=ranks.device)  # loss, pairs, stop requests
     for micro in range(session.accumulation):
         waiting = time.perf_counter()
-        batch = on_device(next(stream), ranks.device)
+        batch = next(stream)
         watch.add_wait(time.perf_counter() - waiting)
+        batch = on_device(batch, ranks.device)
         if student.dropout:
             seed_dropout(session.config.run.seed, session.step, micro, ranks.rank)
         loss = forward_loss(session.teacher, student, session.config, batch)

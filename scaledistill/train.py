@@ -16,7 +16,7 @@ import torch
 from scaledistill import doctor, runfolder
 from scaledistill.config import DistillConfig
 from scaledistill.distributed import failing_together, process_group, reported_once
-from scaledistill.errors import EXIT_DONE, EXIT_STOPPED, DataError, DivergedError, PeerError
+from scaledistill.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, DivergedError, PeerError
 from scaledistill.files import write_json
 from scaledistill.metrics import Recorder, Stopwatch, memory_peak_bytes, summary
 from scaledistill.session import Session, open_session
@@ -54,6 +54,11 @@ class Bookkeeper:
         self._retry_save_at: int | None = None
         self._lap_start = session.step
         self.watch = Stopwatch()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is a real run."""
+        return self._status is not None
 
     def start(self, stack: ExitStack) -> None:
         """Open what is written to."""
@@ -95,7 +100,10 @@ class Bookkeeper:
         def due(every: int) -> bool:
             return every > 0 and (session.step % every == 0 or at_end)
 
-        validation = self._validate() if self._status and due(train.validation_every_steps) else None
+        validation = None
+        if self._status and due(train.validation_every_steps):
+            with self.watch.paused():
+                validation = self._validate()
         if validation is not None or leaving or session.step == 1 or due(self._config.logging.every_steps):
             self._record(result, validation)
         elif self._recorder:
@@ -103,7 +111,8 @@ class Bookkeeper:
         if self._status and (
             leaving or due(self._config.checkpoint.every_steps) or session.step == self._retry_save_at
         ):
-            self._save(leaving)
+            with self.watch.paused():
+                self._save(leaving)
 
     def finish(self) -> RunResult:
         """Export, and say how it ended."""
@@ -113,7 +122,7 @@ class Bookkeeper:
         folder = session.export(session.student.name, {"validation loss": session.last_validation})
         message = f"{session.step} steps done; the student is in {folder}"
         if session.ranks.is_main:
-            self._status.write("done", message, EXIT_DONE)
+            self._status.write_if_possible("done", message, EXIT_DONE)
         return RunResult("done", EXIT_DONE, session.step, message)
 
     def stop(self, reason: str | None) -> RunResult:
@@ -123,7 +132,7 @@ class Bookkeeper:
             f"stopped after step {session.step} ({reason or 'another rank was asked to'}); the same command goes on"
         )
         if self._status and session.ranks.is_main:
-            self._status.write("stopped", message, EXIT_STOPPED)
+            self._status.write_if_possible("stopped", message, EXIT_STOPPED)
         return RunResult("stopped", EXIT_STOPPED, session.step, message)
 
     def _warn(self, message: str, *arguments: object) -> None:
@@ -141,20 +150,24 @@ class Bookkeeper:
         samples = f"samples {(session.step - 1) * batch} to {session.step * batch - 1}"
         self._warn("step %d skipped: loss or gradient not finite on %s", session.step, samples)
         if self._skipped_in_a_row > self._config.train.max_skipped_steps:
-            raise DivergedError(
+            message = (
                 f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last on {samples}; "
                 f"train.max_skipped_steps={self._config.train.max_skipped_steps} allows no more. Lower "
                 "train.learning_rate or lengthen train.warmup_steps; the last checkpoint is intact"
             )
+            with reported_once(session.ranks):
+                raise DivergedError(message)
 
     def _validate(self) -> float:
         session = self._session
         loss = validation_loss(session)
         session.last_validation = loss if math.isfinite(loss) else None
-        if math.isfinite(loss) and loss < session.best.get("validation_loss", math.inf):
+        yardstick = session.validation_identity()
+        best = session.best if session.best.get("yardstick") == yardstick else {}
+        if math.isfinite(loss) and loss < best.get("validation_loss", math.inf):
             try:
                 session.export(f"{session.student.name}-best", {"validation loss": loss})
-                session.best = {"step": session.step, "validation_loss": loss}
+                session.best = {"step": session.step, "validation_loss": loss, "yardstick": yardstick}
             except (DataError, PeerError) as error:
                 self._warn("%s; training goes on, the best export before is kept", error)
         return loss
@@ -173,8 +186,9 @@ class Bookkeeper:
         row["data_wait_fraction"] = waited / seconds
         row["memory_peak_bytes"] = memory_peak_bytes(session.ranks.device)
         row["skipped_steps"] = session.skipped_steps
-        if self._recorder:
+        if self._recorder and self._status:
             self._recorder.record(row)
+            self._status.write_if_possible("running", "training", None)
         elif self._status is None:
             log.info("step %d/%d  %s", session.step, self._last_step, summary(row))
 
@@ -189,11 +203,17 @@ class Bookkeeper:
         self._failed_saves += 1
         self._warn("checkpoint of step %d not saved: %s", session.step, error)
         if leaving or self._failed_saves > settings.max_failed_saves:
-            raise DataError(
-                f"the checkpoint of step {session.step} could not be saved: {error}; {self._failed_saves} saves failed "
-                f"in a row, checkpoint.max_failed_saves={settings.max_failed_saves} allows no more. Free some space "
-                "and start again: the run goes on from the last good checkpoint, which is intact"
+            limit = f"checkpoint.max_failed_saves={settings.max_failed_saves}"
+            why = (
+                "the run ends here"
+                if leaving
+                else f"{self._failed_saves} saves failed in a row, {limit} allows no more"
             )
+            with reported_once(session.ranks):
+                raise DataError(
+                    f"the checkpoint of step {session.step} could not be saved: {error}; {why}. Free some space and "
+                    "start again: the run goes on from the last good checkpoint, which is intact"
+                )
         self._retry_save_at = session.step + max(1, settings.every_steps // 10)
 
 
@@ -214,28 +234,34 @@ def distill(config: DistillConfig, *, fresh: bool = False, dry_run_steps: int | 
         ranks = stack.enter_context(process_group(config.run.timeout_seconds))
         if config.run.deterministic:
             torch.use_deterministic_algorithms(True)
+        last_step, status = config.train.max_steps, None
+        if dry_run_steps is None:
+            status = stack.enter_context(runfolder.owned(Path(config.run.folder), last_step, ranks, fresh=fresh))
+        elif dry_run_steps > last_step:
+            with reported_once(ranks):
+                raise ConfigError(
+                    f"--dry-run {dry_run_steps} is more than train.max_steps={last_step}; make fewer steps"
+                )
+        else:
+            last_step = dry_run_steps
         with failing_together():
-            config = doctor.check(config, ranks.world_size, ranks.device).config
-        if dry_run_steps is not None:
-            session = open_session(config, ranks, resume=False)
-            return run_steps(session, Bookkeeper(session, None, dry_run_steps), dry_run_steps)
-        folder = Path(config.run.folder)
-        status = stack.enter_context(runfolder.owned(folder, config.train.max_steps, ranks, fresh=fresh))
-        session = open_session(config, ranks, resume=True)
-        return run_steps(session, Bookkeeper(session, status, config.train.max_steps), config.train.max_steps)
+            config = doctor.check(config, ranks.world_size, ranks.device, writes=status is not None).config
+        session = open_session(config, ranks, resume=status is not None)
+        return run_steps(session, Bookkeeper(session, status, last_step), last_step)
 
 
 def run_steps(session: Session, bookkeeper: Bookkeeper, last_step: int) -> RunResult:
     """Make the steps up to `last_step`, each followed by what is due, unless someone asks to stop. Collective."""
-    stop = runfolder.StopRequest(Path(session.config.run.folder), watch_file=session.ranks.is_main)
+    folder = Path(session.config.run.folder)
+    stop = runfolder.StopRequest(folder, watch_file=session.ranks.is_main and bookkeeper.writes)
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
         stream = stack.enter_context(session.stream())
         bookkeeper.start(stack)
         while session.step < last_step:
             result = train_step(session, stream, stop.reason() is not None, bookkeeper.watch)
-            with reported_once(session.ranks):
-                bookkeeper.after_step(result)
+            reason = stop.acknowledge() if result.stop_requested else None
+            bookkeeper.after_step(result)
             if result.stop_requested and session.step < last_step:
-                return bookkeeper.stop(stop.acknowledge())
+                return bookkeeper.stop(reason)
         return bookkeeper.finish()

@@ -176,7 +176,8 @@ def test_data_that_is_not_there(
     captured = capsys.readouterr()
     assert "ERROR data.train: no such folder: no/shards; expected" in captured.err
     assert captured.out == ""
-    assert not (tmp_path / "run").exists()
+    status = tmp_path / "run" / "status.json"
+    assert not status.exists() if option else json.loads(status.read_text())["exit_code"] == 3
 
 
 def test_debug_shows_where(config_file: MakeFile) -> None:

@@ -123,6 +123,11 @@ def test_what_deepspeed_would_guess_is_written_out() -> None:
         ({"zero_optimization": {}}, r"zero_optimization\.stage: found None, expected 1, 2 or 3"),
         ({"gradient_clipping": 0.5}, r"gradient_clipping: found 0\.5, expected 1\.0 by train\.max_grad_norm"),
         ({"fp16": {"enabled": True}}, r"fp16\.enabled: found True, expected False by train\.precision"),
+        ({"bf16": {"check_grad_overflow": False}}, r"bf16\.check_grad_overflow: found False, expected True"),
+        (
+            {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
+            r"zero_optimization\.compute_grad_norm: found False, expected True",
+        ),
         ({"bf16": True}, r"engine\.deepspeed\.bf16: found True, expected a block"),
         ({"communication_data_type": "auto"}, r"communication_data_type='auto': DeepSpeed does not resolve it"),
         (
@@ -153,6 +158,20 @@ def test_misspelt_zero_key_is_refused(tmp_path, tiny_teacher, tiny_shards) -> No
     tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, engine={"deepspeed": {"zero_optimization": zero}})
     [message] = run_ranks(misspelt_zero_key, 1, tree)
     assert message.startswith("engine.deepspeed.zero_optimization.reduce_bucket_sise: ")
+
+
+def test_the_loss_scaler_s_state_is_json() -> None:
+    import json
+
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    from scaledistill.engines.deepspeed import scaler_state
+
+    scaler = DynamicLossScaler(2.0**16, 2.0, 1000, 1.0, 2, False, dtype=torch.float16)
+    scaler.update_scale(True)
+    scaler.update_scale(True)
+    state = json.loads(json.dumps(scaler_state(scaler)))
+    assert state == {"cur_scale": 2.0**15, "cur_iter": 2, "last_overflow_iter": 1, "cur_hysteresis": 1}
 
 
 def test_vectors_are_exempt_from_weight_decay() -> None:

@@ -70,6 +70,18 @@ def test_a_mistake_is_told_once_under_deepspeed(config_file: Callable[..., Path]
 
 
 @pytest.mark.full
+def test_torchrun_does_not_restart_a_stopped_run(config_file: Callable[..., Path], tmp_path: Path) -> None:
+    LAUNCHERS["torchrun-restarts"] = [*LAUNCHERS["torchrun"], "--max-restarts", "2"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STOP").touch()
+    process = start("torchrun-restarts", "--config", config_file())
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, output + errors
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == ("stopped", 1, 75)
+
+
+@pytest.mark.full
 def test_ctrl_c_under_deepspeed_saves(config_file: Callable[..., Path], tmp_path: Path) -> None:
     process = start("deepspeed", "--config", config_file(), "--set", "train.max_steps=100000")
     metrics = tmp_path / "run" / "metrics.jsonl"

@@ -109,7 +109,7 @@ def test_a_whole_run(make_tree: Callable[..., dict[str, Any]], tiny_shards: Path
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     best = min((row for row in rows if "validation_loss" in row), key=lambda row: row["validation_loss"])
     state = json.loads((folder / "checkpoints" / "step-000000020" / "state.json").read_text())
-    assert state["best"] == {"step": best["step"], "validation_loss": best["validation_loss"]}
+    assert (state["best"]["step"], state["best"]["validation_loss"]) == (best["step"], best["validation_loss"])
     assert (folder / "export" / "l2-best" / "model.safetensors").exists()
     # The same command again has nothing to do.
     before = losses_of(tree)
@@ -235,6 +235,39 @@ def distil_with_bad_loss(tree: dict[str, Any], first: int, last: int, value: flo
     return distil(tree)
 
 
+def distil_all_with_bad_loss(trees: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
+    """Run each, with NaN as the loss of its third forward."""
+    from scaledistill import step as step_module
+    from scaledistill.distributed import process_group
+
+    forward_loss, ends = step_module.forward_loss, []
+    with process_group(60):
+        for tree in trees:
+            step_module.forward_loss = forward_loss
+            ends.append(distil_with_bad_loss(tree, 3, 3, float("nan")))
+    return ends
+
+
+@pytest.mark.parametrize(
+    "precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)]
+)  # fmt: skip
+def test_every_engine_recovers_from_a_skipped_step(make_tree: Callable[..., dict[str, Any]], precision: str) -> None:
+    trees = [
+        make_tree(
+            f"{name}-{accumulation}",
+            train={**LONG, "max_steps": 5, "micro_batch_size": 8 // accumulation, "precision": precision},
+            engine={"deepspeed": {"zero_optimization": zero}},
+        )
+        for name, zero in ENGINES.items()
+        for accumulation in (1, 2)
+    ]
+    assert {end[0] for end in run_ranks(distil_all_with_bad_loss, 1, trees)[0]} == {"done"}
+    for tree in trees:
+        skipped = [0, 0, 1, 1, 1] if tree["train"]["micro_batch_size"] == 8 else [0, 1, 1, 1, 1]
+        assert [row["skipped_steps"] for row in rows_of(tree)] == skipped, tree["run"]["folder"]
+        assert rows_of(tree)[-1]["loss"] is not None
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_losses_are_skipped_on_all_ranks(make_tree: Callable[..., dict[str, Any]], value: float) -> None:
     tree = make_tree(checkpoint={"every_steps": 1, "keep": 9})
@@ -333,6 +366,31 @@ def test_a_shard_missing_on_one_rank(
     assert "shard-000001.tar is missing" in ends[0][2]
 
 
+def make_tree_with_student(make_tree: Callable[..., dict[str, Any]], name: str) -> dict[str, Any]:
+    tree = make_tree()
+    tree["students"] = {name: tree["students"]["l2"]}
+    return tree
+
+
+def test_a_damaged_validation_shard_is_told_by_the_rank_that_read_it(
+    make_tree: Callable[..., dict[str, Any]], tiny_shards: Path, tmp_path: Path
+) -> None:
+    nodes = [tmp_path / "node0", tmp_path / "node1"]
+    for node in nodes:
+        shutil.copytree(tiny_shards / "validation", node / "validation")
+    shard = nodes[1] / "validation" / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 4
+    shard.write_bytes(content)
+    tree = make_tree(data={"validation": "validation"}, train={**LONG, "validation_every_steps": 3})
+    job = Job(distil_from, 2, [str(node) for node in nodes], tree)
+    job.processes[1].join(60)
+    job.kill()
+    assert status_of(tree)["state"] == "failed"
+    assert "shard-000000.tar" in status_of(tree)["message"]
+    assert "block 0" in status_of(tree)["message"]
+
+
 def test_another_run_is_not_continued(
     make_tree: Callable[..., dict[str, Any]], tiny_teacher: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
@@ -347,6 +405,8 @@ def test_another_run_is_not_continued(
     model.save_pretrained(other_teacher)
     refused = {
         "train.learning_rate: 0.001 -> 0.002": make_tree(train={**tree["train"], "learning_rate": 2e-3}),
+        "students.l2.num_layers: 2 -> 3": make_tree(students={"l2": {**tree["students"]["l2"], "num_layers": 3}}),
+        "students.other.num_layers: null -> 2": make_tree_with_student(make_tree, "other"),
         "data.window_rows: 32 -> 16": make_tree(data={"window_rows": 16}),
         "data.train: data_sha256": make_tree(data={"train": str(tiny_shards / "validation")}),
         "teacher.model: the weights of": make_tree(teacher={"model": str(other_teacher)}),
@@ -385,6 +445,8 @@ def test_a_dry_run_writes_nothing(make_tree: Callable[..., dict[str, Any]], tmp_
     tree = make_tree()
     assert run_ranks(dry_run, 2, tree)[0] == ("dry run", 0, "2 steps made, nothing written")
     assert not Path(tree["run"]["folder"]).exists()
+    [end] = run_ranks(dry_run, 1, make_tree(train={**tree["train"], "max_steps": 1, "warmup_steps": 1}))
+    assert end == ("ConfigError", 2, "--dry-run 2 is more than train.max_steps=1; make fewer steps")
 
 
 def test_a_standing_file_where_the_run_belongs(make_tree: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

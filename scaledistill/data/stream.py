@@ -180,6 +180,7 @@ class ShardStream:
         first_sample: int = 0,
         prefetch_batches: int = 4,
         with_documents: bool = False,
+        pin_memory: bool = False,
     ) -> None:
         unit = world_size * micro_batch_size
         if unit < 1 or global_batch_size < 1 or global_batch_size % unit:
@@ -201,7 +202,8 @@ class ShardStream:
             for first in itertools.count(first_sample, global_batch_size):
                 samples_N = np.arange(first + rank, first + global_batch_size, world_size)
                 rows = windows.gather(samples_N, with_documents)
-                yield from rows.batches(samples_N, micro_batch_size, with_documents, first, first + global_batch_size)
+                batches = rows.batches(samples_N, micro_batch_size, with_documents, first, first + global_batch_size)
+                yield from map(_pinned, batches) if pin_memory else batches
 
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(max(1, prefetch_batches))
         self._stop = threading.Event()
@@ -235,6 +237,12 @@ class ShardStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _pinned(batch: Batch) -> Batch:
+    """Move a batch to memory that a GPU copies from on its own."""
+    mask_BT = None if batch.mask_BT is None else batch.mask_BT.pin_memory()
+    return replace(batch, input_ids_BT=batch.input_ids_BT.pin_memory(), mask_BT=mask_BT)
 
 
 def _fill(batches: Iterator[Batch], ready: queue.Queue[Batch | BaseException], stop: threading.Event) -> None:

@@ -27,6 +27,8 @@ from scaledistill.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
 
 class DeepSpeedEngine:
     """A student under DeepSpeed's ZeRO; see `Engine` for the methods."""
@@ -57,6 +59,8 @@ class DeepSpeedEngine:
             raise ConfigError(
                 f"engine.deepspeed.zero_optimization.{path}: {item['msg']} (DeepSpeed's own check)"
             ) from None
+        except ValueError as error:
+            raise ConfigError(f"engine.deepspeed: {error} (DeepSpeed's own check)") from None
         log.debug("DeepSpeed: %s", printed.getvalue().strip())
         self._create_optimizer_state(next(view.parameters()).device)
 
@@ -73,6 +77,10 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate
         self._engine.step()
         skipped = not self._engine.was_step_applied()
+        zero_optimizer = self._engine.optimizer
+        if skipped and getattr(zero_optimizer, "cpu_offload", False):
+            # DeepSpeed 0.19.8 keeps the offloaded gradients of a skipped step and adds the next ones to them.
+            zero_optimizer.averaged_gradients = dict.fromkeys(zero_optimizer.averaged_gradients)
         return StepOutcome(skipped, float("inf") if skipped else self._engine.get_global_grad_norm())
 
     def train_mode(self, mode: bool) -> None:
@@ -129,11 +137,12 @@ class DeepSpeedEngine:
             entry["step"].fill_(steps)
 
     def _loss_scaler_state(self) -> Mapping[str, Any]:
-        if not self._engine.fp16_enabled():
-            return {}
-        return {
-            key: value for key, value in vars(self._engine.optimizer.loss_scaler).items() if not key.startswith("_")
-        }
+        return scaler_state(self._engine.optimizer.loss_scaler) if self._engine.fp16_enabled() else {}
+
+
+def scaler_state(scaler: Any) -> dict[str, Any]:
+    """Return what of DeepSpeed's loss scaler changes from step to step; the rest is configuration."""
+    return {key: getattr(scaler, key) for key in SCALER_STATE if hasattr(scaler, key)}
 
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:

@@ -65,6 +65,9 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
     _resolve_zero(block, min(student.hidden_size for student in config.students.values()))
     for key, precision in (("bf16", "bf16"), ("fp16", "fp16")):
         _settle(block.setdefault(key, {}), "enabled", train.precision == precision, f"{key}.enabled", "train.precision")
+    # What skips a step with non-finite gradients, which is all that protects the weights from them.
+    _settle(block["bf16"], "check_grad_overflow", True, "bf16.check_grad_overflow")
+    _settle(block["zero_optimization"], "compute_grad_norm", True, "zero_optimization.compute_grad_norm")
     _settle(block, "gradient_clipping", train.max_grad_norm, "gradient_clipping", "train.max_grad_norm")
     _settle(block.setdefault("data_types", {}), "grad_accum_dtype", "fp32", "data_types.grad_accum_dtype")
     block["zero_force_ds_cpu_optimizer"] = False  # PyTorch's fused AdamW also steps offloaded state: exact to restore

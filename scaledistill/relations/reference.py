@@ -47,6 +47,5 @@ def reference_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tens
         difference_BRTT = (teacher_BRTT - student_BRTT).masked_fill(hidden_B1TT, 0.0)
         kl_BRT = (teacher_BRTT.exp() * difference_BRTT).sum(-1).masked_fill(~real_BT[:, None, :], 0.0)
         losses.append((kl_BRT.sum((1, 2)) / num_rows_B).mean())
-    losses_P = torch.stack(losses)
-    weights_P = losses_P.new_tensor([weight for _, weight in spec.pairs])
-    return (weights_P * losses_P).sum(), losses_P.detach()
+    weighted = [weight * loss for (_, weight), loss in zip(spec.pairs, losses, strict=True)]
+    return torch.stack(weighted).sum(), torch.stack(losses).detach()
