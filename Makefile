@@ -25,7 +25,7 @@ $(TEACHER): | $(READY)
 quickstart: $(READY) $(TEACHER)
 	test -f shards/quickstart/train/manifest.json || $(BIN)/python tools/make_shards.py --installed-docs \
 	  --tokenizer $(TEACHER) --sequence-length 128 --max-tokens 2500000 --held-out-fraction 0.02 --output shards/quickstart
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed --num_accelerators 2 --master_port "$$($(BIN)/python -c \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed --quiet --num_accelerators 2 --master_port "$$($(BIN)/python -c \
 	  'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')" \
 	  launch/distill.py --config configs/quickstart.json
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scaledistill.distributed import Ranks, broadcast_object, failing_together
 from scaledistill.errors import DataError
-from scaledistill.files import sha256_of, sync, write_json
+from scaledistill.files import read_json, sha256_of, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,11 @@ def newest_checkpoint(root: Path, ranks: Ranks) -> Checkpoint | None:
                 "be on a file system that all ranks share"
             ) from None
     return Checkpoint(folder, state)
+
+
+def newest_state(root: Path) -> dict[str, Any] | None:
+    """Return the JSON of the newest checkpoint, unverified; None where there is none that can be read."""
+    return next(filter(None, (read_json(folder / STATE) for folder in _committed(root))), None)
 
 
 def verify(folder: Path) -> str | None:

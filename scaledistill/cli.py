@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
@@ -11,14 +12,34 @@ from collections.abc import Sequence
 from typing import Any
 
 from scaledistill.config import DistillConfig, load_config
-from scaledistill.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, DivergedError, PeerError
+from scaledistill.errors import (
+    EXIT_DONE,
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    ConfigError,
+    DataError,
+    DivergedError,
+    PeerError,
+)
 
-EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request (the same
-command goes on). <run.folder>/status.json says the same, also where a launcher changes the code."""
+EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request (under
+torchrun 0, or it would start the run again; the same command goes on), 130 interrupted. <run.folder>/status.json tells
+how a run ended, also where a launcher changes the code."""
 
 
 class _OneVoice(argparse.ArgumentParser):
-    """Prints on rank 0 alone: every rank of a launcher parses the same arguments."""
+    """Prints on rank 0 alone, as every rank parses the same arguments; names the option that a misspelt one is near."""
+
+    def parse_args(self, arguments: Any = None, namespace: Any = None) -> Any:
+        options, unknown = self.parse_known_args(arguments, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            self.error(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        if options.config is None:
+            self.error("--config FILE is missing; configs/ holds some to start from")
+        return options
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if os.environ.get("RANK", "0") == "0":
@@ -34,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         allow_abbrev=False,
     )
-    parse.add_argument("--config", required=True, metavar="FILE", help="the run's settings, a JSON file")
+    parse.add_argument("--config", metavar="FILE", help="the run's settings, a JSON file")
     parse.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="override a setting, such as train.max_steps=100; repeatable",
@@ -56,10 +77,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"found {number}, expected 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from 1 up")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.write(config.to_json())
             return EXIT_DONE
         if options.validate:
-            return _validate(config, options.world_size, is_main)
+            return _validate(config, options.world_size, options.fresh, is_main)
         from scaledistill.train import distill
 
         under_elastic = "TORCHELASTIC_RUN_ID" in os.environ
@@ -100,9 +120,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except PeerError as error:
         return error.exit_code
+    except RuntimeError as error:
+        from scaledistill.distributed import explain_lost_peer
+
+        if options.debug or (message := explain_lost_peer(error)) is None:
+            raise
+        log.error("%s", message)
+        return EXIT_ENVIRONMENT
+    except KeyboardInterrupt:
+        log.error("interrupted; the same command goes on from the last checkpoint")
+        return EXIT_INTERRUPTED
 
 
-def _validate(config: DistillConfig, world_size: int | None, is_main: bool) -> int:
+def _validate(config: DistillConfig, world_size: int | None, fresh: bool, is_main: bool) -> int:
     if not is_main:
         return EXIT_DONE
     import torch
@@ -112,7 +142,7 @@ def _validate(config: DistillConfig, world_size: int | None, is_main: bool) -> i
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranks = world_size or int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
-    plan = check(config, ranks, device)
+    plan = check(config, ranks, device, fresh=fresh)
     console = Console()
     console.print(plan_table(plan))
     console.print("everything that can be checked without loading weights is in order")

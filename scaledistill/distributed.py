@@ -140,6 +140,15 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def explain_lost_peer(error: BaseException) -> str | None:
+    """Return a message where an error means that another rank is gone; None for other errors."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and any(part in text for part in ("gloo", "NCCL", "Connection closed by peer")):
+        reason = text.splitlines()[0].rpartition("] ")[2][:120]
+        return f"another rank ended or cannot be reached ({reason}); its own message says why, the same command goes on"
+    return None
+
+
 @contextmanager
 def reported_once(ranks: Ranks) -> Iterator[None]:
     """Run a block that fails on all ranks alike or on none: only rank 0 keeps the error.

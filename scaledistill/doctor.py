@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,8 @@ import torch
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from scaledistill.config import DistillConfig
+from scaledistill.checkpoint import newest_state
+from scaledistill.config import DistillConfig, differing_keys
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.remote import ShardCache
 from scaledistill.data.stream import ShardReader
@@ -26,7 +27,7 @@ from scaledistill.distributed import resolve_precision
 from scaledistill.engines.deepspeed_block import resolve_block, zero_settings
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.estimate import Estimate, estimate
-from scaledistill.metrics import check_trackers
+from scaledistill.metrics import check_trackers, short
 from scaledistill.models.capture import check_layer, max_sequence_length
 from scaledistill.models.export import TOKENIZER_FILES
 from scaledistill.models.student import check_init, student_config
@@ -50,10 +51,12 @@ class Plan:
     free_bytes: int
 
 
-def check(config: DistillConfig, world_size: int, device: torch.device, *, writes: bool = True) -> Plan:
+def check(
+    config: DistillConfig, world_size: int, device: torch.device, *, writes: bool = True, fresh: bool = False
+) -> Plan:
     """Check a configuration against models, data, disk and ranks, and return the plan. No weights are read.
 
-    `writes` says whether the run folder is to be written, and so needs space.
+    `writes` says whether the run folder is to be written, and so needs space; `fresh` that nothing is to be resumed.
 
     Raises:
         ConfigError: settings that do not fit; every problem found is in the message, one a line.
@@ -82,6 +85,8 @@ def check(config: DistillConfig, world_size: int, device: torch.device, *, write
         if reader and teacher:
             attempt(_check_shards, config, setting, reader, teacher)
     order = attempt(_order, config, shards) if shards else None
+    if resolved and order and writes and not fresh and (state := newest_state(Path(config.run.folder) / "checkpoints")):
+        attempt(check_same_run, state, resolved, order)
     if problems or not (resolved and teacher and student and shards and order):
         raise type(problems[0])("\n".join(dict.fromkeys(str(problem) for problem in problems))) from problems[0]
     facts = estimate(resolved, name, teacher, student, world_size)
@@ -193,6 +198,30 @@ def _check_shards(config: DistillConfig, setting: str, shards: ShardReader, teac
         )
 
 
+def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: SampleOrder) -> None:
+    """Refuse to go on from a checkpoint's state where the result would not be that of the run that was begun.
+
+    Raises:
+        ConfigError: naming the keys that differ.
+    """
+    differences = differing_keys(state["config"], config.model_dump())
+    differences += [
+        f"data.train: {key} {state['data'].get(key)} -> {value}"
+        for key, value in order.fingerprint().items()
+        if state["data"].get(key) != value
+    ]
+    if differences:
+        raise other_run(state, config, "; ".join(differences))
+
+
+def other_run(state: Mapping[str, Any], config: DistillConfig, differences: str) -> ConfigError:
+    """Return the error that refuses to go on with another run."""
+    return ConfigError(
+        f"{config.run.folder} holds a run at step {state['step']} with other settings: {differences}. Restore them to "
+        "go on, use --fresh to start over (the old folder is kept, renamed), or set run.folder"
+    )
+
+
 def _order(config: DistillConfig, shards: ShardReader) -> SampleOrder:
     data = config.data
     shards.check_cache(data.num_lanes)
@@ -236,8 +265,8 @@ def plan_table(plan: Plan) -> Table:
         "engine": f"DeepSpeed ZeRO-{zero_settings(config)[0]}, {plan.world_size} ranks",
         "step": f"{train.global_batch_size} sequences × {length} = {tokens:,} tokens; {accumulation} micro-batches "
         f"of {train.micro_batch_size} per rank",
-        "FLOPs": f"{facts.flops_per_token / 1e9:.2f} G per token, {facts.teacher_flops_fraction:.0%} the teacher's",
-        "run": f"{train.max_steps:,} steps, {train.max_steps * tokens / 1e9:.2f} G tokens, {epochs:.1f} epochs",
+        "FLOPs": f"{short(facts.flops_per_token)} per token, {facts.teacher_flops_fraction:.0%} the teacher's",
+        "run": f"{train.max_steps:,} steps, {short(train.max_steps * tokens)} tokens, {epochs:.1f} epochs",
         "data": f"{manifest.rows:,} rows in {len(manifest.shards)} shards, "
         f"{len(manifest.shards) / plan.world_size:.1f} per rank; "
         f"{plan.order.dropped_rows_per_epoch} rows left out of an epoch",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from scaledistill.errors import ConfigError
@@ -120,7 +121,7 @@ class Recorder:
                 {key: value for key, value in clean.items() if key != "step" and value is not None}, step=row["step"]
             )
         if self._display:
-            self._display.progress.update(self._display.task, completed=row["step"], figures=summary(clean))
+            self._display.show(clean)
         else:
             log.info("step %d/%d  %s", row["step"], self._max_steps, summary(clean))
 
@@ -131,7 +132,7 @@ def summary(row: Mapping[str, Any]) -> str:
     if row.get("validation_loss") is not None:
         parts.append(f"validation {row['validation_loss']:.4f}")
     if row.get("tokens_per_second") is not None:
-        parts.append(f"{_short(row['tokens_per_second'])} tokens/s")
+        parts.append(f"{short(row['tokens_per_second'])} tokens/s")
     if row.get("mfu") is not None:
         parts.append(f"MFU {row['mfu']:.0%}")
     if row.get("data_wait_fraction") is not None:
@@ -141,7 +142,8 @@ def summary(row: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """Return a number with three figures or so and a unit: 1.2M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.1f}{unit}"
@@ -149,6 +151,9 @@ def _short(number: float) -> str:
 
 
 class _Figures(ProgressColumn):
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=True, overflow="ellipsis", ratio=1)
+
     def render(self, task: Task) -> Text:
         return Text(task.fields.get("figures", ""))
 
@@ -159,16 +164,23 @@ class _Display:
     def __init__(self, max_steps: int, resumed_at: int) -> None:
         self.progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=10),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             _Figures(),
             console=Console(stderr=True),
+            expand=True,
             refresh_per_second=4,
             speed_estimate_period=120,
         )
         self.task = self.progress.add_task("distil", total=max_steps, completed=resumed_at, figures="")
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Move to a row; one with a validation loss also stays above the bar."""
+        self.progress.update(self.task, completed=row["step"], figures=summary(row))
+        if row.get("validation_loss") is not None:
+            self.progress.console.print(f"step {row['step']}  {summary(row)}", highlight=False)
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -208,6 +220,7 @@ def draw_losses(folder: Path) -> None:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -216,6 +229,8 @@ def draw_losses(folder: Path) -> None:
     if validation := [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss")]:
         axes.plot(*zip(*validation, strict=True), color="#d62728", marker="o", markersize=4, label="validation")
     axes.set(xlabel="optimizer step", ylabel="relation loss", title=folder.name, yscale="log")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(ScalarFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(folder / "loss.png")

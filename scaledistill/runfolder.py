@@ -18,8 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 
-from scaledistill.distributed import Ranks, failing_together
-from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
+from scaledistill.distributed import Ranks, explain_lost_peer, failing_together
+from scaledistill.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError, DivergedError, PeerError
 from scaledistill.files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,9 @@ def owned(folder: Path, max_steps: int, ranks: Ranks, *, fresh: bool) -> Iterato
             status.write_failure("diverged", str(error), error.exit_code)
             raise
         except BaseException as error:
-            status.write_failure("failed", f"{type(error).__name__}: {error}", 1)
+            lost = explain_lost_peer(error)
+            message, code = (lost, EXIT_ENVIRONMENT) if lost else (f"{type(error).__name__}: {error}", 1)
+            status.write_failure("failed", message, EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else code)
             raise
 
 
@@ -134,8 +136,9 @@ def set_aside(folder: Path) -> Path:
 class StopRequest:
     """Whether someone asked the run to stop: a signal, or a file named STOP in the run's folder."""
 
-    def __init__(self, folder: Path, *, watch_file: bool) -> None:
+    def __init__(self, folder: Path, *, watch_file: bool, speaks: bool = False) -> None:
         self._file = folder / "STOP" if watch_file else None
+        self._speaks = speaks
         self._signal: int | None = None
         self._since = 0.0
 
@@ -168,5 +171,10 @@ class StopRequest:
         now = time.monotonic()
         if self._signal is None:
             self._signal, self._since = number, now
+            if self._speaks:
+                name = signal.Signals(number).name
+                os.write(
+                    2, f"\ngot {name}: stopping after this step, with a checkpoint\n".encode()
+                )  # safe in a handler
         elif number == signal.SIGINT and now - self._since >= 1:
             raise KeyboardInterrupt

@@ -20,11 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from scaledistill import __version__
 from scaledistill.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
-from scaledistill.config import DistillConfig, differing_keys
+from scaledistill.config import DistillConfig
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
 from scaledistill.distributed import Ranks, failing_together, gather_objects, reported_once
-from scaledistill.doctor import open_shards
+from scaledistill.doctor import check_same_run, open_shards, other_run
 from scaledistill.engines import Engine, EngineState, create_engine
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.metrics import peak_flops
@@ -194,6 +194,8 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool) -> Sessio
         DataError: data or models are not what the run needs.
     """
     data, teacher_settings = config.data, config.teacher
+    if ranks.is_main:
+        log.info("loading %s up to layer %d", teacher_settings.model, teacher_settings.layer)
     with failing_together():
         shards = open_shards(config, data.train, ranks.rank)
         validates = config.train.validation_every_steps > 0
@@ -208,7 +210,7 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool) -> Sessio
     checkpoint = newest_checkpoint(Path(config.run.folder) / "checkpoints", ranks) if resume else None
     if checkpoint:
         with reported_once(ranks):
-            _check_same_run(checkpoint, config, order)
+            check_same_run(checkpoint.state, config, order)
     name = next(iter(config.students))
     with failing_together():
         model = _create_student(config, name, encoder, checkpoint)
@@ -294,30 +296,10 @@ def _check_same_everywhere(config: DistillConfig, teacher: Teacher, order: Sampl
                 )
 
 
-def _check_same_run(checkpoint: Checkpoint, config: DistillConfig, order: SampleOrder) -> None:
-    """Refuse to go on where the result would not be that of the run that was begun."""
-    state = checkpoint.state
-    differences = differing_keys(state["config"], config.model_dump())
-    differences += [
-        f"data.train: {key} {state['data'].get(key)} -> {value}"
-        for key, value in order.fingerprint().items()
-        if state["data"].get(key) != value
-    ]
-    if differences:
-        raise _other_run(checkpoint, config, "; ".join(differences))
-
-
 def _check_same_teacher(checkpoint: Checkpoint, config: DistillConfig, teacher: Teacher) -> None:
     if checkpoint.state["teacher_sha256"] != teacher.sha256:
         difference = f"teacher.model: the weights of {config.teacher.model} are not those that the run began with"
-        raise _other_run(checkpoint, config, difference)
-
-
-def _other_run(checkpoint: Checkpoint, config: DistillConfig, differences: str) -> ConfigError:
-    return ConfigError(
-        f"{config.run.folder} holds a run at step {checkpoint.state['step']} with other settings: {differences}. "
-        "Restore them to go on, use --fresh to start over (the old folder is kept, renamed), or set run.folder"
-    )
+        raise other_run(checkpoint.state, config, difference)
 
 
 def _restore(session: Session, checkpoint: Checkpoint) -> None:

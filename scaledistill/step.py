@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,7 +41,9 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int) 
     return peak * (max_steps - step) / (max_steps - warmup_steps)
 
 
-def train_step(session: Session, stream: Iterator[Batch], stop_requested: bool, watch: Stopwatch) -> StepResult:
+def train_step(
+    session: Session, stream: Iterator[Batch], stop_reason: Callable[[], str | None], watch: Stopwatch
+) -> StepResult:
     """Make one optimizer step on the next global batch. Collective."""
     student, ranks, train = session.student, session.ranks, session.config.train
     pairs = list(session.config.relations.pairs)
@@ -62,7 +64,7 @@ def train_step(session: Session, stream: Iterator[Batch], stop_requested: bool, 
         session.step, peak=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
     )
     outcome = student.engine.step(rate)
-    sums[-1] = float(stop_requested)
+    sums[-1] = float(stop_reason() is not None)
     *losses, stops = all_reduce_sum(sums).tolist()  # the step's one wait for the device that is ours
     names = ["loss", *(f"loss/{student.name}/{pair}" for pair in pairs)]
     means = [loss / (session.accumulation * ranks.world_size) for loss in losses]

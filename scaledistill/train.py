@@ -120,7 +120,9 @@ class Bookkeeper:
         if self._status is None:
             return RunResult("dry run", EXIT_DONE, session.step, f"{session.step} steps made, nothing written")
         folder = session.export(session.student.name, {"validation loss": session.last_validation})
-        message = f"{session.step} steps done; the student is in {folder}"
+        message = (
+            f"{session.step} steps done; the student is in {folder}, the loss curve in {self._folder / 'loss.png'}"
+        )
         if session.ranks.is_main:
             self._status.write_if_possible("done", message, EXIT_DONE)
         return RunResult("done", EXIT_DONE, session.step, message)
@@ -253,13 +255,15 @@ def distill(config: DistillConfig, *, fresh: bool = False, dry_run_steps: int | 
 def run_steps(session: Session, bookkeeper: Bookkeeper, last_step: int) -> RunResult:
     """Make the steps up to `last_step`, each followed by what is due, unless someone asks to stop. Collective."""
     folder = Path(session.config.run.folder)
-    stop = runfolder.StopRequest(folder, watch_file=session.ranks.is_main and bookkeeper.writes)
+    stop = runfolder.StopRequest(
+        folder, watch_file=session.ranks.is_main and bookkeeper.writes, speaks=session.ranks.is_main
+    )
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
         stream = stack.enter_context(session.stream())
         bookkeeper.start(stack)
         while session.step < last_step:
-            result = train_step(session, stream, stop.reason() is not None, bookkeeper.watch)
+            result = train_step(session, stream, stop.reason, bookkeeper.watch)
             reason = stop.acknowledge() if result.stop_requested else None
             bookkeeper.after_step(result)
             if result.stop_requested and session.step < last_step:

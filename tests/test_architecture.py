@@ -19,7 +19,7 @@ MODULES = {
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"config", "models.capture", "models.student", "relations", "train"},
     "checkpoint": {"distributed", "files"},
-    "cli": {"config", "doctor", "train"},
+    "cli": {"config", "distributed", "doctor", "train"},
     "config": set(),
     "data": set(),
     "data.compression": set(),
@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "data.text": set(),
     "distributed": set(),
     "doctor": {
+        "checkpoint",
         "config",
         "data.order",
         "data.remote",

@@ -85,12 +85,13 @@ def test_nothing_heavy_is_imported(option: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "x.json", "--frsh"], "unrecognized arguments: --frsh"),
-        (["--config", "x.json", "--valid"], "unrecognized arguments: --valid"),  # no abbreviations
-        ([], "the following arguments are required: --config"),
-        (["--config", "x.json", "--dry-run", "0"], "argument --dry-run: found 0, expected 1 or more"),
+        (["--config", "x.json", "--frsh"], "unknown option --frsh; did you mean --fresh?"),
+        (["--config", "x.json", "--valid"], "unknown option --valid; did you mean --validate?"),  # no abbreviations
+        ([], "--config FILE is missing"),
+        (["--confg", "x.json"], "unknown option --confg; did you mean --config?"),
+        (["--config", "x.json", "--dry-run", "0"], "--dry-run: found '0', expected a whole number from 1 up"),
         (["--config", "x.json", "--validate", "--world-size", "-2"], "argument --world-size: "),
-        (["--config", "x.json", "--dry-run", "ten"], "argument --dry-run: invalid"),
+        (["--config", "x.json", "--dry-run", "ten"], "argument --dry-run: found 'ten', expected a whole number"),
         (["--config", "x.json", "--world-size", "7"], "--world-size is read only with --validate; the launcher sets"),
     ],
 )

@@ -87,7 +87,7 @@ def test_more_ranks_than_gpus(environment: dict[str, str], monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with (
-        pytest.raises(ConfigError, match="local rank 3 has no GPU of its own: this process sees 2 .*; start at most one"),
+        pytest.raises(ConfigError, match=r"local rank 3 has no GPU of its own: this process sees 2 .*; start"),
         process_group(60),
     ):
         pytest.fail("a group was made")

@@ -71,7 +71,7 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
         "4 heads, pairs qq, kk, vv",
         "DeepSpeed ZeRO-1, 3 ranks",
         "24 sequences × 16 = 384 tokens; 1 micro-batches of 8 per rank",
-        f"50 steps, 0.00 G tokens, {1200 / plan.order.rows_per_epoch:.1f} epochs",
+        f"50 steps, 19.2k tokens, {1200 / plan.order.rows_per_epoch:.1f} epochs",
         f"{rows} rows in 2 shards, 0.7 per rank",
         f"{plan.order.dropped_rows_per_epoch} rows left out of an epoch",
         "up to layer 3: ",
@@ -379,7 +379,7 @@ def test_the_plan_of_bert_large_takes_seconds(large_tree: Path, capsys: pytest.C
         "64 heads, pairs qq, kk, vv",
         "DeepSpeed ZeRO-1, 1 ranks",
         "256 sequences × 512 = 131,072 tokens; 8 micro-batches of 32 per rank",
-        "400,000 steps, 52.43 G tokens",
+        "400,000 steps, 52.4G tokens",
         "everything that can be checked without loading weights is in order",
     ):
         assert part in plan, plan

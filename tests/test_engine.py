@@ -40,7 +40,7 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
             session = open_session(config, ranks, resume=False)
             with session.stream() as stream:
                 assert isinstance(stream, ShardStream)
-                steps = [train_step(session, stream, False, Stopwatch()) for _ in range(config.train.max_steps)]
+                steps = [train_step(session, stream, lambda: None, Stopwatch()) for _ in range(config.train.max_steps)]
             losses.append([step.losses["loss"] for step in steps])
     return losses
 
@@ -123,6 +123,14 @@ def test_what_deepspeed_would_guess_is_written_out() -> None:
         ({"zero_optimization": {}}, r"zero_optimization\.stage: found None, expected 1, 2 or 3"),
         ({"gradient_clipping": 0.5}, r"gradient_clipping: found 0\.5, expected 1\.0 by train\.max_grad_norm"),
         ({"fp16": {"enabled": True}}, r"fp16\.enabled: found True, expected False by train\.precision"),
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_sise": 1000}},
+            r"zero_optimization\.reduce_bucket_sise: unknown key; did you mean 'reduce_bucket_size'",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"devic": "cpu"}}},
+            r"offload_optimizer\.devic: unknown key; did you mean 'device'",
+        ),
         ({"bf16": {"check_grad_overflow": False}}, r"bf16\.check_grad_overflow: found False, expected True"),
         (
             {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
@@ -145,7 +153,7 @@ def test_bad_blocks_are_refused(block: dict[str, Any], message: str) -> None:
         resolve_block(block_of(**block), world_size=1)
 
 
-def misspelt_zero_key(tree: dict[str, Any]) -> str:
+def wrong_zero_value(tree: dict[str, Any]) -> str:
     try:
         losses_of([tree])
     except ConfigError as error:
@@ -153,11 +161,11 @@ def misspelt_zero_key(tree: dict[str, Any]) -> str:
     return "accepted"
 
 
-def test_misspelt_zero_key_is_refused(tmp_path, tiny_teacher, tiny_shards) -> None:
-    zero = {"stage": 1, "reduce_bucket_sise": 1000}
+def test_deepspeed_s_own_check_is_a_config_error(tmp_path, tiny_teacher, tiny_shards) -> None:
+    zero = {"stage": 1, "reduce_bucket_size": "large"}
     tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, engine={"deepspeed": {"zero_optimization": zero}})
-    [message] = run_ranks(misspelt_zero_key, 1, tree)
-    assert message.startswith("engine.deepspeed.zero_optimization.reduce_bucket_sise: ")
+    [message] = run_ranks(wrong_zero_value, 1, tree)
+    assert message.startswith("engine.deepspeed.zero_optimization.reduce_bucket_size: Input should be a valid integer")
 
 
 def test_the_loss_scaler_s_state_is_json() -> None:
@@ -168,10 +176,23 @@ def test_the_loss_scaler_s_state_is_json() -> None:
     from scaledistill.engines.deepspeed import scaler_state
 
     scaler = DynamicLossScaler(2.0**16, 2.0, 1000, 1.0, 2, False, dtype=torch.float16)
-    scaler.update_scale(True)
-    scaler.update_scale(True)
+    scaler.update_scale(False)
     state = json.loads(json.dumps(scaler_state(scaler)))
-    assert state == {"cur_scale": 2.0**15, "cur_iter": 2, "last_overflow_iter": 1, "cur_hysteresis": 1}
+    assert state == {"cur_scale": 2.0**16, "cur_iter": 1, "last_overflow_iter": -1, "cur_hysteresis": 2}
+
+
+def test_the_known_zero_keys_are_deepspeed_s() -> None:
+    from deepspeed.runtime.zero import config, offload_config
+
+    from scaledistill.engines import deepspeed_block
+
+    def names(model: Any) -> list[str]:
+        return sorted({field.alias or name for name, field in model.model_fields.items()})
+
+    assert sorted(deepspeed_block.ZERO_KEYS) == names(config.DeepSpeedZeroConfig)
+    offload = deepspeed_block.OFFLOAD_KEYS
+    assert sorted(offload["optimizer"]) == names(offload_config.DeepSpeedZeroOffloadOptimizerConfig)
+    assert sorted(offload["param"]) == names(offload_config.DeepSpeedZeroOffloadParamConfig)
 
 
 def test_vectors_are_exempt_from_weight_decay() -> None:

@@ -73,7 +73,7 @@ ERRORS = [
     (DataError("a shard"), "failed", 3, "a shard"),
     (DivergedError("a loss"), "diverged", 4, "a loss"),
     (ZeroDivisionError("a defect"), "failed", 1, "ZeroDivisionError: a defect"),
-    (KeyboardInterrupt(), "failed", 1, "KeyboardInterrupt: "),
+    (KeyboardInterrupt(), "failed", 130, "KeyboardInterrupt: "),
 ]
 
 

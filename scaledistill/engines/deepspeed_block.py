@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from scaledistill.config import DistillConfig
@@ -36,6 +37,66 @@ ALLOWED_KEYS = (
     "compile",
     "disable_python_gc",
 )
+ZERO_KEYS = (  # a test compares them with DeepSpeed's own
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "compute_grad_norm",
+    "contiguous_gradients",
+    "cpu_offload",
+    "cpu_offload_param",
+    "cpu_offload_use_pin_memory",
+    "elastic_checkpoint",
+    "enable_sanity_checks",
+    "ignore_unused_parameters",
+    "leaf_module",
+    "legacy_stage1",
+    "load_from_fp32_weights",
+    "log_trace_cache_warnings",
+    "memory_efficient_linear",
+    "offload_optimizer",
+    "offload_param",
+    "overlap_comm",
+    "override_module_apply",
+    "parameter_alignment",
+    "pipeline_loading_checkpoint",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "save_muon_momentum_buffer_in_memory",
+    "stage",
+    "stage3_allgather_sequential",
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_model_persistence_threshold",
+    "stage3_module_granularity_threshold",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "stage3_use_all_reduce_for_fetch_params",
+    "sub_group_size",
+    "use_multi_rank_bucket_allreduce",
+    "zenflow",
+    "zero_hpz_partition_size",
+    "zero_quantized_gradients",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_weights",
+)
+OFFLOAD_KEYS = {
+    "optimizer": (
+        "buffer_count",
+        "cpuadam_cores_perc",
+        "device",
+        "fast_init",
+        "nvme_path",
+        "pin_memory",
+        "pipeline_read",
+        "pipeline_write",
+        "ratio",
+        "super_offload",
+    ),
+    "param": ("buffer_count", "buffer_size", "device", "max_in_cpu", "nvme_path", "pin_memory"),
+}
 REFUSED_KEYS = {
     "train_batch_size": "set train.global_batch_size instead",
     "train_micro_batch_size_per_gpu": "set train.micro_batch_size instead",
@@ -57,10 +118,7 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
     for key in block:
         if key in REFUSED_KEYS:
             raise ConfigError(f"engine.deepspeed.{key}: not allowed here; {REFUSED_KEYS[key]}")
-        if key not in ALLOWED_KEYS:
-            near = difflib.get_close_matches(key, ALLOWED_KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(ALLOWED_KEYS)}"
-            raise ConfigError(f"engine.deepspeed.{key}: unknown key; {hint}")
+    _check_keys(block, ALLOWED_KEYS, "engine.deepspeed")
     train = config.train
     _resolve_zero(block, min(student.hidden_size for student in config.students.values()))
     for key, precision in (("bf16", "bf16"), ("fp16", "fp16")):
@@ -95,6 +153,7 @@ def _resolve_zero(block: dict[str, Any], hidden_size: int) -> None:
             f"engine.deepspeed.zero_optimization.stage: found {stage!r}, expected 1, 2 or 3; stage 1 costs what "
             "stage 0 does and its overflow check protects the weights"
         )
+    _check_keys(zero, ZERO_KEYS, "engine.deepspeed.zero_optimization")
     sizes = {  # as transformers resolves them
         "reduce_bucket_size": hidden_size * hidden_size,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
@@ -105,12 +164,23 @@ def _resolve_zero(block: dict[str, Any], hidden_size: int) -> None:
             zero[key] = size
     for what in ("optimizer", "param"):
         offload = zero.get(f"offload_{what}") or {}
-        device = offload.get("device", "none") if isinstance(offload, dict) else offload
-        where = f"engine.deepspeed.zero_optimization.offload_{what}.device"
+        where = f"engine.deepspeed.zero_optimization.offload_{what}"
+        if not isinstance(offload, dict):
+            raise ConfigError(f"{where}: found {offload!r}, expected a block such as {{'device': 'cpu'}}")
+        _check_keys(offload, OFFLOAD_KEYS[what], where)
+        device, where = offload.get("device", "none"), f"{where}.device"
         if device not in ("none", "cpu"):
             raise ConfigError(f"{where}: found {device!r}, expected 'cpu' or 'none'")
         if what == "param" and device == "cpu" and stage != 3:
             raise ConfigError(f"{where}='cpu' needs zero_optimization.stage=3, found {stage}; use stage 3 or remove it")
+
+
+def _check_keys(block: dict[str, Any], known: Sequence[str], where: str) -> None:
+    for key in block:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{where}.{key}: unknown key; {hint}")
 
 
 def _settle(block: dict[str, Any], key: str, value: Any, name: str, owner: str = "") -> None:
