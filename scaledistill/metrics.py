@@ -180,7 +180,8 @@ class _Display:
         """Move to a row; one with a validation loss also stays above the bar."""
         self.progress.update(self.task, completed=row["step"], figures=summary(row))
         if row.get("validation_loss") is not None:
-            self.progress.console.print(f"step {row['step']}  {summary(row)}", highlight=False)
+            losses = {key: row[key] for key in ("loss", "validation_loss")}
+            self.progress.console.print(f"step {row['step']}  {summary(losses)}", highlight=False)
 
 
 def check_trackers(names: Iterable[str]) -> None:

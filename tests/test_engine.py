@@ -175,10 +175,11 @@ def test_the_loss_scaler_s_state_is_json() -> None:
 
     from scaledistill.engines.deepspeed import scaler_state
 
-    scaler = DynamicLossScaler(2.0**16, 2.0, 1000, 1.0, 2, False, dtype=torch.float16)
-    scaler.update_scale(False)
+    settings = {"scale_window": 1000, "min_scale": 1.0, "delayed_shift": 2, "consecutive_hysteresis": False}
+    scaler = DynamicLossScaler(init_scale=2.0**16, **settings)
+    scaler.cur_iter, scaler.last_overflow_iter = 7, 5
     state = json.loads(json.dumps(scaler_state(scaler)))
-    assert state == {"cur_scale": 2.0**16, "cur_iter": 1, "last_overflow_iter": -1, "cur_hysteresis": 2}
+    assert state == {"cur_scale": 2.0**16, "cur_iter": 7, "last_overflow_iter": 5, "cur_hysteresis": 2}
 
 
 def test_the_known_zero_keys_are_deepspeed_s() -> None:

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -183,14 +184,14 @@ def test_an_interrupted_run_leaves_nothing(
             with pytest.raises(type(error)):
                 make_shards(
                     interrupted(error),
-                    tmp_path,
+                    tmp_path / "new" / "out",
                     tokenizer=tokenizer,
                     sequence_length=32,
                     source={},
                     workers=workers,
                     held_out_fraction=0.5,
                 )
-            assert bytes_of(tmp_path) == {}
+            assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_overwrite_keeps_the_old_shards(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -220,8 +221,9 @@ def test_old_held_out_documents_do_not_stay_beside_new_shards(
         ({"held_out_max_documents": 5}, "held_out_max_documents=5 without a held_out_fraction"),
         ({"max_tokens": 0}, "max_tokens=0; expected 1 or more"),
         ({"workers": -1}, "workers=-1; expected 0"),
-        ({"sequence_length": 2}, "sequence_length=2 holds no"),
-        ({"rows_per_shard": 300}, "rows_per_shard=300"),
+        ({"sequence_length": 2}, r"sequence_length=2; expected 3 \(.*\) to 65535, such as 512"),
+        ({"rows_per_shard": 300}, "rows_per_shard=300; use a multiple of 256, such as 512, or 1 to 255"),
+        ({"rows_per_shard": 0}, "rows_per_shard=0; use a multiple of 256, such as 256"),
     ],
 )
 def test_settings_that_cannot_be(
@@ -229,7 +231,7 @@ def test_settings_that_cannot_be(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make(["one"], tmp_path, tokenizer, **options)
-    assert bytes_of(tmp_path) == {}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("documents", "message"), [([], "gave no document"), (["", " \n"], "no rows for")])
@@ -237,8 +239,8 @@ def test_sources_without_text(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, documents: list[str], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        make(documents, tmp_path, tokenizer)
-    assert bytes_of(tmp_path) == {}
+        make(documents, tmp_path / "out", tokenizer)
+    assert not list(tmp_path.iterdir())
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
@@ -268,9 +270,12 @@ def test_the_tool(run: Any, tmp_path: Path) -> None:
     arguments = [tmp_path / "*.txt", "--held-out-fraction", 0.5, "--sequence-length", 16, tmp_path / "b.jsonl"]
     code, out, err = run(*arguments, "--output", output, "--json", report)
     assert (code, err) == (0, "")
-    checks = [f"python tools/check_shards.py {output}/{split}" for split in ("train", "validation")]
-    assert f"next: {checks[0]} && {checks[1]}\n" in out
-    assert f"--set data.train={output}/train --set data.validation={output}/validation\n" in out
+    check = shlex.split(next(line for line in out.splitlines() if line.startswith("next: ")))[1:]
+    assert check[2:5] == [str(output / "train"), "&&", check[0]]
+    assert check[6:] == [str(output / "validation")]
+    checked = subprocess.run(check[:3], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert "then:" not in out
     assert "1 empty documents" in out
     values = {row["name"]: row["value"] for row in json.loads(report.read_text())}
     assert values["make_shards/documents"] == 503
@@ -281,7 +286,9 @@ def test_the_tool(run: Any, tmp_path: Path) -> None:
     assert files == [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
     code, _, err = run(*arguments, "--output", output)
     assert code == 3
-    assert err.startswith(f"make_shards: {output}/train holds manifest.json already")
+    assert err.startswith(
+        f"make_shards: {output}/train holds manifest.json already; name another folder, or use --over"
+    )
     assert err.count("\n") == 1
 
 
@@ -312,7 +319,16 @@ def test_the_other_sources_of_the_tool(run: Any, tmp_path: Path, monkeypatch: py
         ([], 2, "found 0 kinds of input; give one of: files, --wds, --dataset, --installed-docs"),
         (["a.txt", "--installed-docs"], 2, "found 2 kinds of input"),
         (["a.txt", "--last-row", "cut"], 2, "invalid choice: 'cut'"),
-        (["a.txt", "--max-tokens", "0"], 2, "max_tokens=0; expected 1 or more"),
+        (["a.txt", "--max-tokens", "0"], 2, "make_shards: --max-tokens 0; expected 1 or more"),
+        (["a.txt", "--held-out-fraction", "2"], 2, "--held-out-fraction 2; expected 0 to below 1"),
+        (
+            ["a.txt", "--held-out-max-documents", "5"],
+            2,
+            "--held-out-max-documents 5 without a --held-out-fraction holds",
+        ),
+        (["a.txt", "--rows-per-shard", "300"], 2, "--rows-per-shard 300; use a multiple of 256, such as 512"),
+        (["max_tokens.txt"], 3, "input file 'max_tokens.txt' does not exist"),
+        (["a.csv"], 3, "a.csv: unknown suffix '.csv'"),
         (["nowhere.txt"], 3, "input file 'nowhere.txt' does not exist"),
         (["bad.txt"], 3, "bad.txt, line 2: byte 0xff is not UTF-8"),
         (["--wds", "a.txt"], 3, "a.txt is damaged or not a tar archive"),
@@ -323,11 +339,23 @@ def test_wrong_options_and_inputs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.csv").touch()
     (tmp_path / "bad.txt").write_bytes(b"one\n\xff")
     found, out, err = run(*arguments, "--output", "shards")
     assert (found, out) == (code, "")
     assert message in err
-    assert not list(tmp_path.rglob("manifest.json"))
+    assert not (tmp_path / "shards").exists()
+
+
+def test_rows_longer_than_the_tokenizer_states(
+    run: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "model_max_length", 16)
+    monkeypatch.setattr("scaledistill.data.text.load_tokenizer", lambda *_: tokenizer)
+    (tmp_path / "a.txt").write_text("one")
+    code, _, err = run(tmp_path / "a.txt", "--sequence-length", 32, "--output", tmp_path / "out")
+    assert code == 0
+    assert err.startswith("make_shards: warning: --sequence-length 32 is more than the tokenizer's model_max_length 16")
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
@@ -368,7 +396,7 @@ def test_ctrl_c(tokenizer_folder: Path, tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, "", "make_shards: interrupted; no unfinished shards are left\n")
-    assert bytes_of(tmp_path / "out") == {}
+    assert not (tmp_path / "out").exists()
     deadline = time.monotonic() + 10  # multiprocessing's resource tracker ends a little after its parent
     while group_lives(process.pid) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -108,14 +108,15 @@ def test_rows_without_documents_are_padding(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with ShardWriter(tmp_path, **SETTINGS) as writer:
+    def interrupted(folder: Path) -> None:
+        with ShardWriter(folder, **SETTINGS) as writer:
             writer.write(*make_rows())
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
+    for folder in (tmp_path, tmp_path / "new" / "train"):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(folder)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_no_rows_no_data_set(tmp_path: Path) -> None:
 
 def test_finished_shards_are_kept_unless_overwrite(shards: Path) -> None:
     before = contents(shards)
-    with pytest.raises(DataError, match=r"holds manifest\.json already.*ask to overwrite"):
+    with pytest.raises(DataError, match=r"holds manifest\.json already.*use overwrite=True"):
         write(shards)
     assert contents(shards) == before
     write(shards, rows_per_shard=152, overwrite=True)
@@ -201,6 +202,10 @@ def test_missing_manifest(shards: Path) -> None:
         Manifest.load(shards)
     with pytest.raises(DataError, match="no such folder"):
         Manifest.load(shards / "other")
+    for name in ("train", "validation"):
+        write(shards / name)
+    with pytest.raises(DataError, match=rf"did you mean {shards}/train or {shards}/validation\?"):
+        Manifest.load(shards)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"format": "other"}'])
@@ -303,14 +308,18 @@ def test_verify_finds_content_that_contradicts_the_manifest(shards: Path) -> Non
 
 def check_shards(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     tool = Path(__file__).parents[1] / "tools" / "check_shards.py"
-    environment = {**os.environ, "PYTHONPATH": str(tool.parents[1]), "COLUMNS": "200"}
+    environment = {**os.environ, "PYTHONPATH": str(tool.parents[1]), "COLUMNS": "80"}
     return subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True, env=environment)
 
 
 def test_check_shards_tool(shards: Path, tmp_path: Path) -> None:
     good = check_shards(shards, "--json", tmp_path / "figures.json")
     assert (good.returncode, good.stderr) == (0, "")
-    for shown in ("test (sha256 abab", "2,312", "3.67%"):
+    data = Manifest.load(shards).sha256
+    for shown in (
+        *(f"tokenizer: test (sha256 {'ab' * 32})\n", f"sha256 of the data: {data}\n", "2,312", "3.67%"),
+        *("document pieces (stored boundaries)", "tokens with [CLS] and [SEP]"),
+    ):
         assert shown in good.stdout
     figures = {entry["name"]: entry["value"] for entry in json.loads((tmp_path / "figures.json").read_text())}
     assert (figures["shards/rows"], figures["shards/problems"]) == (ROWS, 0)

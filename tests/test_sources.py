@@ -117,6 +117,19 @@ def test_a_missing_dataset() -> None:
         list(dataset_documents("./nowhere", config="en", split="train"))
 
 
+def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def snapshot_download(name: str, **_: object) -> str:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # put back afterwards
+    with pytest.raises(DataError, match=r"'wikitextt', .* is neither a local folder nor cached, and the Hub cannot be"):
+        list(dataset_documents("wikitextt", config=None, split="train"))
+
+
 def test_installed_docs(tmp_path: Path) -> None:
     first = "The first docstring, long enough to be taken for English text."
     second = "The second docstring, which stands in a class inside a class."
@@ -205,7 +218,25 @@ def test_empty_and_wrong_files(tmp_path: Path) -> None:
     fails(file_documents([write(tmp_path / "blank.txt", b"\n \n")]), "blank.txt holds no document")
     fails(file_documents([write(tmp_path / "no.parquet", parquet_bytes({"text": []}))]), "holds no document")
     fails(webdataset_documents([write(tmp_path / "no.tar", tar_bytes({}))]), "holds no document")
-    fails(file_documents([write(tmp_path / "a.tar", tar_bytes({"a.txt": b"x"}))]), "read WebDataset text shards with")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.tar.gz", "a.tar.gz is a tar archive; read WebDataset text shards with --wds"),
+        (
+            "a.csv",
+            r"a.csv: unknown suffix '.csv'; expected .txt, .text, .md or none \(text\), .jsonl, .* name it .txt if",
+        ),
+        ("a.csv.xz", r"a.csv.xz: unknown suffix '.csv'"),
+        ("a.txt.bz2", r"unknown suffix '.bz2'; .* each plain or .gz, .xz, .zst"),
+    ],
+)
+def test_unknown_kinds_are_refused_at_once(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        file_documents([tmp_path / name])
+    for kind in ("README", "a.TEXT", "b.md"):
+        assert list(file_documents([write(tmp_path / kind, b"one")])) == ["one"]
 
 
 @pytest.mark.parametrize(

@@ -81,14 +81,39 @@ def test_fingerprint_sees_rules_beside_the_vocabulary(tmp_path: Path) -> None:
 
 def test_bad_tokenizers_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"tokenizer '.*nowhere' is not a folder; expected a folder with tokenizer.json"
+        DataError, match=r"tokenizer '.*nowhere': no such folder; expected a folder with tokenizer.json"
     ):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"tokenizer '.*' cannot be loaded: .*; expected a folder with tokenizer.json"):
+    with pytest.raises(DataError, match=r"tokenizer '.*' cannot be loaded: .*; expected tokenizer.json and its"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+def test_a_name_is_looked_up_on_the_hub_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append(name)
+        if name == "models/cached":
+            return str(save_tokenizer(tmp_path / "snapshot"))
+        raise OSError("no route to the Hub\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "all-MiniLM-L6-v2").mkdir(parents=True)
+    assert load_tokenizer("models/cached").name_or_path == "models/cached"
+    found = r"the Hub gave none at revision 'v1' \(no route to the Hub\); did you mean models/all-M.*2\?"
+    with pytest.raises(DataError, match=f"tokenizer 'models/all-MiniLM': no such folder, and {found}"):
+        load_tokenizer("models/all-MiniLM", "v1")
+    with pytest.raises(
+        DataError, match=r"gave none \(no route to the Hub\); expected a folder with tokenizer.json, or a"
+    ):
+        load_tokenizer("bert-large")
+    assert calls == ["models/cached", "models/all-MiniLM", "bert-large"]
+    with pytest.raises(DataError, match=r"'./models/all-MiniLM': no such folder; did you mean models/all-MiniLM-L6-v2"):
+        load_tokenizer("./models/all-MiniLM")
 
 
 def test_a_tokenizer_without_cls_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,11 @@ import json
 import sys
 from pathlib import Path
 
+LABELS = {  # make_shards counts documents of the input and tokens of text
+    "documents": "document pieces (stored boundaries)",
+    "tokens": "tokens with [CLS] and [SEP]",
+}
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,6 +29,7 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
+    from rich.text import Text
 
     from scaledistill.data.shards import Manifest, verify
     from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, ConfigError, DataError
@@ -43,20 +49,21 @@ def main() -> int:
         ("bytes", sum(shard.bytes for shard in manifest.shards), "bytes"),
         ("rows", manifest.rows, "rows"),
         ("sequence_length", manifest.sequence_length, "tokens"),
-        ("tokens", manifest.tokens, "tokens"),
-        ("documents", manifest.documents, "documents"),
+        ("tokens", manifest.tokens, "tokens with [CLS] and [SEP]"),
+        ("documents", manifest.documents, "document pieces"),
         ("padded_rows", manifest.padded_rows, "rows"),
         ("padding_fraction", 1 - manifest.tokens / (manifest.rows * manifest.sequence_length), "fraction"),
         ("vocab_size", manifest.vocab_size, "ids"),
         ("largest_id", manifest.largest_id, "id"),
         ("problems", len(problems), "problems"),
     ]
-    table = Table(show_header=False, title=str(options.folder))
+    table = Table(show_header=False, title=Text(str(options.folder)))
     for name, value, _ in figures:
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.2%}")
-    table.add_row("tokenizer", f"{manifest.tokenizer['name']} (sha256 {manifest.tokenizer['sha256']})")
-    table.add_row("sha256 of the data", manifest.sha256)
+        label = LABELS.get(name, name.replace("_", " "))
+        table.add_row(Text(label), f"{value:,}" if isinstance(value, int) else f"{value:.2%}")
     console.print(table)
+    tokenizer = f"{manifest.tokenizer['name']} (sha256 {manifest.tokenizer['sha256']})"
+    console.print(f"tokenizer: {tokenizer}\nsha256 of the data: {manifest.sha256}", markup=False)
     for problem in problems:
         console.print(f"ERROR {problem}", markup=False)
     if problems:

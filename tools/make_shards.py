@@ -13,6 +13,10 @@ import difflib
 import functools
 import json
 import logging
+import os
+import re
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -188,14 +192,35 @@ def print_summary(console: Console, report: ShardReport, output: Path) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
-    folders = {split: output / split for split in report.splits}
-    check = " && ".join(f"python tools/check_shards.py {folder}" for folder in folders.values())
-    data = " ".join(f"--set data.{split}={folder}" for split, folder in folders.items())
-    text = (
-        f"{report.empty_documents:,} empty documents, {report.tokens_per_second:,.0f} tokens/s\n"
-        f"next: {check}\nthen: deepspeed launch/distill.py --config CONFIG.json {data}"
-    )
+    check = f"{_interpreter()} {_shown(Path(__file__).with_name('check_shards.py'))}"
+    checks = " && ".join(f"{check} {shlex.quote(str(output / split))}" for split in report.splits)
+    text = f"{report.empty_documents:,} empty documents, {report.tokens_per_second:,.0f} tokens/s\nnext: {checks}"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _interpreter() -> str:
+    """How to call this interpreter: `python` where that is it, else its path (unresolved: links make environments)."""
+    found, this = shutil.which("python"), Path(sys.executable)
+    is_this = found is not None and Path(found).parent == this.parent and os.path.samefile(found, this)
+    return "python" if is_this else _shown(this)
+
+
+def _shown(path: Path) -> str:
+    """A path for the shell, relative where it lies in the working folder."""
+    path = Path(os.path.abspath(path))
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+
+
+def in_options(message: str, options: argparse.Namespace) -> str:
+    """Say a message of the package with this tool's options: `max_tokens=0` becomes `--max-tokens 0`."""
+
+    def option(found: re.Match[str]) -> str:
+        name, assigned = found.groups()
+        if name not in vars(options) or not (assigned or "_" in name):
+            return found.group()
+        return f"--{name.replace('_', '-')}" + (" " if assigned == "=" else "")
+
+    return re.sub(r"(?<![\w./'-])([a-z_]+)(?![\w/'-]|\.\w)(=True\b|=)?", option, message)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -212,6 +237,12 @@ def run(options: argparse.Namespace) -> None:
     read = ReadProgress()
     documents, source = open_source(options, read)
     tokenizer = load_tokenizer(options.tokenizer, options.tokenizer_revision)
+    if options.sequence_length > tokenizer.model_max_length:
+        print(
+            f"make_shards: warning: --sequence-length {options.sequence_length} is more than the tokenizer's "
+            f"model_max_length {tokenizer.model_max_length}; check that the teacher has as many positions",
+            file=sys.stderr,
+        )
     display = Display(Console(stderr=True), read, options)
     with display.bar:
         report = make_shards(
@@ -242,13 +273,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scaledistill").setLevel(logging.INFO)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what fails in the end is told here
     try:
         from scaledistill.errors import EXIT_ENVIRONMENT, ConfigError, DataError
 
         try:
             run(options)
         except (ConfigError, DataError) as error:
-            print(f"make_shards: {error}", file=sys.stderr)
+            print(f"make_shards: {in_options(str(error), options)}", file=sys.stderr)
             return error.exit_code
         except OSError as error:  # a full disk, a folder that may not be written
             print(f"make_shards: {error}; check {options.output} and its disk", file=sys.stderr)

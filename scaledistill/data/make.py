@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from scaledistill.data.manifest import MANIFEST_FILE
+from scaledistill.data.manifest import MANIFEST_FILE, MAX_SEQUENCE_LENGTH
 from scaledistill.data.pool import parallel_map
 from scaledistill.data.shards import ShardWriter
 from scaledistill.data.text import PackCounts, Packer, TextEncoder, Vocabulary, tokenizer_fingerprint
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _CHUNK_CHARACTERS = 1 << 18  # about 0.2 s of tokenising
 _CHUNK_DOCUMENTS = 4096
+_ROWS_PER_BLOCK = 256
 
 
 @dataclass
@@ -96,6 +97,7 @@ def make_shards(
             equal documents stay together; after `held_out_max_documents` different ones the rest goes to `train`.
         max_documents: stop after so many documents.
         max_tokens: stop after the document that reaches so many tokens.
+        rows_per_shard: a multiple of 256, or less than 256.
         workers: processes that tokenise; one per available core if None, 0 for none but this one.
         on_progress: called with the counts so far, several times a second.
 
@@ -103,7 +105,8 @@ def make_shards(
         ConfigError: settings contradict each other.
         DataError: the source is damaged or empty, or `output` is in use. No manifest is left then, nor on Ctrl-C.
     """
-    _check(held_out_fraction, held_out_max_documents, max_documents, max_tokens, workers)
+    _check_rows(sequence_length, rows_per_shard)
+    _check_selection(held_out_fraction, held_out_max_documents, max_documents, max_tokens, workers)
     start = time.perf_counter()
     vocabulary = Vocabulary.of(tokenizer)
     selection = {
@@ -131,7 +134,7 @@ def make_shards(
                 tokenizer=facts,
                 pad_token_id=vocabulary.pad_id,
                 source={**source, **selection, "split": split},
-                rows_per_block=min(256, rows_per_shard),
+                rows_per_block=min(_ROWS_PER_BLOCK, rows_per_shard),
                 rows_per_shard=rows_per_shard,
                 overwrite=overwrite,
             )
@@ -146,7 +149,7 @@ def make_shards(
         elif (output / "validation" / MANIFEST_FILE).exists():
             raise DataError(
                 f"{output / 'validation'} was made by another run and may share documents with this one's train; "
-                "remove it, set a held-out fraction, or name another output folder"
+                "remove it, set held_out_fraction, or name another output folder"
             )
         num_to_hold_out = float("inf") if held_out_max_documents is None else held_out_max_documents
         held_out_keys: set[float] = set()  # so that a repetition after the last one still finds its equals
@@ -189,7 +192,20 @@ def make_shards(
     return report
 
 
-def _check(
+def _check_rows(sequence_length: int, rows_per_shard: int) -> None:
+    if not 3 <= sequence_length <= MAX_SEQUENCE_LENGTH:
+        raise ConfigError(
+            f"sequence_length={sequence_length}; expected 3 ([CLS] token [SEP]) to {MAX_SEQUENCE_LENGTH}, such as 512"
+        )
+    num_blocks = max(1, -(-rows_per_shard // _ROWS_PER_BLOCK))
+    if rows_per_shard < 1 or (num_blocks > 1 and rows_per_shard % _ROWS_PER_BLOCK):
+        raise ConfigError(
+            f"rows_per_shard={rows_per_shard}; use a multiple of {_ROWS_PER_BLOCK}, such as "
+            f"{num_blocks * _ROWS_PER_BLOCK}, or 1 to {_ROWS_PER_BLOCK - 1}"
+        )
+
+
+def _check_selection(
     held_out_fraction: float,
     held_out_max_documents: int | None,
     max_documents: int | None,

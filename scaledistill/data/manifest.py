@@ -189,6 +189,8 @@ def _content_sha256(content: Mapping[str, object]) -> str:
 def _why_missing(folder: Path) -> str:
     if not folder.is_dir():
         return f"no such folder: {folder}; expected a folder made by tools/make_shards.py"
+    if inside := sorted(path.parent for path in folder.glob(f"*/{MANIFEST_FILE}")):
+        return f"{folder} has no {MANIFEST_FILE}, but folders in it do; did you mean {' or '.join(map(str, inside))}?"
     if any(folder.glob(f"{PARTIAL}*")):
         return f"{folder} has no {MANIFEST_FILE} but unfinished files: make_shards was interrupted; run it again"
     return (

@@ -63,9 +63,9 @@ class _HashedFile:
 class ShardWriter:
     """Write rows as shards into `folder`; the same rows give the same bytes, however cut into calls of `write`.
 
-    A context manager: leaving it commits (`close`), leaving it by an error removes what was written. Everything has a
-    `.partial-` name until the commit, and the manifest comes last, so that an interrupted run leaves nothing that looks
-    finished.
+    A context manager: leaving it commits (`close`), leaving it by an error removes what was written and folders made
+    for it. Everything has a `.partial-` name until the commit, and the manifest comes last, so that an interrupted run
+    leaves nothing that looks finished.
 
     Raises: ConfigError on settings that don't fit; DataError if the folder holds shards already and not `overwrite`.
     """
@@ -121,9 +121,10 @@ class ShardWriter:
         self._open_folder()
 
     def _open_folder(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         if not self._overwrite and (old := [path.name for path in self._finished_files()]):
-            raise DataError(f"{self._folder} holds {old[0]} already; name another folder, or ask to overwrite")
+            raise DataError(f"{self._folder} holds {old[0]} already; name another folder, or use overwrite=True")
+        self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self._folder / f"{PARTIAL}lock").open("wb")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -264,6 +265,9 @@ class ShardWriter:
         for partial in [*self._folder.glob(f"{PARTIAL}*.tar"), self._folder / f"{PARTIAL}{MANIFEST_FILE}"]:
             partial.unlink(missing_ok=True)
         self._unlock()
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # something else lies in it by now
+                folder.rmdir()
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -23,6 +23,7 @@ SplitBy = Literal["blank-line", "line", "file"]
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet", ".pq")
 _TAR = (".tar", ".tgz")
+_TEXT = (".txt", ".text", ".md", "")
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
@@ -61,20 +62,27 @@ def file_documents(
     split_by: SplitBy = "blank-line",
     progress: ReadProgress | None = None,
 ) -> Iterator[str]:
-    """Yield the documents of text, JSON-lines (.jsonl, .ndjson, .json) and Parquet files, each plain or .gz, .xz, .zst.
+    """Yield the documents of text, JSON-lines and Parquet files, told by their suffix, each plain or .gz, .xz, .zst.
 
     Args:
         column: the key or column that holds the text in JSON lines and Parquet.
         split_by: what a document is in a text file: a group of lines between blank ones, a line, or the file.
 
     Raises:
-        DataError: a file is missing, damaged, empty, not UTF-8, or lacks the column.
+        DataError: a file is missing, damaged, empty, not UTF-8, lacks the column or, told at once, is of another kind.
     """
+    for path in paths:
+        if _kind(path) in _TAR:
+            raise DataError(f"{path} is a tar archive; read WebDataset text shards with --wds")
+        if _kind(path) not in (*_TEXT, *_JSON_LINES, *_PARQUET):
+            raise DataError(
+                f"{path}: unknown suffix {_kind(path)!r}; expected {', '.join(filter(None, _TEXT))} or none (text), "
+                f"{', '.join(_JSON_LINES)} (JSON lines) or {', '.join(_PARQUET)}, each plain or "
+                f"{', '.join(COMPRESSIONS)}; convert it, or name it .txt if it is plain text"
+            )
 
     def documents(path: Path, stream: IO[bytes]) -> Iterator[str]:
         kind = _kind(path)
-        if kind in _TAR:
-            raise DataError(f"{path} is a tar archive; read WebDataset text shards with --wds")
         if kind in _PARQUET:
             return _parquet_documents(path, stream, column)
         if kind in _JSON_LINES:
@@ -108,6 +116,8 @@ def dataset_documents(name: str, *, config: str | None, split: str, column: str 
     datasets.disable_progress_bars()
     label = f"data set {name!r}, config {config!r}, split {split!r}"
     try:
+        if not os.path.isdir(name):
+            _offline_unless_reachable(name)
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         if column in (rows.column_names or []):
             rows = rows.select_columns([column])  # of Parquet, nothing else is read then
@@ -115,8 +125,27 @@ def dataset_documents(name: str, *, config: str | None, split: str, column: str 
             yield _column_of(row, column, f"{label}, row {number}")
     except DataError:
         raise
+    except ConnectionError as error:
+        raise DataError(
+            f"{label} is neither a local folder nor cached, and the Hub cannot be reached; correct --dataset, or fetch "
+            "it where there is a network and give its folder"
+        ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{label} cannot be read: {error}; check --dataset, --dataset-config and --split") from error
+
+
+def _offline_unless_reachable(name: str) -> None:
+    """Ask the Hub once: `load_dataset` would try for half a minute before it looks into its cache."""
+    import datasets
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(name, repo_type="dataset", allow_patterns="README.md")
+    except LocalEntryNotFoundError:
+        datasets.config.HF_HUB_OFFLINE = True
+    except (HfHubHTTPError, HFValidationError):
+        pass  # load_dataset says it better
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Legend: N rows, T positions of a row, n tokens of a document.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import json
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
 
 # Cases, accents, scripts, numbers and white space on which vocabularies with equal tokens but other rules differ.
 _PROBE = "The Quick brown fox's naïve café, 北京 Ünïversität: 3.14159 & 1,000\n\t  re-tokenised? (don't) Привет x²=α"
+# What a tokenizer needs of a Hub model; config.json names its class where its own files do not.
+_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+)
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
@@ -36,27 +47,51 @@ def load_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> P
     """Load a fast tokenizer with its own truncation and padding switched off; remote code is never run.
 
     Raises:
-        DataError: it cannot be loaded, or it has no fast form.
+        DataError: it cannot be found or loaded, or it has no fast form.
     """
+    name = str(name_or_folder)
+    folder = _find(name_or_folder, revision)
+
     from transformers import AutoTokenizer
 
-    name = str(name_or_folder)
-    looks_local = isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
-        raise DataError(f"tokenizer {name!r} is not a folder; expected a folder with tokenizer.json, or a Hub name")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, json.JSONDecodeError, ImportError) as error:
         raise DataError(
-            f"tokenizer {name!r} cannot be loaded: {_first_line(error)}; expected a folder with tokenizer.json, or a "
-            "Hub name that is cached or reachable from here (remote code is never run)"
+            f"tokenizer {name!r} cannot be loaded: {_first_line(error)}; expected tokenizer.json and its "
+            "companions, as save_pretrained writes them (remote code is never run)"
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"tokenizer {name!r} is {type(tokenizer).__name__}, not a fast one; expected tokenizer.json")
     # all-MiniLM-L6-v2's tokenizer.json, for one, cuts and pads to 128 without a word.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    tokenizer.name_or_path = name  # not the folder of the Hub's cache
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _find(name_or_folder: str | Path, revision: str | None) -> Path:
+    """Return the folder of a tokenizer; for a Hub name that of its files, fetched or cached."""
+    name, folder = str(name_or_folder), Path(name_or_folder)
+    if folder.is_dir():
+        return folder
+    siblings = [path.name for path in folder.parent.glob("*") if path.is_dir()]
+    if near := difflib.get_close_matches(folder.name, siblings, n=1):
+        remedy = f"did you mean {folder.parent / near[0]}?"
+    else:
+        remedy = "expected a folder with tokenizer.json, or a Hub name that is cached or reachable from here"
+    if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DataError(f"tokenizer {name!r}: no such folder; {remedy}")
+
+    from huggingface_hub import snapshot_download
+
+    try:  # AutoTokenizer would ask file by file, and again and again without a network
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+    except Exception as error:
+        version = f" at revision {revision!r}" if revision else ""
+        raise DataError(
+            f"tokenizer {name!r}: no such folder, and the Hub gave none{version} ({_first_line(error)}); {remedy}"
+        ) from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
