@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST ?= --numprocesses auto --dist loadfile
 READY := $(VENV)/.ready
 TEACHER := models/all-MiniLM-L6-v2
 
