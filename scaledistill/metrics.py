@@ -196,7 +196,7 @@ def check_trackers(names: Iterable[str]) -> None:
         if name not in tracking.LOGGER_TYPE_TO_CLASS:
             known = ", ".join(sorted(tracking.LOGGER_TYPE_TO_CLASS))
             raise ConfigError(f"logging.trackers: unknown tracker {name!r}; known: {known}")
-        if name not in tracking.get_available_trackers():
+        if name not in [getattr(tracker, "value", tracker) for tracker in tracking.get_available_trackers()]:
             raise ConfigError(f"logging.trackers: {name!r} is not installed; pip install it or remove it")
 
 
@@ -205,7 +205,8 @@ def _tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:
 
     check_trackers([name])
     known = tracking.LOGGER_TYPE_TO_CLASS[name]
-    # Only rank 0 comes here: accelerate's own rank check would start its runtime.
+    # Only rank 0 comes here; accelerate's own rank check and its logger would need its runtime.
+    tracking.logger = log
     cls = type(known.__name__, (known,), {"main_process_only": False})
     tracker = cls(folder.name, **({"logging_dir": str(folder)} if known.requires_logging_directory else {}))
     tracker.start()
