@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST ?= --numprocesses auto --dist loadfile
+PYTEST ?= --numprocesses auto --dist worksteal
 READY := $(VENV)/.ready
 TEACHER := models/all-MiniLM-L6-v2
 

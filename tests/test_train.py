@@ -131,44 +131,39 @@ def check_export(export: Path, weights: Path) -> None:
     assert model(input_ids=ids["input_ids"]).last_hidden_state.isfinite().all()
 
 
-CASES = [(name, accumulation) for name in ENGINES for accumulation in (1, 2)]
 QUICK_CASES = [("zero1", 2), ("zero2", 1), ("zero3", 2), ("zero2-offload", 2), ("zero3-offload", 1)]
 
 
 @pytest.mark.parametrize(
-    "cases",
+    ("engine", "accumulation"),
     [
-        pytest.param(QUICK_CASES, id="quick"),
-        pytest.param([case for case in CASES if case not in QUICK_CASES], id="rest", marks=pytest.mark.full),
+        pytest.param(*case, marks=() if case in QUICK_CASES else pytest.mark.full)
+        for case in itertools.product(ENGINES, (1, 2))
     ],
 )
-def test_killed_runs_resume_bit_for_bit(make_tree: Callable[..., dict[str, Any]], cases: list[tuple[str, int]]) -> None:
-    def tree(kind: str, engine: str, accumulation: int) -> dict[str, Any]:
-        return make_tree(
-            f"{kind}-{engine}-{accumulation}",
-            train={**LONG, "micro_batch_size": 4 // accumulation},
-            engine={"deepspeed": {"zero_optimization": ENGINES[engine]}},
-            checkpoint={"every_steps": 11},
-        )
-
-    whole = [tree("whole", *case) for case in cases]
-    killed = [tree("killed", *case) for case in cases]
-    assert {state for state, *_ in run_ranks(distil_all, 2, whole)[0]} == {"done"}
-    for broken in killed:
-        job = Job(distil_and_die, 2, broken, 25)
-        job.processes[1].join(60)
-        assert job.processes[1].exitcode == -signal.SIGKILL
-        job.kill()
-        assert losses_of(broken)[-1][0] >= 24
-        assert status_of(broken)["state"] in ("running", "failed")
-    assert {state for state, *_ in run_ranks(distil_all, 2, killed)[0]} == {"done"}
-    for reference, resumed in zip(whole, killed, strict=True):
-        assert len(losses_of(resumed)) == LONG["max_steps"]
-        assert losses_of(resumed) == losses_of(reference)
-        ends = [Path(t["run"]["folder"]) / "checkpoints" / "step-000000030" for t in (reference, resumed)]
-        for group in ("weights", "exp_avg", "exp_avg_sq"):
-            first, second = (load_file(end / f"l2.{group}.safetensors") for end in ends)
-            assert all(torch.equal(first[name], second[name]) for name in first), group
+def test_killed_runs_resume_bit_for_bit(
+    make_tree: Callable[..., dict[str, Any]], engine: str, accumulation: int
+) -> None:
+    blocks: dict[str, dict[str, Any]] = {
+        "train": {**LONG, "micro_batch_size": 4 // accumulation},
+        "engine": {"deepspeed": {"zero_optimization": ENGINES[engine]}},
+        "checkpoint": {"every_steps": 11},
+    }
+    whole, killed = make_tree("whole", **blocks), make_tree("killed", **blocks)
+    assert run_ranks(distil, 2, whole)[0][0] == "done"
+    job = Job(distil_and_die, 2, killed, 25)
+    job.processes[1].join(60)
+    assert job.processes[1].exitcode == -signal.SIGKILL
+    job.kill()
+    assert losses_of(killed)[-1][0] >= 24
+    assert status_of(killed)["state"] in ("running", "failed")
+    assert run_ranks(distil, 2, killed)[0][0] == "done"
+    assert len(losses_of(killed)) == LONG["max_steps"]
+    assert losses_of(killed) == losses_of(whole)
+    ends = [Path(tree["run"]["folder"]) / "checkpoints" / "step-000000030" for tree in (whole, killed)]
+    for group in ("weights", "exp_avg", "exp_avg_sq"):
+        first, second = (load_file(end / f"l2.{group}.safetensors") for end in ends)
+        assert all(torch.equal(first[name], second[name]) for name in first), group
 
 
 def test_dropout_resumes_bit_for_bit(make_tree: Callable[..., dict[str, Any]]) -> None:
