@@ -155,9 +155,14 @@ def _teacher_config(config: DistillConfig) -> PretrainedConfig:
     return teacher
 
 
-def _student_config(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:
+def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:
+    """Return the model config of a student, as its settings ask for.
+
+    Raises:
+        ConfigError: see `student_config`.
+    """
     spec = config.students[name]
-    student = student_config(
+    return student_config(
         teacher,
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -165,6 +170,11 @@ def _student_config(config: DistillConfig, name: str, teacher: PretrainedConfig)
         intermediate_size=spec.intermediate_size,
         name=name,
     )
+
+
+def _student_config(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:
+    spec = config.students[name]
+    student = student_shape(config, name, teacher)
     check_init(spec.init, student, teacher, layer_map=spec.layer_map, capture_layer=config.teacher.layer, name=name)
     setting = f"students.{name}.relation_heads" if spec.relation_heads else "relations.num_heads"
     widths = {"teacher": teacher.hidden_size, f"student {name}": spec.hidden_size}

@@ -24,13 +24,13 @@ from scaledistill.config import DistillConfig
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
 from scaledistill.distributed import Ranks, failing_together, gather_objects, reported_once
-from scaledistill.doctor import check_same_run, open_shards, other_run
+from scaledistill.doctor import check_same_run, open_shards, other_run, student_shape
 from scaledistill.engines import Engine, EngineState, create_engine
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.metrics import peak_flops
 from scaledistill.models.capture import capture_view, forward_flops
 from scaledistill.models.export import export_student
-from scaledistill.models.student import create_student, student_config
+from scaledistill.models.student import create_student
 from scaledistill.models.teacher import Teacher, load_encoder
 
 log = logging.getLogger(__name__)
@@ -234,17 +234,9 @@ def _create_student(
 ) -> PreTrainedModel:
     """Build the full student, with the checkpoint's weights or else those that `init` asks for."""
     spec = config.students[name]
-    shape = student_config(
-        encoder.config,
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        num_attention_heads=spec.num_attention_heads,
-        intermediate_size=spec.intermediate_size,
-        name=name,
-    )
     model = create_student(
         encoder,
-        shape,
+        student_shape(config, name, encoder.config),
         init="random" if checkpoint else spec.init,
         layer_map=None if checkpoint else spec.layer_map,
         capture_layer=config.teacher.layer,

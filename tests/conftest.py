@@ -14,6 +14,14 @@ import pytest
 from scaledistill.config import DistillConfig, parse_config
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ENCODER_SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+}
 WORDS = [f"w{number:03}" for number in range(195)]
 
 

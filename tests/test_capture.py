@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import ENCODER_SIZES as SIZES
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -40,14 +41,6 @@ from scaledistill.models.capture import (
     view_inputs,
 )
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 40,
-}
 CONFIGS = {
     "bert": BertConfig(**SIZES),
     "roberta": RobertaConfig(**SIZES),

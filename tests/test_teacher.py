@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ENCODER_SIZES as SIZES
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -27,14 +28,6 @@ from scaledistill.models import teacher as teacher_module
 from scaledistill.models.capture import build_encoder, capture_qkv
 from scaledistill.models.teacher import Teacher, load_config, load_encoder, resolve_folder, weights_sha256
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 40,
-}
 IDS_BT = torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(0))
 
 

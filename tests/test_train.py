@@ -71,6 +71,21 @@ def distil_and_die(tree: dict[str, Any], step: int) -> None:
     distil(tree)
 
 
+def flip_a_bit(shard: Path) -> None:
+    """Damage a shard's first block."""
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 4
+    shard.write_bytes(content)
+
+
+def disks_of_two_nodes(shards: Path, split: str, folder: Path) -> list[Path]:
+    """Return the disks of two nodes, each with a copy of the data set."""
+    nodes = [folder / "node0", folder / "node1"]
+    for node in nodes:
+        shutil.copytree(shards / split, node / split)
+    return nodes
+
+
 def rows_of(tree: dict[str, Any]) -> list[dict[str, Any]]:
     return read_rows(Path(tree["run"]["folder"]) / "metrics.jsonl")
 
@@ -328,10 +343,7 @@ def test_a_damaged_shard_ends_the_run(
 ) -> None:
     copy = tmp_path / "damaged"
     shutil.copytree(tiny_shards / "train", copy)
-    shard = copy / "shard-000001.tar"
-    content = bytearray(shard.read_bytes())
-    content[700] ^= 4
-    shard.write_bytes(content)
+    flip_a_bit(copy / "shard-000001.tar")
     tree = make_tree(data={"train": str(copy)}, train={**LONG, "max_steps": 400})
     kind, code, message = run_ranks(distil, 1, tree)[0]
     assert (kind, code) == ("DataError", 3)
@@ -350,9 +362,7 @@ def distil_from(folders: list[str], tree: dict[str, Any]) -> tuple[str, int, str
 def test_a_shard_missing_on_one_rank(
     make_tree: Callable[..., dict[str, Any]], tiny_shards: Path, tmp_path: Path
 ) -> None:
-    nodes = [tmp_path / "node0", tmp_path / "node1"]
-    for node in nodes:
-        shutil.copytree(tiny_shards / "train", node / "train")
+    nodes = disks_of_two_nodes(tiny_shards, "train", tmp_path)
     (nodes[1] / "train" / "shard-000001.tar").unlink()
     tree = make_tree(data={"train": "train"})
     ends = run_ranks(distil_from, 2, [str(node) for node in nodes], tree)
@@ -370,13 +380,8 @@ def make_tree_with_student(make_tree: Callable[..., dict[str, Any]], name: str) 
 def test_a_damaged_validation_shard_is_told_by_the_rank_that_read_it(
     make_tree: Callable[..., dict[str, Any]], tiny_shards: Path, tmp_path: Path
 ) -> None:
-    nodes = [tmp_path / "node0", tmp_path / "node1"]
-    for node in nodes:
-        shutil.copytree(tiny_shards / "validation", node / "validation")
-    shard = nodes[1] / "validation" / "shard-000000.tar"
-    content = bytearray(shard.read_bytes())
-    content[700] ^= 4
-    shard.write_bytes(content)
+    nodes = disks_of_two_nodes(tiny_shards, "validation", tmp_path)
+    flip_a_bit(nodes[1] / "validation" / "shard-000000.tar")
     tree = make_tree(data={"validation": "validation"}, train={**LONG, "validation_every_steps": 3})
     job = Job(distil_from, 2, [str(node) for node in nodes], tree)
     job.processes[1].join(60)
