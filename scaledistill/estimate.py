@@ -12,9 +12,9 @@ from transformers import PretrainedConfig
 from scaledistill.config import DistillConfig
 from scaledistill.engines.deepspeed_block import zero_settings
 from scaledistill.models.capture import build_encoder, capture_view, forward_flops
+from scaledistill.relations.sdpa import TILE_SCORES
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-TILE_SCORES = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines.deepspeed": {"config", "distributed", "engines", "engines.deepspeed_block"},
     "engines.deepspeed_block": {"config"},
     "errors": set(),
-    "estimate": {"config", "engines.deepspeed_block", "models.capture"},
+    "estimate": {"config", "engines.deepspeed_block", "models.capture", "relations.sdpa"},
     "files": set(),
     "metrics": set(),
     "models": set(),

@@ -29,7 +29,7 @@ from torch import Tensor
 from scaledistill.relations.spec import QKV, RelationSpec
 
 # Scores in a tile: few enough for a core's cache, many enough to hide PyTorch's cost per call; flat from 2^17 to 2^19.
-_TILE_SCORES = 1 << 18
+TILE_SCORES = 1 << 18
 _TILE_ROWS = 128
 # Finite, so that the difference of two hidden scores is 0 and not NaN.
 _HIDDEN = -1e30
@@ -66,7 +66,7 @@ def _losses_and_grads(
     B, T = next(iter(student.values())).shape[:2]
     losses = [0.0] * len(spec.pairs)
     grads = {letter: torch.zeros(x.shape, dtype=spec.dtype) for letter, x in student.items()} if with_grad else {}
-    work = torch.empty(3, max(_TILE_SCORES, _TILE_ROWS * T), dtype=spec.dtype)
+    work = torch.empty(3, max(TILE_SCORES, _TILE_ROWS * T), dtype=spec.dtype)
     for sequence, tokens_n, num_real in _token_groups(B, T, spec):
         teacher_RnE = {letter: _gather(getattr(teacher, letter)[sequence], tokens_n, spec) for letter in student}
         student_RnE = {letter: _gather(x[sequence], tokens_n, spec) for letter, x in student.items()}
@@ -117,7 +117,7 @@ def _pair_kl(sides: _Sides, weight: float, causal: bool, work: Tensor) -> float:
     """Return Σ KL(P ‖ S) over heads and rows; add `weight` times its gradients to `sides`. `work` holds three tiles."""
     R, n, _ = sides.student_a.shape
     num_rows = min(n, _TILE_ROWS)
-    num_heads = min(R, max(1, _TILE_SCORES // (num_rows * n)))
+    num_heads = min(R, max(1, TILE_SCORES // (num_rows * n)))
     future_mm = torch.ones(num_rows, num_rows, dtype=torch.bool).triu(1)
     kl = 0.0
     for head in range(0, R, num_heads):
