@@ -46,8 +46,11 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Everything in docs/benchmarks.md for this machine: about 25 minutes on two cores, the peer's environment aside.
 bench: $(READY)
-	$(BIN)/python tools/bench_data.py
+	mkdir -p runs/bench
+	for tool in data relations step; do \
+	  $(BIN)/python tools/bench_$$tool.py --json runs/bench/$$tool.json --markdown runs/bench/$$tool.md || exit; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -68,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
         "--world-size", type=_positive, metavar="N", help="with --validate: plan for N ranks (default: those here)"
     )
     parse.add_argument("--dry-run", type=_positive, metavar="N", help="make N real steps and write nothing")
+    parse.add_argument(
+        "--profile",
+        type=_positive,
+        metavar="N",
+        help="profile N real steps: <run.folder>/profile/ has a table and a trace",
+    )
     parse.add_argument("--fresh", action="store_true", help="start over; the old run folder is renamed, not deleted")
     parse.add_argument("--debug", action="store_true", help="show tracebacks and third-party messages")
     parse.add_argument(
@@ -88,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     if options.world_size and not options.validate:
         parse.error("--world-size is read only with --validate; the launcher sets the ranks of a run")
+    if options.profile and options.dry_run:
+        parse.error("--profile and --dry-run are two ways to try a run; give one of them")
     is_main = os.environ.get("RANK", "0") == "0"
     _set_up_messages(is_main, options.debug)
     log = logging.getLogger("scaledistill")
@@ -108,7 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         under_elastic = "TORCHELASTIC_RUN_ID" in os.environ
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # --fresh was done the first time
-        result = distill(config, fresh=options.fresh and not restarted, dry_run_steps=options.dry_run)
+        result = distill(
+            config, fresh=options.fresh and not restarted, dry_run_steps=options.dry_run, profile_steps=options.profile
+        )
         log.info("%s", result.message)
         if result.exit_code == EXIT_STOPPED and under_elastic:
             return EXIT_DONE  # torchrun would start a stopped run again; status.json tells

@@ -97,8 +97,9 @@ class RelationSettings(Settings):
     """Relation heads R: divides every width that a pair uses (64 is usual for large teachers, 48 for base ones)."""
     pairs: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=lambda: {"qq": 1.0, "kk": 1.0, "vv": 1.0})
     """Relation pairs and their weights."""
-    backend: Literal["auto", "reference", "sdpa"] = "auto"
-    """"reference": plain PyTorch; "sdpa": CPU flash attention, memory linear in tokens; "auto": the fastest."""
+    backend: Literal["auto", "reference", "sdpa", "triton"] = "auto"
+    """"reference": plain PyTorch, whole maps; "sdpa": tiles on the CPU; "triton": kernels on the GPU; "auto": the last
+    two, where each can be had."""
 
     @field_validator("pairs")
     @classmethod
@@ -118,12 +119,12 @@ class DataSettings(Settings):
     """Folder or URL of held-out shards."""
     sequence_length: Positive
     """Tokens per row T; must be that of the shards."""
-    attention: Literal["row"] = "row"
-    """"row": every token of a row sees the whole row, as BERT was trained."""
+    attention: Literal["row", "document"] = "row"
+    """"row": every token of a row sees the whole row, as BERT was trained; "document": only its own document."""
     num_lanes: Positive = 32
     """Lanes that the epoch is cut into; more lanes mix more and need more memory."""
     window_rows: Positive = 16384
-    """Rows shuffled together in a lane. Memory: num_lanes × window_rows × T × 2 bytes at most."""
+    """Rows shuffled together in a lane. Memory: num_lanes × window_rows × T × 2¼ bytes at most."""
     prefetch_batches: Positive = 4
     """Micro-batches made ready ahead of the step."""
     cache_folder: NonEmpty | None = None
@@ -135,8 +136,9 @@ class DataSettings(Settings):
 class TrainSettings(Settings):
     global_batch_size: Positive
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: Positive | None = None
-    """Sequences per rank and forward, at most the rank's share of the batch; accumulation follows. Unless said: all."""
+    micro_batch_size: Positive | Literal["auto"] | None = None
+    """Sequences per rank and forward, at most the rank's share of the batch; accumulation follows. Unless said: all;
+    "auto": the most that memory takes."""
     max_steps: Positive
     """Optimizer steps of the run."""
     learning_rate: Annotated[float, Field(gt=0)]
@@ -153,6 +155,8 @@ class TrainSettings(Settings):
     """Gradients are clipped to this global norm; 0 switches clipping off."""
     precision: Precision = "auto"
     """Of the student's forward and backward; master weights and moments are fp32. "auto": bf16 where it is fast."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the blocks of teacher and student (not a student's under ZeRO-3). "auto": on GPUs."""
     max_skipped_steps: NotNegative = 10
     """So many steps in a row may be skipped for a non-finite loss or gradient; one more ends the run."""
     validation_every_steps: NotNegative = 0
@@ -248,6 +252,7 @@ FREE_ON_RESUME = (
     "data.cache_folder",
     "data.cache_bytes",
     "train.micro_batch_size",
+    "train.compile",
     "train.max_skipped_steps",
     "train.validation_every_steps",
     "train.validation_rows",

@@ -28,6 +28,7 @@ from scaledistill.engines.deepspeed_block import resolve_block, zero_settings
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.estimate import Estimate, estimate
 from scaledistill.metrics import check_trackers, short
+from scaledistill.microbatch import free_bytes, predict, with_micro_batch
 from scaledistill.models.capture import check_layer, max_sequence_length
 from scaledistill.models.export import TOKENIZER_FILES
 from scaledistill.models.student import check_init, student_config
@@ -48,7 +49,7 @@ class Plan:
     shards: ShardReader
     student_name: str
     estimate: Estimate
-    free_bytes: int
+    free_disk_bytes: int
 
 
 def check(
@@ -89,13 +90,17 @@ def check(
         attempt(check_same_run, state, resolved, order)
     if problems or not (resolved and teacher and student and shards and order):
         raise type(problems[0])("\n".join(dict.fromkeys(str(problem) for problem in problems))) from problems[0]
-    facts = estimate(resolved, name, teacher, student, world_size)
-    free = _free_bytes(resolved, facts.checkpoint_bytes if writes else 0)
+    if config.train.micro_batch_size == "auto":
+        free = free_bytes(device, int(os.environ.get("LOCAL_SIZE", world_size)))
+        size = predict(resolved, name, teacher, student, world_size, free, device.type)
+        resolved = with_micro_batch(resolved, size)
+    facts = estimate(resolved, name, teacher, student, world_size, device.type)
+    free = _free_disk_bytes(resolved, facts.checkpoint_bytes if writes else 0)
     return Plan(resolved, world_size, order, shards, name, facts, free)
 
 
 def resolve(config: DistillConfig, world_size: int, device: torch.device) -> DistillConfig:
-    """Return the configuration with precisions, backend and micro-batch settled for these ranks.
+    """Return the configuration with precisions, backend and micro-batch settled for these ranks; `auto` as all of it.
 
     Raises:
         ConfigError: the global batch does not divide, the engine's block is wrong, or a precision is not to be had.
@@ -108,21 +113,34 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
     precision = resolve_precision(train.precision, device)
     teacher_dtype = precision if teacher.dtype == "auto" else resolve_precision(teacher.dtype, device)
     batch, share = train.global_batch_size, max(1, train.global_batch_size // world_size)
-    micro = min(train.micro_batch_size or share, share)
+    micro = min(train.micro_batch_size, share) if isinstance(train.micro_batch_size, int) else share
     unit = world_size * micro
     if batch % unit:
-        what = f"{world_size} ranks" + (f" × train.micro_batch_size={micro}" if train.micro_batch_size else "")
+        what = f"{world_size} ranks" + (
+            f" × train.micro_batch_size={micro}" if isinstance(train.micro_batch_size, int) else ""
+        )
         near = " or ".join(str(size) for size in (batch // unit * unit, batch // unit * unit + unit) if size)
         raise ConfigError(f"train.global_batch_size={batch} is not divisible by {what}; use {near}")
     settled = config.model_copy(
         update={
-            "train": train.model_copy(update={"precision": precision, "micro_batch_size": micro}),
+            "train": train.model_copy(
+                update={"precision": precision, "micro_batch_size": micro, "compile": _compiles(train.compile, device)}
+            ),
             "teacher": teacher.model_copy(update={"dtype": teacher_dtype}),
             "relations": config.relations.model_copy(update={"backend": backend}),
         }
     )
     resolve_block(settled, world_size)
     return settled
+
+
+def _compiles(setting: bool | str, device: torch.device) -> bool:
+    compiler = os.environ.get("CXX", "g++")
+    if setting is True and device.type == "cpu" and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"train.compile=true needs a C++ compiler on a CPU, found no {compiler}; install one or set it to false"
+        )
+    return device.type == "cuda" if setting == "auto" else bool(setting)
 
 
 def open_shards(config: DistillConfig, location: str, rank: int | None = None) -> ShardReader:
@@ -238,7 +256,7 @@ def _order(config: DistillConfig, shards: ShardReader) -> SampleOrder:
     return shards.order(seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows)
 
 
-def _free_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:
+def _free_disk_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:
     """Return the free space where the run will write; it must hold the checkpoints kept, and one in the making."""
     folder = Path(config.run.folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -261,11 +279,11 @@ def plan_table(plan: Plan) -> Table:
     config, facts, manifest = plan.config, plan.estimate, plan.shards.manifest
     train, length = config.train, config.data.sequence_length
     tokens = train.global_batch_size * length
-    accumulation = train.global_batch_size // (plan.world_size * (train.micro_batch_size or 1))
     where = " in host memory" if facts.optimizer_on_host else ""
     epochs = train.max_steps * train.global_batch_size / plan.order.rows_per_epoch
-    device_bytes = facts.teacher_bytes + facts.weights_and_gradients_bytes + facts.relation_bytes
-    device_bytes += 0 if facts.optimizer_on_host else facts.optimizer_bytes
+    micro = int(train.micro_batch_size or 1)
+    accumulation = train.global_batch_size // (plan.world_size * micro)
+    activations = facts.memory_bytes(micro) - facts.state_bytes
     rows = {
         "teacher": f"{config.teacher.model}, up to layer {config.teacher.layer}: "
         f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}",
@@ -274,18 +292,19 @@ def plan_table(plan: Plan) -> Table:
         "relations": f"{config.relation_heads(plan.student_name)} heads, pairs {', '.join(config.relations.pairs)}",
         "engine": f"DeepSpeed ZeRO-{zero_settings(config)[0]}, {plan.world_size} ranks",
         "step": f"{train.global_batch_size} sequences × {length} = {tokens:,} tokens; {accumulation} micro-batches "
-        f"of {train.micro_batch_size} per rank",
+        f"of {micro} per rank",
         "FLOPs": f"{short(facts.flops_per_token)} per token, {facts.teacher_flops_fraction:.0%} the teacher's",
         "run": f"{train.max_steps:,} steps, {short(train.max_steps * tokens)} tokens, {epochs:.1f} epochs",
         "data": f"{manifest.rows:,} rows in {len(manifest.shards)} shards, "
         f"{len(manifest.shards) / plan.world_size:.1f} per rank; "
         f"{plan.order.dropped_rows_per_epoch} rows left out of an epoch",
-        "memory per rank": f"{_size(device_bytes)}, activations aside",
+        "memory per rank": _size(facts.memory_bytes(micro)),
         "  teacher": _size(facts.teacher_bytes),
         "  weights, gradients": _size(facts.weights_and_gradients_bytes),
         "  optimizer": _size(facts.optimizer_bytes) + where,
-        "  relation loss": _size(facts.relation_bytes),
-        "checkpoint": f"{_size(facts.checkpoint_bytes)}, {config.checkpoint.keep} kept; {_size(plan.free_bytes)} free",
+        "  activations": f"{_size(activations)}, of which the relation loss {_size(facts.relation_bytes)}",
+        "checkpoint": f"{_size(facts.checkpoint_bytes)}, {config.checkpoint.keep} kept; "
+        f"{_size(plan.free_disk_bytes)} free",
         "run folder": config.run.folder,
     }
     table = Table(show_header=False, box=None, pad_edge=False)

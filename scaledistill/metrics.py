@@ -8,15 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
@@ -25,34 +21,6 @@ from rich.text import Text
 from scaledistill.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-# Dense 16-bit peak in FLOP/s by a part of the device's name; data sheets of the makers.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A6000": 154.8e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Return a device's dense bf16 peak in FLOP/s, or None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def memory_peak_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: of the GPU, or of this process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -236,28 +204,3 @@ def draw_losses(folder: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(folder / "loss.png")
-
-
-class Stopwatch:
-    """Time since the last lap, and the part of it spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._waited = 0.0
-
-    def add_wait(self, seconds: float) -> None:
-        self._waited += seconds
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time of a block out: what is not a step does not count against the throughput."""
-        begin = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - begin
-
-    def lap(self) -> tuple[float, float]:
-        """Return (seconds, seconds waited for data) since the last lap, and start the next."""
-        now = time.perf_counter()
-        seconds, waited = now - self._start, self._waited
-        self._start, self._waited = now, 0.0
-        return seconds, waited

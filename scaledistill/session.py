@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -26,16 +25,19 @@ from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_valid
 from scaledistill.distributed import Ranks, failing_together, gather_objects, reported_once
 from scaledistill.doctor import check_same_run, open_shards, other_run, student_shape
 from scaledistill.engines import Engine, EngineState, create_engine
+from scaledistill.engines.deepspeed_block import zero_settings
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.metrics import peak_flops
-from scaledistill.models.capture import capture_view, forward_flops
+from scaledistill.estimate import DTYPES, Estimate
+from scaledistill.microbatch import choose, with_micro_batch
+from scaledistill.models.attention import use_varlen_attention
+from scaledistill.models.capture import capture_view, compile_blocks, forward_flops
 from scaledistill.models.export import export_student
 from scaledistill.models.student import create_student
 from scaledistill.models.teacher import Teacher, load_encoder
+from scaledistill.speed import measured_matrix_rate, peak_flops
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VERSIONED = ("torch", "transformers", "deepspeed", "safetensors")
 
 
@@ -68,8 +70,8 @@ class Session:
     best: dict[str, Any] = field(default_factory=dict)
     """"step", "validation_loss" and "yardstick" (see `validation_identity`) of the best export so far."""
     last_validation: float | None = None
-    mfu_per_token_per_second: float | None = None
-    """Share of all devices' peak that one token per second takes; None where the peak is not known."""
+    mfu_per_token_per_second: float = 0.0
+    """Share of all devices' peak that one token per second takes: a data sheet's, or a quickly measured one."""
 
     @property
     def accumulation(self) -> int:
@@ -79,7 +81,7 @@ class Session:
     @property
     def micro_batch_size(self) -> int:
         size = self.config.train.micro_batch_size
-        if size is None:
+        if not isinstance(size, int):
             raise ValueError("the configuration is not resolved")
         return size
 
@@ -94,20 +96,23 @@ class Session:
             world_size=self.ranks.world_size,
             first_sample=self.step * self.config.train.global_batch_size,
             prefetch_batches=self.config.data.prefetch_batches,
-            pin_memory=self.ranks.device.type == "cuda",
+            with_documents=self.config.data.attention == "document",
+            device=self.ranks.device,
         )
 
     def validation_batches(self) -> Iterator[Batch]:
         """Return this rank's share of the held-out rows; all ranks get the same number of batches."""
         if self.held_out is None:
             raise ConfigError("data.validation is not set; name a folder of held-out shards")
-        return iter_validation(
+        batches = iter_validation(
             self.held_out,
             rows=self.config.train.validation_rows,
             micro_batch_size=self.micro_batch_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
+            with_documents=self.config.data.attention == "document",
         )
+        return (batch.with_tensors(lambda tensor: tensor.to(self.ranks.device)) for batch in batches)
 
     def validation_identity(self) -> str | None:
         """Return what validation losses must share to be compared: the held-out rows."""
@@ -186,8 +191,11 @@ def versions() -> dict[str, str]:
     return own | {name: version(name) for name in VERSIONED}
 
 
-def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool) -> Session:
+def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool, sized_by: Estimate | None = None) -> Session:
     """Set up everything that a run needs, at the step of its newest good checkpoint if it is to resume. Collective.
+
+    `sized_by` is the estimate that predicted the micro-batch in `config`, where it is to be the most that fits; a run
+    that is resumed on as many ranks keeps the one that it had, and so its rounding.
 
     Raises:
         ConfigError: the run that would be resumed had other settings, another teacher or other data.
@@ -216,11 +224,22 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool) -> Sessio
         model = _create_student(config, name, encoder, checkpoint)
     teacher = Teacher(encoder, config.teacher.layer, dtype=DTYPES[config.teacher.dtype]).to(ranks.device)
     del encoder
+    if data.attention == "document":
+        dropout = config.students[name].dropout
+        use_varlen_attention(teacher.config, ranks.device, DTYPES[config.teacher.dtype])
+        use_varlen_attention(model.config, ranks.device, DTYPES[config.train.precision], dropout=dropout)
+    if checkpoint and sized_by and checkpoint.state["world_size"] == ranks.world_size:
+        config = with_micro_batch(config, checkpoint.state["config"]["train"]["micro_batch_size"])
+    elif sized_by:
+        view = capture_view(model, model.config.num_hidden_layers)
+        config = with_micro_batch(config, choose(config, name, teacher, view, sized_by, ranks))
     _check_same_everywhere(config, teacher, order, ranks)
     if checkpoint:
         with reported_once(ranks):
             _check_same_teacher(checkpoint, config, teacher)
     mfu = _mfu_per_token_per_second(teacher, model, config, ranks)
+    if config.train.compile:
+        compile_blocks(teacher.view)
     with reported_once(ranks):
         student = _train_student(config, name, model, ranks)
     session = Session(config, ranks, teacher, student, shards, order, held_out, mfu_per_token_per_second=mfu)
@@ -254,21 +273,19 @@ def _train_student(config: DistillConfig, name: str, model: PreTrainedModel, ran
     view = capture_view(model, config.students[name].num_layers)
     trained = {parameter_name for parameter_name, _ in view.named_parameters()}
     untrained = {key: value.clone() for key, value in model.state_dict().items() if key not in trained}
-    engine = create_engine(config, view, ranks)
+    engine = create_engine(config, view, ranks)  # its first step is on a batch of another shape: not to be compiled
+    if config.train.compile and zero_settings(config)[0] < 3:  # ZeRO-3 gathers parameters by hooks within blocks
+        compile_blocks(view)
     widths = cast(tuple[int, int, int], view.qkv_widths)
     return Student(name, model.config, engine, widths, config.students[name].dropout, untrained)
 
 
-def _mfu_per_token_per_second(
-    teacher: Teacher, model: PreTrainedModel, config: DistillConfig, ranks: Ranks
-) -> float | None:
-    """Count the FLOPs that a token needs: the teacher's forward, the student's forward and twice that backward."""
-    peak = peak_flops(ranks.device)
-    if peak is None:
-        return None
+def _mfu_per_token_per_second(teacher: Teacher, model: PreTrainedModel, config: DistillConfig, ranks: Ranks) -> float:
+    """Hold the FLOPs that a token needs, the teacher's forward and the student's three times, against all devices'."""
     length = config.data.sequence_length
     student_view = capture_view(model, model.config.num_hidden_layers)
     needed = (forward_flops(teacher.view, length) + 3 * forward_flops(student_view, length)) / length
+    peak = peak_flops(ranks.device) or measured_matrix_rate(ranks.device, DTYPES[config.teacher.dtype])
     return needed / (peak * ranks.world_size)
 
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from scaledistill.config import DistillConfig
 from scaledistill.data.stream import Batch
 from scaledistill.distributed import all_reduce_sum
-from scaledistill.metrics import Stopwatch
 from scaledistill.models.capture import split_qkv, view_inputs
-from scaledistill.models.teacher import Teacher
 from scaledistill.relations import RelationLoss, relation_loss
-from scaledistill.session import Session, Student
+from scaledistill.session import Session
+from scaledistill.speed import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -49,21 +46,21 @@ def train_step(
     pairs = list(session.config.relations.pairs)
     sums = torch.zeros(2 + len(pairs), dtype=torch.float64, device=ranks.device)  # loss, pairs, stop requests
     for micro in range(session.accumulation):
-        waiting = time.perf_counter()
-        batch = next(stream)
-        watch.add_wait(time.perf_counter() - waiting)
-        batch = on_device(batch, ranks.device)
+        with watch.phase("data wait"):
+            batch = next(stream)
         if student.dropout:
             seed_dropout(session.config.run.seed, session.step, micro, ranks.rank)
-        loss = forward_loss(session.teacher, student, session.config, batch)
+        loss = forward_loss(session, batch, watch)
         # A loss that is not finite poisons the gradients: the engine then skips the step, on all ranks.
         poison = torch.where(torch.isfinite(loss.total.detach()), 1.0, torch.nan)
-        student.engine.backward(loss.total * poison, last=micro + 1 == session.accumulation)
+        with watch.phase("backward"):
+            student.engine.backward(loss.total * poison, last=micro + 1 == session.accumulation)
         sums[:-1] += torch.stack([loss.total.detach(), *(loss.by_pair[pair].detach() for pair in pairs)])
     rate = learning_rate(
         session.step, peak=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
     )
-    outcome = student.engine.step(rate)
+    with watch.phase("optimizer"):
+        outcome = student.engine.step(rate)
     sums[-1] = float(stop_reason() is not None)
     *losses, stops = all_reduce_sum(sums).tolist()  # the step's one wait for the device that is ours
     names = ["loss", *(f"loss/{student.name}/{pair}" for pair in pairs)]
@@ -73,26 +70,24 @@ def train_step(
     return StepResult(dict(zip(names, means, strict=True)), rate, outcome.grad_norm, skipped, stops > 0)
 
 
-def forward_loss(teacher: Teacher, student: Student, config: DistillConfig, batch: Batch) -> RelationLoss:
+def forward_loss(session: Session, batch: Batch, watch: Stopwatch) -> RelationLoss:
     """Return the relation loss of a micro-batch: the teacher's Q, K and V against the student's."""
-    target = teacher(batch.input_ids_BT, batch.mask_BT)
-    output_BTD = student.engine.forward(view_inputs(student.config, batch.input_ids_BT, batch.mask_BT))
-    return relation_loss(
-        target,
-        split_qkv(output_BTD, student.qkv_widths),
-        num_heads=config.relation_heads(student.name),
-        pairs=config.relations.pairs,
-        mask_BT=batch.mask_BT,
-        backend=config.relations.backend,
-    )
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on `device`."""
-    if device.type == "cpu":
-        return batch
-    mask_BT = None if batch.mask_BT is None else batch.mask_BT.to(device, non_blocking=True)
-    return replace(batch, input_ids_BT=batch.input_ids_BT.to(device, non_blocking=True), mask_BT=mask_BT)
+    student, relations = session.student, session.config.relations
+    tokens = (batch.input_ids_BT, batch.mask_BT, batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens)
+    with watch.phase("teacher"):
+        target = session.teacher(*tokens)
+    with watch.phase("student"):
+        output_BTD = student.engine.forward(view_inputs(student.config, *tokens))
+    with watch.phase("loss"):
+        return relation_loss(
+            target,
+            split_qkv(output_BTD, student.qkv_widths),
+            num_heads=session.config.relation_heads(student.name),
+            pairs=relations.pairs,
+            mask_BT=batch.mask_BT,
+            segment_ids_BT=batch.segment_ids_BT,
+            backend=relations.backend,
+        )
 
 
 def seed_dropout(*numbers: int) -> None:
@@ -107,7 +102,7 @@ def validation_loss(session: Session) -> float:
     student.engine.train_mode(False)
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # Σ loss × rows, Σ rows
     for batch in session.validation_batches():
-        loss = forward_loss(session.teacher, student, session.config, on_device(batch, ranks.device))
+        loss = forward_loss(session, batch, Stopwatch())
         sums += torch.stack([loss.total.double() * batch.weight, torch.full_like(sums[0], batch.weight)])
     student.engine.train_mode(True)
     loss_sum, rows = all_reduce_sum(sums).tolist()

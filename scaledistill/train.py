@@ -18,11 +18,16 @@ from scaledistill.config import DistillConfig
 from scaledistill.distributed import failing_together, process_group, reported_once
 from scaledistill.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, DivergedError, PeerError
 from scaledistill.files import write_json
-from scaledistill.metrics import Recorder, Stopwatch, memory_peak_bytes, summary
+from scaledistill.metrics import Recorder, summary
+from scaledistill.profiling import WARMUP_STEPS, StepProfiler
 from scaledistill.session import Session, open_session
+from scaledistill.speed import Stopwatch, memory_peak_bytes
 from scaledistill.step import StepResult, train_step, validation_loss
 
 log = logging.getLogger(__name__)
+
+COMPILING_STEPS = 10
+"""After so many steps nothing is compiled any more: batches of shapes not seen by then run uncompiled."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Bookkeeper:
         self._failed_saves = 0
         self._retry_save_at: int | None = None
         self._lap_start = session.step
-        self.watch = Stopwatch()
+        self.watch = Stopwatch(session.ranks.device)
 
     @property
     def writes(self) -> bool:
@@ -176,16 +181,16 @@ class Bookkeeper:
 
     def _record(self, result: StepResult, validation: float | None) -> None:
         session, data = self._session, self._config.data
-        seconds, waited = self.watch.lap()
+        seconds, phases = self.watch.lap()
         tokens = (session.step - self._lap_start) * self._config.train.global_batch_size * data.sequence_length
         self._lap_start = session.step
         row = {"step": session.step, **result.losses, "lr": result.learning_rate, "grad_norm": float(result.grad_norm)}
         if validation is not None:
             row["validation_loss"] = validation
         row["tokens_per_second"] = tokens / seconds
-        if session.mfu_per_token_per_second is not None:
-            row["mfu"] = tokens / seconds * session.mfu_per_token_per_second
-        row["data_wait_fraction"] = waited / seconds
+        row["mfu"] = tokens / seconds * session.mfu_per_token_per_second
+        for phase in ("data wait", "teacher", "optimizer"):
+            row[f"{phase.replace(' ', '_')}_fraction"] = phases[phase] / seconds
         row["memory_peak_bytes"] = memory_peak_bytes(session.ranks.device)
         row["skipped_steps"] = session.skipped_steps
         if self._recorder and self._status:
@@ -219,13 +224,16 @@ class Bookkeeper:
         self._retry_save_at = session.step + max(1, settings.every_steps // 10)
 
 
-def distill(config: DistillConfig, *, fresh: bool = False, dry_run_steps: int | None = None) -> RunResult:
+def distill(
+    config: DistillConfig, *, fresh: bool = False, dry_run_steps: int | None = None, profile_steps: int | None = None
+) -> RunResult:
     """Distil the configured student, going on from the run folder's newest good checkpoint. Collective.
 
     Args:
         config: the run's settings.
         fresh: start over; an existing run folder is renamed, not deleted.
         dry_run_steps: make so many real steps from the start and write nothing.
+        profile_steps: likewise, some more to warm up and so many under the profiler; write only the profile.
 
     Raises:
         ConfigError: the settings don't fit each other, the models, the data, or the run that they would resume.
@@ -236,25 +244,49 @@ def distill(config: DistillConfig, *, fresh: bool = False, dry_run_steps: int | 
         ranks = stack.enter_context(process_group(config.run.timeout_seconds))
         if config.run.deterministic:
             torch.use_deterministic_algorithms(True)
-        last_step, status = config.train.max_steps, None
-        if dry_run_steps is None:
+        status = None
+        if dry_run_steps is None and profile_steps is None:
+            last_step = config.train.max_steps
             status = stack.enter_context(runfolder.owned(Path(config.run.folder), last_step, ranks, fresh=fresh))
-        elif dry_run_steps > last_step:
-            with reported_once(ranks):
-                raise ConfigError(
-                    f"--dry-run {dry_run_steps} is more than train.max_steps={last_step}; make fewer steps"
-                )
         else:
-            last_step = dry_run_steps
+            last_step = dry_run_steps or (profile_steps or 0) + WARMUP_STEPS
+            with reported_once(ranks):
+                _check_trial_steps(last_step, config, dry_run_steps)
         with failing_together():
-            config = doctor.check(config, ranks.world_size, ranks.device, writes=status is not None).config
-        session = open_session(config, ranks, resume=status is not None)
+            plan = doctor.check(config, ranks.world_size, ranks.device, writes=status is not None)
+        sized_by = plan.estimate if config.train.micro_batch_size == "auto" else None
+        session = open_session(plan.config, ranks, resume=status is not None, sized_by=sized_by)
+        if profile_steps:
+            return profile_run(session, last_step)
         return run_steps(session, Bookkeeper(session, status, last_step), last_step)
+
+
+def _check_trial_steps(last_step: int, config: DistillConfig, dry_run_steps: int | None) -> None:
+    if last_step > config.train.max_steps:
+        what = (
+            f"--dry-run {dry_run_steps} is"
+            if dry_run_steps
+            else f"--profile {last_step - WARMUP_STEPS} and {WARMUP_STEPS} steps to warm up are"
+        )
+        raise ConfigError(f"{what} more than train.max_steps={config.train.max_steps}; make fewer steps")
+
+
+def profile_run(session: Session, last_step: int) -> RunResult:
+    """Make the steps up to `last_step`, the last ones under rank 0's profiler. Collective."""
+    folder, watch = Path(session.config.run.folder), Stopwatch(session.ranks.device)
+    with ExitStack() as stack:
+        stream = stack.enter_context(session.stream())
+        profiler = stack.enter_context(StepProfiler(folder, watch)) if session.ranks.is_main else None
+        while session.step < last_step:
+            train_step(session, stream, lambda: None, watch)
+            if profiler:
+                profiler.after_step()
+    return RunResult("dry run", EXIT_DONE, session.step, f"{session.step} steps made, the profile is in {folder}")
 
 
 def run_steps(session: Session, bookkeeper: Bookkeeper, last_step: int) -> RunResult:
     """Make the steps up to `last_step`, each followed by what is due, unless someone asks to stop. Collective."""
-    folder = Path(session.config.run.folder)
+    folder, first_step = Path(session.config.run.folder), session.step
     stop = runfolder.StopRequest(
         folder, watch_file=session.ranks.is_main and bookkeeper.writes, speaks=session.ranks.is_main
     )
@@ -266,6 +298,8 @@ def run_steps(session: Session, bookkeeper: Bookkeeper, last_step: int) -> RunRe
             result = train_step(session, stream, stop.reason, bookkeeper.watch)
             reason = stop.acknowledge() if result.stop_requested else None
             bookkeeper.after_step(result)
+            if session.config.train.compile and session.step == first_step + COMPILING_STEPS:
+                stack.enter_context(torch.compiler.set_stance("eager_on_recompile"))
             if result.stop_requested and session.step < last_step:
                 return bookkeeper.stop(reason)
         return bookkeeper.finish()

@@ -215,7 +215,7 @@ def test_how_a_run_ended(
     monkeypatch.setattr(train, "distill", run)
     path = config_file()
     assert main(["--config", str(path), "--fresh", "--dry-run", "2", "--local_rank=0"]) == exit_code
-    assert asked == {"config": load_config(path), "fresh": True, "dry_run_steps": 2}
+    assert asked == {"config": load_config(path), "fresh": True, "dry_run_steps": 2, "profile_steps": None}
     captured = capsys.readouterr()
     assert text in captured.err if text else captured.err == ""
 

@@ -63,7 +63,7 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
     assert (plan.config.train.precision, plan.config.teacher.dtype) == ("bf16", "bf16")
     assert plan.config.train.micro_batch_size == 8
     assert plan.shards.manifest.rows == sum(shard.rows for shard in plan.shards.manifest.shards)
-    assert plan.free_bytes == pytest.approx(shutil.disk_usage(tiny_shards).free, rel=0.2)
+    assert plan.free_disk_bytes == pytest.approx(shutil.disk_usage(tiny_shards).free, rel=0.2)
     text = shown(plan)
     rows = plan.shards.manifest.rows
     for part in (
@@ -292,7 +292,7 @@ def test_disk_too_small(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: py
         "the making; free some space or set another folder"
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
-    assert doctor.check(config, 1, CPU).free_bytes == needed
+    assert doctor.check(config, 1, CPU).free_disk_bytes == needed
 
 
 def test_run_folder_that_is_a_file(tiny_config: MakeConfig, tmp_path: Path) -> None:

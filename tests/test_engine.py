@@ -29,8 +29,8 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
     from scaledistill import doctor
     from scaledistill.data.stream import ShardStream
     from scaledistill.distributed import process_group
-    from scaledistill.metrics import Stopwatch
     from scaledistill.session import open_session
+    from scaledistill.speed import Stopwatch
     from scaledistill.step import train_step
 
     losses = []
@@ -146,6 +146,10 @@ def test_what_deepspeed_would_guess_is_written_out() -> None:
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
             r"offload_optimizer\.device: found 'nvme', expected 'cpu' or 'none'",
         ),
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_size": "large"}},
+            r"reduce_bucket_size: found 'large', expected a number of elements",
+        ),
     ],
 )
 def test_bad_blocks_are_refused(block: dict[str, Any], message: str) -> None:
@@ -162,10 +166,12 @@ def wrong_zero_value(tree: dict[str, Any]) -> str:
 
 
 def test_deepspeed_s_own_check_is_a_config_error(tmp_path, tiny_teacher, tiny_shards) -> None:
-    zero = {"stage": 1, "reduce_bucket_size": "large"}
+    zero = {"stage": 1, "allgather_bucket_size": "large"}
     tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, engine={"deepspeed": {"zero_optimization": zero}})
     [message] = run_ranks(wrong_zero_value, 1, tree)
-    assert message.startswith("engine.deepspeed.zero_optimization.reduce_bucket_size: Input should be a valid integer")
+    assert message.startswith(
+        "engine.deepspeed.zero_optimization.allgather_bucket_size: Input should be a valid integer"
+    )
 
 
 def test_the_loss_scaler_s_state_is_json() -> None:

@@ -4,24 +4,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_tree
 from ranks import run_ranks
+from torch.profiler import ProfilerActivity, profile
 
 from scaledistill import doctor
 from scaledistill.config import DistillConfig, parse_config
-from scaledistill.estimate import Estimate, estimate
+from scaledistill.estimate import DTYPES, Estimate, estimate
+from scaledistill.microbatch import Trial
 from scaledistill.models.capture import build_encoder, capture_view, forward_flops
-from scaledistill.models.student import student_config
+from scaledistill.models.student import create_student, student_config
 from scaledistill.models.teacher import Teacher, load_config, load_encoder
+from scaledistill.relations.sdpa import TILE_SCORES
 
 CPU = torch.device("cpu")
 LARGER = {"larger": {"num_layers": 3, "hidden_size": 96, "num_attention_heads": 4}}
 
 
-def estimate_of(config: DistillConfig, world_size: int = 1) -> Estimate:
-    return doctor.check(config, world_size, CPU).estimate
+def estimate_of(config: DistillConfig, world_size: int = 1, device_type: str = "cpu") -> Estimate:
+    config = doctor.resolve(config, world_size, CPU)
+    teacher = load_config(config.teacher.model)
+    return estimate(config, "l2", teacher, doctor.student_shape(config, "l2", teacher), world_size, device_type)
 
 
 def count(module: torch.nn.Module) -> int:
@@ -66,7 +72,7 @@ def test_bytes_per_trained_parameter_on_four_ranks(
     config = tiny_config(
         train={"precision": "bf16"}, engine={"deepspeed": {"zero_optimization": zero}}, teacher={"dtype": "fp32"}
     )
-    facts = estimate_of(config, world_size=4)
+    facts = estimate_of(config, world_size=4, device_type="cuda")
     trained = facts.trained_parameters
     assert facts.weights_and_gradients_bytes == pytest.approx((weights + gradients) * trained, abs=2)
     assert facts.optimizer_bytes == pytest.approx(optimizer * trained, abs=2)
@@ -74,18 +80,129 @@ def test_bytes_per_trained_parameter_on_four_ranks(
     assert facts.teacher_bytes == 4 * facts.teacher_parameters
 
 
+def test_host_memory_holds_what_was_offloaded(tiny_config: Callable[..., DistillConfig]) -> None:
+    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    config = tiny_config(engine={"deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 10, **offload}}})
+    gpu, host = (estimate_of(config, device_type=device_type) for device_type in ("cuda", "cpu"))
+    trained = gpu.trained_parameters
+    assert gpu.engine_bytes == 2 * 10 * 4 + 4 * trained  # two buckets; the weights, gathered
+    assert gpu.state_bytes == gpu.teacher_bytes + 4 * trained + gpu.engine_bytes
+    assert gpu.memory_bytes(5) == gpu.state_bytes + 5 * gpu.activation_bytes_per_sequence
+    assert host.weights_and_gradients_bytes == 8 * trained
+    assert host.data_bytes == 4 * 32 * 16 * 2
+    assert host.state_bytes > host.teacher_bytes + 20 * trained + host.data_bytes
+
+
+def test_gradient_buckets(tiny_config: Callable[..., DistillConfig]) -> None:
+    def engine_bytes(device_type: str, **zero: Any) -> int:
+        config = tiny_config(engine={"deepspeed": {"zero_optimization": {"stage": 2, **zero}}})
+        return estimate_of(config, device_type=device_type).engine_bytes
+
+    trained = estimate_of(tiny_config()).trained_parameters
+    assert engine_bytes("cuda", reduce_bucket_size=10**6, overlap_comm=True) == 8 * 10**6
+    assert engine_bytes("cpu", reduce_bucket_size=10**6, overlap_comm=False) == 4 * trained  # never touched pages
+
+
 def test_relation_memory_grows_as_the_backends_do(tiny_config: Callable[..., DistillConfig]) -> None:
     def relation_bytes(backend: str, sequence_length: int) -> int:
-        config = doctor.resolve(tiny_config(relations={"backend": backend}), 1, CPU)
-        data = config.data.model_copy(update={"sequence_length": sequence_length})
+        config = tiny_config(relations={"backend": "reference"}, data={"sequence_length": sequence_length})
+        settled = doctor.resolve(config, 1, CPU)
+        relations = config.relations.model_copy(update={"backend": backend})
         teacher = load_config(config.teacher.model)
-        student = student_config(teacher, num_layers=2, hidden_size=16, num_attention_heads=2)
-        return estimate(config.model_copy(update={"data": data}), "l2", teacher, student, 1).relation_bytes
+        student = doctor.student_shape(config, "l2", teacher)
+        return estimate(settled.model_copy(update={"relations": relations}), "l2", teacher, student, 1).relation_bytes
 
-    fp32_map = 8 * 4 * 16 * 16 * 4  # sequences, relation heads, rows, columns, bytes
-    assert relation_bytes("reference", 16) == 3 * 5 * fp32_map
-    assert relation_bytes("reference", 32) == 4 * relation_bytes("reference", 16)
-    assert relation_bytes("sdpa", 64) - relation_bytes("sdpa", 32) == 8 * 32 * 3 * 16 * 4  # q, k, v of width 16
+    gradients = 8 * 3 * 16 * 4  # sequences; q, k, v of width 16 in fp32
+    maps = 8 * 3 * 4 * 4  # sequences, pairs, relation heads, in fp32
+    assert 2 < relation_bytes("reference", 64) / (64 * 64 * maps) < 5
+    assert relation_bytes("sdpa", 64) == pytest.approx(64 * gradients, abs=8)
+    assert relation_bytes("triton", 64) == pytest.approx(64 * 2 * maps, abs=8)  # sums of both models' rows
+
+
+@pytest.mark.parametrize(
+    ("backend", "attention", "dropout", "precision"),
+    [
+        ("reference", "row", 0.1, "fp32"),
+        ("sdpa", "document", 0.0, "fp32"),
+        ("sdpa", "row", 0.0, "bf16"),
+    ],
+)
+def test_activations_are_those_that_a_step_allocates(
+    backend: str, attention: str, dropout: float, precision: str, tiny_config: Callable[..., DistillConfig]
+) -> None:
+    config = tiny_config(
+        students={"l2": {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "dropout": dropout}},
+        relations={"backend": backend},
+        data={"attention": attention, "sequence_length": 32},
+        train={"precision": precision},
+    )
+    sequences = 64
+    facts = estimate_of(config)
+    config = doctor.resolve(config, 1, CPU)
+    encoder = load_encoder(config.teacher.model, num_layers=3)
+    student = create_student(encoder, doctor.student_shape(config, "l2", encoder.config), dropout=dropout)
+    trial = Trial(config, "l2", Teacher(encoder, 3, dtype=DTYPES[precision]), capture_view(student, 3), CPU, 0)
+    trial(1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trial(sequences)
+    peak = allocation_peak(profiler)
+    least = sequences * facts.activation_bytes_per_sequence
+    tiles = 3 * 4 * TILE_SCORES if backend == "sdpa" else 0
+    assert peak == pytest.approx(least + tiles, rel=0.03)
+
+
+def allocation_peak(profiler: profile) -> int:
+    """Return the peak of what was allocated under the profiler."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(held.max())
+
+
+def peak_of_a_run(sequences: int, length: int) -> tuple[int, int]:
+    """Make two steps of BERT-base → 6×384 under DeepSpeed; return the memory it took, and what was expected."""
+    from transformers import BertConfig
+
+    from scaledistill.distributed import process_group
+    from scaledistill.engines import create_engine
+    from scaledistill.estimate import batch_arguments
+    from scaledistill.models.capture import split_qkv, view_inputs
+    from scaledistill.relations import relation_loss
+
+    def memory_bytes(field: str) -> int:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status[field].split()[0]) * 1024
+
+    tree = tiny_tree(Path(), Path("model"), Path("shards"))
+    tree["students"] = {"l6": {"num_layers": 6, "hidden_size": 384, "num_attention_heads": 12}}
+    tree |= {"teacher": {"model": "model", "layer": 12, "dtype": "fp32"}, "relations": {"num_heads": 48}}
+    tree["data"] |= {"sequence_length": length}
+    tree["train"] |= {"global_batch_size": 2 * sequences, "micro_batch_size": sequences}
+    with process_group(60) as ranks:
+        config = doctor.resolve(parse_config(tree), 1, CPU)
+        shape = student_config(BertConfig(), num_layers=6, hidden_size=384, num_attention_heads=12)
+        facts = estimate(config, "l6", BertConfig(), shape, 1)
+        before = memory_bytes("VmRSS")
+        teacher = Teacher(build_encoder(BertConfig()), 12)
+        view = capture_view(create_student(None, shape), 6)
+        engine = create_engine(config, view, ranks)
+        for micro in range(4):
+            batch = batch_arguments(config, sequences)
+            target = teacher(**batch)
+            output = engine.forward(view_inputs(shape, **batch))
+            student = split_qkv(output, view.qkv_widths)
+            loss = relation_loss(target, student, num_heads=48, pairs=config.relations.pairs).total
+            del target, output, student
+            engine.backward(loss, last=micro % 2 == 1)
+            if micro % 2:
+                engine.step(1e-4)
+        return memory_bytes("VmHWM") - before, facts.memory_bytes(sequences) - facts.data_bytes
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("sequences", "length"), [(4, 128), (24, 128), (6, 512)])
+def test_memory_is_a_little_less_than_expected(sequences: int, length: int) -> None:
+    [(found, expected)] = run_ranks(peak_of_a_run, 1, sequences, length, timeout=200)
+    assert found <= expected <= 1.25 * found
 
 
 def save_once(tree: dict[str, Any]) -> tuple[int, Estimate]:

@@ -11,13 +11,9 @@ from test_checkpoint import largest_file
 
 from scaledistill.errors import ConfigError
 from scaledistill.metrics import (
-    PEAK_FLOPS,
     Recorder,
-    Stopwatch,
     check_trackers,
     draw_losses,
-    memory_peak_bytes,
-    peak_flops,
     read_rows,
     summary,
 )
@@ -135,46 +131,6 @@ def test_a_full_disk_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture
 )
 def test_summary(figures: dict[str, Any], text: str) -> None:
     assert summary({"step": 3, **figures}) == text
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA RTX A6000", 154.8e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA GeForce RTX 4090", 165.2e12),
-        ("Some GPU of the future", None),
-    ],
-)
-def test_peak_of_a_device(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda", 0)) == peak
-    assert peak_flops(torch.device("cpu")) is None
-
-
-def test_no_peak_is_hidden_by_a_shorter_name() -> None:
-    for number, part in enumerate(PEAK_FLOPS):
-        assert not [earlier for earlier in list(PEAK_FLOPS)[:number] if earlier in part]
-
-
-def test_memory_peak_is_in_bytes() -> None:
-    before = memory_peak_bytes(torch.device("cpu"))
-    status = Path("/proc/self/status").read_text()
-    [kibibytes] = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
-    assert before == pytest.approx(kibibytes * 1024, rel=0.02)
-
-
-def test_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([10.0, 14.0, 15.0])
-    monkeypatch.setattr("scaledistill.metrics.time.perf_counter", lambda: next(now))
-    watch = Stopwatch()
-    watch.add_wait(0.5)
-    watch.add_wait(0.25)
-    assert watch.lap() == (4.0, 0.75)
-    assert watch.lap() == (1.0, 0.0)
 
 
 def test_loss_png(tmp_path: Path) -> None:

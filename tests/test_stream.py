@@ -22,11 +22,25 @@ T = 8
 ROWS = 500
 B = 48
 IDS_NT = np.arange(ROWS * T).reshape(ROWS, T)
-LENGTHS = np.where(np.arange(ROWS) % 50 == 3, 6, T)  # every fiftieth row ends in padding
 
 
 def documents_of(row: int) -> list[tuple[int, int]]:
-    return [(0, 2), (2, int(LENGTHS[row]))] if row % 3 else [(0, int(LENGTHS[row]))]
+    """One or two documents; in every fiftieth row padding behind, in front and between, or nothing else."""
+    if row % 50 == 3:
+        return [[(0, 2), (2, 6)], [(1, 3), (4, 6)], [(5, 6)], []][row // 50 % 4]
+    return [(0, 2), (2, T)] if row % 3 else [(0, T)]
+
+
+def described(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Segment ids, position ids and the beginnings of stretches of rows, token by token."""
+    segments = torch.full((len(rows), T), -1, dtype=torch.int32)
+    positions = torch.zeros(len(rows), T, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        for number, (start, end) in enumerate(documents_of(row)):
+            segments[place, start:end] = number
+            positions[place, start:end] = torch.arange(end - start)
+    flat = segments.flatten().tolist()
+    return segments, positions, [at for at in range(len(flat)) if at % T == 0 or flat[at] != flat[at - 1]]
 
 
 def write(folder: Path, vocab_size: int = 5000) -> Path:
@@ -149,22 +163,40 @@ def test_large_vocabularies(tmp_path: Path) -> None:
 
 def test_masks_and_documents(folder: Path) -> None:
     masked = 0
+    lengths = set()
     for batch in take(ShardReader(folder), 11, micro_batch_size=12, with_documents=True):
-        rows = rows_of([batch])
-        expected = torch.arange(T) < torch.tensor(LENGTHS[rows])[:, None]
+        segments, positions, beginnings = described(rows_of([batch]))
         if batch.mask_BT is None:
-            assert expected.all()
+            assert (segments >= 0).all()
         else:
-            assert torch.equal(batch.mask_BT, expected)
+            assert torch.equal(batch.mask_BT, segments >= 0)
             masked += 1
-        documents = [[place, *span] for place, row in enumerate(rows) for span in documents_of(row)]
-        assert batch.documents is not None
-        assert batch.documents.tolist() == documents
+        assert batch.segment_ids_BT is not None
+        assert batch.position_ids_BT is not None
+        assert batch.cu_seqlens is not None
+        assert torch.equal(batch.segment_ids_BT, segments)
+        assert torch.equal(batch.position_ids_BT, positions)
+        lengths.add(len(batch.cu_seqlens) - 1)
+        found = batch.cu_seqlens.tolist()
+        assert found == beginnings + [12 * T] * (len(found) - len(beginnings))
+        kinds = (batch.segment_ids_BT.dtype, batch.position_ids_BT.dtype, batch.cu_seqlens.dtype)
+        assert kinds == (torch.int32, torch.int64, torch.int32)
         assert batch.input_ids_BT.dtype == torch.int64
+    assert lengths <= {16, 32}
     assert 5 <= masked <= 10
     plain = take(ShardReader(folder), 11, micro_batch_size=12)
     assert sum(batch.mask_BT is not None for batch in plain) == masked
-    assert {batch.documents for batch in plain} == {None}
+    assert {(batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens) for batch in plain} == {(None, None, None)}
+
+
+def test_with_tensors_changes_every_tensor_and_nothing_else(folder: Path) -> None:
+    batch = take(ShardReader(folder), 1, micro_batch_size=B, with_documents=True)[0]
+    assert batch.mask_BT is not None
+    moved = batch.with_tensors(lambda tensor: tensor.to("meta"))
+    tensors = {name for name, value in vars(moved).items() if isinstance(value, torch.Tensor) and value.is_meta}
+    assert tensors == {"input_ids_BT", "mask_BT", "segment_ids_BT", "position_ids_BT", "cu_seqlens"}
+    assert moved.samples_B is batch.samples_B
+    assert (moved.cursor, moved.weight) == (B, B)
 
 
 @pytest.mark.parametrize(("rows", "micro_batch_size"), [(100, 8), (37, 5), (10_000, 32), (1, 4)])
@@ -184,11 +216,18 @@ def test_validation_does_not_depend_on_world_size(folder: Path, rows: int, micro
 
 
 def test_validation_masks_and_documents(folder: Path) -> None:
-    (batch,) = iter_validation(ShardReader(folder), rows=5, micro_batch_size=5, with_documents=True)
-    assert batch.mask_BT is not None
-    assert batch.mask_BT.sum(dim=1).tolist() == LENGTHS[:5].tolist()
-    assert batch.documents is not None
-    assert batch.documents.tolist() == [[row, *span] for row in range(5) for span in documents_of(row)]
+    for number, batch in enumerate(
+        iter_validation(ShardReader(folder), rows=210, micro_batch_size=5, with_documents=True)
+    ):
+        segments, positions, beginnings = described(list(range(5 * number, 5 * number + 5)))
+        assert (batch.mask_BT is None) == bool((segments >= 0).all())
+        assert batch.mask_BT is None or torch.equal(batch.mask_BT, segments >= 0)
+        assert batch.segment_ids_BT is not None
+        assert batch.position_ids_BT is not None
+        assert batch.cu_seqlens is not None
+        assert torch.equal(batch.segment_ids_BT, segments)
+        assert torch.equal(batch.position_ids_BT, positions)
+        assert batch.cu_seqlens[: len(beginnings)].tolist() == beginnings
 
 
 @pytest.mark.parametrize(

@@ -234,10 +234,10 @@ def distil_with_bad_loss(tree: dict[str, Any], first: int, last: int, value: flo
 
     forward_loss, calls = step_module.forward_loss, 0
 
-    def bad(teacher: Any, student: Any, config: Any, batch: Any) -> Any:
+    def bad(session: Any, batch: Any, watch: Any) -> Any:
         nonlocal calls
         calls += 1
-        loss = forward_loss(teacher, student, config, batch)
+        loss = forward_loss(session, batch, watch)
         here = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
         return loss._replace(total=loss.total + value) if here and first <= calls <= last else loss
 

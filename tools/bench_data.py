@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from scaledistill.benchmark import Report, add_options
 
 SEQUENCE_LENGTHS = (128, 512)
 
@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="epochs measured, each by a new reader (default: 5)")
     parser.add_argument("--folder", type=Path, help="make the temporary shards here: the disk to measure")
     parser.add_argument("--warm", action="store_true", help="leave the files in the page cache between the repeats")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    add_options(parser)
     return parser.parse_args()
 
 
@@ -33,8 +33,6 @@ def main() -> int:
     options = parse_arguments()
 
     import numpy as np
-    from rich.console import Console
-    from rich.table import Table
 
     from scaledistill.data.shards import Manifest, ShardWriter
     from scaledistill.data.stream import ShardReader, ShardStream
@@ -65,8 +63,10 @@ def main() -> int:
                 next(stream)
             return num_batches * size * T / (time.perf_counter() - start)
 
-    figures = []
-    table = Table("tokens per row", "tokens/s, median", "lowest", "highest", title="one process, whole epochs")
+    report = Report()
+    table = report.table(
+        "Reading shards, one process, whole epochs", ("tokens per row", "tokens/s", "lowest", "highest")
+    )
     for T in SEQUENCE_LENGTHS:
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             folder = Path(name)
@@ -76,12 +76,9 @@ def main() -> int:
                 if not options.warm:
                     forget(folder)
                 rates.append(read_epoch(folder, T))
-        median = statistics.median(rates)
-        figures.append({"name": f"data/{T}/tokens_per_second", "value": median, "unit": "tokens/s", "n": len(rates)})
-        table.add_row(str(T), *(f"{rate / 1e6:.1f} M" for rate in (median, min(rates), max(rates))))
-    Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        median = report.add(f"data/{T}/tokens_per_second", rates, "tokens/s")
+        table.rows.append((str(T), *(f"{rate / 1e6:.1f} M" for rate in (median, min(rates), max(rates)))))
+    report.publish(options)
     return 0
 
 

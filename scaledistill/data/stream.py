@@ -1,9 +1,10 @@
 """Rows of shards as micro-batches: `ShardStream` for training, `iter_validation` in file order.
 
 Enters: a `ShardReader` and the order of its samples. Leaves: `Batch`es with the cursor of a checkpoint.
-Left to others: reading and checking blocks (`data.reader`), moving tensors to a device.
+Left to others: reading and checking blocks (`data.reader`).
 
-Legend: B sequences of a micro-batch, T tokens, N rows, L lanes, P places of rows in memory.
+Legend: B sequences of a micro-batch, T tokens, N rows, L lanes, P places of rows in memory, W bytes of a row's T bits,
+S stretches: documents, and padding between, before or behind them, none across rows.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import queue
 import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,53 +33,101 @@ from scaledistill.errors import ConfigError
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank."""
+    """One micro-batch of one rank; what describes documents is None unless asked for."""
 
     input_ids_BT: Tensor  # int64
     mask_BT: Tensor | None  # bool, True on real tokens; None when every token is real
+    segment_ids_BT: Tensor | None  # int32, the document's number in its row, from 0; -1 on padding
+    position_ids_BT: Tensor | None  # int64, from 0 in each document; 0 on padding
+    cu_seqlens: Tensor | None  # int32, where stretches begin in the B · T tokens; B · T fills it to 1 + a power of 2
     samples_B: np.ndarray  # int64 sample numbers; in validation, row numbers in file order
-    documents: np.ndarray | None  # int64 [n, 3]: row of this batch, start, end; None unless asked for
     cursor: int  # the first sample that no completed step has used, once this micro-batch is done
     weight: int  # rows that count: B, or 0 for a filler that only keeps ranks in step
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with each of its tensors changed."""
+        changed: dict[str, Any] = {key: change(value) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass
 class _Rows:
-    """Rows as they were read; `documents` has the (start, end) pairs of rows with padding, or of all rows on demand."""
+    """Rows as they were read."""
 
     ids_NT: np.ndarray  # u16 or u32
     padded_N: np.ndarray  # bool
-    documents: dict[int, np.ndarray]
+    layout_N2W: np.ndarray  # see _layout
 
     def batches(
         self, samples_N: np.ndarray, size: int, with_documents: bool, before: int, after: int
     ) -> Iterator[Batch]:
         """Cut into micro-batches, views of one tensor, with the cursor `after` on the last and `before` on the rest."""
         ids_NT = torch.from_numpy(self.ids_NT.astype(np.int64))
-        num_rows = len(ids_NT)
+        num_rows, T = ids_NT.shape
         for first in range(0, num_rows, size):
             part = slice(first, first + size)
+            layout_B2W = self.layout_N2W[part]
+            segment_ids_BT, position_ids_BT, cu_seqlens = (
+                _documents(layout_B2W, T) if with_documents else (None, None, None)
+            )
             yield Batch(
                 input_ids_BT=ids_NT[part],
-                mask_BT=self._mask(part) if self.padded_N[part].any() else None,
+                mask_BT=torch.from_numpy(_bits(layout_B2W[:, 0], T)) if self.padded_N[part].any() else None,
+                segment_ids_BT=segment_ids_BT,
+                position_ids_BT=position_ids_BT,
+                cu_seqlens=cu_seqlens,
                 samples_B=samples_N[part],
-                documents=self._triples(part) if with_documents else None,
                 cursor=after if first + size >= num_rows else before,
                 weight=len(samples_N[part]),
             )
 
-    def _mask(self, part: slice) -> Tensor:
-        mask_BT = torch.ones(self.ids_NT[part].shape, dtype=torch.bool)
-        for row in np.flatnonzero(self.padded_N[part]).tolist():
-            mask_BT[row] = False
-            for start, end in self.documents[part.start + row].tolist():
-                mask_BT[row, start:end] = True
-        return mask_BT
 
-    def _triples(self, part: slice) -> np.ndarray:
-        pairs = [self.documents[row] for row in range(len(self.ids_NT))[part]]
-        row = np.repeat(np.arange(len(pairs)), [len(pair) for pair in pairs])
-        return np.column_stack([row, np.concatenate(pairs).astype(np.int64)])
+def _layout(documents: np.ndarray, num_rows: int, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which rows have padding, bool [N], and two bits a token, uint8 [N, 2, W]: is it real, begins a stretch.
+
+    `documents`: [n, 3] of (row, start, end), as in a block.
+    """
+    first, start, end = documents.T.astype(np.int64)
+    first *= T
+    padded_N = count_tokens(documents, num_rows) < T
+    layout_N2W = np.full((num_rows, 2, -(-T // 8)), 255, np.uint8)
+    if padded_N.any():
+        change = np.zeros(num_rows * T + 1, np.int8)
+        change[first + start] += 1
+        change[first + end] -= 1
+        layout_N2W[:, 0] = np.packbits(change[:-1].cumsum(dtype=np.int8).reshape(num_rows, T), axis=1)
+    begins = np.zeros(num_rows * T + 1, bool)
+    begins[::T] = begins[first + start] = begins[first + end] = True
+    layout_N2W[:, 1] = np.packbits(begins[:-1].reshape(num_rows, T), axis=1)
+    return padded_N, layout_N2W
+
+
+def _bits(packed_NW: np.ndarray, T: int) -> np.ndarray:
+    return np.unpackbits(packed_NW, axis=1, count=T).view(bool)
+
+
+def _documents(layout_B2W: np.ndarray, T: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the segment ids, position ids and `cu_seqlens` of a batch."""
+    B = len(layout_B2W)
+    real = _bits(layout_B2W[:, 0], T).ravel()
+    begin_S = np.flatnonzero(_bits(layout_B2W[:, 1], T))
+    length_S = np.diff(begin_S, append=B * T)
+    document_S = real[begin_S]
+    before_S = document_S.cumsum() - document_S  # documents before, of all rows
+    before_B = before_S[begin_S % T == 0]
+    segment_S = np.where(document_S, before_S - before_B[begin_S // T], -1)
+    segment_ids = np.repeat(segment_S.astype(np.int32), length_S)
+    position_ids = np.arange(B * T)
+    position_ids -= np.repeat(begin_S, length_S)
+    if not document_S.all():
+        position_ids *= real
+    cu_seqlens = np.full(1 + (1 << (len(begin_S) - 1).bit_length()), B * T, np.int32)
+    cu_seqlens[: len(begin_S)] = begin_S
+    return (
+        torch.from_numpy(segment_ids).view(B, T),
+        torch.from_numpy(position_ids).view(B, T),
+        torch.from_numpy(cu_seqlens),
+    )
 
 
 class _Windows:
@@ -91,18 +141,20 @@ class _Windows:
         self._place_P = np.empty(places, np.int32 if places < 2**31 else np.int64)  # by lane × size + shuffled offset
         self._loaded_P = np.zeros(places, bool)
         self._padded_P = np.zeros(places, bool)
-        self._documents_P3 = np.empty((places, 3), np.int32)  # (number in the lane's list below, first, end)
-        self._documents: list[list[np.ndarray]] = [[] for _ in range(order.num_lanes)]
+        self._layout_P2W = np.empty((places, 2, -(-self._ids_PT.shape[1] // 8)), np.uint8)
         self._window_L = np.full(order.num_lanes, -1, np.int64)
         self._spans = [(0, 0, 0)] * order.num_lanes  # (epoch, first place in the epoch, rows)
 
-    def gather(self, samples_N: np.ndarray, with_documents: bool) -> _Rows:
+    def gather(self, samples_N: np.ndarray) -> _Rows:
         """Read ascending samples, int64 [N]."""
         lane_N, window_N, offset_N = self._order.split(samples_N)
+        N = len(samples_N)
         rows = _Rows(
-            np.empty((len(samples_N), self._ids_PT.shape[1]), self._ids_PT.dtype), np.zeros(len(samples_N), bool), {}
+            np.empty((N, self._ids_PT.shape[1]), self._ids_PT.dtype),
+            np.empty(N, bool),
+            np.empty((N, *self._layout_P2W.shape[1:]), np.uint8),
         )
-        pending = np.arange(len(samples_N))
+        pending = np.arange(N)
         while len(pending):
             lanes, windows = lane_N[pending], window_N[pending]
             ready = self._window_L[lanes] == windows
@@ -111,7 +163,7 @@ class _Windows:
                     if self._window_L[lane] != windows[at]:
                         self._enter(int(lane), int(windows[at]))
                 ready = self._window_L[lanes] == windows
-            self._take(rows, pending[ready], lanes[ready], offset_N[pending[ready]], with_documents)
+            self._take(rows, pending[ready], lanes[ready] * self._size + offset_N[pending[ready]])
             pending = pending[~ready]
         return rows
 
@@ -120,20 +172,17 @@ class _Windows:
         own = slice(lane * self._size, lane * self._size + len(offsets))
         self._place_P[own] = own.start + offsets
         self._loaded_P[own] = False
-        self._documents[lane] = []
         self._window_L[lane], self._spans[lane] = window, (epoch, first, len(offsets))
 
-    def _take(self, rows: _Rows, at: np.ndarray, lanes: np.ndarray, offsets: np.ndarray, with_documents: bool) -> None:
-        places = self._place_P[lanes * self._size + offsets]
+    def _take(self, rows: _Rows, at: np.ndarray, shuffled: np.ndarray) -> None:
+        places = self._place_P[shuffled]
         missing = places[~self._loaded_P[places]]
         while len(missing):
             self._load(int(missing[0]))
             missing = missing[~self._loaded_P[missing]]
         rows.ids_NT[at] = self._ids_PT[places]
-        rows.padded_N[at] = padded = self._padded_P[places]
-        for i in range(len(at)) if with_documents else np.flatnonzero(padded):
-            number, first, end = self._documents_P3[places[i]]
-            rows.documents[int(at[i])] = self._documents[lanes[i]][number][first:end]
+        rows.padded_N[at] = self._padded_P[places]
+        rows.layout_N2W[at] = self._layout_P2W[places]
 
     def _load(self, place: int) -> None:
         """Read the block of one place and some around it; keep those of their rows that lie in the window."""
@@ -146,12 +195,10 @@ class _Windows:
             low, high = max(block_row, begin), min(block_row + len(ids_NT), begin + length)
             inside = slice(low - block_row, high - block_row)
             here = slice(place - row + low, place - row + high)
-            bounds = np.searchsorted(documents[:, 0], np.arange(inside.start, inside.stop + 1))
+            padded_N, layout_N2W = _layout(documents, *ids_NT.shape)
             self._ids_PT[here] = ids_NT[inside]
-            self._padded_P[here] = count_tokens(documents, len(ids_NT))[inside] < ids_NT.shape[1]
-            self._documents_P3[here, 0] = len(self._documents[lane])
-            self._documents_P3[here, 1], self._documents_P3[here, 2] = bounds[:-1], bounds[1:]
-            self._documents[lane].append(documents[:, 1:].copy())
+            self._padded_P[here] = padded_N[inside]
+            self._layout_P2W[here] = layout_N2W[inside]
             self._loaded_P[here] = True
 
 
@@ -160,9 +207,9 @@ class ShardStream:
 
     Step s uses samples [sB, (s+1)B) of the order; rank r of W takes slots r::W of them, cut in order into
     micro-batches: the same global batches for every W, and an exact resume at `first_sample`, the cursor of the last
-    batch of a step. Memory of a process: num_lanes × window_rows × T × 2 bytes (4 with u32 ids), which is 0.13 GB at
-    the defaults with T = 128 and 0.54 GB with T = 512; less where an epoch is smaller or ranks share out the lanes (the
-    number of ranks divides num_lanes, and num_lanes divides B). Bookkeeping and documents add 20 to 40 bytes a row.
+    batch of a step. Memory of a process: num_lanes × window_rows × T × 2¼ bytes (4¼ with u32 ids), which is 0.15 GB at
+    the defaults with T = 128 and 0.60 GB with T = 512; less where an epoch is smaller or ranks share out the lanes (the
+    number of ranks divides num_lanes, and num_lanes divides B). Bookkeeping adds 6 bytes a row.
     What the thread raises, DataError for a damaged block above all, is raised again by `next`.
 
     Raises: ConfigError naming train.global_batch_size where it does not divide, data.cache_bytes where it is too small.
@@ -180,7 +227,7 @@ class ShardStream:
         first_sample: int = 0,
         prefetch_batches: int = 4,
         with_documents: bool = False,
-        pin_memory: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         unit = world_size * micro_batch_size
         if unit < 1 or global_batch_size < 1 or global_batch_size % unit:
@@ -201,10 +248,11 @@ class ShardStream:
         def produce() -> Iterator[Batch]:
             for first in itertools.count(first_sample, global_batch_size):
                 samples_N = np.arange(first + rank, first + global_batch_size, world_size)
-                rows = windows.gather(samples_N, with_documents)
+                rows = windows.gather(samples_N)
                 batches = rows.batches(samples_N, micro_batch_size, with_documents, first, first + global_batch_size)
-                yield from map(_pinned, batches) if pin_memory else batches
+                yield from map(deliver, batches)
 
+        deliver = _copies_to(device) if device and device.type == "cuda" else lambda batch: batch
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(max(1, prefetch_batches))
         self._stop = threading.Event()
         self._thread = threading.Thread(
@@ -223,6 +271,8 @@ class ShardStream:
         if isinstance(item, BaseException):
             self.close()
             raise item
+        if item.input_ids_BT.is_cuda:  # made on the stream of the copies: not to be reused while ours needs it
+            item.with_tensors(_keep_for_current_stream)
         return item
 
     def close(self) -> None:
@@ -239,10 +289,22 @@ class ShardStream:
         self.close()
 
 
-def _pinned(batch: Batch) -> Batch:
-    """Move a batch to memory that a GPU copies from on its own."""
-    mask_BT = None if batch.mask_BT is None else batch.mask_BT.pin_memory()
-    return replace(batch, input_ids_BT=batch.input_ids_BT.pin_memory(), mask_BT=mask_BT)
+def _copies_to(device: torch.device) -> Callable[[Batch], Batch]:
+    """Return how the reading thread brings a batch to a GPU: on a stream of its own, while the step before goes on."""
+    copies = torch.cuda.Stream(device)
+
+    def copy(batch: Batch) -> Batch:
+        with torch.cuda.stream(copies):
+            copied = batch.with_tensors(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+        copies.synchronize()  # this thread waits, nobody else
+        return copied
+
+    return copy
+
+
+def _keep_for_current_stream(tensor: Tensor) -> Tensor:
+    tensor.record_stream(torch.cuda.current_stream())
+    return tensor
 
 
 def _fill(batches: Iterator[Batch], ready: queue.Queue[Batch | BaseException], stop: threading.Event) -> None:
@@ -274,23 +336,26 @@ def iter_validation(
     over its rows, Σ weight × loss / Σ weight over batches and ranks is the mean over rows, whatever the world size.
     """
     total = min(rows, shards.manifest.rows)
-    read = lru_cache(maxsize=1)(shards.read)
     shard_ends = np.cumsum([shard.rows for shard in shards.manifest.shards])
 
-    def read_row(number: int) -> tuple[np.ndarray, np.ndarray]:
+    @lru_cache(maxsize=1)
+    def read(shard: int, blocks: range) -> list[tuple[int, _Rows]]:
+        return [
+            (first, _Rows(ids_NT, *_layout(documents, *ids_NT.shape)))
+            for first, ids_NT, documents in shards.read(shard, blocks)
+        ]
+
+    def read_row(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         shard = int(np.searchsorted(shard_ends, number, side="right"))
         row = number - int(shard_ends[shard]) + shards.manifest.shards[shard].rows
         blocks = read(shard, shards.blocks_around(shard, row))
-        first, ids_NT, documents = blocks[bisect_right([first for first, _, _ in blocks], row) - 1]
-        return ids_NT[row - first], documents[documents[:, 0] == row - first, 1:]
+        first, block = blocks[bisect_right([first for first, _ in blocks], row) - 1]
+        return block.ids_NT[row - first], block.padded_N[row - first], block.layout_N2W[row - first]
 
     for first in range(0, total, micro_batch_size * world_size):
         own = first + rank * micro_batch_size
         numbers_N = np.arange(own, min(own + micro_batch_size, total)) if own < total else np.array([first])
-        ids, pairs = zip(*(read_row(row) for row in numbers_N.tolist()), strict=True)
-        ids_NT = np.stack(ids)
-        padded_N = np.array([np.diff(pair.astype(np.int64)).sum() < ids_NT.shape[1] for pair in pairs])
-        (batch,) = _Rows(ids_NT, padded_N, dict(enumerate(pairs))).batches(
-            numbers_N, len(numbers_N), with_documents, 0, 0
-        )
+        ids, padded, layout = zip(*(read_row(row) for row in numbers_N.tolist()), strict=True)
+        found = _Rows(np.stack(ids), np.stack(padded), np.stack(layout))
+        (batch,) = found.batches(numbers_N, len(numbers_N), with_documents, 0, 0)
         yield batch if own < total else replace(batch, weight=0)

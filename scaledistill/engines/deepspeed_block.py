@@ -97,6 +97,8 @@ OFFLOAD_KEYS = {
     ),
     "param": ("buffer_count", "buffer_size", "device", "max_in_cpu", "nvme_path", "pin_memory"),
 }
+# Elements. DeepSpeed's 500 M hold a whole student: its gradients would travel only when the backward is over.
+REDUCE_BUCKET_SIZE = 5_000_000
 REFUSED_KEYS = {
     "train_batch_size": "set train.global_batch_size instead",
     "train_micro_batch_size_per_gpu": "set train.micro_batch_size instead",
@@ -130,9 +132,10 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
     _settle(block.setdefault("data_types", {}), "grad_accum_dtype", "fp32", "data_types.grad_accum_dtype")
     block["zero_force_ds_cpu_optimizer"] = False  # PyTorch's fused AdamW also steps offloaded state: exact to restore
     block.setdefault("steps_per_print", None)
-    block["train_micro_batch_size_per_gpu"] = train.micro_batch_size
+    micro_batch_size = int(train.micro_batch_size or 1)
+    block["train_micro_batch_size_per_gpu"] = micro_batch_size
     block["train_batch_size"] = train.global_batch_size
-    block["gradient_accumulation_steps"] = train.global_batch_size // (world_size * (train.micro_batch_size or 1))
+    block["gradient_accumulation_steps"] = train.global_batch_size // (world_size * micro_batch_size)
     if guessed := list(_autos(block)):
         raise ConfigError(f"engine.deepspeed.{guessed[0]}='auto': DeepSpeed does not resolve it; state a value")
     return block
@@ -162,6 +165,12 @@ def _resolve_zero(block: dict[str, Any], hidden_size: int) -> None:
     for key, size in sizes.items():
         if zero.get(key) == "auto":
             zero[key] = size
+    zero.setdefault("overlap_comm", True)
+    bucket = zero.setdefault("reduce_bucket_size", REDUCE_BUCKET_SIZE)
+    if not isinstance(bucket, int):
+        raise ConfigError(
+            f"engine.deepspeed.zero_optimization.reduce_bucket_size: found {bucket!r}, expected a number of elements"
+        )
     for what in ("optimizer", "param"):
         offload = zero.get(f"offload_{what}") or {}
         where = f"engine.deepspeed.zero_optimization.offload_{what}"

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from scaledistill.errors import ConfigError
+from scaledistill.models.attention import VARLEN, document_attention
 from scaledistill.relations import QKV
 
 
@@ -87,8 +88,12 @@ def check_layer(layer: int, num_layers: int, *, setting: str = "teacher.layer") 
 
 def max_sequence_length(config: PreTrainedConfig) -> int:
     """Return how many tokens a sequence may have: the position table's rows that real tokens can use."""
-    offset = config.pad_token_id + 1 if architecture_of(config).positions_follow_padding else 0
-    return config.max_position_embeddings - offset
+    return config.max_position_embeddings - first_position(config)
+
+
+def first_position(config: PreTrainedConfig) -> int:
+    """Return the position id of a sequence's first token."""
+    return config.pad_token_id + 1 if architecture_of(config).positions_follow_padding else 0
 
 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -162,16 +167,53 @@ def split_qkv(hidden: Tensor, widths: tuple[int, int, int]) -> QKV:
     return QKV(*hidden.split(widths, dim=-1))
 
 
-def view_inputs(config: PreTrainedConfig, input_ids_BT: Tensor, mask_BT: Tensor | None = None) -> dict[str, Tensor]:
-    """Return the arguments that make a model attend only to the tokens of `mask_BT` (bool, true on real tokens).
+def view_inputs(
+    config: PreTrainedConfig,
+    input_ids_BT: Tensor,
+    mask_BT: Tensor | None = None,
+    segment_ids_BT: Tensor | None = None,
+    position_ids_BT: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Return the arguments that make a model attend to the tokens of `mask_BT`, or within the documents of a row.
 
-    Without a mask attention stays unmasked, hence on its fastest kernels. For `sdpa` the mask is handed over ready,
-    because transformers would look at its values, a wait for the device in every forward.
+    Without mask and documents attention stays unmasked, hence on its fastest kernels. For `sdpa` masks are handed over
+    ready, because transformers would look at their values, a wait for the device in every forward.
+
+    Args:
+        mask_BT: bool, true on real tokens; not read where there are documents.
+        segment_ids_BT: integer, equal within a document, -1 on padding.
+        position_ids_BT: int64, from 0 in each document.
+        cu_seqlens: int32, see `Batch`; only `use_varlen_attention` needs it.
+
+    Raises:
+        ValueError: only one of segment ids and position ids.
+        ConfigError: documents, but a model with its own kind of attention.
     """
     inputs = {"input_ids": input_ids_BT}
-    if mask_BT is not None:
-        inputs["attention_mask"] = mask_BT[:, None, None, :] if config._attn_implementation == "sdpa" else mask_BT
+    if segment_ids_BT is not None and position_ids_BT is not None:
+        inputs["position_ids"] = position_ids_BT + first_position(config)
+        inputs |= document_attention(config, segment_ids_BT, cu_seqlens)
+    elif segment_ids_BT is not None or position_ids_BT is not None:
+        raise ValueError("segment_ids_BT and position_ids_BT describe documents together; found one of them")
+    elif mask_BT is not None:
+        ready = config._attn_implementation in ("sdpa", VARLEN)
+        inputs["attention_mask"] = mask_BT[:, None, None, :] if ready else mask_BT
     return inputs
+
+
+def compile_blocks(view: nn.Module, *, backend: str = "inductor") -> None:
+    """Compile the blocks of a view, which its model shares, for fixed shapes; equal blocks share one compiled graph.
+
+    A new shape of batch, a mask where there was none, or gradients where there were none compile once more.
+    """
+    from torch._dynamo import config as dynamo  # seconds, that a run without compilation needn't spend
+
+    # The blocks of all models count together; beyond the limit, 8, blocks would run uncompiled with a mere warning.
+    # Teacher and student, training and validating, with and without a mask, in whole and smaller batches are 12.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    for block in view.get_submodule(architecture_of(cast(PreTrainedConfig, view.config)).blocks).children():
+        block.compile(backend=backend, dynamic=False)
 
 
 def capture_qkv(model: PreTrainedModel, layer: int, **inputs: Any) -> QKV:

@@ -183,15 +183,23 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, input_ids_BT: Tensor, mask_BT: Tensor | None = None) -> QKV:
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        segment_ids_BT: Tensor | None = None,
+        position_ids_BT: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> QKV:
         """Return Q, K and V, each [B, T, D] in the teacher's dtype.
 
         Args:
             input_ids_BT: token ids, int64.
             mask_BT: bool, true on real tokens; None when there is no padding.
+            segment_ids_BT: with the next two, to stay within documents: see `view_inputs`.
         """
-        hidden = self.view(**view_inputs(self.config, input_ids_BT, mask_BT)).last_hidden_state
-        return split_qkv(hidden, self.qkv_widths)
+        inputs = view_inputs(self.config, input_ids_BT, mask_BT, segment_ids_BT, position_ids_BT, cu_seqlens)
+        return split_qkv(self.view(**inputs).last_hidden_state, self.qkv_widths)
 
 
 def weights_sha256(module: nn.Module) -> str:

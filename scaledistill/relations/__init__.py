@@ -1,13 +1,16 @@
 """The MiniLMv2 relation loss: how far the student's multi-head self-attention relations are from the teacher's.
 
 In: `QKV` of one teacher block and one student block. Out: `RelationLoss`. A backend computes it: `reference` (any
-device, whole maps) or `sdpa` (CPU, tiles). Where Q/K/V come from is `models.capture`'s affair.
+device, whole maps), `sdpa` (CPU, tiles) or `triton` (GPU, fused kernels). Where Q/K/V come from is `models.capture`'s
+affair.
 
-Legend: B sequences, T tokens, D width, P pairs.
+Legend: B sequences, T tokens, D width, P pairs, S sequences laid end to end.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -29,11 +32,18 @@ __all__ = [
     "resolve_backend",
 ]
 
+
+def _triton_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor, Tensor]:
+    from scaledistill.relations.triton import triton_loss  # Triton is imported where it is used, and only there
+
+    return triton_loss(teacher, student, spec)
+
+
 # A backend takes Q/K/V as they come (any strides and floating dtypes; slices of one tensor are usual) and a checked
 # request, computes all pairs, and returns the weighted total with its gradient in the student, and the unweighted
 # losses `[P]` without one.
 Backend = Callable[[QKV, QKV, RelationSpec], tuple[Tensor, Tensor]]
-BACKENDS: dict[str, Backend] = {"reference": reference_loss, "sdpa": sdpa_loss}
+BACKENDS: dict[str, Backend] = {"reference": reference_loss, "sdpa": sdpa_loss, "triton": _triton_loss}
 
 
 class RelationLoss(NamedTuple):
@@ -50,12 +60,24 @@ def resolve_backend(backend: str, device_type: str) -> str:
         ValueError: no such backend, or it cannot compute on that device.
     """
     if backend == "auto":
+        if device_type == "cuda" and _triton_installed():
+            return "triton"
         return "sdpa" if device_type == "cpu" else "reference"
     if backend not in BACKENDS:
-        raise ValueError(f"relations.backend={backend!r}; expected auto, {' or '.join(BACKENDS)}")
+        raise ValueError(f"relations.backend={backend!r}; expected auto, {', '.join(BACKENDS)}")
     if backend == "sdpa" and device_type != "cpu":
         raise ValueError(f"relations.backend='sdpa' computes on the CPU, found {device_type}; use auto or reference")
+    if backend == "triton":
+        if not _triton_installed():
+            raise ValueError("relations.backend='triton' needs the package triton, which is not installed; use auto")
+        # Triton's interpreter runs its kernels on the CPU, slowly, for tests.
+        if device_type != "cuda" and (device_type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1"):
+            raise ValueError(f"relations.backend='triton' computes on CUDA GPUs, found {device_type}; use auto")
     return backend
+
+
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def relation_loss(
@@ -66,6 +88,7 @@ def relation_loss(
     pairs: Mapping[str, float],
     mask_BT: Tensor | None = None,
     segment_ids_BT: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     causal: bool = False,
     backend: str = "auto",
 ) -> RelationLoss:
@@ -81,9 +104,11 @@ def relation_loss(
         num_heads: R, the relation heads; divides each width used.
         pairs: weights by name: "qq", "kk", "vv", "qk", …
         mask_BT: bool or integer, true on real tokens, wherever they stand.
-        segment_ids_BT: integer; a token sees only tokens of its segment. n stays that of the whole row.
+        segment_ids_BT: integer, less than 2^31 apart; a token sees only tokens of its segment. n stays that of the row.
+        cu_seqlens: `[S + 1]` int32 or int64, ascending from 0: B is 1, and the tokens from one bound to the next are a
+            sequence of the mean, with n of its own; tokens after the last bound are padding. Without mask and segments.
         causal: a token sees only itself and earlier tokens.
-        backend: "auto", "reference" or "sdpa".
+        backend: "auto", "reference", "sdpa" or "triton".
 
     Returns:
         Float32 losses, float64 where an input is float64.
@@ -93,7 +118,7 @@ def relation_loss(
 
     Source: MiniLMv2, arXiv 2012.15828, eq. 5–8.
     """
-    spec = check_request(teacher, student, num_heads, pairs, mask_BT, segment_ids_BT, causal)
+    spec = check_request(teacher, student, num_heads, pairs, mask_BT, segment_ids_BT, cu_seqlens, causal)
     device_type = getattr(student, spec.letters[0]).device.type
     compute = BACKENDS[resolve_backend(backend, device_type)]
     with torch.autocast(device_type, enabled=False):

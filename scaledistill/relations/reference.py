@@ -18,15 +18,16 @@ def reference_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tens
 
     Source: MiniLMv2, arXiv 2012.15828, eq. 5–8.
     """
-    first_BTD = getattr(student, spec.letters[0])
-    B, T, _ = first_BTD.shape
-    real_BT = first_BTD.new_ones(B, T, dtype=torch.bool) if spec.mask_BT is None else spec.mask_BT
-    visible_BTT = real_BT[:, None, :].expand(B, T, T)
-    if spec.segment_ids_BT is not None:
-        visible_BTT = visible_BTT & (spec.segment_ids_BT[:, :, None] == spec.segment_ids_BT[:, None, :])
+    B, T = spec.share_BT.shape
+    if spec.keys_BT is None:
+        real_BT = torch.ones_like(spec.share_BT, dtype=torch.bool)
+        visible_BTT = real_BT[:, None, :].expand(B, T, T)
+    else:
+        real_BT = spec.keys_BT >= 0
+        visible_BTT = real_BT[:, None, :] & (spec.keys_BT[:, :, None] == spec.keys_BT[:, None, :])
     if spec.causal:
         visible_BTT = visible_BTT.tril()
-    # Rows of padding see everything, so that no softmax is empty; their KL is dropped below.
+    # Rows of padding see everything, so that no softmax is empty; their share is 0.
     hidden_B1TT = ~(visible_BTT | ~real_BT[:, :, None])[:, None]
 
     def heads(x_BTD: Tensor) -> Tensor:
@@ -38,14 +39,13 @@ def reference_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tens
         scores_BRTT = a_BRTE @ b_BRTE.mT / a_BRTE.shape[-1] ** 0.5
         return scores_BRTT.masked_fill(hidden_B1TT, -torch.inf).log_softmax(-1)
 
-    num_rows_B = (spec.num_heads * real_BT.sum(1)).clamp(min=1)
     losses = []
     for pair, _ in spec.pairs:
         with torch.no_grad():
             teacher_BRTT = log_relation(teacher, pair)
         student_BRTT = log_relation(student, pair)
         difference_BRTT = (teacher_BRTT - student_BRTT).masked_fill(hidden_B1TT, 0.0)
-        kl_BRT = (teacher_BRTT.exp() * difference_BRTT).sum(-1).masked_fill(~real_BT[:, None, :], 0.0)
-        losses.append((kl_BRT.sum((1, 2)) / num_rows_B).mean())
+        kl_BT = (teacher_BRTT.exp() * difference_BRTT).sum((1, 3))
+        losses.append((kl_BT * spec.share_BT).sum() / spec.num_heads)
     weighted = [weight * loss for (_, weight), loss in zip(spec.pairs, losses, strict=True)]
     return torch.stack(weighted).sum(), torch.stack(losses).detach()

@@ -63,15 +63,15 @@ def _losses_and_grads(
     teacher: QKV, student: dict[str, Tensor], spec: RelationSpec, with_grad: bool
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Return the losses of the pairs and, by letter, the total's gradient `[B, T, D]` in `spec.dtype` if wanted."""
-    B, T = next(iter(student.values())).shape[:2]
+    T = spec.share_BT.shape[1]
     losses = [0.0] * len(spec.pairs)
     grads = {letter: torch.zeros(x.shape, dtype=spec.dtype) for letter, x in student.items()} if with_grad else {}
     work = torch.empty(3, max(TILE_SCORES, _TILE_ROWS * T), dtype=spec.dtype)
-    for sequence, tokens_n, num_real in _token_groups(B, T, spec):
-        teacher_RnE = {letter: _gather(getattr(teacher, letter)[sequence], tokens_n, spec) for letter in student}
-        student_RnE = {letter: _gather(x[sequence], tokens_n, spec) for letter, x in student.items()}
+    for row, tokens_n in _token_groups(spec):
+        teacher_RnE = {letter: _gather(getattr(teacher, letter)[row], tokens_n, spec) for letter in student}
+        student_RnE = {letter: _gather(x[row], tokens_n, spec) for letter, x in student.items()}
         grads_RnE = {letter: torch.zeros_like(x) for letter, x in student_RnE.items()} if with_grad else {}
-        share = 1 / (spec.num_heads * num_real * B)
+        share = spec.share_BT[row, tokens_n[0]].item() / spec.num_heads
         for p, (pair, weight) in enumerate(spec.pairs):
             a, b = tuple(pair)
             sides = _Sides(
@@ -79,21 +79,21 @@ def _losses_and_grads(
             )
             losses[p] += share * _pair_kl(sides, weight * share, spec.causal, work)
         for letter, grad_RnE in grads_RnE.items():
-            grads[letter][sequence].index_copy_(0, tokens_n, grad_RnE.transpose(0, 1).flatten(1))
+            grads[letter][row].index_copy_(0, tokens_n, grad_RnE.transpose(0, 1).flatten(1))
     return losses, grads
 
 
-def _token_groups(B: int, T: int, spec: RelationSpec) -> Iterator[tuple[int, Tensor, int]]:
-    """Yield (sequence, ascending positions of tokens that see each other, real tokens in the sequence)."""
-    for sequence in range(B):
-        real_n = torch.arange(T) if spec.mask_BT is None else spec.mask_BT[sequence].nonzero().squeeze(1)
-        if spec.segment_ids_BT is None:
-            groups = [real_n] if len(real_n) else []
-        else:
-            ids_n = spec.segment_ids_BT[sequence, real_n]
-            groups = [real_n[ids_n == document] for document in ids_n.unique()]
-        for tokens_n in groups:
-            yield sequence, tokens_n, len(real_n)
+def _token_groups(spec: RelationSpec) -> Iterator[tuple[int, Tensor]]:
+    """Yield (row of the batch, ascending positions of tokens that see each other)."""
+    B, T = spec.share_BT.shape
+    for row in range(B):
+        if spec.keys_BT is None:
+            yield row, torch.arange(T)
+            continue
+        keys_T = spec.keys_BT[row]
+        for key in keys_T.unique().tolist():
+            if key >= 0:
+                yield row, (keys_T == key).nonzero().squeeze(1)
 
 
 def _gather(x_TD: Tensor, tokens_n: Tensor, spec: RelationSpec) -> Tensor:

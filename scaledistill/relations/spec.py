@@ -27,15 +27,16 @@ class QKV(NamedTuple):
 class RelationSpec(NamedTuple):
     """A checked request: which relations of which tokens.
 
-    `pairs` holds (name, weight), e.g. ("qk", 1.0); `mask_BT` is bool, true on real tokens; `segment_ids_BT` are
-    integers, equal within a document; `dtype` is that of scores, softmax and losses: float64 where an input is float64,
-    float32 otherwise.
+    `pairs` holds (name, weight), e.g. ("qk", 1.0). `keys_BT` is int32: tokens of a row see each other where their keys
+    are equal; -1 is padding; None: every token sees its whole row. `share_BT` is what a token's row, summed over heads,
+    counts in the loss before the division by R: 1 / (n · B), or 1 / (n · S) among S sequences laid end to end; 0 on
+    padding. `dtype` is that of scores, softmax, shares and losses: float64 where an input is float64, else float32.
     """
 
     num_heads: int
     pairs: tuple[tuple[str, float], ...]
-    mask_BT: Tensor | None
-    segment_ids_BT: Tensor | None
+    keys_BT: Tensor | None
+    share_BT: Tensor
     causal: bool
     dtype: torch.dtype
 
@@ -115,13 +116,14 @@ def check_request(
     pairs: Mapping[str, float],
     mask_BT: Tensor | None,
     segment_ids_BT: Tensor | None,
+    cu_seqlens: Tensor | None,
     causal: bool,
 ) -> RelationSpec:
-    """Check settings and tensors against each other.
+    """Check settings and tensors against each other; never wait for a GPU, whose values of `cu_seqlens` are trusted.
 
     Raises:
         ValueError: as `normalise_pairs` and `check_relation_heads`; tensors that differ in B, T or device or are not
-            floating; a mask or segment ids of another shape or device or of floating dtype.
+            floating; a mask, segment ids or `cu_seqlens` of another shape or device or of floating dtype.
     """
     weighted = normalise_pairs(pairs)
     names = [name for name, _ in weighted]
@@ -154,4 +156,51 @@ def check_request(
     }
     check_relation_heads(num_heads, widths, names)
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
-    return RelationSpec(num_heads, weighted, None if mask_BT is None else mask_BT.bool(), segment_ids_BT, causal, dtype)
+    if cu_seqlens is None:
+        keys_BT, share_BT = _tokens_in_rows(mask_BT, segment_ids_BT, first, dtype)
+    elif mask_BT is None and segment_ids_BT is None:
+        keys_BT, share_BT = _tokens_laid_end_to_end(cu_seqlens, first, dtype)
+    else:
+        raise ValueError("cu_seqlens says which tokens see each other; leave mask_BT and segment_ids_BT out")
+    return RelationSpec(num_heads, weighted, keys_BT, share_BT, causal, dtype)
+
+
+def _tokens_in_rows(
+    mask_BT: Tensor | None, segment_ids_BT: Tensor | None, first: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """Return keys and shares of `RelationSpec` where each row is one sequence of the mean."""
+    B, T, _ = first.shape
+    keys_BT = None
+    if segment_ids_BT is not None:
+        keys_BT = (segment_ids_BT - segment_ids_BT.amin()).to(torch.int32)
+    if mask_BT is None:
+        return keys_BT, torch.full((B, T), 1 / (T * B), dtype=dtype, device=first.device)
+    real_BT = mask_BT.bool()
+    if keys_BT is None:
+        keys_BT = torch.zeros_like(real_BT, dtype=torch.int32)
+    share_BT = real_BT / (real_BT.sum(1, keepdim=True, dtype=dtype).clamp(min=1) * B)
+    return keys_BT.masked_fill(~real_BT, -1), share_BT
+
+
+def _tokens_laid_end_to_end(cu_seqlens: Tensor, first: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return keys and shares of `RelationSpec` where the tokens between two bounds are a sequence of the mean."""
+    B, N, _ = first.shape
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or B != 1 or cu_seqlens.device != first.device:
+        raise ValueError(
+            f"cu_seqlens has shape {list(cu_seqlens.shape)} on {cu_seqlens.device}, Q/K/V have B = {B}; "
+            f"expected [S + 1] bounds of S sequences on {first.device} and B = 1"
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}; expected int32 or int64")
+    lengths_S = cu_seqlens.diff()
+    if cu_seqlens.device.type == "cpu" and (cu_seqlens[0] != 0 or cu_seqlens[-1] > N or bool((lengths_S < 0).any())):
+        raise ValueError(
+            f"cu_seqlens goes from {cu_seqlens[0]} to {cu_seqlens[-1]}; "
+            f"expected bounds that ascend from 0 to at most {N}, the tokens"
+        )
+    S = len(lengths_S)
+    positions_N = torch.arange(N, dtype=cu_seqlens.dtype, device=first.device)
+    sequences_N = torch.bucketize(positions_N, cu_seqlens[1:], right=True)
+    real_N = sequences_N < S
+    share_N = real_N / (lengths_S[sequences_N.clamp(max=S - 1)].clamp(min=1).to(dtype) * S)
+    return sequences_N.to(torch.int32).masked_fill(~real_N, -1)[None], share_N[None]

@@ -1,0 +1,212 @@
+"""Benchmarks: variants measured in turn, figures by name, the table for people, and where it was all taken.
+
+Enters: what the tools under `tools/` measure. Leaves: a table on the console, `--markdown` for docs/benchmarks.md and
+`--json` for machines. At the top only the standard library: a peer's process, in an environment of its own, reads this
+module too (`Turns`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any, cast
+
+VERSIONED = ("torch", "transformers", "deepspeed", "triton")
+
+
+@dataclass
+class Report:
+    """Figures for machines, tables for people."""
+
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+    def add(self, name: str, values: float | Sequence[float], unit: str) -> float:
+        """Keep the median of `values` (n of them) under a name, and return it."""
+        values = values if isinstance(values, Sequence) else [values]
+        median = statistics.median(values)
+        self.figures.append({"name": name, "value": median, "unit": unit, "n": len(values)})
+        return median
+
+    def table(self, title: str, columns: Sequence[str]) -> Table:
+        """Begin a table and return it."""
+        self.tables.append(Table(title, columns))
+        return self.tables[-1]
+
+    def publish(self, options: argparse.Namespace, *, gpu: str | None = None) -> None:
+        """Print the tables, and write what `add_options` offers. `gpu` is the name of the GPU measured on, if any."""
+        from rich.console import Console
+
+        facts = machine_facts(gpu)
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        tables = [table for table in self.tables if table.rows]
+        for table in tables:
+            console.print(table.rich())
+        for name, fact in facts.items():
+            console.print(f"{name}: {fact}", highlight=False, markup=False, soft_wrap=True)
+        if options.json:
+            options.json.write_text(json.dumps(self.figures, indent=1) + "\n")
+        if options.markdown:
+            where = "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
+            options.markdown.write_text("\n\n".join([*(table.markdown() for table in tables), where]) + "\n")
+
+
+@dataclass
+class Table:
+    """A title, column names and rows of text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+
+    def rich(self) -> Any:
+        """Return it for a rich console."""
+        from rich.table import Table as RichTable
+
+        table = RichTable(*self.columns, title=self.title, title_justify="left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """Return it as a Markdown table."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return "\n".join([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that all benchmarks share."""
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write the figures here: name, value, unit, n")
+    parser.add_argument("--markdown", type=_file, metavar="FILE", help="write the tables here as Markdown")
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():  # better now than when all is measured
+        raise argparse.ArgumentTypeError(f"{path.parent} is not a folder; make it first")
+    return path
+
+
+def in_turn(
+    runs: Mapping[str, Callable[[], float]], *, rounds: int, max_seconds: float, title: str
+) -> dict[str, list[float]]:
+    """Make each run once per round, so that what disturbs the machine disturbs all alike; return the seconds of each.
+
+    A run returns the seconds that it took. Once they add up to `max_seconds`, it sits out the other rounds and its list
+    is shorter: the same place in two lists is the same round. A line per round on stderr, after `title`.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(1, rounds + 1):
+        taking_part = [name for name in runs if sum(seconds[name]) < max_seconds]
+        if not taking_part:
+            break
+        for name in taking_part:
+            seconds[name].append(runs[name]())
+        took = ", ".join(f"{name} {1000 * seconds[name][-1]:,.1f} ms" for name in taking_part)
+        sys.stderr.write(f"{title}, round {number} of {rounds}: {took}\n")
+    return seconds
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """Return slow / fast of each round that both were in: noise that lasts longer than a round cancels."""
+    return [one / other for one, other in zip(slow, fast, strict=False)]
+
+
+def machine_facts(gpu: str | None) -> dict[str, str]:
+    """Return hardware, versions and commit, for people."""
+    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(errors="replace"))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores = len(os.sched_getaffinity(0))
+    hardware = f"{model[1] if model else platform.machine()}, {cores} cores, {memory / 2**30:.0f} GiB"
+    return {
+        "hardware": f"{gpu}; {hardware}" if gpu else hardware,
+        "versions": ", ".join(f"{name} {_version(name)}" for name in ("scaledistill", *VERSIONED))
+        + f", Python {platform.python_version()}",
+        "commit": _commit(Path(__file__).parent),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit(folder: Path) -> str:
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty=, changed since", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+
+
+class Turns:
+    """A worker's end of the pipes to its `Worker`: wait for a turn, answer with what it measured.
+
+    What libraries print goes to stderr, so that answers have stdout for themselves.
+    """
+
+    def __init__(self) -> None:
+        self._answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def wait(self) -> None:
+        """Block until it is this worker's turn; leave the process where the other end is gone."""
+        if not sys.stdin.readline():
+            sys.exit()
+
+    def answer(self, **figures: Any) -> None:
+        """End the turn."""
+        self._answers.write(json.dumps(figures) + "\n")
+
+
+class WorkerError(RuntimeError):
+    """A worker ended before its time."""
+
+
+class Worker:
+    """A process that does something each time that it is its turn. A context manager: leaving it ends the process."""
+
+    def __init__(self, name: str, command: Sequence[str], *, log: Path, environment: Mapping[str, str]) -> None:
+        self._name, self._log = name, log
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=dict(environment)
+            )
+
+    def turn(self) -> dict[str, Any]:
+        """Give the worker its turn and return its answer.
+
+        Raises:
+            WorkerError: it has ended; with its exit status and last words.
+        """
+        asked, answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            asked.write("turn\n")
+            asked.flush()
+            line = answers.readline()
+        if not line:
+            words = self._log.read_text(errors="replace").splitlines()[-20:]
+            raise WorkerError("\n".join([f"{self._name} ended with status {self._process.wait()}:", *words]))
+        return json.loads(line)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.communicate()

@@ -1,0 +1,100 @@
+"""Tile size, warps and pipeline stages of a kernel: a table, and on GPUs the fastest of it, measured once and kept.
+
+In: what tells launches apart (kernel, widths, dtypes, length) and a function that times one. Out: a `Launch`. The
+winners are kept in a JSON file in the user's cache folder, by GPU and Triton version, so that later runs use the same
+tiles and give the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+
+class Launch(NamedTuple):
+    """`block` tokens on either side of a tile; a program's warps, stages of its loads' pipeline, registers a thread."""
+
+    block: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+def candidates(kernel: str, width: int, in_float32: bool, length: int) -> list[Launch]:
+    """List the launches worth trying, the default first.
+
+    A tile's scores and exponentials stay in registers: 64 × 64 on 4 warps take 32 a thread and model. None of these
+    spills registers at bf16 (few in causal backward), compiled for compute capability 8.0 and 9.0.
+
+    Args:
+        kernel: "forward" or "backward".
+        width: the wider model's head.
+        in_float32: a model is float32, so that its products are sums of float32 multiply-adds, on no matrix unit.
+        length: tokens of a row; tiles of 64 would be mostly empty up to 32.
+    """
+    if in_float32:
+        launches = [Launch(64, 8, 2), Launch(32, 4, 2)] if width <= 32 else [Launch(32, 4, 1), Launch(16, 4, 1)]
+    elif width > 32:
+        launches = [Launch(64, 8, 1), Launch(64, 4, 1), Launch(32, 4, 1)]
+    elif kernel == "forward":
+        launches = [Launch(64, 4, 2), Launch(64, 4, 3), Launch(64, 8, 2), Launch(128, 8, 2), Launch(32, 4, 2)]
+    else:
+        # Three programs to a multiprocessor instead of two.
+        launches = [Launch(64, 4, 2, 168), Launch(64, 4, 2), Launch(64, 8, 2), Launch(32, 4, 2), Launch(32, 2, 2, 128)]
+    return [launch for launch in launches if launch.block <= 32 or length > 32]
+
+
+class Winners:
+    """The launches chosen on one kind of GPU (`hardware`), in memory and in `file`."""
+
+    def __init__(self, file: Path, hardware: str) -> None:
+        self._file, self._hardware = file, hardware
+        self._chosen: dict[str, Launch] = {}
+
+    def choose(self, key: str, among: list[Launch], seconds: Callable[[Launch], float]) -> Launch:
+        """Return the launch kept under `key`; else time all (infinite: cannot run), keep the fastest and return it."""
+        if key not in self._chosen:
+            kept = self._read().get(self._hardware, {}).get(key)
+            if kept is not None and Launch(*kept) in among:
+                self._chosen[key] = Launch(*kept)
+            else:
+                times = {launch: seconds(launch) for launch in among}
+                best = min(among, key=times.__getitem__)
+                self._chosen[key] = best if math.isfinite(times[best]) else among[0]
+                logger.info("%s: fastest of %d launches is %s", key, len(among), self._chosen[key])
+                self._keep(key)
+        return self._chosen[key]
+
+    def _read(self) -> dict[str, dict[str, list[Any]]]:
+        try:
+            return json.loads(self._file.read_text())
+        except (OSError, ValueError):
+            return {}  # measured again
+
+    def _keep(self, key: str) -> None:
+        tree = self._read()
+        tree.setdefault(self._hardware, {})[key] = list(self._chosen[key])
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=self._file.parent, prefix=self._file.name)
+            with contextlib.ExitStack() as stack:
+                stack.callback(Path(name).unlink, missing_ok=True)
+                with os.fdopen(descriptor, "w") as out:
+                    json.dump(tree, out, indent=1, sort_keys=True)
+                os.replace(name, self._file)
+        except OSError as error:
+            logger.warning("%s: %s; kernel launches are measured again in the next run", self._file, error)
+
+
+def cache_file() -> Path:
+    """Return where winners are kept: `scaledistill/launches.json` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scaledistill" / "launches.json"

@@ -1,0 +1,118 @@
+"""How fast a run is: the clock of a step's phases, and the rates to hold it against.
+
+Enters: the device and the phases as they happen. Leaves: seconds by phase, a peak in FLOP/s, a peak in bytes.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch.profiler import record_function
+
+# Dense 16-bit peak in FLOP/s by a part of the device's name; data sheets of the makers.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A6000": 154.8e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+PHASES = ("data wait", "teacher", "student", "loss", "backward", "optimizer")
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return a GPU's dense bf16 peak in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def measured_matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
+    """Return the FLOP/s of the best of a few matrix products, `[size, size]` by `[size, 4 size]`: 0.2 s or so.
+
+    On a CPU it is this process's share of the machine: its threads, beside whatever else runs.
+    """
+    size = size or (8192 if device.type == "cuda" else 768)
+    a, b = (torch.ones(size, columns, device=device, dtype=dtype) for columns in (size, 4 * size))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    seconds()
+    return 8 * size**3 / min(seconds() for _ in range(5))
+
+
+def memory_peak_bytes(device: torch.device) -> int:
+    """Return the most memory held so far: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Lap(NamedTuple):
+    """What passed since the last lap."""
+
+    seconds: float
+    phases: dict[str, float]
+    """Seconds by phase, every one of `PHASES`; on a GPU those of its stream, but for the wait for data."""
+
+
+class Stopwatch:
+    """Time since the last lap, and by phase of the step. Costs no wait for the device while the laps are not read.
+
+    A phase also names its part of a profiler's trace.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._on_gpu = device is not None and device.type == "cuda"
+        self._start = time.perf_counter()
+        self._spans: list[tuple[str, Callable[[], float]]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of a block to one of `PHASES`."""
+        with record_function(name):
+            if self._on_gpu and name != "data wait":
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                first.record()
+                yield
+                last.record()
+                self._spans.append((name, lambda: first.elapsed_time(last) / 1000))
+            else:
+                start = time.perf_counter()
+                yield
+                seconds = time.perf_counter() - start
+                self._spans.append((name, lambda: seconds))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of a block out: what is not a step does not count against the throughput."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
+
+    def lap(self) -> Lap:
+        """Return what passed since the last lap, and start the next; waits for a GPU to finish what it was given."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        phases = dict.fromkeys(PHASES, 0.0)
+        for name, seconds in self._spans:
+            phases[name] += seconds()
+        lap = Lap(now - self._start, phases)
+        self._start, self._spans = now, []
+        return lap

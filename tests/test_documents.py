@@ -1,0 +1,303 @@
+"""Packed documents neither attend to each other nor count their positions on: each gives what it gives alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENCODER_SIZES
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    BertConfig,
+    CamembertConfig,
+    ElectraConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+from scaledistill.data.reader import ShardReader
+from scaledistill.data.shards import ShardWriter
+from scaledistill.data.stream import Batch, iter_validation
+from scaledistill.errors import ConfigError
+from scaledistill.models import attention
+from scaledistill.models.attention import VARLEN, use_varlen_attention, varlen_attention_available
+from scaledistill.models.capture import build_encoder, capture_view, compile_blocks, split_qkv, view_inputs
+from scaledistill.models.teacher import Teacher
+from scaledistill.relations import relation_loss
+
+# Weights large enough for attention to be far from uniform, so that a token too many would show.
+SIZES = {
+    **ENCODER_SIZES,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.15,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "bert": BertConfig(**SIZES),
+    "roberta": RobertaConfig(**SIZES),
+    "xlm-roberta": XLMRobertaConfig(**SIZES),
+    "camembert": CamembertConfig(**SIZES),
+    "electra": ElectraConfig(**SIZES, embedding_size=32),
+}
+T = 17
+DOCUMENTS = [[(0, 5), (5, 17)], [(2, 9), (9, 10), (12, 17)], [], [(0, 17)], [(0, 3), (3, 7), (7, 8), (8, 15)]]
+SPANS = [(row, *span) for row, spans in enumerate(DOCUMENTS) for span in spans]
+
+
+def batch_of(folder: Path, spans: list[tuple[int, int, int]]) -> Batch:
+    """Five rows as training gets them."""
+    ids = torch.randint(5, 97, (5, T), generator=torch.Generator().manual_seed(0)).to(torch.int32).numpy()
+    tokenizer = {"name": "test", "sha256": "0" * 64}
+    with ShardWriter(folder, sequence_length=T, vocab_size=97, tokenizer=tokenizer, pad_token_id=0) as writer:
+        writer.write(ids, torch.tensor(spans).numpy())
+    (batch,) = iter_validation(ShardReader(folder), rows=5, micro_batch_size=5, with_documents=True)
+    return batch
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    return batch_of(tmp_path_factory.mktemp("shards") / "rows", SPANS)
+
+
+@pytest.fixture
+def varlen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `varlen_attn` on the CPU, in any dtype."""
+    monkeypatch.setattr(attention, "varlen_attn", exact_varlen)
+    monkeypatch.setattr(attention, "varlen_attention_available", lambda *_: True)
+
+
+def exact_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """What `varlen_attn` computes, traceable: every token sees the tokens between the same two ends, [N, H, E]."""
+    assert cu_seq_q is cu_seq_k
+    assert cu_seq_q.dtype is torch.int32
+    assert max_q == max_k == T
+    sequence = torch.searchsorted(cu_seq_q[1:], torch.arange(len(query)), right=True)
+    visible = sequence[:, None] == sequence
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return scaled_dot_product_attention(query, key, value, visible, scale=scale)[0].transpose(0, 1)
+
+
+def student_view(config: PreTrainedConfig, **sizes: int) -> nn.Module:
+    """A view that trains, of the first of two sizes of student."""
+    own = copy.deepcopy(config)
+    own.update({"hidden_size": 32, "num_hidden_layers": 3, **sizes})
+    torch.manual_seed(1)
+    return capture_view(build_encoder(own).train(), own.num_hidden_layers)
+
+
+def run(view: nn.Module, batch: Batch) -> Tensor:
+    documents = (batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens)
+    return view(**view_inputs(view.config, batch.input_ids_BT, batch.mask_BT, *documents)).last_hidden_state
+
+
+def alone(view: nn.Module, batch: Batch) -> Iterator[tuple[int, int, int, Tensor]]:
+    for row, start, end in SPANS:
+        ids_BT = batch.input_ids_BT[row : row + 1, start:end]
+        yield row, start, end, view(**view_inputs(view.config, ids_BT)).last_hidden_state[0]
+
+
+def gradients(view: nn.Module, loss: Tensor) -> list[Tensor]:
+    view.zero_grad()
+    loss.backward()
+    return [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in view.parameters()]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", VARLEN])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.usefixtures("varlen")
+def test_packed_documents_give_what_they_give_alone(name: str, implementation: str, batch: Batch) -> None:
+    config = copy.deepcopy(CONFIGS[name])
+    config._attn_implementation = implementation
+    torch.manual_seed(0)
+    teacher = Teacher(build_encoder(config), 4)
+    found = torch.cat(
+        teacher(batch.input_ids_BT, batch.mask_BT, batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens), -1
+    )
+    assert found.isfinite().all()
+    for row, start, end, expected in alone(teacher.view, batch):
+        torch.testing.assert_close(found[row, start:end], expected, rtol=0, atol=1e-5)
+
+    view = student_view(config)
+    packed = run(view, batch)
+    weights_BTD = torch.randn(packed.shape, generator=torch.Generator().manual_seed(2)) / packed.numel()
+    expected_loss = torch.zeros(())
+    for row, start, end, expected in alone(view, batch):
+        torch.testing.assert_close(packed[row, start:end], expected, rtol=0, atol=1e-5)
+        expected_loss = expected_loss + (expected * weights_BTD[row, start:end]).sum()
+    assert batch.mask_BT is not None
+    found_gradients = gradients(view, (packed * weights_BTD)[batch.mask_BT].sum())
+    for found, expected in zip(found_gradients, gradients(view, expected_loss), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_rows_differ(batch: Batch) -> None:
+    """What the tests of this file would miss if documents made no difference."""
+    view = student_view(CONFIGS["bert"])
+    rows = view(**view_inputs(view.config, batch.input_ids_BT, batch.mask_BT)).last_hidden_state
+    difference_BT = (rows - run(view, batch)).abs().amax(-1)
+    assert all(difference_BT[row, start:end].min() > 0.01 for row, start, end in SPANS if (start, end) != (0, T))
+    torch.testing.assert_close(difference_BT[3], torch.zeros(T), rtol=0, atol=1e-5)
+
+
+def test_loss_is_the_same_under_reference_and_sdpa(batch: Batch) -> None:
+    torch.manual_seed(0)
+    teacher = Teacher(build_encoder(CONFIGS["bert"]), 4)
+    target = teacher(batch.input_ids_BT, batch.mask_BT, batch.segment_ids_BT, batch.position_ids_BT)
+    view = student_view(CONFIGS["bert"])
+    found = {}
+    for backend in ("reference", "sdpa"):
+        loss = relation_loss(
+            target,
+            split_qkv(run(view, batch), view.qkv_widths),
+            num_heads=4,
+            pairs={"qq": 1.0, "kk": 1.0, "vv": 1.0},
+            mask_BT=batch.mask_BT,
+            segment_ids_BT=batch.segment_ids_BT,
+            backend=backend,
+        )
+        found[backend] = [loss.total.detach(), *gradients(view, loss.total)]
+    assert found["reference"][0] > 0.01
+    for expected, other in zip(found["reference"], found["sdpa"], strict=True):
+        torch.testing.assert_close(other, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", VARLEN])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_value_is_looked_at(dtype: torch.dtype, implementation: str, batch: Batch) -> None:
+    """Meta tensors have none: on a GPU nothing would wait. Under VARLEN this is the real operator with its checks."""
+    config = copy.deepcopy(CONFIGS["roberta"])
+    config._attn_implementation = implementation
+    view = capture_view(build_encoder(config, device="meta").to(dtype), 4)
+    hidden = run(view, batch.with_tensors(lambda tensor: tensor.to("meta")))
+    assert (hidden.shape, hidden.dtype) == ((5, T, 3 * 48), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masks_of_eager_attention_keep_the_dtype_and_hide_all(dtype: torch.dtype, batch: Batch) -> None:
+    config = copy.deepcopy(CONFIGS["bert"])
+    view = capture_view(build_encoder(config).to(dtype), 4)
+    sdpa = run(view, batch)
+    config._attn_implementation = "eager"
+    eager = run(view, batch)
+    assert eager.dtype is dtype
+    assert (eager - sdpa).norm() < 0.02 * sdpa.norm()
+
+
+@pytest.mark.usefixtures("varlen")
+def test_rows_without_documents_go_on_as_under_sdpa(batch: Batch, tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIGS["bert"])
+    view = student_view(config)
+    inputs = (
+        {"input_ids_BT": batch.input_ids_BT},
+        {"input_ids_BT": batch.input_ids_BT, "mask_BT": batch.mask_BT},
+        {name: getattr(batch, name) for name in ("input_ids_BT", "segment_ids_BT", "position_ids_BT")},
+    )
+    expected = [view(**view_inputs(view.config, **each)).last_hidden_state for each in inputs]
+    view.config.save_pretrained(tmp_path / "before")
+    assert use_varlen_attention(view.config, torch.device("cpu"), torch.float32)
+    assert view.config._attn_implementation == VARLEN
+    for each, hidden in zip(inputs, expected, strict=True):
+        assert torch.equal(view(**view_inputs(view.config, **each)).last_hidden_state, hidden)
+    view.config.save_pretrained(tmp_path / "after")
+    assert (tmp_path / "before/config.json").read_text() == (tmp_path / "after/config.json").read_text()
+
+
+def test_where_varlen_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = copy.deepcopy(CONFIGS["bert"])
+    gpu, bf16 = torch.device("cuda"), torch.bfloat16
+    config.hidden_size = 4 * 32
+    assert not use_varlen_attention(config, torch.device("cpu"), bf16)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert all(varlen_attention_available(gpu, dtype, 64) for dtype in (bf16, torch.float16))
+    assert not varlen_attention_available(gpu, torch.float32, 64)
+    assert not any(varlen_attention_available(gpu, bf16, size) for size in (12, 136))
+    assert not use_varlen_attention(config, gpu, bf16, dropout=0.1)
+    assert config._attn_implementation != VARLEN
+    assert use_varlen_attention(config, gpu, bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not varlen_attention_available(gpu, bf16, 64)
+
+
+def test_refusals(batch: Batch) -> None:
+    config = copy.deepcopy(CONFIGS["bert"])
+    with pytest.raises(ValueError, match="describe documents together; found one of them"):
+        view_inputs(config, batch.input_ids_BT, segment_ids_BT=batch.segment_ids_BT)
+    config._attn_implementation = "flex_attention"
+    with pytest.raises(
+        ConfigError, match=r"data.attention='document' works with .* eager, found 'flex_attention'; leave"
+    ):
+        view_inputs(config, batch.input_ids_BT, None, batch.segment_ids_BT, batch.position_ids_BT)
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own, hidden by it
+@pytest.mark.parametrize("implementation", ["sdpa", VARLEN])
+@pytest.mark.usefixtures("varlen", "compiler")
+def test_equal_blocks_share_one_compiled_graph(implementation: str, batch: Batch, tmp_path: Path) -> None:
+    """Two graphs, a block's and the captured one's, for one depth and another, and for other documents."""
+    other = batch_of(tmp_path / "rows", [(row, start, end) for row in range(5) for start, end in ((0, 9), (9, T))])
+    config = copy.deepcopy(CONFIGS["roberta"])
+    config._attn_implementation = implementation
+    for num_layers in (2, 5):
+        view = student_view(config, num_hidden_layers=num_layers)
+        compiled = copy.deepcopy(view)
+        compile_blocks(compiled, backend="aot_eager")
+        for packed in (batch, other):
+            weights_BTD = torch.randn(5, T, 96)
+            outputs = [run(each, packed) for each in (view, compiled)]
+            torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-5)
+            expected, found = (
+                gradients(each, (output * weights_BTD).mean())
+                for each, output in zip((view, compiled), outputs, strict=True)
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_varlen_attention_on_a_gpu(name: str, batch: Batch) -> None:
+    """Teacher and student in bf16 against the block mask in fp32, without a wait for the device."""
+    config = copy.deepcopy(CONFIGS[name])
+    config.update({"hidden_size": 64, "initializer_range": 0.1})
+    view = student_view(config, hidden_size=64).cuda()
+    on_gpu = batch.with_tensors(Tensor.cuda)
+    assert on_gpu.mask_BT is not None
+    expected = run(view, on_gpu)
+    expected_gradients = gradients(view, expected[on_gpu.mask_BT].square().mean())
+    view.bfloat16()
+    assert use_varlen_attention(view.config, torch.device("cuda"), torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = run(view, on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found_gradients = gradients(view, found.float()[on_gpu.mask_BT].square().mean())
+    for x, y in zip((found, *found_gradients), (expected, *expected_gradients), strict=True):
+        assert (x.float() - y).norm() <= 0.03 * y.norm() + 1e-6

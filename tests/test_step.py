@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import scaledistill
+from scaledistill import doctor
+from scaledistill import session as session_module
+from scaledistill import train as train_module
+from scaledistill.config import parse_config
+from scaledistill.distributed import process_group
+from scaledistill.metrics import read_rows
+from scaledistill.models.capture import compile_blocks
+from scaledistill.session import open_session
+from scaledistill.speed import Stopwatch
+from scaledistill.step import StepResult, forward_loss, train_step
+
+# What makes the host wait for a GPU: values, or shapes that depend on them.
+READS = {
+    Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.nonzero, Tensor.unique, Tensor.masked_select,
+    Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.is_nonzero, Tensor.equal,
+    torch.nonzero, torch.unique, torch.masked_select, torch.is_nonzero, torch.equal, torch.allclose,
+}  # fmt: skip
+PACKAGE = str(Path(scaledistill.__file__).parent)
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the reads by whose code asks for them; those of the engine's library are not ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_owner: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
+        if func in READS or by_mask:
+            frame = sys._getframe(1)
+            while "/torch/" in frame.f_code.co_filename and frame.f_back:
+                frame = frame.f_back
+            owners = ("deepspeed", "transformers")
+            file = frame.f_code.co_filename
+            owner = next((name for name in owners if f"/{name}/" in file and PACKAGE not in file), "ours")
+            self.by_owner[owner] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of_steps(tree: dict[str, Any]) -> list[dict[str, int]]:
+    config = parse_config(tree)
+    reads = []
+    with process_group(60) as ranks:
+        session = open_session(doctor.check(config, 1, ranks.device).config, ranks, resume=False)
+        with session.stream() as stream:
+            for _ in range(3):
+                with HostReads() as counted:
+                    train_step(session, stream, lambda: None, Stopwatch(ranks.device))
+                reads.append(dict(counted.by_owner))
+    return reads
+
+
+@pytest.mark.parametrize("attention", ["row", "document"])
+def test_one_wait_for_the_device_per_step(tiny_config, attention: str) -> None:
+    config = tiny_config(
+        train={"micro_batch_size": 2}, relations={"backend": "reference"}, data={"attention": attention}
+    )
+    [steps] = run_ranks(reads_of_steps, 1, config.model_dump())
+    assert len(steps) == 3
+    for by_owner in steps:
+        assert by_owner.pop("deepspeed") >= 1  # it looks at its gradients: the count works
+        assert by_owner == {"ours": 1}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("attention", ["row", "document"])
+def test_a_forward_on_a_gpu_waits_for_nothing(tiny_config, attention: str) -> None:
+    with process_group(60) as ranks:
+        config = doctor.check(tiny_config(data={"attention": attention}), 1, ranks.device).config
+        session = open_session(config, ranks, resume=False)
+        with session.stream() as stream:
+            train_step(session, stream, lambda: None, Stopwatch(ranks.device))
+            batch = next(stream)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                forward_loss(session, batch, Stopwatch(ranks.device))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def compiles_of_run(tree: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """Run; return after how many steps something was compiled, and the losses."""
+    steps_made, compiled_after = 0, []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        compiled_after.append(steps_made)
+        return graph.forward
+
+    def counted_step(*arguments: Any) -> StepResult:
+        nonlocal steps_made
+        result = train_step(*arguments)
+        steps_made += 1
+        return result
+
+    session_module.compile_blocks = partial(compile_blocks, backend=backend)  # type: ignore[assignment]
+    train_module.train_step = counted_step
+    train_module.COMPILING_STEPS = 2
+    assert train_module.distill(parse_config(tree)).state == "done"
+    assert steps_made == 6
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
+    assert compiled_after.pop() == 6, "the run's stance outlived it"
+    rows = read_rows(Path(tree["run"]["folder"]) / "metrics.jsonl")
+    return compiled_after, [row[key] for row in rows for key in ("loss", "validation_loss") if key in row]
+
+
+def test_nothing_is_compiled_after_the_first_steps(tiny_config, tiny_shards, tmp_path: Path) -> None:
+    def run(compile: bool) -> tuple[list[int], list[float]]:
+        config = tiny_config(
+            run={"folder": str(tmp_path / f"compiled-{compile}")},
+            train={"compile": compile, "validation_every_steps": 3, "validation_rows": 11},
+            data={"validation": str(tiny_shards / "validation")},
+        )
+        return run_ranks(compiles_of_run, 1, config.model_dump())[0]
+
+    compiled_after, losses = run(compile=True)
+    # Equal blocks share a graph: a whole block and a captured one, of the teacher and of the student.
+    assert compiled_after == [0, 0, 0, 0]
+    plain = run(compile=False)
+    assert plain[0] == []
+    assert losses == pytest.approx(plain[1], rel=1e-5)

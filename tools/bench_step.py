@@ -1,0 +1,357 @@
+"""Measure a whole optimizer step: data, teacher, student, loss, backward, clipping, AdamW; beside bertdistiller's.
+
+Teacher and student have random weights, of BERT-large's shape and of that in the configuration. Both sides start from
+the same files and get the same tokens in the same order; each is a process of its own, and they step in turn.
+bertdistiller runs in a virtual environment that this tool makes, as shipped (fp32) and under bf16 autocast. Exit code 3
+if it could not be measured: the figures of ours are there all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench_peer import VARIANTS, PeerError, default_environment, ready_python
+
+from scaledistill.benchmark import Report, Turns, Worker, WorkerError, add_options, in_turn, ratios
+
+if TYPE_CHECKING:
+    from scaledistill.config import DistillConfig
+
+TOOLS = Path(__file__).parent
+PEER_SCRIPT = str(TOOLS / "bench_peer.py")
+VOCABULARY = 30_522
+DATA_STEPS = 16
+"""Steps until the rows come again."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def option(name: str, text: str, **settings: Any) -> None:
+        parser.add_argument(name, help=text, **settings)
+
+    option("--shape", "sequences x tokens of a step; repeatable (default: 8x128 and 2x512, on a GPU 256x128 and "
+           "256x512)", type=_shape, action="append", metavar="BxT", dest="shapes")  # fmt: skip
+    option("--teacher", "the teacher's layers x width (default: 24x1024)", type=_shape, default=(24, 1024),
+           metavar="LxD")  # fmt: skip
+    option("--config", "the other settings (default: configs/large_to_l6.json)", type=Path,
+           default=TOOLS.parent / "configs" / "large_to_l6.json", metavar="FILE")  # fmt: skip
+    option("--set", "override one of them; repeatable", action="append", default=[], metavar="KEY=VALUE",
+           dest="overrides")  # fmt: skip
+    option("--teacher-dtype", "ours: precision of the teacher (default: %(default)s)", default="auto", metavar="DTYPE")
+    option("--precision", "ours: precision of the student (default: %(default)s)", default="auto", metavar="DTYPE")
+    option("--warmup", "steps of each side that do not count (default: %(default)s)", type=int, default=2, metavar="N")
+    option("--rounds", "rounds that count (default: 5, on a GPU 20)", type=int, metavar="N")
+    option("--max-seconds", "a side whose steps of a shape add up to this sits out further rounds (default: 120)",
+           type=float, default=120, metavar="S")  # fmt: skip
+    option("--no-peer", "measure ours alone", action="store_true")
+    option("--peer-venv", "bertdistiller's virtual environment, made where it is not there (default: "
+           f"{default_environment()})", type=Path, default=default_environment(), metavar="DIR")  # fmt: skip
+    option("--peer-micro-batch", "bertdistiller accumulates over micro-batches of N (default: the whole batch)",
+           type=int, metavar="N")  # fmt: skip
+    option("--folder", "make the temporary models and shards here", type=Path, metavar="DIR")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    add_options(parser)
+    return parser.parse_args()
+
+
+def _shape(text: str) -> tuple[int, int]:
+    first, _, second = text.partition("x")
+    if not (first.isdecimal() and second.isdecimal() and int(first) and int(second)):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected two numbers such as 8x128")
+    return int(first), int(second)
+
+
+def main() -> int:
+    options = parse_arguments()
+    if options.worker:
+        return make_steps(options.worker)
+
+    import torch
+
+    from scaledistill.errors import EXIT_CONFIG, EXIT_DONE, EXIT_ENVIRONMENT, ConfigError
+    from scaledistill.speed import PHASES, measured_matrix_rate
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    device = torch.device("cuda" if gpu else "cpu")
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out
+    options.shapes = options.shapes or ([(256, 128), (256, 512)] if gpu else [(8, 128), (2, 512)])
+    options.rounds = options.rounds or (20 if gpu else 5)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    result = Result({name: measured_matrix_rate(device, dtype) for name, dtype in dtypes.items()}, PHASES)
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder, python = Path(name), None
+        try:
+            write_models(options, folder)
+            try:
+                python = None if options.no_peer else ready_python(options.peer_venv)
+            except PeerError as error:
+                problems.append(str(error))
+            for shape in options.shapes:
+                result.add(shape, measure(options, shape, folder, python, problems))
+        except ConfigError as error:
+            print(f"ERROR {error}", file=sys.stderr)
+            return EXIT_CONFIG
+        except WorkerError as error:
+            problems.append(str(error))
+    result.report.publish(options, gpu=gpu)
+    for problem in problems:
+        print(f"ERROR {problem}", file=sys.stderr)
+    return EXIT_ENVIRONMENT if problems else EXIT_DONE
+
+
+def configure(options: argparse.Namespace, folder: Path, shape: tuple[int, int]) -> DistillConfig:
+    """Return the run's configuration for a shape: the file's, on our models and rows."""
+    from scaledistill.config import load_config
+
+    [student] = load_config(options.config, options.overrides).students
+    B, T = shape
+    ours = {
+        "run.folder": folder / "run",
+        "teacher.model": folder / "teacher",
+        "teacher.dtype": options.teacher_dtype,
+        f"students.{student}.init": folder / "student",
+        "data.train": folder / f"rows-{T}",
+        "data.sequence_length": T,
+        "data.num_lanes": 1,
+        "data.validation": "null",
+        "train.validation_every_steps": 0,
+        "train.global_batch_size": B,
+        "train.precision": options.precision,
+    }
+    return load_config(options.config, [*options.overrides, *(f"{key}={value}" for key, value in ours.items())])
+
+
+def write_models(options: argparse.Namespace, folder: Path) -> None:
+    """Write a random teacher and a random student. Without dropout: bertdistiller would apply it, ours does not."""
+    import torch
+    from transformers import BertConfig
+
+    from scaledistill.doctor import student_shape
+    from scaledistill.models.capture import build_encoder
+    from scaledistill.models.teacher import quiet_transformers
+
+    config = configure(options, folder, options.shapes[0])
+    [student] = config.students
+    num_layers, width = options.teacher
+    teacher = BertConfig(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=num_layers,
+        hidden_size=width,
+        num_attention_heads=max(1, width // 64),
+        intermediate_size=4 * width,
+        max_position_embeddings=max(512, *(T for _, T in options.shapes)),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    with quiet_transformers():
+        build_encoder(teacher).save_pretrained(folder / "teacher")
+        build_encoder(student_shape(config, student, teacher)).save_pretrained(folder / "student")
+
+
+def write_rows(config: DistillConfig, tokens_file: Path) -> None:
+    """Write shards of random tokens, and the same rows in the order of our steps for bertdistiller."""
+    import numpy as np
+
+    from scaledistill.data.shards import ShardWriter
+    from scaledistill.data.stream import ShardReader, ShardStream
+
+    folder, B, T = Path(config.data.train), config.train.global_batch_size, config.data.sequence_length
+    tokenizer = {"name": "synthetic", "sha256": "0" * 64}
+    rows = B * DATA_STEPS
+    ids_NT = np.random.default_rng(0).integers(0, VOCABULARY, (rows, T), np.uint16)
+    documents = np.array([(row, 0, T) for row in range(rows)])
+    with ShardWriter(
+        folder, sequence_length=T, vocab_size=VOCABULARY, tokenizer=tokenizer, pad_token_id=0, overwrite=True
+    ) as writer:
+        writer.write(ids_NT, documents)
+    shards = ShardReader(folder)
+    order = shards.order(seed=config.run.seed, num_lanes=config.data.num_lanes, window_rows=config.data.window_rows)
+    with ShardStream(shards, order, global_batch_size=B, micro_batch_size=B) as stream:
+        np.save(tokens_file, np.concatenate([next(stream).input_ids_BT.numpy() for _ in range(DATA_STEPS)]))
+
+
+def peer_settings(options: argparse.Namespace, config: DistillConfig, folder: Path, bf16: bool) -> dict[str, Any]:
+    """Return what bertdistiller is told: the same run in its words."""
+    [(name, student)], train = config.students.items(), config.train
+    micro = min(options.peer_micro_batch or train.global_batch_size, train.global_batch_size)
+    arguments = {
+        "output_dir": str(folder / "peer"),
+        "bf16": bf16,
+        "teacher_layer": config.teacher.layer,
+        "student_layer": student.num_layers,
+        "student_hidden_size": student.hidden_size,
+        "student_attention_heads": student.num_attention_heads,
+        "num_relation_heads": config.relation_heads(name),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": train.global_batch_size // micro,
+        "learning_rate": train.learning_rate,
+        "warmup_steps": train.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "adam_beta1": train.adam_betas[0],
+        "adam_beta2": train.adam_betas[1],
+        "adam_epsilon": train.adam_epsilon,
+        "max_grad_norm": train.max_grad_norm,
+    }
+    relations = [(*("qkv".index(letter) + 1 for letter in pair), w) for pair, w in config.relations.pairs.items()]
+    models = {name: str(folder / name) for name in ("teacher", "student")}
+    return {**models, "tokens": str(folder / "tokens.npy"), "arguments": arguments, "relations": relations}
+
+
+class Side:
+    """One side of the comparison: its process, and what each of its steps told."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.answers: list[dict[str, Any]] = []
+        self.seconds: list[float] = []
+        """Of the rounds that count."""
+
+    def step(self) -> float:
+        """Make one step and return its seconds."""
+        self.answers.append(self._worker.turn())
+        return self.answers[-1]["seconds"]
+
+
+def measure(
+    options: argparse.Namespace, shape: tuple[int, int], folder: Path, python: Path | None, problems: list[str]
+) -> dict[str, Side]:
+    """Let all sides step in turn. A peer that fails in its first step is left out, and `problems` says why."""
+    config = configure(options, folder, shape)
+    write_rows(config, folder / "tokens.npy")
+    settings: dict[str, Any] = {"ours": config.model_dump()}
+    if python:
+        settings |= {name: peer_settings(options, config, folder, bf16) for name, bf16 in VARIANTS.items()}
+    environment = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), **os.environ}  # as many threads for all
+    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    title = f"{shape[0]}x{shape[1]}"
+    sides: dict[str, Side] = {}
+    with ExitStack() as stack:
+        for name, content in settings.items():
+            file = folder / f"{name}.json"
+            file.write_text(json.dumps(content))
+            print(f"{title}: starting {name}", file=sys.stderr)
+            command = [sys.executable, __file__, "--worker"] if name == "ours" else [str(python), "-E", PEER_SCRIPT]
+            log = folder / f"{name}.log"
+            worker = Worker(f"{title} {name}", [*command, str(file)], log=log, environment=environment)
+            side = Side(stack.enter_context(worker))
+            try:
+                side.step()
+                sides[name] = side
+            except WorkerError as error:
+                if name == "ours":
+                    raise
+                problems.append(str(error))
+        runs = {name: side.step for name, side in sides.items()}
+        in_turn(runs, rounds=options.warmup - 1, max_seconds=options.max_seconds, title=f"{title} warm-up")
+        seconds = in_turn(runs, rounds=options.rounds, max_seconds=options.max_seconds, title=title)
+        for name, side in sides.items():
+            side.seconds = seconds[name]
+    return sides
+
+
+class Result:
+    """The figures and tables of all shapes."""
+
+    def __init__(self, matrix_rates: dict[str, float], phases: Sequence[str]) -> None:
+        self.report = Report()
+        self._rates = matrix_rates
+        for dtype, rate in matrix_rates.items():
+            self.report.add(f"machine/matrix_rate_{dtype}", rate, "FLOP/s")
+        shape = "sequences x tokens"
+        self._sides = self.report.table(
+            "Whole optimizer step, medians", (shape, "side", "tokens/s", "ours as fast", "peak memory", "rounds")
+        )
+        rates = [f"{dtype}: {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in matrix_rates.items()]
+        self._machine = self.report.table(
+            "Ours beside the machine: needed FLOP/s over a measured matrix rate",
+            (shape, "teacher, student", "GFLOP a token", *rates),
+        )
+        self._phases = self.report.table("Ours: shares of the step", (shape, *phases))
+
+    def add(self, shape: tuple[int, int], sides: dict[str, Side]) -> None:
+        """Add what was measured of one shape."""
+        label, ours = f"{shape[0]}x{shape[1]}", sides["ours"]
+
+        def figure(name: str, values: float | Sequence[float], unit: str) -> float:
+            return self.report.add(f"step/{label}/{name}", values, unit)
+
+        for name, side in sides.items():
+            prefix = "" if side is ours else f"{name}_"
+            rates = [shape[0] * shape[1] / seconds for seconds in side.seconds]
+            rate = figure(f"{prefix}tokens_per_second", rates, "tokens/s")
+            peak = figure(f"{prefix}peak_memory_bytes", side.answers[-1]["peak_memory_bytes"], "bytes")
+            speedup = ""
+            if side is not ours:
+                speedup = f"{figure(f'speedup_vs_{name}', ratios(side.seconds, ours.seconds), 'x'):.2f}x"
+                losses = [answers[0]["loss"] for answers in (ours.answers, side.answers)]
+                figure(f"loss_difference_to_{name}", abs(losses[0] / losses[1] - 1), "fraction")
+            self._sides.rows.append(
+                (label, name, f"{rate:,.0f}", speedup, f"{peak / 1e9:.2f} GB", str(len(side.seconds)))
+            )
+        told = ours.answers[-1]
+        dtype, needed = told["teacher_dtype"], told["flops_per_token"]
+        flops = [needed * shape[0] * shape[1] / seconds for seconds in ours.seconds]
+        mfu = {of: [each / rate for each in flops] for of, rate in self._rates.items()}
+        if dtype in mfu:
+            figure("mfu", mfu[dtype], "fraction")
+        shares = [f"{figure(f'mfu_{of}', values, 'fraction'):.1%}" for of, values in mfu.items()]
+        self._machine.rows.append((label, f"{dtype}, {told['precision']}", f"{needed / 1e9:.3f}", *shares))
+        shares = []
+        for phase in told["phases"]:
+            values = [answer["phases"][phase] / answer["seconds"] for answer in ours.answers[-len(ours.seconds) :]]
+            shares.append(f"{figure(f'{phase}_fraction'.replace(' ', '_'), values, 'fraction'):.1%}")
+        self._phases.rows.append((label, *shares))
+
+
+def make_steps(file: Path) -> int:
+    """Be the worker of our side: the real session and its step, one a turn."""
+    turns = Turns()
+
+    from scaledistill.config import load_config
+    from scaledistill.distributed import process_group
+    from scaledistill.doctor import resolve
+    from scaledistill.models.capture import build_encoder, capture_view, forward_flops
+    from scaledistill.session import open_session
+    from scaledistill.speed import Stopwatch, memory_peak_bytes
+    from scaledistill.step import train_step
+
+    config = load_config(file)
+    with process_group(config.run.timeout_seconds) as ranks:
+        session = open_session(resolve(config, ranks.world_size, ranks.device), ranks, resume=False)
+        config, student = session.config, session.student
+        T, layers = config.data.sequence_length, (config.teacher.layer, student.config.num_hidden_layers)
+        models = (build_encoder(model, device="meta") for model in (session.teacher.config, student.config))
+        views = [capture_view(model, layer) for model, layer in zip(models, layers, strict=True)]
+        teacher_flops, student_flops = (forward_flops(view, T) for view in views)
+        watch = Stopwatch(ranks.device)
+        with session.stream() as stream:
+            while True:
+                turns.wait()
+                watch.lap()
+                result = train_step(session, stream, lambda: None, watch)
+                lap = watch.lap()
+                turns.answer(
+                    seconds=lap.seconds,
+                    phases=lap.phases,
+                    loss=result.losses["loss"],
+                    peak_memory_bytes=memory_peak_bytes(ranks.device),
+                    flops_per_token=(teacher_flops + 3 * student_flops) / T,
+                    teacher_dtype=config.teacher.dtype,
+                    precision=config.train.precision,
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
