@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -81,7 +80,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     # Two tiles at most: fewer, larger steps.
-    monkeypatch.setattr(fused, "candidates", lambda *_: [Launch(64 if _[-1] <= 128 else 128, 1, 1)])
+    monkeypatch.setattr(fused, "candidates", lambda *of: [Launch(64 if of[-1] <= 128 else 128, 1, 1)])
     # Once a launch is enough to patch the language: it does so again at each call of a function.
     monkeypatch.setattr(triton_kernels, "core", tl.core, raising=False)
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", lambda self, *args: self.rewrite()(*args))
@@ -186,3 +185,240 @@ def check(
 @pytest.mark.parametrize("case", list(covering(AXES)), ids=lambda case: "-".join(map(str, case.values())))
 def test_kernels_equal_reference(case: dict[str, Any]) -> None:
     check(**case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("visibility", VISIBILITIES)
+@pytest.mark.parametrize("T", LENGTHS)
+def test_whole_table(T: int, visibility: str, widths: str, pairs: str, causal: bool) -> None:
+    for dtypes in DTYPES if CUDA else ["fp32"]:
+        check(T, visibility, widths, pairs, dtypes, causal, "slices")
+
+
+def test_tiles_that_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tiles of 16 tokens, of which documents of 17 tokens meet two or three."""
+    monkeypatch.setattr(fused, "candidates", lambda *_: [Launch(16, 1, 1)])
+    keys_BT = torch.arange(65, dtype=torch.int32)[None] // 17
+    told = fused._tokens(keys_BT, torch.ones(1, 65), 16)
+    assert told.first_BG.tolist() == [[0, 0, 1, 2, 3]]
+    assert told.end_BG.tolist() == [[2, 3, 4, 5, 5]]
+    padded = fused._tokens(keys_BT.where(keys_BT == 1, -1), torch.ones(1, 65), 16)
+    assert (padded.end_BG - padded.first_BG).clamp(min=0).tolist() == [[0, 2, 2, 0, 0]]
+    check(65, "documents", "16/6", "mixed", "fp32", False, "slices")
+    check(65, "documents", "16/6", "mixed", "fp32", True, "slices")
+
+
+def test_two_runs_are_bit_equal() -> None:
+    teacher = tokens(2, 100, 16, torch.float16, torch.zeros(2, 100, dtype=torch.bool), 0)
+    runs = []
+    for _ in range(2):
+        student = tokens(2, 100, 6, torch.float16, torch.zeros(2, 100, dtype=torch.bool), 1).requires_grad_()
+        loss = relation_loss(
+            laid_out(teacher, "slices"),
+            laid_out(student, "slices"),
+            num_heads=R,
+            pairs={"qq": 1.0, "qk": 0.5},
+            backend="triton",
+        )
+        loss.total.backward()
+        runs.append((loss.total.detach(), loss.by_pair, student.grad))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_normalisers_far_apart(causal: bool) -> None:
+    """Heads of which one's normalisers span 200 nats, where a product of factors would overflow, and one's few."""
+    ramp_T = torch.linspace(0.1, 10, 40)
+    scale_TD = torch.cat([ramp_T[:, None].expand(40, 8), torch.full((40, 8), 0.5)], dim=1)
+    x = [torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(seed)) * scale_TD for seed in range(4)]
+    normalisers_T = (x[0][0, :, :8] @ x[0][0, :, :8].T / 8**0.5).logsumexp(-1)
+    assert normalisers_T.max() - normalisers_T.min() > 200
+    teacher = QKV(x[0].to(DEVICE), x[1].to(DEVICE), x[1].to(DEVICE))
+    student = QKV(*(y.to(DEVICE).requires_grad_() for y in (x[2], x[3], x[3])))
+    exact = QKV(*(y.detach().double().requires_grad_() for y in student))
+    options: dict[str, Any] = {"num_heads": 2, "pairs": {"qq": 1.0, "qk": 0.5, "kq": 2.0}, "causal": causal}
+    expected = relation_loss(QKV(*(y.double() for y in teacher)), exact, **options, backend="reference")
+    found = relation_loss(teacher, student, **options, backend="triton")
+    torch.testing.assert_close(found.by_pair, expected.by_pair, rtol=1e-4, atol=0, check_dtype=False)
+    for y, z in zip(
+        torch.autograd.grad(found.total, student[:2]), torch.autograd.grad(expected.total, exact[:2]), strict=True
+    ):
+        assert (y - z).norm() < 1e-4 * z.norm()
+
+
+def test_widths_that_differ_by_letter() -> None:
+    """Grouped-query models: one launch per width; only what needs a gradient gets one."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = QKV(*(torch.randn(2, 9, D, generator=generator).to(DEVICE) for D in (12, 6, 6)))
+    student = QKV(*(torch.randn(2, 9, D, generator=generator).to(DEVICE) for D in (6, 12, 12)))
+    student.q.requires_grad_()
+    student.v.requires_grad_()
+    grads = {}
+    for backend in ("reference", "triton"):
+        loss = relation_loss(
+            teacher, student, num_heads=R, pairs={"vk": 3.0, "qq": 1.0, "kk": 0.5, "kv": 0.0}, backend=backend
+        )
+        grads[backend] = loss, torch.autograd.grad(loss.total, (student.q, student.v))
+    torch.testing.assert_close(grads["triton"], grads["reference"], rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        silent = relation_loss(teacher, student, num_heads=R, pairs={"qq": 1.0}, backend="triton")
+    assert not silent.total.requires_grad
+
+
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float64, 8), (torch.float32, 2 * R * fused.MAX_HEAD_WIDTH)])
+def test_what_the_kernels_leave_to_reference(dtype: torch.dtype, D: int) -> None:
+    x = torch.randn(1, 5, D, dtype=dtype, device=DEVICE)
+    teacher, student = QKV(x, x, x), QKV(2 * x, x, x)
+    losses = [
+        relation_loss(teacher, student, num_heads=R, pairs={"qk": 1.0}, backend=backend)
+        for backend in ("reference", "triton")
+    ]
+    assert losses[0] == losses[1]
+    assert losses[1].total.dtype == dtype
+
+
+def test_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    message = "relations.backend='triton' computes on CUDA GPUs, found cpu; use auto"
+    with pytest.raises(ValueError, match=message):
+        resolve_backend("triton", "cpu")
+    assert resolve_backend("triton", "cuda") == "triton"
+
+
+def test_winners_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    among = candidates("forward", 16, False, 512)
+    timed: list[Launch] = []
+
+    def seconds(launch: Launch) -> float:
+        timed.append(launch)
+        return {among[0]: 2.0, among[2]: 1.0}.get(launch, math.inf)
+
+    def winners(hardware: str = "one", file: Path = tmp_path / "cache" / "launches.json") -> Winners:
+        return Winners(file, hardware)
+
+    first = winners()
+    assert [first.choose("key", among, seconds) for _ in range(2)] == [among[2]] * 2
+    assert timed == among
+    assert winners().choose("key", among, seconds) == among[2]
+    assert timed == among, "the next process reads what this one measured"
+    winners("two").choose("key", among, seconds)
+    winners().choose("other key", among, seconds)
+    assert timed == among * 3
+    kept = json.loads((tmp_path / "cache" / "launches.json").read_text())
+    assert {hardware: list(keys) for hardware, keys in kept.items()} == {"one": ["key", "other key"], "two": ["key"]}
+    assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / "launches.json"]
+
+    assert winners().choose("nothing runs", among, lambda _: math.inf) == among[0]
+    assert winners().choose("key", among[:2], seconds) == among[0], "a launch that is no longer in the table"
+    (tmp_path / "cache" / "launches.json").write_text("{")
+    assert winners().choose("key", among, seconds) == among[2]
+    assert winners(file=tmp_path / "cache" / "launches.json" / "below").choose("key", among, seconds) == among[2]
+    assert "kernel launches are measured again in the next run" in caplog.text
+
+
+def test_candidates_suit_the_length() -> None:
+    for kernel, width, in_float32 in itertools.product(("forward", "backward"), (4, 16, 64, 128), (False, True)):
+        assert candidates(kernel, width, in_float32, 512)
+        assert {launch.block for launch in candidates(kernel, width, in_float32, 7)} <= {16, 32}
+
+
+COMPILE_SCRIPT = """
+import json, re, subprocess, sys, tempfile
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from scaledistill.relations import QKV, spec, triton as fused
+
+capability, cases = json.loads(sys.argv[1])
+kernels = []
+compile_or_launch = triton.JITFunction.run
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+def compile_only(self, *args, **options):
+    kernels.append(compile_or_launch(self, *args, **{**options, "warmup": True}))
+
+triton.runtime.driver.set_active(Driver())
+triton.JITFunction.run = compile_only
+for teacher_E, student_E, dtype, T, keyed, causal in cases:
+    models = [
+        QKV(*torch.zeros(1, T, 6 * E, dtype=getattr(torch, dtype), requires_grad=True).chunk(3, dim=-1))
+        for E in (teacher_E, student_E)
+    ]
+    mask = torch.ones(1, T, dtype=torch.bool) if keyed else None
+    request = spec.check_request(*models, 2, {"qq": 1.0, "kk": 1.0, "vv": 1.0}, mask, None, None, causal)
+    fused.triton_loss(*models, request)[0].backward()
+found = []
+for kernel in kernels:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(re.search(f"{name}:([0-9]+)", usage)[1]) for name in ("REG", "STACK")}
+    found.append({**numbers, "shared": kernel.metadata.shared, "name": kernel.metadata.name})
+print(json.dumps(found))
+"""
+
+
+def compiled(capability: int, cases: list[Any], folder: Path) -> list[dict[str, Any]]:
+    """Compile the backend's launches as it makes them, without a GPU, and return what the kernels use."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "error", "-c", COMPILE_SCRIPT, json.dumps([capability, cases])]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    kernels = compiled(90, [(16, 6, "bfloat16", 512, False, False)], tmp_path)
+    assert [kernel["name"] for kernel in kernels] == ["relation_forward", "relation_backward"]
+    for kernel in kernels:
+        assert kernel["STACK"] == 0, kernel  # nothing spilled
+        assert kernel["REG"] <= 168, kernel  # three programs to a multiprocessor
+        assert kernel["shared"] < 32 << 10, kernel
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", [80, 90])
+def test_all_defaults_compile(capability: int, tmp_path: Path) -> None:
+    widths = [(16, 6), (4, 4), (64, 24), (64, 64), (128, 128)]
+    cases = [
+        (*width, dtype, T, keyed, causal)
+        for width in widths
+        for dtype in ("bfloat16", "float16", "float32")
+        for T, keyed, causal in ((512, False, False), (512, True, False), (129, True, True), (7, False, False))
+    ]
+    for kernel in compiled(capability, [*cases, (1, 1, "float32", 1, False, False)], tmp_path):
+        assert kernel["STACK"] <= 256, kernel
+        assert kernel["shared"] <= 99 << 10, kernel  # of compute capability 8.6 and 8.9
+
+
+@pytest.mark.skipif(not CUDA, reason="asks a GPU")
+def test_nothing_waits_for_the_gpu() -> None:
+    x = torch.randn(2, 100, 3 * R * 16, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(2, 100, dtype=torch.bool, device="cuda")
+    bounds = torch.tensor([0, 40, 100], device="cuda")
+    for backend in ("triton", "reference"):
+        for mode in ("default", "error"):  # the first round compiles
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                student = x.detach().clone().requires_grad_()
+                told: list[dict[str, Any]] = [{"mask_BT": mask, "segment_ids_BT": mask.int()}, {"cu_seqlens": bounds}]
+                for arguments in told:
+                    one = slice(None) if "mask_BT" in arguments else slice(1)
+                    relation_loss(
+                        laid_out(x[one], "slices"),
+                        laid_out(student[one], "slices"),
+                        num_heads=R,
+                        pairs={"qq": 1.0, "qk": 0.5},
+                        backend=backend,
+                        **arguments,
+                    ).total.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")

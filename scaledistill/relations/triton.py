@@ -65,8 +65,9 @@ def _readable(model: QKV, spec: RelationSpec) -> dict[str, Tensor]:
     """Return the tensors that the pairs use as the kernels take them; usually they are that already."""
     tensors = {letter: getattr(model, letter) for letter in spec.letters}
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors.values()))
-    # Triton's interpreter, which runs the kernels on a CPU, multiplies the bits of bf16 as if they were integers.
-    low = (torch.float16,) if spec.share_BT.is_cpu else (torch.float16, torch.bfloat16)
+    # Triton's interpreter multiplies the bits of bf16 as if they were integers.
+    interpreted = not isinstance(relation_forward, triton.JITFunction)
+    low = (torch.float16,) if interpreted else (torch.float16, torch.bfloat16)
     dtype = dtype if dtype in low else torch.float32
     return {letter: x.to(dtype) if x.stride(2) == 1 else x.to(dtype).contiguous() for letter, x in tensors.items()}
 
@@ -109,7 +110,7 @@ def _forward(spec: RelationSpec, teacher: Sequence[Tensor], student: Sequence[Te
         relation_forward[(programs, P)](
             _model(spec, teacher),
             _model(spec, student),
-            _tokens(spec, launch.block),
+            _tokens(spec.keys_BT, spec.share_BT, launch.block),
             loss_PG,
             lse_2PBRT,
             _nibbles(_pair_code(pair) for pair, _ in spec.pairs),
@@ -146,7 +147,7 @@ def _backward(
         relation_backward[(triton.cdiv(T, launch.block) * spec.num_heads * B, len(letters))](
             _model(spec, teacher),
             _model(spec, student),
-            _tokens(spec, launch.block),
+            _tokens(spec.keys_BT, spec.share_BT, launch.block),
             lse_2PBRT,
             factor_2PBRT,
             centre_2PBR,
@@ -178,11 +179,10 @@ def _model(spec: RelationSpec, tensors: Sequence[Tensor]) -> Model:
     return Model(qkv, strides_B, strides_T, math.log2(math.e) / math.sqrt(width))
 
 
-def _tokens(spec: RelationSpec, block: int) -> Tokens:
+def _tokens(keys_BT: Tensor | None, share_BT: Tensor, block: int) -> Tokens:
     """Describe to a kernel with tiles of `block` tokens who sees whom."""
-    keys_BT = spec.keys_BT
     if keys_BT is None:
-        return Tokens(spec.share_BT, None, None, None, None)
+        return Tokens(share_BT, None, None, None, None)
     B, T = keys_BT.shape
     tiles = triton.cdiv(T, block)
     keys_BGK = torch.nn.functional.pad(keys_BT, (0, tiles * block - T), value=-1).view(B, tiles, block)
@@ -194,7 +194,7 @@ def _tokens(spec: RelationSpec, block: int) -> Tokens:
     numbers_G = torch.arange(tiles, dtype=torch.int32, device=keys_BT.device)
     first_BG = numbers_G.where(touch_BGG, tiles).amin(2)
     end_BG = (numbers_G + 1).where(touch_BGG, 0).amax(2)
-    return Tokens(spec.share_BT, keys_BT, common_BG, first_BG, end_BG)
+    return Tokens(share_BT, keys_BT, common_BG, first_BG, end_BG)
 
 
 def _compiled_in(

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_tree
+from ranks import run_ranks
+
+from scaledistill import doctor
+from scaledistill.config import parse_config
+from scaledistill.metrics import read_rows
+from scaledistill.microbatch import MARGIN_FRACTION
+
+
+@pytest.fixture
+def make_tree(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callable[..., dict[str, Any]]:
+    def make(**blocks: dict[str, Any]) -> dict[str, Any]:
+        return tiny_tree(tmp_path, tiny_teacher, tiny_shards, **blocks)
+
+    return make
+
+
+def distil_with_room_for(sizes_by_rank: list[int], tree: dict[str, Any]) -> tuple[str, int, int]:
+    """Run where each rank has memory for so many sequences; return state, step and predicted micro-batch."""
+    from scaledistill.distributed import process_group
+    from scaledistill.train import distill
+
+    config = parse_config(tree)
+    with process_group(60) as ranks:
+        plain = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": None})})
+        facts = doctor.check(plain, ranks.world_size, ranks.device, writes=False).estimate
+        size = sizes_by_rank[ranks.rank]
+        between = (facts.memory_bytes(size) + facts.memory_bytes(size + 1)) / 2
+        doctor.free_bytes = lambda device, ranks_on_node: int(between / (1 - MARGIN_FRACTION))
+        predicted = doctor.check(config, ranks.world_size, ranks.device, writes=False).config.train.micro_batch_size
+        result = distill(config)
+    return result.state, result.step, int(predicted or 0)
+
+
+def micro_batch_of(tree: dict[str, Any]) -> int:
+    return json.loads((Path(tree["run"]["folder"]) / "config.json").read_text())["train"]["micro_batch_size"]
+
+
+def test_the_largest_micro_batch_that_fits_all_ranks(make_tree: Callable[..., dict[str, Any]]) -> None:
+    train = {"global_batch_size": 16, "max_steps": 2, "warmup_steps": 0, "micro_batch_size": "auto"}
+    tree = make_tree(train=train)
+    ends = run_ranks(distil_with_room_for, 2, [8, 3], tree)
+    assert ends == [("done", 2, 8), ("done", 2, 2)]  # of the divisors of 8 each predicts its own; the smallest is taken
+    assert micro_batch_of(tree) == 2
+    assert run_ranks(distil_with_room_for, 2, [8, 8], tree)[0] == ("done", 2, 8)
+    assert micro_batch_of(tree) == 2  # a resumed run keeps what it had, and so its rounding
+
+
+def losses_of_run(tree: dict[str, Any]) -> list[float]:
+    from scaledistill.train import distill
+
+    assert distill(parse_config(tree)).state == "done"
+    if os.environ["RANK"] != "0":
+        return []
+    rows = read_rows(Path(tree["run"]["folder"]) / "metrics.jsonl")
+    assert all(row["mfu"] > 0 and 0 < row["teacher_fraction"] < 1 and 0 < row["optimizer_fraction"] < 1 for row in rows)
+    return [row[key] for row in rows for key in ("loss", "validation_loss") if key in row]
+
+
+def test_documents_are_kept_apart_on_any_number_of_ranks(
+    make_tree: Callable[..., dict[str, Any]], tiny_shards: Path, tmp_path: Path
+) -> None:
+    def run(name: str, attention: str, world_size: int) -> list[float]:
+        tree = make_tree(
+            run={"folder": str(tmp_path / name)},
+            data={"attention": attention, "validation": str(tiny_shards / "validation")},
+            train={"micro_batch_size": 2, "validation_every_steps": 3, "validation_rows": 11},
+        )
+        return run_ranks(losses_of_run, world_size, tree)[0]
+
+    alone = run("alone", "document", 1)
+    assert len(alone) == 6 + 2
+    assert run("together", "document", 2) == pytest.approx(alone, rel=1e-5)
+    assert abs(run("row", "row", 1)[0] - alone[0]) > 1e-3
