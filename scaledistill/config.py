@@ -156,7 +156,8 @@ class TrainSettings(Settings):
     precision: Precision = "auto"
     """Of the student's forward and backward; master weights and moments are fp32. "auto": bf16 where it is fast."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile the blocks of teacher and student (not a student's under ZeRO-3). "auto": on GPUs."""
+    """torch.compile the blocks of teacher and student (not a student's under ZeRO-3). "auto": on GPUs, unless
+    `run.deterministic` is on, which excludes it."""
     max_skipped_steps: NotNegative = 10
     """So many steps in a row may be skipped for a non-finite loss or gradient; one more ends the run."""
     validation_every_steps: NotNegative = 0

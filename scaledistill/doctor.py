@@ -121,11 +121,10 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
         )
         near = " or ".join(str(size) for size in (batch // unit * unit, batch // unit * unit + unit) if size)
         raise ConfigError(f"train.global_batch_size={batch} is not divisible by {what}; use {near}")
+    compiles = _compiles(config, backend, device)
     settled = config.model_copy(
         update={
-            "train": train.model_copy(
-                update={"precision": precision, "micro_batch_size": micro, "compile": _compiles(train.compile, device)}
-            ),
+            "train": train.model_copy(update={"precision": precision, "micro_batch_size": micro, "compile": compiles}),
             "teacher": teacher.model_copy(update={"dtype": teacher_dtype}),
             "relations": config.relations.model_copy(update={"backend": backend}),
         }
@@ -134,13 +133,23 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
     return settled
 
 
-def _compiles(setting: bool | str, device: torch.device) -> bool:
-    compiler = os.environ.get("CXX", "g++")
-    if setting is True and device.type == "cpu" and shutil.which(compiler) is None:
+def _compiles(config: DistillConfig, backend: str, device: torch.device) -> bool:
+    """Settle `train.compile`; check that what compiles finds its compiler."""
+    setting, on_gpu = config.train.compile, device.type == "cuda"
+    if setting is True and config.run.deterministic:
         raise ConfigError(
-            f"train.compile=true needs a C++ compiler on a CPU, found no {compiler}; install one or set it to false"
+            "train.compile=true with run.deterministic=true: what is compiled depends on where a run was resumed, and "
+            "so do its last bits; switch one of them off"
         )
-    return device.type == "cuda" if setting == "auto" else bool(setting)
+    compiles = on_gpu and not config.run.deterministic if setting == "auto" else bool(setting)
+    compilers = [os.environ.get("CC", ""), "gcc", "clang"] if on_gpu else [os.environ.get("CXX", "g++")]
+    if (compiles or backend == "triton") and not any(map(shutil.which, compilers)):
+        raise ConfigError(
+            f"train.compile={setting!r} and relations.backend={backend!r} need a compiler, found none of "
+            f"{', '.join(filter(None, compilers))}; install one, or set train.compile=false and "
+            "relations.backend=reference"
+        )
+    return compiles
 
 
 def open_shards(config: DistillConfig, location: str, rank: int | None = None) -> ShardReader:

@@ -120,7 +120,7 @@ def estimate(
         engine_bytes=_engine_bytes(config, trained, world_size, on_host),
         activation_bytes_per_sequence=activations,
         relation_bytes=relation * int(config.train.micro_batch_size or 1),
-        data_bytes=data.num_lanes * data.window_rows * length * (2 if teacher.vocab_size <= 1 << 16 else 4),
+        data_bytes=data.num_lanes * data.window_rows * length * (9 if teacher.vocab_size <= 1 << 16 else 17) // 4,
         checkpoint_bytes=whole * 4 + trained * 8,
         on_host=on_host,
     )
@@ -188,7 +188,7 @@ def _loss(config: DistillConfig, name: str, teacher: QKV, student: QKV, batch: d
     letters = letters_of(pairs)
     inputs = [getattr(student, letter) for letter in letters]
     if backend == "triton":  # computes scores again, from both models' tensors and the logarithmic sums of their rows
-        sums = torch.empty(2, len(pairs), heads, *student.q.shape[:2])
+        sums = torch.empty(4, len(pairs), heads, *student.q.shape[:2])  # and the factors made of them
         return _LinearLoss.apply([*(getattr(teacher, letter) for letter in letters), *inputs, sums], *inputs)
     return _LinearLoss.apply([torch.empty(x.shape) for x in inputs], *inputs)  # the gradients
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 
 MARGIN_FRACTION = 0.06
 """Of a GPU's memory, or of what is free on a host: left for fragments, communication and what varies between steps."""
-_OUT_OF_MEMORY = ("CUDA out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = (
+    *("CUDA out of memory", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory"),
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def predict(
@@ -95,7 +98,7 @@ def choose(
     return size
 
 
-def with_micro_batch(config: DistillConfig, size: int) -> DistillConfig:
+def with_micro_batch(config: DistillConfig, size: int | Literal["auto"]) -> DistillConfig:
     """Return the configuration with a micro-batch of `size` sequences."""
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": size})})
 

@@ -48,13 +48,11 @@ class StepProfiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._made < WARMUP_STEPS:
+        steps = self._made - WARMUP_STEPS
+        if error or steps < 1:
             return
         lap = self._watch.lap()
         self._profile.stop()
-        steps = self._made - WARMUP_STEPS
-        if error or not steps:
-            return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(self._folder / "trace-rank0.json.gz"))
@@ -71,8 +69,9 @@ class StepProfiler:
     def _operator_table(self, steps: int) -> Table:
         """Return the operators by the time that they take themselves: on the GPU where there is one."""
         table = Table("operator", "ms per step", "calls per step", title="operators, time of their own")
-        events = self._profile.key_averages()
+        events = [event for event in self._profile.key_averages() if not event.is_user_annotation]
         on_gpu = any(event.device_type != DeviceType.CPU for event in events)
+        events = [event for event in events if (event.device_type != DeviceType.CPU) == on_gpu]
 
         def own_time(event: object) -> float:
             return getattr(event, "self_device_time_total" if on_gpu else "self_cpu_time_total")

@@ -65,13 +65,15 @@ class Session:
     shards: ShardReader
     order: SampleOrder
     held_out: ShardReader | None
+    flops_per_token: float
+    """What a step needs: the truncated teacher's forward, and the truncated student's three times."""
+    peak_flops: float
+    """In FLOP/s, of all devices: a data sheet's at 16 bits, or a quickly measured one in the teacher's precision."""
     step: int = 0
     skipped_steps: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     """"step", "validation_loss" and "yardstick" (see `validation_identity`) of the best export so far."""
     last_validation: float | None = None
-    mfu_per_token_per_second: float = 0.0
-    """Share of all devices' peak that one token per second takes: a data sheet's, or a quickly measured one."""
 
     @property
     def accumulation(self) -> int:
@@ -228,21 +230,23 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool, sized_by:
         dropout = config.students[name].dropout
         use_varlen_attention(teacher.config, ranks.device, DTYPES[config.teacher.dtype])
         use_varlen_attention(model.config, ranks.device, DTYPES[config.train.precision], dropout=dropout)
+    # Where the micro-batch is still a prediction, each rank has its own.
+    _check_same_everywhere(with_micro_batch(config, "auto") if sized_by else config, teacher, order, ranks)
     if checkpoint and sized_by and checkpoint.state["world_size"] == ranks.world_size:
         config = with_micro_batch(config, checkpoint.state["config"]["train"]["micro_batch_size"])
     elif sized_by:
         view = capture_view(model, model.config.num_hidden_layers)
         config = with_micro_batch(config, choose(config, name, teacher, view, sized_by, ranks))
-    _check_same_everywhere(config, teacher, order, ranks)
     if checkpoint:
         with reported_once(ranks):
             _check_same_teacher(checkpoint, config, teacher)
-    mfu = _mfu_per_token_per_second(teacher, model, config, ranks)
+    flops = _flops_per_token(teacher, model, config)
+    peak = peak_flops(ranks.device) or measured_matrix_rate(ranks.device, DTYPES[config.teacher.dtype])
     if config.train.compile:
         compile_blocks(teacher.view)
     with reported_once(ranks):
         student = _train_student(config, name, model, ranks)
-    session = Session(config, ranks, teacher, student, shards, order, held_out, mfu_per_token_per_second=mfu)
+    session = Session(config, ranks, teacher, student, shards, order, held_out, flops, peak * ranks.world_size)
     if checkpoint:
         _restore(session, checkpoint)
     return session
@@ -280,13 +284,10 @@ def _train_student(config: DistillConfig, name: str, model: PreTrainedModel, ran
     return Student(name, model.config, engine, widths, config.students[name].dropout, untrained)
 
 
-def _mfu_per_token_per_second(teacher: Teacher, model: PreTrainedModel, config: DistillConfig, ranks: Ranks) -> float:
-    """Hold the FLOPs that a token needs, the teacher's forward and the student's three times, against all devices'."""
+def _flops_per_token(teacher: Teacher, model: PreTrainedModel, config: DistillConfig) -> float:
     length = config.data.sequence_length
     student_view = capture_view(model, model.config.num_hidden_layers)
-    needed = (forward_flops(teacher.view, length) + 3 * forward_flops(student_view, length)) / length
-    peak = peak_flops(ranks.device) or measured_matrix_rate(ranks.device, DTYPES[config.teacher.dtype])
-    return needed / (peak * ranks.world_size)
+    return (forward_flops(teacher.view, length) + 3 * forward_flops(student_view, length)) / length
 
 
 def _check_same_everywhere(config: DistillConfig, teacher: Teacher, order: SampleOrder, ranks: Ranks) -> None:

@@ -18,6 +18,7 @@ from torch.profiler import record_function
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "A6000": 154.8e12,
@@ -68,7 +69,7 @@ class Lap(NamedTuple):
 
     seconds: float
     phases: dict[str, float]
-    """Seconds by phase, every one of `PHASES`; on a GPU those of its stream, but for the wait for data."""
+    """Seconds by phase, every one of `PHASES`; on a GPU those of its stream."""
 
 
 class Stopwatch:
@@ -86,7 +87,7 @@ class Stopwatch:
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of a block to one of `PHASES`."""
         with record_function(name):
-            if self._on_gpu and name != "data wait":
+            if self._on_gpu:  # the wait for data, too: what its stream idles, not what the host runs ahead
                 first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 first.record()
                 yield

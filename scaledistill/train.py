@@ -188,7 +188,7 @@ class Bookkeeper:
         if validation is not None:
             row["validation_loss"] = validation
         row["tokens_per_second"] = tokens / seconds
-        row["mfu"] = tokens / seconds * session.mfu_per_token_per_second
+        row["mfu"] = tokens / seconds * session.flops_per_token / session.peak_flops
         for phase in ("data wait", "teacher", "optimizer"):
             row[f"{phase.replace(' ', '_')}_fraction"] = phases[phase] / seconds
         row["memory_peak_bytes"] = memory_peak_bytes(session.ranks.device)

@@ -73,7 +73,6 @@ ALLOWED: dict[str, set[str]] = {
     "models.attention": set(),
     "models.capture": {"models.attention", "relations"},
     "models.export": {"files", "models.capture", "models.teacher"},
-    "models.int8": set(),
     "models.student": {"models.capture", "models.teacher"},
     "models.teacher": {"models.capture", "relations"},
     "relations": {"relations.reference", "relations.sdpa", "relations.spec", "relations.triton"},

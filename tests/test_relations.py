@@ -434,6 +434,8 @@ def test_settings_checked_without_tensors() -> None:
     assert normalise_pairs({"vv": 1, "qk": 0.5}) == (("vv", 1.0), ("qk", 0.5))
 
 
-def test_auto_backend() -> None:
-    assert resolve_backend("auto", "cpu") == "sdpa"
-    assert resolve_backend("auto", "cuda") == "reference"
+def test_auto_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, on_gpu in ((True, "triton"), (False, "reference")):
+        monkeypatch.setattr("scaledistill.relations._triton_installed", lambda installed=installed: installed)
+        assert resolve_backend("auto", "cpu") == "sdpa"
+        assert resolve_backend("auto", "cuda") == on_gpu

@@ -322,7 +322,6 @@ def make_steps(file: Path) -> int:
     from scaledistill.config import load_config
     from scaledistill.distributed import process_group
     from scaledistill.doctor import resolve
-    from scaledistill.models.capture import build_encoder, capture_view, forward_flops
     from scaledistill.session import open_session
     from scaledistill.speed import Stopwatch, memory_peak_bytes
     from scaledistill.step import train_step
@@ -330,11 +329,6 @@ def make_steps(file: Path) -> int:
     config = load_config(file)
     with process_group(config.run.timeout_seconds) as ranks:
         session = open_session(resolve(config, ranks.world_size, ranks.device), ranks, resume=False)
-        config, student = session.config, session.student
-        T, layers = config.data.sequence_length, (config.teacher.layer, student.config.num_hidden_layers)
-        models = (build_encoder(model, device="meta") for model in (session.teacher.config, student.config))
-        views = [capture_view(model, layer) for model, layer in zip(models, layers, strict=True)]
-        teacher_flops, student_flops = (forward_flops(view, T) for view in views)
         watch = Stopwatch(ranks.device)
         with session.stream() as stream:
             while True:
@@ -347,9 +341,9 @@ def make_steps(file: Path) -> int:
                     phases=lap.phases,
                     loss=result.losses["loss"],
                     peak_memory_bytes=memory_peak_bytes(ranks.device),
-                    flops_per_token=(teacher_flops + 3 * student_flops) / T,
-                    teacher_dtype=config.teacher.dtype,
-                    precision=config.train.precision,
+                    flops_per_token=session.flops_per_token,
+                    teacher_dtype=session.config.teacher.dtype,
+                    precision=session.config.train.precision,
                 )
 
 

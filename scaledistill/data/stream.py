@@ -294,6 +294,7 @@ def _copies_to(device: torch.device) -> Callable[[Batch], Batch]:
     copies = torch.cuda.Stream(device)
 
     def copy(batch: Batch) -> Batch:
+        torch.cuda.set_device(device)  # this thread's: leaving the stream would otherwise open a context on GPU 0
         with torch.cuda.stream(copies):
             copied = batch.with_tensors(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
         copies.synchronize()  # this thread waits, nobody else

@@ -122,7 +122,7 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
             raise ConfigError(f"engine.deepspeed.{key}: not allowed here; {REFUSED_KEYS[key]}")
     _check_keys(block, ALLOWED_KEYS, "engine.deepspeed")
     train = config.train
-    _resolve_zero(block, min(student.hidden_size for student in config.students.values()))
+    _resolve_zero(block, min(student.hidden_size for student in config.students.values()), world_size)
     for key, precision in (("bf16", "bf16"), ("fp16", "fp16")):
         _settle(block.setdefault(key, {}), "enabled", train.precision == precision, f"{key}.enabled", "train.precision")
     # What skips a step with non-finite gradients, which is all that protects the weights from them.
@@ -148,7 +148,7 @@ def zero_settings(config: DistillConfig) -> tuple[int, bool, bool]:
     return zero.get("stage", 0), offloads[0], offloads[1]
 
 
-def _resolve_zero(block: dict[str, Any], hidden_size: int) -> None:
+def _resolve_zero(block: dict[str, Any], hidden_size: int, world_size: int) -> None:
     zero = block.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if not isinstance(zero, dict) or isinstance(stage, bool) or stage not in (1, 2, 3):
@@ -165,12 +165,15 @@ def _resolve_zero(block: dict[str, Any], hidden_size: int) -> None:
     for key, size in sizes.items():
         if zero.get(key) == "auto":
             zero[key] = size
-    zero.setdefault("overlap_comm", True)
+    if zero.get("overlap_comm") is None:
+        zero["overlap_comm"] = stage == 3 or world_size > 1
     bucket = zero.setdefault("reduce_bucket_size", REDUCE_BUCKET_SIZE)
-    if not isinstance(bucket, int):
+    if isinstance(bucket, bool) or not isinstance(bucket, int | float) or bucket != int(bucket) or bucket < 1:
         raise ConfigError(
-            f"engine.deepspeed.zero_optimization.reduce_bucket_size: found {bucket!r}, expected a number of elements"
+            f"engine.deepspeed.zero_optimization.reduce_bucket_size: found {bucket!r}, expected a number of elements, "
+            f"1 or more; remove it to take {REDUCE_BUCKET_SIZE}"
         )
+    zero["reduce_bucket_size"] = int(bucket)
     for what in ("optimizer", "param"):
         offload = zero.get(f"offload_{what}") or {}
         where = f"engine.deepspeed.zero_optimization.offload_{what}"

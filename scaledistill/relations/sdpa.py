@@ -66,15 +66,18 @@ def _losses_and_grads(
     T = spec.share_BT.shape[1]
     losses = [0.0] * len(spec.pairs)
     grads = {letter: torch.zeros(x.shape, dtype=spec.dtype) for letter, x in student.items()} if with_grad else {}
-    work = torch.empty(2, max(TILE_SCORES, _TILE_ROWS * T), dtype=spec.dtype)
+    work = torch.empty(3, max(TILE_SCORES, _TILE_ROWS * T), dtype=spec.dtype)
     for row, tokens_n in _token_groups(spec):
-        heads = {letter: _Heads(getattr(teacher, letter)[row], x[row], tokens_n, spec) for letter, x in student.items()}
-        grads_RnE = {letter: torch.zeros_like(heads[letter].student) for letter in grads}
+        teacher_RnE = {letter: _gather(getattr(teacher, letter)[row], tokens_n, spec) for letter in student}
+        student_RnE = {letter: _gather(x[row], tokens_n, spec) for letter, x in student.items()}
+        grads_RnE = {letter: torch.zeros_like(x) for letter, x in student_RnE.items()} if with_grad else {}
         share = spec.share_BT[row, tokens_n[0]].item() / spec.num_heads
         for p, (pair, weight) in enumerate(spec.pairs):
             a, b = tuple(pair)
-            grad_sides = (grads_RnE[a], grads_RnE[b]) if with_grad else None
-            losses[p] += share * _pair_kl(heads[a], heads[b], grad_sides, weight * share, spec.causal, work)
+            sides = _Sides(
+                teacher_RnE[a], teacher_RnE[b], student_RnE[a], student_RnE[b], grads_RnE.get(a), grads_RnE.get(b)
+            )
+            losses[p] += share * _pair_kl(sides, weight * share, spec.causal, work)
         for letter, grad_RnE in grads_RnE.items():
             grads[letter][row].index_copy_(0, tokens_n, grad_RnE.transpose(0, 1).flatten(1))
     return losses, grads
@@ -93,76 +96,55 @@ def _token_groups(spec: RelationSpec) -> Iterator[tuple[int, Tensor]]:
                 yield row, (keys_T == key).nonzero().squeeze(1)
 
 
-class _Heads:
-    """A letter's tokens in both models, side by side with two columns of ones between: `[R, n, E + 1 + 1 + E]`.
-
-    A product of exponentials with `joined` holds their sums beside the sums that they weight.
-    """
-
-    def __init__(self, teacher_TD: Tensor, student_TD: Tensor, tokens_n: Tensor, spec: RelationSpec) -> None:
-        teacher_RnE, student_RnE = (
-            x.detach().index_select(0, tokens_n).unflatten(-1, (spec.num_heads, -1)).transpose(0, 1)
-            for x in (teacher_TD, student_TD)
-        )
-        self.E = student_RnE.shape[2]
-        self.joined = torch.ones(*student_RnE.shape[:2], self.E + 2 + teacher_RnE.shape[2], dtype=spec.dtype)
-        self.student = self.joined[..., : self.E].copy_(student_RnE)
-        self.teacher = self.joined[..., self.E + 2 :].copy_(teacher_RnE)
-
-    def shifted(self, columns: _Heads) -> Tensor:
-        """Return `joined`, scaled, with minus a bound of each row's scores for ones.
-
-        A product with `columns.joined` then gives shifted scores. The bound is that of Cauchy and Schwarz.
-        """
-        scale_s, scale_t = self.student.shape[2] ** -0.5, self.teacher.shape[2] ** -0.5
-        shifted = torch.empty_like(self.joined)
-        for x, of_columns, scale, place, shift in (
-            (self.student, columns.student, scale_s, slice(0, self.E), self.E),
-            (self.teacher, columns.teacher, scale_t, slice(self.E + 2, None), self.E + 1),
-        ):
-            torch.mul(x, scale, out=shifted[..., place])
-            longest_R1 = of_columns.norm(dim=-1).amax(-1, keepdim=True)
-            torch.mul(x.norm(dim=-1), -scale * longest_R1, out=shifted[..., shift])
-        return shifted
+def _gather(x_TD: Tensor, tokens_n: Tensor, spec: RelationSpec) -> Tensor:
+    """Copy the tokens' rows to `[R, n, E]` in `spec.dtype`."""
+    x_nD = x_TD.detach().index_select(0, tokens_n).to(spec.dtype)
+    return x_nD.unflatten(-1, (spec.num_heads, -1)).transpose(0, 1).contiguous()
 
 
-def _pair_kl(
-    a: _Heads, b: _Heads, grads: tuple[Tensor, Tensor] | None, weight: float, causal: bool, work: Tensor
-) -> float:
-    """Return Σ KL(P ‖ S) over heads and rows; add `weight` times its gradients to `grads`. `work` holds two tiles."""
-    R, n, _ = a.joined.shape
-    E = a.E
+class _Sides(NamedTuple):
+    """The two sides of one pair for one group of tokens, each `[R, n, E]`, with the student's gradients to add to."""
+
+    teacher_a: Tensor
+    teacher_b: Tensor
+    student_a: Tensor
+    student_b: Tensor
+    grad_a: Tensor | None
+    grad_b: Tensor | None
+
+
+def _pair_kl(sides: _Sides, weight: float, causal: bool, work: Tensor) -> float:
+    """Return Σ KL(P ‖ S) over heads and rows; add `weight` times its gradients to `sides`. `work` holds three tiles."""
+    R, n, _ = sides.student_a.shape
     num_rows = min(n, _TILE_ROWS)
     num_heads = min(R, max(1, TILE_SCORES // (num_rows * n)))
-    shifted_RnF = a.shifted(b)
+    future_mm = torch.ones(num_rows, num_rows, dtype=torch.bool).triu(1)
     kl = 0.0
     for head in range(0, R, num_heads):
-        heads = slice(head, head + num_heads)
+        side = _Sides._make(None if x is None else x[head : head + num_heads] for x in sides)
         for row in range(0, n, num_rows):
             rows = slice(row, min(row + num_rows, n))
             columns = slice(0, rows.stop if causal else n)
-            a_hmF, b_hcF = shifted_RnF[heads, rows], b.joined[heads, columns]
-            shape = (len(a_hmF), rows.stop - row, columns.stop)
-            s_hmc, t_hmc = (flat[: math.prod(shape)].view(shape) for flat in work)
-            for side, tile_hmc in ((slice(0, E + 1), s_hmc), (slice(E + 1, None), t_hmc)):
-                _exponentials(a_hmF[..., side], b_hcF[..., side], causal, tile_hmc)
-            by_s_hmF = torch.bmm(s_hmc, b_hcF[..., : E + 1])
-            by_t_hmF = torch.bmm(t_hmc, b_hcF)
-            sum_s_hm1, sum_t_hm1 = by_s_hmF[..., E:], by_t_hmF[..., E : E + 1]
-            # KL = Σ p t − Σ p s + log Σ exp s − log Σ exp t, with t and s shifted as they are in the exponentials.
-            products_hmF = a_hmF * by_t_hmF
-            kl_hm = (products_hmF[..., E + 1 :].sum(-1) - products_hmF[..., : E + 1].sum(-1)) / sum_t_hm1.squeeze(-1)
-            kl += (kl_hm.sum() + (sum_s_hm1 / sum_t_hm1).log().sum()).item()
-            if grads is None:
+            shape = (len(side.student_a), rows.stop - row, columns.stop)
+            t_hmc, s_hmc, p_hmc = (flat[: math.prod(shape)].view(shape) for flat in work)
+            for scores_hmc, a, b in ((t_hmc, side.teacher_a, side.teacher_b), (s_hmc, side.student_a, side.student_b)):
+                a_hmE, b_hcE = a[:, rows], b[:, columns]
+                torch.baddbmm(scores_hmc, a_hmE, b_hcE.mT, beta=0, alpha=a.shape[-1] ** -0.5, out=scores_hmc)
+                if causal:
+                    scores_hmc[:, :, rows].masked_fill_(future_mm[: shape[1], : shape[1]], _HIDDEN)
+                scores_hmc -= scores_hmc.amax(-1, keepdim=True)
+            # With t and s shifted by their rows' maxima: KL = Σ p (t − s) + log Σ exp s − log Σ exp t.
+            torch.exp(t_hmc, out=p_hmc)
+            sum_t_hm1 = p_hmc.sum(-1, keepdim=True)
+            p_hmc *= sum_t_hm1.reciprocal()
+            t_hmc -= s_hmc
+            s_hmc.exp_()
+            sum_s_hm1 = s_hmc.sum(-1, keepdim=True)
+            kl += torch.dot(p_hmc.flatten(), t_hmc.flatten()).item() + (sum_s_hm1 / sum_t_hm1).log().sum().item()
+            if side.grad_a is None or side.grad_b is None:
                 continue
-            grad_a, grad_b = grads
-            grad_hmE = by_s_hmF[..., :E] / sum_s_hm1 - by_t_hmF[..., :E] / sum_t_hm1
-            grad_a[heads, rows].add_(grad_hmE, alpha=weight * E**-0.5)
-            grad_b[heads, columns].baddbmm_(s_hmc.mT, a_hmF[..., :E] / sum_s_hm1, alpha=weight)
-            grad_b[heads, columns].baddbmm_(t_hmc.mT, a_hmF[..., :E] / sum_t_hm1, alpha=-weight)
+            torch.addcmul(p_hmc, s_hmc, sum_s_hm1.reciprocal(), value=-1, out=s_hmc)  # P − S
+            scale = -weight * side.student_a.shape[-1] ** -0.5
+            side.grad_a[:, rows].add_(torch.bmm(s_hmc, side.student_b[:, columns]), alpha=scale)
+            side.grad_b[:, columns].baddbmm_(s_hmc.mT, side.student_a[:, rows], alpha=scale)
     return kl
-
-
-def _exponentials(a_hmF: Tensor, b_hcF: Tensor, causal: bool, out_hmc: Tensor) -> None:
-    """Write the exponentials of the shifted scores."""
-    torch.bmm(a_hmF, b_hcF.mT, out=out_hmc).exp_()

@@ -264,5 +264,5 @@ def _winners(device: torch.device) -> Winners:
 def _seconds(run: Callable[[], object]) -> float:
     try:
         return triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median") / 1000
-    except OutOfResources:
+    except (OutOfResources, torch.OutOfMemoryError):
         return math.inf

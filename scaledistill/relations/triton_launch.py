@@ -68,10 +68,10 @@ class Winners:
                 self._chosen[key] = Launch(*kept)
             else:
                 times = {launch: seconds(launch) for launch in among}
-                best = min(among, key=times.__getitem__)
-                self._chosen[key] = best if math.isfinite(times[best]) else among[0]
-                logger.info("%s: fastest of %d launches is %s", key, len(among), self._chosen[key])
-                self._keep(key)
+                self._chosen[key] = min(among, key=times.__getitem__)
+                if math.isfinite(times[self._chosen[key]]):
+                    logger.info("%s: fastest of %d launches is %s", key, len(among), self._chosen[key])
+                    self._keep(key)
         return self._chosen[key]
 
     def _read(self) -> dict[str, dict[str, list[Any]]]:
