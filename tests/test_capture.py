@@ -192,9 +192,9 @@ def test_compiles_without_graph_breaks(bert: PreTrainedModel) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own, hidden by it
-def test_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@dynamo.patch(recompile_limit=1)
+def test_compiled_blocks() -> None:
     """Equal blocks share a graph, in every shape, with and without mask and gradients, beyond Dynamo's own limit."""
-    monkeypatch.setattr(dynamo, "recompile_limit", 1)
     torch._dynamo.reset()
     counters.clear()
     config = BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
