@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+UNION_MEMBER = re.compile(r"constrained-int|bool|literal\[.*\]")  # where pydantic's path of an error goes on too far
 STUDENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -316,7 +317,11 @@ def parse_config(tree: Mapping[str, Any]) -> DistillConfig:
     try:
         return DistillConfig.model_validate(dict(tree))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+        lines: dict[str, str] = {}
+        for line in map(_explain, error.errors()):  # a value that may be of two types has an error for each
+            found, separator, expected = line.partition("; should be ")
+            lines[found] = f"{lines[found]} or {expected}" if separator and found in lines else line
+        raise ConfigError("\n".join(lines.values())) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -346,6 +351,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(item: Any) -> str:
     """Return one line for one of pydantic's errors: dotted path, found, expected, remedy."""
     location = tuple(part for part in item["loc"] if part != "[key]")
+    if item["type"] != "extra_forbidden" and location and UNION_MEMBER.fullmatch(str(location[-1])):
+        location = location[:-1]
     path = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
         block = _block_at(location[:-1])

@@ -42,6 +42,13 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("train.max_steps", 1.5, r"^train\.max_steps: found 1\.5 \(float\)"),
         ("train.max_steps", True, r"^train\.max_steps: found true \(bool\)"),
         ("train.max_steps", 0, r"^train\.max_steps: found 0 \(int\); should be greater than 0"),
+        (
+            "train.micro_batch_size",
+            "all",
+            r"^train\.micro_batch_size: found \"all\" \(str\); should be a valid integer or 'auto'$",
+        ),
+        ("train.compile", 1, r"^train\.compile: found 1 \(int\); should be a valid boolean or 'auto'$"),
+        ("train.bool", 1, r"^train\.bool: unknown key"),
         ("train.warmup_steps", 11, r"warmup_steps=11 is more than max_steps=10"),
         ("train.validation_every_steps", 5, r"needs data\.validation, which is not set"),
         ("train.adam_betas", [0.9], r"^train\.adam_betas: found \[0\.9\]"),
