@@ -113,12 +113,11 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
     precision = resolve_precision(train.precision, device)
     teacher_dtype = precision if teacher.dtype == "auto" else resolve_precision(teacher.dtype, device)
     batch, share = train.global_batch_size, max(1, train.global_batch_size // world_size)
-    micro = min(train.micro_batch_size, share) if isinstance(train.micro_batch_size, int) else share
+    stated = train.micro_batch_size if isinstance(train.micro_batch_size, int) else None
+    micro = min(stated or share, share)
     unit = world_size * micro
     if batch % unit:
-        what = f"{world_size} ranks" + (
-            f" × train.micro_batch_size={micro}" if isinstance(train.micro_batch_size, int) else ""
-        )
+        what = f"{world_size} ranks" + (f" × train.micro_batch_size={micro}" if stated else "")
         near = " or ".join(str(size) for size in (batch // unit * unit, batch // unit * unit + unit) if size)
         raise ConfigError(f"train.global_batch_size={batch} is not divisible by {what}; use {near}")
     compiles = _compiles(config, backend, device)

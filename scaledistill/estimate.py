@@ -26,8 +26,8 @@ from scaledistill.models.student import set_dropout
 from scaledistill.relations import QKV, relation_loss
 from scaledistill.relations.spec import letters_of
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 # Sequences of the counted micro-batch: so many that what does not grow with them vanishes in the quotient.
 _COUNTED_SEQUENCES = 4096
 # On a CPU the heap adds to what is alive: libraries' buffers, and holes between blocks that glibc does not map one by
