@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from scaledistill.config import DistillConfig, load_config
+from scaledistill.config import DistillConfig
+from scaledistill.configfile import load_config
 from scaledistill.errors import (
     EXIT_DONE,
     EXIT_ENVIRONMENT,

@@ -1,28 +1,22 @@
-"""The settings of a run: one JSON file, frozen pydantic models, every key known.
+"""The settings of a run: frozen pydantic models, every key known.
 
-Enters: a JSON file and `--set a.b=c` overrides. Leaves: a frozen `DistillConfig`, and its resolved JSON. What needs the
+Enters: plain values, which `configfile` reads. Leaves: a frozen `DistillConfig`, and its resolved JSON. What needs the
 number of ranks, the models or the data is checked by those who have them.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
-
-from scaledistill.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-UNION_MEMBER = re.compile(r"constrained-int|bool|literal\[.*\]")  # where pydantic's path of an error goes on too far
 STUDENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -46,8 +40,12 @@ class RunSettings(Settings):
     """Seeds the sample order, the random initialisation and dropout."""
     deterministic: bool = False
     """Ask PyTorch for deterministic algorithms: on GPUs, resumed runs are then equal to the bit. CPUs are so anyway."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Stop, as on a signal, when the job has lasted so long; the same command goes on."""
     timeout_seconds: Positive = 1800
-    """A collective that takes longer ends the job."""
+    """Where no step, validation batch or other progress is made for so long, the job ends and names who is behind."""
+    lost_rank_seconds: Positive = 120
+    """A rank whose process is not heard of for so long (killed, stopped, its node gone) ends the job."""
 
 
 class TeacherSettings(Settings):
@@ -59,8 +57,9 @@ class TeacherSettings(Settings):
     """The block whose Q/K/V the student learns, counted from 1; nothing above it is loaded."""
     dtype: Precision = "auto"
     """Precision of the teacher's forward; "auto" takes that of `train.precision`."""
-    placement: Literal["replicate"] = "replicate"
-    """Where the teacher's weights lie: whole on every rank."""
+    placement: Literal["replicate", "shard", "offload"] = "replicate"
+    """Where the teacher's weights lie: "replicate": whole on every rank; "shard": in equal parts on the ranks, gathered
+    block by block while it runs; "offload": the same parts in host memory."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such models are refused."""
 
@@ -173,18 +172,23 @@ class TrainSettings(Settings):
         return self
 
 
+class FsdpSettings(Settings):
+    """FSDP2 (`fully_shard`): the student's weights, gradients and optimizer in equal parts on the ranks."""
+
+    reshard_after_forward: bool = True
+    """Drop a block's gathered weights after its forward and gather them again for its backward: less memory."""
+    cpu_offload: bool = False
+    """Keep the parts, and the optimizer's step, in host memory."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward and compute the rest again."""
+
+
 class EngineSettings(Settings):
-    name: Literal["deepspeed"] = "deepspeed"
+    name: Literal["deepspeed", "fsdp"] = "deepspeed"
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
     """DeepSpeed's own settings, checked key by key. Batch sizes, optimizer, schedule and clipping come from `train`."""
-    fsdp: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the FSDP2 engine."""
-
-    @model_validator(mode="after")
-    def _check(self) -> EngineSettings:
-        if self.fsdp:
-            raise ValueError("fsdp is read only with name='fsdp', which this version does not have; remove it")
-        return self
+    fsdp: FsdpSettings = Field(default_factory=FsdpSettings)
+    """Read with name="fsdp"."""
 
 
 class CheckpointSettings(Settings):
@@ -192,6 +196,9 @@ class CheckpointSettings(Settings):
     """Save every so many steps, and at the end; 0: only at the end or on a stop request."""
     keep: Positive = 2
     """Newest checkpoints that stay."""
+    remote: NonEmpty | None = None
+    """URL of a folder (s3://, gs://, …) that each checkpoint is copied to as well; a run whose own folder has none, or
+    only older ones, goes on from there."""
     max_failed_saves: NotNegative = 3
     """So many saves in a row may fail (disk full) while training goes on; one more ends the run."""
 
@@ -242,7 +249,9 @@ class DistillConfig(Settings):
 # Changing one of these moves a run, or changes rounding at most. Any other key changes the result: a resume refuses it.
 FREE_ON_RESUME = (
     "run.folder",
+    "run.max_hours",
     "run.timeout_seconds",
+    "run.lost_rank_seconds",
     "teacher.model",  # held by the sha256 of its weights
     "teacher.revision",
     "teacher.placement",
@@ -281,102 +290,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
-    """Read a configuration file, apply `a.b=c` overrides, and check it.
-
-    Raises:
-        ConfigError: the file is missing or no JSON, or a key is unknown, of the wrong type or contradicts another.
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], n=1)
-        raise ConfigError(
-            f"--config {path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        )
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"--config {path}: found a JSON {type(tree).__name__}, expected an object with blocks such as 'teacher'"
-        )
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree)
-
-
-def parse_config(tree: Mapping[str, Any]) -> DistillConfig:
-    """Check a configuration given as plain dicts and lists.
-
-    Raises:
-        ConfigError: see `load_config`.
-    """
-    try:
-        return DistillConfig.model_validate(dict(tree))
-    except ValidationError as error:
-        lines: dict[str, str] = {}
-        for line in map(_explain, error.errors()):  # a value that may be of two types has an error for each
-            found, separator, expected = line.partition("; should be ")
-            lines[found] = f"{lines[found]} or {expected}" if separator and found in lines else line
-        raise ConfigError("\n".join(lines.values())) from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if twice := {key for key in keys if keys.count(key) > 1}:
-        raise ValueError(f"the key {min(twice)!r} stands twice in one object")
-    return dict(pairs)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as --set train.max_steps=100")
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text  # a bare word is a string
-    *parents, last = path.split(".")
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"--set {override}: {parent!r} is a value, not a block")
-    node[last] = value
-
-
-def _explain(item: Any) -> str:
-    """Return one line for one of pydantic's errors: dotted path, found, expected, remedy."""
-    location = tuple(part for part in item["loc"] if part != "[key]")
-    if item["type"] != "extra_forbidden" and location and UNION_MEMBER.fullmatch(str(location[-1])):
-        location = location[:-1]
-    path = ".".join(str(part) for part in location)
-    if item["type"] == "extra_forbidden":
-        block = _block_at(location[:-1])
-        names = list(block.model_fields) if block else []
-        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
-        return f"{path}: unknown key; {hint}"
-    if item["type"] == "missing":
-        return f"{path}: missing, a value is required"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    found = item["input"]
-    return f"{path}: found {json.dumps(found, default=str)} ({type(found).__name__}); {message.replace('Input s', 's')}"
-
-
-def _block_at(location: Sequence[str | int]) -> type[Settings] | None:
-    """Return the settings class that a path leads to."""
-    found: Any = DistillConfig
-    for part in location:
-        if isinstance(found, type) and issubclass(found, Settings):
-            found = found.model_fields[str(part)].annotation if str(part) in found.model_fields else None
-        elif get_origin(found) is dict:
-            found = get_args(found)[1]
-        if get_origin(found) in (Union, types.UnionType):
-            found = next((arg for arg in get_args(found) if arg is not type(None)), None)
-    return found if isinstance(found, type) and issubclass(found, Settings) else None

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from scaledistill.config import DistillConfig, parse_config
+from scaledistill.config import DistillConfig
+from scaledistill.configfile import parse_config
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ENCODER_SIZES = {

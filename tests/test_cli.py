@@ -16,7 +16,7 @@ import pytest
 
 from scaledistill import cli, doctor, train
 from scaledistill.cli import main
-from scaledistill.config import load_config
+from scaledistill.configfile import load_config
 from scaledistill.errors import DivergedError, PeerError
 from scaledistill.train import RunResult
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from scaledistill.config import FREE_ON_RESUME, DistillConfig, differing_keys, load_config, parse_config
+from scaledistill.config import FREE_ON_RESUME, DistillConfig, differing_keys
+from scaledistill.configfile import load_config, parse_config
 from scaledistill.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -58,7 +59,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("students", {}, r"students has 0 entries"),
         ("students", {"a b": BASE["students"]["l3"]}, r"students\.a b: a name has letters"),
         ("students.l3.layer_map", [1, 2, 3], r"layer_map is read only with init='teacher'"),
-        ("engine.fsdp", {"x": 1}, r"fsdp is read only with name='fsdp'"),
+        ("engine.fsdp", {"ofload": True}, r"engine\.fsdp\.ofload: unknown key; did you mean 'cpu_offload'"),
     ],
 )
 def test_bad_setting_is_named(path: str, value: Any, message: str) -> None:

@@ -9,7 +9,8 @@ import torch
 from conftest import tiny_tree
 from ranks import run_ranks
 
-from scaledistill.config import DistillConfig, parse_config
+from scaledistill.config import DistillConfig
+from scaledistill.configfile import parse_config
 from scaledistill.engines import parameter_groups
 from scaledistill.engines.deepspeed_block import resolve_block
 from scaledistill.errors import ConfigError

@@ -12,7 +12,8 @@ from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
 from scaledistill import doctor
-from scaledistill.config import DistillConfig, parse_config
+from scaledistill.config import DistillConfig
+from scaledistill.configfile import parse_config
 from scaledistill.estimate import DTYPES, Estimate, estimate
 from scaledistill.microbatch import Trial
 from scaledistill.models.capture import build_encoder, capture_view, forward_flops

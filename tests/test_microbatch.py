@@ -12,7 +12,8 @@ from conftest import tiny_tree
 from ranks import run_ranks
 
 from scaledistill import doctor
-from scaledistill.config import DistillConfig, parse_config
+from scaledistill.config import DistillConfig
+from scaledistill.configfile import parse_config
 from scaledistill.errors import ConfigError, PeerError
 from scaledistill.estimate import batch_arguments, estimate
 from scaledistill.microbatch import (

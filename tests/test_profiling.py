@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 
-from scaledistill.config import parse_config
+from scaledistill.configfile import parse_config
 from scaledistill.errors import ConfigError
 from scaledistill.profiling import WARMUP_STEPS, phase_table
 from scaledistill.speed import PHASES, Lap

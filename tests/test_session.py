@@ -11,7 +11,7 @@ from conftest import tiny_tree
 from ranks import run_ranks
 
 from scaledistill import doctor
-from scaledistill.config import parse_config
+from scaledistill.configfile import parse_config
 from scaledistill.metrics import read_rows
 from scaledistill.microbatch import MARGIN_FRACTION
 

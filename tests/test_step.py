@@ -16,7 +16,7 @@ import scaledistill
 from scaledistill import doctor
 from scaledistill import session as session_module
 from scaledistill import train as train_module
-from scaledistill.config import parse_config
+from scaledistill.configfile import parse_config
 from scaledistill.distributed import process_group
 from scaledistill.metrics import read_rows
 from scaledistill.models.capture import compile_blocks

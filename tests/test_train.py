@@ -18,7 +18,7 @@ from ranks import Job, run_ranks
 from safetensors.torch import load_file
 from test_engine import ENGINES
 
-from scaledistill.config import parse_config
+from scaledistill.configfile import parse_config
 from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
 from scaledistill.metrics import read_rows
 from scaledistill.step import learning_rate

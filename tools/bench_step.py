@@ -112,7 +112,7 @@ def main() -> int:
 
 def configure(options: argparse.Namespace, folder: Path, shape: tuple[int, int]) -> DistillConfig:
     """Return the run's configuration for a shape: the file's, on our models and rows."""
-    from scaledistill.config import load_config
+    from scaledistill.configfile import load_config
 
     [student] = load_config(options.config, options.overrides).students
     B, T = shape
@@ -319,7 +319,7 @@ def make_steps(file: Path) -> int:
     """Be the worker of our side: the real session and its step, one a turn."""
     turns = Turns()
 
-    from scaledistill.config import load_config
+    from scaledistill.configfile import load_config
     from scaledistill.distributed import process_group
     from scaledistill.doctor import resolve
     from scaledistill.session import open_session
