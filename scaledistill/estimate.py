@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from scaledistill.config import DistillConfig
 from scaledistill.engines.deepspeed_block import resolve_block, zero_settings
-from scaledistill.models.capture import build_encoder, capture_view, forward_flops, split_qkv, view_inputs
+from scaledistill.models.capture import blocks_of, build_encoder, capture_view, forward_flops, split_qkv, view_inputs
 from scaledistill.models.student import set_dropout
 from scaledistill.relations import QKV, relation_loss
 from scaledistill.relations.spec import letters_of
@@ -49,13 +49,16 @@ class Estimate:
     flops_per_token: float
     """Teacher forward, student forward and backward."""
     teacher_flops_fraction: float
+    placements: dict[str, tuple[int, int]]
+    """The teacher's bytes for each `teacher.placement`: in memory of the device, and of the host beside it."""
     teacher_bytes: int
+    """On the device, as it is placed."""
     weights_and_gradients_bytes: int
     optimizer_bytes: int
     """fp32 master weights and both Adam moments."""
     optimizer_on_host: bool
     engine_bytes: int
-    """Buckets that gradients are reduced in; at ZeRO stage 3 also the student's gathered weights."""
+    """Buckets that gradients are reduced in; where the student is sharded also its gathered weights."""
     activation_bytes_per_sequence: int
     """What a sequence more in the micro-batch adds to the peak of teacher, student, relation loss and backward."""
     relation_bytes: int
@@ -103,7 +106,9 @@ def estimate(
     weight_share = world_size if stage == 3 else 1
     gradient_share = world_size if stage >= 2 else 1
     weights = trained * BYTES[config.train.precision] // weight_share
-    weights = 0 if parameters_on_host and not on_host else weights
+    if config.engine.name == "fsdp" or (parameters_on_host and not on_host):
+        weights = 0  # FSDP2 computes on gathered copies of the fp32 weights, which count as the optimizer's
+    placements = _placements(teacher_view, BYTES[config.teacher.dtype], world_size, on_host)
     # Without a backward two blocks in a row need what many need.
     short_view = capture_view(whole_teacher, min(3, config.teacher.layer))
     activations, relation = _bytes_per_sequence(config, name, short_view, student_view)
@@ -113,11 +118,12 @@ def estimate(
         trained_parameters=trained,
         flops_per_token=(teacher_flops + student_flops) / length,
         teacher_flops_fraction=teacher_flops / (teacher_flops + student_flops),
-        teacher_bytes=held * BYTES[config.teacher.dtype],
+        placements=placements,
+        teacher_bytes=placements[config.teacher.placement][0],
         weights_and_gradients_bytes=weights + trained * 4 // gradient_share,
         optimizer_bytes=trained * 12 // world_size,
         optimizer_on_host=optimizer_on_host,
-        engine_bytes=_engine_bytes(config, trained, world_size, on_host),
+        engine_bytes=_engine_bytes(config, student_view, world_size, on_host),
         activation_bytes_per_sequence=activations,
         relation_bytes=relation * int(config.train.micro_batch_size or 1),
         data_bytes=data.num_lanes * data.window_rows * length * (9 if teacher.vocab_size <= 1 << 16 else 17) // 4,
@@ -229,9 +235,28 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= self._known.pop(key)
 
 
-def _engine_bytes(config: DistillConfig, trained: int, world_size: int, on_host: bool) -> int:
+def _placements(view: nn.Module, itemsize: int, world_size: int, on_host: bool) -> dict[str, tuple[int, int]]:
+    whole = sum(parameter.numel() for parameter in view.parameters()) * itemsize
+    part, gathered = -(-whole // world_size), _gathered_elements(view) * itemsize
+    offload = (part + gathered, 0) if on_host else (gathered, part)
+    return {"replicate": (whole, 0), "shard": (part + gathered, 0), "offload": offload}
+
+
+def _gathered_elements(view: nn.Module) -> int:
+    """Return the most elements that are whole at a time where parameters are gathered by blocks: one and the next."""
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(view)]
+    rest = sum(parameter.numel() for parameter in view.parameters()) - sum(blocks)
+    return rest + sum(sorted(blocks)[-2:])
+
+
+def _engine_bytes(config: DistillConfig, view: nn.Module, world_size: int, on_host: bool) -> int:
+    trained = sum(parameter.numel() for parameter in view.parameters())
+    itemsize = BYTES[config.train.precision]
+    if config.engine.name == "fsdp":
+        gathered = _gathered_elements(view) if config.engine.fsdp.reshard_after_forward else trained
+        return gathered * itemsize + 4 * _gathered_elements(view)  # and gradients, before they are reduced
     zero = resolve_block(config, world_size)["zero_optimization"]
     bucket = zero["reduce_bucket_size"]
     buckets = (2 if zero["overlap_comm"] else 1) * (min(bucket, trained) if on_host else bucket)
-    gathered = trained * BYTES[config.train.precision] if zero["stage"] == 3 else 0
+    gathered = trained * itemsize if zero["stage"] == 3 else 0
     return 4 * buckets + gathered

@@ -76,14 +76,15 @@ def choose(
         teacher: on the rank's device.
         student: the training view that the engine is to get, wherever it lies; it stays as it is.
         facts: the estimate for this run; memory for its states is held while a size is tried.
-        attempt: tries a size, or raises `torch.OutOfMemoryError`; unless said, `Trial` does on a GPU.
+        attempt: tries a size, or raises `torch.OutOfMemoryError`; unless said, `Trial` does on a GPU, except with a
+            sharded teacher, whose forward all ranks would have to try together: there the prediction is the answer.
 
     Raises:
         ConfigError: not even the smallest fits.
     """
     size, device = cast(int, config.train.micro_batch_size), ranks.device
     with failing_together():
-        if attempt is None and device.type == "cuda":
+        if attempt is None and device.type == "cuda" and config.teacher.placement == "replicate":
             margin = int(MARGIN_FRACTION * torch.cuda.mem_get_info(device)[1])
             held_bytes = facts.state_bytes - facts.teacher_bytes + margin
             attempt = Trial(config, name, teacher, student, device, held_bytes)

@@ -15,13 +15,22 @@ from scaledistill.engines import parameter_groups
 from scaledistill.engines.deepspeed_block import resolve_block
 from scaledistill.errors import ConfigError
 
-ENGINES = {
-    "zero1": {"stage": 1},
-    "zero2": {"stage": 2},
-    "zero3": {"stage": 3},
-    "zero1-offload": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
-    "zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-    "zero3-offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+
+def zero(stage: int, **settings: Any) -> dict[str, Any]:
+    return {"deepspeed": {"zero_optimization": {"stage": stage, **settings}}}
+
+
+ON_HOST = {"device": "cpu"}
+ENGINES: dict[str, dict[str, Any]] = {
+    "zero1": zero(1),
+    "zero2": zero(2),
+    "zero3": zero(3),
+    "zero1-offload": zero(1, offload_optimizer=ON_HOST),
+    "zero2-offload": zero(2, offload_optimizer=ON_HOST),
+    "zero3-offload": zero(3, offload_optimizer=ON_HOST, offload_param=ON_HOST),
+    "fsdp": {"name": "fsdp"},
+    "fsdp-offload": {"name": "fsdp", "fsdp": {"cpu_offload": True, "activation_checkpointing": True}},
+    "fsdp-gathered": {"name": "fsdp", "fsdp": {"reshard_after_forward": False}},
 }
 
 
@@ -47,7 +56,7 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
 
 
 def test_all_engines_agree(tmp_path, tiny_teacher, tiny_shards) -> None:
-    def tree(zero: dict[str, Any], precision: str, micro_batch_size: int) -> dict[str, Any]:
+    def tree(engine: dict[str, Any], precision: str, micro_batch_size: int) -> dict[str, Any]:
         train = {"global_batch_size": 8, "micro_batch_size": micro_batch_size, "max_steps": 5, "learning_rate": 1e-3}
         return tiny_tree(
             tmp_path,
@@ -55,11 +64,11 @@ def test_all_engines_agree(tmp_path, tiny_teacher, tiny_shards) -> None:
             tiny_shards,
             train={**train, "precision": precision},
             teacher={"dtype": "fp32"},
-            engine={"deepspeed": {"zero_optimization": zero}},
+            engine=engine,
         )
 
     for precision, first, later in (("fp32", 1e-6, 1e-4), ("bf16", 1e-3, 1e-2)):
-        trees = [tree(zero, precision, 4) for zero in ENGINES.values()]
+        trees = [tree(engine, precision, 4) for engine in ENGINES.values()]
         runs = {
             (world_size, name): losses
             for world_size in (1, 2)

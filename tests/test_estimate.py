@@ -16,7 +16,7 @@ from scaledistill.config import DistillConfig
 from scaledistill.configfile import parse_config
 from scaledistill.estimate import DTYPES, Estimate, estimate
 from scaledistill.microbatch import Trial
-from scaledistill.models.capture import build_encoder, capture_view, forward_flops
+from scaledistill.models.capture import blocks_of, build_encoder, capture_view, forward_flops
 from scaledistill.models.student import create_student, student_config
 from scaledistill.models.teacher import Teacher, load_config, load_encoder
 from scaledistill.relations.sdpa import TILE_SCORES
@@ -79,6 +79,38 @@ def test_bytes_per_trained_parameter_on_four_ranks(
     assert facts.optimizer_bytes == pytest.approx(optimizer * trained, abs=2)
     assert facts.optimizer_on_host is on_host
     assert facts.teacher_bytes == 4 * facts.teacher_parameters
+
+
+def test_where_a_teacher_s_bytes_lie(tiny_config: Callable[..., DistillConfig]) -> None:
+    def facts(device_type: str, placement: str, world_size: int = 4) -> Estimate:
+        config = tiny_config(teacher={"placement": placement, "dtype": "fp32"}, train={"precision": "bf16"})
+        return estimate_of(config, world_size=world_size, device_type=device_type)
+
+    view = Teacher(load_encoder(tiny_config().teacher.model, num_layers=3), 3).view
+    blocks = [4 * count(block) for block in blocks_of(view)]
+    whole, gathered = 4 * count(view), 4 * count(view) - sum(blocks) + blocks[0] + blocks[1]
+    gpu = facts("cuda", "replicate")
+    part = whole // 4
+    expected = {"replicate": (whole, 0), "shard": (part + gathered, 0), "offload": (gathered, part)}
+    assert gpu.placements == expected
+    assert facts("cpu", "replicate").placements["offload"] == (part + gathered, 0)  # there is one memory only
+    for placement, (on_device, _) in expected.items():
+        assert facts("cuda", placement).teacher_bytes == on_device
+    assert facts("cuda", "shard", 8).teacher_bytes == whole // 8 + gathered
+
+
+def test_fsdp_memory(tiny_config: Callable[..., DistillConfig]) -> None:
+    def facts(**fsdp: bool) -> Estimate:
+        config = tiny_config(engine={"name": "fsdp", "fsdp": fsdp}, train={"precision": "bf16"})
+        return estimate_of(config, world_size=4, device_type="cuda")
+
+    trained = facts().trained_parameters
+    assert facts().weights_and_gradients_bytes == trained  # a quarter of the fp32 gradients
+    assert facts().optimizer_bytes == 3 * trained  # a quarter of fp32 weights and moments
+    assert facts().engine_bytes <= (2 + 4) * trained
+    gathered = facts(reshard_after_forward=False)
+    assert gathered.engine_bytes - facts().engine_bytes == 2 * trained - facts().engine_bytes // 3
+    assert (facts().optimizer_on_host, facts(cpu_offload=True).optimizer_on_host) == (False, True)
 
 
 def test_host_memory_holds_what_was_offloaded(tiny_config: Callable[..., DistillConfig]) -> None:
@@ -209,12 +241,14 @@ def test_memory_is_about_what_was_expected(sequences: int, length: int) -> None:
 def save_once(tree: dict[str, Any]) -> tuple[int, Estimate]:
     """Save a run's first checkpoint; return its bytes and what was expected."""
     from scaledistill.distributed import process_group
+    from scaledistill.saving import Outcome
     from scaledistill.session import open_session
 
     with process_group(60) as ranks:
         plan = doctor.check(parse_config(tree), 1, ranks.device)
-        error = open_session(plan.config, ranks, resume=False).save()
-        assert error is None, error
+        session = open_session(plan.config, ranks, resume=False)
+        session.save()
+        assert session.saver.settle(wait=True) == Outcome(0, None)
     return sum(path.stat().st_size for path in Path(plan.config.run.folder).rglob("*") if path.is_file()), plan.estimate
 
 

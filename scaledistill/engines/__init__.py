@@ -6,7 +6,7 @@ by parameter name in fp32. Losses, data, learning-rate schedule and checkpoint f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -71,14 +71,42 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def create_engine(config: DistillConfig, view: nn.Module, ranks: Ranks) -> Engine:
-    """Return the engine that `engine.name` names, holding `view`. Collective.
+def create_engine(config: DistillConfig, view: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks) -> Engine:
+    """Return the engine that `engine.name` names, holding `view`, of which `blocks` are parts. Collective.
 
     `config` is resolved: no precision or micro-batch is left open. The module belongs to the engine afterwards.
 
     Raises:
         ConfigError: the engine's block is wrong.
     """
+    if config.engine.name == "fsdp":
+        from scaledistill.engines.fsdp import FsdpEngine
+
+        return FsdpEngine(config, view, blocks, ranks)
     from scaledistill.engines.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(config, view, ranks)
+
+
+def shard_teacher(
+    config: DistillConfig,
+    ranks: Ranks,
+    view: nn.Module,
+    blocks: Sequence[nn.Module],
+    weights: Iterable[tuple[str, Tensor]],
+) -> nn.Module:
+    """Put a teacher's weights in parts on the ranks, by the student's kind of engine; return what runs it. Collective.
+
+    Args:
+        view: its parameters on the meta device.
+        blocks: those of `view`.
+        weights: by name, whole, in the dtype to run in, in the order of the names; none is kept.
+    """
+    offload = config.teacher.placement == "offload"
+    if config.engine.name == "fsdp":
+        from scaledistill.engines import fsdp
+
+        return fsdp.shard_teacher(view, blocks, weights, ranks, offload=offload)
+    from scaledistill.engines import deepspeed
+
+    return deepspeed.shard_teacher(view, blocks, weights, ranks, dtype=config.teacher.dtype, offload=offload)

@@ -1,11 +1,12 @@
-"""The DeepSpeed engine: ZeRO 1 to 3, with optimizer and parameter offload. The only importer of DeepSpeed."""
+"""The DeepSpeed engine: ZeRO 1 to 3, with optimizer and parameter offload; a teacher in parts. The only importer."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 from typing import Any
 
 import deepspeed
@@ -27,6 +28,9 @@ from scaledistill.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+# On CPUs DeepSpeed would compile a shared-memory all-reduce for a minute at first use; gloo serves as well.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -44,15 +48,8 @@ class DeepSpeedEngine:
             eps=config.train.adam_epsilon,
             fused=True,
         )
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # On CPUs DeepSpeed would compile a shared-memory all-reduce for a minute at first use; gloo serves as well.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        printed = io.StringIO()
         try:
-            with contextlib.redirect_stdout(printed):
-                self._engine, *_ = deepspeed.initialize(
-                    model=view, optimizer=self._optimizer, config=block, dist_init_required=False
-                )
+            self._engine = _initialize(view, block, self._optimizer)
         except ValidationError as error:
             item = error.errors()[0]
             path = ".".join(str(part) for part in item["loc"])
@@ -61,7 +58,6 @@ class DeepSpeedEngine:
             ) from None
         except ValueError as error:
             raise ConfigError(f"engine.deepspeed: {error} (DeepSpeed's own check)") from None
-        log.debug("DeepSpeed: %s", printed.getvalue().strip())
         self._create_optimizer_state(next(view.parameters()).device)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -138,6 +134,61 @@ class DeepSpeedEngine:
 
     def _loss_scaler_state(self) -> Mapping[str, Any]:
         return scaler_state(self._engine.optimizer.loss_scaler) if self._engine.fp16_enabled() else {}
+
+
+def shard_teacher(
+    view: nn.Module,
+    blocks: Iterable[nn.Module],
+    weights: Iterable[tuple[str, Tensor]],
+    ranks: Ranks,
+    *,
+    dtype: str,
+    offload: bool,
+) -> nn.Module:
+    """Put a teacher in parts on the ranks, under ZeRO-3 of its own; return what runs it. Collective.
+
+    Args:
+        view: its parameters on the meta device.
+        weights: by name, whole, in `dtype`, in the order of the names; each layer's are dropped before the next's.
+        offload: keep the parts in host memory.
+    """
+    elements = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": None,
+        "bf16": {"enabled": dtype == "bf16"},
+        "fp16": {"enabled": dtype == "fp16"},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "stage3_prefetch_bucket_size": elements,  # the next block is gathered while one runs, and no more
+            "stage3_max_live_parameters": 2 * elements,
+            "stage3_max_reuse_distance": 0,
+            "stage3_param_persistence_threshold": 0,
+            "memory_efficient_linear": False,  # else torch's linear, the student's too, rounds otherwise
+        },
+    }
+    if offload:
+        pinned = ranks.device.type == "cuda"
+        settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    for layer_name, layer_weights in groupby(weights, lambda item: item[0].rpartition(".")[0]):
+        layer = view.get_submodule(layer_name)
+        for name, weight in layer_weights:
+            parameter = nn.Parameter(weight.to(ranks.device), requires_grad=False)
+            layer.register_parameter(name.rpartition(".")[2], parameter)
+            del weight, parameter
+        deepspeed.zero.Init(module=layer, config_dict_or_path=settings)
+    return _initialize(view, settings, None)
+
+
+def _initialize(view: nn.Module, block: dict[str, Any], optimizer: torch.optim.Optimizer | None) -> Any:
+    """Return DeepSpeed's engine; what it prints goes to the log. Collective."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        engine, *_ = deepspeed.initialize(model=view, optimizer=optimizer, config=block, dist_init_required=False)
+    log.debug("DeepSpeed: %s", printed.getvalue().strip())
+    return engine
 
 
 def scaler_state(scaler: Any) -> dict[str, Any]:

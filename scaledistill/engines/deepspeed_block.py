@@ -142,7 +142,9 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
 
 
 def zero_settings(config: DistillConfig) -> tuple[int, bool, bool]:
-    """Return (ZeRO stage, optimizer state offloaded, parameters offloaded)."""
+    """Return (ZeRO stage, optimizer state offloaded, parameters offloaded); FSDP2 shards what stage 3 does."""
+    if config.engine.name == "fsdp":
+        return 3, config.engine.fsdp.cpu_offload, config.engine.fsdp.cpu_offload
     zero = config.engine.deepspeed.get("zero_optimization", {})
     offloads = [(zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")]
     return zero.get("stage", 0), offloads[0], offloads[1]

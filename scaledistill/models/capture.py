@@ -202,6 +202,11 @@ def view_inputs(
     return inputs
 
 
+def blocks_of(view: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a view; the last one has projections only."""
+    return list(view.get_submodule(architecture_of(cast(PreTrainedConfig, view.config)).blocks).children())
+
+
 def compile_blocks(view: nn.Module, *, backend: str = "inductor") -> None:
     """Compile the blocks of a view, which its model shares, for fixed shapes; equal blocks share one compiled graph.
 

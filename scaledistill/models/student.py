@@ -12,7 +12,7 @@ LayerNorms keep the same hidden components, and equal sizes give an exact copy.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,7 @@ def create_student(
     seed: int = 0,
     dropout: float = 0.0,
     name: str = "student",
+    stored: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """Build a student: fp32, on the CPU, in training mode, without pooler. The global random state stays as it was.
 
@@ -99,6 +100,7 @@ def create_student(
         seed: of the random weights.
         dropout: for training; the config, and so the export, keeps its values, for fine-tuning.
         name: the student's key in `students`, for messages.
+        stored: for "teacher": the weights of a `teacher` that has none, from `open_encoder`.
 
     Raises:
         ConfigError: see `check_init`.
@@ -110,7 +112,8 @@ def create_student(
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs too
         student = build_encoder(config)
     if init == "teacher" and teacher is not None:
-        student.load_state_dict(_cut_weights(base_encoder(teacher), student, layers))
+        encoder = base_encoder(teacher)
+        student.load_state_dict(_cut_weights(encoder.config, stored or encoder.state_dict(), student, layers))
     elif init != "random":
         student.load_state_dict(load_encoder(init, setting=f"students.{name}.init").state_dict())
     set_dropout(student, dropout)
@@ -214,22 +217,23 @@ def _head_size(config: PreTrainedConfig) -> int:
     return config.hidden_size // config.num_attention_heads
 
 
-def _cut_weights(teacher: PreTrainedModel, student: PreTrainedModel, layers: Sequence[int]) -> dict[str, Tensor]:
+def _cut_weights(
+    teacher: PreTrainedConfig, weights: Mapping[str, Tensor], student: PreTrainedModel, layers: Sequence[int]
+) -> dict[str, Tensor]:
     """Return the student's state dict, cut from the teacher's: its block i from the teacher's layer `layers[i]`."""
-    row = architecture_of(teacher.config)
+    row = architecture_of(teacher)
     head_axes = {f"{path}.{kind}": 0 for path in row.projections for kind in ("weight", "bias")}
     head_axes[f"{row.attention_output}.weight"] = 1
     head_size = torch.arange(_head_size(student.config))
-    starts = torch.arange(student.config.num_attention_heads) * _head_size(teacher.config)
+    starts = torch.arange(student.config.num_attention_heads) * _head_size(teacher)
     heads = (starts[:, None] + head_size).flatten()  # the first components of the first heads
-    whole = teacher.state_dict()
     cut = {}
     for key, target in student.state_dict().items():
         source, head_axis = key, None
         if key.startswith(f"{row.blocks}."):
             index, part = key.removeprefix(f"{row.blocks}.").split(".", 1)
             source, head_axis = f"{row.block_path(layers[int(index)])}.{part}", head_axes.get(part)
-        tensor = whole[source]
+        tensor = weights[source]
         for axis, size in enumerate(target.shape):
             kept = heads if axis == head_axis else torch.arange(size)
             tensor = tensor.index_select(axis, kept.to(tensor.device))

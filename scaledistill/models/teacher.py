@@ -1,8 +1,7 @@
 """Load an encoder from a folder or the hub, only as far up as needed, and run it as a frozen teacher.
 
 Enters: a model's name and a layer. Leaves: a checked `PreTrainedModel` (also the start of a student that continues from
-a folder) and `Teacher`, which turns token ids into Q, K and V. Where the teacher lies (replicated, sharded) is left to
-the engines.
+a folder) and `Teacher`, which turns token ids into Q, K and V. How a teacher is sharded is left to the engines.
 
 Legend: B sequences, T tokens, D width of one projection.
 """
@@ -11,14 +10,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -29,17 +28,21 @@ from scaledistill.errors import ConfigError, DataError
 from scaledistill.models.capture import (
     architecture_of,
     base_encoder,
+    blocks_of,
     capture_view,
     check_layer,
     encoder_options,
     split_qkv,
     view_inputs,
 )
+from scaledistill.models.weights import INDEX, StoredWeights, check_complete, weight_files
 from scaledistill.relations import QKV
 
 logger = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
+Shard = Callable[[nn.Module, list[nn.Module], Iterable[tuple[str, Tensor]]], nn.Module]
+"""Puts a view's weights, handed out in the order of the names, in parts on the ranks, block by block; returns what runs
+them. Collective."""
 WEIGHT_FILES = ("config.json", "*.py", "model.safetensors", "model-*-of-*.safetensors", INDEX)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
@@ -119,12 +122,7 @@ def load_encoder(
         ConfigError: see `load_config`; or fewer blocks than `num_layers`.
         DataError: no safetensors, a damaged or missing file, or a weight that the file lacks or has in another shape.
     """
-    config = copy.deepcopy(load_config(model, revision, trust_remote_code, setting=setting))
-    if num_layers is not None:
-        check_layer(num_layers, config.num_hidden_layers)
-        config.num_hidden_layers = num_layers
-    folder = resolve_folder(model, revision, WEIGHT_FILES, setting=setting)
-    check_weight_files(folder, f"{setting}={str(model)!r}")
+    config, folder = _locate(model, revision, num_layers, trust_remote_code, setting)
     options = encoder_options(config) if type(config) in MODEL_MAPPING else {}
     try:
         with quiet_transformers():
@@ -139,20 +137,54 @@ def load_encoder(
                 **options,
             )
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{setting}={str(model)!r} cannot be loaded ({reason}); fetch the model again") from error
-    wrong = [f"{name} (not in the file)" for name in sorted(info["missing_keys"])]
-    wrong += [
-        f"{name} (file: {list(found)}, config: {list(expected)})"
-        for name, found, expected in sorted(info["mismatched_keys"])
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise DataError(
-            f"{setting}={str(model)!r} lacks weights that are needed: {', '.join(wrong[:4])}{more}; give a complete "
-            "model whose config.json belongs to its weights"
-        )
+        raise _not_loaded(model, setting, error) from error
+    wrong: dict[str, tuple[list[int] | None, list[int]]] = {name: (None, []) for name in info["missing_keys"]}
+    wrong |= {name: (list(found), list(expected)) for name, found, expected in info["mismatched_keys"]}
+    check_complete(wrong, f"{setting}={str(model)!r}")
     return encoder
+
+
+def open_encoder(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    num_layers: int | None = None,
+    trust_remote_code: bool = False,
+    setting: str = "teacher.model",
+) -> tuple[PreTrainedModel, StoredWeights]:
+    """Return what `load_encoder` does with its parameters on the meta device, and the weights for them, still on disk.
+
+    Raises:
+        ConfigError, DataError: see `load_encoder`; a weight that is damaged itself is found when it is read.
+    """
+    config, folder = _locate(model, revision, num_layers, trust_remote_code, setting)
+    options = encoder_options(config) if type(config) in MODEL_MAPPING else {"trust_remote_code": trust_remote_code}
+    stated = config.dtype is not None
+    try:
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            encoder = AutoModel.from_config(config, dtype=config.dtype or torch.float32, **options).eval()
+    except Exception as error:
+        raise _not_loaded(model, setting, error) from error
+    dtype, name = encoder.dtype if stated else None, f"{setting}={str(model)!r}"
+    return encoder, StoredWeights(folder, encoder, prefix=encoder.base_model_prefix, dtype=dtype, model=name)
+
+
+def _not_loaded(model: str | Path, setting: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())
+    return DataError(f"{setting}={str(model)!r} cannot be loaded ({reason}); fetch the model again")
+
+
+def _locate(
+    model: str | Path, revision: str | None, num_layers: int | None, trust_remote_code: bool, setting: str
+) -> tuple[PreTrainedConfig, Path]:
+    """Return a model's config, cut to `num_layers`, and the folder of its weights."""
+    config = copy.deepcopy(load_config(model, revision, trust_remote_code, setting=setting))
+    if num_layers is not None:
+        check_layer(num_layers, config.num_hidden_layers)
+        config.num_hidden_layers = num_layers
+    folder = resolve_folder(model, revision, WEIGHT_FILES, setting=setting)
+    check_weight_files(folder, f"{setting}={str(model)!r}")
+    return config, folder
 
 
 class Teacher(nn.Module):
@@ -161,20 +193,37 @@ class Teacher(nn.Module):
     Always in eval mode, never with gradients. `view` does the work; placing the teacher elsewhere means replacing it.
     """
 
-    def __init__(self, encoder: PreTrainedModel, layer: int, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        layer: int,
+        *,
+        dtype: torch.dtype | None = None,
+        stored: Mapping[str, Tensor] | None = None,
+        shard: Shard | None = None,
+    ) -> None:
         """Take over `encoder`: freeze and cast its weights in place. What lies above goes when the caller drops it.
 
         Args:
             layer: the block whose Q, K and V are returned, counted from 1.
             dtype: the precision to run in; that of `encoder` unless said.
+            stored: the weights of an `encoder` that has none, from `open_encoder`; needs `shard`. Collective then.
+            shard: puts them in parts on the ranks.
         """
         super().__init__()
-        self.view = capture_view(encoder, layer)
+        view = capture_view(encoder, layer).requires_grad_(False)
         self.config: PreTrainedConfig = base_encoder(encoder).config
-        self.qkv_widths = cast(tuple[int, int, int], self.view.qkv_widths)
-        self.num_parameters = sum(parameter.numel() for parameter in self.view.parameters())
-        self.sha256 = weights_sha256(self.view)
-        self.view.requires_grad_(False).to(dtype or encoder.dtype)
+        self.qkv_widths = cast(tuple[int, int, int], view.qkv_widths)
+        self.num_parameters = sum(parameter.numel() for parameter in view.parameters())
+        dtype = dtype or encoder.dtype
+        if stored is None or shard is None:
+            self.sha256 = weights_sha256(view)
+            self.view = view.to(dtype)
+        else:
+            digest, names = hashlib.sha256(), sorted(view.state_dict())
+            weights = ((name, _hashed(digest, name, stored[name]).to(dtype)) for name in names)
+            self.view = shard(view.eval(), blocks_of(view), weights)
+            self.sha256 = digest.hexdigest()
         self.train(False)
 
     def train(self, mode: bool = True) -> Teacher:
@@ -206,13 +255,19 @@ def weights_sha256(module: nn.Module) -> str:
     """Hash a module's weights: names, dtypes, shapes and bytes, in the order of the names.
 
     `Teacher` takes it from the weights as they came from the file, before they are cast, so that it depends neither on
-    the precision nor on the file's layout, its head or the layers above the captured one.
+    the precision nor on the file's layout, its head, the layers above the captured one or where the teacher is placed.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        _hashed(digest, name, tensor)
     return digest.hexdigest()
+
+
+def _hashed(digest: Any, name: str, tensor: Tensor) -> Tensor:
+    """Add a tensor to a digest, and return it."""
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor
 
 
 @contextmanager
@@ -235,12 +290,10 @@ def check_weight_files(folder: Path, model: str) -> None:
 
     None is opened.
     """
-    names = ["model.safetensors"]
-    if not (folder / names[0]).is_file() and (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(f"{model}: {INDEX} is not a weight index ({error}); fetch the model again") from error
+    try:
+        names = weight_files(folder)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DataError(f"{model}: {INDEX} is not a weight index ({error}); fetch the model again") from error
     if foreign := [name for name in names if not name.endswith(".safetensors") or Path(name).name != name]:
         raise DataError(f"{model}: {INDEX} names {foreign[0]!r}; expected safetensors files in the same folder")
     if missing := [name for name in names if not (folder / name).is_file()]:

@@ -1,0 +1,170 @@
+"""The FSDP2 engine: student and teacher in equal parts on the ranks, gathered block by block. The only user of FSDP.
+
+Enters: views, a student's with its weights, a teacher's with the weights still on disk. Leaves: an `Engine`; a teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from scaledistill.config import DistillConfig
+from scaledistill.distributed import Ranks, all_reduce_sum
+from scaledistill.engines import EngineState, StepOutcome, parameter_groups
+
+COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
+class FsdpEngine:
+    """A student under FSDP2, its weights and moments in fp32; see `Engine` for the methods."""
+
+    def __init__(self, config: DistillConfig, view: nn.Module, blocks: Iterable[nn.Module], ranks: Ranks) -> None:
+        settings, train = config.engine.fsdp, config.train
+        self._ranks = ranks
+        self._accumulation = train.global_batch_size // (ranks.world_size * int(train.micro_batch_size or 1))
+        self._max_grad_norm = train.max_grad_norm
+        self._view = _shard(
+            view.to(ranks.device),
+            list(blocks),
+            init_device_mesh(ranks.device.type, (ranks.world_size,)),
+            keep_gathered=not settings.reshard_after_forward,
+            offload=settings.cpu_offload,
+            precision=MixedPrecisionPolicy(COMPUTE_DTYPES[train.precision], torch.float32),
+            recompute=settings.activation_checkpointing,
+        )
+        betas = (train.adam_betas[0], train.adam_betas[1])
+        groups = parameter_groups(view, train.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train.adam_epsilon, fused=True)
+        for parameter in view.parameters():  # a step with learning rate 0 makes Adam's moments exist
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._set_optimizer_steps(0)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self._view(**inputs).last_hidden_state
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._view.set_requires_gradient_sync(last)
+        (loss / self._accumulation).backward()
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        gradients = [cast(DTensor, parameter.grad).to_local() for parameter in self._view.parameters()]
+        squares = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self._ranks.device)
+        norm = all_reduce_sum(squares).sqrt()
+        skipped = not bool(torch.isfinite(norm))
+        if not skipped:
+            if self._max_grad_norm:  # as clip_grads_with_norm_, which does not take parts
+                factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return StepOutcome(skipped, float("inf") if skipped else norm)
+
+    def train_mode(self, mode: bool) -> None:
+        self._view.train(mode)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._gather(dict(self._view.named_parameters()))
+
+    def state(self) -> EngineState:
+        moments = {name: self._optimizer.state[parameter] for name, parameter in self._view.named_parameters()}
+        return EngineState(
+            weights=self.weights(),
+            exp_avg=self._gather({name: entry["exp_avg"] for name, entry in moments.items()}),
+            exp_avg_sq=self._gather({name: entry["exp_avg_sq"] for name, entry in moments.items()}),
+            optimizer_steps=int(next(iter(moments.values()))["step"]),
+        )
+
+    @torch.no_grad()
+    def load_state(self, state: EngineState) -> None:
+        for name, parameter in self._view.named_parameters():
+            entry = self._optimizer.state[parameter]
+            _fill(parameter, state.weights[name])
+            _fill(entry["exp_avg"], state.exp_avg[name])
+            _fill(entry["exp_avg_sq"], state.exp_avg_sq[name])
+        self._set_optimizer_steps(state.optimizer_steps)
+
+    def _gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gather tensor by tensor, so that no rank but the first holds more than one whole. Collective."""
+        gathered = {}
+        for name, part in parts.items():
+            whole = cast(DTensor, part.detach().to(self._ranks.device)).full_tensor()
+            if self._ranks.is_main:
+                gathered[name] = whole.to("cpu", copy=True)
+        return gathered
+
+    def _set_optimizer_steps(self, steps: int) -> None:
+        for entry in self._optimizer.state.values():
+            entry["step"].fill_(steps)
+
+
+def shard_teacher(
+    view: nn.Module,
+    blocks: Iterable[nn.Module],
+    weights: Iterable[tuple[str, Tensor]],
+    ranks: Ranks,
+    *,
+    offload: bool,
+) -> nn.Module:
+    """Put a teacher in parts on the ranks, weight by weight; return `view`, which runs it. Collective.
+
+    Args:
+        view: its parameters on the meta device.
+        weights: by name, whole, in the dtype to run in; each is dropped before the next is asked for.
+        offload: keep the parts in host memory.
+    """
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    policy = MixedPrecisionPolicy()
+    _shard(view, list(blocks), mesh, keep_gathered=False, offload=offload, precision=policy)
+    for buffer_name, buffer in list(view.named_buffers()):
+        parent, _, name = buffer_name.rpartition(".")
+        view.get_submodule(parent).register_buffer(name, buffer.to(ranks.device), persistent=False)
+    parameters = dict(view.named_parameters())
+    for name, weight in weights:
+        part = cast(DTensor, parameters[name])
+        placed: Tensor = distribute_tensor(weight, mesh, part.placements, src_data_rank=None)
+        placed = placed.to("cpu") if offload else placed
+        view.load_state_dict({name: nn.Parameter(placed, requires_grad=False)}, strict=False, assign=True)
+        del weight, placed
+    return view
+
+
+def _shard(
+    view: nn.Module,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    keep_gathered: bool,
+    offload: bool,
+    precision: MixedPrecisionPolicy,
+    recompute: bool = False,
+) -> Any:
+    """Shard a view by its blocks, what is left (the embeddings) as one more; the next block is gathered ahead."""
+    on_host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": not keep_gathered}
+    options["offload_policy"] = on_host if offload else OffloadPolicy()
+    for block in blocks:
+        fully_shard(checkpoint(block) if recompute else block, **options)
+    fully_shard(view, **options)
+    for block, following in pairwise(cast("list[Any]", blocks)):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+    return view
+
+
+def _fill(part: Tensor, whole: Tensor) -> None:
+    """Set a rank's part of a tensor from the whole one. No communication."""
+    target = cast(DTensor, part)
+    source = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+    target.to_local().copy_(source.to_local())

@@ -1,0 +1,77 @@
+"""A run goes on where ranks, engine, stage, offload or micro-batch have changed: the same samples and losses."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_tree
+from ranks import run_ranks
+from test_engine import ENGINES
+
+from scaledistill.configfile import parse_config
+from scaledistill.metrics import read_rows
+
+STEPS = 24
+TRAIN = {"global_batch_size": 12, "max_steps": STEPS, "learning_rate": 1e-3, "warmup_steps": 2, "precision": "fp32"}
+
+
+def run_leg(tree: dict[str, Any], last_step: int) -> list[list[int]]:
+    """Run up to `last_step`; return the samples of each step that this rank trained on."""
+    from scaledistill import step as step_module
+    from scaledistill.train import Bookkeeper, distill
+
+    samples: list[list[int]] = []
+    forward_loss, after_step = step_module.forward_loss, Bookkeeper.after_step
+
+    def recording(session: Any, batch: Any, watch: Any) -> Any:
+        samples[-1].extend(batch.samples_B.tolist())
+        return forward_loss(session, batch, watch)
+
+    def stopping(self: Any, result: Any) -> None:
+        after_step(self, result)
+        samples.append([])
+        if self._session.step == last_step - 1 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)  # one more step is made
+
+    samples.append([])
+    step_module.forward_loss, Bookkeeper.after_step = recording, stopping
+    result = distill(parse_config(tree))
+    assert (result.state, result.step) == (("done" if last_step == STEPS else "stopped"), last_step)
+    return samples[:-1]
+
+
+def run(tree: dict[str, Any], legs: list[tuple[int, int, dict[str, Any], dict[str, Any]]]) -> tuple[list[float], Any]:
+    """Run leg by leg, each with ranks, last step, engine and settings of its own; return losses and samples by step."""
+    samples: list[list[int]] = []
+    for world_size, last_step, engine, settings in legs:
+        leg = {**tree, "engine": engine} | {name: {**tree[name], **block} for name, block in settings.items()}
+        by_rank = run_ranks(run_leg, world_size, leg, last_step)
+        samples += [sorted(itertools.chain(*step)) for step in zip(*by_rank, strict=True)]
+    rows = read_rows(Path(tree["run"]["folder"]) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in rows], samples
+
+
+def test_ranks_and_engines_change_mid_epoch(tmp_path, tiny_teacher, tiny_shards) -> None:
+    tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, train=TRAIN)
+
+    def in_folder(name: str) -> dict[str, Any]:
+        return {**tree, "run": {**tree["run"], "folder": str(tmp_path / name)}}
+
+    losses, samples = run(in_folder("whole"), [(1, STEPS, ENGINES["zero1"], {})])
+    assert samples == [list(range(12 * step, 12 * step + 12)) for step in range(STEPS)]
+    legs: list[tuple[int, int, dict[str, Any], dict[str, Any]]] = [
+        (1, 5, ENGINES["zero2-offload"], {"train": {"micro_batch_size": 4}}),
+        (2, 10, ENGINES["zero3"], {"teacher": {"placement": "shard"}}),
+        (2, 14, ENGINES["fsdp-offload"], {"train": {"micro_batch_size": 3}, "teacher": {"placement": "offload"}}),
+        (1, 19, ENGINES["fsdp"], {}),
+        (2, STEPS, ENGINES["zero1"], {"train": {"micro_batch_size": 2}}),
+    ]
+    changed, changed_samples = run(in_folder("changed"), legs)
+    assert changed_samples == samples
+    assert changed == pytest.approx(losses, rel=1e-6)
