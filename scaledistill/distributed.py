@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
+from scaledistill.errors import EXIT_ENVIRONMENT, ConfigError, DataError, DivergedError, PeerError
 
 log = logging.getLogger(__name__)
+
+LEAVE_SECONDS = 30
+"""How long leaving a process group may take; NCCL waits for peers that are gone."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,22 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
         return
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif local_world_size == world_size and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The agent's store outlives a restart: a rank that reads a dead one's address would never meet the living one.
+        # Of several agents each counts its own restarts: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes new stores.
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
     try:
         yield Ranks(rank, world_size, local_rank, device)
     finally:
+        backstop = threading.Timer(LEAVE_SECONDS, os._exit, [EXIT_ENVIRONMENT])
+        backstop.daemon = True
+        backstop.start()
         dist.destroy_process_group()
+        backstop.cancel()
 
 
 def _launcher_facts() -> tuple[int, int, int, int]:
@@ -121,6 +136,18 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Return whether `flag` is set on some rank. Collective."""
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item())
+
+
+def private_store(name: str) -> dist.Store:
+    """Return a store that all ranks share: with a connection of its own, and empty. Collective."""
+    group_store = dist.distributed_c10d._get_default_store()
+    token = broadcast_object(secrets.token_hex(8))  # torchrun's store outlives restarts, and restart counts may differ
+    return dist.PrefixStore(f"{name}-{token}", group_store.clone())  # type: ignore[attr-defined]
 
 
 def broadcast_object(value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import signal
 import socket
@@ -133,11 +134,23 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(aside)
 
 
-class StopRequest:
-    """Whether someone asked the run to stop: a signal, or a file named STOP in the run's folder."""
+def job_seconds() -> float:
+    """Return how long ago the job's process started: ours, or torchrun's, which outlives restarts of ours."""
+    process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
-    def __init__(self, folder: Path, *, watch_file: bool, speaks: bool = False) -> None:
+
+class StopRequest:
+    """Whether the run is to stop: for a signal, a file named STOP in the run's folder, or the job's age.
+
+    A STOP file that lies there when a run starts counts; it is removed when the run stops.
+    """
+
+    def __init__(self, folder: Path, *, watch_file: bool, speaks: bool = False, max_hours: float | None = None) -> None:
         self._file = folder / "STOP" if watch_file else None
+        self._max_hours = max_hours
+        self._deadline = math.inf if max_hours is None else time.monotonic() + max_hours * 3600 - job_seconds()
         self._speaks = speaks
         self._signal: int | None = None
         self._since = 0.0
@@ -148,6 +161,8 @@ class StopRequest:
             return f"got {signal.Signals(self._signal).name}"
         if self._file is not None and self._file.exists():
             return f"found {self._file}"
+        if time.monotonic() >= self._deadline:
+            return f"run.max_hours={self._max_hours:g} are over"
         return None
 
     def acknowledge(self) -> str | None:
@@ -174,7 +189,7 @@ class StopRequest:
             if self._speaks:
                 name = signal.Signals(number).name
                 os.write(
-                    2, f"\ngot {name}: stopping after this step, with a checkpoint\n".encode()
+                    2, f"\ngot {name}: stopping as soon as the ranks agree, with a checkpoint\n".encode()
                 )  # safe in a handler
         elif number == signal.SIGINT and now - self._since >= 1:
             raise KeyboardInterrupt

@@ -9,6 +9,7 @@ import logging
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -18,22 +19,23 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from scaledistill import __version__
-from scaledistill.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from scaledistill.checkpoint import Checkpoint, newest_checkpoint
 from scaledistill.config import DistillConfig
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
 from scaledistill.distributed import Ranks, failing_together, gather_objects, reported_once
 from scaledistill.doctor import check_same_run, open_shards, other_run, student_shape
-from scaledistill.engines import Engine, EngineState, create_engine
+from scaledistill.engines import Engine, EngineState, create_engine, shard_teacher
 from scaledistill.engines.deepspeed_block import zero_settings
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.estimate import DTYPES, Estimate
 from scaledistill.microbatch import choose, with_micro_batch
 from scaledistill.models.attention import use_varlen_attention
-from scaledistill.models.capture import capture_view, compile_blocks, forward_flops
+from scaledistill.models.capture import blocks_of, capture_view, compile_blocks, forward_flops
 from scaledistill.models.export import export_student
 from scaledistill.models.student import create_student
-from scaledistill.models.teacher import Teacher, load_encoder
+from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
+from scaledistill.saving import Groups, Saver
 from scaledistill.speed import measured_matrix_rate, peak_flops
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ class Student:
     dropout: float
     untrained: dict[str, Tensor]
     """What the training view leaves out of the full model: the initialisation's weights, fp32, on the CPU."""
+    checkpoint_bytes: int
+    """Of its weights and moments."""
 
 
 @dataclass
@@ -74,6 +78,11 @@ class Session:
     best: dict[str, Any] = field(default_factory=dict)
     """"step", "validation_loss" and "yardstick" (see `validation_identity`) of the best export so far."""
     last_validation: float | None = None
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        root, settings = Path(self.config.run.folder) / "checkpoints", self.config.checkpoint
+        self.saver = Saver(root, self.ranks, keep=settings.keep, remote=settings.remote)
 
     @property
     def accumulation(self) -> int:
@@ -122,14 +131,17 @@ class Session:
             return None
         return f"{self.config.train.validation_rows} rows of {self.held_out.manifest.sha256}"
 
-    def save(self) -> str | None:
-        """Commit a checkpoint of the current step; return what went wrong, if anything. Collective."""
+    def save(self) -> None:
+        """Gather a checkpoint of the current step; `saver` writes it and tells how that ended. Collective."""
+        self.saver.begin(self.step, self.student.checkpoint_bytes, self._gather)
+
+    def _gather(self) -> tuple[Groups, dict[str, Any]]:
         student = self.student
         state = student.engine.state()
         groups = {
             f"{student.name}.weights": {**student.untrained, **state.weights},
-            f"{student.name}.exp_avg": state.exp_avg,
-            f"{student.name}.exp_avg_sq": state.exp_avg_sq,
+            f"{student.name}.exp_avg": dict(state.exp_avg),
+            f"{student.name}.exp_avg_sq": dict(state.exp_avg_sq),
         }
         facts = {
             "step": self.step,
@@ -145,8 +157,7 @@ class Session:
             "world_size": self.ranks.world_size,
             "versions": versions(),
         }
-        root = Path(self.config.run.folder) / "checkpoints"
-        return save_checkpoint(root, self.step, groups, facts, keep=self.config.checkpoint.keep, ranks=self.ranks)
+        return groups, facts
 
     def export(self, folder_name: str, losses: Mapping[str, float | None]) -> Path:
         """Write the full student as a plain transformers model, reload and compare it. Collective; rank 0 writes.
@@ -211,21 +222,24 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool, sized_by:
         validates = config.train.validation_every_steps > 0
         held_out = open_shards(config, data.validation, ranks.rank) if data.validation and validates else None
         order = shards.order(seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows)
-        encoder = load_encoder(
+        whole = teacher_settings.placement == "replicate"
+        encoder, stored = (_load_whole if whole else open_encoder)(
             teacher_settings.model,
             revision=teacher_settings.revision,
             num_layers=teacher_settings.layer,
             trust_remote_code=teacher_settings.trust_remote_code,
         )
-    checkpoint = newest_checkpoint(Path(config.run.folder) / "checkpoints", ranks) if resume else None
+    root, remote = Path(config.run.folder) / "checkpoints", config.checkpoint.remote
+    checkpoint = newest_checkpoint(root, ranks, remote) if resume else None
     if checkpoint:
         with reported_once(ranks):
             check_same_run(checkpoint.state, config, order)
     name = next(iter(config.students))
     with failing_together():
-        model = _create_student(config, name, encoder, checkpoint)
-    teacher = Teacher(encoder, config.teacher.layer, dtype=DTYPES[config.teacher.dtype]).to(ranks.device)
-    del encoder
+        model = _create_student(config, name, encoder, stored, checkpoint)
+    flops = _flops_per_token(encoder, model, config)
+    teacher = _place_teacher(config, encoder, stored, ranks)
+    del encoder, stored
     if data.attention == "document":
         dropout = config.students[name].dropout
         use_varlen_attention(teacher.config, ranks.device, DTYPES[config.teacher.dtype])
@@ -240,9 +254,8 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool, sized_by:
     if checkpoint:
         with reported_once(ranks):
             _check_same_teacher(checkpoint, config, teacher)
-    flops = _flops_per_token(teacher, model, config)
     peak = peak_flops(ranks.device) or measured_matrix_rate(ranks.device, DTYPES[config.teacher.dtype])
-    if config.train.compile:
+    if config.train.compile and not _gathered_by_hooks_within_blocks(config, teacher=True):
         compile_blocks(teacher.view)
     with reported_once(ranks):
         student = _train_student(config, name, model, ranks)
@@ -252,8 +265,32 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool, sized_by:
     return session
 
 
+def _load_whole(model: str, **options: Any) -> tuple[PreTrainedModel, None]:
+    return load_encoder(model, **options), None
+
+
+def _place_teacher(
+    config: DistillConfig, encoder: PreTrainedModel, stored: Mapping[str, Tensor] | None, ranks: Ranks
+) -> Teacher:
+    """Put the teacher where `teacher.placement` says. Collective where it is sharded."""
+    dtype, layer = DTYPES[config.teacher.dtype], config.teacher.layer
+    if stored is None:
+        return Teacher(encoder, layer, dtype=dtype).to(ranks.device)
+    return Teacher(encoder, layer, dtype=dtype, stored=stored, shard=partial(shard_teacher, config, ranks))
+
+
+def _gathered_by_hooks_within_blocks(config: DistillConfig, *, teacher: bool) -> bool:
+    """Whether ZeRO-3 gathers parameters by hooks within blocks, which cannot be compiled then."""
+    sharded = config.teacher.placement != "replicate" if teacher else zero_settings(config)[0] == 3
+    return sharded and config.engine.name == "deepspeed"
+
+
 def _create_student(
-    config: DistillConfig, name: str, encoder: PreTrainedModel, checkpoint: Checkpoint | None
+    config: DistillConfig,
+    name: str,
+    encoder: PreTrainedModel,
+    stored: Mapping[str, Tensor] | None,
+    checkpoint: Checkpoint | None,
 ) -> PreTrainedModel:
     """Build the full student, with the checkpoint's weights or else those that `init` asks for."""
     spec = config.students[name]
@@ -266,6 +303,7 @@ def _create_student(
         seed=config.run.seed,
         dropout=spec.dropout,
         name=name,
+        stored=stored,
     )
     if checkpoint:
         model.load_state_dict(checkpoint.tensors(f"{name}.weights"))
@@ -277,17 +315,21 @@ def _train_student(config: DistillConfig, name: str, model: PreTrainedModel, ran
     view = capture_view(model, config.students[name].num_layers)
     trained = {parameter_name for parameter_name, _ in view.named_parameters()}
     untrained = {key: value.clone() for key, value in model.state_dict().items() if key not in trained}
-    engine = create_engine(config, view, ranks)  # its first step is on a batch of another shape: not to be compiled
-    if config.train.compile and zero_settings(config)[0] < 3:  # ZeRO-3 gathers parameters by hooks within blocks
+    num_bytes = sum(value.nbytes for value in model.state_dict().values())
+    num_bytes += 2 * sum(parameter.nbytes for parameter in view.parameters())
+    blocks = blocks_of(view)
+    engine = create_engine(config, view, blocks, ranks)  # its first step is of another shape: not to be compiled
+    if config.train.compile and not _gathered_by_hooks_within_blocks(config, teacher=False):
         compile_blocks(view)
     widths = cast(tuple[int, int, int], view.qkv_widths)
-    return Student(name, model.config, engine, widths, config.students[name].dropout, untrained)
+    return Student(name, model.config, engine, widths, config.students[name].dropout, untrained, num_bytes)
 
 
-def _flops_per_token(teacher: Teacher, model: PreTrainedModel, config: DistillConfig) -> float:
+def _flops_per_token(encoder: PreTrainedModel, model: PreTrainedModel, config: DistillConfig) -> float:
     length = config.data.sequence_length
+    teacher_view = capture_view(encoder, config.teacher.layer)
     student_view = capture_view(model, model.config.num_hidden_layers)
-    return (forward_flops(teacher.view, length) + 3 * forward_flops(student_view, length)) / length
+    return (forward_flops(teacher_view, length) + 3 * forward_flops(student_view, length)) / length
 
 
 def _check_same_everywhere(config: DistillConfig, teacher: Teacher, order: SampleOrder, ranks: Ranks) -> None:

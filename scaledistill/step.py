@@ -10,11 +10,14 @@ import numpy as np
 import torch
 
 from scaledistill.data.stream import Batch
-from scaledistill.distributed import all_reduce_sum
+from scaledistill.distributed import all_reduce_sum, any_rank
 from scaledistill.models.capture import split_qkv, view_inputs
 from scaledistill.relations import RelationLoss, relation_loss
 from scaledistill.session import Session
 from scaledistill.speed import Stopwatch
+
+STOP_CHECK_BATCHES = 4
+"""After so many batches of a validation the ranks agree on whether to stop: on a GPU, a wait for the device."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,27 @@ def seed_dropout(*numbers: int) -> None:
 
 
 @torch.no_grad()
-def validation_loss(session: Session) -> float:
-    """Return the mean loss of the held-out rows, whatever the number of ranks and the micro-batch. Collective."""
+def validation_loss(
+    session: Session,
+    stop_reason: Callable[[], str | None] = lambda: None,
+    on_batch: Callable[[str], None] = lambda phase: None,
+) -> float | None:
+    """Return the mean loss of the held-out rows, whatever the number of ranks and the micro-batch. Collective.
+
+    None where a rank had a reason to stop meanwhile.
+    """
     student, ranks = session.student, session.ranks
     student.engine.train_mode(False)
+    stopped = False
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # Σ loss × rows, Σ rows
-    for batch in session.validation_batches():
+    for number, batch in enumerate(session.validation_batches()):
+        on_batch("validation")
+        if number % STOP_CHECK_BATCHES == 0 and (stopped := any_rank(stop_reason() is not None, ranks.device)):
+            break
         loss = forward_loss(session, batch, Stopwatch())
         sums += torch.stack([loss.total.double() * batch.weight, torch.full_like(sums[0], batch.weight)])
     student.engine.train_mode(True)
+    if stopped:
+        return None
     loss_sum, rows = all_reduce_sum(sums).tolist()
     return loss_sum / rows

@@ -7,22 +7,34 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from scaledistill import doctor, runfolder
+from scaledistill import doctor, mirror, runfolder
 from scaledistill.config import DistillConfig
-from scaledistill.distributed import failing_together, process_group, reported_once
-from scaledistill.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, DivergedError, PeerError
+from scaledistill.distributed import Ranks, any_rank, failing_together, process_group, reported_once
+from scaledistill.errors import (
+    EXIT_DONE,
+    EXIT_ENVIRONMENT,
+    EXIT_STOPPED,
+    ConfigError,
+    DataError,
+    DivergedError,
+    PeerError,
+)
 from scaledistill.files import write_json
 from scaledistill.metrics import Recorder, summary
 from scaledistill.profiling import WARMUP_STEPS, StepProfiler
+from scaledistill.saving import Outcome
 from scaledistill.session import Session, open_session
 from scaledistill.speed import Stopwatch, memory_peak_bytes
 from scaledistill.step import StepResult, train_step, validation_loss
+from scaledistill.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +59,18 @@ class Bookkeeper:
     Every method is collective. A dry run has no status, and writes nothing.
     """
 
-    def __init__(self, session: Session, status: runfolder.Status | None, last_step: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        status: runfolder.Status | None,
+        last_step: int,
+        stop: runfolder.StopRequest,
+        at: Callable[..., None],
+    ) -> None:
         self._session = session
+        self._stop, self._at = stop, at
+        self._stop_reason: str | None = None
+        self.stop_requested = False
         self._status = status
         self._last_step = last_step
         self._config = session.config
@@ -56,14 +78,9 @@ class Bookkeeper:
         self._recorder: Recorder | None = None
         self._skipped_in_a_row = 0
         self._failed_saves = 0
-        self._retry_save_at: int | None = None
+        self._settle_at: int | None = None
         self._lap_start = session.step
-        self.watch = Stopwatch(session.ranks.device)
-
-    @property
-    def writes(self) -> bool:
-        """Whether this is a real run."""
-        return self._status is not None
+        self.watch = Stopwatch(session.ranks.device, at)
 
     def start(self, stack: ExitStack) -> None:
         """Open what is written to."""
@@ -98,9 +115,10 @@ class Bookkeeper:
         session, train = self._session, self._config.train
         if self._status:
             self._status.step = session.step
+        if result.stop_requested:
+            self._heed_stop()
         self._check_finite(result)
         at_end = session.step == self._last_step
-        leaving = at_end or result.stop_requested
 
         def due(every: int) -> bool:
             return every > 0 and (session.step % every == 0 or at_end)
@@ -109,21 +127,21 @@ class Bookkeeper:
         if self._status and due(train.validation_every_steps):
             with self.watch.paused():
                 validation = self._validate()
+        leaving = at_end or self.stop_requested
         if validation is not None or leaving or session.step == 1 or due(self._config.logging.every_steps):
             self._record(result, validation)
         elif self._recorder:
             self._recorder.advance(session.step)
-        if self._status and (
-            leaving or due(self._config.checkpoint.every_steps) or session.step == self._retry_save_at
-        ):
+        if self._status:
             with self.watch.paused():
-                self._save(leaving)
+                self._save(leaving, due(self._config.checkpoint.every_steps))
 
     def finish(self) -> RunResult:
         """Export, and say how it ended."""
         session = self._session
         if self._status is None:
             return RunResult("dry run", EXIT_DONE, session.step, f"{session.step} steps made, nothing written")
+        self._at("export")
         folder = session.export(session.student.name, {"validation loss": session.last_validation})
         message = (
             f"{session.step} steps done; the student is in {folder}, the loss curve in {self._folder / 'loss.png'}"
@@ -132,15 +150,18 @@ class Bookkeeper:
             self._status.write_if_possible("done", message, EXIT_DONE)
         return RunResult("done", EXIT_DONE, session.step, message)
 
-    def stop(self, reason: str | None) -> RunResult:
+    def stop_at_start(self) -> bool:
+        """Return whether someone asked to stop before the first step."""
+        if any_rank(self._stop.reason() is not None, self._session.ranks.device):
+            self._heed_stop()
+        return self.stop_requested
+
+    def stop(self) -> RunResult:
         """Say that the run was stopped; `after_step` has saved it."""
-        session = self._session
-        message = (
-            f"stopped after step {session.step} ({reason or 'another rank was asked to'}); the same command goes on"
-        )
-        if self._status and session.ranks.is_main:
-            self._status.write_if_possible("stopped", message, EXIT_STOPPED)
-        return RunResult("stopped", EXIT_STOPPED, session.step, message)
+        return stopped(self._status, self._session.ranks, self._session.step, self._stop_reason)
+
+    def _heed_stop(self) -> None:
+        self.stop_requested, self._stop_reason = True, self._stop.acknowledge()
 
     def _warn(self, message: str, *arguments: object) -> None:
         if self._session.ranks.is_main:
@@ -165,13 +186,18 @@ class Bookkeeper:
             with reported_once(session.ranks):
                 raise DivergedError(message)
 
-    def _validate(self) -> float:
+    def _validate(self) -> float | None:
+        """Validate, and export the student if it is the best so far; None where someone asked to stop meanwhile."""
         session = self._session
-        loss = validation_loss(session)
+        loss = validation_loss(session, self._stop.reason, self._at)
+        if loss is None:
+            self._heed_stop()
+            return None
         session.last_validation = loss if math.isfinite(loss) else None
         yardstick = session.validation_identity()
         best = session.best if session.best.get("yardstick") == yardstick else {}
         if math.isfinite(loss) and loss < best.get("validation_loss", math.inf):
+            self._at("export")
             try:
                 session.export(f"{session.student.name}-best", {"validation loss": loss})
                 session.best = {"step": session.step, "validation_loss": loss, "yardstick": yardstick}
@@ -199,29 +225,39 @@ class Bookkeeper:
         elif self._status is None:
             log.info("step %d/%d  %s", session.step, self._last_step, summary(row))
 
-    def _save(self, leaving: bool) -> None:
-        """Save; where the disk does not take it, go on training and try again, up to a limit."""
+    def _save(self, leaving: bool, due: bool) -> None:
+        """Settle the save before, save where that is due or has failed, and wait for it where the run ends."""
         session, settings = self._session, self._config.checkpoint
-        error = session.save()
-        self._retry_save_at = None
-        if error is None:
-            self._failed_saves = 0
+        if not (leaving or due or session.step == self._settle_at):
             return
-        self._failed_saves += 1
-        self._warn("checkpoint of step %d not saved: %s", session.step, error)
-        if leaving or self._failed_saves > settings.max_failed_saves:
+        self._at("save")
+        failed = self._settle(wait=leaving or due)
+        if failed and not leaving and self._failed_saves > settings.max_failed_saves:
             limit = f"checkpoint.max_failed_saves={settings.max_failed_saves}"
-            why = (
-                "the run ends here"
-                if leaving
-                else f"{self._failed_saves} saves failed in a row, {limit} allows no more"
+            self._give_up(failed, f"{self._failed_saves} saves failed in a row, {limit} allows no more")
+        if leaving or due or failed:
+            session.save()
+        if leaving and (failed := self._settle(wait=True)):
+            self._give_up(failed, "the run ends here")
+        # Asked how it went after these steps, and again while it is not over.
+        self._settle_at = session.step + max(1, settings.every_steps // 10) if session.saver.pending else None
+
+    def _settle(self, *, wait: bool) -> Outcome | None:
+        """Return how a save ended if it failed."""
+        outcome = self._session.saver.settle(wait=wait)
+        if outcome is None:
+            return None
+        self._failed_saves = self._failed_saves + 1 if outcome.error else 0
+        if outcome.error:
+            self._warn("checkpoint of step %d not saved: %s", outcome.step, outcome.error)
+        return outcome if outcome.error else None
+
+    def _give_up(self, failed: Outcome, why: str) -> None:
+        with reported_once(self._session.ranks):
+            raise DataError(
+                f"the checkpoint of step {failed.step} could not be saved: {failed.error}; {why}. Free some space and "
+                "start again: the run goes on from the last good checkpoint, which is intact"
             )
-            with reported_once(session.ranks):
-                raise DataError(
-                    f"the checkpoint of step {session.step} could not be saved: {error}; {why}. Free some space and "
-                    "start again: the run goes on from the last good checkpoint, which is intact"
-                )
-        self._retry_save_at = session.step + max(1, settings.every_steps // 10)
 
 
 def distill(
@@ -241,24 +277,53 @@ def distill(
         DivergedError: too many steps in a row had a non-finite loss or gradient.
     """
     with ExitStack() as stack:
-        ranks = stack.enter_context(process_group(config.run.timeout_seconds))
+        run = config.run
+        # The group's own limit is the later one, so that the watchdog speaks first.
+        ranks = stack.enter_context(process_group(run.timeout_seconds + run.lost_rank_seconds))
+        trial = dry_run_steps is not None or profile_steps is not None
+        watchdog = stack.enter_context(Watchdog(ranks, run, writes=not trial))
+        stop = runfolder.StopRequest(
+            Path(run.folder), watch_file=ranks.is_main and not trial, speaks=ranks.is_main, max_hours=run.max_hours
+        )
+        stack.enter_context(stop.listening())
         if config.run.deterministic:
             torch.use_deterministic_algorithms(True)
         status = None
-        if dry_run_steps is None and profile_steps is None:
+        if not trial:
             last_step = config.train.max_steps
-            status = stack.enter_context(runfolder.owned(Path(config.run.folder), last_step, ranks, fresh=fresh))
+            status = stack.enter_context(runfolder.owned(Path(run.folder), last_step, ranks, fresh=fresh))
+            with failing_together():
+                remote = config.checkpoint.remote if fresh and ranks.is_main else None
+                if remote and (aside := mirror.set_aside(remote)):
+                    log.info("--fresh: the old run's copies are kept as %s", aside)
+            watchdog.tell = partial(status.write_failure, "failed", exit_code=EXIT_ENVIRONMENT)
         else:
             last_step = dry_run_steps or (profile_steps or 0) + WARMUP_STEPS
             with reported_once(ranks):
                 _check_trial_steps(last_step, config, dry_run_steps)
+        stack.enter_context(watchdog.naming_lost_ranks())
+        watchdog.at("checking")
         with failing_together():
             plan = doctor.check(config, ranks.world_size, ranks.device, writes=status is not None)
+        if any_rank(stop.reason() is not None, ranks.device):
+            return stopped(status, ranks, status.step if status else 0, stop.acknowledge())
+        watchdog.at("loading")
         sized_by = plan.estimate if config.train.micro_batch_size == "auto" else None
         session = open_session(plan.config, ranks, resume=status is not None, sized_by=sized_by)
+        stack.enter_context(session.saver)
         if profile_steps:
-            return profile_run(session, last_step)
-        return run_steps(session, Bookkeeper(session, status, last_step), last_step)
+            return profile_run(session, last_step, watchdog.at)
+        bookkeeper = Bookkeeper(session, status, last_step, stop, watchdog.at)
+        return run_steps(session, bookkeeper, last_step, stop, watchdog.at)
+
+
+def stopped(status: runfolder.Status | None, ranks: Ranks, step: int, reason: str | None) -> RunResult:
+    """Say that a run was stopped; the ranks leave together. Collective."""
+    message = f"stopped after step {step} ({reason or 'another rank was asked to'}); the same command goes on"
+    with failing_together():  # a launcher that sees one rank leave ends the others
+        if status and ranks.is_main:
+            status.write_if_possible("stopped", message, EXIT_STOPPED)
+    return RunResult("stopped", EXIT_STOPPED, step, message)
 
 
 def _check_trial_steps(last_step: int, config: DistillConfig, dry_run_steps: int | None) -> None:
@@ -271,9 +336,9 @@ def _check_trial_steps(last_step: int, config: DistillConfig, dry_run_steps: int
         raise ConfigError(f"{what} more than train.max_steps={config.train.max_steps}; make fewer steps")
 
 
-def profile_run(session: Session, last_step: int) -> RunResult:
+def profile_run(session: Session, last_step: int, at: Callable[[str], None]) -> RunResult:
     """Make the steps up to `last_step`, the last ones under rank 0's profiler. Collective."""
-    folder, watch = Path(session.config.run.folder), Stopwatch(session.ranks.device)
+    folder, watch = Path(session.config.run.folder), Stopwatch(session.ranks.device, at)
     with ExitStack() as stack:
         stream = stack.enter_context(session.stream())
         profiler = stack.enter_context(StepProfiler(folder, watch)) if session.ranks.is_main else None
@@ -284,22 +349,26 @@ def profile_run(session: Session, last_step: int) -> RunResult:
     return RunResult("dry run", EXIT_DONE, session.step, f"{session.step} steps made, the profile is in {folder}")
 
 
-def run_steps(session: Session, bookkeeper: Bookkeeper, last_step: int) -> RunResult:
+def run_steps(
+    session: Session,
+    bookkeeper: Bookkeeper,
+    last_step: int,
+    stop: runfolder.StopRequest,
+    at: Callable[[str, int], None],
+) -> RunResult:
     """Make the steps up to `last_step`, each followed by what is due, unless someone asks to stop. Collective."""
-    folder, first_step = Path(session.config.run.folder), session.step
-    stop = runfolder.StopRequest(
-        folder, watch_file=session.ranks.is_main and bookkeeper.writes, speaks=session.ranks.is_main
-    )
+    first_step = session.step
     with ExitStack() as stack:
-        stack.enter_context(stop.listening())
         stream = stack.enter_context(session.stream())
         bookkeeper.start(stack)
+        if session.step < last_step and bookkeeper.stop_at_start():
+            return bookkeeper.stop()
         while session.step < last_step:
+            at("data wait", session.step + 1)
             result = train_step(session, stream, stop.reason, bookkeeper.watch)
-            reason = stop.acknowledge() if result.stop_requested else None
             bookkeeper.after_step(result)
             if session.config.train.compile and session.step == first_step + COMPILING_STEPS:
                 stack.enter_context(torch.compiler.set_stance("eager_on_recompile"))
-            if result.stop_requested and session.step < last_step:
-                return bookkeeper.stop(reason)
+            if bookkeeper.stop_requested and session.step < last_step:
+                return bookkeeper.stop()
         return bookkeeper.finish()

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
-from scaledistill.checkpoint import newest_checkpoint, save_checkpoint, verify
+from scaledistill.checkpoint import newest_checkpoint, verify
 from scaledistill.distributed import Ranks
 from scaledistill.errors import DataError, PeerError
+from scaledistill.saving import Saver
 
 GROUPS = {
     "l2.weights": {
@@ -38,7 +39,12 @@ def ranks() -> Iterator[Ranks]:
 
 
 def save(root: Path, ranks: Ranks, step: int, *, keep: int = 9, groups: Any = GROUPS) -> str | None:
-    return save_checkpoint(root, step, groups, {**STATE, "step": step}, keep=keep, ranks=ranks)
+    saver = Saver(root, ranks, keep=keep)
+    saver.begin(step, 0, lambda: ({group: dict(tensors) for group, tensors in groups.items()}, {**STATE, "step": step}))
+    outcome = saver.settle(wait=True)
+    assert outcome is not None
+    assert outcome.step == step
+    return outcome.error
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -256,7 +262,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, ranks: Ranks) -> None:
 def test_what_cannot_be_written_as_json_is_refused(tmp_path: Path, ranks: Ranks) -> None:
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="JSON compliant"):
-            save_checkpoint(tmp_path, 20, {}, {"loss": value}, keep=1, ranks=ranks)
+            Saver(tmp_path, ranks, keep=1).begin(20, 0, lambda value=value: ({}, {"loss": value}))
     assert newest_checkpoint(tmp_path, ranks) is None
     assert names(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""Shards behind fsspec URLs: which URLs are allowed, small reads, and a bounded, verified local cache of whole files.
+"""Files behind fsspec URLs: which URLs are allowed, small reads, changes, and a bounded, verified cache of whole files.
 
 Enters: URLs. Leaves: bytes and local paths. What a shard is, `data.manifest` knows.
 """
@@ -23,6 +23,7 @@ from scaledistill.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 SCHEMES = ("s3", "gs", "hf", "https", "http", "memory")
+WRITABLE = ("s3", "gs", "memory")
 ATTEMPTS = 4
 BACKOFF_SECONDS = 0.5
 DEFAULT_FOLDER = Path("~/.cache/scaledistill")
@@ -58,6 +59,19 @@ def sizes(folder_url: str) -> dict[str, int] | None:
     return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in listing if entry["type"] == "file"}
 
 
+def change(url: str, action: Callable[[Any, str], Result]) -> Result:
+    """Return `action(filesystem, path)`, retried; it must do no harm when it is done again.
+
+    Raises: DataError if it fails.
+    """
+
+    def fresh(files: Any, path: str) -> Result:
+        files.invalidate_cache()  # listings, which others and we ourselves change
+        return action(files, path)
+
+    return _retry(url, fresh)
+
+
 def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
     """Call `action(filesystem, path)` until it succeeds, at most ATTEMPTS times, waiting twice as long each time."""
     for attempt in range(ATTEMPTS):
@@ -70,7 +84,7 @@ def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
             raise DataError(f"{url}: its file system needs a package that is not installed: {error}") from error
         except (FileNotFoundError, PermissionError) as error:
             raise DataError(
-                f"{url}: {type(error).__name__}; check the URL, the access rights and that make_shards finished"
+                f"{url}: {type(error).__name__}; check the URL, the access rights and that what wrote it finished"
             ) from error
         except Exception as error:  # noqa: BLE001 - every file system has its own errors; the last one is raised below
             failure = error

@@ -1,0 +1,87 @@
+"""Requests to stop that come at awkward times."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_train import LONG, distil, make_tree, rows_of, status_of
+
+from scaledistill import runfolder
+from scaledistill.runfolder import StopRequest, job_seconds
+
+__all__ = ["make_tree"]
+
+
+def stop_at_awkward_times(validating: dict[str, Any], starting: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """Run twice; rank 1 gets a signal in its second batch of a validation, then while it loads."""
+    from scaledistill import step, train
+    from scaledistill.distributed import process_group
+
+    forward_loss, open_session, batches = step.forward_loss, train.open_session, 0
+    is_hit = os.environ["RANK"] == "1"
+
+    def validated(*arguments: Any) -> Any:
+        nonlocal batches
+        if not torch.is_grad_enabled():
+            batches += 1
+            if is_hit and batches == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward_loss(*arguments)
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        if is_hit:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return open_session(*arguments, **options)
+
+    step.forward_loss = validated
+    with process_group(60):
+        ends = [distil(validating)]
+        train.open_session = opened
+        return [*ends, distil(starting), ("batches", batches, "")]
+
+
+def test_stops_while_validating_and_while_starting(make_tree: Callable[..., dict[str, Any]], tiny_shards: Path) -> None:
+    blocks: dict[str, Any] = {
+        "data": {"validation": str(tiny_shards / "validation")},
+        "train": {**LONG, "micro_batch_size": 1, "validation_every_steps": 2, "validation_rows": 40},
+    }
+    validating, starting = make_tree("validating", **blocks), make_tree("starting", **blocks)
+    for validated, started, (_, batches, _) in run_ranks(stop_at_awkward_times, 2, validating, starting):
+        assert (validated[:2], started[:2]) == (("stopped", 75), ("stopped", 75))
+        assert batches == 4, "of 20: the ranks agree every four"
+    status = status_of(validating)
+    assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, 2)
+    assert status["message"] == "stopped after step 2 (another rank was asked to); the same command goes on"
+    folder = Path(validating["run"]["folder"])
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000000002"]
+    assert [row["step"] for row in rows_of(validating)] == [1, 2]
+    assert not any("validation_loss" in row for row in rows_of(validating))
+    assert not (folder / "export").exists()
+    status = status_of(starting)
+    assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, 0)
+
+
+def test_the_job_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runfolder, "job_seconds", lambda: 3599.8)
+    stop, forever = (StopRequest(tmp_path, watch_file=False, max_hours=hours) for hours in (1, None))
+    assert stop.reason() is None
+    time.sleep(0.25)
+    assert stop.reason() == "run.max_hours=1 are over"
+    assert forever.reason() is None
+
+
+def test_the_age_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = job_seconds()
+    assert 0 < ours < 24 * 3600
+    time.sleep(0.1)
+    assert 0.05 < job_seconds() - ours < 5
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert job_seconds() > ours, "torchrun's agent is our parent, and older"

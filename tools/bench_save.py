@@ -1,0 +1,134 @@
+"""Measure what a checkpoint costs the training loop: the pause, steps beside the write against steps without, memory.
+
+The real loop on random models of the configuration's student and a teacher of `--teacher` layers and width, with saves
+every few steps. Exit code 1 if a pause is longer than a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_step import _shape, configure, write_models, write_rows
+
+from scaledistill.benchmark import Report, add_options
+
+TOOLS = Path(__file__).parent
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=_shape, default=(8, 128), metavar="BxT", help="sequences x tokens of a step")
+    parser.add_argument(
+        "--teacher", type=_shape, default=(24, 1024), metavar="LxD", help="layers x width (default: 24x1024)"
+    )
+    parser.add_argument("--config", type=Path, default=TOOLS.parent / "configs" / "large_to_l6.json", metavar="FILE")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a setting"
+    )
+    parser.add_argument("--saves", type=int, default=3, help="saves measured (default: 3)")
+    parser.add_argument("--every", type=int, default=4, help="steps from one save to the next (default: 4)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="make models, shards and checkpoints here")
+    add_options(parser)
+    options = parser.parse_args()
+    options.shapes, options.teacher_dtype, options.precision = [options.shape], "auto", "auto"
+    return options
+
+
+def main() -> int:
+    options = parse_arguments()
+    if not os.environ.get("DS_ACCELERATOR"):
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed warns where it has to find that out
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        write_models(options, folder)
+        config = configure(options, folder, options.shape)
+        write_rows(config, folder / "tokens.npy")
+        figures = measure(config, options.saves, options.every)
+    report = Report()
+    table = report.table("A save beside training", ("figure", "median", "lowest", "highest"))
+    for figure, (unit, values) in figures.items():
+        median = report.add(f"save/{figure}", values, unit)
+        told = [f"{value / 1e6:,.1f} MB" if unit == "bytes" else f"{value:,.3f} s" for value in
+                (median, min(values), max(values))]  # fmt: skip
+        table.rows.append((figure.replace("_", " "), *told))
+    report.publish(options)
+    pause, step = (statistics.median(figures[name][1]) for name in ("pause_seconds", "step_seconds"))
+    return int(pause > step)
+
+
+def measure(config: Any, saves: int, every: int) -> dict[str, tuple[str, list[float]]]:
+    """Make the steps; return figures with their units."""
+    from scaledistill.distributed import process_group
+    from scaledistill.doctor import resolve
+    from scaledistill.session import open_session
+    from scaledistill.speed import Stopwatch
+    from scaledistill.step import train_step
+
+    found: dict[str, list[float]] = {name: [] for name in ("pause", "write", "beside", "without", "growth")}
+    with process_group(config.run.timeout_seconds) as ranks:
+        session = open_session(resolve(config, ranks.world_size, ranks.device), ranks, resume=False)
+        watch, memory = Stopwatch(ranks.device), Memory()
+        with session.stream() as stream, session.saver, memory:
+            for number in range(2 + saves * every):
+                due = number >= 2 and (number - 2) % every == 0
+                if due:
+                    before, start = memory.now(), time.perf_counter()
+                    session.save()
+                    begun = time.perf_counter()
+                    found["pause"].append(begun - start)
+                    memory.peak = memory.now()
+                start, writing = time.perf_counter(), session.saver.pending
+                train_step(session, stream, lambda: None, watch)
+                if number >= 2:
+                    found["beside" if writing else "without"].append(time.perf_counter() - start)
+                if writing and (outcome := session.saver.settle(wait=(number - 1) % every == 0)):
+                    if outcome.error:
+                        raise RuntimeError(f"the save failed: {outcome.error}")
+                    found["write"].append(outcome.ended - begun)
+                    found["growth"].append(memory.peak - before)
+    return {
+        "pause_seconds": ("s", found["pause"]),
+        "step_seconds": ("s", found["without"]),
+        "step_beside_write_seconds": ("s", found["beside"]),
+        "write_seconds": ("s", found["write"]),
+        "memory_growth_bytes": ("bytes", found["growth"]),
+    }
+
+
+class Memory:
+    """Watches how much memory the process holds."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def now(self) -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.01):
+            self.peak = max(self.peak, self.now())
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
