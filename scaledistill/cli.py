@@ -68,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--world-size", type=_positive, metavar="N", help="with --validate: plan for N ranks (default: those here)"
     )
+    parse.add_argument(
+        "--tokens-per-second", type=_above_zero, metavar="X", help="with --validate: what one rank computes; adds hours"
+    )
+    parse.add_argument(
+        "--device-memory-gb", type=_above_zero, metavar="X", help="with --validate: plan for GPUs with so much memory"
+    )
     parse.add_argument("--dry-run", type=_positive, metavar="N", help="make N real steps and write nothing")
     parse.add_argument(
         "--profile",
@@ -89,12 +95,25 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number above 0")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parse = parser()
     options = parse.parse_args(arguments)
     if options.world_size and not options.validate:
         parse.error("--world-size is read only with --validate; the launcher sets the ranks of a run")
+    for option in ("tokens_per_second", "device_memory_gb"):
+        if getattr(options, option) and not options.validate:
+            parse.error(f"--{option.replace('_', '-')} is read only with --validate")
     if options.profile and options.dry_run:
         parse.error("--profile and --dry-run are two ways to try a run; give one of them")
     is_main = os.environ.get("RANK", "0") == "0"
@@ -112,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.write(config.to_json())
             return EXIT_DONE
         if options.validate:
-            return _validate(config, options.world_size, options.fresh, is_main)
+            return _validate(config, options, is_main)
         from scaledistill.train import distill
 
         under_elastic = "TORCHELASTIC_RUN_ID" in os.environ
@@ -143,19 +162,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _validate(config: DistillConfig, world_size: int | None, fresh: bool, is_main: bool) -> int:
+def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool) -> int:
     if not is_main:
         return EXIT_DONE
     import torch
     from rich.console import Console
 
-    from scaledistill.doctor import check, plan_table
+    from scaledistill.doctor import check
+    from scaledistill.plan import placement_table, plan_table, warnings_of
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = world_size or int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
-    plan = check(config, ranks, device, fresh=fresh)
+    ranks = options.world_size or int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
+    stated = options.device_memory_gb and int(options.device_memory_gb * 1e9)
+    plan = check(config, ranks, device, fresh=options.fresh, gpu_bytes=stated)
+    here = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     console = Console()
-    console.print(plan_table(plan))
+    console.print(plan_table(plan, options.tokens_per_second))
+    console.print()
+    console.print(placement_table(plan, stated or here))
+    console.print()
+    for warning in warnings_of(plan):
+        console.print(f"warning: {warning}", highlight=False, markup=False)
     console.print("everything that can be checked without loading weights is in order")
     return EXIT_DONE
 

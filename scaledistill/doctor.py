@@ -1,7 +1,7 @@
 """Pre-flight checks: everything about a run that can be known without loading weights, and the plan that follows.
 
 Enters: a configuration and the number of ranks. Leaves: a `Plan` with the resolved configuration, or one error that
-lists every problem found.
+lists every problem found. Left to others: showing the plan to people (`plan`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.table import Table
 from transformers import PretrainedConfig
 
+from scaledistill import mirror
 from scaledistill.checkpoint import newest_state
 from scaledistill.config import DistillConfig, differing_keys
 from scaledistill.data.order import SampleOrder
@@ -24,10 +24,10 @@ from scaledistill.data.remote import ShardCache
 from scaledistill.data.stream import ShardReader
 from scaledistill.data.text import load_tokenizer, tokenizer_fingerprint
 from scaledistill.distributed import resolve_precision
-from scaledistill.engines.deepspeed_block import resolve_block, zero_settings
+from scaledistill.engines.deepspeed_block import resolve_block
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.estimate import Estimate, estimate
-from scaledistill.metrics import check_trackers, short
+from scaledistill.metrics import check_trackers
 from scaledistill.microbatch import free_bytes, predict, with_micro_batch
 from scaledistill.models.capture import check_layer, max_sequence_length
 from scaledistill.models.export import TOKENIZER_FILES
@@ -53,11 +53,18 @@ class Plan:
 
 
 def check(
-    config: DistillConfig, world_size: int, device: torch.device, *, writes: bool = True, fresh: bool = False
+    config: DistillConfig,
+    world_size: int,
+    device: torch.device,
+    *,
+    writes: bool = True,
+    fresh: bool = False,
+    gpu_bytes: int | None = None,
 ) -> Plan:
     """Check a configuration against models, data, disk and ranks, and return the plan. No weights are read.
 
     `writes` says whether the run folder is to be written, and so needs space; `fresh` that nothing is to be resumed.
+    `gpu_bytes` sizes the plan for GPUs with so much memory, whatever `device` is here.
 
     Raises:
         ConfigError: settings that do not fit; every problem found is in the message, one a line.
@@ -80,6 +87,8 @@ def check(
         if model not in ("random", "teacher") and Path(model).is_dir():  # a hub's are checked when they are fetched
             attempt(check_weight_files, Path(model), f"{setting}={model!r}")
     attempt(check_trackers, config.logging.trackers)
+    if writes and config.checkpoint.remote and os.environ.get("RANK", "0") == "0":  # one probe a job
+        attempt(mirror.check, config.checkpoint.remote)
     shards = attempt(_open_set, config, "data.train", config.data.train)
     held_out = attempt(_open_set, config, "data.validation", config.data.validation) if config.data.validation else None
     for setting, reader in (("data.train", shards), ("data.validation", held_out)):
@@ -90,11 +99,16 @@ def check(
         attempt(check_same_run, state, resolved, order)
     if problems or not (resolved and teacher and student and shards and order):
         raise type(problems[0])("\n".join(dict.fromkeys(str(problem) for problem in problems))) from problems[0]
+    sized_for = "cuda" if gpu_bytes else device.type
+    if sized_for != device.type and config.relations.backend == "auto":
+        resolved = resolved.model_copy(
+            update={"relations": resolved.relations.model_copy(update={"backend": "triton"})}
+        )
     if config.train.micro_batch_size == "auto":
-        free = free_bytes(device, int(os.environ.get("LOCAL_SIZE", world_size)))
-        size = predict(resolved, name, teacher, student, world_size, free, device.type)
+        free = gpu_bytes or free_bytes(device, int(os.environ.get("LOCAL_SIZE", world_size)))
+        size = predict(resolved, name, teacher, student, world_size, free, sized_for)
         resolved = with_micro_batch(resolved, size)
-    facts = estimate(resolved, name, teacher, student, world_size, device.type)
+    facts = estimate(resolved, name, teacher, student, world_size, sized_for)
     free = _free_disk_bytes(resolved, facts.checkpoint_bytes if writes else 0)
     return Plan(resolved, world_size, order, shards, name, facts, free)
 
@@ -128,7 +142,10 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
             "relations": config.relations.model_copy(update={"backend": backend}),
         }
     )
-    resolve_block(settled, world_size)
+    if config.engine.name == "deepspeed":
+        resolve_block(settled, world_size)
+    elif precision == "fp16":
+        raise ConfigError("train.precision=fp16 with engine.name=fsdp: it has no loss scaling; use bf16, or deepspeed")
     return settled
 
 
@@ -280,52 +297,3 @@ def _free_disk_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:
             "another folder"
         )
     return free
-
-
-def plan_table(plan: Plan) -> Table:
-    """Return the plan as a table for people."""
-    config, facts, manifest = plan.config, plan.estimate, plan.shards.manifest
-    train, length = config.train, config.data.sequence_length
-    tokens = train.global_batch_size * length
-    where = " in host memory" if facts.optimizer_on_host else ""
-    epochs = train.max_steps * train.global_batch_size / plan.order.rows_per_epoch
-    micro = int(train.micro_batch_size or 1)
-    accumulation = train.global_batch_size // (plan.world_size * micro)
-    activations = facts.memory_bytes(micro) - facts.state_bytes
-    rows = {
-        "teacher": f"{config.teacher.model}, up to layer {config.teacher.layer}: "
-        f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}",
-        "student": f"{plan.student_name}: {_millions(facts.student_parameters)}, of which "
-        f"{_millions(facts.trained_parameters)} train, {train.precision}",
-        "relations": f"{config.relation_heads(plan.student_name)} heads, pairs {', '.join(config.relations.pairs)}",
-        "engine": f"DeepSpeed ZeRO-{zero_settings(config)[0]}, {plan.world_size} ranks",
-        "step": f"{train.global_batch_size} sequences × {length} = {tokens:,} tokens; {accumulation} micro-batches "
-        f"of {micro} per rank",
-        "FLOPs": f"{short(facts.flops_per_token)} per token, {facts.teacher_flops_fraction:.0%} the teacher's",
-        "run": f"{train.max_steps:,} steps, {short(train.max_steps * tokens)} tokens, {epochs:.1f} epochs",
-        "data": f"{manifest.rows:,} rows in {len(manifest.shards)} shards, "
-        f"{len(manifest.shards) / plan.world_size:.1f} per rank; "
-        f"{plan.order.dropped_rows_per_epoch} rows left out of an epoch",
-        "memory per rank": _size(facts.memory_bytes(micro)),
-        "  teacher": _size(facts.teacher_bytes),
-        "  weights, gradients": _size(facts.weights_and_gradients_bytes),
-        "  optimizer": _size(facts.optimizer_bytes) + where,
-        "  activations": f"{_size(activations)}, of which the relation loss {_size(facts.relation_bytes)}",
-        "checkpoint": f"{_size(facts.checkpoint_bytes)}, {config.checkpoint.keep} kept; "
-        f"{_size(plan.free_disk_bytes)} free",
-        "run folder": config.run.folder,
-    }
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for label, text in rows.items():
-        table.add_row(label, text)
-    return table
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M parameters" if count >= 1e5 else f"{count:,} parameters"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

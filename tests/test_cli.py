@@ -93,6 +93,8 @@ def test_nothing_heavy_is_imported(option: str) -> None:
         (["--config", "x.json", "--validate", "--world-size", "-2"], "argument --world-size: "),
         (["--config", "x.json", "--dry-run", "ten"], "argument --dry-run: found 'ten', expected a whole number"),
         (["--config", "x.json", "--world-size", "7"], "--world-size is read only with --validate; the launcher sets"),
+        (["--config", "x.json", "--tokens-per-second", "7"], "--tokens-per-second is read only with --validate"),
+        (["--config", "x.json", "--validate", "--device-memory-gb", "nan"], "found 'nan', expected a number above 0"),
     ],
 )
 def test_misspelt_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

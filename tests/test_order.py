@@ -1,11 +1,13 @@
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import islice, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from scaledistill.data.order import SampleOrder
+from scaledistill.data.stream import ShardReader, ShardStream
 from scaledistill.errors import ConfigError, DataError
 
 SHAPES = [
@@ -135,3 +137,36 @@ def test_fingerprint_tells_orders_apart() -> None:
     assert len(set(fingerprints)) == len(orders)
     assert SampleOrder([8, 8], **base).fingerprint() == orders[0].fingerprint()
     assert orders[0].fingerprint()["order_version"] == 1
+
+
+def test_1024_ranks_take_the_batches_of_one() -> None:
+    """100 steps over several epochs, each rank asking for its own slots alone, as on a machine of its own."""
+    B, W, steps = 2048, 1024, 100
+    shard_rows = [501, 733, 640] * 20
+    order = SampleOrder(shard_rows, seed=5, num_lanes=32, window_rows=512)
+    assert steps * B > 5 * order.rows_per_epoch
+    one_SB = np.stack(order.locate(np.arange(steps * B))).reshape(2, steps, B)
+    for rank in range(W):
+        slots_SK = np.arange(steps)[:, None] * B + np.arange(rank, B, W)
+        own_SK = np.stack(order.locate(slots_SK.ravel())).reshape(2, *slots_SK.shape)
+        np.testing.assert_array_equal(own_SK, one_SB[:, :, rank::W])
+    slots = np.concatenate([np.arange(rank, B, W) for rank in range(W)])
+    assert sorted(slots.tolist()) == list(range(B))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 511, 1023])
+def test_a_stream_of_1024_ranks_has_the_slots_of_its_rank(rank: int, tiny_shards: Path) -> None:
+    B, W, steps = 2048, 1024, 3
+    reader = ShardReader(tiny_shards / "train")
+    order = reader.order(seed=2, num_lanes=4, window_rows=32)
+
+    def batches(own: int, world_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        micro = B // world_size
+        with ShardStream(
+            reader, order, global_batch_size=B, micro_batch_size=micro, rank=own, world_size=world_size
+        ) as stream:
+            return [(batch.samples_B, batch.input_ids_BT.numpy()) for batch in islice(stream, steps)]
+
+    for (own_N, own_ids), (all_N, all_ids) in zip(batches(rank, W), batches(0, 1), strict=True):
+        np.testing.assert_array_equal(own_N, all_N[rank::W])
+        np.testing.assert_array_equal(own_ids, all_ids[rank::W])
