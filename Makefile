@@ -6,7 +6,7 @@ PYTEST ?= --numprocesses auto --dist worksteal
 READY := $(VENV)/.ready
 TEACHER := models/all-MiniLM-L6-v2
 
-.PHONY: venv quickstart test test-full lint format bench clean
+.PHONY: venv quickstart test test-full test-faults lint format bench clean
 
 venv: $(READY)
 
@@ -37,10 +37,15 @@ test: $(READY)
 test-full: $(READY)
 	$(BIN)/python -m pytest -m full --timeout 1200 $(PYTEST)
 
+# Kills, stops, damage, full disks, hostile input: 50 minutes on two cores. JSON=FILE for the figures.
+test-faults: $(READY)
+	$(BIN)/python tests/faults/run.py $(if $(JSON),--json $(JSON))
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x -P SCRIPTDIR -P . launch/*.sh launch/slurm.sbatch .ci/run
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -49,7 +54,7 @@ format: $(READY)
 # Everything in docs/benchmarks.md for this machine: about 25 minutes on two cores, the peer's environment aside.
 bench: $(READY)
 	mkdir -p runs/bench
-	for tool in data relations step; do \
+	for tool in data relations save step; do \
 	  $(BIN)/python tools/bench_$$tool.py --json runs/bench/$$tool.json --markdown runs/bench/$$tool.md || exit; done
 
 clean:

@@ -197,8 +197,8 @@ class CheckpointSettings(Settings):
     keep: Positive = 2
     """Newest checkpoints that stay."""
     remote: NonEmpty | None = None
-    """URL of a folder (s3://, gs://, …) that each checkpoint is copied to as well; a run whose own folder has none, or
-    only older ones, goes on from there."""
+    """Folder that each checkpoint is copied to as well: a path or a URL (s3://, gs://). A run whose own has none,
+    or only older ones, goes on from there. `--fresh` renames what is there."""
     max_failed_saves: NotNegative = 3
     """So many saves in a row may fail (disk full) while training goes on; one more ends the run."""
 

@@ -29,11 +29,14 @@ WORDS = [f"w{number:03}" for number in range(195)]
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 4-layer BERT of width 32 with a word-level vocabulary of 200."""
+    return write_tiny_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def write_tiny_teacher(folder: Path) -> Path:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("teacher")
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(specials + WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -66,16 +69,19 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     """About 400 training rows of 16 tokens, the last one padded, in `train`, and some in `validation`."""
+    return write_tiny_shards(tmp_path_factory.mktemp("shards"), tiny_teacher)
+
+
+def write_tiny_shards(folder: Path, teacher: Path) -> Path:
     from scaledistill.data.make import make_shards
     from scaledistill.data.text import load_tokenizer
 
     generator = random.Random(3)
     documents = [" ".join(generator.choices(WORDS, k=generator.randint(3, 60))) for _ in range(230)]
-    folder = tmp_path_factory.mktemp("shards")
     make_shards(
         iter(documents),
         folder,
-        tokenizer=load_tokenizer(tiny_teacher),
+        tokenizer=load_tokenizer(teacher),
         sequence_length=16,
         source={"kind": "test"},
         held_out_fraction=0.1,

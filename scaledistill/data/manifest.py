@@ -166,7 +166,7 @@ class Manifest(_Strict):
         try:
             content = json.loads(text)
             found = {name: content.get(name) for name in ("format", "version")}
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise DataError(f"{where} is not a JSON object ({error}); {again}") from error
         expected = {"format": cls.model_fields["format"].default, "version": cls.model_fields["version"].default}
         if found != expected:

@@ -230,7 +230,7 @@ def _json_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]
 def _json_document(text: str, column: str, where: str) -> str:
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); expected one JSON object") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: found a JSON {type(record).__name__}; expected an object with the key {column!r}")
@@ -307,11 +307,17 @@ def _check_tar(path: Path, file: IO[bytes]) -> int:
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
+                if problem := _member_problem(member):
+                    raise DataError(
+                        f"{path}: member {member.name!r} {problem}; expected plain files in folders of the archive, "
+                        "make it again from those"
+                    )
                 # Names between double underscores are webdataset's own.
                 num_files += member.isreg() and not member.name.split("/")[0].startswith("__")
             end = archive.offset
-    except tarfile.TarError as error:
-        raise DataError(f"{path} is damaged or not a tar archive: {error}; fetch or make it again") from error
+    except (tarfile.TarError, MemoryError) as error:  # tarfile reads as many bytes as an extended header declares
+        reason = str(error) or "a header declares more than memory holds"
+        raise DataError(f"{path} is damaged or not a tar archive: {reason}; fetch or make it again") from error
     file.seek(end)
     rest_bytes = 0
     while piece := file.read(READ_BYTES):
@@ -323,3 +329,12 @@ def _check_tar(path: Path, file: IO[bytes]) -> int:
     if rest_bytes < 2 * tarfile.BLOCKSIZE:
         raise DataError(f"{path} is cut short: no end mark at byte {end}, after {num_files} files; fetch it again")
     return num_files
+
+
+def _member_problem(member: tarfile.TarInfo) -> str | None:
+    """Say why a member is not read, if it isn't: nothing is unpacked here, but webdataset would skip links silently."""
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "has a name that leaves its folder"
+    if member.issparse():  # reads as zeros of any size that it declares
+        return "is a sparse file"
+    return None if member.isreg() or member.isdir() else "is not a plain file"
