@@ -266,9 +266,9 @@ def test_every_engine_recovers_from_a_skipped_step(make_tree: Callable[..., dict
         make_tree(
             f"{name}-{accumulation}",
             train={**LONG, "max_steps": 5, "micro_batch_size": 8 // accumulation, "precision": precision},
-            engine={"deepspeed": {"zero_optimization": zero}},
+            engine=engine,
         )
-        for name, zero in ENGINES.items()
+        for name, engine in ENGINES.items()
         for accumulation in (1, 2)
     ]
     assert {end[0] for end in run_ranks(distil_all_with_bad_loss, 1, trees)[0]} == {"done"}

@@ -66,7 +66,7 @@ def run(place: Place) -> Tally:
 def try_case(place: Place, number: int, case: Case) -> tuple[list[str], float]:
     """Ask a run to stop; return what is wrong with how it ended, and how long that took."""
     twice = case.how.startswith("two")
-    slow = {case.phase: 4.0 if twice else 2.0 if case.phase == "save" else 0.5}
+    slow = {case.phase: 4.0 if twice else 2.0 if case.phase == "save" else 0.3}
     blocks: dict[str, dict[str, Any]] = {
         "train": {"max_steps": 2000},
         "checkpoint": {"every_steps": 4},
