@@ -66,6 +66,9 @@ agent=$$ # this shell becomes it
   done
 ) >/dev/null &
 
+# Else all starts of a job share one store, in which ranks find the addresses of those that are gone.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 exec torchrun --nnodes "${NUM_NODES:-${PET_NNODES:-1}}" --nproc-per-node "${NUM_PROCESSES:-${PET_NPROC_PER_NODE:-auto}}" \
   --max-restarts "${MAX_RESTARTS:-3}" --rdzv-backend c10d --rdzv-id "${JOB_ID:-distill}" \
   --rdzv-endpoint "$HEAD_ADDRESS:$MASTER_PORT" --rdzv-conf "is_host=$is_head" \

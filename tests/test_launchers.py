@@ -344,15 +344,17 @@ class TwoHosts:
         port = free_port()
         return [
             subprocess.Popen(
-                ["ip", "netns", "exec", name, "bash", str(LAUNCH / "torchrun_multi_node.sh"), *map(str, arguments)],
+                [
+                    *("ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name),
+                    *("bash", str(LAUNCH / "torchrun_multi_node.sh"), *map(str, arguments)),
+                ],
                 env=environment(
                     HEAD_ADDRESS=self.addresses[0],
                     MASTER_PORT=port,
                     NUM_NODES=2,
                     NUM_PROCESSES=1,
-                    MAX_RESTARTS=0,
                     GLOO_SOCKET_IFNAME=link,
-                    **variables,
+                    **{"MAX_RESTARTS": 0, **variables},
                 ),
                 text=True,
                 stdout=subprocess.PIPE,
@@ -389,6 +391,27 @@ def losses(folder: Path) -> dict[int, float]:
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
+def test_two_hosts_lose_a_rank(two_hosts: TwoHosts, config_file: MakeFile, tmp_path: Path) -> None:
+    config = config_file(
+        run={"folder": str(tmp_path / "run"), "timeout_seconds": 60, "lost_rank_seconds": 8},
+        train={"max_steps": 120},
+        checkpoint={"every_steps": 20},
+    )
+    folder = tmp_path / "run"
+    hosts = two_hosts.start("--config", config, MAX_RESTARTS=2)
+    wait_for(lambda: len(list(folder.glob("checkpoints/step-*/manifest.json"))) > 0, "no checkpoint")
+    pgrep = ["pgrep", "-P", str(hosts[1].pid), "-f", "launch/distill.py"]
+    [rank] = subprocess.run(pgrep, capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(rank), signal.SIGKILL)
+    told = [host.communicate(timeout=240)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], "\n".join(told)
+    assert "going on at step " in told[0]
+    assert status(folder)["state"] == "done"
+    assert list(losses(folder)) == list(range(1, 121))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
 def test_two_hosts_lose_their_link(
     two_hosts: TwoHosts, config_file: MakeFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -397,7 +420,7 @@ def test_two_hosts_lose_their_link(
         run={"folder": str(tmp_path / "run"), **limits}, train={"max_steps": 120}, checkpoint={"every_steps": 20}
     )
     whole = [
-        host.communicate(timeout=120)[0]
+        host.communicate(timeout=240)[0]
         for host in two_hosts.start("--config", config, "--set", f"run.folder={tmp_path / 'whole'}")
     ]
     assert status(tmp_path / "whole")["state"] == "done", "\n".join(whole)
@@ -411,9 +434,12 @@ def test_two_hosts_lose_their_link(
     with capsys.disabled():
         sys.stdout.write(f"\nlink cut: both hosts ended after {seconds:.1f} s\n{told[0]}\n=====\n{told[1]}\n")
     assert all(host.returncode for host in hosts)
+    first, second = two_hosts.names
+    assert f"ERROR rank 1 on {second} is lost: not heard of for " in told[0]
+    assert f"[rank 1] ERROR rank 0 on {first}, which holds the job's store, does not answer any more" in told[1]
     assert status(folder)["state"] == "failed"
     two_hosts.close()
     two_hosts.open()
-    again = [host.communicate(timeout=120)[0] for host in two_hosts.start("--config", config)]
+    again = [host.communicate(timeout=240)[0] for host in two_hosts.start("--config", config)]
     assert status(folder)["state"] == "done", "\n".join(again)
     assert losses(folder) == losses(tmp_path / "whole")
