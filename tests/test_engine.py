@@ -30,7 +30,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3-offload": zero(3, offload_optimizer=ON_HOST, offload_param=ON_HOST),
     "fsdp": {"name": "fsdp"},
     "fsdp-offload": {"name": "fsdp", "fsdp": {"cpu_offload": True, "activation_checkpointing": True}},
-    "fsdp-gathered": {"name": "fsdp", "fsdp": {"reshard_after_forward": False}},
 }
 
 

@@ -81,6 +81,16 @@ def test_bytes_per_trained_parameter_on_four_ranks(
     assert facts.teacher_bytes == 4 * facts.teacher_parameters
 
 
+@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+def test_flops_are_those_of_the_whole_view(layer: int, tiny_config: Callable[..., DistillConfig]) -> None:
+    student = {"l2": {"num_layers": 5, "hidden_size": 16, "num_attention_heads": 2}}
+    config = tiny_config(teacher={"layer": layer}, students=student)
+    teacher = capture_view(build_encoder(load_config(config.teacher.model), device="meta"), layer)
+    shape = doctor.student_shape(config, "l2", load_config(config.teacher.model))
+    flops = forward_flops(teacher, 16) + 3 * forward_flops(capture_view(build_encoder(shape), 5), 16)
+    assert estimate_of(config).flops_per_token == flops / 16
+
+
 def test_where_a_teacher_s_bytes_lie(tiny_config: Callable[..., DistillConfig]) -> None:
     def facts(device_type: str, placement: str, world_size: int = 4) -> Estimate:
         config = tiny_config(teacher={"placement": placement, "dtype": "fp32"}, train={"precision": "bf16"})
