@@ -332,10 +332,16 @@ def test_a_place_that_refuses(tmp_path: Path) -> None:
 
 
 def distil_beside_slow_writes(
-    tree: dict[str, Any], seconds: float
+    tree: dict[str, Any], beside: int
 ) -> tuple[Any, list[tuple[float, float]], list[float]]:
-    """Run with slow writes; return how it ended, when each write began and ended, and when each step ended."""
+    """Run with writes that last for `beside` steps, or a minute where training waits for them.
+
+    Returns:
+        How it ended, when each write began and ended, and when each step ended.
+    """
     from scaledistill import train
+
+    max_steps = tree["train"]["max_steps"]
 
     write_group, train_step = checkpoint.write_group, train.train_step
     writes: list[tuple[float, float]] = []
@@ -344,7 +350,9 @@ def distil_beside_slow_writes(
     def slow(path: Path, tensors: Any) -> str:
         start = time.monotonic()
         if path.name == "l2.exp_avg.safetensors":
-            time.sleep(seconds)
+            until = min(len(steps) + beside, max_steps)
+            while len(steps) < until and time.monotonic() < start + 60:
+                time.sleep(0.01)
         digest = write_group(path, tensors)
         writes.append((start, time.monotonic()))
         return digest
@@ -352,7 +360,6 @@ def distil_beside_slow_writes(
     def timed(*arguments: Any) -> Any:
         result = train_step(*arguments)
         steps.append(time.monotonic())
-        time.sleep(0.01)
         return result
 
     checkpoint.write_group, train.train_step = slow, timed
@@ -363,7 +370,7 @@ def test_training_goes_on_beside_a_write(make_tree: Callable[..., dict[str, Any]
     """And what is written is what was gathered, whatever training has done to the student since."""
     blocks = {"train": {**LONG, "max_steps": 24}, "checkpoint": {"every_steps": 9, "keep": 9}}
     beside, alone = make_tree("beside", **blocks), make_tree("alone", **blocks)
-    (end, writes, steps), _ = run_ranks(distil_beside_slow_writes, 2, beside, 0.4)
+    (end, writes, steps), _ = run_ranks(distil_beside_slow_writes, 2, beside, 5)
     assert end[:2] == ("done", 0)
     first, last = writes[0][0], writes[2][1]
     assert sum(first < step < last for step in steps) >= 5
