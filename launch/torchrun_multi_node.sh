@@ -57,8 +57,8 @@ read -r is_head own_address <<<"$found"
 agent=$$ # this shell becomes it
 (
   own=$BASHPID seconds=0
-  while sleep 5 && [[ $(ps -o ppid= -p "$own") -eq $agent ]]; do # it has another parent once torchrun is gone
-    if [[ $(ps -o stat= --ppid "$agent") == *Z* ]]; then seconds=$((seconds + 5)); else seconds=0; fi
+  while sleep 1 && [[ $(ps -o ppid= -p "$own") -eq $agent ]]; do # it has another parent once torchrun is gone
+    if [[ $(ps -o stat= --ppid "$agent") == *Z* ]]; then seconds=$((seconds + 1)); else seconds=0; fi
     if ((seconds >= 60)); then
       echo "torchrun_multi_node.sh: ranks ended ${seconds} s ago and torchrun does not answer: ending it" >&2
       kill -KILL "$agent"

@@ -331,9 +331,7 @@ def test_a_place_that_refuses(tmp_path: Path) -> None:
         mirror.check(str(tmp_path / "file"))
 
 
-def distil_beside_slow_writes(
-    tree: dict[str, Any], beside: int
-) -> tuple[Any, list[tuple[float, float]], list[float]]:
+def distil_beside_slow_writes(tree: dict[str, Any], beside: int) -> tuple[Any, list[tuple[float, float]], list[float]]:
     """Run with writes that last for `beside` steps, or a minute where training waits for them.
 
     Returns:

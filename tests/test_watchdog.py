@@ -261,7 +261,14 @@ def distil_in_folder(tree: dict[str, Any], folder: Path) -> None:
     os._exit(main(["--config", str(folder / "config.json")]))
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGSTOP, 1), (signal.SIGSTOP, 0), (signal.SIGKILL, 1)])
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [
+        (signal.SIGSTOP, 0),
+        (signal.SIGKILL, 1),
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.full),  # a case of the fault suite's short form too
+    ],
+)
 def test_a_rank_is_hit(
     number: signal.Signals, rank: int, tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
 ) -> None:
