@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import gc
 import logging
 import os
 import sys
@@ -166,15 +165,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool) -> int:
     if not is_main:
         return EXIT_DONE
-    gc.disable()  # nothing that is imported becomes garbage, and looking for it takes a second
     import torch
     from rich.console import Console
 
     from scaledistill.doctor import check
     from scaledistill.plan import placement_table, plan_table, warnings_of
 
-    gc.freeze()
-    gc.enable()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranks = options.world_size or int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
     stated = options.device_memory_gb and int(options.device_memory_gb * 1e9)

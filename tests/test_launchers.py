@@ -116,6 +116,7 @@ def test_node_and_single_gpu(config_file: MakeFile, tmp_path: Path) -> None:
 
 
 PDSH = """printf '%s\\n' "$@" >>"$LOG"
+[[ -z ${ONLY_TELL:-} ]] || exit 0
 [[ $1 == -S && $2 == -f && $4 == -w ]]
 IFS=, read -ra hosts <<<"$5"
 shift 5
@@ -127,13 +128,15 @@ wait
 """
 
 
-def test_a_hostfile(stand_ins: Path, config_file: MakeFile, tmp_path: Path) -> None:
-    """Two hosts of one rank, as pdsh would start them; the stand-in starts both here."""
+@pytest.mark.parametrize("runs", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_a_hostfile(stand_ins: Path, config_file: MakeFile, tmp_path: Path, runs: bool) -> None:
+    """Two hosts of one rank, as pdsh would start them; the stand-in starts both here, or only tells."""
     put(stand_ins, "pdsh", PDSH)
     put(stand_ins, "ssh", 'printf "%s\\n" "$@" >>"$LOG.ssh"\n[[ ${*: -1} == -I ]] && echo 127.0.0.1 || echo head\n')
     (tmp_path / "hostfile").write_text("head slots=1\nother slots=1\n")
     log = tmp_path / "pdsh.log"
     variables = environment(stand_ins, LOG=log, HOSTFILE=tmp_path / "hostfile", NCCL_DEBUG="WARN")
+    variables |= {} if runs else {"ONLY_TELL": "yes"}
     ended = run("multi_node.sh", "--config", config_file(), cwd=tmp_path, env=variables)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     words = log.read_text().splitlines()
@@ -141,6 +144,8 @@ def test_a_hostfile(stand_ins: Path, config_file: MakeFile, tmp_path: Path) -> N
     assert "--node_rank=%n" in words
     assert "--master_addr=127.0.0.1" in words
     assert "head" in (tmp_path / "pdsh.log.ssh").read_text().splitlines()
+    if not runs:
+        return
     assert status(tmp_path / "run")["state"] == "done"
     state = tmp_path / "run" / "checkpoints" / "step-000000006" / "state.json"
     assert json.loads(state.read_text())["world_size"] == 2

@@ -34,7 +34,7 @@ class Figures:
 def run(place: Place) -> Tally:
     """Kill runs under each engine until each has been killed often enough."""
     figures = Figures()
-    engines = ["zero2"] if place.short else list(ENGINES)
+    engines = ["fsdp"] if place.short else list(ENGINES)
     kills, per_chain, steps = (2, 2, 24) if place.short else (KILLS_PER_ENGINE, KILLS_PER_CHAIN, STEPS)
     tally = Tally("kill", kills * len(engines), place.say)
     for case in itertools.count() if place.only is None else [place.only]:
