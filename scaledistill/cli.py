@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import logging
 import os
 import sys
@@ -131,7 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.write(config.to_json())
             return EXIT_DONE
         if options.validate:
-            return _validate(config, options, is_main)
+            gc.disable()  # the process is short and nearly all of it imports, among which garbage is looked for in vain
+            try:
+                return _validate(config, options, is_main)
+            finally:
+                gc.enable()
         from scaledistill.train import distill
 
         under_elastic = "TORCHELASTIC_RUN_ID" in os.environ
