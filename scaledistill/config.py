@@ -74,6 +74,9 @@ class StudentSettings(Settings):
     """"random", "teacher" (its weights, cut by layers, whole heads and width) or a folder: a model of this shape."""
     layer_map: list[Positive] | None = None
     """The teacher's layer (from 1) for each of ours; evenly spaced up to `teacher.layer` unless said."""
+    tap: Literal["last", "extra"] = "last"
+    """Where the student's Q/K/V come from: "last": its last block, whose attention output and FFN then learn nothing;
+    "extra": a projection after the last block, so that every block learns; the export leaves the projection out."""
     relation_heads: Positive | None = None
     """Relation heads for this student; `relations.num_heads` unless said."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -208,6 +211,29 @@ class LoggingSettings(Settings):
     """A row of metrics.jsonl, and a line or a new figure on the display, every so many steps."""
     trackers: list[NonEmpty] = Field(default_factory=list)
     """Trackers of accelerate that get the same figures: "tensorboard", "wandb", …"""
+
+
+class EvaluationSettings(Settings):
+    """Fine-tuning on GLUE and SQuAD 2.0: a grid of learning rates × epochs × seeds for each task."""
+
+    tasks: Annotated[list[NonEmpty], Field(min_length=1)]
+    """"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "squad2"."""
+    data_folder: NonEmpty | None = None
+    """Folder with the tasks' original files, one folder a task; from the hub unless said."""
+    learning_rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [2e-5, 5e-5, 1e-4]
+    )
+    """Peak learning rates; linear warm-up and decay."""
+    epochs: Annotated[list[Positive], Field(min_length=1)] = Field(default_factory=lambda: [3, 5])
+    seeds: Annotated[list[NotNegative], Field(min_length=1)] = Field(default_factory=lambda: [1, 2, 3])
+    """Seeds of the new head, the order of rows and dropout."""
+    batch_size: Positive = 32
+    max_length: Positive | None = None
+    """Tokens of an example; 128 unless said, 384 for SQuAD 2.0."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_train_rows: Positive | None = None
+    """At most so many training rows of each task, the same ones for every model and seed; all unless said."""
 
 
 class DistillConfig(Settings):

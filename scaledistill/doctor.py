@@ -199,7 +199,7 @@ def _teacher_config(config: DistillConfig) -> PretrainedConfig:
 
 
 def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:
-    """Return the model config of a student, as its settings ask for.
+    """Return the model config of a student under training, as its settings ask for.
 
     Raises:
         ConfigError: see `student_config`.
@@ -211,6 +211,7 @@ def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -
         hidden_size=spec.hidden_size,
         num_attention_heads=spec.num_attention_heads,
         intermediate_size=spec.intermediate_size,
+        tap=spec.tap,
         name=name,
     )
 
@@ -218,7 +219,8 @@ def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -
 def _student_config(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:
     spec = config.students[name]
     student = student_shape(config, name, teacher)
-    check_init(spec.init, student, teacher, layer_map=spec.layer_map, capture_layer=config.teacher.layer, name=name)
+    options: dict[str, Any] = {"layer_map": spec.layer_map, "capture_layer": config.teacher.layer, "tap": spec.tap}
+    check_init(spec.init, student, teacher, **options, name=name)
     setting = f"students.{name}.relation_heads" if spec.relation_heads else "relations.num_heads"
     widths = {"teacher": teacher.hidden_size, f"student {name}": spec.hidden_size}
     try:

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from scaledistill.config import DistillConfig
 from scaledistill.engines.deepspeed_block import resolve_block, zero_settings
 from scaledistill.models.capture import blocks_of, build_encoder, capture_view, forward_flops, split_qkv, view_inputs
-from scaledistill.models.student import set_dropout
+from scaledistill.models.student import exported, set_dropout
 from scaledistill.relations import QKV, relation_loss
 from scaledistill.relations.spec import letters_of
 
@@ -100,6 +100,7 @@ def estimate(
     student_view = capture_view(full, student.num_hidden_layers)
     trained = sum(parameter.numel() for parameter in student_view.parameters())
     whole = sum(parameter.numel() for parameter in full.parameters())
+    _, kept = exported(student, dict(full.named_parameters()), config.students[name].num_layers)
     held = sum(parameter.numel() for parameter in teacher_view.parameters())
     teacher_flops = _forward_flops(whole_teacher, config.teacher.layer, length)
     student_flops = 3 * _forward_flops(full, student.num_hidden_layers, length)
@@ -115,7 +116,7 @@ def estimate(
     activations, relation = _bytes_per_sequence(config, name, short_view, student_view)
     return Estimate(
         teacher_parameters=held,
-        student_parameters=whole,
+        student_parameters=sum(parameter.numel() for parameter in kept.values()),
         trained_parameters=trained,
         flops_per_token=(teacher_flops + student_flops) / length,
         teacher_flops_fraction=teacher_flops / (teacher_flops + student_flops),

@@ -141,8 +141,7 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
     rows = {
         "teacher": f"{config.teacher.model}, up to layer {config.teacher.layer}: "
         f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}, placement {config.teacher.placement}",
-        "student": f"{plan.student_name}: {_millions(facts.student_parameters)}, of which "
-        f"{_millions(facts.trained_parameters)} train, {train.precision}",
+        "student": f"{plan.student_name}: {_millions(facts.student_parameters)}, {_trained(plan)}, {train.precision}",
         "relations": f"{config.relation_heads(plan.student_name)} heads, pairs {', '.join(config.relations.pairs)}",
         "engine": f"{_engine(config)}, {ranks} ranks",
         "step": f"{train.global_batch_size} sequences × {length} = {tokens:,} tokens; {accumulation} micro-batches "
@@ -205,6 +204,14 @@ def _duration(plan: Plan, tokens_per_second: float, sent: float) -> dict[str, st
 
 def _engine(config: DistillConfig) -> str:
     return "FSDP2" if config.engine.name == "fsdp" else f"DeepSpeed ZeRO-{zero_settings(config)[0]}"
+
+
+def _trained(plan: Plan) -> str:
+    facts = plan.estimate
+    if plan.config.students[plan.student_name].tap == "extra":
+        projection = facts.trained_parameters - facts.student_parameters
+        return f"all of which train, and a projection of {_millions(projection)} that the export drops"
+    return f"of which {_millions(facts.trained_parameters)} train"
 
 
 def _millions(count: int) -> str:

@@ -33,7 +33,7 @@ from scaledistill.microbatch import choose, with_micro_batch
 from scaledistill.models.attention import use_varlen_attention
 from scaledistill.models.capture import blocks_of, capture_view, compile_blocks, forward_flops
 from scaledistill.models.export import export_student
-from scaledistill.models.student import create_student
+from scaledistill.models.student import create_student, exported
 from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
 from scaledistill.saving import Groups, Saver
 from scaledistill.speed import measured_matrix_rate, peak_flops
@@ -174,6 +174,8 @@ class Session:
 
     def _write_export(self, folder: Path, weights: Mapping[str, Tensor], losses: Mapping[str, float | None]) -> None:
         student, config = self.student, self.config
+        spec = config.students[student.name]
+        student_config, state = exported(student.config, {**student.untrained, **weights}, spec.num_layers)
         card: dict[str, object] = {
             "teacher": f"`{config.teacher.model}`, layer {config.teacher.layer}",
             "teacher weights (sha256)": self.teacher.sha256,
@@ -182,14 +184,15 @@ class Session:
             "tokens": f"{self.step * config.train.global_batch_size * config.data.sequence_length:,}"
             f" ({self.step:,} steps of {config.train.global_batch_size} × {config.data.sequence_length})",
             **{label: "not measured" if loss is None else f"{loss:.4f}" for label, loss in losses.items()},
-            "init": config.students[student.name].init,
+            "init": spec.init,
             "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         }
         try:
             export_student(
                 folder,
-                student.config,
-                {**student.untrained, **weights},
+                student_config,
+                state,
+                tap=spec.tap,
                 tokenizer_source=config.teacher.model,
                 revision=config.teacher.revision,
                 card=card,
@@ -299,6 +302,7 @@ def _create_student(
         student_shape(config, name, encoder.config),
         init="random" if checkpoint else spec.init,
         layer_map=None if checkpoint else spec.layer_map,
+        tap=spec.tap,
         capture_layer=config.teacher.layer,
         seed=config.run.seed,
         dropout=spec.dropout,
@@ -312,7 +316,7 @@ def _create_student(
 
 def _train_student(config: DistillConfig, name: str, model: PreTrainedModel, ranks: Ranks) -> Student:
     """Cut the student's training view and hand it to an engine. Collective."""
-    view = capture_view(model, config.students[name].num_layers)
+    view = capture_view(model, model.config.num_hidden_layers)
     trained = {parameter_name for parameter_name, _ in view.named_parameters()}
     untrained = {key: value.clone() for key, value in model.state_dict().items() if key not in trained}
     num_bytes = sum(value.nbytes for value in model.state_dict().values())

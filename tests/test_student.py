@@ -28,7 +28,14 @@ from scaledistill.errors import ConfigError, DataError
 from scaledistill.models import export
 from scaledistill.models.capture import build_encoder, capture_view
 from scaledistill.models.export import export_student, untrained_parameters
-from scaledistill.models.student import check_init, create_student, even_layer_map, set_dropout, student_config
+from scaledistill.models.student import (
+    check_init,
+    create_student,
+    even_layer_map,
+    exported,
+    set_dropout,
+    student_config,
+)
 
 SIZES = {
     "vocab_size": 97,
@@ -196,6 +203,26 @@ def test_embeddings_projection_that_would_be_lost() -> None:
     ):
         check_init("teacher", config, TEACHERS["electra"], name="s")
     create_student(None, config)
+
+
+def test_the_extra_tap_is_one_block_more(bert: PreTrainedModel, tmp_path: Path) -> None:
+    plain, config = (student_config(bert.config, **SMALL, tap=tap) for tap in ("last", "extra"))
+    assert (plain.num_hidden_layers, config.num_hidden_layers) == (2, 3)
+    options = {"capture_layer": 5, "tap": "extra", "name": "s"}
+    assert check_init("teacher", config, bert.config, **options) == even_layer_map(3, 5) == [2, 3, 5]
+    assert check_init("teacher", config, bert.config, **options, layer_map=[1, 2]) == [1, 2, 5]
+    deep = student_config(bert.config, **SMALL | {"num_layers": 5}, tap="extra")
+    with pytest.raises(ConfigError, match=r"num_layers=5 is more than the 4 teacher layers .* use 4 or fewer"):
+        check_init("teacher", deep, bert.config, **options)
+    student = create_student(bert, config, init="teacher", capture_layer=5, tap="extra")
+    kept_config, kept = exported(config, student.state_dict(), 2)
+    assert kept_config.to_dict() == plain.to_dict()
+    kept_model = build_encoder(plain)
+    kept_model.load_state_dict(kept)  # every name, no other
+    kept_model.save_pretrained(tmp_path)
+    again = create_student(None, config, init=str(tmp_path), tap="extra", seed=4).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
+    assert not torch.equal(again["encoder.layer.2.attention.self.query.weight"], torch.zeros(16, 16))
 
 
 def test_teacher_is_needed_only_to_be_cut(bert: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from conftest import tiny_tree
 from ranks import Job, run_ranks
 from safetensors.torch import load_file
 from test_engine import ENGINES
+from transformers import AutoModel
 
 from scaledistill.configfile import parse_config
 from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
@@ -193,6 +194,38 @@ def test_dropout_resumes_bit_for_bit(make_tree: Callable[..., dict[str, Any]]) -
     plain = make_tree("plain", checkpoint={"every_steps": 3}, students={"l2": {**student["l2"], "dropout": 0.0}})
     run_ranks(distil, 1, plain)
     assert losses_of(plain) != losses_of(whole)
+
+
+def test_the_extra_tap_trains_every_block_and_is_not_exported(make_tree: Callable[..., dict[str, Any]]) -> None:
+    def student(tap: str) -> dict[str, Any]:
+        return {"l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "init": "teacher", "tap": tap}}
+
+    def export_of(tree: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return load_file(Path(tree["run"]["folder"]) / "export" / "l2" / "model.safetensors")
+
+    blocks: dict[str, Any] = {"students": student("extra"), "checkpoint": {"every_steps": 3}}
+    whole, stopped = make_tree("whole", **blocks), make_tree("stopped", **blocks)
+    first = make_tree("first", students=student("extra"), train={"learning_rate": 1e-30})
+    last = make_tree("last", students=student("last"))
+    run_ranks(distil_all, 1, [whole, first, last])
+    run_ranks(stop_after, 1, stopped, 3)
+    run_ranks(distil, 1, stopped)
+    assert losses_of(stopped) == losses_of(whole)
+    found, start, plain = map(export_of, (whole, first, last))
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in plain.items()
+    }
+    top = [name for name in found if name.startswith("encoder.layer.1.output")]
+    assert top
+    assert not any(torch.equal(found[name], start[name]) for name in top)
+    model, info = AutoModel.from_pretrained(
+        Path(whole["run"]["folder"]) / "export" / "l2", add_pooling_layer=False, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.num_hidden_layers == 2
+    card = (Path(whole["run"]["folder"]) / "export" / "l2" / "README.md").read_text()
+    assert "projection after the last layer, which is not part of this" in card
 
 
 def stop_after(tree: dict[str, Any], step: int, signal_number: int = signal.SIGTERM) -> tuple[str, int, str]:

@@ -37,6 +37,14 @@ INIT_TEXT = {
     "teacher": "what was cut from the teacher's layers at the start",
 }
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
+UNTRAINED = """\
+The loss ends at query, key and value of the last layer. What lies above, {parameters:.1f} M parameters, got no
+gradient and holds {init}; fine-tuning trains it:
+
+{names}"""
+ALL_TRAINED = """\
+None: the loss was taken from a query, key and value projection after the last layer, which is not part of this
+model."""
 CARD = """\
 ---
 library_name: transformers
@@ -69,10 +77,7 @@ The weights are fp32. There is no pooler and no head: fine-tune it for a task, w
 
 ## Untrained parts
 
-The loss ends at query, key and value of the last layer. What lies above, {untrained:.1f} M parameters, got no
-gradient and holds {init}; fine-tuning trains it:
-
-{untrained_names}
+{untrained}
 
 ## Licence
 
@@ -85,6 +90,7 @@ def export_student(
     config: PreTrainedConfig,
     state: Mapping[str, Tensor],
     *,
+    tap: str = "last",
     tokenizer_source: str | Path,
     revision: str | None = None,
     card: Mapping[str, object],
@@ -98,6 +104,7 @@ def export_student(
         folder: ends up with config.json, model.safetensors, the tokenizer without truncation or padding, and README.md.
         config: the student's; written as it is.
         state: every parameter of the full student by its name, fp32.
+        tap: where it was tapped, "last" or "extra", for the model card.
         tokenizer_source: folder or hub name (at `revision`) that the tokenizer is taken from: the teacher's.
         card: facts for the model card, in order, label to value; None leaves one out. "init", how the
             student was initialised, is needed.
@@ -117,7 +124,7 @@ def export_student(
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
         _save_tokenizer(tokenizer_source, revision, fresh)
-        (fresh / "README.md").write_text(_card_text(target.name, config, card), encoding="utf-8")
+        (fresh / "README.md").write_text(_card_text(target.name, config, tap, card), encoding="utf-8")
         _check_export(fresh, weights)
         for path in (*fresh.iterdir(), fresh):
             sync(path)
@@ -135,11 +142,15 @@ def untrained_parameters(config: PreTrainedConfig) -> list[str]:
     return sorted(set(student.state_dict()) - set(view.state_dict()))
 
 
-def _card_text(name: str, config: PreTrainedConfig, card: Mapping[str, object]) -> str:
+def _card_text(name: str, config: PreTrainedConfig, tap: str, card: Mapping[str, object]) -> str:
     student = build_encoder(config, device="meta")
     sizes = {key: tensor.numel() for key, tensor in student.state_dict().items()}
-    untrained = untrained_parameters(config)
-    init = str(card["init"])
+    init, names = str(card["init"]), untrained_parameters(config)
+    untrained = UNTRAINED.format(
+        parameters=sum(sizes[key] for key in names) / 1e6,
+        names="\n".join(f"- `{key}`" for key in names),
+        init=INIT_TEXT.get(init, f"what the model it started from, `{init}`, had there"),
+    )
     return CARD.format(
         name=name,
         model_type=config.model_type,
@@ -150,9 +161,7 @@ def _card_text(name: str, config: PreTrainedConfig, card: Mapping[str, object]) 
         parameters=sum(sizes.values()) / 1e6,
         facts="\n".join(f"| {label} | {value} |" for label, value in card.items() if value is not None),
         options="".join(f", {option}={value}" for option, value in encoder_options(config).items()),
-        untrained=sum(sizes[key] for key in untrained) / 1e6,
-        untrained_names="\n".join(f"- `{key}`" for key in untrained),
-        init=INIT_TEXT.get(init, f"what the model it started from, `{init}`, had there"),
+        untrained=ALL_TRAINED if tap == "extra" else untrained,
     )
 
 

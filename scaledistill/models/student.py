@@ -1,8 +1,9 @@
 """Shape and first weights of a student: any depth, width, heads and FFN width within the teacher's architecture.
 
 Enters: the teacher's config, the sizes wished for and, to start from the teacher's weights, its blocks up to the
-captured layer. Leaves: a full fp32 model without pooler. It trains as `capture_view(student, num_layers)`; what is not
-in that view keeps the weights given here. Reading the settings, training and export are left to others.
+captured layer. Leaves: a full fp32 model without pooler. It trains as a view cut at its last block's Q, K and V; what
+is not in that view keeps the weights given here. With tap "extra" that block is one more than the student is to have,
+and `exported` drops it. Reading the settings, training and export are left to others.
 
 How a teacher's weight becomes narrower: of q, k, v and the attention output's input, the first heads, and of each the
 first components; of every other axis (hidden, FFN, embedding) the first components. So all layers, embeddings and
@@ -46,12 +47,14 @@ def student_config(
     hidden_size: int,
     num_attention_heads: int,
     intermediate_size: int | None = None,
+    tap: str = "last",
     name: str = "student",
 ) -> PreTrainedConfig:
     """Return the config of a student: the teacher's, vocabulary, positions and dropout included, with sizes of its own.
 
-    `intermediate_size` is 4 × `hidden_size` unless said. ELECTRA's embeddings are as wide as the student if the
-    teacher's are as wide as the teacher; projected ones keep their width.
+    `intermediate_size` is 4 × `hidden_size` unless said. With tap "extra" there is a block more, to be tapped.
+    ELECTRA's embeddings are as wide as the student if the teacher's are as wide as the teacher; projected ones keep
+    their width.
 
     Raises:
         ConfigError: the architecture is not supported, or the heads do not divide the width.
@@ -67,7 +70,7 @@ def student_config(
     config = copy.deepcopy(teacher_config)
     if getattr(config, "embedding_size", None) == config.hidden_size:
         config.embedding_size = hidden_size
-    config.num_hidden_layers = num_layers
+    config.num_hidden_layers = num_layers + (tap == "extra")
     config.hidden_size = hidden_size
     config.num_attention_heads = num_attention_heads
     config.intermediate_size = intermediate_size or 4 * hidden_size
@@ -86,6 +89,7 @@ def create_student(
     capture_layer: int | None = None,
     seed: int = 0,
     dropout: float = 0.0,
+    tap: str = "last",
     name: str = "student",
     stored: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
@@ -95,10 +99,12 @@ def create_student(
         teacher: whole blocks up to the captured layer at least, as `load_encoder` gives them; read only for "teacher".
         config: from `student_config`.
         init: "random", "teacher" (its weights, cut as the module says) or the folder of a model of these sizes.
-        layer_map: for "teacher": the teacher's layer (from 1) for each of the student's; evenly spaced unless said.
+        layer_map: for "teacher": the teacher's layer (from 1) for each of the student's, that of tap "extra" aside;
+            evenly spaced unless said.
         capture_layer: for "teacher": the captured layer (from 1), where an even map ends; the last unless said.
         seed: of the random weights.
         dropout: for training; the config, and so the export, keeps its values, for fine-tuning.
+        tap: "last", or "extra": the last of `config`'s blocks is the projection, which a folder's model lacks.
         name: the student's key in `students`, for messages.
         stored: for "teacher": the weights of a `teacher` that has none, from `open_encoder`.
 
@@ -107,7 +113,9 @@ def create_student(
         DataError: the folder's model cannot be loaded.
     """
     teacher_config = None if teacher is None else base_encoder(teacher).config
-    layers = check_init(init, config, teacher_config, layer_map=layer_map, capture_layer=capture_layer, name=name)
+    layers = check_init(
+        init, config, teacher_config, layer_map=layer_map, capture_layer=capture_layer, tap=tap, name=name
+    )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs too
         student = build_encoder(config)
@@ -115,7 +123,8 @@ def create_student(
         encoder = base_encoder(teacher)
         student.load_state_dict(_cut_weights(encoder.config, stored or encoder.state_dict(), student, layers))
     elif init != "random":
-        student.load_state_dict(load_encoder(init, setting=f"students.{name}.init").state_dict())
+        weights = load_encoder(init, setting=f"students.{name}.init").state_dict()
+        student.load_state_dict(student.state_dict() | weights)
     set_dropout(student, dropout)
     return student.train()
 
@@ -127,6 +136,7 @@ def check_init(
     *,
     layer_map: Sequence[int] | None = None,
     capture_layer: int | None = None,
+    tap: str = "last",
     name: str = "student",
 ) -> list[int]:
     """Check, without weights, that a student of `config` can start from `init`; return its layer map for "teacher".
@@ -139,21 +149,22 @@ def check_init(
     if init == "random":
         return []
     if init != "teacher":
-        _check_folder(init, config, name)
+        _check_folder(init, config, tap, name)
         return []
     if teacher_config is None:
         raise ConfigError(
             f"students.{name}.init='teacher' needs the teacher's weights; pass the teacher, or use 'random'"
         )
     _check_cut(config, teacher_config, name)
-    num_layers, last = config.num_hidden_layers, capture_layer or teacher_config.num_hidden_layers
+    extra, last = int(tap == "extra"), capture_layer or teacher_config.num_hidden_layers
+    num_layers = config.num_hidden_layers - extra
     if layer_map is None:
-        if num_layers > last:
+        if num_layers > last - extra:
             raise ConfigError(
-                f"students.{name}.num_layers={num_layers} is more than the {last} teacher layers to start from; use "
-                f"{last} or fewer, set students.{name}.layer_map, or students.{name}.init='random'"
+                f"students.{name}.num_layers={num_layers} is more than the {last - extra} teacher layers to start "
+                f"from; use {last - extra} or fewer, set students.{name}.layer_map, or students.{name}.init='random'"
             )
-        return even_layer_map(num_layers, last)
+        return even_layer_map(num_layers + extra, last)
     if len(layer_map) != num_layers:
         raise ConfigError(
             f"students.{name}.layer_map names {len(layer_map)} teacher layers, expected "
@@ -161,7 +172,21 @@ def check_init(
         )
     for layer in layer_map:
         check_layer(layer, last, setting=f"students.{name}.layer_map")
-    return list(layer_map)
+    return [*layer_map, last] if extra else list(layer_map)
+
+
+def exported(
+    config: PreTrainedConfig, state: Mapping[str, Tensor], num_layers: int
+) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+    """Return a student's config and state (or named parameters) without what tap "extra" adds above `num_layers`."""
+    blocks = f"{architecture_of(config).blocks}."
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = num_layers
+    return config, {
+        key: tensor
+        for key, tensor in state.items()
+        if not key.startswith(blocks) or int(key.removeprefix(blocks).partition(".")[0]) < num_layers
+    }
 
 
 def even_layer_map(num_layers: int, capture_layer: int) -> list[int]:
@@ -180,8 +205,11 @@ def set_dropout(model: nn.Module, probability: float) -> None:
             module.p = probability
 
 
-def _check_folder(folder: str, config: PreTrainedConfig, name: str) -> None:
+def _check_folder(folder: str, config: PreTrainedConfig, tap: str, name: str) -> None:
     found = load_config(folder, setting=f"students.{name}.init")
+    if tap == "extra":
+        config = copy.deepcopy(config)
+        config.num_hidden_layers -= 1
     differing = [key for key in SHAPE if getattr(found, key, None) != getattr(config, key, None)]
     if differing:
         raise ConfigError(
