@@ -1,0 +1,115 @@
+"""The tasks: one table row each, for the original files, the hub's data set, labels and metrics.
+
+Enters: names. Leaves: `Task`. Reading is left to `read`, scoring to `metrics`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from scaledistill.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task. Columns are named as in the header of the original files."""
+
+    name: str
+    title: str
+    metrics: tuple[str, ...]
+    """As in figures; the first one selects hyper-parameters."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes in the order of their ids, as the hub has them; () for regression and spans."""
+    kind: Literal["classification", "regression", "span"] = "classification"
+    columns: tuple[str, ...] = ("sentence1", "sentence2")
+    label_column: str = "label"
+    digits: bool = True
+    """The files name the classes by their ids, not by their names."""
+    header: tuple[str, ...] = ()
+    """The columns of files that have no header."""
+    hub_columns: tuple[str, ...] = ("sentence1", "sentence2")
+    dev_splits: tuple[str, ...] = ("dev",)
+    most_short_rows: int = 0
+    """Rows with too few columns that the official files are known to have, and the official readers leave out."""
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "cola",
+            "CoLA",
+            ("matthews",),
+            ("unacceptable", "acceptable"),
+            columns=("sentence",),
+            header=("source", "label", "mark", "sentence"),
+            hub_columns=("sentence",),
+        ),
+        Task(
+            "sst2", "SST-2", ("accuracy",), ("negative", "positive"), columns=("sentence",), hub_columns=("sentence",)
+        ),
+        Task(
+            "mrpc",
+            "MRPC",
+            ("f1", "accuracy"),
+            ("not_equivalent", "equivalent"),
+            columns=("#1 String", "#2 String"),
+            label_column="Quality",
+        ),
+        Task("stsb", "STS-B", ("pearson", "spearman"), kind="regression", label_column="score"),
+        Task(
+            "qqp",
+            "QQP",
+            ("f1", "accuracy"),
+            ("not_duplicate", "duplicate"),
+            columns=("question1", "question2"),
+            label_column="is_duplicate",
+            hub_columns=("question1", "question2"),
+            most_short_rows=100,
+        ),
+        Task(
+            "mnli",
+            "MNLI",
+            ("accuracy_m", "accuracy_mm"),
+            ("entailment", "neutral", "contradiction"),
+            label_column="gold_label",
+            digits=False,
+            hub_columns=("premise", "hypothesis"),
+            dev_splits=("dev_matched", "dev_mismatched"),
+        ),
+        Task(
+            "qnli",
+            "QNLI",
+            ("accuracy",),
+            ("entailment", "not_entailment"),
+            columns=("question", "sentence"),
+            digits=False,
+            hub_columns=("question", "sentence"),
+        ),
+        Task("rte", "RTE", ("accuracy",), ("entailment", "not_entailment"), digits=False),
+        Task("wnli", "WNLI", ("accuracy",), ("not_entailment", "entailment")),
+        Task("squad2", "SQuAD 2.0", ("f1", "exact"), kind="span"),
+    )
+}
+
+
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """Return the tasks of these names.
+
+    Raises:
+        ConfigError: an unknown or repeated name, or none.
+    """
+    if not names:
+        raise ConfigError(f"tasks is empty; name some of {', '.join(TASKS)}")
+    for number, name in enumerate(names):
+        if name not in TASKS:
+            plain = "".join(character for character in name.lower() if character.isalnum())
+            near = difflib.get_close_matches(plain, TASKS, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"tasks: unknown task {name!r}, expected some of {', '.join(TASKS)}{meant}")
+        if name in names[:number]:
+            raise ConfigError(f"tasks names {name} twice; name it once")
+    return [TASKS[name] for name in names]

@@ -1,0 +1,294 @@
+"""The experiments of docs/quality.md: distil the students, make those that they are compared with, measure, report.
+
+Each command goes on where it stopped. In order, after the shards are made as docs/quality.md says:
+
+  quality.py distil --runs students --tokens 10_000_000    long runs, which tools/glue.py then scores
+  quality.py undistilled                                   the same students as they were before distillation
+  quality.py peer --text FILE … --tokens 10_000_000        bertdistiller's student, in an environment of its own
+  quality.py distil --runs ablations --tokens 2_000_000    short runs, three seeds each
+  quality.py yardstick                                     held-out relation loss of every student, the same for all
+  quality.py report                                        tables and plots from what is finished
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scaledistill.errors import ConfigError, DataError
+from scaledistill.files import write_json
+
+CONFIG = Path(__file__).parent.parent / "configs" / "quality.json"
+LAUNCH = Path(__file__).parent.parent / "launch" / "distill.py"
+NAME = "l3-h384"
+# What differs from configs/quality.json: settings of the student, or whole keys.
+STUDENTS: dict[str, dict[str, Any]] = {"teacher-init": {}, "random-init": {"init": "random"}}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "random": {"init": "random"},
+    "map-1-2-3": {"layer_map": [1, 2, 3]},
+    "map-1-3-5": {"layer_map": [1, 3, 5]},
+    "heads-12": {"relation_heads": 12},
+    "heads-24": {"relation_heads": 24},
+    "tap-extra": {"tap": "extra"},
+    "dropout-0.1": {"dropout": 0.1},
+}
+YARDSTICK_HEADS = (12, 24, 48)
+WARMUP_FRACTION = 0.1
+
+
+def main() -> int:
+    options = parse_arguments()
+    try:
+        return int(options.run(options) or 0)
+    except (ConfigError, DataError) as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on\n")
+        return 130
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of all runs (default: %(default)s)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    distil = command("distil", distil_all, "distil students with our launcher")
+    distil.add_argument("--runs", choices=("students", "ablations"), required=True)
+    distil.add_argument("--only", nargs="+", metavar="NAME", help="some of them")
+    distil.add_argument("--tokens", type=int, required=True, help="of each run")
+    distil.add_argument("--seeds", type=int, nargs="+", help="(default: 1 for students, 1 2 3 for ablations)")
+    distil.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores (default: %(default)s)")
+    command("undistilled", write_undistilled, "write the students as they were before distillation")
+    peer = command("peer", distil_peer, "distil bertdistiller's student from the same teacher and text")
+    peer.add_argument("--text", type=Path, nargs="+", required=True, help=".txt or .txt.xz files")
+    peer.add_argument("--tokens", type=int, required=True)
+    peer.add_argument("--environment", type=Path, help="its virtual environment (default: made in the user's cache)")
+    command("yardstick", measure_all, "measure the held-out relation loss of every student")
+    report = command("report", write_report, "write tables and plots from what is finished")
+    report.add_argument("--glue", type=Path, help="output folder of tools/glue.py")
+    report.add_argument("--output", type=Path, default=Path("docs/quality"), help="(default: %(default)s)")
+    return parser.parse_args()
+
+
+def settings() -> dict[str, Any]:
+    return json.loads(CONFIG.read_text())
+
+
+def steps_for(tokens: int) -> int:
+    """Return the steps that at least so many tokens take."""
+    config = settings()
+    return -(-tokens // (config["train"]["global_batch_size"] * config["data"]["sequence_length"]))
+
+
+def distil_all(options: argparse.Namespace) -> int:
+    table = STUDENTS if options.runs == "students" else ABLATIONS
+    names = options.only or list(table)
+    if unknown := [name for name in names if name not in table]:
+        raise ConfigError(f"--only: no run {unknown[0]!r}, expected some of {', '.join(table)}")
+    seeds = options.seeds or ([1] if options.runs == "students" else [1, 2, 3])
+    kind, steps = ("long" if options.runs == "students" else "short"), steps_for(options.tokens)
+    # Seed by seed, so that every variant has one figure before the first has three.
+    runs = [(options.folder / kind / f"{name}-seed{seed}", seed, table[name]) for seed in seeds for name in names]
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        codes = list(pool.map(lambda run: distil_one(*run, steps, options.jobs), runs))
+    return max(codes)
+
+
+def distil_one(folder: Path, seed: int, changes: Mapping[str, Any], steps: int, jobs: int) -> int:
+    """Distil into `folder`, or go on there; return the exit code."""
+    status = folder / "status.json"
+    if status.is_file() and json.loads(status.read_text())["state"] == "done":
+        return 0
+    overrides = {
+        "run.folder": str(folder),
+        "run.seed": seed,
+        "train.max_steps": steps,
+        "train.warmup_steps": int(WARMUP_FRACTION * steps),
+        "train.validation_every_steps": max(1, steps // 5),
+        **{f"students.{NAME}.{key}": value for key, value in changes.items()},
+    }
+    words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    command = [
+        sys.executable,
+        str(LAUNCH),
+        "--config",
+        str(CONFIG),
+        *(part for word in words for part in ("--set", word)),
+    ]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".log").open("a") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+    sys.stderr.write(f"{folder.name}: {'done' if code == 0 else f'exit code {code}, see {log.name}'}\n")
+    return code
+
+
+def write_undistilled(options: argparse.Namespace) -> None:
+    from scaledistill.models.export import export_student
+    from scaledistill.models.student import build_student, student_config
+    from scaledistill.models.teacher import load_encoder
+
+    config = settings()
+    teacher = load_encoder(config["teacher"]["model"])
+    spec = config["students"][NAME]
+    sizes = {key: spec[key] for key in ("num_layers", "hidden_size", "num_attention_heads")}
+    for name, changes in STUDENTS.items():
+        init = changes.get("init", spec["init"])
+        student = build_student(teacher, student_config(teacher.config, **sizes), init=init, seed=1)
+        export_student(
+            options.folder / "undistilled" / name / "export" / NAME,
+            student.config,
+            student.state_dict(),
+            tokenizer_source=config["teacher"]["model"],
+            card={"teacher": config["teacher"]["model"], "tokens": "0: not distilled", "init": init},
+        )
+
+
+def distil_peer(options: argparse.Namespace) -> int:
+    from bench_peer import PeerError, default_environment, ready_python
+
+    try:
+        python = ready_python(options.environment or default_environment())
+    except PeerError as error:
+        raise DataError(str(error)) from None
+    config, folder = settings(), options.folder / "peer"
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = config["students"][NAME]
+    write_json(
+        folder / "spec.json",
+        {
+            "teacher": str(Path(config["teacher"]["model"]).resolve()),
+            "text": [str(path.resolve()) for path in options.text],
+            "output": str((folder / "export" / NAME).resolve()),
+            "scratch": str((folder / "trainer").resolve()),
+            "tokens": options.tokens,
+            "sequence_length": config["data"]["sequence_length"],
+            "batch_size": config["train"]["global_batch_size"],
+            "learning_rate": config["train"]["learning_rate"],
+            "warmup_fraction": WARMUP_FRACTION,
+            "teacher_layer": config["teacher"]["layer"],
+            "student": {key: spec[key] for key in ("num_layers", "hidden_size", "num_attention_heads")},
+            "relation_heads": config["relations"]["num_heads"],
+        },
+    )
+    worker = Path(__file__).with_name("quality_peer.py")
+    return subprocess.run([python, str(worker), str(folder / "spec.json")], check=False).returncode
+
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Write `yardsticks.json`: of each student, the mean relation loss of all held-out rows, by relation heads."""
+    import torch
+
+    from scaledistill.data.stream import ShardReader, iter_validation
+    from scaledistill.models.capture import capture_qkv
+    from scaledistill.models.teacher import Teacher, load_encoder
+    from scaledistill.relations import relation_loss
+
+    config, path = settings(), options.folder / "yardsticks.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    students = {
+        str(folder.parent.parent.relative_to(options.folder)): folder
+        for folder in sorted(options.folder.glob(f"**/export/{NAME}"))
+    }
+    students = {name: folder for name, folder in students.items() if name not in found and "tap-extra" not in name}
+    if not students:
+        return
+    teacher = Teacher(load_encoder(config["teacher"]["model"]), config["teacher"]["layer"])
+    models = {name: load_encoder(folder).eval() for name, folder in students.items()}
+    sums = {name: dict.fromkeys(YARDSTICK_HEADS, 0.0) for name in models}
+    held_out = ShardReader(config["data"]["validation"])
+    rows = held_out.manifest.rows
+    with torch.no_grad():
+        for batch in iter_validation(held_out, rows=rows, micro_batch_size=64):
+            target = teacher(batch.input_ids_BT, batch.mask_BT)
+            for name, model in models.items():
+                layer = model.config.num_hidden_layers
+                qkv = capture_qkv(model, layer, input_ids=batch.input_ids_BT, attention_mask=batch.mask_BT)
+                for heads in YARDSTICK_HEADS:
+                    loss = relation_loss(
+                        target, qkv, num_heads=heads, pairs=config["relations"]["pairs"], mask_BT=batch.mask_BT
+                    )
+                    sums[name][heads] += loss.total.item() * batch.weight / rows
+    write_json(path, found | sums)
+    for name, by_heads in sums.items():
+        print(name, *(f"{heads} heads {loss:.5f}" for heads, loss in by_heads.items()), sep="  ")
+
+
+def write_report(options: argparse.Namespace) -> None:
+    path = options.folder / "yardsticks.json"
+    if not path.is_file():
+        raise DataError(f"{path} is missing; run `quality.py yardstick` first")
+    found: dict[str, dict[str, float]] = json.loads(path.read_text())
+    by_variant: dict[str, list[dict[str, float]]] = {}
+    for name, losses in sorted(found.items()):
+        kind, _, run = name.partition("/")
+        if kind == "short":
+            by_variant.setdefault(run.rpartition("-seed")[0], []).append(losses)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "ablations.md").write_text(ablation_table(by_variant))
+    write_json(options.output / "yardsticks.json", found)
+    draw_ablations(by_variant, options.output / "ablations.png")
+    print((options.output / "ablations.md").read_text())
+
+
+def ablation_table(by_variant: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Return a Markdown table: median (lowest to highest) by yardstick, and Welch's test against the base."""
+    from scipy.stats import ttest_ind
+
+    lines = [
+        "| variant | n | " + " | ".join(f"R = {heads}" for heads in YARDSTICK_HEADS) + " | against base at R = 48 |",
+        "|---" * (len(YARDSTICK_HEADS) + 3) + "|",
+    ]
+    for variant in [name for name in ABLATIONS if name in by_variant]:
+        runs = by_variant[variant]
+        cells = []
+        for heads in YARDSTICK_HEADS:
+            losses = [run[str(heads)] for run in runs]
+            cells.append(f"{statistics.median(losses):.4f} ({min(losses):.4f}–{max(losses):.4f})")
+        ours, base = ([run["48"] for run in by_variant.get(name, [])] for name in (variant, "base"))
+        verdict = "–"
+        if variant != "base" and min(len(ours), len(base)) > 1:
+            ratio = statistics.mean(ours) / statistics.mean(base) - 1
+            chance = ttest_ind(ours, base, equal_var=False).pvalue
+            verdict = f"{ratio:+.1%}, p = {chance:.2g}{'' if chance < 0.05 else ' (not significant)'}"
+        lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_ablations(by_variant: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    variants = [name for name in reversed(ABLATIONS) if name in by_variant]
+    figure = Figure(figsize=(10, 1 + 0.4 * len(variants)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(YARDSTICK_HEADS), sharey=True)
+    for heads, axes in zip(YARDSTICK_HEADS, panels, strict=True):
+        for number, variant in enumerate(variants):
+            losses = [run[str(heads)] for run in by_variant[variant]]
+            axes.plot(losses, [number] * len(losses), "o", color="#0072b2", alpha=0.6)
+            axes.plot([statistics.median(losses)], [number], "|", color="black", markersize=16)
+        axes.set(xlabel="held-out relation loss", title=f"{heads} relation heads")
+        axes.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(variants)), variants)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
