@@ -8,21 +8,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scaledistill.config import DistillConfig as DistillConfig
     from scaledistill.models.capture import capture_qkv as capture_qkv
-    from scaledistill.models.student import create_student as create_student
     from scaledistill.relations import QKV as QKV
     from scaledistill.relations import RelationLoss as RelationLoss
     from scaledistill.relations import relation_loss as relation_loss
     from scaledistill.train import distill as distill
+    from scaledistill.trainer import MiniLMTrainer as MiniLMTrainer
+    from scaledistill.trainer import MiniLMTrainingArguments as MiniLMTrainingArguments
+    from scaledistill.trainer import create_student as create_student
+    from scaledistill.trainer import prepare_dataset as prepare_dataset
 
 __version__ = "0.1.0"
 
 _HOMES = {  # imported on first use: `import scaledistill` and --help stay quick
     "DistillConfig": "config",
+    "MiniLMTrainer": "trainer",
+    "MiniLMTrainingArguments": "trainer",
     "QKV": "relations",
     "RelationLoss": "relations",
     "capture_qkv": "models.capture",
-    "create_student": "models.student",
+    "create_student": "trainer",
     "distill": "train",
+    "prepare_dataset": "trainer",
     "relation_loss": "relations",
 }
 __all__ = sorted(_HOMES)

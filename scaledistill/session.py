@@ -33,7 +33,7 @@ from scaledistill.microbatch import choose, with_micro_batch
 from scaledistill.models.attention import use_varlen_attention
 from scaledistill.models.capture import blocks_of, capture_view, compile_blocks, forward_flops
 from scaledistill.models.export import export_student
-from scaledistill.models.student import create_student, exported
+from scaledistill.models.student import build_student, exported
 from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
 from scaledistill.saving import Groups, Saver
 from scaledistill.speed import measured_matrix_rate, peak_flops
@@ -297,7 +297,7 @@ def _create_student(
 ) -> PreTrainedModel:
     """Build the full student, with the checkpoint's weights or else those that `init` asks for."""
     spec = config.students[name]
-    model = create_student(
+    model = build_student(
         encoder,
         student_shape(config, name, encoder.config),
         init="random" if checkpoint else spec.init,

@@ -17,7 +17,7 @@ MODULES = {
 
 # Which modules of the package each may import, anywhere in it; `errors` may be imported by all but `relations`.
 ALLOWED: dict[str, set[str]] = {
-    "__init__": {"config", "models.capture", "models.student", "relations", "train"},
+    "__init__": {"config", "models.capture", "relations", "train", "trainer"},
     "benchmark": set(),
     "checkpoint": {"distributed", "files", "mirror"},
     "cli": {"config", "configfile", "distributed", "doctor", "plan", "train"},
@@ -76,6 +76,20 @@ ALLOWED: dict[str, set[str]] = {
     "glue.read": {"glue.tasks"},
     "glue.squad": {"glue.read"},
     "glue.tasks": set(),
+    "glue.cell": {"files"},
+    "glue.command": {"config", "glue.cell", "glue.grid", "glue.listing", "glue.plan", "glue.speed", "glue.tasks"},
+    "glue.features": {"data.text", "glue.cell", "glue.metrics", "glue.read", "glue.squad", "glue.tasks"},
+    "glue.finetune": {"glue.cell", "glue.features", "glue.tasks", "models.teacher", "models.weights"},
+    "glue.grid": {"config", "files", "glue.cell", "glue.plan", "glue.summary", "glue.worker"},
+    "glue.listing": {"benchmark", "glue.cell", "glue.plan", "speed"},
+    "glue.picture": {"glue.summary"},
+    "glue.plan": {
+        *("config", "data.text", "files", "glue.cell", "glue.features", "glue.metrics", "glue.read", "glue.tasks"),
+        *("models.capture", "models.teacher", "models.weights"),
+    },
+    "glue.speed": {"benchmark", "glue.plan", "models.teacher"},
+    "glue.summary": {"benchmark", "files", "glue.cell", "glue.picture", "glue.published", "glue.tasks"},
+    "glue.worker": {"__init__", "glue.cell", "glue.finetune"},
     "metrics": set(),
     "microbatch": {"config", "distributed", "estimate", "models.capture", "models.teacher", "relations"},
     "mirror": {"data.remote"},
@@ -121,6 +135,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "speed": set(),
     "step": {"data.stream", "distributed", "models.capture", "relations", "session", "speed"},
+    "trainer": {"models.capture", "models.student", "models.teacher", "relations"},
     "train": {
         *("config", "distributed", "doctor", "files", "metrics", "profiling", "runfolder", "session", "speed", "step"),
         *("mirror", "saving", "watchdog"),
@@ -133,19 +148,25 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "accelerate": {"metrics", "models.teacher"},
     "datasets": {"data.sources", "glue.read"},
     "deepspeed": {"engines.deepspeed"},
-    "matplotlib": {"metrics"},
+    "matplotlib": {"glue.picture", "metrics"},
     "triton": {"relations"},
     "torch": {
         *("checkpoint", "cli", "data.stream", "distributed", "doctor", "engines", "engines.deepspeed"),
-        *("estimate", "microbatch"),
+        *("estimate", "glue.finetune", "glue.grid", "glue.listing", "glue.speed", "microbatch"),
         *("models", "profiling", "relations", "saving", "session", "speed", "step", "train", "watchdog"),
     },
-    "transformers": {"data.make", "data.text", "doctor", "estimate", "microbatch", "models", "session"},
+    "transformers": {
+        *("data.make", "data.text", "doctor", "estimate", "microbatch", "models", "session"),
+        *("glue.features", "glue.finetune", "glue.plan", "glue.speed", "glue.squad"),
+    },
     "webdataset": {"data.shards", "data.sources"},
 }
 
 # Imported before the command line has said what it wants: quick, so nothing heavy at their top.
-LIGHT_AT_THE_TOP = {"__init__", "cli", "config", "configfile", "errors", "data.text", "data.make", "data.sources"}
+LIGHT_AT_THE_TOP = {
+    *("__init__", "cli", "config", "configfile", "errors", "data.text", "data.make", "data.sources"),
+    *("glue.cell", "glue.command"),
+}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

@@ -17,7 +17,7 @@ from scaledistill.configfile import parse_config
 from scaledistill.estimate import DTYPES, Estimate, estimate
 from scaledistill.microbatch import Trial
 from scaledistill.models.capture import blocks_of, build_encoder, capture_view, forward_flops
-from scaledistill.models.student import create_student, student_config
+from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import Teacher, load_config, load_encoder
 from scaledistill.relations.sdpa import TILE_SCORES
 
@@ -183,7 +183,7 @@ def test_activations_are_those_that_a_step_allocates(
     facts = estimate_of(config)
     config = doctor.resolve(config, 1, CPU)
     encoder = load_encoder(config.teacher.model, num_layers=3)
-    student = create_student(encoder, doctor.student_shape(config, "l2", encoder.config), dropout=dropout)
+    student = build_student(encoder, doctor.student_shape(config, "l2", encoder.config), dropout=dropout)
     trial = Trial(config, "l2", Teacher(encoder, 3, dtype=DTYPES[precision]), capture_view(student, 3), CPU, 0)
     trial(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -226,7 +226,7 @@ def peak_of_a_run(sequences: int, length: int) -> tuple[int, int]:
         facts = estimate(config, "l6", BertConfig(), shape, 1)
         before = memory_bytes("VmRSS")
         teacher = Teacher(build_encoder(BertConfig()), 12)
-        view = capture_view(create_student(None, shape), 6)
+        view = capture_view(build_student(None, shape), 6)
         engine = create_engine(config, view, ranks)
         for micro in range(4):
             batch = batch_arguments(config, sequences)

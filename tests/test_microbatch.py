@@ -27,7 +27,7 @@ from scaledistill.microbatch import (
     predict,
 )
 from scaledistill.models.capture import capture_view
-from scaledistill.models.student import create_student
+from scaledistill.models.student import build_student
 from scaledistill.models.teacher import Teacher, load_config, load_encoder
 
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def test_a_trial_makes_a_step_and_leaves_the_student_alone(
 ) -> None:
     config = resolved(tiny_config(train={"precision": "bf16"}, data={"attention": attention}))
     encoder = load_encoder(config.teacher.model, num_layers=3)
-    student = create_student(encoder, doctor.student_shape(config, "l2", encoder.config))
+    student = build_student(encoder, doctor.student_shape(config, "l2", encoder.config))
     view = capture_view(student, 2)
     before = {name: parameter.clone() for name, parameter in view.named_parameters()}
     trial = Trial(config, "l2", Teacher(encoder, 3, dtype=torch.bfloat16), view, CPU, held_bytes=1000)
@@ -209,7 +209,7 @@ def test_the_gpu_takes_what_was_chosen_and_no_more(tiny_config: Callable[..., Di
     with process_group(60) as ranks:
         config = doctor.resolve(tiny_config(train={"global_batch_size": 4096}), 1, ranks.device)
         encoder = load_encoder(config.teacher.model, num_layers=3)
-        student = create_student(encoder, doctor.student_shape(config, "l2", encoder.config))
+        student = build_student(encoder, doctor.student_shape(config, "l2", encoder.config))
         teacher = Teacher(encoder, 3).to(ranks.device)
         facts = estimate(config, "l2", teacher.config, student.config, 1, "cuda")
         free, total = torch.cuda.mem_get_info(ranks.device)

@@ -30,7 +30,7 @@ from scaledistill.models.capture import build_encoder, capture_view
 from scaledistill.models.export import export_student, untrained_parameters
 from scaledistill.models.student import (
     check_init,
-    create_student,
+    build_student,
     even_layer_map,
     exported,
     set_dropout,
@@ -112,7 +112,7 @@ def test_random_weights_are_seeded_and_disturb_nothing() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    first, again, other = (create_student(None, config, seed=seed).state_dict() for seed in (1, 1, 2))
+    first, again, other = (build_student(None, config, seed=seed).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(*(state["embeddings.word_embeddings.weight"] for state in (first, other)))
@@ -131,7 +131,7 @@ def test_layer_maps() -> None:
 def test_same_sizes_give_an_exact_copy(kind: str) -> None:
     teacher = teacher_of(kind)
     config = student_config(teacher.config, num_layers=3, hidden_size=48, num_attention_heads=4, intermediate_size=64)
-    student = create_student(teacher, config, init="teacher", layer_map=[1, 2, 3]).eval()
+    student = build_student(teacher, config, init="teacher", layer_map=[1, 2, 3]).eval()
     assert torch.equal(
         capture_view(student, 3)(input_ids=IDS_BT).last_hidden_state,
         capture_view(teacher, 3)(input_ids=IDS_BT).last_hidden_state,
@@ -142,7 +142,7 @@ def test_same_sizes_give_an_exact_copy(kind: str) -> None:
 def test_cut_by_whole_heads(kind: str) -> None:
     """16 wide with 2 heads of 8, from 48 with 4 heads of 12: the first 8 components of the first two heads."""
     teacher = teacher_of(kind).to(torch.bfloat16)
-    student = create_student(teacher, student_config(teacher.config, **SMALL), init="teacher", capture_layer=5)
+    student = build_student(teacher, student_config(teacher.config, **SMALL), init="teacher", capture_layer=5)
     heads = [*range(8), *range(12, 20)]
     for theirs, ours in ((3, 0), (5, 1)):  # layers 2.5 and 5, halves up, counted from 1
         source, block = teacher.encoder.layer[theirs - 1], student.encoder.layer[ours]
@@ -202,7 +202,7 @@ def test_embeddings_projection_that_would_be_lost() -> None:
         ConfigError, match=r"hidden_size=32 is the width of the teacher's embeddings, .* use another width"
     ):
         check_init("teacher", config, TEACHERS["electra"], name="s")
-    create_student(None, config)
+    build_student(None, config)
 
 
 def test_the_extra_tap_is_one_block_more(bert: PreTrainedModel, tmp_path: Path) -> None:
@@ -214,41 +214,41 @@ def test_the_extra_tap_is_one_block_more(bert: PreTrainedModel, tmp_path: Path) 
     deep = student_config(bert.config, **SMALL | {"num_layers": 5}, tap="extra")
     with pytest.raises(ConfigError, match=r"num_layers=5 is more than the 4 teacher layers .* use 4 or fewer"):
         check_init("teacher", deep, bert.config, **options)
-    student = create_student(bert, config, init="teacher", capture_layer=5, tap="extra")
+    student = build_student(bert, config, init="teacher", capture_layer=5, tap="extra")
     kept_config, kept = exported(config, student.state_dict(), 2)
     assert kept_config.to_dict() == plain.to_dict()
     kept_model = build_encoder(plain)
     kept_model.load_state_dict(kept)  # every name, no other
     kept_model.save_pretrained(tmp_path)
-    again = create_student(None, config, init=str(tmp_path), tap="extra", seed=4).state_dict()
+    again = build_student(None, config, init=str(tmp_path), tap="extra", seed=4).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
     assert not torch.equal(again["encoder.layer.2.attention.self.query.weight"], torch.zeros(16, 16))
 
 
 def test_teacher_is_needed_only_to_be_cut(bert: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match="init='teacher' needs the teacher's weights"):
-        create_student(None, student_config(bert.config, **SMALL), init="teacher")
+        build_student(None, student_config(bert.config, **SMALL), init="teacher")
 
 
 def test_start_from_a_folder(bert: PreTrainedModel, tmp_path: Path) -> None:
     config = student_config(bert.config, **SMALL)
-    first = create_student(bert, config, init="teacher")
+    first = build_student(bert, config, init="teacher")
     first.save_pretrained(tmp_path)
-    second = create_student(None, config, init=str(tmp_path))
+    second = build_student(None, config, init=str(tmp_path))
     assert all(map(torch.equal, second.state_dict().values(), first.state_dict().values()))
     other = student_config(bert.config, **SMALL | {"hidden_size": 24, "num_attention_heads": 4})
     with pytest.raises(
         ConfigError,
         match=r"students.s.init='.*' has hidden_size=16, .*, the student is to have hidden_size=24",
     ):
-        create_student(None, other, init=str(tmp_path), name="s")
+        build_student(None, other, init=str(tmp_path), name="s")
     with pytest.raises(DataError, match=r"students.s.init='no/such/folder/here' is not a folder"):
-        create_student(None, config, init="no/such/folder/here", name="s")
+        build_student(None, config, init="no/such/folder/here", name="s")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_dropout_is_for_training_only(bert: PreTrainedModel, attention: str) -> None:
-    student = create_student(None, student_config(bert.config, **SMALL))
+    student = build_student(None, student_config(bert.config, **SMALL))
     student.set_attn_implementation(attention)
     assert student.training
     hidden = student(input_ids=IDS_BT).last_hidden_state
@@ -260,7 +260,7 @@ def test_dropout_is_for_training_only(bert: PreTrainedModel, attention: str) -> 
 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_what_is_not_trained(kind: str) -> None:
-    student = create_student(None, student_config(TEACHERS[kind], **SMALL))
+    student = build_student(None, student_config(TEACHERS[kind], **SMALL))
     view = capture_view(student, 2)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0, weight_decay=0.1)
@@ -274,7 +274,7 @@ def test_what_is_not_trained(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_export_round_trip(kind: str, tmp_path: Path, tokenizer_folder: Path) -> None:
-    student = create_student(None, student_config(TEACHERS[kind], **SMALL), seed=5)
+    student = build_student(None, student_config(TEACHERS[kind], **SMALL), seed=5)
     folder = tmp_path / "export" / "l2"
     assert (
         export_student(folder, student.config, student.state_dict(), tokenizer_source=tokenizer_folder, card=CARD)
@@ -295,7 +295,7 @@ def test_export_round_trip(kind: str, tmp_path: Path, tokenizer_folder: Path) ->
 
 
 def test_model_card(tmp_path: Path, tokenizer_folder: Path) -> None:
-    student = create_student(None, student_config(TEACHERS["bert"], **SMALL))
+    student = build_student(None, student_config(TEACHERS["bert"], **SMALL))
 
     def write(card: dict[str, object]) -> Path:
         return export_student(
@@ -320,7 +320,7 @@ def test_model_card(tmp_path: Path, tokenizer_folder: Path) -> None:
 def test_export_replaces_the_old_one_whole(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student = create_student(None, student_config(TEACHERS["bert"], **SMALL))
+    student = build_student(None, student_config(TEACHERS["bert"], **SMALL))
     for number, loader in enumerate((export.ctypes.CDLL, lambda *_, **__: object())):  # renameat2, and without it
         monkeypatch.setattr(export.ctypes, "CDLL", loader)
         for step in (1, 2):
@@ -340,7 +340,7 @@ def test_export_replaces_the_old_one_whole(
 def test_failed_export_keeps_the_old_one(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student = create_student(None, student_config(TEACHERS["bert"], **SMALL))
+    student = build_student(None, student_config(TEACHERS["bert"], **SMALL))
     state = student.state_dict()
 
     def write(state: dict[str, Tensor], source: Path = tokenizer_folder) -> Path:
@@ -391,7 +391,7 @@ def test_real_encoder(tmp_path: Path) -> None:
     source = package.get_model_path()
     teacher = AutoModel.from_pretrained(source, add_pooling_layer=False)
     config = student_config(teacher.config, num_layers=3, hidden_size=192, num_attention_heads=6)
-    student = create_student(teacher, config, init="teacher")
+    student = build_student(teacher, config, init="teacher")
     folder = export_student(
         tmp_path / "l3", student.config, student.state_dict(), tokenizer_source=source, card={"init": "teacher"}
     )

@@ -105,7 +105,7 @@ def distil_all(options: argparse.Namespace) -> int:
     # Seed by seed, so that every variant has one figure before the first has three.
     runs = [(options.folder / kind / f"{name}-seed{seed}", seed, table[name]) for seed in seeds for name in names]
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        codes = list(pool.map(lambda run: distil_one(*run, steps, options.jobs), runs))
+        codes = list(pool.map(lambda run: distil_one(run[0], run[1], run[2], steps, options.jobs), runs))
     return max(codes)
 
 

@@ -126,7 +126,9 @@ def _parse_tsv(task: Task, path: Path, text: str) -> Rows:
     *columns, label_column = map(header.index, wanted) if lines else [0] * len(wanted)
     id_column = next((header.index(name) for name in ("index", "id") if name in header), None)
     label_of = _label_reader(task)
-    ids, texts, labels, short = [], [], [], 0
+    rows: Rows = ([], [], [])
+    ids, texts, labels = rows
+    short = 0
     for number, line in enumerate(lines, first):
         cells = line.rstrip("\r").split("\t")
         if len(cells) < len(header) and short < task.most_short_rows:
@@ -142,7 +144,7 @@ def _parse_tsv(task: Task, path: Path, text: str) -> Rows:
         labels.append(label_of(cells[label_column], f"{path}:{number}"))
     if short:
         log.warning("%s: %d rows with too few columns left out, as the official reader does", path, short)
-    return ids, texts, labels
+    return rows
 
 
 def _label_reader(task: Task) -> Callable[[str, str], Any]:
@@ -174,7 +176,8 @@ def _checked_score(value: float, found: object, where: str) -> float:
 
 
 def _parse_squad(task: Task, path: Path, text: str) -> Rows:
-    ids, texts, labels = [], [], []
+    rows: Rows = ([], [], [])
+    ids, texts, labels = rows
     try:
         for article in json.loads(text)["data"]:
             for paragraph in article["paragraphs"]:
@@ -188,7 +191,7 @@ def _parse_squad(task: Task, path: Path, text: str) -> Rows:
         raise DataError(
             f"{path} is not the original file of {task.title} ({type(error).__name__}: {error}); fetch it again"
         ) from error
-    return ids, texts, labels
+    return rows
 
 
 def _answers(pairs: Sequence[tuple[str, int]], context: str, where: str) -> Answers:
@@ -215,13 +218,13 @@ def _read_hub(task: Task, split: str) -> Rows:
         ) from error
     where = f"{name}, {task.title}, {hub_split}"
     if task.kind == "span":
-        ids, texts, labels = [], [], []
+        rows: Rows = ([], [], [])
         for row in data:
-            ids.append(row["id"])
-            texts.append((row["question"], row["context"]))
             pairs = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
-            labels.append(_answers(pairs, row["context"], f"{where}, question {row['id']}"))
-        return ids, texts, labels
+            answers = _answers(pairs, row["context"], f"{where}, question {row['id']}")
+            for column, value in zip(rows, (row["id"], (row["question"], row["context"]), answers), strict=True):
+                column.append(value)
+        return rows
     names = getattr(data.features["label"], "names", None)
     if task.kind == "classification" and names is not None and tuple(names) != task.labels:
         raise DataError(f"{where}: its classes are {', '.join(names)}, expected {', '.join(task.labels)} in this order")

@@ -135,6 +135,19 @@ def export_student(
     return target
 
 
+def write_card_section(folder: Path, title: str, text: str) -> None:
+    """Put a section into an export's model card, before the licence, in place of one with the same title."""
+    path = folder / "README.md"
+    sections = path.read_text(encoding="utf-8").split("\n## ")
+    kept = [section for section in sections if not section.startswith(f"{title}\n")]
+    place = next((i for i, section in enumerate(kept) if section.startswith("Licence\n")), len(kept))
+    kept.insert(place, f"{title}\n\n{text.strip()}\n")
+    partial = path.with_name(".README.md")
+    partial.write_text("\n## ".join(kept), encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
+
+
 def untrained_parameters(config: PreTrainedConfig) -> list[str]:
     """Return the names of a student's parameters above its last block's Q, K and V, which take no part in training."""
     student = build_encoder(config, device="meta")

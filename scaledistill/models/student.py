@@ -80,7 +80,7 @@ def student_config(
     return config
 
 
-def create_student(
+def build_student(
     teacher: PreTrainedModel | None,
     config: PreTrainedConfig,
     *,
@@ -88,7 +88,7 @@ def create_student(
     layer_map: Sequence[int] | None = None,
     capture_layer: int | None = None,
     seed: int = 0,
-    dropout: float = 0.0,
+    dropout: float | None = 0.0,
     tap: str = "last",
     name: str = "student",
     stored: Mapping[str, Tensor] | None = None,
@@ -103,7 +103,7 @@ def create_student(
             evenly spaced unless said.
         capture_layer: for "teacher": the captured layer (from 1), where an even map ends; the last unless said.
         seed: of the random weights.
-        dropout: for training; the config, and so the export, keeps its values, for fine-tuning.
+        dropout: for training; the config, and so the export, keeps its values, for fine-tuning. None: those here too.
         tap: "last", or "extra": the last of `config`'s blocks is the projection, which a folder's model lacks.
         name: the student's key in `students`, for messages.
         stored: for "teacher": the weights of a `teacher` that has none, from `open_encoder`.
@@ -125,7 +125,8 @@ def create_student(
     elif init != "random":
         weights = load_encoder(init, setting=f"students.{name}.init").state_dict()
         student.load_state_dict(student.state_dict() | weights)
-    set_dropout(student, dropout)
+    if dropout is not None:
+        set_dropout(student, dropout)
     return student.train()
 
 

@@ -1,0 +1,275 @@
+"""MiniLMv2 distillation on `transformers.Trainer`, under bertdistiller's names.
+
+Enters: a teacher, a student, tokenised examples with any collator that gives `attention_mask`. Leaves: the student,
+trained in place, and the Trainer's own checkpoints, which `AutoModel.from_pretrained` loads. Sharded data, exact resume
+on other ranks and a sharded teacher are left to `distill`.
+
+Legend: B sequences, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from scaledistill.errors import ConfigError
+from scaledistill.models.capture import base_encoder, capture_view, check_layer, split_qkv, view_inputs
+from scaledistill.models.student import build_student, student_config
+from scaledistill.models.teacher import Teacher, load_encoder
+from scaledistill.relations import QKV, check_relation_heads, normalise_pairs, relation_loss
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+LETTERS = dict(enumerate(QKV._fields, start=1))  # bertdistiller's numbers: 1 query, 2 key, 3 value
+PASSED_ON = ("token_type_ids", "position_ids")
+
+
+@dataclass
+class MiniLMTrainingArguments(TrainingArguments):
+    """`TrainingArguments` and what distillation needs. Layers count from 1.
+
+    Raises:
+        ConfigError: `relations` cannot be read.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "relations"]  # noqa: RUF012 - as its parent has it
+
+    teacher_layer: int = field(kw_only=True, metadata={"help": "The teacher's block whose Q/K/V are learnt."})
+    student_layer: int = field(
+        kw_only=True, metadata={"help": "The student's number of blocks, the last of which learns."}
+    )
+    student_hidden_size: int = field(kw_only=True, metadata={"help": "The student's width."})
+    student_attention_heads: int = field(kw_only=True, metadata={"help": "The student's attention heads."})
+    num_relation_heads: int = field(kw_only=True, metadata={"help": "Relation heads; must divide both widths."})
+    relations: dict | str | None = field(
+        default=None,
+        kw_only=True,
+        metadata={"help": 'Weights of pairs, {"qq": 1, "kk": 1, "vv": 1} unless said; (1, 1) stands for "qq".'},
+    )
+    relation_backend: str = field(
+        default="auto", kw_only=True, metadata={"help": '"auto", "reference", "sdpa" or "triton".'}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.relations = named_relations(self.relations)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # what trains takes part in every loss
+
+    @property
+    def pairs(self) -> dict[str, float]:
+        """The relation pairs and their weights, by name."""
+        return cast(dict[str, float], self.relations)
+
+
+def named_relations(relations: object) -> dict[str, float]:
+    """Return relation weights by name: from names, from bertdistiller's number pairs, from a list; None: qq, kk, vv.
+
+    Raises:
+        ConfigError: it is something else, or a pair is unknown or has no usable weight.
+    """
+    if relations is None:
+        relations = ("qq", "kk", "vv")
+    if isinstance(relations, Sequence) and not isinstance(relations, str):
+        relations = dict.fromkeys(relations, 1.0)
+    if not isinstance(relations, Mapping):
+        raise ConfigError(f'relations={relations!r}; expected weights of pairs, such as {{"qq": 1.0, "kk": 1.0}}')
+    named = {
+        "".join(str(LETTERS.get(part, part)) for part in pair) if isinstance(pair, Sequence) else str(pair): weight
+        for pair, weight in relations.items()
+    }
+    try:
+        return dict(normalise_pairs(named))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error).replace("relations.pairs", "relations")) from None
+
+
+class MiniLMTrainer(Trainer):
+    """Distil `model` from `teacher_model`; everything else is `Trainer`'s, DeepSpeed and FSDP included.
+
+    What is wrapped and optimised is a view of the student up to its last block's Q, K and V: it shares the student's
+    parameters, and the rest, which this loss never reaches, stays as it was. `save_model` and checkpoints hold the
+    whole student. The student's dropout is on, as its config says; the teacher runs in eval mode, without gradients,
+    whole on every rank.
+    """
+
+    args: MiniLMTrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: MiniLMTrainingArguments | None = None,
+        *other: Any,
+        teacher_model: PreTrainedModel | str | Path,
+        **options: Any,
+    ) -> None:
+        """Take over both models; the teacher is frozen in place.
+
+        Args:
+            model: the student, all of it; trained in place.
+            teacher_model: a supported encoder, a task model around one, or a folder or hub name.
+            other, options: as `Trainer` takes them.
+
+        Raises:
+            ConfigError: a layer does not exist, relation heads do not divide a width, or vocabularies differ.
+            DataError: the teacher cannot be loaded.
+        """
+        if model is None or args is None:
+            raise ConfigError("MiniLMTrainer needs model, the student, and args, MiniLMTrainingArguments")
+        if not isinstance(teacher_model, PreTrainedModel):
+            teacher_model = load_encoder(teacher_model, num_layers=args.teacher_layer, setting="teacher_model")
+        _check_models(teacher_model, model, args)
+        view = cast(PreTrainedModel, capture_view(model, args.student_layer))
+        prefix = "" if base_encoder(model) is model else f"{model.base_model_prefix}."
+        # Trainer saves what it trains; the student is saved whole in its place.
+        view.__dict__["save_pretrained"] = partial(_save_whole, model, prefix)
+        self.student = model
+        self._qkv_widths = cast(tuple[int, int, int], view.qkv_widths)
+        super().__init__(view, args, *other, **options)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over sequences, not scaled by a number of tokens
+        self.teacher = Teacher(teacher_model, args.teacher_layer).to(args.device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the relation loss of a batch, a scalar; with `return_outputs` also the student's Q, K and V."""
+        mask_BT = inputs["attention_mask"].bool()
+        others = {name: inputs[name] for name in PASSED_ON if name in inputs}
+        with torch.no_grad():
+            target_BTD = self.teacher.view(
+                **view_inputs(self.teacher.config, inputs["input_ids"], mask_BT), **others
+            ).last_hidden_state
+        output_BTD = model(**view_inputs(self.student.config, inputs["input_ids"], mask_BT), **others).last_hidden_state
+        found = split_qkv(output_BTD, self._qkv_widths)
+        loss = relation_loss(
+            split_qkv(target_BTD, self.teacher.qkv_widths),
+            found,
+            num_heads=self.args.num_relation_heads,
+            pairs=self.args.pairs,
+            mask_BT=mask_BT,
+            backend=self.args.relation_backend,
+        ).total
+        return (loss, found) if return_outputs else loss
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the loss of a batch; there are no predictions."""
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Take over what a checkpoint has beyond the view, of which Trainer would warn."""
+        load_result.unexpected_keys.clear()
+        super()._issue_warnings_after_load(load_result)
+
+
+def _save_whole(
+    student: PreTrainedModel, prefix: str, folder: str, state_dict: Mapping[str, Tensor] | None = None, **options: Any
+) -> None:
+    """Save the student with the view's `state_dict`, where that was gathered from ranks or engines."""
+    trained = {f"{prefix}{name}": tensor for name, tensor in (state_dict or {}).items()}
+    student.save_pretrained(folder, state_dict={**student.state_dict(), **trained}, **options)
+
+
+def _check_models(teacher: PreTrainedModel, student: PreTrainedModel, args: MiniLMTrainingArguments) -> None:
+    first, second = base_encoder(teacher).config, base_encoder(student).config
+    check_layer(args.teacher_layer, first.num_hidden_layers, setting="teacher_layer")
+    check_layer(args.student_layer, second.num_hidden_layers, setting="student_layer")
+    widths = {"teacher": first.hidden_size, "student": second.hidden_size}
+    try:
+        check_relation_heads(args.num_relation_heads, widths, args.pairs, "num_relation_heads")
+    except ValueError as error:
+        raise ConfigError(str(error).replace("relations.pairs", "relations")) from None
+    if first.vocab_size != second.vocab_size:
+        raise ConfigError(
+            f"the teacher has {first.vocab_size} tokens, the student {second.vocab_size}: both read the same ids; make "
+            "the student by create_student from this teacher"
+        )
+
+
+def create_student(
+    teacher: PreTrainedModel | str | Path, args: MiniLMTrainingArguments, use_teacher_weights: bool = False
+) -> PreTrainedModel:
+    """Return a student of the sizes in `args`: fp32, without pooler, with the teacher's dropout for training.
+
+    Args:
+        teacher: a model, or a folder or hub name.
+        use_teacher_weights: cut the weights from the teacher's layers, evenly spaced up to `args.teacher_layer`, by
+            whole heads; else random from `args.seed`.
+
+    Raises:
+        ConfigError: the architecture is not supported, or the sizes do not fit it.
+        DataError: the teacher cannot be loaded.
+    """
+    if not isinstance(teacher, PreTrainedModel):
+        teacher = load_encoder(teacher, num_layers=args.teacher_layer, setting="teacher")
+    try:
+        config = student_config(
+            base_encoder(teacher).config,
+            num_layers=args.student_layer,
+            hidden_size=args.student_hidden_size,
+            num_attention_heads=args.student_attention_heads,
+        )
+        return build_student(
+            teacher,
+            config,
+            init="teacher" if use_teacher_weights else "random",
+            capture_layer=args.teacher_layer,
+            seed=args.seed,
+            dropout=None,
+        )
+    except ConfigError as error:  # told in the settings of a run
+        message = str(error).replace("students.student.init='random'", "use_teacher_weights=False")
+        raise ConfigError(message.replace("students.student.", "student's ")) from None
+
+
+def prepare_dataset(
+    datasets: Sequence[Dataset | tuple[Dataset, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    default_column: str = "text",
+    tokenization_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 42,
+) -> Dataset:
+    """Tokenise data sets, join and shuffle them.
+
+    Each example is cut at `max_seq_len` tokens and the rest of it lost; `tools/make_shards.py` loses nothing.
+
+    Args:
+        datasets: each alone, with its text in `default_column`, or with the name of its column.
+
+    Raises:
+        ConfigError: a data set has no such column.
+    """
+    from datasets import concatenate_datasets
+
+    def tokenize(column: str, rows: Mapping[str, list[Any]]) -> Mapping[str, Any]:
+        texts = [text if isinstance(text, str) else "\n".join(text) for text in rows[column]]
+        return tokenizer(texts, truncation=True, max_length=max_seq_len, **(tokenization_kwargs or {}))
+
+    tokenised = []
+    for item in datasets:
+        data, column = item if isinstance(item, tuple) else (item, default_column)
+        if column not in data.column_names:
+            raise ConfigError(f"column {column!r} is not in the data set; it has {', '.join(data.column_names)}")
+        tokenised.append(data.map(partial(tokenize, column), batched=True, remove_columns=data.column_names))
+    return concatenate_datasets(tokenised).shuffle(seed=seed).with_format("torch")

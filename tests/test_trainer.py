@@ -1,0 +1,369 @@
+"""The Trainer with bertdistiller's names: the same losses, the same scripts, and the Trainer's own ways of running."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import free_port, run_ranks
+from safetensors.torch import load_file
+from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, TrainerCallback
+
+from scaledistill import MiniLMTrainer, MiniLMTrainingArguments, create_student, prepare_dataset, relation_loss
+from scaledistill.errors import ConfigError
+from scaledistill.models.capture import capture_qkv
+from scaledistill.trainer import named_relations
+
+PEER = Path(__file__).parent / "peer"
+RECORDED = PEER / "bertdistiller-0.1.1"
+sys.path.append(str(PEER))
+import record  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:torch",
+    "ignore::FutureWarning",
+    "ignore:'pin_memory' argument:UserWarning",
+    "ignore:.*lr_scheduler.step.*before.*optimizer.step:UserWarning",
+)
+
+
+def arguments(folder: Path, **changes: Any) -> MiniLMTrainingArguments:
+    """Return the arguments of the recorded run, with changes, that write into `folder`."""
+    return MiniLMTrainingArguments(
+        **{
+            **record.ARGUMENTS,
+            "relations": record.RELATIONS,
+            "output_dir": str(folder),
+            "save_strategy": "no",
+            **changes,
+        }
+    )
+
+
+def models() -> tuple[BertModel, BertModel]:
+    """Return the recorded teacher and student."""
+    return BertModel.from_pretrained(RECORDED / "teacher"), BertModel.from_pretrained(RECORDED / "student")
+
+
+def train(folder: Path, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
+    """Train the recorded student; return its losses, its weights at the end, and what evaluating it then gives."""
+    teacher, student = models()
+    trainer = MiniLMTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=arguments(folder, logging_steps=1, per_device_eval_batch_size=6, **changes),
+        train_dataset=record.examples(),
+        eval_dataset=record.examples()[:12],  # Trainer's mean over ranks is exact where batches are full
+        data_collator=record.collate,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(folder / "saved"))
+    weights = {name: tensor.numpy().copy() for name, tensor in student.state_dict().items()}  # to another process
+    return {"losses": losses, "weights": weights, "evaluated": evaluated, "gradients": gradients_of(student)}
+
+
+def gradients_of(student: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in student.named_parameters() if parameter.grad is not None]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("one")
+    return run_ranks(train, 1, folder)[0] | {"folder": folder}
+
+
+def test_the_same_losses_as_bertdistiller(tmp_path: Path) -> None:
+    teacher, student = models()
+    found = record.losses_of(MiniLMTrainer, arguments(tmp_path), teacher, student)
+    expected = json.loads((RECORDED / "losses.json").read_text())["losses"]
+    assert len(found) == record.STEPS
+    assert found == pytest.approx(expected, abs=1e-5, rel=0)
+
+
+def test_the_quick_start_of_bertdistiller(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer, trainer
+
+    class StopEarly(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 1
+
+    monkeypatch.chdir(tmp_path)
+    folder = Path("google-bert/bert-base-uncased")  # a hub name, and here a folder
+    sizes = {"vocab_size": 200, "hidden_size": 48, "num_attention_heads": 12, "intermediate_size": 48}
+    BertModel(BertConfig(**sizes, num_hidden_layers=12, max_position_embeddings=32)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_teacher).save_pretrained(folder)
+    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, StopEarly])
+    script = runpy.run_path(str(PEER / "quickstart.py"))
+    assert script["trainer"].state.global_step == 1
+    student = AutoModel.from_pretrained("distilled-model")
+    assert (student.config.num_hidden_layers, student.config.hidden_size) == (6, 384)
+    trained = script["student"].state_dict()
+    assert all(torch.equal(trained[name], tensor) for name, tensor in student.state_dict().items() if name in trained)
+
+
+def test_evaluation_is_the_relation_loss_without_gradient(tmp_path: Path) -> None:
+    teacher, student = models()
+    trainer = MiniLMTrainer(
+        model=student,
+        teacher_model=str(RECORDED / "teacher"),
+        args=arguments(tmp_path, per_device_eval_batch_size=4),
+        eval_dataset=record.examples()[:10],
+        data_collator=record.collate,
+    )
+    losses = []
+    for row in record.examples()[:10]:
+        inputs = record.collate([row])
+        pair = [capture_qkv(model.eval(), layer, **inputs) for model, layer in ((teacher, 3), (student, 2))]
+        pairs = {"qq": 1.0, "kk": 0.5, "qv": 2.0}
+        losses.append(relation_loss(*pair, num_heads=6, pairs=pairs, mask_BT=inputs["attention_mask"]).total.item())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / 10, rel=1e-5)
+    assert not gradients_of(student)
+    loss, found = trainer.compute_loss(trainer.model, record.collate(record.examples()[:3]), return_outputs=True)
+    assert loss.requires_grad
+    assert found.q.shape[-1] == 12
+
+
+def test_padding_may_stand_anywhere(tmp_path: Path) -> None:
+    teacher, student = models()
+    trainer = MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path))
+    rows = record.collate(record.examples()[:5])
+    positions = (rows["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    expected = trainer.compute_loss(trainer.model.eval(), rows | {"position_ids": positions})
+    order = rows["attention_mask"].argsort(dim=1, stable=True)  # padding first
+    shifted = {name: tensor.gather(1, order) for name, tensor in (rows | {"position_ids": positions}).items()}
+    assert not torch.equal(shifted["input_ids"], rows["input_ids"])
+    found = trainer.compute_loss(trainer.model, shifted | {"labels": torch.zeros(5)})
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_student_is_trained_in_place_and_saved_whole(one_process: dict[str, Any]) -> None:
+    before, after = models()[1].state_dict(), weights_of(one_process)
+    saved = load_file(one_process["folder"] / "saved" / "model.safetensors")
+    assert all(torch.equal(saved[name], after[name]) for name in after)
+    _, info = AutoModel.from_pretrained(one_process["folder"] / "saved", output_loading_info=True)
+    assert not info["missing_keys"]
+    unchanged = {name for name in after if torch.equal(after[name], before[name])}
+    above = {name for name in after if name.startswith(("pooler", "encoder.layer.1")) and ".self." not in name}
+    assert above <= unchanged
+    assert unchanged - above <= {"embeddings.position_ids", "embeddings.token_type_ids"}
+    assert one_process["losses"][-1] < one_process["losses"][0]
+
+
+def test_a_resumed_run_ends_the_same(one_process: dict[str, Any], tmp_path: Path) -> None:
+    run_ranks(stop_and_go_on, 1, tmp_path)
+    assert torch.equal(
+        load_file(tmp_path / "saved" / "model.safetensors")["encoder.layer.0.output.dense.weight"],
+        weights_of(one_process)["encoder.layer.0.output.dense.weight"],
+    )
+    _, info = AutoModel.from_pretrained(tmp_path / "checkpoint-10", output_loading_info=True)
+    assert not info["missing_keys"]
+
+
+def stop_and_go_on(folder: Path) -> None:
+    """Train to step 10, lose the process's student, and go on to the end from the checkpoint."""
+
+    class StopEarly(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = control.should_save = state.global_step == 10
+
+    from transformers import trainer
+
+    trainer.DEFAULT_CALLBACKS.append(StopEarly)
+    first = train(folder)
+    trainer.DEFAULT_CALLBACKS.remove(StopEarly)
+    second = train(folder, resume=True)
+    assert len(first["losses"]) == 10
+    assert len(second["losses"]) == record.STEPS
+
+
+def test_accumulation_is_a_mean(one_process: dict[str, Any], tmp_path: Path) -> None:
+    [found] = run_ranks(train_in_parts, 1, tmp_path)
+    assert found["losses"] == pytest.approx(one_process["losses"], abs=1e-3)
+    difference = weights_apart(found, one_process)
+    assert difference < 1e-5
+
+
+def train_in_parts(folder: Path) -> dict[str, Any]:
+    return train(folder, per_device_train_batch_size=3, gradient_accumulation_steps=2)
+
+
+def weights_of(result: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in result["weights"].items()}
+
+
+def weights_apart(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    # What shifts all scores of a row alike has rounding for a gradient: the first block's key bias, and v's in "qv".
+    shifts = ("layer.0.attention.self.key.bias", "layer.1.attention.self.value.bias")
+    names = [name for name in expected["weights"] if not name.endswith(shifts)]
+    ours, theirs = weights_of(found), weights_of(expected)
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in names)
+
+
+ZERO2 = {
+    "zero_optimization": {"stage": 2},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,  # Trainer's own: DeepSpeed's decays biases and LayerNorms too
+}
+
+
+def train_ranked(folder: Path, how: str) -> dict[str, Any]:
+    changes: dict[str, Any] = {"per_device_train_batch_size": record.BATCH // 2}
+    if how == "deepspeed":
+        changes["deepspeed"] = ZERO2
+    if how == "fsdp":
+        changes |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "reshard_after_forward": True}}
+    return train(folder, **changes)
+
+
+@pytest.mark.parametrize("how", ["ddp", "deepspeed", "fsdp"])
+def test_two_ranks_equal_one_process(one_process: dict[str, Any], tmp_path: Path, how: str) -> None:
+    results = run_ranks(train_ranked, 2, tmp_path, how)
+    assert results[0]["losses"] == pytest.approx(one_process["losses"], abs=1e-3)
+    assert results[0]["evaluated"] == pytest.approx(one_process["evaluated"], rel=1e-4)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == one_process["weights"].keys()
+    assert weights_apart({"weights": {name: tensor.numpy() for name, tensor in saved.items()}}, one_process) < 1e-5
+
+
+@pytest.mark.full
+def test_under_torchrun(one_process: dict[str, Any], tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    paths = [str(Path(__file__).parent), str(PEER)]
+    script.write_text(
+        f"import sys\nsys.path += {paths!r}\nfrom pathlib import Path\nimport test_trainer\n"
+        f"test_trainer.train_ranked(Path({str(tmp_path)!r}), 'ddp')\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert weights_apart({"weights": {name: tensor.numpy() for name, tensor in saved.items()}}, one_process) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, {"qq": 1.0, "kk": 1.0, "vv": 1.0}),
+        ({(1, 1): 1.0, (2, 3): 0.5}, {"qq": 1.0, "kv": 0.5}),
+        ({"qk": 2}, {"qk": 2.0}),
+        (["vv", "kk"], {"vv": 1.0, "kk": 1.0}),
+    ],
+)
+def test_relations(given: Any, expected: dict[str, float], tmp_path: Path) -> None:
+    assert named_relations(given) == expected
+    made = arguments(tmp_path, relations=given)
+    assert made.pairs == expected
+    assert json.loads(made.to_json_string())["relations"] == expected
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    for relations, message in (
+        ({(1, 4): 1.0}, "relations has 'q4'; a pair is two of"),
+        ({"qq": -1.0}, r"relations.qq=-1.0; a weight is a finite number, 0 or more"),
+        (7, "relations=7; expected weights of pairs"),
+        ([], "relations is empty"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            arguments(tmp_path, relations=relations)
+    teacher, student = models()
+    for change, message in (
+        ({"teacher_layer": 5}, "teacher_layer=5 is beyond the model's 4 layers; use 1 to 4"),
+        ({"student_layer": 3}, "student_layer=3 is beyond the model's 2 layers"),
+        ({"num_relation_heads": 8}, "num_relation_heads=8 does not divide the student's width 12"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path, **change))
+    with pytest.raises(ConfigError, match="needs model, the student, and args"):
+        MiniLMTrainer(teacher_model=teacher)
+    other = BertModel(BertConfig(vocab_size=61, hidden_size=12, num_attention_heads=2, num_hidden_layers=2))
+    with pytest.raises(ConfigError, match="the teacher has 60 tokens, the student 61: both read the same ids"):
+        MiniLMTrainer(model=other, teacher_model=teacher, args=arguments(tmp_path))
+
+
+def test_create_student(tmp_path: Path) -> None:
+    teacher, _ = models()
+    made = arguments(tmp_path, student_hidden_size=8)
+    by_name, by_model = (create_student(one, made, use_teacher_weights=True) for one in (RECORDED / "teacher", teacher))
+    assert all(map(torch.equal, by_name.state_dict().values(), by_model.state_dict().values()))
+    assert torch.equal(
+        by_name.state_dict()["embeddings.word_embeddings.weight"],
+        teacher.state_dict()["embeddings.word_embeddings.weight"][:, :8],
+    )
+    teacher.config.hidden_dropout_prob = 0.3
+    student = create_student(teacher, made)
+    assert student.training
+    assert student.embeddings.dropout.p == 0.3
+    assert (student.config.num_hidden_layers, student.config.intermediate_size) == (2, 32)
+    with pytest.raises(ConfigError, match=r"student's intermediate_size=48 is more than .* use_teacher_weights=False"):
+        create_student(teacher, arguments(tmp_path), use_teacher_weights=True)
+
+
+def test_a_task_model_is_saved_with_its_head(tmp_path: Path) -> None:
+    teacher, _ = models()
+    config = BertConfig(vocab_size=60, hidden_size=12, num_attention_heads=2, num_hidden_layers=2, intermediate_size=8)
+    student = BertForMaskedLM(config)
+    before = student.state_dict()["bert.embeddings.word_embeddings.weight"].clone()
+    changes = {"max_steps": 2, "warmup_steps": 0}
+    trainer = MiniLMTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=arguments(tmp_path, **changes),
+        train_dataset=record.examples()[:12],
+        data_collator=record.collate,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    again = BertForMaskedLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in student.state_dict().items())
+    assert not torch.equal(again["bert.embeddings.word_embeddings.weight"], before)
+
+
+def test_prepare_dataset(tiny_teacher: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    texts = Dataset.from_dict({"text": ["w001 w002", "w003 " * 30], "number": [1, 2]})
+    others = Dataset.from_dict({"words": [["w004", "w005"]]})
+    rows = prepare_dataset([texts, (others, "words")], tokenizer, max_seq_len=8)
+    assert sorted(map(len, rows["input_ids"])) == [4, 4, 8]
+    assert isinstance(rows[0]["input_ids"], torch.Tensor)
+    assert set(rows.column_names) >= {"input_ids", "attention_mask"}
+    with pytest.raises(ConfigError, match="column 'body' is not in the data set; it has text, number"):
+        prepare_dataset([(texts, "body")], tokenizer, max_seq_len=8)
+
+
+@pytest.mark.full
+def test_bertdistiller_beside_us(tmp_path: Path) -> None:
+    sys.path.append(str(Path(__file__).parent.parent / "tools"))
+    from bench_peer import PeerError, default_environment, ready_python
+
+    try:
+        python = ready_python(default_environment())
+    except PeerError as error:
+        pytest.skip(f"bertdistiller cannot be had here: {error}")
+    subprocess.run([python, PEER / "record.py", tmp_path], check=True, capture_output=True)
+    teacher, student = (BertModel.from_pretrained(tmp_path / name) for name in ("teacher", "student"))
+    found = record.losses_of(MiniLMTrainer, arguments(tmp_path / "ours"), teacher, student)
+    expected = json.loads((tmp_path / "losses.json").read_text())["losses"]
+    assert math.isfinite(sum(expected))
+    assert found == pytest.approx(expected, abs=1e-5, rel=0)
