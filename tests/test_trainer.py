@@ -208,8 +208,7 @@ def weights_apart(found: dict[str, Any], expected: dict[str, Any]) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in names)
 
 
-ZERO2 = {
-    "zero_optimization": {"stage": 2},
+ZERO = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
@@ -219,14 +218,17 @@ ZERO2 = {
 
 def train_ranked(folder: Path, how: str) -> dict[str, Any]:
     changes: dict[str, Any] = {"per_device_train_batch_size": record.BATCH // 2}
-    if how == "deepspeed":
-        changes["deepspeed"] = ZERO2
+    if how.startswith("zero"):
+        stage = {"stage": int(how[-1]), "stage3_gather_16bit_weights_on_model_save": True}
+        changes["deepspeed"] = {**ZERO, "zero_optimization": stage}
     if how == "fsdp":
         changes |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "reshard_after_forward": True}}
     return train(folder, **changes)
 
 
-@pytest.mark.parametrize("how", ["ddp", "deepspeed", "fsdp"])
+@pytest.mark.parametrize(
+    "how", ["ddp", "zero2", pytest.param("zero3", marks=pytest.mark.full), pytest.param("fsdp", marks=pytest.mark.full)]
+)
 def test_two_ranks_equal_one_process(one_process: dict[str, Any], tmp_path: Path, how: str) -> None:
     results = run_ranks(train_ranked, 2, tmp_path, how)
     assert results[0]["losses"] == pytest.approx(one_process["losses"], abs=1e-3)
