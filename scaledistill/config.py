@@ -236,6 +236,13 @@ class EvaluationSettings(Settings):
     """At most so many training rows of each task, the same ones for every model and seed; all unless said."""
 
 
+class RunEvaluation(EvaluationSettings):
+    """Fine-tuning the exported student at the end of the run; the scores go into its model card."""
+
+    include_teacher: bool = False
+    """Score the whole teacher model too, for comparison."""
+
+
 class DistillConfig(Settings):
     """The settings of a whole run."""
 
@@ -249,6 +256,8 @@ class DistillConfig(Settings):
     engine: EngineSettings = Field(default_factory=EngineSettings)
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
+    evaluation: RunEvaluation | None = None
+    """None: the run ends with the export; tools/glue.py scores it whenever wanted."""
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
@@ -296,6 +305,7 @@ FREE_ON_RESUME = (
     "engine",
     "checkpoint",
     "logging",
+    "evaluation",
 )
 
 

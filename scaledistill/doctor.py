@@ -89,6 +89,10 @@ def check(
     attempt(check_trackers, config.logging.trackers)
     if writes and config.checkpoint.remote and os.environ.get("RANK", "0") == "0":  # one probe a job
         attempt(mirror.check, config.checkpoint.remote)
+    if writes and config.evaluation and os.environ.get("RANK", "0") == "0":
+        from scaledistill.evaluation import check_evaluation  # seconds, that other runs needn't spend
+
+        attempt(check_evaluation, config.evaluation)
     shards = attempt(_open_set, config, "data.train", config.data.train)
     held_out = attempt(_open_set, config, "data.validation", config.data.validation) if config.data.validation else None
     for setting, reader in (("data.train", shards), ("data.validation", held_out)):

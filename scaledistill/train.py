@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -276,6 +277,20 @@ def distill(
         DataError: data, model or disk are not what the run needs.
         DivergedError: too many steps in a row had a non-finite loss or gradient.
     """
+    result = _distill(config, fresh, dry_run_steps, profile_steps)
+    if config.evaluation is None or result.state != "done" or os.environ.get("RANK", "0") != "0":
+        return result
+    from scaledistill.evaluation import evaluate_run  # seconds, that other runs needn't spend
+
+    # The other ranks have left, and so have their weights.
+    found = evaluate_run(config)
+    if found.failures:
+        failed = f"{result.message}; {len(found.failures)} fine-tunings failed, {found.output}/summary.md says why"
+        return replace(result, exit_code=EXIT_ENVIRONMENT, message=failed)
+    return replace(result, message=f"{result.message}; its scores are in {found.output}/summary.md")
+
+
+def _distill(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None) -> RunResult:
     with ExitStack() as stack:
         run = config.run
         # The group's own limit is the later one, so that the watchdog speaks first.

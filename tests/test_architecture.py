@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "distributed",
         "engines.deepspeed_block",
         "estimate",
+        "evaluation",
         "metrics",
         "microbatch",
         "mirror",
@@ -69,6 +70,7 @@ ALLOWED: dict[str, set[str]] = {
         "relations",
         "relations.spec",
     },
+    "evaluation": {"config", "glue.grid", "glue.plan", "glue.summary", "glue.tasks", "models.export"},
     "files": set(),
     "glue": set(),
     "glue.metrics": {"glue.tasks"},
@@ -137,8 +139,8 @@ ALLOWED: dict[str, set[str]] = {
     "step": {"data.stream", "distributed", "models.capture", "relations", "session", "speed"},
     "trainer": {"models.capture", "models.student", "models.teacher", "relations"},
     "train": {
-        *("config", "distributed", "doctor", "files", "metrics", "profiling", "runfolder", "session", "speed", "step"),
-        *("mirror", "saving", "watchdog"),
+        *("config", "distributed", "doctor", "evaluation", "files", "metrics", "profiling", "runfolder", "session"),
+        *("mirror", "saving", "speed", "step", "watchdog"),
     },
     "watchdog": {"config", "distributed"},
 }
@@ -146,17 +148,17 @@ ALLOWED: dict[str, set[str]] = {
 # Who may import a heavy third party, anywhere; nobody else does. A folder stands for its modules.
 THIRD_PARTIES: dict[str, set[str]] = {
     "accelerate": {"metrics", "models.teacher"},
-    "datasets": {"data.sources", "glue.read"},
+    "datasets": {"data.sources", "glue.read", "trainer"},
     "deepspeed": {"engines.deepspeed"},
     "matplotlib": {"glue.picture", "metrics"},
     "triton": {"relations"},
     "torch": {
         *("checkpoint", "cli", "data.stream", "distributed", "doctor", "engines", "engines.deepspeed"),
-        *("estimate", "glue.finetune", "glue.grid", "glue.listing", "glue.speed", "microbatch"),
-        *("models", "profiling", "relations", "saving", "session", "speed", "step", "train", "watchdog"),
+        *("estimate", "evaluation", "glue.finetune", "glue.grid", "glue.listing", "glue.speed", "microbatch"),
+        *("models", "profiling", "relations", "saving", "session", "speed", "step", "train", "trainer", "watchdog"),
     },
     "transformers": {
-        *("data.make", "data.text", "doctor", "estimate", "microbatch", "models", "session"),
+        *("data.make", "data.text", "doctor", "estimate", "microbatch", "models", "session", "trainer"),
         *("glue.features", "glue.finetune", "glue.plan", "glue.speed", "glue.squad"),
     },
     "webdataset": {"data.shards", "data.sources"},

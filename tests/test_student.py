@@ -29,8 +29,8 @@ from scaledistill.models import export
 from scaledistill.models.capture import build_encoder, capture_view
 from scaledistill.models.export import export_student, untrained_parameters
 from scaledistill.models.student import (
-    check_init,
     build_student,
+    check_init,
     even_layer_map,
     exported,
     set_dropout,

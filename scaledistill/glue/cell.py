@@ -1,0 +1,125 @@
+"""A cell of the grid: one model fine-tuned on one task with one learning rate, number of epochs and seed.
+
+Enters: what decides a result. Leaves: where the cell's files lie under the output folder, and reading and writing them:
+`….json` with the scores, `….jsonl.gz` with the prediction of each example, `….error` where it failed. How the scores
+come about is left to `finetune`, what they say to `summary`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scaledistill.files import read_json, sync, write_json
+
+RECIPE = 1  # to be raised with any change that changes scores: finished cells are then made again
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all cells of a task share, whatever the hyper-parameters: only such cells stand in one table."""
+
+    data_sha256: str
+    max_length: int
+    batch_size: int
+    warmup_fraction: float
+    weight_decay: float
+    max_train_rows: int | None
+    recipe: int = RECIPE
+
+    @property
+    def general(self) -> tuple[object, ...]:
+        """Those that do not depend on the task."""
+        return self.batch_size, self.warmup_fraction, self.weight_decay, self.max_train_rows, self.recipe
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What decides a result, the machine's arithmetic aside."""
+
+    model: str
+    model_sha256: str
+    task: str
+    learning_rate: float
+    epochs: int
+    seed: int
+    conditions: Conditions
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} {self.task} {self.learning_rate:g} × {self.epochs} seed {self.seed}"
+
+    def path(self, output: Path) -> Path:
+        """Return where the cell's record lies; its name changes with anything that decides the result."""
+        key = hash_of([json.dumps(asdict(self), sort_keys=True)])[:12]
+        return (
+            output / "cells" / self.model / self.task / f"{self.learning_rate:g}-{self.epochs}-{self.seed}-{key}.json"
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Cell:
+        """Return the cell that `dataclasses.asdict` took apart."""
+        return cls(**{**values, "conditions": Conditions(**values["conditions"])})
+
+
+def hash_of(parts: Iterable[str]) -> str:
+    """Return the sha256 of some texts, in hexadecimal."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def read_record(cell: Cell, output: Path) -> dict[str, Any] | None:
+    """Return the record of a finished cell; None where there is none, or it or its predictions are damaged."""
+    path = cell.path(output)
+    record = read_json(path)
+    if record is None or record.pop("sha256", None) != hash_of([json.dumps(record)]):
+        return None
+    try:
+        predictions = _predictions_path(path).read_bytes()
+    except OSError:
+        return None
+    return record if hashlib.sha256(predictions).hexdigest() == record["predictions_sha256"] else None
+
+
+def write_record(cell: Cell, output: Path, record: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) -> None:
+    """Write a finished cell: its predictions, then its record, each atomically."""
+    path = cell.path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+    packed = gzip.compress(lines.encode(), mtime=0)
+    partial = path.with_name(f".{path.stem}.jsonl.gz.{os.getpid()}")
+    partial.write_bytes(packed)
+    sync(partial)
+    partial.replace(_predictions_path(path))
+    whole = {"cell": asdict(cell), **record, "predictions_sha256": hashlib.sha256(packed).hexdigest()}
+    write_json(path, {**whole, "sha256": hash_of([json.dumps(whole)])})
+    path.with_suffix(".error").unlink(missing_ok=True)
+
+
+def read_error(cell: Cell, output: Path) -> str | None:
+    """Return why the cell failed when it was last tried."""
+    return (read_json(cell.path(output).with_suffix(".error")) or {}).get("error")
+
+
+def write_error(cell: Cell, output: Path, error: str, details: str) -> None:
+    """Write that a cell failed."""
+    path = cell.path(output).with_suffix(".error")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"cell": asdict(cell), "error": error, "details": details})
+
+
+def remove_partial_files(output: Path) -> None:
+    """Remove what a killed worker had begun to write."""
+    for path in (output / "cells").rglob(".*"):
+        path.unlink(missing_ok=True)
+
+
+def _predictions_path(path: Path) -> Path:
+    return path.with_suffix(".jsonl.gz")

@@ -1,0 +1,307 @@
+"""The command line of the GLUE runner: options in, tables, files and an exit code out.
+
+What runs is left to `grid`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pydantic import ValidationError
+
+from scaledistill.config import EvaluationSettings
+from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError
+from scaledistill.glue.tasks import TASKS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from scaledistill.glue.grid import GridResult, Update
+    from scaledistill.glue.plan import Plan
+
+QUICK = {"learning_rates": [1e-4], "epochs": [2], "seeds": [1], "max_train_rows": 1500}
+DEFAULTS = EvaluationSettings(tasks=["cola"])
+DESCRIPTION = """Fine-tune and score models on GLUE and SQuAD 2.0.
+
+Example: python tools/glue.py --model runs/student --model bert-base-uncased --tasks cola,rte --data-dir glue \\
+           --output runs/glue
+
+The same command goes on where one was interrupted, and runs no finished cell again. OUTPUT gets summary.md, .csv, .json
+and .png, and cells/ with the record of each cell and its prediction of each dev example.
+
+Exit codes: 0 done, 2 wrong options, 3 wrong data or environment, or cells that failed, 130 interrupted."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
+
+
+def _list_of(kind: type) -> Any:
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            what = "whole numbers" if kind is int else "numbers"
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {what}, separated by commas") from None
+
+    return parse
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `tools/glue.py`."""
+    parse = _Parser(
+        prog="glue", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    what = parse.add_argument_group("what")
+    what.add_argument(
+        "--model", action="append", metavar="[NAME=]MODEL", dest="models",
+        help="a folder or hub name, and its name in the tables (default: the last part); repeatable",
+    )  # fmt: skip
+    what.add_argument("--tasks", metavar="TASK,…", help=f"some of {','.join(TASKS)}")
+    what.add_argument(
+        "--data-dir", metavar="DIR", dest="data_folder",
+        help="a folder with the original files, one folder a task (default: from the hub)",
+    )  # fmt: skip
+    grid = parse.add_argument_group("the grid: each learning rate × epochs × seed")
+    lists = {"learning_rates": float, "epochs": int, "seeds": int}
+    for name, kind in lists.items():
+        default = ",".join(f"{value:g}" for value in getattr(DEFAULTS, name))
+        grid.add_argument(_option(name), type=_list_of(kind), metavar="N,…", help=f"(default: {default})")
+    grid.add_argument("--batch-size", type=int, metavar="N", help=f"examples a step (default: {DEFAULTS.batch_size})")
+    grid.add_argument("--max-length", type=int, metavar="T", help="tokens an example (default: 128; squad2: 384)")
+    grid.add_argument(
+        "--max-train-rows", type=int, metavar="N", help="at most N training rows a task, the same for all models"
+    )
+    grid.add_argument(
+        "--quick", action="store_true",
+        help="a quick look; unless said: learning rate 1e-4, 2 epochs, seed 1, 1,500 training rows a task",
+    )  # fmt: skip
+    run = parse.add_argument_group("the run")
+    run.add_argument("--output", type=Path, metavar="DIR", help="(default: runs/glue; with --quick: runs/glue-quick)")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write the scores as a list of name, value, unit, n")
+    run.add_argument(
+        "--workers", type=int, metavar="N", help="cells at a time (default: one per GPU; one without GPUs)"
+    )
+    run.add_argument("--list", action="store_true", help="say what would run and how long it will take, and leave")
+    run.add_argument("--published", action="store_true", help="put published scores beside ours")
+    run.add_argument(
+        "--speed", action="store_true", help="also measure latency and throughput; the machine must be idle"
+    )
+    return parse
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; wrong options end the process with code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parse = parser()
+    options, unknown = parse.parse_known_args(arguments)
+    if unknown:
+        known = [name for action in parse._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        kind = "option" if unknown[0].startswith("-") else "argument"
+        parse.error(f"unknown {kind} {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    for name in ("models", "tasks"):
+        if not getattr(options, name):
+            parse.error(f"--{'model' if name == 'models' else name} is missing")
+    if options.json and not options.json.parent.is_dir():
+        parse.error(f"--json {options.json}: no folder {options.json.parent}; make it first")
+    options.output = options.output or Path("runs/glue-quick" if options.quick else "runs/glue")
+    return options
+
+
+def named_models(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the path or hub name of each model by its name.
+
+    Raises:
+        ConfigError: two have the same name.
+    """
+    models: dict[str, str] = {}
+    for argument in arguments:
+        name, _, path = argument.rpartition("=")
+        if not path:
+            raise ConfigError(f"--model {argument!r}: expected a folder or hub name after '='")
+        name = name or Path(os.path.abspath(path)).name
+        if name in models:
+            raise ConfigError(
+                f"two models are called {name!r}: {models[name]} and {path}; give one as --model NAME={path}"
+            )
+        models[name] = path
+    return models
+
+
+def settings_of(options: argparse.Namespace) -> EvaluationSettings:
+    """Return the grid's settings: what was said, else those of --quick, else the defaults.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    given = {name: getattr(options, name) for name in EvaluationSettings.model_fields if hasattr(options, name)}
+    given["tasks"] = [task for task in options.tasks.split(",") if task]
+    values = (QUICK if options.quick else {}) | {name: value for name, value in given.items() if value is not None}
+    try:
+        return EvaluationSettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = _option(str(first["loc"][0])).replace("--data-folder", "--data-dir")
+        raise ConfigError(f"{name}: found {first['input']!r}; {first['msg']}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, and return the exit code."""
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("scaledistill").setLevel(logging.INFO)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what fails in the end is told here
+    try:
+        return run(options)
+    except (ConfigError, DataError) as error:
+        _say(in_options(str(error)))
+        return error.exit_code
+    except OSError as error:  # a full disk, a folder that may not be written
+        _say(f"{error}; check {options.output} and its disk")
+        return EXIT_ENVIRONMENT
+    except KeyboardInterrupt:
+        _say(f"interrupted; what is finished stays in {options.output}, the same command goes on")
+        return EXIT_INTERRUPTED
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the grid, show and write what came out, and return the exit code."""
+    models, settings = named_models(options.models), settings_of(options)
+    from rich.console import Console
+
+    from scaledistill.glue.grid import check_workers, run_plan
+    from scaledistill.glue.plan import make_plan
+    from scaledistill.glue.speed import check_positions, measure_speed
+
+    workers = check_workers(options.workers)
+    plan = make_plan(models, settings)
+    if options.speed:
+        check_positions(plan)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if options.list:
+        from scaledistill.glue.listing import print_list
+
+        print_list(console, plan, options.output, workers)
+        return EXIT_DONE
+    with Display(plan, options.output) as display:
+        result = run_plan(
+            plan,
+            options.output,
+            quick=options.quick,
+            workers=workers,
+            published=options.published,
+            on_update=display,
+        )
+    if options.json:
+        options.json.write_text(json.dumps(result.summary.figures(), indent=1) + "\n")
+    show(console, result)
+    if options.speed:
+        report = measure_speed({model.name: model.folder for model in plan.models.values()}, options.output)
+        for table in report.tables:
+            console.print(table.rich())
+    return EXIT_ENVIRONMENT if result.failures else EXIT_DONE
+
+
+def show(console: Console, result: GridResult) -> None:
+    """Print the tables, their notes and the failed cells."""
+    for table in result.summary.tables():
+        shown = table.rich()
+        names = shown.columns[0]  # folded before it is cut, and not before the figures' headers are
+        names.overflow, names.min_width = "fold", min(32, max(len(row[0]) for row in table.rows))
+        console.print(shown)
+    for note in result.summary.notes():
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    for cell, error in result.summary.failures:
+        console.print(f"not finished: {cell}: {error}", highlight=False, markup=False, soft_wrap=True, style="red")
+    console.print(f"written: {result.output / 'summary.md'}, .csv, .json, .png", highlight=False, soft_wrap=True)
+
+
+class Display:
+    """Progress on stderr: a live bar on a terminal, a line a cell everywhere. A context manager around the run."""
+
+    def __init__(self, plan: Plan, output: Path) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        from scaledistill.glue.cell import read_record
+
+        console = Console(stderr=True)
+        waiting = [cell for cell in plan.cells if read_record(cell, output) is None]
+        self._work = {cell: plan.work(cell) for cell in waiting}
+        self._done = dict.fromkeys(waiting, 0.0)
+        self._ended = 0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            speed_estimate_period=3600,
+        )
+        self._task = self.bar.add_task("", total=sum(self._work.values()) or None)
+
+    def __enter__(self) -> Display:
+        if self._work:
+            text = f"{len(self._work)} cells to run; Ctrl-C loses only what is under way, the same command goes on"
+            self.bar.console.print(text, highlight=False, soft_wrap=True)
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, update: Update) -> None:
+        """Show what has happened."""
+        cell = update.cell
+        self._done[cell] = update.fraction
+        if update.state != "running":
+            self._ended += 1
+            first_line = update.text.partition("\n")[0]
+            line = f"{self._ended}/{len(self._work)}  {cell.title}  {update.state}: {first_line}{self._left()}"
+            self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        done = sum(self._work[one] * fraction for one, fraction in self._done.items())
+        self.bar.update(self._task, description=f"{self._ended}/{len(self._work)}  {cell.title}", completed=done)
+
+    def _left(self) -> str:
+        """Return the time left by the pace so far, for where there is no bar."""
+        if not self.bar.disable or self._ended == len(self._work):
+            return ""
+        from scaledistill.glue.listing import duration
+
+        elapsed = self.bar.tasks[0].elapsed or 0.0
+        whole, done = sum(self._work.values()), sum(self._work[one] * share for one, share in self._done.items())
+        return f"  (about {duration(elapsed * (whole - done) / done)} left)" if done else ""
+
+
+def in_options(message: str) -> str:
+    """Say a message of the package with the options of this tool: `max_length=512` becomes `--max-length 512`."""
+    names = "|".join([*EvaluationSettings.model_fields, "workers"])
+    text = re.sub(rf"\b({names})=", lambda found: f"{_option(found[1])} ", message)
+    text = re.sub(
+        r"\b(learning_rates|max_length|max_train_rows|batch_size|data_folder)\b", lambda f: _option(f[1]), text
+    )
+    return text.replace("--data-folder", "--data-dir")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write("".join(f"glue: {line}\n" for line in text.splitlines()))

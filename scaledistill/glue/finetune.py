@@ -1,0 +1,231 @@
+"""Fine-tune a model on a task and score it: the work of one cell.
+
+Enters: a cell, the folders of the model and of the data. Leaves: the cell's record and the prediction of each dev
+example. Scores are those after the last epoch; what the epochs before it gave stands in the record. The data's features
+and the scores are left to `features`, the files to `cell`.
+
+Legend: C classes, T tokens of a feature.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from scaledistill.errors import DivergedError
+from scaledistill.glue.cell import Cell
+from scaledistill.glue.features import Features, prepare
+from scaledistill.glue.tasks import TASKS, Task
+from scaledistill.models.teacher import quiet_transformers
+from scaledistill.models.weights import check_complete
+
+OnProgress = Callable[[float], None]
+PREDICTION_BATCH = 64
+
+
+def fine_tune(
+    cell: Cell, model_folder: Path, data_folder: Path | None, on_progress: OnProgress
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Fine-tune and score; return the record and the predictions.
+
+    Args:
+        model_folder: where the model's config, weights and tokenizer lie.
+        data_folder: as `read_split` takes it.
+        on_progress: is told the finished share of the training steps.
+
+    Raises:
+        DataError: the model lacks weights, or the data is not what the cell was planned with.
+        DivergedError: the loss or an output is not finite.
+    """
+    start = time.perf_counter()
+    task = TASKS[cell.task]
+    set_seed(cell.seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling memory that nobody reads takes time; mypy does not see the attribute.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    model, new_weights = _load_model(model_folder, task, cell.model)
+    data = prepare(cell, model_folder, data_folder, list(inspect.signature(model.forward).parameters))
+    collate = DataCollatorWithPadding(data.tokenizer)
+    epochs: list[dict[str, Any]] = []
+    predictions: list[dict[str, Any]] = []
+
+    def end_epoch(train_loss: float) -> None:
+        if not math.isfinite(train_loss):
+            raise DivergedError(
+                f"the training loss of epoch {len(epochs) + 1} is not finite; a lower learning rate than "
+                f"{cell.learning_rate:g} may do"
+            )
+        predictions.clear()
+        found: dict[str, float] = {}
+        for split in data.dev:
+            logits = _predict(model, split.features, collate)
+            if not all(np.isfinite(array).all() for array in logits):
+                raise DivergedError(
+                    f"outputs after epoch {len(epochs) + 1} are not finite; a lower learning rate than "
+                    f"{cell.learning_rate:g} may do"
+                )
+            split_scores, split_predictions = split.score(logits)
+            found |= split_scores
+            predictions.extend(split_predictions)
+        epochs.append({"epoch": len(epochs) + 1, "train_loss": train_loss, "scores": found})
+
+    train_seconds = _train(cell, model, data.train, collate, on_progress, end_epoch)
+    device = next(model.parameters()).device
+    record = {
+        "scores": epochs[-1]["scores"],
+        "epochs": epochs,
+        "train_rows": data.train_rows,
+        "dev_rows": {split.name: split.rows for split in data.dev},
+        "new_weights": new_weights,
+        "parameters": model.num_parameters(),
+        "seconds": time.perf_counter() - start,
+        "train_seconds": train_seconds,
+        "tokens_per_second": cell.epochs * sum(len(row["input_ids"]) for row in data.train) / train_seconds,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": "bf16" if _bf16() else "fp32",
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("scaledistill", "torch", "transformers", "scikit-learn")}
+        | {"python": platform.python_version()},
+    }
+    return record, predictions
+
+
+def _load_model(folder: Path, task: Task, name: str) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model with a head for the task, and the names of the weights that are not from the folder.
+
+    A head in the folder is used where its shapes fit, as transformers does it.
+    """
+    options: dict[str, Any] = {}
+    if task.kind == "classification":
+        options = {"num_labels": len(task.labels), "id2label": dict(enumerate(task.labels))}
+        options |= {"label2id": {label: i for i, label in enumerate(task.labels)}}
+        options |= {"problem_type": "single_label_classification"}
+    elif task.kind == "regression":
+        options = {"num_labels": 1, "problem_type": "regression"}
+    else:
+        options = {"num_labels": 2}  # start and end
+    auto = AutoModelForQuestionAnswering if task.kind == "span" else AutoModelForSequenceClassification
+    with quiet_transformers():
+        model, info = auto.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # a head of other sizes; the encoder's are reported below
+            output_loading_info=True,
+            **options,
+        )
+    encoder = f"{model.base_model_prefix}."
+    wrong: dict[str, tuple[list[int] | None, list[int]]] = {
+        key: (list(found), list(expected)) for key, found, expected in info["mismatched_keys"]
+    }
+    missing: dict[str, tuple[None, list[int]]] = {key: (None, []) for key in info["missing_keys"]}
+    check_complete(
+        {key: shapes for key, shapes in (wrong | missing).items() if key.startswith(encoder) and ".pooler." not in key},
+        f"model {name}",
+    )
+    return model, sorted({*wrong, *missing})
+
+
+class _Epochs(TrainerCallback):
+    """Passes on the progress, and at each epoch's end its mean loss."""
+
+    def __init__(self, on_progress: OnProgress, end_epoch: Callable[[float], None]) -> None:
+        self._on_progress, self._end_epoch = on_progress, end_epoch
+        self.paused_seconds = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._on_progress(state.global_step / state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:  # once an epoch, after its last step
+            start = time.perf_counter()
+            self._end_epoch(float(logs["loss"]))
+            self.paused_seconds += time.perf_counter() - start
+
+
+def _train(
+    cell: Cell,
+    model: PreTrainedModel,
+    features: Features,
+    collate: DataCollatorWithPadding,
+    on_progress: OnProgress,
+    end_epoch: Callable[[float], None],
+) -> float:
+    """Train in place; return the seconds that it took, without those of `end_epoch`."""
+    conditions = cell.conditions
+    steps = cell.epochs * math.ceil(len(features) / conditions.batch_size)
+    on_gpu = torch.cuda.is_available()
+    with quiet_transformers():
+        arguments = TrainingArguments(
+            output_dir=tempfile.gettempdir(),  # nothing is written there
+            per_device_train_batch_size=conditions.batch_size,
+            learning_rate=cell.learning_rate,
+            num_train_epochs=cell.epochs,
+            seed=cell.seed,
+            lr_scheduler_type="linear",
+            warmup_steps=math.ceil(conditions.warmup_fraction * steps),
+            weight_decay=conditions.weight_decay,
+            bf16=_bf16(),
+            use_cpu=not on_gpu,
+            dataloader_pin_memory=on_gpu,
+            eval_strategy="no",
+            save_strategy="no",
+            logging_strategy="epoch",
+            logging_nan_inf_filter=False,  # would show the last finite loss in place of a diverged one
+            report_to="none",
+            disable_tqdm=True,
+        )
+        callback = _Epochs(on_progress, end_epoch)
+        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=features, callbacks=[callback])
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        trainer.train()
+        return time.perf_counter() - start - callback.paused_seconds
+
+
+def _bf16() -> bool:
+    """Whether to train in bf16 autocast: on GPUs that have it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@torch.inference_mode()
+def _predict(model: PreTrainedModel, features: Features, collate: DataCollatorWithPadding) -> list[np.ndarray]:
+    """Return the outputs for each feature, float32, in their order: [C], or for spans [2, T] (start and end)."""
+    device = next(model.parameters()).device
+    inputs = [{name: value for name, value in row.items() if name != "labels"} for row in features]
+    order = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]["input_ids"]))  # little padding
+    outputs: list[np.ndarray] = [np.empty(0)] * len(inputs)
+    training = model.training
+    model.eval()
+    for first in range(0, len(order), PREDICTION_BATCH):
+        rows = order[first : first + PREDICTION_BATCH]
+        batch = {name: tensor.to(device) for name, tensor in collate([inputs[row] for row in rows]).items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=_bf16()):
+            out = model(**batch)
+        logits = out.logits if "logits" in out else torch.stack([out.start_logits, out.end_logits], dim=1)
+        for row, values in zip(rows, logits.float().cpu().numpy(), strict=True):
+            outputs[row] = values if "logits" in out else values[:, : len(inputs[row]["input_ids"])]
+    model.train(training)
+    return outputs

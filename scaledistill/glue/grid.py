@@ -1,0 +1,250 @@
+"""Run a grid of cells: one per GPU at a time, or in turn or several side by side on a CPU; what is finished stays.
+
+Enters: models, settings and an output folder. Leaves: the folder with a record of each cell and the summary of all. The
+same call goes on where one stopped, in whatever way. What a cell does is left to `finetune`, the tables to `summary`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from scaledistill.config import EvaluationSettings
+from scaledistill.errors import ConfigError, DataError
+from scaledistill.files import read_json, write_json
+from scaledistill.glue.cell import Cell, read_error, read_record, remove_partial_files, write_error
+from scaledistill.glue.plan import Plan, make_plan
+from scaledistill.glue.summary import GRID, Summary, summary_of, write_summary
+from scaledistill.glue.worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Something has happened to a cell."""
+
+    cell: Cell
+    state: Literal["running", "finished", "failed"]
+    fraction: float
+    """Of the cell that is done."""
+    text: str
+    """Its scores, or why it failed."""
+
+
+OnUpdate = Callable[[Update], None]
+
+
+@dataclass(frozen=True)
+class GridResult:
+    """What a grid came to."""
+
+    output: Path
+    finished: list[Cell]
+    failures: dict[Cell, str]
+    """Why each cell that failed did so."""
+    summary: Summary
+
+
+def run_grid(
+    models: Mapping[str, str],
+    settings: EvaluationSettings,
+    output: Path,
+    *,
+    quick: bool = False,
+    workers: int | None = None,
+    published: bool = False,
+    on_update: OnUpdate | None = None,
+) -> GridResult:
+    """Fine-tune and score each model on each task with each hyper-parameter and seed, and write the summary.
+
+    A cell that is finished in `output` is not run again; one that failed is. A failed cell stops no other and is in the
+    result.
+
+    Args:
+        models: folder or hub name of each model by its name in tables and figures.
+        output: gets `cells/`, `grid.json` and `summary.md`, `.csv`, `.json`, `.png`.
+        quick: whether the tables shall say that the settings are those of a quick look.
+        workers: cells at a time; one per GPU unless said, one on CPUs. On CPUs they share the cores.
+        published: put published scores beside ours.
+        on_update: is told what happens; the log is, unless said.
+
+    Raises:
+        ConfigError, DataError: models, data or settings cannot be used; nothing has run then. Or no worker starts.
+    """
+    workers = check_workers(workers)
+    plan = make_plan(models, settings)
+    return run_plan(plan, output, quick=quick, workers=workers, published=published, on_update=on_update)
+
+
+def run_plan(
+    plan: Plan, output: Path, *, quick: bool, workers: int, published: bool, on_update: OnUpdate | None = None
+) -> GridResult:
+    """Run what `make_plan` returned; see `run_grid`."""
+    output.mkdir(parents=True, exist_ok=True)
+    remove_partial_files(output)
+    write_grid(plan, output, quick=quick)
+    waiting = [cell for cell in plan.cells if read_record(cell, output) is None]
+    if kept := len(plan.cells) - len(waiting):
+        log.info("%d of %d cells are finished already", kept, len(plan.cells))
+    with _Pool(plan, output, workers, on_update or _Log(len(waiting))) as pool:
+        pool.run(waiting)
+    summary = summary_of(output, published=published)
+    write_summary(summary, output)
+    errors = {cell: read_error(cell, output) for cell in plan.cells if read_record(cell, output) is None}
+    return GridResult(
+        output=output,
+        finished=[cell for cell in plan.cells if cell not in errors],
+        failures={cell: error or "no record was written" for cell, error in errors.items()},
+        summary=summary,
+    )
+
+
+def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
+    """Write which cells the summary is of: the plan's, and earlier ones of the folder that compare with them."""
+    before = read_json(output / GRID) or {"cells": [], "models": {}}
+    earlier = [Cell.from_dict(cell) for cell in before["cells"]]
+    kept = [cell for cell in earlier if _compares(cell, plan)]
+    if len(kept) < len(earlier):
+        log.warning(
+            "%s: %d cells of earlier grids are left out of the summary: their models, data or settings are not these",
+            output,
+            len(earlier) - len(kept),
+        )
+    cells = list(dict.fromkeys([*kept, *plan.cells]))
+    models = before["models"] | {
+        name: {"path": model.path, "parameters": model.parameters} for name, model in plan.models.items()
+    }
+    names = dict.fromkeys(cell.model for cell in cells)
+    write_json(
+        output / GRID,
+        {"quick": quick, "models": {name: models[name] for name in names}, "cells": [asdict(cell) for cell in cells]},
+    )
+
+
+def _compares(cell: Cell, plan: Plan) -> bool:
+    """Whether an earlier cell belongs in one table with the plan's."""
+    if cell.model in plan.models and plan.models[cell.model].sha256 != cell.model_sha256:
+        return False
+    if cell.task in plan.tasks:
+        return cell.conditions == plan.tasks[cell.task].conditions
+    return all(cell.conditions.general == data.conditions.general for data in plan.tasks.values())
+
+
+def check_workers(workers: int | None) -> int:
+    """Return how many cells run at a time.
+
+    Raises:
+        ConfigError: more than the machine has GPUs, or cores where it has none.
+    """
+    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    most, what = (gpus, "GPUs") if gpus else (cores, "cores")
+    if workers is not None and not 1 <= workers <= most:
+        raise ConfigError(f"workers={workers}, expected 1 to {most}: the machine has {most} {what}")
+    return workers or max(1, gpus)
+
+
+class _Pool:
+    """Workers, each with a cell at a time. A context manager: leaving it ends them."""
+
+    def __init__(self, plan: Plan, output: Path, workers: int, on_update: OnUpdate) -> None:
+        self._plan, self._output, self._workers, self._on_update = plan, output, workers, on_update
+        self._running: dict[int, Worker] = {}
+        self._selector = selectors.DefaultSelector()
+        self._waiting: deque[Cell] = deque()
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._selector.close()
+        for worker in self._running.values():
+            worker.end()
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Run cells until each has finished or failed."""
+        self._waiting.extend(cells)
+        while self._waiting or any(worker.cell for worker in self._running.values()):
+            for number in range(self._workers):
+                if self._waiting and number not in self._running:
+                    worker = self._running[number] = Worker(_environment(number, self._workers))
+                    self._selector.register(worker, selectors.EVENT_READ, number)
+                    self._give_next(worker)
+            for key, _ in self._selector.select():
+                self._hear(key.data)
+
+    def _give_next(self, worker: Worker) -> None:
+        worker.cell = None
+        if self._waiting:
+            cell = self._waiting.popleft()
+            folder = self._plan.settings.data_folder
+            data_folder = None if folder is None else Path(folder)
+            worker.give(cell, self._output, self._plan.models[cell.model].folder, data_folder)
+            self._on_update(Update(cell, "running", 0.0, ""))
+
+    def _hear(self, number: int) -> None:
+        worker = self._running[number]
+        answers = worker.answers()
+        if answers is None:
+            how, words = worker.last_words()
+            self._close(number)
+            if not worker.ready:
+                raise DataError(f"a worker process ended before it was ready, {how}:\n{words}")
+            if worker.cell:
+                write_error(worker.cell, self._output, f"the worker process ended: {how}", words)
+                self._tell_end(worker.cell)
+            return
+        for answer in answers:
+            worker.ready = True
+            if worker.cell and "fraction" in answer:
+                self._on_update(Update(worker.cell, "running", answer["fraction"], ""))
+            elif worker.cell and "finished" in answer:
+                self._tell_end(worker.cell)
+                if answer["leaves"]:
+                    self._close(number)
+                else:
+                    self._give_next(worker)
+
+    def _tell_end(self, cell: Cell) -> None:
+        if record := read_record(cell, self._output):
+            text = ", ".join(f"{metric} {value:.1f}" for metric, value in record["scores"].items())
+            self._on_update(Update(cell, "finished", 1.0, text))
+        else:
+            self._on_update(Update(cell, "failed", 1.0, read_error(cell, self._output) or "its record is damaged"))
+
+    def _close(self, number: int) -> None:
+        self._selector.unregister(self._running[number])
+        self._running.pop(number).end()
+
+
+def _environment(number: int, workers: int) -> dict[str, str]:
+    """Return what a worker sees: its GPU, or its share of the cores."""
+    gpus = torch.cuda.device_count()
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number]}
+    if workers == 1:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers))}
+
+
+class _Log:
+    """Tells the log of each cell that ends."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._ended = total, 0
+
+    def __call__(self, update: Update) -> None:
+        if update.state == "running":
+            return
+        self._ended += 1
+        level = logging.ERROR if update.state == "failed" else logging.INFO
+        log.log(level, "%d/%d  %s  %s: %s", self._ended, self._total, update.cell.title, update.state, update.text)

@@ -1,0 +1,58 @@
+"""Say what a grid would run, what is finished, and how long it will take.
+
+Enters: a plan and its output folder. Leaves: a table on the console.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from scaledistill.benchmark import Table
+from scaledistill.glue.cell import Cell, read_error, read_record
+from scaledistill.glue.plan import Plan
+from scaledistill.speed import measured_matrix_rate
+
+EFFICIENCY = 0.5  # of the matrix rate that fine-tuning reaches, roughly; it only serves until a cell is finished
+
+
+def print_list(console: Console, plan: Plan, output: Path, workers: int) -> None:
+    """Print the cells by model and task, and an estimate of the time."""
+    records = {cell: record for cell in plan.cells if (record := read_record(cell, output))}
+    rate, source = _rate(plan, {cell: record["seconds"] for cell, record in records.items()})
+    table = Table("What would run", ["model", "task", "cells", "finished", "failed before", "training rows", "time"])
+    left = 0.0
+    for model in plan.models:
+        for task, data in plan.tasks.items():
+            cells = [cell for cell in plan.cells if (cell.model, cell.task) == (model, task)]
+            waiting = [cell for cell in cells if cell not in records]
+            failed = [cell for cell in waiting if read_error(cell, output)]
+            seconds = sum(map(plan.work, waiting)) / rate
+            left += seconds
+            counts = [str(len(cells)), str(len(cells) - len(waiting)), str(len(failed))]
+            table.rows.append([model, data.task.title, *counts, f"{data.train_rows:,}", duration(seconds)])
+    console.print(table.rich())
+    count = len(plan.cells) - len(records)
+    together = f"{workers} at a time" if workers > 1 else "one at a time"
+    text = f"{count} of {len(plan.cells)} cells to run, {together}: about {duration(left / workers)} {source}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: 40 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _rate(plan: Plan, seconds: dict[Cell, float]) -> tuple[float, str]:
+    """Return the FLOP/s of a worker and where that is from."""
+    if seconds:
+        rate = sum(map(plan.work, seconds)) / sum(seconds.values())
+        return rate, f"(from the {len(seconds)} finished cells)"
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    rate = EFFICIENCY * measured_matrix_rate(device, torch.bfloat16 if on_gpu else torch.float32)
+    return rate, "(estimated: FLOPs at half of the matrix rate measured just now)"

@@ -1,0 +1,250 @@
+"""What a grid will do: every model and all data checked, the cells listed, their work estimated.
+
+Enters: models by name, the grid's settings. Leaves: a `Plan`, or one error that lists everything that is wrong, before
+anything runs. Running it is left to `grid`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+)
+
+from scaledistill.config import EvaluationSettings
+from scaledistill.data.text import load_tokenizer
+from scaledistill.errors import ConfigError, DataError
+from scaledistill.files import sha256_of
+from scaledistill.glue.cell import MODEL_NAME, Cell, Conditions, hash_of
+from scaledistill.glue.features import data_sha256
+from scaledistill.glue.metrics import check_installed
+from scaledistill.glue.read import read_split
+from scaledistill.glue.tasks import Task, find_tasks
+from scaledistill.models.capture import first_position
+from scaledistill.models.teacher import WEIGHT_FILES, check_weight_files, quiet_transformers, resolve_folder
+from scaledistill.models.weights import weight_files
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "tokenizer_config.json", "special_tokens_map.json"),
+)
+CHARACTERS_PER_TOKEN = 4.3  # English, WordPiece
+PADDING = 1.4  # tokens computed per token of text, where a batch is padded to its longest example
+Thing = TypeVar("Thing")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checked model: what its name stands for, and its size."""
+
+    name: str
+    path: str
+    folder: Path
+    sha256: str
+    parameters: int
+    encoder_parameters: int
+    """Without the embeddings: those that each token is multiplied with."""
+    positions: int | None
+    """Tokens that a sequence may have; None where there is no table of them."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The checked data of a task."""
+
+    task: Task
+    conditions: Conditions
+    train_rows: int
+    """Those that are used."""
+    train_tokens: float
+    """Tokens computed in an epoch, estimated from the characters."""
+    dev_tokens: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    models: dict[str, Model]
+    tasks: dict[str, TaskData]
+    settings: EvaluationSettings
+    cells: list[Cell]
+
+    def work(self, cell: Cell) -> float:
+        """Return an estimate of a cell's FLOPs."""
+        data = self.tasks[cell.task]
+        forward = 2 * self.models[cell.model].encoder_parameters
+        return cell.epochs * forward * (3 * data.train_tokens + data.dev_tokens)
+
+
+def make_plan(models: Mapping[str, str], settings: EvaluationSettings) -> Plan:
+    """Check models and data, and list the cells.
+
+    Args:
+        models: folder or hub name of each model by its name in tables and figures.
+
+    Raises:
+        ConfigError, DataError: with every problem found, a line each.
+    """
+    problems: list[ConfigError | DataError] = []
+
+    def kept(check: Callable[[], Thing]) -> Thing | None:
+        try:
+            return check()
+        except (ConfigError, DataError) as error:
+            problems.append(error)
+            return None
+
+    if not models:
+        problems.append(ConfigError("no model to fine-tune; name at least one"))
+    for setting in ("learning_rates", "epochs", "seeds"):
+        values = getattr(settings, setting)
+        if repeated := [value for value in values if values.count(value) > 1]:
+            problems.append(ConfigError(f"{setting} has {repeated[0]:g} more than once; name it once"))
+    kept(check_installed)
+    tasks = kept(functools.partial(find_tasks, settings.tasks)) or []
+    found_models = [kept(functools.partial(check_model, name, path, tasks)) for name, path in models.items()]
+    found_data = [kept(functools.partial(check_data, task, settings)) for task in tasks]
+    ready = {model.name: model for model in found_models if model}
+    data = {each.task.name: each for each in found_data if each}
+    for model, each in itertools.product(ready.values(), data.values()):
+        limit, length = model.positions, each.conditions.max_length
+        if limit is not None and length > limit:
+            problems.append(
+                ConfigError(
+                    f"max_length={length} ({each.task.title}) is more than the {limit} positions of model "
+                    f"{model.name}; set max_length to {limit} or less, the same for all models"
+                )
+            )
+    if problems:
+        kind = ConfigError if any(isinstance(problem, ConfigError) for problem in problems) else DataError
+        raise kind("\n".join(map(str, problems)))
+    axes = (ready, data, settings.learning_rates, settings.epochs, settings.seeds)
+    cells = [
+        Cell(name, ready[name].sha256, task, rate, epochs, seed, data[task].conditions)
+        for name, task, rate, epochs, seed in itertools.product(*axes)
+    ]
+    return Plan(ready, data, settings, cells)
+
+
+def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
+    """Check a model's name, config, weight files and tokenizer.
+
+    Raises:
+        ConfigError, DataError: one of them is missing or cannot be used for the tasks.
+    """
+    if not MODEL_NAME.fullmatch(name):
+        raise ConfigError(f"model name {name!r}: expected letters, digits, '.', '-' and '_'; it names a folder")
+    setting = f"model {name}"
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        siblings = [other.name for other in Path(path).parent.glob("*") if other.is_dir()]
+        near = difflib.get_close_matches(Path(path).name, siblings, n=1)
+        remedy = f"did you mean {Path(path).parent / near[0]}?" if near else "give a model's folder or its hub name"
+        raise DataError(f"{setting}={path!r}: no such folder; {remedy}")
+    folder = resolve_folder(path, None, (*WEIGHT_FILES, *TOKENIZER_FILES), setting=setting)
+    config = _load_config(folder, f"{setting}={path!r}")
+    for task in tasks:
+        mapping = (
+            MODEL_FOR_QUESTION_ANSWERING_MAPPING if task.kind == "span" else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        )
+        if type(config) not in mapping:
+            raise ConfigError(
+                f"{setting}={path!r}: transformers has no model of type {config.model_type!r} for {task.title}; leave "
+                "the task or the model out"
+            )
+    check_weight_files(folder, f"{setting}={path!r}")
+    _check_tokenizer(folder, config, f"{setting}={path!r}")
+    sizes: dict[str, int] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(folder / file, "np") as stored:
+                for key in stored.keys():  # noqa: SIM118 - not a dictionary
+                    sizes[key] = math.prod(stored.get_slice(key).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{setting}={path!r}: {file} cannot be read ({error}); fetch the model again") from error
+    files = ["config.json", *weight_files(folder), *(file for file in TOKENIZER_FILES if (folder / file).is_file())]
+    return Model(
+        name=name,
+        path=path,
+        folder=folder,
+        sha256=hash_of(f"{file} {sha256_of(folder / file)}" for file in files),
+        parameters=sum(sizes.values()),
+        encoder_parameters=sum(size for key, size in sizes.items() if "embed" not in key),
+        positions=_positions(config),
+    )
+
+
+def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
+    """Read a task's data whole, and say what its cells will be fine-tuned on.
+
+    Raises:
+        DataError: see `read_split`.
+    """
+    folder = None if settings.data_folder is None else Path(settings.data_folder)
+    length = settings.max_length or (384 if task.kind == "span" else 128)
+    train, *dev = (read_split(task, split, folder) for split in ("train", *task.dev_splits))
+
+    def tokens(texts: Sequence[tuple[str, ...]]) -> float:
+        counts = (1 + sum(len(text) / CHARACTERS_PER_TOKEN + 1 for text in row) for row in texts)
+        return PADDING * sum(min(length / PADDING, count) for count in counts)
+
+    used = min(len(train.texts), settings.max_train_rows or len(train.texts))
+    conditions = Conditions(
+        data_sha256=data_sha256(train, dev),
+        max_length=length,
+        batch_size=settings.batch_size,
+        warmup_fraction=settings.warmup_fraction,
+        weight_decay=settings.weight_decay,
+        max_train_rows=settings.max_train_rows,
+    )
+    train_tokens = tokens(train.texts) * used / len(train.texts)
+    return TaskData(task, conditions, used, train_tokens, sum(tokens(split.texts) for split in dev) / PADDING)
+
+
+def _load_config(folder: Path, model: str) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{model} has no config.json; give the folder that save_pretrained wrote")
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{model}: its config.json cannot be used ({reason}); fetch the model again") from error
+
+
+def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str) -> None:
+    # transformers makes an empty tokenizer where it finds no files of one.
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:-2]):
+        raise DataError(
+            f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json there from the model that it "
+            "was made from"
+        )
+    try:
+        tokenizer = load_tokenizer(folder)
+    except DataError as error:
+        raise DataError(f"{model}: {error}") from error
+    if tokenizer.pad_token is None:
+        raise DataError(f"{model}: its tokenizer has no padding token; set pad_token in tokenizer_config.json")
+    if len(tokenizer) > config.vocab_size:
+        raise DataError(
+            f"{model}: its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; they do not belong "
+            "together: copy the tokenizer from the model that it was made from"
+        )
+
+
+def _positions(config: PreTrainedConfig) -> int | None:
+    limit = getattr(config, "max_position_embeddings", None)
+    with contextlib.suppress(ConfigError):  # an architecture that is never distilled: its table counts from 0
+        return limit and int(limit) - first_position(config)
+    return limit

@@ -1,0 +1,307 @@
+"""What a folder of cells says: the best hyper-parameters per model and task, and their scores.
+
+Enters: an output folder of `grid`. Leaves: a `Summary`, and its tables as Markdown, CSV, JSON and, by `picture`, PNG.
+
+Of a model and a task those hyper-parameters are taken whose first metric on the dev set has the highest median over the
+seeds; at a tie the lower learning rate, then fewer epochs. As long as some have been tried with all seeds, those that
+have not (cells missing or failed) are not taken. A score is that after the last epoch. Nothing is rescaled.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scaledistill.benchmark import Table
+from scaledistill.errors import DataError
+from scaledistill.files import read_json, write_json
+from scaledistill.glue.cell import Cell, read_error, read_record
+from scaledistill.glue.published import PUBLISHED
+from scaledistill.glue.tasks import TASKS
+
+GRID = "grid.json"
+NOT_AVERAGED = ("wnli",)  # its dev set contradicts its training set; left out by custom
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric over the seeds, in percent."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Score:
+        return cls(statistics.median(values), min(values), max(values), len(values))
+
+    @property
+    def spread(self) -> float:
+        """Half of the range."""
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The hyper-parameters taken for a model and a task, and what they gave."""
+
+    model: str
+    task: str
+    learning_rate: float
+    epochs: int
+    scores: dict[str, Score]
+    """By metric."""
+    n: int
+    """Seeds that finished."""
+    planned: int
+    """Seeds of the grid."""
+    tried: int
+    """Pairs of learning rate and epochs that the choice was made among."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: one of our models, or published numbers."""
+
+    name: str
+    parameters: int | None
+    scores: dict[str, Score]
+    """By "task/metric"."""
+    average: float | None
+    published: str | None = None
+    """Where the numbers were published; None for ours."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The tables' content."""
+
+    columns: list[str]
+    """"task/metric", in the order of the tables."""
+    averaged: list[str]
+    """Those that the average is over: the first metric of each task that all of our models have."""
+    rows: list[Row]
+    choices: list[Choice]
+    failures: list[tuple[str, str]]
+    """Cells without a record: which, and why."""
+    conditions: list[str]
+    """What the reader must know of the settings, a sentence each."""
+
+    def figures(self) -> list[dict[str, Any]]:
+        """Return our scores by name: the same from run to run of the same finished cells."""
+        found = []
+        for row in (row for row in self.rows if row.published is None):
+            for column, score in row.scores.items():
+                found.append({"name": f"{row.name}/{column}", "value": score.median, "unit": "%", "n": score.n})
+            if row.average is not None:
+                n = len(self.averaged)
+                found.append({"name": f"{row.name}/average", "value": row.average, "unit": "%", "n": n})
+        return found
+
+    def tables(self) -> list[Table]:
+        """Return the scores, and the hyper-parameters where there was a choice."""
+        seeds = {choice.planned for choice in self.choices}
+        title = "Dev scores, %: median over the seeds ± half the range"
+        head = ["model", "parameters", *map(column_title, self.columns), *(["average"] if self.averaged else [])]
+        scores = Table(title + (f", n = {min(seeds)}" if len(seeds) == 1 else ""), head)
+        chosen = {(choice.model, choice.task): choice for choice in self.choices}
+        for row in self.rows:
+            cells = [
+                self._text(row, column, chosen.get((row.name, column.partition("/")[0]))) for column in self.columns
+            ]
+            average = [("–" if row.average is None else f"{row.average:.1f}")] if self.averaged else []
+            name = f"{row.name} (published)" if row.published else row.name
+            size = "" if row.parameters is None else f"{row.parameters / 1e6:.1f} M"
+            scores.rows.append([name, size, *cells, *average])
+        if all(choice.tried == 1 for choice in self.choices):
+            return [scores]
+        tasks = list(dict.fromkeys(column.partition("/")[0] for column in self.columns))
+        picked = Table("Taken: learning rate × epochs (tried)", ["model", *(TASKS[task].title for task in tasks)])
+        for row in (row for row in self.rows if row.published is None):
+            found = [chosen.get((row.name, task)) for task in tasks]
+            texts = [f"{one.learning_rate:g} × {one.epochs} ({one.tried})" if one else "–" for one in found]
+            picked.rows.append([row.name, *texts])
+        return [scores, picked]
+
+    def notes(self) -> list[str]:
+        """Return what the tables' figures are, a sentence each."""
+        notes = [*self.conditions]
+        if self.averaged:
+            text = f"Average: over {', '.join(map(column_title, self.averaged))}"
+            left_out = [column for column in self.columns if column.partition("/")[0] in NOT_AVERAGED]
+            notes.append(text + ("; never WNLI, by custom." if left_out else "."))
+        if published := [f"{row.name} ({row.published})" for row in self.rows if row.published]:
+            notes.append(f"Published, with other hyper-parameters, seeds and selection: {', '.join(published)}.")
+        return notes
+
+    def markdown(self) -> str:
+        """Return the whole as Markdown."""
+        parts = [table.markdown() for table in self.tables()]
+        parts.append("\n".join(f"- {note}" for note in self.notes()))
+        if self.failures:
+            lines = [f"- {cell}: {_first_line(error)}" for cell, error in self.failures]
+            parts.append("\n".join([f"**Not finished: {len(self.failures)} cells**", "", *lines]))
+        return "\n\n".join(parts) + "\n"
+
+    def _text(self, row: Row, column: str, choice: Choice | None) -> str:
+        score = row.scores.get(column)
+        if score is None:
+            return "–" if row.published else "none finished"
+        if row.published or score.n == 1 == (choice.planned if choice else 1):
+            return f"{score.median:.1f}"
+        short = f" ({choice.n} of {choice.planned})" if choice and choice.n < choice.planned else ""
+        return f"{score.median:.1f} ±{score.spread:.1f}{short}"
+
+
+def summary_of(output: Path, *, published: bool = False) -> Summary:
+    """Read what stands in an output folder of `grid`, finished or not.
+
+    Args:
+        published: add rows of published numbers for the same columns.
+
+    Raises:
+        DataError: it is not such a folder.
+    """
+    grid = read_json(output / GRID)
+    if grid is None:
+        raise DataError(f"{output} has no {GRID}; expected a folder that a GLUE grid was written to")
+    cells = [Cell.from_dict(cell) for cell in grid["cells"]]
+    records = {cell: record for cell in cells if (record := read_record(cell, output))}
+    names = list(dict.fromkeys(cell.model for cell in cells))
+    tasks = [name for name in TASKS if any(cell.task == name for cell in cells)]
+    columns = [f"{task}/{metric}" for task in tasks for metric in TASKS[task].metrics]
+    groups = [
+        group
+        for name in names
+        for task in tasks
+        if (group := [cell for cell in cells if (cell.model, cell.task) == (name, task)])
+    ]
+    found = [choose(group, {cell: records[cell]["scores"] for cell in group if cell in records}) for group in groups]
+    choices = [choice for choice in found if choice]
+    scores = {name: _scores(choice for choice in choices if choice.model == name) for name in names}
+    firsts = [f"{task}/{TASKS[task].metrics[0]}" for task in tasks if task not in NOT_AVERAGED]
+    averaged = [column for column in firsts if all(column in scores[name] for name in names)]
+    averaged = averaged if len(averaged) > 1 else []
+    rows = [
+        Row(
+            name=name,
+            parameters=grid["models"][name]["parameters"],
+            scores=scores[name],
+            average=statistics.fmean(scores[name][column].median for column in averaged) if averaged else None,
+        )
+        for name in names
+    ]
+    return Summary(
+        columns=columns,
+        averaged=averaged,
+        rows=[*rows, *(_published(columns) if published else [])],
+        choices=choices,
+        failures=[(cell.title, read_error(cell, output) or "not run yet") for cell in cells if cell not in records],
+        conditions=_conditions(cells, records, grid["quick"]),
+    )
+
+
+def choose(cells: Sequence[Cell], scores: Mapping[Cell, Mapping[str, float]]) -> Choice | None:
+    """Return the best hyper-parameters of a model and a task; None where no cell is finished.
+
+    Args:
+        cells: all that were planned.
+        scores: of the finished ones, by metric.
+    """
+    pairs: dict[tuple[float, int], list[Cell]] = {}
+    for cell in cells:
+        pairs.setdefault((cell.learning_rate, cell.epochs), []).append(cell)
+    task = TASKS[cells[0].task]
+    finished = {pair: [scores[cell] for cell in group if cell in scores] for pair, group in pairs.items()}
+    candidates = [pair for pair, found in finished.items() if len(found) == len(pairs[pair])]
+    if not candidates:
+        most = max(map(len, finished.values()))
+        candidates = [pair for pair, found in finished.items() if len(found) == most > 0]
+    if not candidates:
+        return None
+    medians = {pair: statistics.median(one[task.metrics[0]] for one in finished[pair]) for pair in candidates}
+    best = min(candidates, key=lambda pair: (-medians[pair], pair))
+    return Choice(
+        model=cells[0].model,
+        task=task.name,
+        learning_rate=best[0],
+        epochs=best[1],
+        scores={metric: Score.of([one[metric] for one in finished[best]]) for metric in task.metrics},
+        n=len(finished[best]),
+        planned=len(pairs[best]),
+        tried=len(candidates),
+    )
+
+
+def write_summary(summary: Summary, output: Path) -> None:
+    """Write `summary.md`, `.csv`, `.json` and `.png` into a folder."""
+    from scaledistill.glue.picture import draw
+
+    (output / "summary.md").write_text(summary.markdown())
+    with (output / "summary.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(
+            ["model", "published", "task", "metric", "median", "low", "high", "n", "learning_rate", "epochs"]
+        )
+        chosen = {(choice.model, choice.task): choice for choice in summary.choices}
+        for row in summary.rows:
+            for column, score in row.scores.items():
+                task, metric = column.split("/")
+                choice = None if row.published else chosen[row.name, task]
+                picked = [choice.learning_rate, choice.epochs] if choice else ["", ""]
+                numbers = [score.median, score.low, score.high, score.n]
+                table.writerow([row.name, row.published or "", task, metric, *numbers, *picked])
+    write_json(output / "summary.json", asdict(summary))
+    draw(summary, output / "summary.png")
+
+
+def column_title(column: str) -> str:
+    """Return "CoLA matthews" for "cola/matthews"."""
+    task, metric = column.split("/")
+    return f"{TASKS[task].title} {metric.replace('_', ' ')}"
+
+
+def _scores(choices: Any) -> dict[str, Score]:
+    return {f"{choice.task}/{metric}": score for choice in choices for metric, score in choice.scores.items()}
+
+
+def _published(columns: Sequence[str]) -> list[Row]:
+    rows = []
+    for row in PUBLISHED:
+        scores = {column: Score.of([row.scores[column]]) for column in columns if column in row.scores}
+        if scores:
+            rows.append(Row(row.name, row.parameters, scores, average=None, published=row.source))
+    return rows
+
+
+def _conditions(cells: Sequence[Cell], records: Mapping[Cell, Mapping[str, Any]], quick: bool) -> list[str]:
+    """Say what the scores depend on."""
+    sentences = [
+        "Scores are those of the dev sets after the last epoch; hyper-parameters were chosen on the same sets."
+    ]
+    if quick:
+        sentences.insert(0, "A quick look: few hyper-parameters and rows; not to be compared with published numbers.")
+    if limits := sorted({cell.conditions.max_train_rows for cell in cells if cell.conditions.max_train_rows}):
+        cut = {TASKS[cell.task].title for cell, record in records.items()
+               if record["train_rows"] == cell.conditions.max_train_rows}  # fmt: skip
+        titles = [task.title for task in TASKS.values() if task.title in cut]
+        sentences.append(
+            f"At most {limits[0]:,} training rows a task, the same ones for all (cut: {', '.join(titles)})."
+        )
+    pairs = sorted({(cell.learning_rate, cell.epochs) for cell in cells})
+    rates, epochs = (sorted(set(values)) for values in zip(*pairs, strict=True))
+    sentences.append(
+        f"Learning rates {', '.join(f'{rate:g}' for rate in rates)}; epochs {', '.join(map(str, epochs))}; seeds "
+        f"{', '.join(map(str, sorted({cell.seed for cell in cells})))}; batch size "
+        f"{', '.join(map(str, sorted({cell.conditions.batch_size for cell in cells})))}."
+    )
+    return sentences
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]

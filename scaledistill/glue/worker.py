@@ -1,0 +1,154 @@
+"""The process that fine-tunes, and the end of it that the grid holds.
+
+Enters: cells, a line of JSON each on the worker's stdin. Leaves: the cells' files, and on its stdout a line of JSON for
+what has happened. A process of its own has its own GPU and threads, can be killed at any moment, and takes nothing with
+it when it dies. Which cells go to which worker is left to `grid`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, cast
+
+import scaledistill
+from scaledistill.errors import ConfigError, DataError, DivergedError
+from scaledistill.glue.cell import Cell, write_error, write_record
+
+COMMAND = (sys.executable, "-m", __name__)
+PROGRESS_SECONDS = 1.0
+# Set by launchers; a worker that saw them would look for the other ranks.
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "GROUP_", "ROLE_")
+
+
+class Worker:
+    """A process that fine-tunes one cell after the other."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Start it, with `environment` besides the variables of this process."""
+        package = str(Path(scaledistill.__file__).parent.parent)
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+        variables |= {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
+        variables |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what deterministic algorithms ask for
+        variables.setdefault(
+            "OMP_WAIT_POLICY", "PASSIVE"
+        )  # beside other busy processes, spinning threads halve the pace
+        variables |= environment
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
+        self._process = subprocess.Popen(
+            COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=variables,
+            bufsize=0,
+        )
+        self._rest = b""
+        self.cell: Cell | None = None
+        self.ready = False
+
+    def fileno(self) -> int:
+        return cast(IO[bytes], self._process.stdout).fileno()
+
+    def give(self, cell: Cell, output: Path, model_folder: Path, data_folder: Path | None) -> None:
+        """Hand it a cell; the answers follow."""
+        self.cell = cell
+        folders = {"output": output, "model_folder": model_folder, "data_folder": data_folder}
+        job = {"cell": asdict(cell), **{name: folder and str(folder) for name, folder in folders.items()}}
+        with contextlib.suppress(BrokenPipeError):  # `answers` tells that it has ended
+            cast(IO[bytes], self._process.stdin).write((json.dumps(job) + "\n").encode())
+
+    def answers(self) -> list[dict[str, Any]] | None:
+        """Return what has come since; None where the process has ended. Blocks unless `fileno` is readable."""
+        received = os.read(self.fileno(), 1 << 16)
+        if not received:
+            return None
+        *lines, self._rest = (self._rest + received).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def last_words(self) -> tuple[str, str]:
+        """Return how the process ended, and the end of what it wrote."""
+        status = self._process.wait()
+        how = f"exit status {status}"
+        if status < 0:
+            how = f"{signal.Signals(-status).name}" + (", as when memory runs out" if status == -signal.SIGKILL else "")
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 4000))
+        return how, self._log.read().decode(errors="replace")
+
+    def end(self) -> None:
+        """Kill the process; what it has finished lies on the disk."""
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+
+def main() -> None:
+    """Fine-tune what comes on stdin until it closes; leave after a failure that nobody thought of."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the process that started this one, which then ends it
+        signal.signal(number, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print
+
+    def answer(**values: Any) -> None:
+        answers.write(json.dumps(values) + "\n")
+
+    jobs = _jobs()
+    from scaledistill.glue.finetune import fine_tune
+
+    answer(ready=True)
+    for job in jobs:
+        cell, output = Cell.from_dict(job["cell"]), Path(job["output"])
+        data_folder = None if job["data_folder"] is None else Path(job["data_folder"])
+        try:
+            record, predictions = fine_tune(cell, Path(job["model_folder"]), data_folder, _Progress(answer))
+            write_record(cell, output, record, predictions)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is shown as this cell's
+            expected = isinstance(error, (ConfigError, DataError, DivergedError))
+            text = str(error) if expected else f"{type(error).__name__}: {error}"
+            write_error(cell, output, text, traceback.format_exc())
+            answer(finished=False, leaves=not expected)
+            if not expected:
+                return
+        else:
+            answer(finished=True, leaves=False)
+
+
+class _Progress:
+    """Passes the finished share of a cell on, not too often."""
+
+    def __init__(self, answer: Callable[..., None]) -> None:
+        self._answer, self._told = answer, time.monotonic()
+
+    def __call__(self, fraction: float) -> None:
+        if time.monotonic() - self._told >= PROGRESS_SECONDS:
+            self._told = time.monotonic()
+            self._answer(fraction=fraction)
+
+
+def _jobs() -> Iterator[dict[str, Any]]:
+    """Return the jobs from stdin, and end the process as soon as stdin closes: whoever started it is gone."""
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(1)
+
+    threading.Thread(target=read, daemon=True).start()
+    return map(json.loads, iter(lines.get, ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The GLUE runner with fine-tuning that takes no time: for tests of how processes are started, stopped and lost.
+
+`glue_stub.py worker` is a worker; `glue_stub.py OPTION …` is the command line, whose workers are such.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+import types
+from typing import Any
+
+from scaledistill.glue import worker
+from scaledistill.glue.cell import Cell
+
+COMMAND = (sys.executable, __file__, "worker")
+
+
+def fine_tune(cell: Cell, *_: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    time.sleep(float(os.environ.get("GLUE_STUB_SECONDS", "0")))
+    if cell.seed == 13:
+        raise ValueError("unlucky")
+    score = hashlib.sha256(cell.path(worker.Path()).name.encode()).digest()[0] / 3
+    scores = {"matthews": score} if cell.task == "cola" else {"pearson": score, "spearman": score / 2}
+    return {"scores": scores, "epochs": [], "train_rows": 40, "seconds": 0.1}, [{"id": "0", "prediction": score}]
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "worker":
+        sys.modules["scaledistill.glue.finetune"] = types.SimpleNamespace(fine_tune=fine_tune)  # type: ignore[assignment]
+        worker.main()
+    else:
+        worker.COMMAND = COMMAND
+        from scaledistill.glue.command import main
+
+        sys.exit(main())

@@ -1,0 +1,101 @@
+"""Scores from Python, and at the end of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_tree
+from ranks import run_ranks
+from test_train import distil
+
+from scaledistill.configfile import parse_config
+from scaledistill.errors import ConfigError, DataError
+from scaledistill.evaluation import create_summary_table, evaluate
+
+ROWS = [(f"w{i % 190:03} w{i % 7:03}", f"w{(i + i % 2) % 190:03}", i % 2) for i in range(48)]
+
+
+@pytest.fixture(scope="module")
+def glue_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RTE and CoLA with 48 and 24 rows of the tiny vocabulary's words."""
+    folder = tmp_path_factory.mktemp("glue")
+    for split, rows in (("train", ROWS), ("dev", ROWS[:24])):
+        for task in ("RTE", "CoLA"):
+            (folder / task).mkdir(exist_ok=True)
+        names = ("entailment", "not_entailment")
+        lines = [f"{i}\t{one}\t{other}\t{names[label]}" for i, (one, other, label) in enumerate(rows)]
+        (folder / "RTE" / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *lines]) + "\n")
+        lines = [f"s\t{label}\t\t{one}" for one, _, label in rows]
+        (folder / "CoLA" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def make_tree(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path, glue_folder: Path
+) -> Callable[..., dict[str, Any]]:
+    """Return a function that makes the configuration of a run with an evaluation."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards)
+        evaluation = {"tasks": ["rte"], "data_folder": str(glue_folder), "learning_rates": [1e-3], "epochs": [1]}
+        tree["evaluation"] = {**evaluation, "seeds": [1], "max_length": 16, **changes}
+        return tree
+
+    return make
+
+
+def test_a_run_ends_with_its_scores(make_tree: Callable[..., dict[str, Any]]) -> None:
+    tree = make_tree(include_teacher=True)
+    folder = Path(tree["run"]["folder"])
+    state, code, message = run_ranks(distil, 1, tree)[0]
+    assert (state, code) == ("done", 0), message
+    assert message.endswith("evaluation/summary.md")
+    scores = json.loads((folder / "evaluation" / "summary.json").read_text())
+    assert [row["name"] for row in scores["rows"]] == ["l2", "teacher"]
+    card = (folder / "export" / "l2" / "README.md").read_text()
+    assert card.count("## Evaluation") == 1
+    assert card.index("## Untrained parts") < card.index("## Evaluation") < card.index("## Licence")
+    assert "| l2 |" in card
+    cells = {path: path.stat().st_mtime_ns for path in folder.glob("evaluation/cells/*/*/*.json")}
+    assert len(cells) == 2
+    assert run_ranks(distil, 1, tree)[0][0] == "done"  # exports again; the same weights have their scores
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("evaluation/cells/*/*/*.json")} == cells
+    assert (folder / "export" / "l2" / "README.md").read_text().count("## Evaluation") == 1
+
+
+def test_an_evaluation_that_cannot_be_is_told_before_the_run(make_tree: Callable[..., dict[str, Any]]) -> None:
+    for changes, message in (
+        ({"tasks": ["rtee"]}, "unknown task 'rtee', expected some of .* did you mean rte"),
+        ({"tasks": ["mrpc"]}, "has no folder for MRPC"),
+    ):
+        tree = make_tree(**changes)
+        state, code, text = run_ranks(distil, 1, tree)[0]
+        assert state in ("ConfigError", "DataError")
+        assert code in (2, 3)
+        assert re.search(message, text)
+        assert not (Path(tree["run"]["folder"]) / "metrics.jsonl").exists()
+    with pytest.raises(ConfigError, match=r"evaluation\.task\b.*tasks"):
+        parse_config({**make_tree(), "evaluation": {"task": ["rte"]}})
+
+
+def test_evaluate_and_its_table(tmp_path: Path, tiny_teacher: Path, glue_folder: Path) -> None:
+    given: dict[str, Any] = {"data_dir": glue_folder, "output_dir": tmp_path / "out", "max_seq_length": 16}
+    result = evaluate(str(tiny_teacher), ["rte", "cola"], 1e-3, 1, seed=[1, 2], **given)
+    assert (len(result.finished), result.failures) == (4, {})
+    table = create_summary_table(tmp_path / "out")
+    assert list(table.columns) == ["CoLA matthews", "RTE accuracy", "Average"]
+    [row] = table.index
+    assert row == tiny_teacher.name
+    assert table.loc[row, "Average"] == pytest.approx((table.loc[row].iloc[0] + table.loc[row].iloc[1]) / 2, abs=0.01)
+    assert (tmp_path / "out" / "summary_table.csv").read_text().startswith(",CoLA matthews,RTE accuracy,Average\n")
+    assert list(create_summary_table(tmp_path / "out", save=False, include_average=False).columns)[-1] == "RTE accuracy"
+    with pytest.raises(ConfigError, match=r"epochs.*found 0"):
+        evaluate(str(tiny_teacher), "rte", epochs=0, **given)
+    with pytest.raises(DataError, match=r"has no grid\.json"):
+        create_summary_table(tmp_path)

@@ -1,0 +1,184 @@
+"""tools/glue.py: options, what is wrong with models and data said before anything runs, --list, --json, exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import glue_stub
+import pytest
+from safetensors.torch import load_file
+from test_glue_grid import data, model, no_worker  # noqa: F401 - fixtures
+
+from scaledistill.glue import grid as grid_module
+from scaledistill.glue import speed as speed_module
+from scaledistill.glue import worker as worker_module
+from scaledistill.glue.command import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> Run:  # noqa: F811
+    """Run the tool with a stub of fine-tuning; keywords add or, with None, remove options."""
+    monkeypatch.setattr(worker_module, "COMMAND", glue_stub.COMMAND)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def call(*flags: str, **changes: Any) -> tuple[int, str, str]:
+        options: dict[str, Any] = {"model": f"tiny={model}", "tasks": "cola,stsb", "data_dir": data, "epochs": 1}
+        options |= {"learning_rates": "1e-3", "seeds": "1,2", "max_length": 24, "output": tmp_path / "out"} | changes
+        given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+        try:
+            code = main([*given, *flags])
+        except SystemExit as left:
+            code = int(str(left.code))
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def copy(folder: Path, target: Path, *without: str) -> Path:
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*without))
+    return target
+
+
+def test_a_grid_with_a_failing_cell(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cells go on after one that fails in a way that nobody thought of; --json is the same from run to run."""
+    code, out, err = run("--published", seeds="13,1,2", json=tmp_path / "a.json")
+    assert code == 3
+    assert "tiny cola 0.001 × 1 seed 13  failed: ValueError: unlucky" in err
+    assert "6/6  tiny stsb" in err
+    assert "Traceback" not in err
+    assert "not finished: tiny cola 0.001 × 1 seed 13: ValueError: unlucky" in out
+    assert "(2 of 3)" in out
+    assert "BERT-base → 6×768" in out
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert [figure["name"] for figure in figures] == [
+        *("tiny/cola/matthews", "tiny/stsb/pearson", "tiny/stsb/spearman", "tiny/average"),
+    ]
+    assert all(figure.keys() == {"name", "value", "unit", "n"} for figure in figures)
+    monkeypatch.setattr(grid_module, "Worker", no_worker)
+    code, *_ = run(seeds="1,2", json=tmp_path / "b.json")
+    assert code == 0
+    assert "4 of 4 cells are finished already" in caplog.text
+    assert json.loads((tmp_path / "b.json").read_text()) == figures
+
+
+def test_list_runs_nothing(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("--list")
+    assert code == 0
+    assert re.search(r"4 of 4 cells to run, one at a time: about \d+ s \(estimated: FLOPs at half of the matrix", out)
+    assert not (tmp_path / "out").exists()
+    assert run(seeds="1")[0] == 0
+    code, out, _ = run("--list")
+    assert "2 of 4 cells to run, one at a time: about 0 s (from the 2 finished cells)" in out
+    assert re.search(r"tiny\s*│ CoLA\s*│ 2\s*│ 1\s*│ 0\s*│ 24\s*│ 0 s", out)
+
+
+def test_quick_settings_give_way_to_what_is_said(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("--quick", learning_rates=None, seeds=None, epochs=3)
+    assert code == 0
+    assert "A quick look" in out
+    assert "Learning rates 0.0001; epochs 3; seeds 1; batch size 32." in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        ({}, ["--learning-rate=1e-3"], "glue: unknown option --learning-rate=1e-3; did you mean --learning-rates?"),
+        ({}, ["cola"], "glue: unknown argument cola"),
+        ({"model": None}, [], "glue: --model is missing"),
+        ({"tasks": None}, [], "glue: --tasks is missing"),
+        ({"tasks": "cola,SST-2"}, [], "unknown task 'SST-2', expected some of cola, "),
+        ({"tasks": "cola,SST-2"}, [], "did you mean sst2?"),
+        ({"tasks": ","}, [], "--tasks: found []"),
+        ({"epochs": "3,five"}, [], "argument --epochs: found '3,five', expected whole numbers, separated by commas"),
+        ({"epochs": "3,0"}, [], "--epochs: found 0; Input should be greater than 0"),
+        ({"learning_rates": "1e-3,0.001"}, [], "--learning-rates has 0.001 more than once; name it once"),
+        ({"max_length": "65"}, [], "--max-length 65 (CoLA) is more than the 64 positions of model tiny"),
+        ({"workers": "1000"}, [], "--workers 1000, expected 1 to "),
+        ({"json": "nowhere/x.json"}, [], "--json nowhere/x.json: no folder nowhere; make it first"),
+        ({"model": "x="}, [], "--model 'x=': expected a folder or hub name after '='"),
+        ({}, ["--speed"], "the speed is measured on 128 tokens, more than the 64 positions of model tiny"),
+    ],
+)
+def test_wrong_options(run: Run, changes: dict[str, Any], flags: list[str], message: str) -> None:
+    code, out, err = run(*flags, **changes)
+    assert message in err
+    assert code == 2
+    assert not out
+
+
+def test_two_models_of_one_name(run: Run, model: Path) -> None:  # noqa: F811
+    code, _, err = run(f"--model={model}/../{model.name}/", model=model)
+    assert code == 2
+    assert f"glue: two models are called '{model.name}': {model} and " in err
+    assert "give one as --model NAME=" in err
+
+
+def test_every_wrong_model_and_task_is_named_at_once(run: Run, model: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
+    untokenized = copy(model, tmp_path / "untokenized", "tokenizer*", "special*")
+    bare = copy(model, tmp_path / "bare", "config.json")
+    pickled = copy(model, tmp_path / "pickled", "model.safetensors")
+    (pickled / "pytorch_model.bin").touch()
+    cut = copy(model, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-100])
+    larger = copy(model, tmp_path / "larger")
+    config = json.loads((larger / "config.json").read_text())
+    (larger / "config.json").write_text(json.dumps(config | {"vocab_size": 150}))
+    models = [untokenized, bare, pickled, cut, larger, tmp_path / "untokenised", tmp_path / "w rong"]
+    code, out, err = run(*(f"--model={folder}" for folder in models), tasks="cola,rte", output=tmp_path / "out")
+    assert code in (2, 3)
+    assert not out
+    for expected in (
+        "model untokenized=.* has no tokenizer; copy tokenizer.json and tokenizer_config.json there from the model",
+        "model bare=.* has no config.json; give the folder that save_pretrained wrote",
+        r"model pickled=.* has pickled weights only \(pytorch_model.bin\)",
+        r"model cut=.*: model.safetensors cannot be read \(.*\); fetch the model again",
+        "model larger=.*: its tokenizer has 200 tokens, the model 150; they do not belong together",
+        "model untokenised=.*: no such folder; did you mean .*/untokenized?",
+        "model name 'w rong': expected letters, digits",
+        r"has no folder for RTE \(found: CoLA, MNLI, STS-B\)",
+    ):
+        assert re.search("^glue: " + expected if "model" in expected else expected, err, re.MULTILINE), (expected, err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("dev.tsv", "", "dev.tsv has no examples; fetch CoLA again"),
+        ("train.tsv", "src\t1\tsentence\n", r"train.tsv:1: found 3 columns, expected 4"),
+        ("dev.tsv", "src\t1\t\ta b\nsrc\t2\t\tb\n", r"dev.tsv:2: label '2', expected 0 or 1"),
+        ("dev.tsv", None, "has neither dev.tsv nor dev.tsv.gz; fetch CoLA again, or leave the task out"),
+    ],
+)
+def test_wrong_data(run: Run, data: Path, tmp_path: Path, file: str, content: str | None, message: str) -> None:  # noqa: F811
+    folder = copy(data, tmp_path / "glue")
+    (folder / "CoLA" / file).unlink()
+    if content is not None:
+        (folder / "CoLA" / file).write_text(content)
+    code, _, err = run(data_dir=folder)
+    assert code == 3
+    assert re.search(message, err)
+
+
+def test_the_speed_of_models(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(speed_module, "TOKENS", 16)
+    monkeypatch.setattr(speed_module, "ROUND_SECONDS", 0.0)
+    code, out, _ = run("--speed", f"--model=other={model}", seeds="1")
+    assert code == 0
+    assert "Speed of the encoders, 16 tokens, float32, CPU, " in out
+    figures = {figure["name"]: figure for figure in json.loads((tmp_path / "out/speed.json").read_text())}
+    assert figures["tiny/speedup/batch-1"]["value"] == 1
+    assert figures["other/parameters"]["value"] == sum(
+        weight.numel() for weight in load_file(model / "model.safetensors").values()
+    )
+    assert {figure["n"] for name, figure in figures.items() if "batch" in name} == {speed_module.ROUNDS}
+    assert "| other |" in (tmp_path / "out/speed.md").read_text()
