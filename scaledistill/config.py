@@ -232,6 +232,9 @@ class EvaluationSettings(Settings):
     """Tokens of an example; 128 unless said, 384 for SQuAD 2.0."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    group_by_length: bool = False
+    """Put rows of similar length into a batch, in transformers' way: a half to two thirds less padding to compute; the
+    order of the rows is less random then."""
     max_train_rows: Positive | None = None
     """At most so many training rows of each task, the same ones for every model and seed; all unless said."""
 

@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "seeds": [1, 2],
     "batch_size": 8,
     "max_length": 24,
+    "group_by_length": True,
 }
 
 
@@ -105,7 +106,7 @@ def settings(data: Path, **changes: Any) -> EvaluationSettings:
 def result(tmp_path_factory: pytest.TempPathFactory, model: Path, broken: Path, data: Path) -> GridResult:
     """A real grid with a model that fails, in one worker of one thread."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(grid_module, "_environment", lambda *_: {"OMP_NUM_THREADS": "1"})
         models = {"broken": str(broken), "tiny": str(model)}
         return run_grid(models, settings(data), tmp_path_factory.mktemp("grid"))
 
@@ -167,7 +168,7 @@ def test_predictions_stand_beside_the_record(result: GridResult) -> None:
 def test_the_same_cell_gives_the_same_scores_and_divergence_fails(
     result: GridResult, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(grid_module, "_environment", lambda *_: {"OMP_NUM_THREADS": "1"})
     changed = settings(data, learning_rates=[1e30, 1e-3], seeds=[2], tasks=["cola"])
     again = run_grid({"tiny": str(model)}, changed, tmp_path)
     [cell] = again.finished
@@ -305,7 +306,8 @@ def test_interrupted_twice_it_ends_with_the_same_numbers(
     output = tmp_path / "out"
     options = {"model": f"tiny={model}", "data-dir": data, "tasks": "cola,stsb", "learning-rates": "1e-3,2e-3"}
     options |= {"epochs": 2, "seeds": "1,2", "batch-size": 8, "max-length": 24, "output": output}
-    command = [sys.executable, glue_stub.__file__, *(f"--{name}={value}" for name, value in options.items())]
+    arguments = ["--group-by-length", *(f"--{name}={value}" for name, value in options.items())]
+    command = [sys.executable, glue_stub.__file__, *arguments]
     kept: dict[Path, tuple[int, bytes]] = {}
     for kill in (signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen(

@@ -15,7 +15,7 @@ from scaledistill.glue.cell import Cell, Conditions, write_error, write_record
 from scaledistill.glue.summary import GRID, Summary, choose, summary_of, write_summary
 from scaledistill.glue.tasks import TASKS
 
-CONDITIONS = Conditions("d", 128, 32, 0.1, 0.01, None)
+CONDITIONS = Conditions("d", 128, 32, 0.1, 0.01, False, None)
 
 
 def cell(task: str = "rte", rate: float = 1e-5, epochs: int = 3, seed: int = 1, model: str = "m") -> Cell:

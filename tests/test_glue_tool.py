@@ -85,7 +85,7 @@ def test_quick_settings_give_way_to_what_is_said(run: Run, tmp_path: Path) -> No
     code, out, _ = run("--quick", learning_rates=None, seeds=None, epochs=3)
     assert code == 0
     assert "A quick look" in out
-    assert "Learning rates 0.0001; epochs 3; seeds 1; batch size 32." in out
+    assert "Learning rates 0.0001; epochs 3; seeds 1; batch size 32, rows of similar length together." in out
 
 
 @pytest.mark.parametrize(

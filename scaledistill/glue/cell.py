@@ -32,13 +32,16 @@ class Conditions:
     batch_size: int
     warmup_fraction: float
     weight_decay: float
+    group_by_length: bool
     max_train_rows: int | None
     recipe: int = RECIPE
 
     @property
     def general(self) -> tuple[object, ...]:
         """Those that do not depend on the task."""
-        return self.batch_size, self.warmup_fraction, self.weight_decay, self.max_train_rows, self.recipe
+        found = asdict(self)
+        del found["data_sha256"], found["max_length"]
+        return tuple(found.values())
 
 
 @dataclass(frozen=True)

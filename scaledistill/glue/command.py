@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from scaledistill.glue.grid import GridResult, Update
     from scaledistill.glue.plan import Plan
 
-QUICK = {"learning_rates": [1e-4], "epochs": [2], "seeds": [1], "max_train_rows": 1500}
+QUICK = EvaluationSettings(
+    tasks=["cola"], learning_rates=[1e-4], epochs=[2], seeds=[1], max_train_rows=1500, group_by_length=True
+)
 DEFAULTS = EvaluationSettings(tasks=["cola"])
 DESCRIPTION = """Fine-tune and score models on GLUE and SQuAD 2.0.
 
@@ -84,8 +86,12 @@ def parser() -> argparse.ArgumentParser:
         "--max-train-rows", type=int, metavar="N", help="at most N training rows a task, the same for all models"
     )
     grid.add_argument(
+        "--group-by-length", action=argparse.BooleanOptionalAction,
+        help="batches of rows of similar length: up to three times faster, and their order less random (default: no)",
+    )  # fmt: skip
+    grid.add_argument(
         "--quick", action="store_true",
-        help="a quick look; unless said: learning rate 1e-4, 2 epochs, seed 1, 1,500 training rows a task",
+        help="a quick look; unless said: learning rate 1e-4, 2 epochs, seed 1, 1,500 training rows a task, by length",
     )  # fmt: skip
     run = parse.add_argument_group("the run")
     run.add_argument("--output", type=Path, metavar="DIR", help="(default: runs/glue; with --quick: runs/glue-quick)")
@@ -152,7 +158,9 @@ def settings_of(options: argparse.Namespace) -> EvaluationSettings:
     """
     given = {name: getattr(options, name) for name in EvaluationSettings.model_fields if hasattr(options, name)}
     given["tasks"] = [task for task in options.tasks.split(",") if task]
-    values = (QUICK if options.quick else {}) | {name: value for name, value in given.items() if value is not None}
+    values = (QUICK if options.quick else DEFAULTS).model_dump() | {
+        name: value for name, value in given.items() if value is not None
+    }
     try:
         return EvaluationSettings.model_validate(values)
     except ValidationError as error:

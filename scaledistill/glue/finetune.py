@@ -187,6 +187,7 @@ def _train(
             lr_scheduler_type="linear",
             warmup_steps=math.ceil(conditions.warmup_fraction * steps),
             weight_decay=conditions.weight_decay,
+            train_sampling_strategy="group_by_length" if conditions.group_by_length else "random",
             bf16=_bf16(),
             use_cpu=not on_gpu,
             dataloader_pin_memory=on_gpu,

@@ -231,8 +231,7 @@ def _environment(number: int, workers: int) -> dict[str, str]:
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number]}
-    if workers == 1:
-        return {}
+    # Said for one worker too: launchers leave 1 in the environment.
     return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers))}
 
 

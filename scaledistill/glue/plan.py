@@ -42,7 +42,8 @@ TOKENIZER_FILES = (
     *("sentencepiece.bpe.model", "tokenizer_config.json", "special_tokens_map.json"),
 )
 CHARACTERS_PER_TOKEN = 4.3  # English, WordPiece
-PADDING = 1.4  # tokens computed per token of text, where a batch is padded to its longest example
+PADDING = 2.0  # tokens computed per token of text, where a batch is padded to its longest example
+GROUPED_PADDING = 1.1  # the same, where its examples have similar lengths
 Thing = TypeVar("Thing")
 
 
@@ -197,7 +198,7 @@ def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
 
     def tokens(texts: Sequence[tuple[str, ...]]) -> float:
         counts = (1 + sum(len(text) / CHARACTERS_PER_TOKEN + 1 for text in row) for row in texts)
-        return PADDING * sum(min(length / PADDING, count) for count in counts)
+        return sum(min(length, count) for count in counts)
 
     used = min(len(train.texts), settings.max_train_rows or len(train.texts))
     conditions = Conditions(
@@ -206,10 +207,12 @@ def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
         batch_size=settings.batch_size,
         warmup_fraction=settings.warmup_fraction,
         weight_decay=settings.weight_decay,
+        group_by_length=settings.group_by_length,
         max_train_rows=settings.max_train_rows,
     )
-    train_tokens = tokens(train.texts) * used / len(train.texts)
-    return TaskData(task, conditions, used, train_tokens, sum(tokens(split.texts) for split in dev) / PADDING)
+    padding = GROUPED_PADDING if settings.group_by_length else PADDING
+    train_tokens = padding * tokens(train.texts) * used / len(train.texts)
+    return TaskData(task, conditions, used, train_tokens, sum(tokens(split.texts) for split in dev))
 
 
 def _load_config(folder: Path, model: str) -> PreTrainedConfig:

@@ -281,9 +281,9 @@ def _published(columns: Sequence[str]) -> list[Row]:
 
 def _conditions(cells: Sequence[Cell], records: Mapping[Cell, Mapping[str, Any]], quick: bool) -> list[str]:
     """Say what the scores depend on."""
-    sentences = [
-        "Scores are those of the dev sets after the last epoch; hyper-parameters were chosen on the same sets."
-    ]
+    pairs = sorted({(cell.learning_rate, cell.epochs) for cell in cells})
+    chosen = "; hyper-parameters were chosen on the same sets" if len(pairs) > 1 else ""
+    sentences = [f"Scores are those of the dev sets after the last epoch{chosen}."]
     if quick:
         sentences.insert(0, "A quick look: few hyper-parameters and rows; not to be compared with published numbers.")
     if limits := sorted({cell.conditions.max_train_rows for cell in cells if cell.conditions.max_train_rows}):
@@ -293,12 +293,12 @@ def _conditions(cells: Sequence[Cell], records: Mapping[Cell, Mapping[str, Any]]
         sentences.append(
             f"At most {limits[0]:,} training rows a task, the same ones for all (cut: {', '.join(titles)})."
         )
-    pairs = sorted({(cell.learning_rate, cell.epochs) for cell in cells})
     rates, epochs = (sorted(set(values)) for values in zip(*pairs, strict=True))
     sentences.append(
         f"Learning rates {', '.join(f'{rate:g}' for rate in rates)}; epochs {', '.join(map(str, epochs))}; seeds "
         f"{', '.join(map(str, sorted({cell.seed for cell in cells})))}; batch size "
-        f"{', '.join(map(str, sorted({cell.conditions.batch_size for cell in cells})))}."
+        f"{', '.join(map(str, sorted({cell.conditions.batch_size for cell in cells})))}"
+        + (", rows of similar length together." if any(cell.conditions.group_by_length for cell in cells) else ".")
     )
     return sentences
 
