@@ -2,11 +2,13 @@
 
 Each command goes on where it stopped. In order, after the shards are made as docs/quality.md says:
 
-  quality.py distil --runs students --tokens 10_000_000    long runs, which tools/glue.py then scores
+  quality.py distil --runs students --tokens 10_000_000    long runs, of the first measured students
   quality.py undistilled                                   the same students as they were before distillation
   quality.py peer --text FILE … --tokens 10_000_000        bertdistiller's student, in an environment of its own
+  quality.py glue --runs students --data-dir GLUE          fine-tune and score all of these
   quality.py distil --runs ablations --tokens 2_000_000    short runs, three seeds each
   quality.py yardstick                                     held-out relation loss of every student, the same for all
+  quality.py glue --runs tap --data-dir GLUE               the downstream scores that "tap" is judged by
   quality.py report                                        tables and plots from what is finished
 """
 
@@ -16,10 +18,9 @@ import argparse
 import concurrent.futures
 import json
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 YARDSTICK_HEADS = (12, 24, 48)
 WARMUP_FRACTION = 0.1
+# The same for all. CoLA has 8,551 training rows: only SST-2 is cut.
+GLUE = {
+    "tasks": "cola,sst2,mrpc,stsb,rte",
+    "learning-rates": "1e-4",
+    "epochs": "3",
+    "seeds": "1,2,3",
+    "max-train-rows": "8551",
+}
 
 
 def main() -> int:
@@ -79,9 +88,11 @@ def parse_arguments() -> argparse.Namespace:
     peer.add_argument("--tokens", type=int, required=True)
     peer.add_argument("--environment", type=Path, help="its virtual environment (default: made in the user's cache)")
     command("yardstick", measure_all, "measure the held-out relation loss of every student")
-    report = command("report", write_report, "write tables and plots from what is finished")
-    report.add_argument("--glue", type=Path, help="output folder of tools/glue.py")
-    report.add_argument("--output", type=Path, default=Path("docs/quality"), help="(default: %(default)s)")
+    glue = command("glue", score_all, "score what is finished with tools/glue.py")
+    glue.add_argument("--runs", choices=("students", "tap"), required=True)
+    glue.add_argument("--data-dir", type=Path, required=True, help="folder with the GLUE files")
+    tell = command("report", report, "write tables and plots from what is finished")
+    tell.add_argument("--document", type=Path, default=Path("docs/quality.md"), help="(default: %(default)s)")
     return parser.parse_args()
 
 
@@ -230,64 +241,37 @@ def measure_all(options: argparse.Namespace) -> None:
         print(name, *(f"{heads} heads {loss:.5f}" for heads, loss in by_heads.items()), sep="  ")
 
 
-def write_report(options: argparse.Namespace) -> None:
-    path = options.folder / "yardsticks.json"
-    if not path.is_file():
-        raise DataError(f"{path} is missing; run `quality.py yardstick` first")
-    found: dict[str, dict[str, float]] = json.loads(path.read_text())
-    by_variant: dict[str, list[dict[str, float]]] = {}
-    for name, losses in sorted(found.items()):
-        kind, _, run = name.partition("/")
-        if kind == "short":
-            by_variant.setdefault(run.rpartition("-seed")[0], []).append(losses)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "ablations.md").write_text(ablation_table(by_variant))
-    write_json(options.output / "yardsticks.json", found)
-    draw_ablations(by_variant, options.output / "ablations.png")
-    print((options.output / "ablations.md").read_text())
+def score_all(options: argparse.Namespace) -> int:
+    """Run tools/glue.py on what is finished of the students, or of the runs that `tap` is judged by."""
+    config, runs = settings(), options.folder
+    seeds = GLUE["seeds"]
+    if options.runs == "students":
+        models = {"teacher": Path(config["teacher"]["model"])}
+        for name in STUDENTS:
+            models[name] = runs / "long" / f"{name}-seed1" / "export" / NAME
+            models[f"{name}-undistilled"] = runs / "undistilled" / name / "export" / NAME
+        models["bertdistiller"] = runs / "peer" / "export" / NAME
+    else:
+        seeds = "1"  # of the fine-tuning; those of the distillation are the repetitions
+        models = {
+            f"{name}-seed{seed}": runs / "short" / f"{name}-seed{seed}" / "export" / NAME
+            for seed in (1, 2, 3)
+            for name in ("base", "tap-extra")
+        }
+    models = {name: folder for name, folder in models.items() if (folder / "config.json").is_file()}
+    values = GLUE | {"seeds": seeds, "data-dir": options.data_dir}
+    values["output"] = runs / ("glue" if options.runs == "students" else "glue-tap")
+    command = [sys.executable, str(Path(__file__).with_name("glue.py")), "--group-by-length"]
+    command += [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    command += [part for name, folder in models.items() for part in ("--model", f"{name}={folder}")]
+    return subprocess.run(command, check=False).returncode
 
 
-def ablation_table(by_variant: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Return a Markdown table: median (lowest to highest) by yardstick, and Welch's test against the base."""
-    from scipy.stats import ttest_ind
+def report(options: argparse.Namespace) -> None:
+    from quality_report import write_report
 
-    lines = [
-        "| variant | n | " + " | ".join(f"R = {heads}" for heads in YARDSTICK_HEADS) + " | against base at R = 48 |",
-        "|---" * (len(YARDSTICK_HEADS) + 3) + "|",
-    ]
-    for variant in [name for name in ABLATIONS if name in by_variant]:
-        runs = by_variant[variant]
-        cells = []
-        for heads in YARDSTICK_HEADS:
-            losses = [run[str(heads)] for run in runs]
-            cells.append(f"{statistics.median(losses):.4f} ({min(losses):.4f}–{max(losses):.4f})")
-        ours, base = ([run["48"] for run in by_variant.get(name, [])] for name in (variant, "base"))
-        verdict = "–"
-        if variant != "base" and min(len(ours), len(base)) > 1:
-            ratio = statistics.mean(ours) / statistics.mean(base) - 1
-            chance = ttest_ind(ours, base, equal_var=False).pvalue
-            verdict = f"{ratio:+.1%}, p = {chance:.2g}{'' if chance < 0.05 else ' (not significant)'}"
-        lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} | {verdict} |")
-    return "\n".join(lines) + "\n"
-
-
-def draw_ablations(by_variant: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    variants = [name for name in reversed(ABLATIONS) if name in by_variant]
-    figure = Figure(figsize=(10, 1 + 0.4 * len(variants)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(YARDSTICK_HEADS), sharey=True)
-    for heads, axes in zip(YARDSTICK_HEADS, panels, strict=True):
-        for number, variant in enumerate(variants):
-            losses = [run[str(heads)] for run in by_variant[variant]]
-            axes.plot(losses, [number] * len(losses), "o", color="#0072b2", alpha=0.6)
-            axes.plot([statistics.median(losses)], [number], "|", color="black", markersize=16)
-        axes.set(xlabel="held-out relation loss", title=f"{heads} relation heads")
-        axes.grid(alpha=0.3)
-    panels[0].set_yticks(range(len(variants)), variants)
-    figure.savefig(path)
+    tables = write_report(options.folder, options.document, list(ABLATIONS), YARDSTICK_HEADS)
+    print(f"written into {options.document}: {', '.join(tables) or 'nothing, no step is finished'}")
 
 
 if __name__ == "__main__":
