@@ -24,7 +24,9 @@ def fine_tune(cell: Cell, *_: Any) -> tuple[dict[str, Any], list[dict[str, Any]]
         raise ValueError("unlucky")
     score = hashlib.sha256(cell.path(worker.Path()).name.encode()).digest()[0] / 3
     scores = {"matthews": score} if cell.task == "cola" else {"pearson": score, "spearman": score / 2}
-    return {"scores": scores, "epochs": [], "train_rows": 40, "seconds": 0.1}, [{"id": "0", "prediction": score}]
+    return {"scores": scores, "epochs": [], "train_rows": 40, "all_train_rows": 40, "seconds": 0.1}, [
+        {"id": "0", "prediction": score}
+    ]
 
 
 if __name__ == "__main__":

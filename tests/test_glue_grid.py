@@ -140,7 +140,7 @@ def test_a_record_says_everything(result: GridResult) -> None:
     record = read_record(cell, result.output)
     assert record is not None
     assert record["cell"]["conditions"]["batch_size"] == 8
-    assert record["train_rows"] == 24
+    assert record["train_rows"] == record["all_train_rows"] == 24
     assert record["dev_rows"] == {"dev": 12}
     assert [epoch["epoch"] for epoch in record["epochs"]] == [1, 2]
     assert record["epochs"][-1]["scores"] == record["scores"]

@@ -68,7 +68,7 @@ def output(tmp_path: Path) -> Path:
                 if model == "student-1" and (task == "mrpc" or (task == "rte" and seed == 2)):
                     continue
                 scores = {metric: base + seed + number for number, metric in enumerate(TASKS[task].metrics)}
-                write_record(one, tmp_path, {"scores": scores, "train_rows": 24}, [])
+                write_record(one, tmp_path, {"scores": scores, "train_rows": 24, "all_train_rows": 48}, [])
     write_error(cell("rte", seed=2, model="student-1"), tmp_path, "out of memory\nmore", "Traceback …")
     models = {name: {"path": name, "parameters": 22_713_216} for name in ("teacher", "student-1")}
     write_json(tmp_path / GRID, {"quick": False, "models": models, "cells": [asdict(one) for one in made]})
@@ -95,7 +95,7 @@ def test_the_tables(output: Path) -> None:
 def test_the_choice_is_shown_where_there_was_one(output: Path) -> None:
     grid = json.loads((output / GRID).read_text())
     other = cell("cola", rate=2e-5, model="teacher")
-    write_record(other, output, {"scores": {"matthews": 99.0}, "train_rows": 24}, [])
+    write_record(other, output, {"scores": {"matthews": 99.0}, "train_rows": 24, "all_train_rows": 48}, [])
     write_json(output / GRID, grid | {"cells": [*grid["cells"], asdict(other)]})
     assert "| teacher | 2e-05 × 3 (2) | 1e-05 × 3 (1) |" in summary_of(output).markdown()
 
@@ -125,7 +125,12 @@ def test_conditions_are_said(output: Path) -> None:
     for one in grid["cells"]:
         one["conditions"]["max_train_rows"] = 24
         made = Cell.from_dict(one)
-        write_record(made, output, {"scores": dict.fromkeys(TASKS[made.task].metrics, 50.0), "train_rows": 24}, [])
+        write_record(
+            made,
+            output,
+            {"scores": dict.fromkeys(TASKS[made.task].metrics, 50.0), "train_rows": 24, "all_train_rows": 48},
+            [],
+        )
     write_json(output / GRID, grid | {"quick": True})
     text = summary_of(output).markdown()
     assert "- A quick look: few hyper-parameters and rows; not to be compared with published numbers." in text

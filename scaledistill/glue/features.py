@@ -48,6 +48,8 @@ class Prepared:
     tokenizer: PreTrainedTokenizerFast
     train: Features
     train_rows: int
+    all_train_rows: int
+    """Those of the file."""
     dev: list[DevSplit]
     data_sha256: str
 
@@ -80,6 +82,7 @@ def _prepared(
     inputs: tuple[str, ...],
 ) -> Prepared:
     task, tokenizer = TASKS[task_name], load_tokenizer(model_folder)
+    tokenizer.padding_side = "right"  # where outputs are cut and spans are counted from the left
     train = read_split(task, "train", data_folder)
     rows = subset(len(train.texts), max_train_rows)
     dev = {split: read_split(task, split, data_folder) for split in task.dev_splits}
@@ -94,7 +97,7 @@ def _prepared(
         for feature in some:
             for name in feature.keys() - {*inputs}:  # such as segment ids, where a model has none
                 del feature[name]
-    return Prepared(tokenizer, features, len(rows), splits, data_sha256(train, dev.values()))
+    return Prepared(tokenizer, features, len(rows), len(train.texts), splits, data_sha256(train, dev.values()))
 
 
 def data_sha256(train: Examples, dev: Iterable[Examples]) -> str:

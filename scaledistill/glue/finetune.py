@@ -96,6 +96,7 @@ def fine_tune(
         "scores": epochs[-1]["scores"],
         "epochs": epochs,
         "train_rows": data.train_rows,
+        "all_train_rows": data.all_train_rows,
         "dev_rows": {split.name: split.rows for split in data.dev},
         "new_weights": new_weights,
         "parameters": model.num_parameters(),
@@ -184,6 +185,7 @@ def _train(
             learning_rate=cell.learning_rate,
             num_train_epochs=cell.epochs,
             seed=cell.seed,
+            data_seed=1000 * cell.seed,  # accelerate adds the epoch: seeds shall not share orders
             lr_scheduler_type="linear",
             warmup_steps=math.ceil(conditions.warmup_fraction * steps),
             weight_decay=conditions.weight_decay,

@@ -287,12 +287,10 @@ def _conditions(cells: Sequence[Cell], records: Mapping[Cell, Mapping[str, Any]]
     if quick:
         sentences.insert(0, "A quick look: few hyper-parameters and rows; not to be compared with published numbers.")
     if limits := sorted({cell.conditions.max_train_rows for cell in cells if cell.conditions.max_train_rows}):
-        cut = {TASKS[cell.task].title for cell, record in records.items()
-               if record["train_rows"] == cell.conditions.max_train_rows}  # fmt: skip
-        titles = [task.title for task in TASKS.values() if task.title in cut]
-        sentences.append(
-            f"At most {limits[0]:,} training rows a task, the same ones for all (cut: {', '.join(titles)})."
-        )
+        cut = {cell.task for cell, record in records.items() if record["train_rows"] < record["all_train_rows"]}
+        titles = [task.title for task in TASKS.values() if task.name in cut]
+        which = f"cut: {', '.join(titles)}" if titles else "none is cut"
+        sentences.append(f"At most {limits[0]:,} training rows a task, the same ones for all ({which}).")
     rates, epochs = (sorted(set(values)) for values in zip(*pairs, strict=True))
     sentences.append(
         f"Learning rates {', '.join(f'{rate:g}' for rate in rates)}; epochs {', '.join(map(str, epochs))}; seeds "
