@@ -35,6 +35,7 @@ def scored(values: dict[tuple[float, int], list[float | None]]) -> tuple[list[Ce
         ({(2e-5, 3): [60, 61, 62], (1e-5, 5): [60, 61, 62]}, (1e-5, 5)),  # a tie: the lower learning rate
         ({(1e-5, 5): [60, 61, 62], (1e-5, 3): [60, 61, 62]}, (1e-5, 3)),  # then fewer epochs
         ({(1e-5, 3): [60, 61, 62], (2e-5, 3): [90, None, 91]}, (1e-5, 3)),  # not those that lack a seed
+        ({(1e-5, 3): [60, 61, 62], (2e-5, 3): [64]}, (1e-5, 3)),  # not those that another grid tried with fewer
         ({(1e-5, 3): [60, None, None], (2e-5, 3): [50, None, 51]}, (2e-5, 3)),  # but where all do, those with most
     ],
 )
@@ -94,9 +95,10 @@ def test_the_tables(output: Path) -> None:
 
 def test_the_choice_is_shown_where_there_was_one(output: Path) -> None:
     grid = json.loads((output / GRID).read_text())
-    other = cell("cola", rate=2e-5, model="teacher")
-    write_record(other, output, {"scores": {"matthews": 99.0}, "train_rows": 24, "all_train_rows": 48}, [])
-    write_json(output / GRID, grid | {"cells": [*grid["cells"], asdict(other)]})
+    others = [cell("cola", rate=2e-5, seed=seed, model="teacher") for seed in (1, 2)]
+    for other in others:
+        write_record(other, output, {"scores": {"matthews": 99.0}, "train_rows": 24, "all_train_rows": 48}, [])
+    write_json(output / GRID, grid | {"cells": [*grid["cells"], *map(asdict, others)]})
     assert "| teacher | 2e-05 × 3 (2) | 1e-05 × 3 (1) |" in summary_of(output).markdown()
 
 

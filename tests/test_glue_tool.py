@@ -14,10 +14,11 @@ import pytest
 from safetensors.torch import load_file
 from test_glue_grid import data, model, no_worker  # noqa: F401 - fixtures
 
+from scaledistill.errors import ConfigError
 from scaledistill.glue import grid as grid_module
 from scaledistill.glue import speed as speed_module
 from scaledistill.glue import worker as worker_module
-from scaledistill.glue.command import main
+from scaledistill.glue.command import main, named_models
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -113,6 +114,19 @@ def test_wrong_options(run: Run, changes: dict[str, Any], flags: list[str], mess
     assert message in err
     assert code == 2
     assert not out
+
+
+def test_names_of_models() -> None:
+    arguments = ["x=runs/lr=1e-4/export", "runs/lr=1e-4/l6", "hub/name"]
+    assert named_models(arguments) == {"x": "runs/lr=1e-4/export", "l6": "runs/lr=1e-4/l6", "name": "hub/name"}
+    with pytest.raises(ConfigError, match="expected a folder or hub name after '='"):
+        named_models(["x="])
+
+
+def test_json_must_be_a_file(run: Run, tmp_path: Path) -> None:
+    code, out, err = run(json=tmp_path)
+    assert (code, out) == (2, "")
+    assert f"glue: --json {tmp_path} is a folder; name a file in it" in err
 
 
 def test_two_models_of_one_name(run: Run, model: Path) -> None:  # noqa: F811

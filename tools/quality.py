@@ -117,7 +117,7 @@ def distil_all(options: argparse.Namespace) -> int:
     runs = [(options.folder / kind / f"{name}-seed{seed}", seed, table[name]) for seed in seeds for name in names]
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         codes = list(pool.map(lambda run: distil_one(run[0], run[1], run[2], steps, options.jobs), runs))
-    return max(codes)
+    return next((128 - code if code < 0 else code for code in codes if code), 0)
 
 
 def distil_one(folder: Path, seed: int, changes: Mapping[str, Any], steps: int, jobs: int) -> int:

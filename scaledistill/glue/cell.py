@@ -120,8 +120,9 @@ def write_error(cell: Cell, output: Path, error: str, details: str) -> None:
 
 def remove_partial_files(output: Path) -> None:
     """Remove what a killed worker had begun to write."""
-    for path in (output / "cells").rglob(".*"):
-        path.unlink(missing_ok=True)
+    for path in (output / "cells").glob("*/*/.*"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _predictions_path(path: Path) -> Path:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from scaledistill.config import EvaluationSettings
 from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError
+from scaledistill.glue.cell import MODEL_NAME
 from scaledistill.glue.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parse.error(f"--{'model' if name == 'models' else name} is missing")
     if options.json and not options.json.parent.is_dir():
         parse.error(f"--json {options.json}: no folder {options.json.parent}; make it first")
+    if options.json and options.json.is_dir():
+        parse.error(f"--json {options.json} is a folder; name a file in it")
     options.output = options.output or Path("runs/glue-quick" if options.quick else "runs/glue")
     return options
 
@@ -138,7 +141,9 @@ def named_models(arguments: Sequence[str]) -> dict[str, str]:
     """
     models: dict[str, str] = {}
     for argument in arguments:
-        name, _, path = argument.rpartition("=")
+        name, equals, path = argument.partition("=")
+        if not equals or not MODEL_NAME.fullmatch(name):  # a path, with or without "=" in it
+            name, path = "", argument
         if not path:
             raise ConfigError(f"--model {argument!r}: expected a folder or hub name after '='")
         name = name or Path(os.path.abspath(path)).name
@@ -217,9 +222,9 @@ def run(options: argparse.Namespace) -> int:
             published=options.published,
             on_update=display,
         )
+    show(console, result)
     if options.json:
         options.json.write_text(json.dumps(result.summary.figures(), indent=1) + "\n")
-    show(console, result)
     if options.speed:
         report = measure_speed({model.name: model.folder for model in plan.models.values()}, options.output)
         for table in report.tables:

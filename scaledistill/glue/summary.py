@@ -218,7 +218,8 @@ def choose(cells: Sequence[Cell], scores: Mapping[Cell, Mapping[str, float]]) ->
         pairs.setdefault((cell.learning_rate, cell.epochs), []).append(cell)
     task = TASKS[cells[0].task]
     finished = {pair: [scores[cell] for cell in group if cell in scores] for pair, group in pairs.items()}
-    candidates = [pair for pair, found in finished.items() if len(found) == len(pairs[pair])]
+    planned = len({cell.seed for cell in cells})  # by all grids of the folder together
+    candidates = [pair for pair, found in finished.items() if len(found) == planned]
     if not candidates:
         most = max(map(len, finished.values()))
         candidates = [pair for pair, found in finished.items() if len(found) == most > 0]
@@ -233,7 +234,7 @@ def choose(cells: Sequence[Cell], scores: Mapping[Cell, Mapping[str, float]]) ->
         epochs=best[1],
         scores={metric: Score.of([one[metric] for one in finished[best]]) for metric in task.metrics},
         n=len(finished[best]),
-        planned=len(pairs[best]),
+        planned=planned,
         tried=len(candidates),
     )
 
