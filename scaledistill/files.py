@@ -12,9 +12,14 @@ from typing import Any
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a JSON file atomically and durably."""
+    write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file atomically and durably."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        partial.write_bytes(content)
         sync(partial)
         partial.replace(path)
     except OSError:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scaledistill.files import read_json, sync, write_json
+from scaledistill.files import read_json, write_bytes, write_json
 
 RECIPE = 1  # to be raised with any change that changes scores: finished cells are then made again
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -97,10 +96,7 @@ def write_record(cell: Cell, output: Path, record: Mapping[str, Any], prediction
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
     packed = gzip.compress(lines.encode(), mtime=0)
-    partial = path.with_name(f".{path.stem}.jsonl.gz.{os.getpid()}")
-    partial.write_bytes(packed)
-    sync(partial)
-    partial.replace(_predictions_path(path))
+    write_bytes(_predictions_path(path), packed)
     whole = {"cell": asdict(cell), **record, "predictions_sha256": hashlib.sha256(packed).hexdigest()}
     write_json(path, {**whole, "sha256": hash_of([json.dumps(whole)])})
     path.with_suffix(".error").unlink(missing_ok=True)

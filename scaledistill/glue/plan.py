@@ -37,10 +37,11 @@ from scaledistill.models.capture import first_position
 from scaledistill.models.teacher import WEIGHT_FILES, check_weight_files, quiet_transformers, resolve_folder
 from scaledistill.models.weights import weight_files
 
-TOKENIZER_FILES = (
+VOCABULARY_FILES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
-    *("sentencepiece.bpe.model", "tokenizer_config.json", "special_tokens_map.json"),
+    "sentencepiece.bpe.model",
 )
+TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json")
 CHARACTERS_PER_TOKEN = 4.3  # English, WordPiece
 PADDING = 2.0  # tokens computed per token of text, where a batch is padded to its longest example
 GROUPED_PADDING = 1.1  # the same, where its examples have similar lengths
@@ -228,7 +229,7 @@ def _load_config(folder: Path, model: str) -> PreTrainedConfig:
 
 def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str) -> None:
     # transformers makes an empty tokenizer where it finds no files of one.
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:-2]):
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         raise DataError(
             f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json there from the model that it "
             "was made from"

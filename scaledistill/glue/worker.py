@@ -42,9 +42,7 @@ class Worker:
         variables = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
         variables |= {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
         variables |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what deterministic algorithms ask for
-        variables.setdefault(
-            "OMP_WAIT_POLICY", "PASSIVE"
-        )  # beside other busy processes, spinning threads halve the pace
+        variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside busy processes, spinning threads halve the pace
         variables |= environment
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         self._process = subprocess.Popen(

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from scaledistill.errors import DataError
-from scaledistill.files import sync
+from scaledistill.files import sync, write_bytes
 from scaledistill.models.capture import build_encoder, capture_view, encoder_options
 from scaledistill.models.teacher import load_encoder, quiet_transformers, resolve_folder
 
@@ -142,10 +142,7 @@ def write_card_section(folder: Path, title: str, text: str) -> None:
     kept = [section for section in sections if not section.startswith(f"{title}\n")]
     place = next((i for i, section in enumerate(kept) if section.startswith("Licence\n")), len(kept))
     kept.insert(place, f"{title}\n\n{text.strip()}\n")
-    partial = path.with_name(".README.md")
-    partial.write_text("\n## ".join(kept), encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    write_bytes(path, "\n## ".join(kept).encode())
 
 
 def untrained_parameters(config: PreTrainedConfig) -> list[str]:
