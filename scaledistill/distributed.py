@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -70,32 +70,49 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     # DeepSpeed reads these even where the group already stands, and would otherwise ask for MPI.
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
-    os.environ |= {"LOCAL_SIZE": str(local_world_size)}
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
+    facts = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank, "LOCAL_SIZE": local_world_size}
+    address = {
+        name: os.environ.get(name, value) for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0"))
+    }
     timeout = timedelta(seconds=timeout_seconds)
-    if dist.is_initialized():  # the caller's own group, left as it is
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
-        return
-    if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    elif local_world_size == world_size and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # The agent's store outlives a restart: a rank that reads a dead one's address would never meet the living one.
-        # Of several agents each counts its own restarts: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes new stores.
-        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
+    with _environment({**facts, **address}):
+        if dist.is_initialized():  # the caller's own group, left as it is
+            yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+            return
+        if world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        elif local_world_size == world_size and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The agent's store outlives a restart: a rank that reads a dead one's address would never meet the living
+            # one. Of several agents each counts its own restarts: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes new
+            # stores.
+            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+        try:
+            yield Ranks(rank, world_size, local_rank, device)
+        finally:
+            backstop = threading.Timer(LEAVE_SECONDS, os._exit, [EXIT_ENVIRONMENT])
+            backstop.daemon = True
+            backstop.start()
+            dist.destroy_process_group()
+            backstop.cancel()
+
+
+@contextmanager
+def _environment(values: Mapping[str, object]) -> Iterator[None]:
+    """Set variables, and in the end what was there before: what else this process does needs no launcher."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= {name: str(value) for name, value in values.items()}
     try:
-        yield Ranks(rank, world_size, local_rank, device)
+        yield
     finally:
-        backstop = threading.Timer(LEAVE_SECONDS, os._exit, [EXIT_ENVIRONMENT])
-        backstop.daemon = True
-        backstop.start()
-        dist.destroy_process_group()
-        backstop.cancel()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _launcher_facts() -> tuple[int, int, int, int]:

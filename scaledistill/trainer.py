@@ -9,17 +9,21 @@ Legend: B sequences, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, DataError
 from scaledistill.models.capture import base_encoder, capture_view, check_layer, split_qkv, view_inputs
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import Teacher, load_encoder
@@ -98,8 +102,11 @@ class MiniLMTrainer(Trainer):
 
     What is wrapped and optimised is a view of the student up to its last block's Q, K and V: it shares the student's
     parameters, and the rest, which this loss never reaches, stays as it was. `save_model` and checkpoints hold the
-    whole student. The student's dropout is on, as its config says; the teacher runs in eval mode, without gradients,
-    whole on every rank.
+    whole student, in the dtype in which it was given. The student's dropout is on, as its config says; the teacher runs
+    in eval mode, without gradients, in the precision of the training, whole on every rank.
+
+    DeepSpeed and FSDP keep the trained weights to themselves: take the student from `save_model`, and resume with one
+    made as the first was, since their checkpoints lack what the loss never reaches.
     """
 
     args: MiniLMTrainingArguments
@@ -120,18 +127,20 @@ class MiniLMTrainer(Trainer):
             other, options: as `Trainer` takes them.
 
         Raises:
-            ConfigError: a layer does not exist, relation heads do not divide a width, or vocabularies differ.
+            ConfigError: a layer does not exist, relation heads do not divide a width, vocabularies differ, or a model
+                was built in parts for ZeRO-3.
             DataError: the teacher cannot be loaded.
         """
         if model is None or args is None:
             raise ConfigError("MiniLMTrainer needs model, the student, and args, MiniLMTrainingArguments")
         if not isinstance(teacher_model, PreTrainedModel):
-            teacher_model = load_encoder(teacher_model, num_layers=args.teacher_layer, setting="teacher_model")
+            with _built_whole(args):
+                teacher_model = load_encoder(teacher_model, num_layers=args.teacher_layer, setting="teacher_model")
         _check_models(teacher_model, model, args)
         view = cast(PreTrainedModel, capture_view(model, args.student_layer))
         prefix = "" if base_encoder(model) is model else f"{model.base_model_prefix}."
         # Trainer saves what it trains; the student is saved whole in its place.
-        view.__dict__["save_pretrained"] = partial(_save_whole, model, prefix)
+        view.__dict__["save_pretrained"] = partial(_save_whole, model, prefix, model.dtype)
         self.student = model
         self._qkv_widths = cast(tuple[int, int, int], view.qkv_widths)
         super().__init__(view, args, *other, **options)
@@ -148,14 +157,15 @@ class MiniLMTrainer(Trainer):
         """Return the relation loss of a batch, a scalar; with `return_outputs` also the student's Q, K and V."""
         mask_BT = inputs["attention_mask"].bool()
         others = {name: inputs[name] for name in PASSED_ON if name in inputs}
-        with torch.no_grad():
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
             target_BTD = self.teacher.view(
                 **view_inputs(self.teacher.config, inputs["input_ids"], mask_BT), **others
             ).last_hidden_state
         output_BTD = model(**view_inputs(self.student.config, inputs["input_ids"], mask_BT), **others).last_hidden_state
-        found = split_qkv(output_BTD, self._qkv_widths)
+        found = split_qkv(output_BTD.to(dtype), self._qkv_widths)  # exact: only autocast's upcast is undone
         loss = relation_loss(
-            split_qkv(target_BTD, self.teacher.qkv_widths),
+            split_qkv(target_BTD.to(dtype), self.teacher.qkv_widths),
             found,
             num_heads=self.args.num_relation_heads,
             pairs=self.args.pairs,
@@ -176,21 +186,65 @@ class MiniLMTrainer(Trainer):
         with self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Take over what a checkpoint has beyond the view, of which Trainer would warn."""
-        load_result.unexpected_keys.clear()
-        super()._issue_warnings_after_load(load_result)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_whole(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_whole(cast(str, self.state.best_model_checkpoint))
+
+    def _load_whole(self, folder: str) -> None:
+        """Load the student that `_save_whole` saved.
+
+        Raises:
+            DataError: it is not there, or not of this student.
+        """
+        path = Path(folder) / SAFE_WEIGHTS_NAME
+        try:
+            load_model(self.student, path)
+        except (OSError, RuntimeError) as error:
+            reason = textwrap.shorten(str(error), 300, placeholder=" …")
+            raise DataError(f"{path} is not a checkpoint of this student: {reason}") from error
 
 
 def _save_whole(
-    student: PreTrainedModel, prefix: str, folder: str, state_dict: Mapping[str, Tensor] | None = None, **options: Any
+    student: PreTrainedModel,
+    prefix: str,
+    dtype: torch.dtype,
+    folder: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **options: Any,
 ) -> None:
-    """Save the student with the view's `state_dict`, where that was gathered from ranks or engines."""
+    """Save the student in `dtype` with the view's `state_dict`, where that was gathered from ranks or engines."""
     trained = {f"{prefix}{name}": tensor for name, tensor in (state_dict or {}).items()}
-    student.save_pretrained(folder, state_dict={**student.state_dict(), **trained}, **options)
+    whole = {name: tensor.to(dtype) for name, tensor in {**student.state_dict(), **trained}.items()}
+    student.save_pretrained(folder, state_dict=whole, **options)
+
+
+@contextmanager
+def _built_whole(args: TrainingArguments) -> Iterator[None]:
+    """Have transformers build models whole, also where ZeRO-3 awaits them: parts can be neither cut nor captured."""
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
 
 def _check_models(teacher: PreTrainedModel, student: PreTrainedModel, args: MiniLMTrainingArguments) -> None:
+    _check_whole(teacher, "teacher_model")
+    _check_whole(student, "model")
     first, second = base_encoder(teacher).config, base_encoder(student).config
     check_layer(args.teacher_layer, first.num_hidden_layers, setting="teacher_layer")
     check_layer(args.student_layer, second.num_hidden_layers, setting="student_layer")
@@ -206,6 +260,14 @@ def _check_models(teacher: PreTrainedModel, student: PreTrainedModel, args: Mini
         )
 
 
+def _check_whole(model: PreTrainedModel, name: str) -> None:
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ConfigError(
+            f"{name} was built in parts for ZeRO-3, as transformers does once there are training arguments; load it "
+            "before them, or let create_student make the student and give the teacher by its name"
+        )
+
+
 def create_student(
     teacher: PreTrainedModel | str | Path, args: MiniLMTrainingArguments, use_teacher_weights: bool = False
 ) -> PreTrainedModel:
@@ -217,26 +279,29 @@ def create_student(
             whole heads; else random from `args.seed`.
 
     Raises:
-        ConfigError: the architecture is not supported, or the sizes do not fit it.
+        ConfigError: the architecture is not supported, the sizes do not fit it, or the teacher was built in parts for
+            ZeRO-3.
         DataError: the teacher cannot be loaded.
     """
-    if not isinstance(teacher, PreTrainedModel):
-        teacher = load_encoder(teacher, num_layers=args.teacher_layer, setting="teacher")
     try:
-        config = student_config(
-            base_encoder(teacher).config,
-            num_layers=args.student_layer,
-            hidden_size=args.student_hidden_size,
-            num_attention_heads=args.student_attention_heads,
-        )
-        return build_student(
-            teacher,
-            config,
-            init="teacher" if use_teacher_weights else "random",
-            capture_layer=args.teacher_layer,
-            seed=args.seed,
-            dropout=None,
-        )
+        with _built_whole(args):
+            if not isinstance(teacher, PreTrainedModel):
+                teacher = load_encoder(teacher, num_layers=args.teacher_layer, setting="teacher")
+            _check_whole(teacher, "teacher")
+            config = student_config(
+                base_encoder(teacher).config,
+                num_layers=args.student_layer,
+                hidden_size=args.student_hidden_size,
+                num_attention_heads=args.student_attention_heads,
+            )
+            return build_student(
+                teacher,
+                config,
+                init="teacher" if use_teacher_weights else "random",
+                capture_layer=args.teacher_layer,
+                seed=args.seed,
+                dropout=None,
+            )
     except ConfigError as error:  # told in the settings of a run
         message = str(error).replace("students.student.init='random'", "use_teacher_weights=False")
         raise ConfigError(message.replace("students.student.", "student's ")) from None

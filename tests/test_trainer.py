@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import runpy
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, TrainerCallback
 
 from scaledistill import MiniLMTrainer, MiniLMTrainingArguments, create_student, prepare_dataset, relation_loss
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, DataError
 from scaledistill.models.capture import capture_qkv
 from scaledistill.trainer import named_relations
 
@@ -319,24 +320,114 @@ def test_create_student(tmp_path: Path) -> None:
         create_student(teacher, arguments(tmp_path), use_teacher_weights=True)
 
 
-def test_a_task_model_is_saved_with_its_head(tmp_path: Path) -> None:
-    teacher, _ = models()
+def task_model() -> BertForMaskedLM:
     config = BertConfig(vocab_size=60, hidden_size=12, num_attention_heads=2, num_hidden_layers=2, intermediate_size=8)
-    student = BertForMaskedLM(config)
-    before = student.state_dict()["bert.embeddings.word_embeddings.weight"].clone()
-    changes = {"max_steps": 2, "warmup_steps": 0}
+    return BertForMaskedLM(config)
+
+
+def train_task_model(
+    folder: Path, student: BertForMaskedLM, resume: Path | None = None, **changes: Any
+) -> MiniLMTrainer:
     trainer = MiniLMTrainer(
         model=student,
-        teacher_model=teacher,
-        args=arguments(tmp_path, **changes),
-        train_dataset=record.examples()[:12],
+        teacher_model=models()[0],
+        args=arguments(folder, **{"max_steps": 2, "warmup_steps": 0, **changes}),
+        train_dataset=record.examples()[:24],
+        eval_dataset=record.examples()[:6],
         data_collator=record.collate,
     )
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer
+
+
+def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    others = second.state_dict()
+    return all(torch.equal(tensor, others[name]) for name, tensor in first.state_dict().items())
+
+
+def test_a_task_model_is_saved_with_its_head(tmp_path: Path) -> None:
+    student = task_model()
+    before = copy.deepcopy(student)
+    train_task_model(tmp_path, student).save_model(str(tmp_path / "saved"))
+    assert equal(BertForMaskedLM.from_pretrained(tmp_path / "saved"), student)
+    assert not torch.equal(
+        student.bert.embeddings.word_embeddings.weight, before.bert.embeddings.word_embeddings.weight
+    )
+
+
+def test_a_checkpoint_gives_back_the_whole_student(tmp_path: Path) -> None:
+    first, second, third = task_model(), task_model(), task_model()
+    assert not torch.equal(first.cls.predictions.transform.dense.weight, second.cls.predictions.transform.dense.weight)
+    train_task_model(tmp_path, first, max_steps=3, save_strategy="steps", save_steps=2)
+    train_task_model(tmp_path / "again", second, resume=tmp_path / "checkpoint-2", max_steps=3, save_steps=2)
+    assert equal(first, second)
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # the first
+    train_task_model(tmp_path / "best", third, **saving, **best)
+    assert equal(third, BertForMaskedLM.from_pretrained(tmp_path / "best" / "checkpoint-1"))
+    assert not equal(third, BertForMaskedLM.from_pretrained(tmp_path / "best" / "checkpoint-2"))
+    (tmp_path / "checkpoint-2" / "model.safetensors").write_bytes(
+        (RECORDED / "student" / "model.safetensors").read_bytes()
+    )
+    with pytest.raises(DataError, match=r"model\.safetensors is not a checkpoint of this student: .*bert\.embeddings"):
+        train_task_model(tmp_path, task_model(), resume=tmp_path / "checkpoint-2", save_steps=2)
+
+
+def test_the_teacher_runs_in_the_precision_of_the_training(tmp_path: Path) -> None:
+    teacher, student = models()
+    exact = MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path))
+    mixed = MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path, bf16=True))
+    wrapped = mixed.accelerator.prepare(mixed.model)
+    dtypes = []
+    mixed.teacher.view.encoder.layer[0].output.dense.register_forward_hook(
+        lambda module, inputs, output: dtypes.append(output.dtype)
+    )
+    rows = record.collate(record.examples()[:6])
+    expected = exact.compute_loss(exact.model.eval(), rows)
+    found, qkv = mixed.compute_loss(wrapped.eval(), rows, return_outputs=True)
+    assert dtypes == [torch.bfloat16]
+    assert qkv.q.dtype == torch.bfloat16
+    assert found.item() == pytest.approx(expected.item(), rel=0.02)
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["zero2", "zero3"])
+def test_models_made_after_the_arguments_and_bf16(tmp_path: Path, how: str) -> None:
+    [expected] = run_ranks(train_in_documented_order, 1, tmp_path / "one", "one")
+    results = run_ranks(train_in_documented_order, 2, tmp_path / "two", how)
+    assert results[0]["losses"] == pytest.approx(expected["losses"], rel=0.05)
+    saved = load_file(tmp_path / "two" / "saved" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == expected["shapes"]
+    if how == "zero3":
+        assert results[0]["refused"] == "model"
+
+
+def train_in_documented_order(folder: Path, how: str) -> dict[str, Any]:
+    """Arguments, then the student, then the trainer with the teacher's name."""
+    changes: dict[str, Any] = {"max_steps": 3, "warmup_steps": 0, "student_hidden_size": 8, "num_relation_heads": 4}
+    if how != "one":
+        stage = {"stage": int(how[-1]), "stage3_gather_16bit_weights_on_model_save": True}
+        stage |= {"stage3_param_persistence_threshold": 0} if how == "zero3" else {}
+        changes["deepspeed"] = {**ZERO, "bf16": {"enabled": "auto"}, "zero_optimization": stage}
+        changes |= {"per_device_train_batch_size": record.BATCH // 2, "bf16": True}
+    args = arguments(folder, logging_steps=1, **changes)
+    student = create_student(RECORDED / "teacher", args, use_teacher_weights=True)
+    options: dict[str, Any] = {"teacher_model": str(RECORDED / "teacher"), "args": args}
+    options |= {"train_dataset": record.examples(), "data_collator": record.collate}
+    trainer = MiniLMTrainer(model=student, **options)
     trainer.train()
-    trainer.save_model(str(tmp_path / "saved"))
-    again = BertForMaskedLM.from_pretrained(tmp_path / "saved").state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in student.state_dict().items())
-    assert not torch.equal(again["bert.embeddings.word_embeddings.weight"], before)
+    trainer.save_model(str(folder / "saved"))
+    refused = ""
+    if how == "zero3":
+        try:
+            MiniLMTrainer(model=AutoModel.from_pretrained(RECORDED / "student"), **options)
+        except ConfigError as error:
+            refused = str(error).partition(" was built in parts")[0]
+    shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "shapes": shapes, "refused": refused}
 
 
 def test_prepare_dataset(tiny_teacher: Path) -> None:
