@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -25,7 +25,7 @@ from scaledistill.data.stream import ShardReader
 from scaledistill.data.text import load_tokenizer, tokenizer_fingerprint
 from scaledistill.distributed import resolve_precision
 from scaledistill.engines.deepspeed_block import resolve_block
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import ConfigError, DataError, Problems
 from scaledistill.estimate import Estimate, estimate
 from scaledistill.metrics import check_trackers
 from scaledistill.microbatch import free_bytes, predict, with_micro_batch
@@ -34,8 +34,6 @@ from scaledistill.models.export import TOKENIZER_FILES
 from scaledistill.models.student import check_init, student_config
 from scaledistill.models.teacher import check_weight_files, load_config, resolve_folder
 from scaledistill.relations import check_relation_heads, resolve_backend
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -70,15 +68,8 @@ def check(
         ConfigError: settings that do not fit; every problem found is in the message, one a line.
         DataError: the same, where the first problem is with data or model files.
     """
-    problems: list[ConfigError | DataError] = []
-
-    def attempt(function: Callable[..., Result], *arguments: Any) -> Result | None:
-        try:
-            return function(*arguments)
-        except (ConfigError, DataError) as error:
-            problems.append(error)
-            return None
-
+    problems = Problems()
+    attempt = problems.attempt
     [(name, spec)] = config.students.items()
     resolved = attempt(resolve, config, world_size, device)
     teacher = attempt(_teacher_config, config)
@@ -92,7 +83,7 @@ def check(
     if writes and config.evaluation and os.environ.get("RANK", "0") == "0":
         from scaledistill.evaluation import check_evaluation  # seconds, that other runs needn't spend
 
-        attempt(check_evaluation, config.evaluation)
+        attempt(check_evaluation, config)
     shards = attempt(_open_set, config, "data.train", config.data.train)
     held_out = attempt(_open_set, config, "data.validation", config.data.validation) if config.data.validation else None
     for setting, reader in (("data.train", shards), ("data.validation", held_out)):
@@ -101,8 +92,9 @@ def check(
     order = attempt(_order, config, shards) if shards else None
     if resolved and order and writes and not fresh and (state := newest_state(Path(config.run.folder) / "checkpoints")):
         attempt(check_same_run, state, resolved, order)
-    if problems or not (resolved and teacher and student and shards and order):
-        raise type(problems[0])("\n".join(dict.fromkeys(str(problem) for problem in problems))) from problems[0]
+    problems.raise_all()
+    if not (resolved and teacher and student and shards and order):
+        raise AssertionError("what is missing was no problem")
     sized_for = "cuda" if gpu_bytes else device.type
     if sized_for != device.type and config.relations.backend == "auto":
         resolved = resolved.model_copy(

@@ -5,6 +5,11 @@ A message names the setting, what was found, what was expected and the remedy. A
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
 EXIT_DONE = 0
 EXIT_CONFIG = 2
 EXIT_ENVIRONMENT = 3
@@ -29,6 +34,27 @@ class DivergedError(RuntimeError):
     """The loss or the gradients stayed non-finite past the stated limit."""
 
     exit_code = EXIT_DIVERGED
+
+
+class Problems:
+    """What several checks find wrong, to be told at once."""
+
+    def __init__(self) -> None:
+        self.found: list[ConfigError | DataError] = []
+
+    def attempt(self, check: Callable[..., Result], *arguments: Any) -> Result | None:
+        """Return what a check returns, None where it found something wrong."""
+        try:
+            return check(*arguments)
+        except (ConfigError, DataError) as error:
+            self.found.append(error)
+            return None
+
+    def raise_all(self) -> None:
+        """Raise one error of the first one's kind with every message, each once, a line each; none if there is none."""
+        if self.found:
+            messages = dict.fromkeys(str(problem) for problem in self.found)
+            raise type(self.found[0])("\n".join(messages)) from self.found[0]
 
 
 class PeerError(RuntimeError):

@@ -16,16 +16,18 @@ import torch
 from pydantic import ValidationError
 
 from scaledistill.config import DistillConfig, EvaluationSettings, RunEvaluation
-from scaledistill.errors import ConfigError
-from scaledistill.glue.grid import GridResult, run_grid
-from scaledistill.glue.plan import check_data
+from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, ConfigError, Problems
+from scaledistill.glue.grid import GridResult, GridStoppedError, run_grid
+from scaledistill.glue.plan import MODEL_FILES, check_lengths, check_model, check_tasks, positions
 from scaledistill.glue.summary import column_title, summary_of
-from scaledistill.glue.tasks import find_tasks
 from scaledistill.models.export import write_card_section
+from scaledistill.models.teacher import load_config, resolve_folder
+from scaledistill.runfolder import Status, StopRequest, failures_told
 
 if TYPE_CHECKING:
     import pandas
 
+TEACHER = "teacher"
 TASKS = ("mnli", "qnli", "qqp", "rte", "sst2", "mrpc", "cola", "stsb")
 
 
@@ -41,6 +43,7 @@ def evaluate(
     data_dir: str | Path | None = None,
     max_train_rows: int | None = None,
     workers: int | None = None,
+    model_name: str | None = None,
 ) -> GridResult:
     """Fine-tune a model on each task with each learning rate, number of epochs and seed, and score it on the dev sets.
 
@@ -48,14 +51,16 @@ def evaluate(
     result's `failures`.
 
     Args:
-        model_name_or_path: a folder or hub name, with its tokenizer; the last part names it in tables.
+        model_name_or_path: a folder or hub name, with its tokenizer.
         tasks: some of "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "squad2".
         max_seq_length: tokens; 128 unless said, 384 for SQuAD 2.0.
         data_dir: folder with the tasks' original files; from the hub unless said.
         workers: fine-tunings at a time; one per GPU unless said.
+        model_name: its name in tables; the last part of `model_name_or_path` unless said.
 
     Raises:
-        ConfigError, DataError: model, data or settings cannot be used; nothing has run then.
+        ConfigError, DataError: model, data or settings cannot be used, or `output_dir` has scores of another model of
+            this name; nothing has run then.
     """
     try:
         settings = EvaluationSettings(
@@ -71,7 +76,7 @@ def evaluate(
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{'.'.join(map(str, first['loc']))}: found {first['input']!r}; {first['msg']}") from error
-    name = Path(os.path.abspath(model_name_or_path)).name
+    name = model_name or Path(os.path.abspath(model_name_or_path)).name
     return run_grid({name: model_name_or_path}, settings, Path(output_dir), workers=workers)
 
 
@@ -107,31 +112,74 @@ def create_summary_table(
     return table
 
 
-def check_evaluation(settings: RunEvaluation) -> None:
-    """Check, before a run, that its evaluation will find its tasks and their data.
+def check_evaluation(config: DistillConfig) -> None:
+    """Check, before a run, that its evaluation can be: settings, data, the teacher where it takes part.
 
     Raises:
-        ConfigError, DataError: see `find_tasks` and `read_split`.
+        ConfigError, DataError: with every problem found, a line each.
     """
-    for task in find_tasks(settings.tasks):
-        check_data(task, settings)
+    settings, teacher = _settings_of(config), config.teacher
+    problems = Problems()
+    tasks, data = check_tasks(settings, problems)
+    [student] = config.students
+    if settings.include_teacher and student == TEACHER:
+        problems.found.append(
+            ConfigError(f"include_teacher needs the name {TEACHER!r} in the tables; call the student otherwise")
+        )
+    if settings.include_teacher:
+        problems.attempt(lambda: check_model(TEACHER, _teacher_folder(config), tasks))
+    shape = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)  # the student's table is as long
+    check_lengths(f"the student {student}", positions(shape), data.values(), problems)
+    for problem in problems.found:
+        problem.args = (f"evaluation: {problem}",)
+    problems.raise_all()
 
 
-def evaluate_run(config: DistillConfig) -> GridResult:
+def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
     """Score the exported student of a finished run, and write the scores into its model card. One rank calls this.
+
+    Args:
+        message: how the run ended.
+
+    Returns:
+        The state of the run now ("done", "stopped" or "failed"), as `status.json` has it, its exit code and message.
 
     Raises:
         ConfigError, DataError: see `run_grid`.
         ValueError: the run has no `evaluation`.
     """
-    if config.evaluation is None:
-        raise ValueError("the configuration has no evaluation block")
+    folder, settings = Path(config.run.folder), _settings_of(config)
     gc.collect()
     torch.cuda.empty_cache()  # for the processes that fine-tune
-    folder = Path(config.run.folder)
     [name] = config.students
-    export = folder / "export" / name
-    models = {name: str(export)} | ({"teacher": config.teacher.model} if config.evaluation.include_teacher else {})
-    result = run_grid(models, config.evaluation, folder / "evaluation")
-    write_card_section(export, "Evaluation", result.summary.markdown())
-    return result
+    export, output = folder / "export" / name, folder / "evaluation"
+    status, answer = Status(folder, config.train.max_steps), "stopping; what is fine-tuned stays"
+    stop = StopRequest(folder, watch_file=True, speaks=True, max_hours=config.run.max_hours, answer=answer)
+    with stop.listening(), failures_told(status, of_settings=True):
+        status.write("evaluating", f"{message}; it is being fine-tuned and scored")
+        models = {name: str(export)} | ({TEACHER: _teacher_folder(config)} if settings.include_teacher else {})
+        try:
+            result = run_grid(models, settings, output, stop=stop.reason)
+        except GridStoppedError:
+            why = f"its evaluation was stopped ({stop.acknowledge()}), the same command goes on"
+            end = ("stopped", EXIT_STOPPED, f"{message}; {why}")
+        else:
+            write_card_section(export, "Evaluation", result.summary.markdown())
+            end = ("done", EXIT_DONE, f"{message}; its scores are in {output}/summary.md")
+            if result.failures:
+                why = f"{len(result.failures)} fine-tunings failed, {output}/summary.md says why"
+                end = ("failed", EXIT_ENVIRONMENT, f"{message}; {why}")
+        state, exit_code, text = end
+        status.write(state, text, exit_code)
+    return end
+
+
+def _settings_of(config: DistillConfig) -> RunEvaluation:
+    if config.evaluation is None:
+        raise ValueError("the configuration has no evaluation block")
+    return config.evaluation
+
+
+def _teacher_folder(config: DistillConfig) -> str:
+    """Return the teacher's folder, with its tokenizer; from the hub, that of the revision that is distilled."""
+    return str(resolve_folder(config.teacher.model, config.teacher.revision, MODEL_FILES))

@@ -1,13 +1,17 @@
-"""Durable files: atomic replacement, fsync, hashes."""
+"""Durable files: atomic replacement, fsync, hashes; and folders that one process at a time may hold."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from scaledistill.errors import ConfigError
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -53,3 +57,20 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextmanager
+def locked(folder: Path, setting: str) -> Iterator[None]:
+    """Hold a folder while others that would hold it are refused.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"{setting}={str(folder)!r} is in use by another process; wait for it, or set another {setting}"
+            ) from None
+        yield

@@ -6,7 +6,6 @@ validation loss, `export/<student>-best/`.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import os
@@ -21,7 +20,7 @@ from types import FrameType
 
 from scaledistill.distributed import Ranks, explain_lost_peer, failing_together
 from scaledistill.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError, DivergedError, PeerError
-from scaledistill.files import read_json, write_json
+from scaledistill.files import locked, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +30,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class Status:
     """`status.json`: the authority on how a run stands or ended.
 
-    Keys: `state` ("running", "done", "stopped", "failed", "diverged"), `step`, `max_steps`, `exit_code` (null while
-    running), `message`, `updated`, `host`, `pid`.
+    Keys: `state` ("running", "evaluating", "done", "stopped", "failed", "diverged"), `step`, `max_steps`, `exit_code`
+    (null while running or evaluating), `message`, `updated`, `host`, `pid`.
     """
 
     def __init__(self, folder: Path, max_steps: int) -> None:
@@ -85,45 +84,44 @@ def owned(folder: Path, max_steps: int, ranks: Ranks, *, fresh: bool) -> Iterato
             if ranks.is_main:
                 try:
                     if fresh and folder.exists():
-                        with _lock(folder):
+                        with locked(folder, "run.folder"):
                             log.info("--fresh: the old run is kept as %s", set_aside(folder))
                     folder.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(_lock(folder))
+                    stack.enter_context(locked(folder, "run.folder"))
                 except OSError as error:
                     raise ConfigError(f"run.folder={str(folder)!r} cannot be written: {error.strerror}") from None
         status = Status(folder, max_steps)
-        ended = status.path.exists()
-        try:
+        # A refused resume says nothing about the run that stands there.
+        with failures_told(status, of_settings=not status.path.exists()):
             yield status
-        except PeerError:
-            raise
-        except ConfigError as error:
-            if not ended:  # a refused resume says nothing about the run that stands there
-                status.write_failure("failed", str(error), error.exit_code)
-            raise
-        except DataError as error:
-            status.write_failure("failed", str(error), error.exit_code)
-            raise
-        except DivergedError as error:
-            status.write_failure("diverged", str(error), error.exit_code)
-            raise
-        except BaseException as error:
-            lost = explain_lost_peer(error)
-            message, code = (lost, EXIT_ENVIRONMENT) if lost else (f"{type(error).__name__}: {error}", 1)
-            status.write_failure("failed", message, EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else code)
-            raise
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"run.folder={str(folder)!r} is in use by another process; wait for it, or set another run.folder"
-            ) from None
+def failures_told(status: Status, *, of_settings: bool) -> Iterator[None]:
+    """Write into `status.json` which error ends what is done meanwhile.
+
+    Args:
+        of_settings: those of the configuration too.
+    """
+    try:
         yield
+    except PeerError:
+        raise
+    except ConfigError as error:
+        if of_settings:
+            status.write_failure("failed", str(error), error.exit_code)
+        raise
+    except DataError as error:
+        status.write_failure("failed", str(error), error.exit_code)
+        raise
+    except DivergedError as error:
+        status.write_failure("diverged", str(error), error.exit_code)
+        raise
+    except BaseException as error:
+        lost = explain_lost_peer(error)
+        message, code = (lost, EXIT_ENVIRONMENT) if lost else (f"{type(error).__name__}: {error}", 1)
+        status.write_failure("failed", message, EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else code)
+        raise
 
 
 def set_aside(folder: Path) -> Path:
@@ -147,11 +145,19 @@ class StopRequest:
     A STOP file that lies there when a run starts counts; it is removed when the run stops.
     """
 
-    def __init__(self, folder: Path, *, watch_file: bool, speaks: bool = False, max_hours: float | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        watch_file: bool,
+        speaks: bool = False,
+        max_hours: float | None = None,
+        answer: str = "stopping as soon as the ranks agree, with a checkpoint",
+    ) -> None:
         self._file = folder / "STOP" if watch_file else None
         self._max_hours = max_hours
         self._deadline = math.inf if max_hours is None else time.monotonic() + max_hours * 3600 - job_seconds()
-        self._speaks = speaks
+        self._speaks, self._answer = speaks, answer
         self._signal: int | None = None
         self._since = 0.0
 
@@ -188,8 +194,6 @@ class StopRequest:
             self._signal, self._since = number, now
             if self._speaks:
                 name = signal.Signals(number).name
-                os.write(
-                    2, f"\ngot {name}: stopping as soon as the ranks agree, with a checkpoint\n".encode()
-                )  # safe in a handler
+                os.write(2, f"\ngot {name}: {self._answer}\n".encode())  # safe in a handler
         elif number == signal.SIGINT and now - self._since >= 1:
             raise KeyboardInterrupt

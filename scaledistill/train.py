@@ -48,7 +48,7 @@ class RunResult:
     """How a run ended."""
 
     state: str
-    """"done", "stopped" or, for a dry run, "dry run"."""
+    """"done", "stopped", "failed" (its evaluation) or, for a dry run, "dry run"."""
     exit_code: int
     step: int
     message: str
@@ -282,12 +282,8 @@ def distill(
         return result
     from scaledistill.evaluation import evaluate_run  # seconds, that other runs needn't spend
 
-    # The other ranks have left, and so have their weights.
-    found = evaluate_run(config)
-    if found.failures:
-        failed = f"{result.message}; {len(found.failures)} fine-tunings failed, {found.output}/summary.md says why"
-        return replace(result, exit_code=EXIT_ENVIRONMENT, message=failed)
-    return replace(result, message=f"{result.message}; its scores are in {found.output}/summary.md")
+    state, exit_code, message = evaluate_run(config, result.message)  # the other ranks have left, with their weights
+    return replace(result, state=state, exit_code=exit_code, message=message)
 
 
 def _distill(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None) -> RunResult:

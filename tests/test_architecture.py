@@ -70,7 +70,9 @@ ALLOWED: dict[str, set[str]] = {
         "relations",
         "relations.spec",
     },
-    "evaluation": {"config", "glue.grid", "glue.plan", "glue.summary", "glue.tasks", "models.export"},
+    "evaluation": {
+        *("config", "glue.grid", "glue.plan", "glue.summary", "models.export", "models.teacher", "runfolder"),
+    },
     "files": set(),
     "glue": set(),
     "glue.metrics": {"glue.tasks"},

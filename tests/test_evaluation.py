@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import pytest
 from conftest import tiny_tree
 from ranks import run_ranks
-from test_train import distil
+from test_train import distil, status_of
 
 from scaledistill.configfile import parse_config
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.evaluation import create_summary_table, evaluate
+from scaledistill.evaluation import create_summary_table, evaluate, evaluate_run
 
 ROWS = [(f"w{i % 190:03} w{i % 7:03}", f"w{(i + i % 2) % 190:03}", i % 2) for i in range(48)]
 
@@ -73,8 +74,16 @@ def test_an_evaluation_that_cannot_be_is_told_before_the_run(make_tree: Callable
     for changes, message in (
         ({"tasks": ["rtee"]}, "unknown task 'rtee', expected some of .* did you mean rte"),
         ({"tasks": ["mrpc"]}, "has no folder for MRPC"),
+        (
+            {"seeds": [1, 2, 1], "max_length": 600, "include_teacher": True, "students": {"teacher": {}}},
+            "evaluation: seeds has 1 more than once; name it once\n"
+            "evaluation: include_teacher needs the name 'teacher' in the tables; call the student otherwise\n"
+            r"evaluation: max_length=600 \(RTE\) is more than the \d+ positions of the student teacher; set max_length",
+        ),
     ):
+        students = changes.pop("students", {})
         tree = make_tree(**changes)
+        tree["students"] = dict.fromkeys(students, tree["students"]["l2"]) or tree["students"]
         state, code, text = run_ranks(distil, 1, tree)[0]
         assert state in ("ConfigError", "DataError")
         assert code in (2, 3)
@@ -82,6 +91,33 @@ def test_an_evaluation_that_cannot_be_is_told_before_the_run(make_tree: Callable
         assert not (Path(tree["run"]["folder"]) / "metrics.jsonl").exists()
     with pytest.raises(ConfigError, match=r"evaluation\.task\b.*tasks"):
         parse_config({**make_tree(), "evaluation": {"task": ["rte"]}})
+
+
+def test_an_evaluation_stops_and_goes_on(make_tree: Callable[..., dict[str, Any]]) -> None:
+    tree = make_tree()
+    folder = Path(tree["run"]["folder"])
+    assert run_ranks(distil, 1, {**tree, "evaluation": None})[0][0] == "done"
+    (folder / "STOP").touch()
+    assert run_ranks(evaluate_run, 1, parse_config(tree), "6 steps done") == [
+        ("stopped", 75, f"6 steps done; its evaluation was stopped (found {folder}/STOP), the same command goes on")
+    ]
+    assert not (folder / "STOP").exists()
+    assert (status_of(tree)["state"], status_of(tree)["exit_code"]) == ("stopped", 75)
+    assert run_ranks(distil, 1, tree)[0][:2] == ("done", 0)
+    (folder / "evaluation" / "summary.md").unlink()
+    for cell in folder.glob("evaluation/cells/*/*/*.json"):
+        cell.unlink()
+    (folder / "export" / "l2" / "tokenizer.json").write_text("{}")
+    state, code, message = run_ranks(end_of_evaluation, 1, tree)[0]
+    assert (state, code) == ("DataError", 3), message
+    assert (status_of(tree)["state"], status_of(tree)["message"]) == ("failed", message)
+
+
+def end_of_evaluation(tree: dict[str, Any]) -> tuple[str, int, str]:
+    try:
+        return evaluate_run(parse_config(tree), "6 steps done")
+    except DataError as error:
+        return type(error).__name__, error.exit_code, str(error)
 
 
 def test_evaluate_and_its_table(tmp_path: Path, tiny_teacher: Path, glue_folder: Path) -> None:
@@ -97,5 +133,11 @@ def test_evaluate_and_its_table(tmp_path: Path, tiny_teacher: Path, glue_folder:
     assert list(create_summary_table(tmp_path / "out", save=False, include_average=False).columns)[-1] == "RTE accuracy"
     with pytest.raises(ConfigError, match=r"epochs.*found 0"):
         evaluate(str(tiny_teacher), "rte", epochs=0, **given)
+    other = shutil.copytree(tiny_teacher, tmp_path / "other" / tiny_teacher.name)
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    with pytest.raises(ConfigError, match=r"has scores of another model .*; give .* a name of its own, or set another"):
+        evaluate(str(other), "rte", 1e-3, 1, seed=[1], **given)
+    evaluate(str(other), "rte", 1e-3, 1, seed=[1, 2], model_name="other", **given)
+    assert list(create_summary_table(tmp_path / "out").index) == [tiny_teacher.name, "other"]
     with pytest.raises(DataError, match=r"has no grid\.json"):
         create_summary_table(tmp_path)

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, processors
 
 from scaledistill.config import EvaluationSettings
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.files import locked
 from scaledistill.glue import grid as grid_module
 from scaledistill.glue import worker as worker_module
 from scaledistill.glue.cell import Cell, read_record
@@ -343,4 +344,6 @@ def test_interrupted_twice_it_ends_with_the_same_numbers(
     assert all(after[path] == content for path, content in kept.items())
     assert len(after) == 16
     assert last.summary.figures() == whole.summary.figures()
-    assert not list(output.rglob(".*"))
+    assert [path.name for path in output.rglob(".*")] == [".lock"]
+    with locked(output, "output"), pytest.raises(ConfigError, match=r"in use by another process; .* another output"):
+        run_grid({"tiny": str(model)}, settings(data, **STUB), output)

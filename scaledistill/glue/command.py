@@ -308,7 +308,7 @@ class Display:
 
 def in_options(message: str) -> str:
     """Say a message of the package with the options of this tool: `max_length=512` becomes `--max-length 512`."""
-    names = "|".join([*EvaluationSettings.model_fields, "workers"])
+    names = "|".join([*EvaluationSettings.model_fields, "workers", "output"])
     text = re.sub(rf"\b({names})=", lambda found: f"{_option(found[1])} ", message)
     text = re.sub(
         r"\b(learning_rates|max_length|max_train_rows|batch_size|data_folder)\b", lambda f: _option(f[1]), text

@@ -19,7 +19,7 @@ import torch
 
 from scaledistill.config import EvaluationSettings
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.files import read_json, write_json
+from scaledistill.files import locked, read_json, write_json
 from scaledistill.glue.cell import Cell, read_error, read_record, remove_partial_files, write_error
 from scaledistill.glue.plan import Plan, make_plan
 from scaledistill.glue.summary import GRID, Summary, summary_of, write_summary
@@ -43,6 +43,10 @@ class Update:
 OnUpdate = Callable[[Update], None]
 
 
+class GridStoppedError(Exception):
+    """Someone asked to stop; what is finished stays, and the same call goes on."""
+
+
 @dataclass(frozen=True)
 class GridResult:
     """What a grid came to."""
@@ -63,6 +67,7 @@ def run_grid(
     workers: int | None = None,
     published: bool = False,
     on_update: OnUpdate | None = None,
+    stop: Callable[[], object] = lambda: None,
 ) -> GridResult:
     """Fine-tune and score each model on each task with each hyper-parameter and seed, and write the summary.
 
@@ -76,29 +81,44 @@ def run_grid(
         workers: cells at a time; one per GPU unless said, one on CPUs. On CPUs they share the cores.
         published: put published scores beside ours.
         on_update: is told what happens; the log is, unless said.
+        stop: asked every second or so; what is true ends the grid.
 
     Raises:
+        GridStoppedError: `stop` said so.
         ConfigError, DataError: models, data or settings cannot be used; nothing has run then. Or no worker starts.
     """
     workers = check_workers(workers)
     plan = make_plan(models, settings)
-    return run_plan(plan, output, quick=quick, workers=workers, published=published, on_update=on_update)
+    return run_plan(plan, output, quick=quick, workers=workers, published=published, on_update=on_update, stop=stop)
 
 
 def run_plan(
-    plan: Plan, output: Path, *, quick: bool, workers: int, published: bool, on_update: OnUpdate | None = None
+    plan: Plan,
+    output: Path,
+    *,
+    quick: bool,
+    workers: int,
+    published: bool,
+    on_update: OnUpdate | None = None,
+    stop: Callable[[], object] = lambda: None,
 ) -> GridResult:
-    """Run what `make_plan` returned; see `run_grid`."""
+    """Run what `make_plan` returned; see `run_grid`.
+
+    Raises:
+        ConfigError: another process works in the folder, or it has another model of the same name.
+        GridStoppedError: `stop` said so.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    remove_partial_files(output)
-    write_grid(plan, output, quick=quick)
-    waiting = [cell for cell in plan.cells if read_record(cell, output) is None]
-    if kept := len(plan.cells) - len(waiting):
-        log.info("%d of %d cells are finished already", kept, len(plan.cells))
-    with _Pool(plan, output, workers, on_update or _Log(len(waiting))) as pool:
-        pool.run(waiting)
-    summary = summary_of(output, published=published)
-    write_summary(summary, output)
+    with locked(output, "output"):
+        remove_partial_files(output)
+        write_grid(plan, output, quick=quick)
+        waiting = [cell for cell in plan.cells if read_record(cell, output) is None]
+        if kept := len(plan.cells) - len(waiting):
+            log.info("%d of %d cells are finished already", kept, len(plan.cells))
+        with _Pool(plan, output, workers, on_update or _Log(len(waiting))) as pool:
+            pool.run(waiting, stop)
+        summary = summary_of(output, published=published)
+        write_summary(summary, output)
     errors = {cell: read_error(cell, output) for cell in plan.cells if read_record(cell, output) is None}
     return GridResult(
         output=output,
@@ -109,9 +129,20 @@ def run_plan(
 
 
 def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
-    """Write which cells the summary is of: the plan's, and earlier ones of the folder that compare with them."""
+    """Write which cells the summary is of: the plan's, and earlier ones of the folder that compare with them.
+
+    Raises:
+        ConfigError: one of the plan's models has the name of another one there.
+    """
     before = read_json(output / GRID) or {"cells": [], "models": {}}
     earlier = [Cell.from_dict(cell) for cell in before["cells"]]
+    for cell in earlier:
+        model, path = plan.models.get(cell.model), before["models"][cell.model]["path"]
+        if model and model.sha256 != cell.model_sha256 and os.path.abspath(path) != os.path.abspath(model.path):
+            raise ConfigError(
+                f"output={str(output)!r} has scores of another model {model.name}, {path}; give {model.path} a name of "
+                "its own, or set another output"
+            )
     kept = [cell for cell in earlier if _compares(cell, plan)]
     if len(kept) < len(earlier):
         log.warning(
@@ -169,8 +200,8 @@ class _Pool:
         for worker in self._running.values():
             worker.end()
 
-    def run(self, cells: Sequence[Cell]) -> None:
-        """Run cells until each has finished or failed."""
+    def run(self, cells: Sequence[Cell], stop: Callable[[], object]) -> None:
+        """Run cells until each has finished or failed, or `stop` says so."""
         self._waiting.extend(cells)
         while self._waiting or any(worker.cell for worker in self._running.values()):
             for number in range(self._workers):
@@ -178,8 +209,10 @@ class _Pool:
                     worker = self._running[number] = Worker(_environment(number, self._workers))
                     self._selector.register(worker, selectors.EVENT_READ, number)
                     self._give_next(worker)
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(timeout=1):
                 self._hear(key.data)
+            if stop():
+                raise GridStoppedError
 
     def _give_next(self, worker: Worker) -> None:
         worker.cell = None

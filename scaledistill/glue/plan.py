@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -26,7 +24,7 @@ from transformers import (
 
 from scaledistill.config import EvaluationSettings
 from scaledistill.data.text import load_tokenizer
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import ConfigError, DataError, Problems
 from scaledistill.files import sha256_of
 from scaledistill.glue.cell import MODEL_NAME, Cell, Conditions, hash_of
 from scaledistill.glue.features import data_sha256
@@ -42,10 +40,10 @@ VOCABULARY_FILES = (
     "sentencepiece.bpe.model",
 )
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json")
+MODEL_FILES = (*WEIGHT_FILES, *TOKENIZER_FILES)
 CHARACTERS_PER_TOKEN = 4.3  # English, WordPiece
 PADDING = 2.0  # tokens computed per token of text, where a batch is padded to its longest example
 GROUPED_PADDING = 1.1  # the same, where its examples have similar lengths
-Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
@@ -99,45 +97,46 @@ def make_plan(models: Mapping[str, str], settings: EvaluationSettings) -> Plan:
     Raises:
         ConfigError, DataError: with every problem found, a line each.
     """
-    problems: list[ConfigError | DataError] = []
-
-    def kept(check: Callable[[], Thing]) -> Thing | None:
-        try:
-            return check()
-        except (ConfigError, DataError) as error:
-            problems.append(error)
-            return None
-
+    problems = Problems()
     if not models:
-        problems.append(ConfigError("no model to fine-tune; name at least one"))
-    for setting in ("learning_rates", "epochs", "seeds"):
-        values = getattr(settings, setting)
-        if repeated := [value for value in values if values.count(value) > 1]:
-            problems.append(ConfigError(f"{setting} has {repeated[0]:g} more than once; name it once"))
-    kept(check_installed)
-    tasks = kept(functools.partial(find_tasks, settings.tasks)) or []
-    found_models = [kept(functools.partial(check_model, name, path, tasks)) for name, path in models.items()]
-    found_data = [kept(functools.partial(check_data, task, settings)) for task in tasks]
-    ready = {model.name: model for model in found_models if model}
-    data = {each.task.name: each for each in found_data if each}
-    for model, each in itertools.product(ready.values(), data.values()):
-        limit, length = model.positions, each.conditions.max_length
-        if limit is not None and length > limit:
-            problems.append(
-                ConfigError(
-                    f"max_length={length} ({each.task.title}) is more than the {limit} positions of model "
-                    f"{model.name}; set max_length to {limit} or less, the same for all models"
-                )
-            )
-    if problems:
-        kind = ConfigError if any(isinstance(problem, ConfigError) for problem in problems) else DataError
-        raise kind("\n".join(map(str, problems)))
+        problems.found.append(ConfigError("no model to fine-tune; name at least one"))
+    tasks, data = check_tasks(settings, problems)
+    found = [problems.attempt(check_model, name, path, tasks) for name, path in models.items()]
+    ready = {model.name: model for model in found if model}
+    for model in ready.values():
+        check_lengths(f"model {model.name}", model.positions, data.values(), problems)
+    problems.raise_all()
     axes = (ready, data, settings.learning_rates, settings.epochs, settings.seeds)
     cells = [
         Cell(name, ready[name].sha256, task, rate, epochs, seed, data[task].conditions)
         for name, task, rate, epochs, seed in itertools.product(*axes)
     ]
     return Plan(ready, data, settings, cells)
+
+
+def check_tasks(settings: EvaluationSettings, problems: Problems) -> tuple[list[Task], dict[str, TaskData]]:
+    """Check the settings, and read the data of all tasks; return the tasks, and by name the data that can be used."""
+    for setting in ("learning_rates", "epochs", "seeds"):
+        values = getattr(settings, setting)
+        if repeated := [value for value in values if values.count(value) > 1]:
+            problems.found.append(ConfigError(f"{setting} has {repeated[0]:g} more than once; name it once"))
+    problems.attempt(check_installed)
+    tasks = problems.attempt(find_tasks, settings.tasks) or []
+    found = [problems.attempt(check_data, task, settings) for task in tasks]
+    return tasks, {data.task.name: data for data in found if data}
+
+
+def check_lengths(what: str, limit: int | None, data: Iterable[TaskData], problems: Problems) -> None:
+    """Check that a model with so many positions takes what the tasks give it."""
+    for each in data:
+        length = each.conditions.max_length
+        if limit is not None and length > limit:
+            problems.found.append(
+                ConfigError(
+                    f"max_length={length} ({each.task.title}) is more than the {limit} positions of {what}; set "
+                    f"max_length to {limit} or less, the same for all models"
+                )
+            )
 
 
 def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
@@ -154,7 +153,7 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
         near = difflib.get_close_matches(Path(path).name, siblings, n=1)
         remedy = f"did you mean {Path(path).parent / near[0]}?" if near else "give a model's folder or its hub name"
         raise DataError(f"{setting}={path!r}: no such folder; {remedy}")
-    folder = resolve_folder(path, None, (*WEIGHT_FILES, *TOKENIZER_FILES), setting=setting)
+    folder = resolve_folder(path, None, MODEL_FILES, setting=setting)
     config = _load_config(folder, f"{setting}={path!r}")
     for task in tasks:
         mapping = (
@@ -183,7 +182,7 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
         sha256=hash_of(f"{file} {sha256_of(folder / file)}" for file in files),
         parameters=sum(sizes.values()),
         encoder_parameters=sum(size for key, size in sizes.items() if "embed" not in key),
-        positions=_positions(config),
+        positions=positions(config),
     )
 
 
@@ -247,7 +246,8 @@ def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str) -> None
         )
 
 
-def _positions(config: PreTrainedConfig) -> int | None:
+def positions(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a sequence may have; None where there is no table of positions."""
     limit = getattr(config, "max_position_embeddings", None)
     with contextlib.suppress(ConfigError):  # an architecture that is never distilled: its table counts from 0
         return limit and int(limit) - first_position(config)
