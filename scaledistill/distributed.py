@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -96,7 +97,9 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
             backstop = threading.Timer(LEAVE_SECONDS, os._exit, [EXIT_ENVIRONMENT])
             backstop.daemon = True
             backstop.start()
-            dist.destroy_process_group()
+            comm = sys.modules.get("deepspeed.comm")  # it keeps groups of its own, of which the next run would hear
+            leave = comm.destroy_process_group if comm and comm.is_initialized() else dist.destroy_process_group
+            leave()
             backstop.cancel()
 
 

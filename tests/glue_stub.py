@@ -14,6 +14,7 @@ from typing import Any
 
 from scaledistill.glue import worker
 from scaledistill.glue.cell import Cell
+from scaledistill.glue.tasks import TASKS
 
 COMMAND = (sys.executable, __file__, "worker")
 
@@ -23,7 +24,7 @@ def fine_tune(cell: Cell, *_: Any) -> tuple[dict[str, Any], list[dict[str, Any]]
     if cell.seed == 13:
         raise ValueError("unlucky")
     score = hashlib.sha256(cell.path(worker.Path()).name.encode()).digest()[0] / 3
-    scores = {"matthews": score} if cell.task == "cola" else {"pearson": score, "spearman": score / 2}
+    scores = {metric: score / number for number, metric in enumerate(TASKS[cell.task].metrics, start=1)}
     return {"scores": scores, "epochs": [], "train_rows": 40, "all_train_rows": 40, "seconds": 0.1}, [
         {"id": "0", "prediction": score}
     ]

@@ -9,14 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import glue_stub
 import pytest
 from conftest import tiny_tree
 from ranks import run_ranks
 from test_train import distil, status_of
 
+from scaledistill import train
 from scaledistill.configfile import parse_config
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.evaluation import create_summary_table, evaluate, evaluate_run
+from scaledistill.glue import worker
 
 ROWS = [(f"w{i % 190:03} w{i % 7:03}", f"w{(i + i % 2) % 190:03}", i % 2) for i in range(48)]
 
@@ -96,31 +99,36 @@ def test_an_evaluation_that_cannot_be_is_told_before_the_run(make_tree: Callable
 def test_an_evaluation_stops_and_goes_on(make_tree: Callable[..., dict[str, Any]]) -> None:
     tree = make_tree()
     folder = Path(tree["run"]["folder"])
-    assert run_ranks(distil, 1, {**tree, "evaluation": None})[0][0] == "done"
+    stopped, went_on, broken = run_ranks(stop_and_go_on, 1, tree)[0]
+    words = f"; its evaluation was stopped (found {folder}/STOP), the same command goes on"
+    assert (stopped["state"], stopped["exit_code"]) == ("stopped", 75)
+    assert stopped["message"].endswith(words)
+    assert (went_on["state"], went_on["exit_code"]) == ("done", 0)
+    assert words not in went_on["message"]
+    assert (broken["state"], broken["exit_code"]) == ("failed", 3)
+    assert "l2" in broken["message"]
+
+
+def stop_and_go_on(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return `status.json` after an evaluation that is stopped, one that goes on, and one that cannot be."""
+    config, folder = parse_config(tree), Path(tree["run"]["folder"])
+    result = train.distill(parse_config({**tree, "evaluation": None}))
     (folder / "STOP").touch()
-    assert run_ranks(evaluate_run, 1, parse_config(tree), "6 steps done") == [
-        ("stopped", 75, f"6 steps done; its evaluation was stopped (found {folder}/STOP), the same command goes on")
-    ]
+    evaluate_run(config, result.message)
+    found = [status_of(tree)]
     assert not (folder / "STOP").exists()
-    assert (status_of(tree)["state"], status_of(tree)["exit_code"]) == ("stopped", 75)
-    assert run_ranks(distil, 1, tree)[0][:2] == ("done", 0)
-    (folder / "evaluation" / "summary.md").unlink()
-    for cell in folder.glob("evaluation/cells/*/*/*.json"):
-        cell.unlink()
+    train.distill(config)
+    found.append(status_of(tree))
     (folder / "export" / "l2" / "tokenizer.json").write_text("{}")
-    state, code, message = run_ranks(end_of_evaluation, 1, tree)[0]
-    assert (state, code) == ("DataError", 3), message
-    assert (status_of(tree)["state"], status_of(tree)["message"]) == ("failed", message)
+    with pytest.raises(DataError, match="tokenizer"):
+        evaluate_run(config, result.message)
+    return [*found, status_of(tree)]
 
 
-def end_of_evaluation(tree: dict[str, Any]) -> tuple[str, int, str]:
-    try:
-        return evaluate_run(parse_config(tree), "6 steps done")
-    except DataError as error:
-        return type(error).__name__, error.exit_code, str(error)
-
-
-def test_evaluate_and_its_table(tmp_path: Path, tiny_teacher: Path, glue_folder: Path) -> None:
+def test_evaluate_and_its_table(
+    tmp_path: Path, tiny_teacher: Path, glue_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "COMMAND", glue_stub.COMMAND)
     given: dict[str, Any] = {"data_dir": glue_folder, "output_dir": tmp_path / "out", "max_seq_length": 16}
     result = evaluate(str(tiny_teacher), ["rte", "cola"], 1e-3, 1, seed=[1, 2], **given)
     assert (len(result.finished), result.failures) == (4, {})

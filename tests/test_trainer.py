@@ -378,12 +378,12 @@ def test_the_teacher_runs_in_the_precision_of_the_training(tmp_path: Path) -> No
     exact = MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path))
     mixed = MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path, bf16=True))
     wrapped = mixed.accelerator.prepare(mixed.model)
+    rows = record.collate(record.examples()[:6])
+    expected = exact.compute_loss(exact.model.eval(), rows)
     dtypes = []
     mixed.teacher.view.encoder.layer[0].output.dense.register_forward_hook(
         lambda module, inputs, output: dtypes.append(output.dtype)
     )
-    rows = record.collate(record.examples()[:6])
-    expected = exact.compute_loss(exact.model.eval(), rows)
     found, qkv = mixed.compute_loss(wrapped.eval(), rows, return_outputs=True)
     assert dtypes == [torch.bfloat16]
     assert qkv.q.dtype == torch.bfloat16
