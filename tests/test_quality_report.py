@@ -13,6 +13,7 @@ from scaledistill.glue.summary import Row, Score, Summary
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
+import quality
 import quality_report
 
 COLUMN = "rte/accuracy"
@@ -63,3 +64,26 @@ def test_the_tables_go_between_their_marks(tmp_path: Path) -> None:
     document.write_text("no marks")
     with pytest.raises(DataError, match="has 0 marks for the table 'ablations'"):
         quality_report.write_report(tmp_path, document, variants, heads)
+
+
+def test_a_report_on_unfinished_work_says_what_there_is(tmp_path: Path) -> None:
+    document = tmp_path / "quality.md"
+    document.write_text("<!-- ablations -->\n<!-- end ablations -->\n")
+    (tmp_path / "yardsticks.json").write_text(json.dumps({"long/base-seed1": {"12": 0.2, "48": 0.1}}))
+    assert quality_report.write_report(tmp_path, document, ["base"], [12, 48]) == []
+    rows = [Row(f"base-seed{seed}", None, {}, average=None) for seed in (1, 2)]
+    table = quality_report.tap_table(Summary([COLUMN], [], rows, [], [], []))
+    assert (table.columns, table.rows) == (["variant", "n"], [["base", "2"]])
+
+
+def test_a_run_is_done_only_with_the_same_settings(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(json.dumps({"state": "done"}))
+    tree = quality.settings()
+    tree["train"] |= {"max_steps": 7, "precision": "fp32"}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert quality.is_done(tmp_path, {"train.max_steps": 7})
+    assert not quality.is_done(tmp_path, {"train.max_steps": 8})
+    assert not quality.is_done(tmp_path, {"train.max_steps": 7, "students.l3-h384.relation_heads": 12})
+    tree["relations"]["num_heads"] = 24
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert not quality.is_done(tmp_path, {"train.max_steps": 7})

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.files import write_json
+from scaledistill.files import read_json, sha256_of, write_json
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quality.json"
 LAUNCH = Path(__file__).parent.parent / "launch" / "distill.py"
@@ -122,9 +122,6 @@ def distil_all(options: argparse.Namespace) -> int:
 
 def distil_one(folder: Path, seed: int, changes: Mapping[str, Any], steps: int, jobs: int) -> int:
     """Distil into `folder`, or go on there; return the exit code."""
-    status = folder / "status.json"
-    if status.is_file() and json.loads(status.read_text())["state"] == "done":
-        return 0
     overrides = {
         "run.folder": str(folder),
         "run.seed": seed,
@@ -133,6 +130,8 @@ def distil_one(folder: Path, seed: int, changes: Mapping[str, Any], steps: int, 
         "train.validation_every_steps": max(1, steps // 5),
         **{f"students.{NAME}.{key}": value for key, value in changes.items()},
     }
+    if is_done(folder, overrides):
+        return 0
     words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     command = [
@@ -148,6 +147,23 @@ def distil_one(folder: Path, seed: int, changes: Mapping[str, Any], steps: int, 
         code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
     sys.stderr.write(f"{folder.name}: {'done' if code == 0 else f'exit code {code}, see {log.name}'}\n")
     return code
+
+
+def is_done(folder: Path, overrides: Mapping[str, Any]) -> bool:
+    """Whether a run is done with these settings; one with others is launched, which says what differs."""
+    status = read_json(folder / "status.json")
+    if status is None or status["state"] != "done":
+        return False
+    done, asked = (_leaves(tree) for tree in (read_json(folder / "config.json") or {}, settings()))
+    return all(done.get(key) == value for key, value in {**asked, **overrides}.items())
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Return the settings of a configuration by their whole names."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
 
 
 def write_undistilled(options: argparse.Namespace) -> None:
@@ -212,12 +228,17 @@ def measure_all(options: argparse.Namespace) -> None:
     from scaledistill.relations import relation_loss
 
     config, path = settings(), options.folder / "yardsticks.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = read_json(path) or {}
     students = {
         str(folder.parent.parent.relative_to(options.folder)): folder
         for folder in sorted(options.folder.glob(f"**/export/{NAME}"))
     }
-    students = {name: folder for name, folder in students.items() if name not in found and "tap-extra" not in name}
+    weights = {name: sha256_of(folder / "model.safetensors") for name, folder in students.items()}
+    students = {
+        name: folder
+        for name, folder in students.items()
+        if "tap-extra" not in name and found.get(name, {}).get("sha256") != weights[name]
+    }
     if not students:
         return
     teacher = Teacher(load_encoder(config["teacher"]["model"]), config["teacher"]["layer"])
@@ -236,7 +257,7 @@ def measure_all(options: argparse.Namespace) -> None:
                         target, qkv, num_heads=heads, pairs=config["relations"]["pairs"], mask_BT=batch.mask_BT
                     )
                     sums[name][heads] += loss.total.item() * batch.weight / rows
-    write_json(path, found | sums)
+    write_json(path, found | {name: {**by_heads, "sha256": weights[name]} for name, by_heads in sums.items()})
     for name, by_heads in sums.items():
         print(name, *(f"{heads} heads {loss:.5f}" for heads, loss in by_heads.items()), sep="  ")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from scipy.stats import ttest_ind
 from scaledistill.benchmark import Table
 from scaledistill.errors import DataError
 from scaledistill.files import write_json
+from scaledistill.glue.picture import draw
 from scaledistill.glue.summary import Row, Summary, column_title, summary_of
 
 COMPARED = (
@@ -50,16 +50,16 @@ def write_report(runs: Path, document: Path, variants: Sequence[str], heads: Seq
         summary = summary_of(runs / "glue")
         tables["glue"] = summary.markdown()
         tables["compared"] = comparison(summary).markdown()
-        shutil.copy(runs / "glue" / "summary.png", pictures / "glue.png")
+        draw(summary, pictures / "glue.png")
         write_json(pictures / "glue.json", {"figures": summary.figures()})
     if (runs / "glue-tap" / "grid.json").is_file():
         tables["tap"] = tap_table(summary_of(runs / "glue-tap")).markdown()
     if (runs / "yardsticks.json").is_file():
         found = json.loads((runs / "yardsticks.json").read_text())
-        short = by_variant(found, variants)
-        tables["ablations"] = ablation_table(short, heads).markdown()
-        draw_ablations(short, heads, pictures / "ablations.png")
         write_json(pictures / "yardsticks.json", found)
+        if short := by_variant(found, variants):
+            tables["ablations"] = ablation_table(short, heads).markdown()
+            draw_ablations(short, heads, pictures / "ablations.png")
     text = document.read_text()
     for name, table in tables.items():
         parts = re.split(f"(<!-- (?:end )?{name} -->)", text)
@@ -110,13 +110,15 @@ def tap_table(summary: Summary) -> Table:
         groups.setdefault(row.name.rpartition("-seed")[0], []).append(row)
     table = Table(
         "Dev scores, %: median over distillation seeds (lowest to highest)",
-        ["variant", "n", *map(column_title, summary.averaged), "average"],
+        ["variant", "n", *map(column_title, summary.averaged), *(["average"] if summary.averaged else [])],
     )
     for variant, rows in groups.items():
         columns = [[row.scores[column].median for row in rows] for column in summary.averaged]
         averages = [row.average for row in rows if row.average is not None]
         cells = [
-            f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})" for values in [*columns, averages]
+            f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
+            for values in [*columns, averages]
+            if values
         ]
         table.rows.append([variant, str(len(rows)), *cells])
     return table
