@@ -324,10 +324,13 @@ def prepare_dataset(
 
     Raises:
         ConfigError: a data set has no such column.
+        DataError: a row has no text.
     """
     from datasets import concatenate_datasets
 
     def tokenize(column: str, rows: Mapping[str, list[Any]]) -> Mapping[str, Any]:
+        if None in rows[column]:
+            raise DataError(f"column {column!r} has rows without text (None); filter them out first")
         texts = [text if isinstance(text, str) else "\n".join(text) for text in rows[column]]
         return tokenizer(texts, truncation=True, max_length=max_seq_len, **(tokenization_kwargs or {}))
 

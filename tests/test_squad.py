@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from scaledistill.errors import DataError
 from scaledistill.glue.read import Answers, Examples
 from scaledistill.glue.squad import add_positions, best_answers, make_features, squad_scores
 
@@ -62,6 +63,16 @@ def test_every_word_of_the_context_is_in_a_feature(tokenizer: PreTrainedTokenize
     assert covered == set(CONTEXT.split())
     question = tokenizer("who?")["input_ids"]
     assert all(feature["input_ids"][: len(question)] == question for feature in features)
+
+
+def test_a_question_that_leaves_no_room(tokenizer: PreTrainedTokenizerFast) -> None:
+    for question, least in (("who? " * 10, 36), ("who? " * 200, 532)):
+        examples = Examples(["q"], [(question, CONTEXT)], [Answers((), ())], "")
+        with pytest.raises(
+            DataError, match=rf"max_length={least // 2} leaves too little room .* max_length to {least} or"
+        ):
+            make_features(tokenizer, examples, [0], least // 2)
+        assert make_features(tokenizer, examples, [0], least)[0]
 
 
 def test_what_is_no_answer(tokenizer: PreTrainedTokenizerFast) -> None:

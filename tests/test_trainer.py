@@ -443,6 +443,8 @@ def test_prepare_dataset(tiny_teacher: Path) -> None:
     assert set(rows.column_names) >= {"input_ids", "attention_mask"}
     with pytest.raises(ConfigError, match="column 'body' is not in the data set; it has text, number"):
         prepare_dataset([(texts, "body")], tokenizer, max_seq_len=8)
+    with pytest.raises(DataError, match=r"column 'text' has rows without text \(None\)"):
+        prepare_dataset([Dataset.from_dict({"text": ["w001", None]})], tokenizer, max_seq_len=8)
 
 
 @pytest.mark.full

@@ -279,7 +279,9 @@ def score_all(options: argparse.Namespace) -> int:
             for seed in (1, 2, 3)
             for name in ("base", "tap-extra")
         }
-    models = {name: folder for name, folder in models.items() if (folder / "config.json").is_file()}
+    if missing := [name for name, folder in models.items() if not (folder / "config.json").is_file()]:
+        sys.stderr.write(f"not finished, left out: {', '.join(missing)}\n")
+    models = {name: folder for name, folder in models.items() if name not in missing}
     values = GLUE | {"seeds": seeds, "data-dir": options.data_dir}
     values["output"] = runs / ("glue" if options.runs == "students" else "glue-tap")
     command = [sys.executable, str(Path(__file__).with_name("glue.py")), "--group-by-length"]

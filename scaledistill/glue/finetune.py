@@ -213,7 +213,7 @@ def _bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _predict(model: PreTrainedModel, features: Features, collate: DataCollatorWithPadding) -> list[np.ndarray]:
     """Return the outputs for each feature, float32, in their order: [C], or for spans [2, T] (start and end)."""
     device = next(model.parameters()).device

@@ -37,7 +37,7 @@ from scaledistill.models.weights import weight_files
 
 VOCABULARY_FILES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
-    "sentencepiece.bpe.model",
+    *("sentencepiece.bpe.model", "spm.model"),
 )
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json")
 MODEL_FILES = (*WEIGHT_FILES, *TOKENIZER_FILES)

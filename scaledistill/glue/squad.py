@@ -9,6 +9,7 @@ Legend: N features, T tokens of one of them.
 from __future__ import annotations
 
 import collections
+import math
 import re
 import string
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from scaledistill.errors import DataError
 from scaledistill.glue.read import Answers, Examples
 
 STRIDE = 128  # tokens that neighbouring features of a context share
@@ -41,8 +43,20 @@ class Origin:
 def make_features(
     tokenizer: PreTrainedTokenizerFast, examples: Examples, rows: Sequence[int], max_length: int
 ) -> tuple[Features, list[Origin]]:
-    """Return the features of these rows, at most `max_length` tokens each, and the origin of each."""
+    """Return the features of these rows, at most `max_length` tokens each, and the origin of each.
+
+    Raises:
+        DataError: a question leaves too little room for its context.
+    """
     features, origins = [], []
+    stride = min(STRIDE, max_length // 3)
+    questions = tokenizer([examples.texts[row][0].strip() for row in rows], add_special_tokens=False)["input_ids"]
+    fixed = max(map(len, questions), default=0) + tokenizer.num_special_tokens_to_add(pair=True) + 1
+    if fixed + stride > max_length:
+        raise DataError(
+            f"max_length={max_length} leaves too little room beside the longest question of SQuAD 2.0; set max_length "
+            f"to {min(fixed + STRIDE, math.ceil(1.5 * fixed))} or more"
+        )
     for row in rows:
         question, context = examples.texts[row]
         encoded = tokenizer(
@@ -50,7 +64,7 @@ def make_features(
             context,
             truncation="only_second",
             max_length=max_length,
-            stride=min(STRIDE, max_length // 3),
+            stride=stride,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
