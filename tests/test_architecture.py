@@ -102,7 +102,7 @@ ALLOWED: dict[str, set[str]] = {
     "models.capture": {"models.attention", "relations"},
     "models.export": {"files", "models.capture", "models.teacher"},
     "models.student": {"models.capture", "models.teacher"},
-    "models.teacher": {"models.capture", "models.weights", "relations"},
+    "models.teacher": {"files", "models.capture", "models.weights", "relations"},
     "models.weights": set(),
     "relations": {"relations.reference", "relations.sdpa", "relations.spec", "relations.triton"},
     "relations.reference": {"relations.spec"},

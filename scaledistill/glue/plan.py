@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     PreTrainedConfig,
 )
 
@@ -32,7 +31,7 @@ from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.read import read_split
 from scaledistill.glue.tasks import Task, find_tasks
 from scaledistill.models.capture import first_position
-from scaledistill.models.teacher import WEIGHT_FILES, check_weight_files, quiet_transformers, resolve_folder
+from scaledistill.models.teacher import WEIGHT_FILES, check_weight_files, read_config, resolve_folder
 from scaledistill.models.weights import weight_files
 
 VOCABULARY_FILES = (
@@ -154,7 +153,7 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
         remedy = f"did you mean {Path(path).parent / near[0]}?" if near else "give a model's folder or its hub name"
         raise DataError(f"{setting}={path!r}: no such folder; {remedy}")
     folder = resolve_folder(path, None, MODEL_FILES, setting=setting)
-    config = _load_config(folder, f"{setting}={path!r}")
+    config = read_config(folder, f"{setting}={path!r}")
     for task in tasks:
         mapping = (
             MODEL_FOR_QUESTION_ANSWERING_MAPPING if task.kind == "span" else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -213,17 +212,6 @@ def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
     padding = GROUPED_PADDING if settings.group_by_length else PADDING
     train_tokens = padding * tokens(train.texts) * used / len(train.texts)
     return TaskData(task, conditions, used, train_tokens, sum(tokens(split.texts) for split in dev))
-
-
-def _load_config(folder: Path, model: str) -> PreTrainedConfig:
-    if not (folder / "config.json").is_file():
-        raise DataError(f"{model} has no config.json; give the folder that save_pretrained wrote")
-    try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{model}: its config.json cannot be used ({reason}); fetch the model again") from error
 
 
 def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str) -> None:

@@ -25,6 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.files import read_json
 from scaledistill.models.capture import (
     architecture_of,
     base_encoder,
@@ -80,26 +81,31 @@ def load_config(
         DataError: no such model, no `config.json`, or one that cannot be read.
     """
     folder = resolve_folder(model, revision, ("config.json", "*.py"), setting=setting)
-    if not (folder / "config.json").is_file():
-        raise DataError(f"{setting}={str(model)!r} has no config.json; give the folder that save_pretrained wrote")
-    try:
-        found, _ = PreTrainedConfig.get_config_dict(folder)
-        if not trust_remote_code and "auto_map" in found and found.get("model_type") not in CONFIG_MAPPING:
-            raise ConfigError(
-                f"{setting}={str(model)!r} runs only with Python code of its own, which is refused; if you trust that "
-                "code, set teacher.trust_remote_code=true"
-            )
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{setting}={str(model)!r}: its config.json cannot be used ({reason}); fetch the model again"
-        ) from error
+    name, found = f"{setting}={str(model)!r}", read_json(folder / "config.json") or {}
+    if not trust_remote_code and "auto_map" in found and found.get("model_type") not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"{name} runs only with Python code of its own, which is refused; if you trust that code, set "
+            "teacher.trust_remote_code=true"
+        )
+    config = read_config(folder, name, trust_remote_code)
     architecture_of(config, setting=setting)
     return config
+
+
+def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read the config in a folder, of whatever architecture; `name` stands for the model in messages.
+
+    Raises:
+        DataError: no `config.json`, or one that cannot be read.
+    """
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{name} has no config.json; give the folder that save_pretrained wrote")
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: its config.json cannot be used ({reason}); fetch the model again") from error
 
 
 def load_encoder(
