@@ -217,20 +217,22 @@ def _read_hub(task: Task, split: str) -> Rows:
             "give a folder with the original files as data_folder"
         ) from error
     where = f"{name}, {task.title}, {hub_split}"
+    rows: Rows = ([], [], [])
+    ids, texts, labels = rows
     if task.kind == "span":
-        rows: Rows = ([], [], [])
         for row in data:
             pairs = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
-            answers = _answers(pairs, row["context"], f"{where}, question {row['id']}")
-            for column, value in zip(rows, (row["id"], (row["question"], row["context"]), answers), strict=True):
-                column.append(value)
+            ids.append(row["id"])
+            texts.append((row["question"], row["context"]))
+            labels.append(_answers(pairs, row["context"], f"{where}, question {row['id']}"))
         return rows
     names = getattr(data.features["label"], "names", None)
     if task.kind == "classification" and names is not None and tuple(names) != task.labels:
         raise DataError(f"{where}: its classes are {', '.join(names)}, expected {', '.join(task.labels)} in this order")
-    texts = list(zip(*(data[column] for column in task.hub_columns), strict=True))
-    labels = [_hub_label(task, label, f"{where}, row {row}") for row, label in enumerate(data["label"])]
-    return [str(number) for number in range(len(labels))], texts, labels
+    texts.extend(zip(*(data[column] for column in task.hub_columns), strict=True))
+    labels.extend(_hub_label(task, label, f"{where}, row {row}") for row, label in enumerate(data["label"]))
+    ids.extend(map(str, range(len(labels))))
+    return rows
 
 
 def _hub_label(task: Task, label: Any, where: str) -> int | float:
