@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Return a JSON object, or None where there is no readable one."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
