@@ -88,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     peer.add_argument("--tokens", type=int, required=True)
     peer.add_argument("--environment", type=Path, help="its virtual environment (default: made in the user's cache)")
     command("yardstick", measure_all, "measure the held-out relation loss of every student")
-    glue = command("glue", score_all, "score what is finished with tools/glue.py")
+    glue = command("glue", score_all, "fine-tune and score what is finished")
     glue.add_argument("--runs", choices=("students", "tap"), required=True)
     glue.add_argument("--data-dir", type=Path, required=True, help="folder with the GLUE files")
     tell = command("report", report, "write tables and plots from what is finished")
@@ -263,7 +263,9 @@ def measure_all(options: argparse.Namespace) -> None:
 
 
 def score_all(options: argparse.Namespace) -> int:
-    """Run tools/glue.py on what is finished of the students, or of the runs that `tap` is judged by."""
+    """Fine-tune and score what is finished of the students, or of the runs that `tap` is judged by."""
+    from scaledistill.glue.command import main as glue_main
+
     config, runs = settings(), options.folder
     seeds = GLUE["seeds"]
     if options.runs == "students":
@@ -284,10 +286,9 @@ def score_all(options: argparse.Namespace) -> int:
     models = {name: folder for name, folder in models.items() if name not in missing}
     values = GLUE | {"seeds": seeds, "data-dir": options.data_dir}
     values["output"] = runs / ("glue" if options.runs == "students" else "glue-tap")
-    command = [sys.executable, str(Path(__file__).with_name("glue.py")), "--group-by-length"]
-    command += [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    command += [part for name, folder in models.items() for part in ("--model", f"{name}={folder}")]
-    return subprocess.run(command, check=False).returncode
+    arguments = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    arguments += [part for name, folder in models.items() for part in ("--model", f"{name}={folder}")]
+    return glue_main(["--group-by-length", *arguments])
 
 
 def report(options: argparse.Namespace) -> None:
