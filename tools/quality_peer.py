@@ -45,7 +45,7 @@ def main(spec: dict[str, Any]) -> None:
         adam_epsilon=1e-6,
         max_steps=steps,
         logging_steps=20,
-        save_steps=100,
+        save_steps=25,
         save_total_limit=1,
         report_to="none",
         seed=1,
