@@ -330,6 +330,8 @@ def test_the_other_sources_of_the_tool(run: Any, tmp_path: Path, monkeypatch: py
         (["max_tokens.txt"], 3, "input file 'max_tokens.txt' does not exist"),
         (["a.csv"], 3, "a.csv: unknown suffix '.csv'"),
         (["nowhere.txt"], 3, "input file 'nowhere.txt' does not exist"),
+        (["bad.txt", "empty.txt"], 3, "1 of 2 input files is empty: empty.txt"),
+        (["/dev/null"], 3, "input '/dev/null' is a device, which cannot be read as a file; write its text"),
         (["bad.txt"], 3, "bad.txt, line 2: byte 0xff is not UTF-8"),
         (["--wds", "a.txt"], 3, "a.txt is damaged or not a tar archive"),
     ],
@@ -339,7 +341,8 @@ def test_wrong_options_and_inputs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.csv").write_text("one")
+    (tmp_path / "empty.txt").touch()
     (tmp_path / "bad.txt").write_bytes(b"one\n\xff")
     found, out, err = run(*arguments, "--output", "shards")
     assert (found, out) == (code, "")

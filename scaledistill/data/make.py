@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from scaledistill.data.longtext import LONG_CHARACTERS, PIECE_CHARACTERS
 from scaledistill.data.manifest import MANIFEST_FILE, MAX_SEQUENCE_LENGTH
 from scaledistill.data.pool import parallel_map
 from scaledistill.data.shards import ShardWriter
@@ -22,7 +24,7 @@ from scaledistill.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_CHUNK_CHARACTERS = 1 << 18  # about 0.2 s of tokenising
+_CHUNK_CHARACTERS = PIECE_CHARACTERS
 _CHUNK_DOCUMENTS = 4096
 _ROWS_PER_BLOCK = 256
 
@@ -157,21 +159,27 @@ def make_shards(
         if isinstance(documents, Generator):
             stack.callback(documents.close)
         encoder = TextEncoder(tokenizer, seed=seed)
-        encoded = parallel_map(encoder, _chunks(documents, max_documents), workers=workers)
+        pieces: deque[_Piece | None] = deque()
+        encoded = parallel_map(encoder, _chunks(documents, max_documents, encoder, pieces), workers=workers)
         stack.enter_context(contextlib.closing(encoded))
-        num_tokens, is_full = 0, False
+        num_tokens, num_document_tokens, is_full = 0, 0, False
         for ids_n, lengths, keys in encoded:
             end = 0
-            for length, key in zip(lengths.tolist(), keys.tolist(), strict=True):
-                report.documents += 1
-                report.empty_documents += not length
+            piece = pieces.popleft()
+            is_end = piece is None or piece.is_last
+            for length, key in zip(lengths.tolist(), keys.tolist() if piece is None else [piece.key], strict=True):
+                num_document_tokens += length
+                if is_end:
+                    report.documents += 1
+                    report.empty_documents += not num_document_tokens
+                    num_document_tokens = 0
                 is_held_out = key < held_out_fraction and (key in held_out_keys or len(held_out_keys) < num_to_hold_out)
                 if is_held_out and length:
                     held_out_keys.add(key)
-                (validation if is_held_out else train).add(ids_n[end : end + length])
+                (validation if is_held_out else train).add(ids_n[end : end + length], is_end=is_end)
                 end += length
                 num_tokens += length
-                if is_full := max_tokens is not None and num_tokens >= max_tokens:
+                if is_full := is_end and max_tokens is not None and num_tokens >= max_tokens:
                     break
             report.seconds = time.perf_counter() - start
             if on_progress is not None:
@@ -230,17 +238,39 @@ def _check_selection(
         raise ConfigError(f"workers={workers}; expected 0 (this process alone) or more")
 
 
-def _chunks(documents: Iterator[str], max_documents: int | None) -> Iterator[list[str]]:
-    """Group documents into pieces of work; how they are grouped does not change the result."""
+class _Piece(NamedTuple):
+    """What a piece of a long document needs to know of it."""
+
+    key: float  # see EncodedDocuments
+    is_last: bool
+
+
+def _chunks(
+    documents: Iterator[str], max_documents: int | None, encoder: TextEncoder, pieces: deque[_Piece | None]
+) -> Iterator[list[str]]:
+    """Group documents into pieces of work; how they are grouped does not change the result.
+
+    A long document becomes several: `pieces` gets an entry for each list that is yielded, None for whole documents.
+    """
     chunk: list[str] = []
     num_characters = 0
     for number, document in enumerate(documents, 1):
-        chunk.append(document)
-        num_characters += len(document)
-        if num_characters >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS or number == max_documents:
+        is_long = len(document) > LONG_CHARACTERS
+        if not is_long:
+            chunk.append(document)
+            num_characters += len(document)
+        is_full = num_characters >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS
+        if chunk and (is_full or is_long or number == max_documents):
+            pieces.append(None)
             yield chunk
             chunk, num_characters = [], 0
+        if is_long:
+            key = encoder.key(document)
+            for text, is_last in encoder.pieces(document, f"document {number}"):
+                pieces.append(_Piece(key, is_last))
+                yield [text]
         if number == max_documents:
             return
     if chunk:
+        pieces.append(None)
         yield chunk

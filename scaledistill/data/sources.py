@@ -8,15 +8,30 @@ gives every document, empty ones included, or raises a `DataError` that names fi
 from __future__ import annotations
 
 import glob
+import io
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from scaledistill.data.compression import BROKEN, COMPRESSIONS, READ_BYTES, ReadProgress, open_stored, seekable
+from scaledistill.data.archives import check_archive
+from scaledistill.data.compression import (
+    COMPRESSIONS,
+    ReadProgress,
+    StoredError,
+    decompressed,
+    open_stored,
+    seekable,
+)
+from scaledistill.data.content import HEAD_BYTES, LZMA, PARQUET, TAR, Content, binary_content, content_of, json_form
+from scaledistill.data.longtext import LARGEST_DOCUMENT_BYTES, placed, too_long
+from scaledistill.data.paths import check_inputs
 from scaledistill.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 SplitBy = Literal["blank-line", "line", "file"]
 
@@ -24,13 +39,14 @@ _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet", ".pq")
 _TAR = (".tar", ".tgz")
 _TEXT = (".txt", ".text", ".md", "")
+_LINES_AT_ONCE = 4096
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
     """Return the files that the paths and glob patterns (`**` too) name: in the given order, sorted within a glob.
 
     Raises:
-        DataError: a pattern names nothing, a folder or a URL, or a file comes twice.
+        DataError: a pattern names nothing, a folder, a URL or what is no file, or a file is empty or comes twice.
     """
     paths: list[Path] = []
     for pattern in patterns:
@@ -38,20 +54,13 @@ def expand(patterns: Sequence[str]) -> list[Path]:
             raise DataError(f"input {pattern!r} is a URL or a command; expected a local file: download it first")
         is_plain = os.path.lexists(pattern) or not glob.has_magic(pattern)
         found = [Path(name) for name in ([pattern] if is_plain else sorted(glob.glob(pattern, recursive=True)))]
-        files = found if is_plain else [path for path in found if not path.is_dir()]
+        files = found if is_plain else [path for path in found if not os.path.isdir(path)]
         if not files:
             raise DataError(f"input pattern {pattern!r} matches no file in {Path.cwd()}; check the pattern")
-        for path in files:
-            if path.is_dir():
-                raise DataError(f"input {pattern!r} is a folder; give files or a pattern such as '{path}/**/*.txt'")
-            if not path.is_file():
-                raise DataError(f"input file {pattern!r} does not exist (looked in {Path.cwd()}); check the path")
+        if is_plain and os.path.isdir(pattern):
+            raise DataError(f"input {pattern!r} is a folder; give files or a pattern such as '{found[0]}/**/*.txt'")
         paths += files
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise DataError(f"input file {path} is given twice; its documents would count double: name it once")
-        seen.add(path.resolve())
+    check_inputs(paths)
     return paths
 
 
@@ -62,32 +71,38 @@ def file_documents(
     split_by: SplitBy = "blank-line",
     progress: ReadProgress | None = None,
 ) -> Iterator[str]:
-    """Yield the documents of text, JSON-lines and Parquet files, told by their suffix, each plain or .gz, .xz, .zst.
+    """Yield the documents of text, JSON-lines and Parquet files, told by their suffix, each plain or compressed.
+
+    A file without a suffix is read as JSON lines if it holds such, else as text.
 
     Args:
         column: the key or column that holds the text in JSON lines and Parquet.
         split_by: what a document is in a text file: a group of lines between blank ones, a line, or the file.
 
     Raises:
-        DataError: a file is missing, damaged, empty, not UTF-8, lacks the column or, told at once, is of another kind.
+        DataError: a file is missing, damaged, empty, not UTF-8, lacks the column, holds something else
+            than its suffix says or, told at once, has another suffix.
     """
     for path in paths:
-        if _kind(path) in _TAR:
-            raise DataError(f"{path} is a tar archive; read WebDataset text shards with --wds")
-        if _kind(path) not in (*_TEXT, *_JSON_LINES, *_PARQUET):
-            raise DataError(
-                f"{path}: unknown suffix {_kind(path)!r}; expected {', '.join(filter(None, _TEXT))} or none (text), "
-                f"{', '.join(_JSON_LINES)} (JSON lines) or {', '.join(_PARQUET)}, each plain or "
-                f"{', '.join(COMPRESSIONS)}; convert it, or name it .txt if it is plain text"
-            )
+        _check_kind(path)
+    has_said = False
 
-    def documents(path: Path, stream: IO[bytes]) -> Iterator[str]:
+    def documents(path: Path, stream: io.BufferedReader) -> Iterator[str]:
+        nonlocal has_said
         kind = _kind(path)
+        head = stream.peek(HEAD_BYTES)
         if kind in _PARQUET:
+            _check_content(path, head, PARQUET)
             return _parquet_documents(path, stream, column)
-        if kind in _JSON_LINES:
-            return _json_documents(path, stream, column)
-        return _text_documents(path, stream, split_by)
+        _check_content(path, head, None)
+        form = json_form(head)
+        is_json = kind in _JSON_LINES or (not kind and form == "lines")
+        if form in ("array", "object") or (form == "lines" and not is_json):
+            raise DataError(_json_in_another_form(path, form, column))
+        if is_json and not kind and not has_said:
+            logger.info("%s holds JSON lines: the text is column %r, here and in other files like it", path, column)
+            has_said = True
+        return _json_documents(path, stream, column) if is_json else _text_documents(path, stream, split_by)
 
     return _documents_of_files(paths, documents, progress)
 
@@ -102,7 +117,12 @@ def webdataset_documents(
     Raises:
         DataError: an archive is damaged or cut, or a sample has no such text.
     """
-    return _documents_of_files(paths, lambda path, stream: _tar_documents(path, stream, column), progress)
+
+    def documents(path: Path, stream: io.BufferedReader) -> Iterator[str]:
+        _check_content(path, stream.peek(HEAD_BYTES), TAR)
+        return _tar_documents(path, stream, column)
+
+    return _documents_of_files(paths, documents, progress)
 
 
 def dataset_documents(name: str, *, config: str | None, split: str, column: str = "text") -> Iterator[str]:
@@ -114,6 +134,7 @@ def dataset_documents(name: str, *, config: str | None, split: str, column: str 
     import datasets
 
     datasets.disable_progress_bars()
+    _read_every_byte()
     label = f"data set {name!r}, config {config!r}, split {split!r}"
     try:
         if not os.path.isdir(name):
@@ -122,7 +143,8 @@ def dataset_documents(name: str, *, config: str | None, split: str, column: str 
         if column in (rows.column_names or []):
             rows = rows.select_columns([column])  # of Parquet, nothing else is read then
         for number, row in enumerate(rows, 1):
-            yield _column_of(row, column, f"{label}, row {number}")
+            where = f"{label}, row {number}"
+            yield placed(_column_of(row, column, where), where)
     except DataError:
         raise
     except ConnectionError as error:
@@ -130,8 +152,26 @@ def dataset_documents(name: str, *, config: str | None, split: str, column: str 
             f"{label} is neither a local folder nor cached, and the Hub cannot be reached; correct --dataset, or fetch "
             "it where there is a network and give its folder"
         ) from error
+    except StoredError as error:
+        raise DataError(f"{label}: one of its files {error}") from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{label} cannot be read: {error}; check --dataset, --dataset-config and --split") from error
+
+
+def _read_every_byte() -> None:
+    """Let `datasets` decompress with our readers; those that fsspec has end quietly after a damaged or a first stream.
+
+    fsspec keeps its readers for the whole process; these read all that the others do.
+    """
+    from fsspec.compression import register_compression
+
+    for name, suffix in (("gzip", "gz"), ("xz", "xz"), ("zstd", "zst"), ("bz2", "bz2")):
+        form = "bzip2" if name == "bz2" else name
+
+        def reader(stored: IO[bytes], mode: str = "rb", form: str = form, **_: object) -> IO[bytes]:
+            return decompressed(stored, form)
+
+        register_compression(name, reader, suffix, force=True)
 
 
 def _offline_unless_reachable(name: str) -> None:
@@ -153,12 +193,12 @@ def _offline_unless_reachable(name: str) -> None:
 
 def _documents_of_files(
     paths: Sequence[Path],
-    documents: Callable[[Path, IO[bytes]], Iterator[str]],
+    documents: Callable[[Path, io.BufferedReader], Iterator[str]],
     progress: ReadProgress | None,
 ) -> Iterator[str]:
     """Chain the documents of the files; turn what a damaged file raises into `DataError`."""
     progress = progress or ReadProgress()
-    progress.total_bytes = sum(path.stat().st_size for path in paths)
+    progress.total_bytes = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
     for path in paths:
         is_empty = True
         bytes_before = progress.done_bytes
@@ -167,13 +207,13 @@ def _documents_of_files(
                 for document in documents(path, stream):
                     is_empty = False
                     yield document
-        except BROKEN as error:
-            raise DataError(f"{path} is damaged or cut short: {error}; fetch or compress it again") from error
+            progress.done_bytes = bytes_before + os.path.getsize(path)
+        except StoredError as error:
+            raise DataError(f"{path} {error}") from error
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}; check the file and the disk") from error
         if is_empty:
             raise DataError(f"{path} holds no document; leave it out, or make it again")
-        progress.done_bytes = bytes_before + path.stat().st_size
 
 
 def _kind(path: Path) -> str:
@@ -182,6 +222,41 @@ def _kind(path: Path) -> str:
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what its suffix already tells."""
+    kind = _kind(path)
+    if kind in _TAR:
+        raise DataError(f"{path} is a tar archive; read WebDataset text shards with --wds")
+    if kind == ".lzma":
+        raise DataError(f"{path} is named as {LZMA.name}, which is not read; {LZMA.remedy}")
+    if kind not in (*_TEXT, *_JSON_LINES, *_PARQUET):
+        raise DataError(
+            f"{path}: unknown suffix {kind!r}; expected {', '.join(filter(None, _TEXT))} or none (text), "
+            f"{', '.join(_JSON_LINES)} (JSON lines) or {', '.join(_PARQUET)}, each plain or "
+            f"{', '.join(COMPRESSIONS)}; convert it, or name it .txt if it is plain text"
+        )
+
+
+def _check_content(path: Path, head: bytes, expected: Content | None) -> None:
+    """Refuse a file whose first bytes are known to be something else; None: text or JSON lines are expected."""
+    found = content_of(head)
+    if found is None and expected is None:
+        found = binary_content(head)
+    if found is not None and found != expected:
+        wanted = f"not {expected.name}" if expected else "not text"
+        raise DataError(f"{path} holds {found.name}, {wanted}; {found.remedy}")
+
+
+def _json_in_another_form(path: Path, form: str | None, column: str) -> str:
+    if form == "lines":
+        return f"{path} holds JSON lines, not text; name it .jsonl, so that its column {column!r} is read"
+    expression = ".[]" if form == "array" else "."
+    return (
+        f"{path} holds one JSON {form} that spans lines, not one JSON object a line; convert it to JSON lines "
+        f"(jq -c '{expression}')"
+    )
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
@@ -199,32 +274,54 @@ def _decode(data: bytes, where: str, first_line: int = 1) -> str:
 
 
 def _lines(path: Path, stream: IO[bytes]) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
+    lines = iter(lambda: stream.readline(LARGEST_DOCUMENT_BYTES + 1), b"")
+    for number, line in enumerate(lines, 1):
+        if len(line) > LARGEST_DOCUMENT_BYTES:
+            raise too_long(f"{path}, line {number}")
         text = _decode(line, str(path), number).rstrip("\r\n")
         yield text.removeprefix("\ufeff") if number == 1 else text
 
 
 def _text_documents(path: Path, stream: IO[bytes], split_by: SplitBy) -> Iterator[str]:
     if split_by == "line":
-        yield from _lines(path, stream)
+        for number, line in enumerate(_lines(path, stream), 1):
+            yield placed(line, f"{path}, line {number}")
     elif split_by == "file":
-        if data := stream.read():
-            yield _decode(data, str(path)).removeprefix("\ufeff")
+        data = stream.read(LARGEST_DOCUMENT_BYTES + 1)
+        if len(data) > LARGEST_DOCUMENT_BYTES:
+            raise too_long(str(path))
+        if data:
+            yield placed(_decode(data, str(path)).removeprefix("\ufeff"), str(path))
     else:
-        group: list[str] = []
-        for line in _lines(path, stream):
-            if line.strip():
-                group.append(line)
-            elif group:
-                yield "\n".join(group)
+        yield from _groups_of_lines(path, stream)
+
+
+def _groups_of_lines(path: Path, stream: IO[bytes]) -> Iterator[str]:
+    """Yield what stands between blank lines; a group of millions of lines is joined bit by bit, to spare memory."""
+    joined: list[str] = []
+    group: list[str] = []
+    first = num_characters = 0
+    for number, line in enumerate(_lines(path, stream), 1):
+        if line.strip():
+            first = first if group or joined else number
+            group.append(line)
+            if len(group) == _LINES_AT_ONCE:
+                joined.append("\n".join(group))
                 group = []
-        if group:
-            yield "\n".join(group)
+                num_characters += len(joined[-1])
+                if num_characters > LARGEST_DOCUMENT_BYTES:
+                    raise too_long(f"{path}, line {first}")
+        elif group or joined:
+            yield placed("\n".join([*joined, *group]), f"{path}, line {first}")
+            joined, group, num_characters = [], [], 0
+    if group or joined:
+        yield placed("\n".join([*joined, *group]), f"{path}, line {first}")
 
 
 def _json_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
     for number, line in enumerate(_lines(path, stream), 1):
-        yield _json_document(line, column, f"{path}, line {number}") if line.strip() else ""
+        where = f"{path}, line {number}"
+        yield placed(_json_document(line, column, where), where) if line.strip() else ""
 
 
 def _json_document(text: str, column: str, where: str) -> str:
@@ -233,7 +330,10 @@ def _json_document(text: str, column: str, where: str) -> str:
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); expected one JSON object") from error
     if not isinstance(record, dict):
-        raise DataError(f"{where}: found a JSON {type(record).__name__}; expected an object with the key {column!r}")
+        raise DataError(
+            f"{where}: found a JSON {type(record).__name__}; expected an object with the key {column!r}; an "
+            "array becomes lines with jq -c '.[]'"
+        )
     return _column_of(record, column, where)
 
 
@@ -265,9 +365,10 @@ def _parquet_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[s
                 names = sorted(table.schema_arrow.names)
                 raise DataError(f"{path}: no column {column!r} among {names}; name the text with --column")
             first = 1
-            for batch in table.iter_batches(batch_size=1024, columns=[column]):
+            for batch in table.iter_batches(batch_size=128, columns=[column]):  # a row may be a book
                 for number, text in enumerate(batch.column(0).to_pylist(), first):
-                    yield _column_of({column: text}, column, f"{path}, row {number}")
+                    where = f"{path}, row {number}"
+                    yield placed(_column_of({column: text}, column, where), where)
                 first += len(batch)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is damaged or not Parquet: {error}; fetch or make it again") from error
@@ -278,7 +379,7 @@ def _tar_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     with seekable(path, stream) as file:
-        num_members = _check_tar(path, file)
+        num_members = check_archive(path, file)
         file.seek(0)
         try:
             for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
@@ -286,55 +387,12 @@ def _tar_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
                 num_members -= len(members)
                 where = f"{path}, sample {sample['__key__']!r}"
                 if "txt" in members:
-                    yield _decode(sample["txt"], where)
+                    yield placed(_decode(sample["txt"], where), where)
                 elif "json" in members:
-                    yield _json_document(_decode(sample["json"], where), column, where)
+                    yield placed(_json_document(_decode(sample["json"], where), column, where), where)
                 else:
                     raise DataError(f"{where}: found {sorted(members)}; expected a .txt or .json member")
         except (tarfile.TarError, ValueError) as error:
             raise DataError(f"{path} is damaged or no WebDataset: {error.args[0]}; fetch or make it again") from error
     if num_members:
         raise DataError(f"{path}: {num_members} members are not named key.extension, as in a WebDataset; rename them")
-
-
-def _check_tar(path: Path, file: IO[bytes]) -> int:
-    """Walk the archive to its end mark and return how many files webdataset has to give.
-
-    tarfile, and so webdataset, takes a damaged header or a missing end for the end of the archive; so what follows the
-    last member must be the end mark: zeros alone, two blocks of them at least.
-    """
-    num_files = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                if problem := _member_problem(member):
-                    raise DataError(
-                        f"{path}: member {member.name!r} {problem}; expected plain files in folders of the archive, "
-                        "make it again from those"
-                    )
-                # Names between double underscores are webdataset's own.
-                num_files += member.isreg() and not member.name.split("/")[0].startswith("__")
-            end = archive.offset
-    except (tarfile.TarError, MemoryError) as error:  # tarfile reads as many bytes as an extended header declares
-        reason = str(error) or "a header declares more than memory holds"
-        raise DataError(f"{path} is damaged or not a tar archive: {reason}; fetch or make it again") from error
-    file.seek(end)
-    rest_bytes = 0
-    while piece := file.read(READ_BYTES):
-        rest_bytes += len(piece)
-        if piece.count(0) != len(piece):
-            raise DataError(
-                f"{path}: a damaged header, or another archive, at byte {end}, after {num_files} files; make it again"
-            )
-    if rest_bytes < 2 * tarfile.BLOCKSIZE:
-        raise DataError(f"{path} is cut short: no end mark at byte {end}, after {num_files} files; fetch it again")
-    return num_files
-
-
-def _member_problem(member: tarfile.TarInfo) -> str | None:
-    """Say why a member is not read, if it isn't: nothing is unpacked here, but webdataset would skip links silently."""
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        return "has a name that leaves its folder"
-    if member.issparse():  # reads as zeros of any size that it declares
-        return "is a sparse file"
-    return None if member.isreg() or member.isdir() else "is not a plain file"

@@ -13,13 +13,14 @@ import difflib
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 
+from scaledistill.data.longtext import Cutter
 from scaledistill.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ _FILES = (
     "added_tokens.json",
     "config.json",
 )
+_HASHED_CHARACTERS = 1 << 20  # at a time
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
@@ -174,16 +176,30 @@ class TextEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True  # lost in pickles and JSON, so set here
+        self._cutter: Cutter | None = None
 
     def __call__(self, documents: Sequence[str]) -> EncodedDocuments:
         ids = [encoding.ids for encoding in self._backend.encode_batch_fast(documents, add_special_tokens=False)]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         flat = np.fromiter(itertools.chain.from_iterable(ids), self._dtype, int(lengths.sum()))
-        return EncodedDocuments(flat, lengths, np.fromiter(map(self._key, documents), np.float64, len(ids)))
+        return EncodedDocuments(flat, lengths, np.fromiter(map(self.key, documents), np.float64, len(ids)))
 
-    def _key(self, document: str) -> float:
-        digest = hashlib.blake2b(document.encode(), digest_size=6, key=self._salt).digest()
-        return int.from_bytes(digest, "little") / 2.0**48
+    def key(self, document: str) -> float:
+        """Return the hash of seed and text, from 0 to below 1."""
+        digest = hashlib.blake2b(digest_size=6, key=self._salt)
+        for first in range(0, len(document), _HASHED_CHARACTERS):  # a long document is not encoded whole
+            digest.update(document[first : first + _HASHED_CHARACTERS].encode())
+        return int.from_bytes(digest.digest(), "little") / 2.0**48
+
+    def pieces(self, document: str, where: str) -> Iterator[tuple[str, bool]]:
+        """Take a long document apart into pieces whose ids, one after the other, are its own; and tell the last.
+
+        Raises:
+            DataError: there is no place to cut it; the message begins with `where`.
+        """
+        if self._cutter is None:
+            self._cutter = Cutter(self._backend)
+        return self._cutter.pieces(document, where)
 
 
 # --- packer ---------------------------------------------------------------------------------------------------------
@@ -227,20 +243,31 @@ class Packer:
         self._vocabulary = vocabulary
         self._shape = (rows_per_write, sequence_length)
         self._row = self._column = 0
+        self._is_inside = False  # of a document whose end has not come yet
+        self._held_n = np.empty(0, vocabulary.dtype)
         self._start_block()
 
-    def add(self, ids_n: np.ndarray) -> None:
-        """Append one document, given by its token ids without special tokens; one without tokens adds nothing."""
-        if not len(ids_n):
-            return
-        self.counts.documents += 1
+    def add(self, ids_n: np.ndarray, *, is_end: bool = True) -> None:
+        """Append one document, given by its token ids without special tokens; one without tokens adds nothing.
+
+        Args:
+            is_end: False if more ids of the document follow in the next call.
+        """
+        self.counts.documents += not self._is_inside and len(ids_n) > 0
         self.counts.tokens += len(ids_n)
+        self._is_inside = not is_end and (self._is_inside or len(ids_n) > 0)
+        if len(self._held_n):
+            ids_n = np.concatenate([self._held_n, ids_n])
+            self._held_n = ids_n[:0]
         start = 0
         while start < len(ids_n):
             space = self._shape[1] - self._column
             if space < 3:
                 self._end_row()
                 continue
+            if not is_end and len(ids_n) - start < space - 2:
+                self._held_n = ids_n[start:]  # the row's piece goes on
+                return
             length = min(space - 2, len(ids_n) - start)
             row_T, first, last = self._ids_NT[self._row], self._column, self._column + length + 1
             row_T[first] = self._vocabulary.cls_id

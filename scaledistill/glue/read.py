@@ -6,16 +6,15 @@ files mean nothing: a row is what stands between two line feeds.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import logging
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scaledistill.data.compression import StoredError, open_stored
 from scaledistill.errors import DataError
 from scaledistill.glue.tasks import Task
 
@@ -105,9 +104,11 @@ def _plain(name: str) -> str:
 
 def _text_of(path: Path) -> str:
     try:
-        content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        with open_stored(path) as stream:
+            return stream.read().decode("utf-8-sig")
+    except StoredError as error:
+        raise DataError(f"{path} {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
 
 
