@@ -135,6 +135,41 @@ def test_the_number_of_workers_does_not_change_a_byte(
     assert outputs[0] == outputs[1] == outputs[2]
 
 
+@pytest.mark.parametrize(("length", "limit"), [(17, {"max_documents": 32}), (64, {"max_tokens": 3000}), (129, {})])
+def test_long_documents_in_pieces_give_the_same_bytes(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    limit: dict[str, int],
+) -> None:
+    documents = random_documents(2, 30) + [" " * 900, " ".join(random_documents(4, 40))] * 2 + random_documents(3, 30)
+    options = {"held_out_fraction": 0.3, "held_out_max_documents": 20, "sequence_length": length, **limit}
+    make(documents, tmp_path / "whole", tokenizer, **options)
+    monkeypatch.setattr("scaledistill.data.make.LONG_CHARACTERS", 400)
+    monkeypatch.setattr("scaledistill.data.longtext.LONG_CHARACTERS", 400)
+    monkeypatch.setattr("scaledistill.data.longtext.PIECE_CHARACTERS", 200)
+    make(documents, tmp_path / "pieces", tokenizer, **options)
+    assert bytes_of(tmp_path / "pieces") == bytes_of(tmp_path / "whole")
+
+
+def test_a_document_without_a_place_to_cut_is_named(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scaledistill.data.longtext.LARGEST_PIECE_CHARACTERS", 1 << 19)
+    with pytest.raises(
+        DataError, match=r"^document 3: a document of 900,000 characters, .* use --documents line, else"
+    ):
+        make(["one", "two", "x" * 900_000], tmp_path / "out", tokenizer, workers=0)
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\ntwo two\n" + "x" * 900_000)
+    with pytest.raises(DataError, match=rf"^{path}, line 3: a document of 900,008 characters"):
+        make_shards(
+            file_documents([path]), tmp_path / "out", tokenizer=tokenizer, sequence_length=32, source={}, workers=1
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_held_out_documents(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     documents = [f"one {'alpha ' * (i % 50)} gamma {'beta ' * (i // 50)}" for i in range(1000)]
     report = make(documents + documents, tmp_path / "a", tokenizer, held_out_fraction=0.1, seed=3)
@@ -330,7 +365,7 @@ def test_the_other_sources_of_the_tool(run: Any, tmp_path: Path, monkeypatch: py
         (["max_tokens.txt"], 3, "input file 'max_tokens.txt' does not exist"),
         (["a.csv"], 3, "a.csv: unknown suffix '.csv'"),
         (["nowhere.txt"], 3, "input file 'nowhere.txt' does not exist"),
-        (["bad.txt", "empty.txt"], 3, "1 of 2 input files is empty: empty.txt"),
+        (["bad.txt", "empty.txt"], 3, "1 input file is empty, of 2: empty.txt; leave it out"),
         (["/dev/null"], 3, "input '/dev/null' is a device, which cannot be read as a file; write its text"),
         (["bad.txt"], 3, "bad.txt, line 2: byte 0xff is not UTF-8"),
         (["--wds", "a.txt"], 3, "a.txt is damaged or not a tar archive"),

@@ -162,6 +162,37 @@ def test_installed_docs_finds_the_packages_here() -> None:
     assert all(len(next(documents)) >= 40 for _ in range(20))
 
 
+def test_json_lines_without_a_suffix(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "AA").mkdir()
+    paths = [
+        write(tmp_path / "AA" / f"wiki_0{number}{compression}", compress(json_lines(DOCUMENTS)))
+        for number, (compression, compress) in enumerate(COMPRESS.items())
+    ]
+    paths.append(write(tmp_path / "part-00000", "\ufeff\n".encode() + json_lines(["one"])))
+    assert list(file_documents(paths)) == DOCUMENTS * len(COMPRESS) + ["", "one"]
+    assert caplog.text.count("wiki_00 holds JSON lines: the text is column 'text', here and in other files") == 1
+    assert len(caplog.records) == 1
+    fails(file_documents(paths, column="body"), r"wiki_00, line 1: no column 'body' among \['id', 'text'\]; name the")
+    damaged = json_lines(["one", "two", "three"]).replace(b'two"', b"two")
+    fails(file_documents([write(tmp_path / "part-00001", damaged)]), "part-00001, line 2: not JSON")
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst", ".bz2"])
+def test_a_datasets_folder_of_compressed_files(tmp_path: Path, compression: str) -> None:
+    """fsspec's readers would stop, without a word, at padding, damage or a cut."""
+    first, second = (COMPRESS[compression](json_lines(documents)) for documents in (DOCUMENTS, DOCUMENTS[::-1]))
+    padding = bytes(4) if compression in (".gz", ".xz") else b""
+    path = write(tmp_path / f"train.jsonl{compression}", first + padding + second)
+    assert list(dataset_documents(str(tmp_path), config=None, split="train")) == DOCUMENTS + DOCUMENTS[::-1]
+    for bad in (first + b"X" + second[1:], first + second[:-1], first + b"garbage"):
+        path.write_bytes(bad)
+        fails(
+            dataset_documents(str(tmp_path), config=None, split="train"),
+            r"data set .* split 'train': one of its files is damaged or cut short: .*; fetch or compress it again",
+        )
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -177,9 +208,12 @@ def test_expanding_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (tmp_path / name).write_text("x")
     assert [str(path) for path in expand(["sub/d.txt", "[ab].txt"])] == ["sub/d.txt", "a.txt", "b.txt"]
     assert [str(path) for path in expand(["**/d*", "c[1].txt"])] == ["sub/d.txt", "c[1].txt"]
+    (tmp_path / "gone.txt").symlink_to("nowhere")
     for patterns, message in (
         (["nowhere.txt"], r"input file 'nowhere.txt' does not exist \(looked in .*\); check the path"),
         (["*.md"], r"input pattern '\*.md' matches no file"),
+        (["[ab].*", "gone.txt"], r"input file 'gone.txt' is a link to 'nowhere', which does not exist"),
+        (["*.txt"], r"input file 'gone.txt' is a link to 'nowhere', which does not exist; mend or remove the link"),
         (["sub"], r"input 'sub' is a folder; give files or a pattern such as 'sub/\*\*/\*.txt'"),
         (["a.txt", "./a.txt"], r"input file a.txt is given twice"),
         (["pipe:cat a.txt"], r"input 'pipe:cat a.txt' is a URL or a command; expected a local file"),
@@ -187,6 +221,87 @@ def test_expanding_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ):
         with pytest.raises(DataError, match=message):
             expand(patterns)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "a.txt",
+            json_lines(DOCUMENTS),
+            "a.txt holds JSON lines, not text; name it .jsonl, so that its column 'text' is",
+        ),
+        ("a.md", json_lines(["one"], "body"), "a.md holds JSON lines, not text; name it .jsonl"),
+        ("a", b'[\n {\n  "text": "one"\n }\n]\n', r"a holds one JSON array that spans lines, .* \(jq -c '.\[\]'\)"),
+        ("a.json", b'[{"text": "one"}, {"text": "two"}]', r"a.json holds one JSON array .* \(jq -c '.\[\]'\)"),
+        ("a.jsonl", b'{\n "text": "one"\n}\n', r"a.jsonl holds one JSON object that spans lines, .* \(jq -c '.'\)"),
+        ("a.json", b"<!DOCTYPE html>", "a.json holds an HTML page, not text; extract its text first; if it should be"),
+        ("a.txt", b'<?xml version="1.0"?>', "a.txt holds XML, not text; extract its text first"),
+        ("wiki_00", b'<doc id="1" url="', "wiki_00 holds the <doc> form of wikiextractor, not text; run wikiextractor"),
+        ("a", parquet_bytes({"text": ["one"]}), "a holds a Parquet table, not text; name it .parquet"),
+        ("a.jsonl", parquet_bytes({"text": ["one"]}), "a.jsonl holds a Parquet table, not text; name it .parquet"),
+        (
+            "a.txt",
+            tar_bytes({"a.txt": b"one"}),
+            "a.txt holds a tar archive, not text; read WebDataset text shards with",
+        ),
+        ("a.parquet", tar_bytes({"a.txt": b"one"}), "a.parquet holds a tar archive, not a Parquet table; read WebD"),
+        ("a", b"%PDF-1.4", "a holds a PDF document, not text; extract its text first"),
+        ("a", b"text\0\1\2", "a holds 1 NUL bytes among its first 7, as binary data or UTF-16 text do, not text; conv"),
+        ("a.txt", "text".encode("utf-16"), "a.txt holds UTF-16 text, not text; convert it first .iconv -f utf-16"),
+        (
+            "a.txt",
+            gzip.compress(b"text"),
+            "a.txt holds gzip data, which its suffix does not say; give it the suffix .gz",
+        ),
+        (
+            "a",
+            lzma.compress(b"a", lzma.FORMAT_ALONE),
+            "a holds data in the legacy .lzma format, not text; it cannot be",
+        ),
+    ],
+)
+def test_content_that_is_not_what_the_name_says(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    fails(file_documents([write(tmp_path / name, data)]), message)
+    if not data.startswith(b"\x1f\x8b"):
+        fails(
+            file_documents([write(tmp_path / f"{name}.xz", lzma.compress(data))]),
+            message.replace(name, f"{name}.xz", 1),
+        )
+
+
+def test_archives_that_are_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", gzip.compress(tar_bytes({"a.txt": b"one"})))
+    fails(webdataset_documents([path]), "a.tar holds gzip data, which its suffix does not say; give it the suffix .gz")
+    write(path, parquet_bytes({"text": ["one"]}))
+    fails(webdataset_documents([path]), "a.tar holds a Parquet table, not a tar archive; name it .parquet")
+    tgz = write(tmp_path / "a.tgz", gzip.compress(tar_bytes({"a.txt": b"one"})) + b"garbage")
+    fails(webdataset_documents([tgz]), "a.tgz is damaged or cut short: b'garbag' follows gzip member 1")
+
+
+def test_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come whole, whatever the number of their lines, and know their line; the longest are refused."""
+    monkeypatch.setattr("scaledistill.data.sources._LINES_AT_ONCE", 7)
+    for count in (6, 7, 8, 20, 21):
+        lines = [f"line {i}" for i in range(count)]
+        path = write(tmp_path / "a.txt", ("\n\n" + "\n".join(lines) + "\n\nlast").encode())
+        assert list(file_documents([path])) == ["\n".join(lines), "last"]
+    monkeypatch.setattr("scaledistill.data.longtext.LONG_CHARACTERS", 20)
+    found = list(file_documents([path, write(tmp_path / "b.jsonl", json_lines(["short", "long " * 20]))]))
+    assert [getattr(document, "where", None) for document in found] == [
+        f"{path}, line 3",
+        None,
+        None,
+        f"{tmp_path}/b.jsonl, line 2",
+    ]
+    monkeypatch.setattr("scaledistill.data.sources.LARGEST_DOCUMENT_BYTES", 60)
+    message = "one document of more than 1,024 MiB, the most that is read; if the lines of the file .* --documents line"
+    fails(file_documents([path]), f"a.txt, line 3: {message}")
+    fails(file_documents([path], split_by="file"), f"a.txt: {message}")
+    fails(
+        file_documents([write(tmp_path / "c.jsonl", json_lines(["one", "long " * 20]))]), f"c.jsonl, line 2: {message}"
+    )
+    assert len(list(file_documents([path], split_by="line"))) == 25
 
 
 def test_bad_utf8_names_the_line(tmp_path: Path) -> None:

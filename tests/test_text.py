@@ -241,6 +241,24 @@ def test_packing_loses_nothing(vocabulary: Vocabulary, case: int) -> None:
     assert packer.counts.tokens == len(text)
 
 
+@pytest.mark.parametrize("case", range(20))
+def test_a_document_in_parts_is_packed_like_the_whole(vocabulary: Vocabulary, case: int) -> None:
+    rng = random.Random(case)
+    length = rng.choice([3, 4, 5, 8, 17])
+    documents = [[rng.randrange(5, 20) for _ in range(rng.randrange(4 * length))] for _ in range(20)]
+    expected, expected_packer = pack(documents, vocabulary, length, "drop")
+    written = Rows()
+    packer = Packer(written, vocabulary, length, rows_per_write=4)
+    for document in documents:
+        cuts = sorted(rng.randrange(len(document) + 1) for _ in range(3))
+        parts = [document[first:end] for first, end in zip([0, *cuts], [*cuts, len(document)], strict=True)]
+        for number, part in enumerate(parts, 1):
+            packer.add(np.array(part, vocabulary.dtype), is_end=number == len(parts))
+    packer.finish("drop")
+    assert np.array_equal(written.ids, expected.ids)
+    assert (written.pieces, packer.counts) == (expected.pieces, expected_packer.counts)
+
+
 def test_dropping_the_last_row(vocabulary: Vocabulary) -> None:
     written, packer = pack([[5] * 6, [6, 7]], vocabulary, 8, "drop")
     assert written.ids.tolist() == [[2, 5, 5, 5, 5, 5, 5, 3]]

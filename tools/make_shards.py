@@ -42,7 +42,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; wrong options end the process with code 2."""
     parser = _Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("input, one of")
-    source.add_argument("inputs", nargs="*", help="text, JSON-lines and Parquet files or globs, plain or .gz .xz .zst")
+    source.add_argument(
+        "inputs", nargs="*", help="text, JSON-lines and Parquet files or globs, plain or .gz .xz .zst .bz2"
+    )
     source.add_argument(
         "--wds", nargs="+", metavar="TAR", help="WebDataset text shards (.txt or .json members) or globs"
     )

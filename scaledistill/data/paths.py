@@ -46,8 +46,10 @@ def check_inputs(paths: Sequence[Path]) -> None:
     if empty:
         shown = ", ".join(map(str, empty[:_SHOWN_FILES]))
         more = f" and {len(empty) - _SHOWN_FILES} more" if len(empty) > _SHOWN_FILES else ""
-        files = "input file is" if len(paths) == 1 else f"{len(paths)} input files {'is' if len(empty) == 1 else 'are'}"
-        raise DataError(f"{len(empty)} of {files} empty: {shown}{more}; leave out what is empty, or make it again")
+        are, them = ("input file is", "it") if len(empty) == 1 else ("input files are", "them")
+        raise DataError(
+            f"{len(empty)} {are} empty, of {len(paths)}: {shown}{more}; leave {them} out, or make {them} again"
+        )
 
 
 def _status(path: Path) -> os.stat_result:

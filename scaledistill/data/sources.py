@@ -269,7 +269,7 @@ def _decode(data: bytes, where: str, first_line: int = 1) -> str:
         line = first_line + data.count(b"\n", 0, error.start)
         raise DataError(
             f"{where}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the text first "
-            "(iconv -t utf-8), or decompress it: .gz, .xz and .zst are known"
+            "(iconv -t utf-8), or decompress it: .gz, .xz, .zst and .bz2 are known"
         ) from error
 
 
