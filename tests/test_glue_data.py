@@ -198,6 +198,16 @@ def test_bad_files(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match=r"dev.tsv.gz is damaged or cut short: gzip member 1, .*; fetch or compress"):
         read_split(rte, "dev", tmp_path)
+    rows = [b"index\tsentence1\tsentence2\tlabel\n", b"0\ta\tb\tentailment\n"]
+    members = b"".join(map(gzip.compress, rows))
+    path.with_suffix(".tsv.gz").write_bytes(members + bytes(7))
+    assert read_split(rte, "dev", tmp_path).texts == [("a", "b")]
+    path.with_suffix(".tsv.gz").write_bytes(members + b"garbage")
+    with pytest.raises(DataError, match=r"dev.tsv.gz is damaged or cut short: b'garbag' follows gzip member 2"):
+        read_split(rte, "dev", tmp_path)
+    path.write_bytes(members)
+    with pytest.raises(DataError, match=r"dev.tsv holds gzip data, which its suffix does not say; give it the suffix"):
+        read_split(rte, "dev", tmp_path)
 
 
 def test_short_rows_of_qqp_are_counted(

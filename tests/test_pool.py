@@ -38,7 +38,9 @@ def die(item: int) -> int:
 
 
 def test_a_killed_worker_is_an_error_not_a_hang() -> None:
-    with pytest.raises(DataError, match=r"one of the 1 worker processes was killed, .* use fewer --workers"):
+    with pytest.raises(
+        DataError, match=r"a worker process \(of 1\) was killed, .* each may take 0.6 GB; use fewer --workers, or"
+    ):
         list(parallel_map(die, range(10), workers=1))
 
 

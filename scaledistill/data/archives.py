@@ -27,13 +27,13 @@ def check_archive(path: Path, file: IO[bytes]) -> int:
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                if member.size > LARGEST_DOCUMENT_BYTES and member.isreg() and member.name.endswith((".txt", ".json")):
-                    raise too_long(f"{path}, member {member.name!r}")
                 if problem := _member_problem(member):
                     raise DataError(
                         f"{path}: member {member.name!r} {problem}; expected plain files in folders of the archive, "
                         "make it again from those"
                     )
+                if member.size > LARGEST_DOCUMENT_BYTES and member.name.lower().endswith((".txt", ".json")):
+                    raise too_long(f"{path}, member {member.name!r}", "break it up")
                 # Names between double underscores are webdataset's own.
                 num_files += member.isreg() and not member.name.split("/")[0].startswith("__")
             end = archive.offset

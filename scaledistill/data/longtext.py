@@ -67,12 +67,16 @@ def placed(text: str, where: str) -> str:
     return long_text
 
 
-def too_long(where: str) -> DataError:
+_LINES_OR_PARTS = (
+    "if the lines of the file are documents of their own, use --documents line, else break it up (by blank lines, for "
+    "instance)"
+)
+
+
+def too_long(where: str, remedy: str = _LINES_OR_PARTS) -> DataError:
     """Return the error for a document above `LARGEST_DOCUMENT_BYTES`."""
-    return DataError(
-        f"{where}: one document of more than {LARGEST_DOCUMENT_BYTES >> 20:,} MiB, the most that is read; if the lines "
-        "of the file are documents of their own, use --documents line, else break it up (by blank lines, for instance)"
-    )
+    limit = f"{LARGEST_DOCUMENT_BYTES >> 20:,} MiB"
+    return DataError(f"{where}: one document of more than {limit}, the most that is read; {remedy}")
 
 
 class Cutter:

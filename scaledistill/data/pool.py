@@ -53,7 +53,8 @@ def parallel_map(
             yield in_flight.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            f"one of the {workers} worker processes was killed, most often for want of memory; use fewer --workers"
+            f"a worker process (of {workers}) was killed, most often for lack of memory: each may take 0.6 GB; use "
+            "fewer --workers, or free memory"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
