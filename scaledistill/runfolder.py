@@ -124,6 +124,13 @@ def failures_told(status: Status, *, of_settings: bool) -> Iterator[None]:
         raise
 
 
+def described(folder: Path) -> str:
+    """Return who holds a run's folder, and where that run stands, as its `status.json` says."""
+    status = read_json(folder / "status.json") or {}
+    who = f"pid {status.get('pid', '?')} on {status.get('host', '?')}"
+    return f"{who}, {status.get('state', 'starting')}, step {status.get('step', '?')} of {status.get('max_steps', '?')}"
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a run folder to the first free `<name>.1`, `<name>.2`, …; nothing is deleted."""
     number = 1
