@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from scaledistill import cli, doctor, train
+from scaledistill import cli, doctor, exports, train
 from scaledistill.cli import main
 from scaledistill.configfile import load_config
 from scaledistill.errors import DivergedError, PeerError
@@ -268,6 +268,34 @@ def test_how_a_run_ended(
     assert asked == {"config": load_config(path), "fresh": True, "dry_run_steps": 2, "profile_steps": None}
     captured = capsys.readouterr()
     assert text in captured.err if text else captured.err == ""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_export_is_rank_0s(
+    rank: str,
+    config_file: MakeFile,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[Any] = []
+
+    def export(config: Any, wanted: Any) -> Path:
+        asked.append(wanted)
+        if wanted == 7:
+            raise doctor.ConfigError("no checkpoint of step 7")
+        return Path("export/l2-step-8")
+
+    monkeypatch.setattr(exports, "export_checkpoint", export)
+    os.environ["RANK"] = rank
+    command = ["--config", str(config_file()), "--export"]
+    codes = [main([*command, step]) for step in ("step-8", "latest", "7")]
+    captured = capsys.readouterr()
+    if rank == "0":
+        assert (codes, asked) == ([0, 0, 2], [8, "newest", 7])
+        assert "the student is in export/l2-step-8" in captured.err
+        assert "ERROR no checkpoint of step 7" in captured.err
+    else:
+        assert (codes, asked, captured.err) == ([0, 0, 0], [], "")
 
 
 def test_parser_takes_what_launchers_add() -> None:
