@@ -140,8 +140,8 @@ class TrainSettings(Settings):
     global_batch_size: Positive
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: Positive | Literal["auto"] | None = None
-    """Sequences per rank and forward, at most the rank's share of the batch; accumulation follows. Unless said: all;
-    "auto": the most that memory takes."""
+    """Sequences per rank and forward; accumulation follows. More than a rank's share of the batch is cut to that share,
+    with a note in the log. Unless said: all of the share; "auto": the most that memory takes."""
     max_steps: Positive
     """Optimizer steps of the run."""
     learning_rate: Annotated[float, Field(gt=0)]

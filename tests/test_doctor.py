@@ -430,9 +430,7 @@ def test_a_finished_run_is_continued_from_its_export(tiny_config: MakeConfig) ->
     with pytest.raises(ConfigError, match=r"and students\.l2\.init=.*/run/export/l2$"):
         doctor.check_same_run(state_of(old, 10, order), new, order)
     other = new.model_copy(update={"train": new.train.model_copy(update={"learning_rate": 1.0})})
-    with pytest.raises(
-        ConfigError, match=r"learning_rate: 0\.001 -> 1\.0; train\.max_steps: 10 -> 20\. Restore"
-    ):
+    with pytest.raises(ConfigError, match=r"learning_rate: 0\.001 -> 1\.0; train\.max_steps: 10 -> 20\. Restore"):
         doctor.check_same_run(state_of(old, 10, order), other, order)
 
 
