@@ -52,8 +52,9 @@ def check_trackers(names: Iterable[str]) -> None:
 
 def _has_wandb_key() -> bool:
     """Return whether W&B has a key, or needs none: from its variables, its settings and netrc, where it looks too."""
-    if os.environ.get("RANK", "0") != "0" or os.environ.get("WANDB_API_KEY"):
-        return True  # other ranks do not use it
+    given = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    if given or os.environ.get("RANK", "0") != "0":  # other ranks do not use it
+        return True
     mode, host = os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_BASE_URL", "")
     configured = Path(os.environ.get("WANDB_CONFIG_DIR") or Path("~/.config/wandb").expanduser())
     for path in (configured / "settings", Path("wandb/settings")):  # what `wandb offline` and the like write
