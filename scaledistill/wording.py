@@ -24,11 +24,11 @@ VERY_NEAR, NEAR, FAR = 0.85, 0.5, 0.75
 PRECISIONS = {"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float32": "fp32", "float": "fp32", "full": "fp32"}
 
 
-def explain(errors: Sequence[Any], tree: Mapping[str, Any]) -> list[str]:
-    """Return a line for each setting that pydantic refuses, in its order."""
+def explain(errors: Sequence[Any], tree: Mapping[str, Any], root: type[Settings] = DistillConfig) -> list[str]:
+    """Return a line for each setting that pydantic refuses in a tree of `root`, in its order."""
     lines: dict[str, str] = {}
     for error in errors:
-        path, annotation, default = _setting_at([part for part in error["loc"] if part != "[key]"])
+        path, annotation, default = _setting_at([part for part in error["loc"] if part != "[key]"], root)
         if error["type"] == "extra_forbidden":
             path = ".".join(map(str, error["loc"]))
             line = f"{path}: unknown key; {_key_hint(error['loc'], tree)}"
@@ -67,12 +67,12 @@ def _block(annotation: Any) -> type[Settings] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
 
 
-def _setting_at(location: Sequence[str | int]) -> tuple[str, Any, Any]:
+def _setting_at(location: Sequence[str | int], root: type[Settings] = DistillConfig) -> tuple[str, Any, Any]:
     """Return the dotted path of a setting, its type, and its default, None for none; pydantic's path may go on.
 
     Where a value may be of several types, pydantic's path names the type as well.
     """
-    annotation: Any = DistillConfig
+    annotation: Any = root
     path: list[str] = []
     default = None
     for part in location:

@@ -75,6 +75,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluation": {
         *("config", "glue.grid", "glue.plan", "glue.summary", "models.export", "models.teacher", "runfolder"),
+        "wording",
     },
     "exports": {
         *("checkpoint", "config", "configfile", "doctor", "metrics", "mirror"),
@@ -88,7 +89,9 @@ ALLOWED: dict[str, set[str]] = {
     "glue.squad": {"glue.read"},
     "glue.tasks": set(),
     "glue.cell": {"files"},
-    "glue.command": {"config", "glue.cell", "glue.grid", "glue.listing", "glue.plan", "glue.speed", "glue.tasks"},
+    "glue.command": {
+        *("config", "glue.cell", "glue.grid", "glue.listing", "glue.plan", "glue.speed", "glue.tasks", "wording"),
+    },
     "glue.features": {"data.text", "glue.cell", "glue.metrics", "glue.read", "glue.squad", "glue.tasks"},
     "glue.finetune": {"glue.cell", "glue.features", "glue.tasks", "models.teacher", "models.weights"},
     "glue.grid": {"config", "files", "glue.cell", "glue.plan", "glue.summary", "glue.worker"},

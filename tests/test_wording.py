@@ -101,3 +101,14 @@ def test_no_setting_shows_a_librarys_words(wrong: Any) -> None:
 )
 def test_an_unknown_key_is_looked_for_everywhere(path: str, message: str) -> None:
     assert message in message_of(changed(path, 1))
+
+
+def test_the_settings_of_an_evaluation_alone() -> None:
+    from scaledistill.evaluation import evaluate
+
+    with pytest.raises(ConfigError) as caught:
+        evaluate("m", ["rte"], learning_rate=["1e-4"], epochs=[3, 0])  # type: ignore[list-item]
+    assert str(caught.value).splitlines() == [
+        'learning_rates.0: found "1e-4" (str); expected a number above 0; write 0.0001 without quotes',
+        "epochs.1: found 0 (int); expected a whole number above 0",
+    ]
