@@ -1,7 +1,8 @@
 """A run's folder: who owns it, its resolved configuration, `status.json`, and requests to stop.
 
-Layout: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `export/<student>/` and, the best by
-validation loss, `export/<student>-best/`.
+Layout: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `export/<student>/`, the best by
+validation loss, `export/<student>-best/`, those of `--export`, `export/<student>-step-N/`, and, with trackers that a
+resumed run goes on with, `trackers.json`.
 """
 
 from __future__ import annotations

@@ -98,6 +98,7 @@ class Trackers:
         check_trackers(names)
         self._folder = folder
         self._project, self._run_name = project or folder.resolve().name, run_name or folder.resolve().name
+        self._is_named = run_name is not None
         self._known = read_json(folder / RECORD) or {}
         self._running: dict[str, Any] = {}
         self._failed: dict[str, Any] = {}
@@ -159,10 +160,14 @@ class Trackers:
     def _options(self, name: str) -> dict[str, Any]:
         """Return what starts a tracker in a run of this name, or in the one that it had before."""
         before = self._known.get(name)
+        own_names = {"wandb": "WANDB_NAME", "mlflow": "MLFLOW_RUN_NAME"}  # count where no setting says otherwise
+        run_name = os.environ.get(own_names.get(name, ""), "") if not self._is_named else ""
+        run_name = run_name or self._run_name
         if name == "wandb":
-            return {"id": before or uuid.uuid4().hex[:16], "resume": "allow", "name": self._run_name}
+            identity = os.environ.get("WANDB_RUN_ID") or before or uuid.uuid4().hex[:16]
+            return {"id": identity, "resume": "allow", "name": run_name}
         if name == "mlflow":
-            return {"run_id": before} if before else {"run_name": self._run_name}
+            return {"run_id": before} if before else {"run_name": run_name}
         if name == "trackio":
             return {"name": before or self._run_name, "resume": "allow" if before else "never"}
         return {}

@@ -126,3 +126,16 @@ def test_a_damaged_checkpoint(run: DistillConfig, caplog: pytest.LogCaptureFixtu
         export_checkpoint(run, 8)
     assert export_checkpoint(run, "newest").name == "l2-step-4"
     assert "step-000000010 is damaged, or the run has removed it meanwhile (l2.weights.safetensors has" in caplog.text
+
+
+def test_the_extra_tap_is_left_out(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> None:
+    students = {"l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "tap": "extra"}}
+    engine = {"name": "fsdp"}
+    tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, students=students, train={"max_steps": 2}, engine=engine)
+    assert run_ranks(distil, 1, tree)[0][:2] == ("done", 0)
+    folder = export_checkpoint(parse_config(tree), "newest")
+    own = load_file(folder.with_name("l2") / "model.safetensors")
+    written = load_file(folder / "model.safetensors")
+    assert own.keys() == written.keys()
+    assert all(torch.equal(own[name], written[name]) for name in own)
+    assert "None: the loss was taken from a query, key and value projection" in (folder / "README.md").read_text()

@@ -180,6 +180,19 @@ def test_wandb_goes_on_in_the_same_run(fake: Callable[..., Calls], tmp_path: Pat
     assert calls[-4][1] == calls[-4][2]["name"] == "other"
 
 
+def test_names_that_the_environment_gives(
+    fake: Callable[..., Calls], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = fake("wandb")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    monkeypatch.setenv("WANDB_NAME", "theirs")
+    for names in ({}, {"run_name": "ours"}):
+        with recorder(tmp_path, trackers=("wandb",), **names):
+            pass
+    found = [call[2] for call in calls if call[0] == "new"]
+    assert [(each["id"], each["name"]) for each in found] == [("abc", "theirs"), ("abc", "ours")]
+
+
 @pytest.mark.parametrize(
     ("name", "first", "then"),
     [
