@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import gc
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from scaledistill.config import DistillConfig
-from scaledistill.configfile import load_config
+from scaledistill.configfile import check_paths, load_config
 from scaledistill.errors import (
     EXIT_DONE,
     EXIT_ENVIRONMENT,
@@ -24,6 +24,8 @@ from scaledistill.errors import (
     DivergedError,
     PeerError,
 )
+from scaledistill.hints import argument_hint
+from scaledistill.wording import setting_names
 
 EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request (under
 torchrun 0, or it would start the run again; the same command goes on), 130 interrupted. <run.folder>/status.json tells
@@ -37,8 +39,7 @@ class _OneVoice(argparse.ArgumentParser):
         options, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-            self.error(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+            self.error(argument_hint(unknown, known, setting_names()))
         if options.config is None:
             self.error("--config FILE is missing; configs/ holds some to start from")
         return options
@@ -62,9 +63,11 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="override a setting, such as train.max_steps=100; repeatable",
     )  # fmt: skip
-    parse.add_argument("--print-config", action="store_true", help="print the whole configuration and leave")
     parse.add_argument(
-        "--validate", action="store_true", help="check everything without loading weights, print the plan"
+        "--print-config", action="store_true", default=None, help="print the whole configuration and leave"
+    )
+    parse.add_argument(
+        "--validate", action="store_true", default=None, help="check everything without loading weights, print the plan"
     )
     parse.add_argument(
         "--world-size", type=_positive, metavar="N", help="with --validate: plan for N ranks (default: those here)"
@@ -82,6 +85,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="profile N real steps: <run.folder>/profile/ has a table and a trace",
     )
+    parse.add_argument(
+        "--export",
+        type=_step,
+        metavar="STEP",
+        help="write the student of a checkpoint as a model, without training: a step that has one, or 'newest'",
+    )
     parse.add_argument("--fresh", action="store_true", help="start over; the old run folder is renamed, not deleted")
     parse.add_argument("--debug", action="store_true", help="show tracebacks and third-party messages")
     parse.add_argument(
@@ -90,10 +99,33 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
+def _check_together(parse: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse options of which one would be ignored."""
+    modes = ("print_config", "validate", "dry_run", "profile", "export")
+    given = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(options, mode) is not None]
+    if len(given) > 1:
+        parse.error(f"{' and '.join(given)} do different things; give one of them")
+    if options.fresh and (options.print_config or options.export is not None):
+        parse.error(f"--fresh starts a run over, {given[0]} starts none; give one of them")
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from 1 up")
     return int(text)
+
+
+def _step(text: str) -> int | str:
+    if text in ("newest", "latest", "last"):
+        return "newest"
+    if text == "best":
+        raise argparse.ArgumentTypeError(
+            "the best student by validation loss is exported while a run lasts: see <run.folder>/export/<student>-best"
+        )
+    number = text.removeprefix("step-")
+    if not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a step that has a checkpoint, or 'newest'")
+    return int(number)
 
 
 def _above_zero(text: str) -> float:
@@ -115,13 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for option in ("tokens_per_second", "device_memory_gb"):
         if getattr(options, option) and not options.validate:
             parse.error(f"--{option.replace('_', '-')} is read only with --validate")
-    if options.profile and options.dry_run:
-        parse.error("--profile and --dry-run are two ways to try a run; give one of them")
+    _check_together(parse, options)
     is_main = os.environ.get("RANK", "0") == "0"
     _set_up_messages(is_main, options.debug)
     log = logging.getLogger("scaledistill")
     try:
         config = load_config(options.config, options.overrides)
+        if not options.print_config:
+            check_paths(config, options.config)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine: each reads its own file
             log.error("%s", error)
@@ -131,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if is_main:
                 sys.stdout.write(config.to_json())
             return EXIT_DONE
+        if options.export is not None:
+            return _export(config, options.export, is_main)
         if options.validate:
             gc.disable()  # the process is short and nearly all of it imports, among which garbage is looked for in vain
             try:
@@ -167,6 +202,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+def _export(config: DistillConfig, step: int | str, is_main: bool) -> int:
+    if is_main:
+        from scaledistill.exports import export_checkpoint
+
+        folder = export_checkpoint(config, step)
+        logging.getLogger("scaledistill").info("the student is in %s", folder)
+    return EXIT_DONE
+
+
 def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool) -> int:
     if not is_main:
         return EXIT_DONE
@@ -174,7 +218,9 @@ def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool)
     from rich.console import Console
 
     from scaledistill.doctor import check
+    from scaledistill.files import in_use
     from scaledistill.plan import placement_table, plan_table, warnings_of
+    from scaledistill.runfolder import described
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranks = options.world_size or int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
@@ -188,6 +234,11 @@ def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool)
     console.print()
     for warning in warnings_of(plan):
         console.print(f"warning: {warning}", highlight=False, markup=False)
+    if in_use(Path(config.run.folder)):
+        raise ConfigError(
+            f"run.folder={config.run.folder!r} is in use by a running process ({described(Path(config.run.folder))}); "
+            "this configuration starts when that has ended, or with another run.folder. Everything else is in order"
+        )
     console.print("everything that can be checked without loading weights is in order")
     return EXIT_DONE
 

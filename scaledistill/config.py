@@ -140,8 +140,8 @@ class TrainSettings(Settings):
     global_batch_size: Positive
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: Positive | Literal["auto"] | None = None
-    """Sequences per rank and forward, at most the rank's share of the batch; accumulation follows. Unless said: all;
-    "auto": the most that memory takes."""
+    """Sequences per rank and forward; accumulation follows. More than a rank's share of the batch is cut to that share,
+    with a note in the log. Unless said: all of the share; "auto": the most that memory takes."""
     max_steps: Positive
     """Optimizer steps of the run."""
     learning_rate: Annotated[float, Field(gt=0)]
@@ -172,6 +172,11 @@ class TrainSettings(Settings):
     def _check(self) -> TrainSettings:
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}; lower it")
+        if isinstance(self.micro_batch_size, int) and self.micro_batch_size > self.global_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} is more than global_batch_size={self.global_batch_size}; "
+                'lower it, or set it to "auto" for the most that memory takes'
+            )
         return self
 
 
@@ -210,7 +215,11 @@ class LoggingSettings(Settings):
     every_steps: Positive = 50
     """A row of metrics.jsonl, and a line or a new figure on the display, every so many steps."""
     trackers: list[NonEmpty] = Field(default_factory=list)
-    """Trackers of accelerate that get the same figures: "tensorboard", "wandb", …"""
+    """Trackers of accelerate that get the same figures: "tensorboard", "wandb", … One that fails ends no run."""
+    project: NonEmpty | None = None
+    """The trackers' project (MLflow: experiment); the name of `run.folder` unless said."""
+    run_name: NonEmpty | None = None
+    """The run's name there; the name of `run.folder` unless said. A run that is resumed goes on in the same one."""
 
 
 class EvaluationSettings(Settings):

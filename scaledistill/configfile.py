@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
+import os
 import re
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 
-from scaledistill.config import DistillConfig, Settings
+from scaledistill.config import DistillConfig
 from scaledistill.errors import ConfigError
+from scaledistill.wording import explain
 
-UNION_MEMBER = re.compile(r"constrained-int|bool|literal\[.*\]")  # where pydantic's path of an error goes on too far
+log = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+YAML_LINE = re.compile(r"^[A-Za-z_][\w.-]*\s*:(\s|$)", re.MULTILINE)
+TOML_LINE = re.compile(r"\[\w[\w.-]*\]\s*$|[A-Za-z_][\w.-]*\s*=", re.MULTILINE)
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null, or leave the key out"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
@@ -28,13 +35,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfi
         ConfigError: the file is missing or no JSON, or a key is unknown, of the wrong type or contradicts another.
     """
     path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], n=1)
-        raise ConfigError(
-            f"--config {path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        )
+    text = _read(path)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        tree = json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--config {path}: not valid JSON: {_what_is_wrong(path, text, error)}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path}: not valid JSON: {error}") from None
     if not isinstance(tree, dict):
@@ -55,11 +60,120 @@ def parse_config(tree: Mapping[str, Any]) -> DistillConfig:
     try:
         return DistillConfig.model_validate(dict(tree))
     except ValidationError as error:
-        lines: dict[str, str] = {}
-        for line in map(_explain, error.errors()):  # a value that may be of two types has an error for each
-            found, separator, expected = line.partition("; should be ")
-            lines[found] = f"{lines[found]} or {expected}" if separator and found in lines else line
-        raise ConfigError("\n".join(lines.values())) from None
+        raise ConfigError("\n".join(explain(error.errors(), tree))) from None
+
+
+def check_paths(config: DistillConfig, path: str | Path) -> None:
+    """Check relative paths, which count from the working folder, where what they name lies elsewhere.
+
+    That is beside the configuration file or above it, or in the repository.
+
+    Raises:
+        ConfigError: one of them is not in the working folder but there.
+    """
+    here = Path.cwd()
+    roots = [*Path(path).resolve().parents[:2], REPOSITORY]
+    named = {"data.train": config.data.train, "data.validation": config.data.validation}
+    named |= {"teacher.model": config.teacher.model}
+    for name, student in config.students.items():
+        if student.init not in ("random", "teacher"):
+            named[f"students.{name}.init"] = student.init
+    named |= {"evaluation.data_folder": config.evaluation.data_folder if config.evaluation else None}
+    problems = []
+    for setting, value in named.items():
+        if not value or "://" in value or Path(value).is_absolute() or Path(value).exists():
+            continue
+        root = next((root for root in roots if root != here and (root / value).is_dir()), None)
+        if root:
+            problems.append(
+                f"{setting}={value!r} is not in the working folder {here}, but in {root}; start the command there "
+                f"(cd {root}), or give the whole path, {root / value}"
+            )
+    folder = Path(config.run.folder)
+    if not folder.is_absolute() and not folder.exists():
+        root = next((root for root in roots if root != here and (root / folder / "checkpoints").is_dir()), None)
+        if root and os.environ.get("RANK", "0") == "0":
+            log.warning(
+                "run.folder=%s starts a new run in the working folder %s; to resume the run in %s, start the command "
+                "in %s",
+                *(folder, here, root / folder, root),
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _read(path: Path) -> str:
+    """Return the text of a configuration file."""
+    if path.is_dir():
+        names = sorted(each.name for each in path.glob("*.json"))
+        inside = f"give a file in it: {', '.join(str(path / name) for name in names[:6])}" if names else "give a file"
+        raise ConfigError(f"--config {path}: found a folder, expected a JSON file; {inside}")
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: no such file{_where_else(path)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--config {path}: not valid JSON: not UTF-8 text ({error.reason}); save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None
+    if not text.strip():
+        raise ConfigError(f"--config {path}: the file is empty; copy one of configs/ and change it")
+    return text
+
+
+def _where_else(path: Path) -> str:
+    """Return where a file that is missing may be, or what it may be called."""
+    looked = "" if path.is_absolute() else f" in the working folder {Path.cwd()}"
+    presets = sorted((REPOSITORY / "configs").glob("*.json"))
+    candidates = [path.with_name(path.name + ".json"), path.with_suffix(".json")]
+    candidates += [REPOSITORY / path, *(each for each in presets if each.stem == path.stem)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return f"{looked}; did you mean {_short(candidate)}?"
+    files = {each.stem: each for each in (*presets, *path.parent.glob("*.json"))}
+    if near := difflib.get_close_matches(path.stem, files, n=1):
+        return f"{looked}; did you mean {_short(files[near[0]])}?"
+    return f"{looked}; configs/ of the repository holds some to start from"
+
+
+def _short(path: Path) -> Path:
+    """Return a path as it is best typed: relative where it lies below the working folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _what_is_wrong(path: Path, text: str, error: json.JSONDecodeError) -> str:
+    """Return what JSON does not have, with its line, and what to do; the parser's words where nothing fits."""
+    rest = text[error.pos :]
+    before = text[: error.pos].rstrip()
+    line = f"in line {error.lineno}"
+    first = rest.splitlines()[0].strip() if rest.strip() else ""
+    is_object = text.lstrip()[0] in "{["
+    if path.suffix.lower() in (".yaml", ".yml") or (not is_object and YAML_LINE.search(text)):
+        return (
+            f"it is YAML, or something like it, {line}; convert it: python -c 'import json, sys, yaml; "
+            f"json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)' < {path} > {path.stem}-converted.json"
+        )
+    if TOML_LINE.match(text.lstrip()):
+        return f"it is TOML, or something like it, {line}; write it as JSON: configs/ holds some to start from"
+    if rest.startswith(("//", "/*", "#")):
+        return f"a comment ({first[:40]!r}) {line}; JSON has none: remove it"
+    if before.endswith(",") and rest[:1] in ("}", "]"):
+        number = before.count("\n") + 1
+        return f"a comma after the last entry in line {number}; remove it"
+    if rest.startswith(",") and rest[1:].lstrip()[:1] in ("}", "]"):
+        return f"a comma after the last entry {line}; remove it"
+    if rest.startswith("'"):
+        return f"single quotes {line}; JSON has double quotes only"
+    if word := re.match(r"True|False|None", rest):
+        return f"{word[0]} {line}; write {PYTHON_WORDS[word[0]]}"
+    if not rest.strip():
+        return f"the file ends before its brackets are closed, in line {error.lineno}"
+    if error.msg.startswith("Expecting ',' delimiter"):
+        number = before.count("\n") + 1
+        return f"a comma or a closing bracket is missing in line {number}, before {first[:40]!r}"
+    return str(error)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -78,43 +192,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     except ValueError:
         value = text  # a bare word is a string
     *parents, last = path.split(".")
+    students = tree.get("students")
+    if parents[:1] == ["students"] and isinstance(students, dict) and students:
+        name = path.split(".")[1]
+        if name not in students:
+            known = " or ".join(f"students.{each}" for each in students)
+            raise ConfigError(f"--set {override}: there is no student {name!r} in the file; use {known}")
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override}: {parent!r} is a value, not a block")
     node[last] = value
-
-
-def _explain(item: Any) -> str:
-    """Return one line for one of pydantic's errors: dotted path, found, expected, remedy."""
-    location = tuple(part for part in item["loc"] if part != "[key]")
-    if item["type"] != "extra_forbidden" and location and UNION_MEMBER.fullmatch(str(location[-1])):
-        location = location[:-1]
-    path = ".".join(str(part) for part in location)
-    if item["type"] == "extra_forbidden":
-        block = _block_at(location[:-1])
-        names = list(block.model_fields) if block else []
-        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
-        return f"{path}: unknown key; {hint}"
-    if item["type"] == "missing":
-        return f"{path}: missing, a value is required"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    found = item["input"]
-    return f"{path}: found {json.dumps(found, default=str)} ({type(found).__name__}); {message.replace('Input s', 's')}"
-
-
-def _block_at(location: Sequence[str | int]) -> type[Settings] | None:
-    """Return the settings class that a path leads to."""
-    found: Any = DistillConfig
-    for part in location:
-        if isinstance(found, type) and issubclass(found, Settings):
-            found = found.model_fields[str(part)].annotation if str(part) in found.model_fields else None
-        elif get_origin(found) is dict:
-            found = get_args(found)[1]
-        if get_origin(found) in (Union, types.UnionType):
-            found = next((arg for arg in get_args(found) if arg is not type(None)), None)
-    return found if isinstance(found, type) and issubclass(found, Settings) else None

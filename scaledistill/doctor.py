@@ -20,20 +20,20 @@ from scaledistill import mirror
 from scaledistill.checkpoint import newest_state
 from scaledistill.config import DistillConfig, differing_keys
 from scaledistill.data.order import SampleOrder
-from scaledistill.data.remote import ShardCache
+from scaledistill.data.remote import ShardCache, is_url
 from scaledistill.data.stream import ShardReader
 from scaledistill.data.text import load_tokenizer, tokenizer_fingerprint
 from scaledistill.distributed import resolve_precision
 from scaledistill.engines.deepspeed_block import resolve_block
-from scaledistill.errors import ConfigError, DataError, Problems
+from scaledistill.errors import ConfigError, DataError, Problems, counted
 from scaledistill.estimate import Estimate, estimate
-from scaledistill.metrics import check_trackers
 from scaledistill.microbatch import free_bytes, predict, with_micro_batch
 from scaledistill.models.capture import check_layer, max_sequence_length
 from scaledistill.models.export import TOKENIZER_FILES
 from scaledistill.models.student import check_init, student_config
 from scaledistill.models.teacher import check_weight_files, load_config, resolve_folder
 from scaledistill.relations import check_relation_heads, resolve_backend
+from scaledistill.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Plan:
     student_name: str
     estimate: Estimate
     free_disk_bytes: int
+    stated: DistillConfig
+    """As it was given."""
 
 
 def check(
@@ -106,7 +108,7 @@ def check(
         resolved = with_micro_batch(resolved, size)
     facts = estimate(resolved, name, teacher, student, world_size, sized_for)
     free = _free_disk_bytes(resolved, facts.checkpoint_bytes if writes else 0)
-    return Plan(resolved, world_size, order, shards, name, facts, free)
+    return Plan(resolved, world_size, order, shards, name, facts, free, config)
 
 
 def resolve(config: DistillConfig, world_size: int, device: torch.device) -> DistillConfig:
@@ -125,11 +127,8 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
     batch, share = train.global_batch_size, max(1, train.global_batch_size // world_size)
     stated = train.micro_batch_size if isinstance(train.micro_batch_size, int) else None
     micro = min(stated or share, share)
-    unit = world_size * micro
-    if batch % unit:
-        what = f"{world_size} ranks" + (f" × train.micro_batch_size={micro}" if stated else "")
-        near = " or ".join(str(size) for size in (batch // unit * unit, batch // unit * unit + unit) if size)
-        raise ConfigError(f"train.global_batch_size={batch} is not divisible by {what}; use {near}")
+    if batch % (world_size * micro):
+        raise ConfigError(_indivisible(batch, world_size, share, micro if stated else None))
     compiles = _compiles(config, backend, device)
     settled = config.model_copy(
         update={
@@ -143,6 +142,34 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
     elif precision == "fp16":
         raise ConfigError("train.precision=fp16 with engine.name=fsdp: it has no loss scaling; use bf16, or deepspeed")
     return settled
+
+
+def _indivisible(batch: int, world_size: int, share: int, micro: int | None) -> str:
+    """Return what is wrong with a global batch, and which batches or micro-batches would do."""
+    unit = world_size * (micro or share)
+    batches = " or ".join(str(size) for size in (batch // unit * unit, batch // unit * unit + unit) if size)
+    ranks = counted(world_size, "rank")
+    if micro is None or batch % world_size:
+        what = ranks if micro is None else f"{ranks} × train.micro_batch_size={micro}"
+        return f"train.global_batch_size={batch} is not divisible by {what}; use {batches}"
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    nearest = sorted(sorted(sizes, key=lambda size: abs(size - micro))[:4])
+    return (
+        f"train.global_batch_size={batch} is not divisible by {ranks} × train.micro_batch_size={micro}; use "
+        f"train.micro_batch_size={' or '.join(map(str, nearest))}, or train.global_batch_size={batches}"
+    )
+
+
+def clipped_micro_batch(config: DistillConfig, world_size: int) -> str | None:
+    """Return that `train.micro_batch_size` is more than a rank's share of the batch, which is used then; else None."""
+    stated, share = config.train.micro_batch_size, max(1, config.train.global_batch_size // world_size)
+    if not isinstance(stated, int) or stated <= share:
+        return None
+    return (
+        f"train.micro_batch_size={stated} is more than a rank's share of train.global_batch_size="
+        f"{config.train.global_batch_size} on {counted(world_size, 'rank')}: {share} is used; set it to {share} or "
+        '"auto", or raise train.global_batch_size'
+    )
 
 
 def _compiles(config: DistillConfig, backend: str, device: torch.device) -> bool:
@@ -179,7 +206,9 @@ def _open_set(config: DistillConfig, setting: str, location: str) -> ShardReader
     try:
         return open_shards(config, location)
     except DataError as error:
-        raise DataError(f"{setting}: {error}") from error
+        missing = not (is_url(location) or Path(location).is_absolute() or Path(location).exists())
+        looked = f" (looked for in the working folder {Path.cwd()})" if missing else ""
+        raise DataError(f"{setting}: {error}{looked}") from error
 
 
 def _teacher_config(config: DistillConfig) -> PretrainedConfig:
@@ -255,7 +284,13 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Sampl
     Raises:
         ConfigError: naming the keys that differ.
     """
-    differences = differing_keys(state["config"], config.model_dump())
+    before, now = state["config"], config.model_dump()
+    steps = [tree["train"]["max_steps"] for tree in (before, now)]
+    if steps[0] != steps[1] and state["step"] <= min(before["train"]["warmup_steps"], steps[1]):
+        before = {**before, "train": {**before["train"], "max_steps": steps[1]}}  # warm-up does not depend on it
+    differences = differing_keys(before, now)
+    if len(differences) == 1 and differences[0].startswith("train.max_steps:"):
+        raise _other_length(state, config)
     differences += [
         f"data.train: {key} {state['data'].get(key)} -> {value}"
         for key, value in order.fingerprint().items()
@@ -263,6 +298,23 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Sampl
     ]
     if differences:
         raise other_run(state, config, "; ".join(differences))
+
+
+def _other_length(state: Mapping[str, Any], config: DistillConfig) -> ConfigError:
+    """Return the error that refuses another number of steps, with the ways to train longer."""
+    before, now = state["config"]["train"]["max_steps"], config.train.max_steps
+    [name] = config.students
+    folder = Path(config.run.folder)
+    step = state["step"]
+    done = step == before and (folder / "export" / name).is_dir()
+    student = folder / "export" / (name if done else f"{name}-step-{step}")
+    export = "" if done else " (write it with --export newest)"
+    return ConfigError(
+        f"{folder} holds a run at step {step} with other settings: train.max_steps: {before} -> {now}. The learning "
+        f"rate decays to 0 at train.max_steps, so that the steps made after train.warmup_steps="
+        f"{config.train.warmup_steps} had another one. Set train.max_steps={before} to go on; to train longer, start a "
+        f"new run from its student: another run.folder and students.{name}.init={student}{export}"
+    )
 
 
 def other_run(state: Mapping[str, Any], config: DistillConfig, differences: str) -> ConfigError:

@@ -18,6 +18,12 @@ EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: "1 rank", "1024 ranks", "20,000 rows"."""
+    digits = f"{number:,}" if number >= 10_000 else str(number)
+    return f"{digits} {noun if number == 1 else plural or noun + 's'}"
+
+
 class ConfigError(ValueError):
     """A setting is wrong or settings contradict each other; found before any training."""
 

@@ -23,6 +23,7 @@ from scaledistill.glue.summary import column_title, summary_of
 from scaledistill.models.export import write_card_section
 from scaledistill.models.teacher import load_config, resolve_folder
 from scaledistill.runfolder import Status, StopRequest, failures_told
+from scaledistill.wording import explain
 
 if TYPE_CHECKING:
     import pandas
@@ -74,8 +75,7 @@ def evaluate(
             max_train_rows=max_train_rows,
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: found {first['input']!r}; {first['msg']}") from error
+        raise ConfigError("\n".join(explain(error.errors(), {}, EvaluationSettings))) from error
     name = model_name or Path(os.path.abspath(model_name_or_path)).name
     return run_grid({name: model_name_or_path}, settings, Path(output_dir), workers=workers)
 

@@ -74,3 +74,19 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
                 f"{setting}={str(folder)!r} is in use by another process; wait for it, or set another {setting}"
             ) from None
         yield
+
+
+def in_use(folder: Path) -> bool:
+    """Return whether a process holds a folder by `locked`; nothing is written."""
+    try:
+        file = (folder / ".lock").open()
+    except OSError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+    return False

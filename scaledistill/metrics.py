@@ -9,16 +9,17 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from scaledistill.errors import ConfigError
+from scaledistill.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,20 @@ class Recorder:
     """Writes a run's figures wherever they go. Used as a context manager around the loop."""
 
     def __init__(
-        self, folder: Path, *, max_steps: int, resumed_at: int, trackers: Iterable[str], config: Mapping[str, Any]
+        self,
+        folder: Path,
+        *,
+        max_steps: int,
+        resumed_at: int,
+        trackers: Iterable[str],
+        config: Mapping[str, Any],
+        project: str | None = None,
+        run_name: str | None = None,
     ):
         self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._max_steps = max_steps
-        self._trackers = [_tracker(name, folder, config) for name in trackers]
+        self._trackers = Trackers(trackers, folder, config, project=project, run_name=run_name)
         kept = [row for row in read_rows(self._path) if row["step"] <= resumed_at]  # later ones are made again
         partial = self._path.with_name(".metrics.jsonl")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -61,21 +70,21 @@ class Recorder:
     def __exit__(self, *exc: object) -> None:
         if self._display:
             self._display.progress.stop()
-        for tracker in self._trackers:
-            tracker.finish()
         try:
             self._file.close()
             draw_losses(self._folder)
         except OSError as error:
             log.warning("%s: the record is not complete: %s", self._folder, error.strerror)
+        finally:
+            self._trackers.finish()  # last: they may wait for a network
 
     def advance(self, step: int) -> None:
         """Move the display to a step."""
         if self._display:
             self._display.progress.update(self._display.task, completed=step)
 
-    def record(self, row: Mapping[str, Any]) -> None:
-        """Write a logging step's row; a value that is not finite becomes null."""
+    def record(self, row: Mapping[str, Any], seconds_left: float | None = None) -> None:
+        """Write a logging step's row; a value that is not finite becomes null. `seconds_left` is for people only."""
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
@@ -84,14 +93,29 @@ class Recorder:
             self._file.flush()
         except OSError as error:  # what the disk did not take stays in the buffer and goes with the next row
             log.warning("%s: %s; training goes on", self._path, error.strerror)
-        for tracker in self._trackers:
-            tracker.log(
-                {key: value for key, value in clean.items() if key != "step" and value is not None}, step=row["step"]
-            )
+        self._trackers.log(
+            {key: value for key, value in clean.items() if key != "step" and value is not None}, step=row["step"]
+        )
         if self._display:
             self._display.show(clean)
         else:
-            log.info("step %d/%d  %s", row["step"], self._max_steps, summary(clean))
+            log.info("step %d/%d  %s", row["step"], self._max_steps, line(clean, seconds_left))
+
+
+class Pace:
+    """How long a run takes, by the steps since its first row: what compiles has done so by then."""
+
+    def __init__(self, last_step: int) -> None:
+        self._last_step = last_step
+        self._since: tuple[int, float] | None = None
+
+    def seconds_left(self, step: int) -> float | None:
+        """Return the seconds that the steps after this one will take, validations and saves included, if known."""
+        now = time.monotonic()
+        first, start = self._since = self._since or (step, now)
+        if step in (first, self._last_step):
+            return None
+        return (now - start) / (step - first) * (self._last_step - step)
 
 
 def summary(row: Mapping[str, Any]) -> str:
@@ -110,6 +134,16 @@ def summary(row: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def line(row: Mapping[str, Any], seconds_left: float | None = None) -> str:
+    """Return a row's figures for a log, which shows no bar: with the learning rate and the time that is left."""
+    parts = [summary(row)]
+    if row.get("lr") is not None:
+        parts.append(f"lr {row['lr']:.2e}")
+    if seconds_left is not None:
+        parts.append(f"{timedelta(seconds=round(seconds_left))} left")
+    return "  ".join(parts)
+
+
 def short(number: float) -> str:
     """Return a number with three figures or so and a unit: 1.2M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -118,68 +152,41 @@ def short(number: float) -> str:
     return f"{number:.0f}"
 
 
-class _Figures(ProgressColumn):
-    def get_table_column(self) -> Column:
-        return Column(no_wrap=True, overflow="ellipsis", ratio=1)
+class _Bar(Progress):
+    """A bar, and the last row's figures on lines of their own: beside it, 80 columns would cut them."""
 
-    def render(self, task: Task) -> Text:
-        return Text(task.fields.get("figures", ""))
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.figures:
+            yield Text(self.figures)
 
 
 class _Display:
-    """A progress bar on the terminal, with the last row's figures beside it."""
+    """A progress bar on the terminal, with the last row's figures below it."""
 
     def __init__(self, max_steps: int, resumed_at: int) -> None:
-        self.progress = Progress(
+        self.progress = _Bar(
             TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=10),
+            BarColumn(bar_width=None),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            _Figures(),
             console=Console(stderr=True),
             expand=True,
             refresh_per_second=4,
             speed_estimate_period=120,
         )
-        self.task = self.progress.add_task("distil", total=max_steps, completed=resumed_at, figures="")
+        self.task = self.progress.add_task("distil", total=max_steps, completed=resumed_at)
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Move to a row; one with a validation loss also stays above the bar."""
-        self.progress.update(self.task, completed=row["step"], figures=summary(row))
+        self.progress.figures = line(row)
+        self.progress.update(self.task, completed=row["step"])
         if row.get("validation_loss") is not None:
             losses = {key: row[key] for key in ("loss", "validation_loss")}
             self.progress.console.print(f"step {row['step']}  {summary(losses)}", highlight=False)
-
-
-def check_trackers(names: Iterable[str]) -> None:
-    """Check `logging.trackers`.
-
-    Raises:
-        ConfigError: accelerate has no such tracker, or its package is not installed.
-    """
-    for name in names:
-        from accelerate import tracking  # seconds, that a run without trackers needn't spend
-
-        if name not in tracking.LOGGER_TYPE_TO_CLASS:
-            known = ", ".join(sorted(tracking.LOGGER_TYPE_TO_CLASS))
-            raise ConfigError(f"logging.trackers: unknown tracker {name!r}; known: {known}")
-        if name not in [getattr(tracker, "value", tracker) for tracker in tracking.get_available_trackers()]:
-            raise ConfigError(f"logging.trackers: {name!r} is not installed; pip install it or remove it")
-
-
-def _tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Any:
-    from accelerate import tracking
-
-    check_trackers([name])
-    known = tracking.LOGGER_TYPE_TO_CLASS[name]
-    # Only rank 0 comes here; accelerate's own rank check and its logger would need its runtime.
-    tracking.logger = log
-    cls = type(known.__name__, (known,), {"main_process_only": False})
-    tracker = cls(folder.name, **({"logging_dir": str(folder)} if known.requires_logging_directory else {}))
-    tracker.start()
-    tracker.store_init_configuration({"config": json.dumps(config)})
-    return tracker
 
 
 def draw_losses(folder: Path) -> None:

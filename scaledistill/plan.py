@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from scaledistill.config import DistillConfig
-from scaledistill.doctor import Plan
+from scaledistill.doctor import Plan, clipped_micro_batch
 from scaledistill.engines.deepspeed_block import zero_settings
+from scaledistill.errors import counted
 from scaledistill.estimate import BYTES, Estimate
 from scaledistill.metrics import short
 
@@ -92,17 +93,20 @@ def warnings_of(plan: Plan) -> list[str]:
     order, shards, ranks = plan.order, len(plan.shards.manifest.shards), plan.world_size
     train, length, found = plan.config.train, plan.config.data.sequence_length, reads(plan)
     told = []
+    if clipped := clipped_micro_batch(plan.stated, ranks):
+        told.append(clipped)
     if found.times_over > _MANY_READS:
         more = math.lcm(order.num_lanes, ranks)
         told.append(
-            f"data.num_lanes={order.num_lanes} with {ranks} ranks: {found.sharers} ranks share a lane, and storage "
-            f"serves each row {found.times_over:.0f} times an epoch; {_lanes_advice(more, order.num_rows)} (before the "
-            "first step: it is part of the order)"
+            f"data.num_lanes={order.num_lanes} with {counted(ranks, 'rank')}: {found.sharers} ranks share a lane, and "
+            f"storage serves each row {found.times_over:.0f} times an epoch; {_lanes_advice(more, order.num_rows)} "
+            "(before the first step: it is part of the order)"
         )
     if shards < ranks:
         told.append(
-            f"{shards} shards for {ranks} ranks: many read the same file at once, which a parallel file system "
-            "bears and one disk does not; make more shards with tools/make_shards.py --rows-per-shard"
+            f"{counted(shards, 'shard')} for {counted(ranks, 'rank')}: many read the same file at once, which a "
+            "parallel file system bears and one disk does not; make more shards with "
+            "tools/make_shards.py --rows-per-shard"
         )
     if order.rows_per_lane <= order.window_rows:
         told.append(
@@ -143,14 +147,14 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
         f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}, placement {config.teacher.placement}",
         "student": f"{plan.student_name}: {_millions(facts.student_parameters)}, {_trained(plan)}, {train.precision}",
         "relations": f"{config.relation_heads(plan.student_name)} heads, pairs {', '.join(config.relations.pairs)}",
-        "engine": f"{_engine(config)}, {ranks} ranks",
-        "step": f"{train.global_batch_size} sequences × {length} = {tokens:,} tokens; {accumulation} micro-batches "
-        f"of {micro} per rank",
+        "engine": f"{engine_name(config)}, {counted(ranks, 'rank')}",
+        "step": f"{train.global_batch_size} sequences × {length} = {tokens:,} tokens; "
+        f"{counted(accumulation, 'micro-batch', 'micro-batches')} of {micro} per rank",
         "FLOPs": f"{short(facts.flops_per_token)} per token, {facts.teacher_flops_fraction:.0%} the teacher's",
-        "run": f"{train.max_steps:,} steps, {short(train.max_steps * tokens)} tokens, {epochs:,.1f} epochs",
+        "run": f"{counted(train.max_steps, 'step')}, {short(train.max_steps * tokens)} tokens, {epochs:,.1f} epochs",
         **(_duration(plan, tokens_per_second, sum(sent.values())) if tokens_per_second else {}),
-        "data": f"{manifest.rows:,} rows in {len(manifest.shards)} shards; "
-        f"{plan.order.dropped_rows_per_epoch} rows left out of an epoch",
+        "data": f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}; "
+        f"{counted(plan.order.dropped_rows_per_epoch, 'row')} left out of an epoch",
         "  rank and epoch": f"{plan.order.rows_per_epoch / ranks:,.1f} rows from {found.lanes} of "
         f"{plan.order.num_lanes} lanes, about {found.shards_per_epoch:.1f} shards",
         "  rank and step": f"{found.reads_per_step:.2g} reads, {_size(found.bytes_per_step)}",
@@ -171,6 +175,41 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
     for label, text in rows.items():
         table.add_row(label, text)
     return table
+
+
+def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list[str]:
+    """Return what a run is about to do, a line each, for its log.
+
+    Args:
+        device: "cuda" or "cpu".
+        step: the steps that were made before, where it resumes.
+        last_step: the last one to be made.
+    """
+    config, facts = plan.config, plan.estimate
+    train, ranks, run = config.train, plan.world_size, config.run
+    micro = int(train.micro_batch_size or 1)
+    accumulation = train.global_batch_size // (ranks * micro)
+    tokens = train.global_batch_size * config.data.sequence_length
+    epochs = last_step * train.global_batch_size / plan.order.rows_per_epoch
+    validation = f", validation {config.data.validation}" if config.data.validation else ""
+    lines = [
+        f"student {plan.student_name}: {_millions(facts.student_parameters)} in its export, {_trained(plan)}",
+        f"teacher {config.teacher.model}, up to layer {config.teacher.layer}: {_millions(facts.teacher_parameters)}, "
+        f"{config.teacher.dtype}, placement {config.teacher.placement}",
+        f"batch: {counted(ranks, 'rank')} × {micro} × {counted(accumulation, 'micro-batch', 'micro-batches')} = "
+        f"{train.global_batch_size} sequences of {config.data.sequence_length}, {tokens:,} tokens a step",
+        f"steps: {last_step:,}, {short(last_step * tokens)} tokens in all, {epochs:,.1f} epochs of "
+        f"{counted(plan.order.rows_per_epoch, 'row')}",
+        f"engine: {engine_name(config)}, {train.precision} on {device}, compile {'on' if train.compile else 'off'}, "
+        f"relations by {config.relations.backend}",
+        f"paths: run {run.folder}, training data {config.data.train}{validation}",
+    ]
+    if step:
+        checkpoint = f"{run.folder}/checkpoints/step-{step:09d}"
+        lines.append(f"resumed from {checkpoint}: {counted(last_step - step, 'step')} of {last_step:,} left")
+    if clipped := clipped_micro_batch(plan.stated, ranks):
+        lines.append(f"note: {clipped}")
+    return lines
 
 
 def placement_table(plan: Plan, memory_bytes: int | None = None) -> Table:
@@ -202,7 +241,7 @@ def _duration(plan: Plan, tokens_per_second: float, sent: float) -> dict[str, st
     return {"  time": text}
 
 
-def _engine(config: DistillConfig) -> str:
+def engine_name(config: DistillConfig) -> str:
     return "FSDP2" if config.engine.name == "fsdp" else f"DeepSpeed ZeRO-{zero_settings(config)[0]}"
 
 

@@ -1,7 +1,8 @@
 """A run's folder: who owns it, its resolved configuration, `status.json`, and requests to stop.
 
-Layout: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `export/<student>/` and, the best by
-validation loss, `export/<student>-best/`.
+Layout: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `export/<student>/`, the best by
+validation loss, `export/<student>-best/`, those of `--export`, `export/<student>-step-N/`, and, with trackers that a
+resumed run goes on with, `trackers.json`.
 """
 
 from __future__ import annotations
@@ -122,6 +123,13 @@ def failures_told(status: Status, *, of_settings: bool) -> Iterator[None]:
         message, code = (lost, EXIT_ENVIRONMENT) if lost else (f"{type(error).__name__}: {error}", 1)
         status.write_failure("failed", message, EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else code)
         raise
+
+
+def described(folder: Path) -> str:
+    """Return who holds a run's folder, and where that run stands, as its `status.json` says."""
+    status = read_json(folder / "status.json") or {}
+    who = f"pid {status.get('pid', '?')} on {status.get('host', '?')}"
+    return f"{who}, {status.get('state', 'starting')}, step {status.get('step', '?')} of {status.get('max_steps', '?')}"
 
 
 def set_aside(folder: Path) -> Path:

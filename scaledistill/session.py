@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -27,13 +26,13 @@ from scaledistill.distributed import Ranks, failing_together, gather_objects, re
 from scaledistill.doctor import check_same_run, open_shards, other_run, student_shape
 from scaledistill.engines import Engine, EngineState, create_engine, shard_teacher
 from scaledistill.engines.deepspeed_block import zero_settings
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import ConfigError
 from scaledistill.estimate import DTYPES, Estimate
+from scaledistill.exports import Facts, write_student
 from scaledistill.microbatch import choose, with_micro_batch
 from scaledistill.models.attention import use_varlen_attention
 from scaledistill.models.capture import blocks_of, capture_view, compile_blocks, forward_flops
-from scaledistill.models.export import export_student
-from scaledistill.models.student import build_student, exported
+from scaledistill.models.student import build_student
 from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
 from scaledistill.saving import Groups, Saver
 from scaledistill.speed import measured_matrix_rate, peak_flops
@@ -173,32 +172,14 @@ class Session:
         return folder
 
     def _write_export(self, folder: Path, weights: Mapping[str, Tensor], losses: Mapping[str, float | None]) -> None:
-        student, config = self.student, self.config
-        spec = config.students[student.name]
-        student_config, state = exported(student.config, {**student.untrained, **weights}, spec.num_layers)
-        card: dict[str, object] = {
-            "teacher": f"`{config.teacher.model}`, layer {config.teacher.layer}",
-            "teacher weights (sha256)": self.teacher.sha256,
-            "relations": f"{config.relation_heads(student.name)} heads, pairs {config.relations.pairs}",
-            "training data (sha256 of the manifest)": self.shards.manifest.sha256,
-            "tokens": f"{self.step * config.train.global_batch_size * config.data.sequence_length:,}"
-            f" ({self.step:,} steps of {config.train.global_batch_size} × {config.data.sequence_length})",
-            **{label: "not measured" if loss is None else f"{loss:.4f}" for label, loss in losses.items()},
-            "init": spec.init,
-            "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
-        }
-        try:
-            export_student(
-                folder,
-                student_config,
-                state,
-                tap=spec.tap,
-                tokenizer_source=config.teacher.model,
-                revision=config.teacher.revision,
-                card=card,
-            )
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{folder}: the export could not be written: {error}; free some space") from None
+        facts = Facts(
+            self.step,
+            self.teacher.sha256,
+            self.shards.manifest.sha256,
+            {label: None if loss is None else f"{loss:.4f}" for label, loss in losses.items()},
+            versions(),
+        )
+        write_student(folder, self.config, self.student.config, {**self.student.untrained, **weights}, facts)
 
 
 def versions() -> dict[str, str]:

@@ -29,7 +29,8 @@ from scaledistill.errors import (
     PeerError,
 )
 from scaledistill.files import write_json
-from scaledistill.metrics import Recorder, summary
+from scaledistill.metrics import Pace, Recorder, line
+from scaledistill.plan import start_summary
 from scaledistill.profiling import WARMUP_STEPS, StepProfiler
 from scaledistill.saving import Outcome
 from scaledistill.session import Session, open_session
@@ -81,6 +82,7 @@ class Bookkeeper:
         self._failed_saves = 0
         self._settle_at: int | None = None
         self._lap_start = session.step
+        self._pace = Pace(last_step)
         self.watch = Stopwatch(session.ranks.device, at)
 
     def start(self, stack: ExitStack) -> None:
@@ -96,7 +98,7 @@ class Bookkeeper:
     def _open_record(self, stack: ExitStack, status: runfolder.Status) -> None:
         session = self._session
         origin = f"going on at step {session.step}" if session.step else "starting"
-        log.info("%s: %s, %d ranks, up to step %d", self._folder, origin, session.ranks.world_size, self._last_step)
+        log.info("%s: %s, up to step %d", self._folder, origin, self._last_step)
         try:
             write_json(self._folder / "config.json", self._config.model_dump())
             status.write("running", "training")
@@ -106,6 +108,8 @@ class Bookkeeper:
                 resumed_at=session.step,
                 trackers=self._config.logging.trackers,
                 config=self._config.model_dump(),
+                project=self._config.logging.project,
+                run_name=self._config.logging.run_name,
             )
         except OSError as error:
             raise DataError(f"run.folder={self._folder} cannot be written: {error}; free some space") from None
@@ -220,11 +224,12 @@ class Bookkeeper:
             row[f"{phase.replace(' ', '_')}_fraction"] = phases[phase] / seconds
         row["memory_peak_bytes"] = memory_peak_bytes(session.ranks.device)
         row["skipped_steps"] = session.skipped_steps
+        seconds_left = self._pace.seconds_left(session.step)
         if self._recorder and self._status:
-            self._recorder.record(row)
+            self._recorder.record(row, seconds_left)
             self._status.write_if_possible("running", "training", None)
         elif self._status is None:
-            log.info("step %d/%d  %s", session.step, self._last_step, summary(row))
+            log.info("step %d/%d  %s", session.step, self._last_step, line(row, seconds_left))
 
     def _save(self, leaving: bool, due: bool) -> None:
         """Settle the save before, save where that is due or has failed, and wait for it where the run ends."""
@@ -322,6 +327,10 @@ def _distill(config: DistillConfig, fresh: bool, dry_run_steps: int | None, prof
         sized_by = plan.estimate if config.train.micro_batch_size == "auto" else None
         session = open_session(plan.config, ranks, resume=status is not None, sized_by=sized_by)
         stack.enter_context(session.saver)
+        if ranks.is_main:
+            plan = replace(plan, config=session.config)  # with the micro-batch that was chosen
+            for text in start_summary(plan, ranks.device.type, step=session.step, last_step=last_step):
+                log.info("%s", text)
         if profile_steps:
             return profile_run(session, last_step, watchdog.at)
         bookkeeper = Bookkeeper(session, status, last_step, stop, watchdog.at)

@@ -20,9 +20,12 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"config", "models.capture", "relations", "train", "trainer"},
     "benchmark": set(),
     "checkpoint": {"distributed", "files", "mirror"},
-    "cli": {"config", "configfile", "distributed", "doctor", "plan", "train"},
+    "cli": {
+        *("config", "configfile", "distributed", "doctor", "exports", "files", "hints", "plan", "runfolder", "train"),
+        "wording",
+    },
     "config": set(),
-    "configfile": {"config"},
+    "configfile": {"config", "wording"},
     "data": set(),
     "data.archives": {"data.compression", "data.longtext"},
     "data.compression": {"data.content"},
@@ -52,7 +55,6 @@ ALLOWED: dict[str, set[str]] = {
         "engines.deepspeed_block",
         "estimate",
         "evaluation",
-        "metrics",
         "microbatch",
         "mirror",
         "models.capture",
@@ -60,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         "models.student",
         "models.teacher",
         "relations",
+        "trackers",
     },
     "engines": {"config", "distributed", "engines.deepspeed", "engines.fsdp"},
     "engines.deepspeed": {"config", "distributed", "engines", "engines.deepspeed_block"},
@@ -76,6 +79,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluation": {
         *("config", "glue.grid", "glue.plan", "glue.summary", "models.export", "models.teacher", "runfolder"),
+        "wording",
+    },
+    "exports": {
+        *("checkpoint", "config", "configfile", "doctor", "metrics", "mirror"),
+        *("models.export", "models.student", "models.teacher"),
     },
     "files": set(),
     "glue": set(),
@@ -85,7 +93,9 @@ ALLOWED: dict[str, set[str]] = {
     "glue.squad": {"glue.read"},
     "glue.tasks": set(),
     "glue.cell": {"files"},
-    "glue.command": {"config", "glue.cell", "glue.grid", "glue.listing", "glue.plan", "glue.speed", "glue.tasks"},
+    "glue.command": {
+        *("config", "glue.cell", "glue.grid", "glue.listing", "glue.plan", "glue.speed", "glue.tasks", "wording"),
+    },
     "glue.features": {"data.text", "glue.cell", "glue.metrics", "glue.read", "glue.squad", "glue.tasks"},
     "glue.finetune": {"glue.cell", "glue.features", "glue.tasks", "models.teacher", "models.weights"},
     "glue.grid": {"config", "files", "glue.cell", "glue.plan", "glue.summary", "glue.worker"},
@@ -98,7 +108,8 @@ ALLOWED: dict[str, set[str]] = {
     "glue.speed": {"benchmark", "glue.plan", "models.teacher"},
     "glue.summary": {"benchmark", "files", "glue.cell", "glue.picture", "glue.published", "glue.tasks"},
     "glue.worker": {"__init__", "glue.cell", "glue.finetune"},
-    "metrics": set(),
+    "metrics": {"trackers"},
+    "hints": set(),
     "microbatch": {"config", "distributed", "estimate", "models.capture", "models.teacher", "relations"},
     "mirror": {"data.remote"},
     "models": set(),
@@ -132,10 +143,10 @@ ALLOWED: dict[str, set[str]] = {
         "engines",
         "engines.deepspeed_block",
         "estimate",
+        "exports",
         "microbatch",
         "models.attention",
         "models.capture",
-        "models.export",
         "models.student",
         "models.teacher",
         "saving",
@@ -143,24 +154,35 @@ ALLOWED: dict[str, set[str]] = {
     },
     "speed": set(),
     "step": {"data.stream", "distributed", "models.capture", "relations", "session", "speed"},
+    "trackers": {"files"},
     "trainer": {"models.capture", "models.student", "models.teacher", "relations"},
     "train": {
         *("config", "distributed", "doctor", "evaluation", "files", "metrics", "profiling", "runfolder", "session"),
-        *("mirror", "saving", "speed", "step", "watchdog"),
+        *("mirror", "plan", "saving", "speed", "step", "watchdog"),
     },
     "watchdog": {"config", "distributed"},
+    "wording": {"config", "hints"},
 }
 
 # Who may import a heavy third party, anywhere; nobody else does. A folder stands for its modules.
 THIRD_PARTIES: dict[str, set[str]] = {
-    "accelerate": {"metrics", "models.teacher"},
+    "accelerate": {"trackers", "models.teacher"},
     "datasets": {"data.sources", "glue.read", "trainer"},
     "deepspeed": {"engines.deepspeed"},
     "matplotlib": {"glue.picture", "metrics"},
     "triton": {"relations"},
     "torch": {
         *("checkpoint", "cli", "data.stream", "distributed", "doctor", "engines", "engines.deepspeed"),
-        *("estimate", "evaluation", "glue.finetune", "glue.grid", "glue.listing", "glue.speed", "microbatch"),
+        *(
+            "estimate",
+            "evaluation",
+            "exports",
+            "glue.finetune",
+            "glue.grid",
+            "glue.listing",
+            "glue.speed",
+            "microbatch",
+        ),
         *("models", "profiling", "relations", "saving", "session", "speed", "step", "train", "trainer", "watchdog"),
     },
     "transformers": {
@@ -172,7 +194,18 @@ THIRD_PARTIES: dict[str, set[str]] = {
 
 # Imported before the command line has said what it wants: quick, so nothing heavy at their top.
 LIGHT_AT_THE_TOP = {
-    *("__init__", "cli", "config", "configfile", "errors", "data.text", "data.make", "data.sources"),
+    *(
+        "__init__",
+        "cli",
+        "config",
+        "configfile",
+        "errors",
+        "hints",
+        "wording",
+        "data.text",
+        "data.make",
+        "data.sources",
+    ),
     *("glue.cell", "glue.command"),
 }
 

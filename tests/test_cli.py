@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from scaledistill import cli, doctor, train
+from scaledistill import cli, doctor, exports, train
 from scaledistill.cli import main
 from scaledistill.configfile import load_config
 from scaledistill.errors import DivergedError, PeerError
+from scaledistill.files import locked
 from scaledistill.train import RunResult
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +95,22 @@ def test_nothing_heavy_is_imported(option: str) -> None:
         (["--config", "x.json", "--dry-run", "ten"], "argument --dry-run: found 'ten', expected a whole number"),
         (["--config", "x.json", "--world-size", "7"], "--world-size is read only with --validate; the launcher sets"),
         (["--config", "x.json", "--tokens-per-second", "7"], "--tokens-per-second is read only with --validate"),
+        (["--config", "x.json", "--resume"], "unknown option --resume; rerun the same command: it resumes"),
+        (["x.json"], "unexpected argument 'x.json'; type --config x.json"),
+        (
+            ["--config", "x.json", "--validate", "--dry-run", "3"],
+            "--validate and --dry-run do different things; give one",
+        ),
+        (["--config", "x.json", "--profile", "2", "--dry-run", "3"], "--dry-run and --profile do different things"),
+        (["--config", "x.json", "--print-config", "--validate"], "--print-config and --validate do different things"),
+        (["--config", "x.json", "--export", "0", "--validate"], "--validate and --export do different things"),
+        (["--config", "x.json", "--export", "3", "--fresh"], "--fresh starts a run over, --export starts none"),
+        (["--config", "x.json", "--print-config", "--fresh"], "--fresh starts a run over, --print-config starts none"),
+        (
+            ["--config", "x.json", "--export", "best"],
+            "is exported while a run lasts: see <run.folder>/export/<student>-best",
+        ),
+        (["--config", "x.json", "--export", "x"], "found 'x', expected a step that has a checkpoint, or 'newest'"),
         (["--config", "x.json", "--validate", "--device-memory-gb", "nan"], "found 'nan', expected a number above 0"),
     ],
 )
@@ -130,10 +147,13 @@ def test_only_rank_0_prints(config_file: MakeFile, capsys: pytest.CaptureFixture
     [
         (["train.max_steps"], "--set train.max_steps: expected KEY=VALUE, such as --set train.max_steps=100"),
         (["train.max_stepz=3"], "train.max_stepz: unknown key; did you mean 'max_steps'?"),
-        (["train.max_steps=many"], 'train.max_steps: found "many" (str); should be a valid integer'),
-        (["train.learning_rate=Infinity"], "train.learning_rate: found Infinity (float); should be a finite number"),
+        (["train.max_steps=many"], 'train.max_steps: found "many" (str); expected a whole number above 0'),
+        (
+            ["train.learning_rate=Infinity"],
+            "train.learning_rate: found Infinity (float); expected a finite number above 0",
+        ),
         (["train.max_steps.x=1"], "--set train.max_steps.x=1: 'max_steps' is a value, not a block"),
-        (["run.folder="], 'run.folder: found "" (str); String should have at least 1 character'),
+        (["run.folder="], 'run.folder: found "" (str); expected non-empty text in double quotes'),
     ],
 )
 def test_bad_overrides(
@@ -154,7 +174,7 @@ def test_a_missing_file_is_a_configuration_error(capsys: pytest.CaptureFixture[s
 def test_validate_prints_the_plan(config_file: MakeFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(config_file()), "--validate"]) == 0
     captured = capsys.readouterr()
-    assert "DeepSpeed ZeRO-1, 1 ranks" in captured.out
+    assert "DeepSpeed ZeRO-1, 1 rank" in captured.out
     assert captured.out.endswith("everything that can be checked without loading weights is in order\n")
     assert captured.err == ""
     assert not (tmp_path / "run").exists()
@@ -169,6 +189,34 @@ def test_validate_plans_for_other_numbers_of_ranks(config_file: MakeFile, capsys
     os.environ["WORLD_SIZE"] = "2"  # under a launcher
     assert main(arguments[:-1]) == 0
     assert "DeepSpeed ZeRO-1, 2 ranks" in capsys.readouterr().out
+
+
+def test_validate_says_that_the_folder_is_in_use(
+    config_file: MakeFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with locked(folder, "run.folder"):
+        (folder / "status.json").write_text(
+            '{"state": "running", "step": 3, "max_steps": 6, "pid": 17, "host": "node1"}'
+        )
+        assert main(["--config", str(config_file()), "--validate"]) == 2
+        captured = capsys.readouterr()
+        assert "DeepSpeed ZeRO-1, 1 rank" in captured.out
+        assert "in use by a running process (pid 17 on node1, running, step 3 of 6); this configuration" in captured.err
+    assert main(["--config", str(config_file()), "--validate"]) == 0
+
+
+def test_a_micro_batch_above_the_share_is_said(config_file: MakeFile, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(config_file(train={"micro_batch_size": 8})), "--validate"]
+    assert main(arguments) == 0
+    assert "train.micro_batch_size" not in capsys.readouterr().out
+    assert main([*arguments, "--world-size", "4"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert (
+        "train.micro_batch_size=8 is more than a rank's share of train.global_batch_size=8 on 4 ranks: 2 is used; set "
+        'it to 2 or "auto"' in words
+    )
 
 
 @pytest.mark.parametrize("option", [["--validate"], []])
@@ -220,6 +268,34 @@ def test_how_a_run_ended(
     assert asked == {"config": load_config(path), "fresh": True, "dry_run_steps": 2, "profile_steps": None}
     captured = capsys.readouterr()
     assert text in captured.err if text else captured.err == ""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_export_is_rank_0s(
+    rank: str,
+    config_file: MakeFile,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[Any] = []
+
+    def export(config: Any, wanted: Any) -> Path:
+        asked.append(wanted)
+        if wanted == 7:
+            raise doctor.ConfigError("no checkpoint of step 7")
+        return Path("export/l2-step-8")
+
+    monkeypatch.setattr(exports, "export_checkpoint", export)
+    os.environ["RANK"] = rank
+    command = ["--config", str(config_file()), "--export"]
+    codes = [main([*command, step]) for step in ("step-8", "latest", "7")]
+    captured = capsys.readouterr()
+    if rank == "0":
+        assert (codes, asked) == ([0, 0, 2], [8, "newest", 7])
+        assert "the student is in export/l2-step-8" in captured.err
+        assert "ERROR no checkpoint of step 7" in captured.err
+    else:
+        assert (codes, asked, captured.err) == ([0, 0, 0], [], "")
 
 
 def test_parser_takes_what_launchers_add() -> None:

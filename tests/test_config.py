@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from scaledistill.config import FREE_ON_RESUME, DistillConfig, differing_keys
-from scaledistill.configfile import load_config, parse_config
+from scaledistill.configfile import check_paths, load_config, parse_config
 from scaledistill.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -39,20 +39,25 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("students.l3.hiden_size", 8, r"^students\.l3\.hiden_size: unknown key; did you mean 'hidden_size'\?$"),
         ("traim", {}, r"^traim: unknown key; did you mean 'train'\?$"),
         ("engine.xyzzy", 1, r"^engine\.xyzzy: unknown key; known keys: name, deepspeed, fsdp$"),
-        ("train.max_steps", "ten", r'^train\.max_steps: found "ten" \(str\); should be a valid integer'),
+        ("train.max_steps", "ten", r'^train\.max_steps: found "ten" \(str\); expected a whole number above 0$'),
         ("train.max_steps", 1.5, r"^train\.max_steps: found 1\.5 \(float\)"),
         ("train.max_steps", True, r"^train\.max_steps: found true \(bool\)"),
-        ("train.max_steps", 0, r"^train\.max_steps: found 0 \(int\); should be greater than 0"),
+        ("train.max_steps", 0, r"^train\.max_steps: found 0 \(int\); expected a whole number above 0$"),
         (
             "train.micro_batch_size",
             "all",
-            r"^train\.micro_batch_size: found \"all\" \(str\); should be a valid integer or 'auto'$",
+            r"^train\.micro_batch_size: found \"all\" \(str\); expected a whole number above 0 or \"auto\"$",
         ),
-        ("train.compile", 1, r"^train\.compile: found 1 \(int\); should be a valid boolean or 'auto'$"),
+        (
+            "train.compile",
+            1,
+            r"^train\.compile: found 1 \(int\); expected true or false or \"auto\"; the default is \"auto\"$",
+        ),
         ("train.bool", 1, r"^train\.bool: unknown key"),
         ("train.warmup_steps", 11, r"warmup_steps=11 is more than max_steps=10"),
         ("train.validation_every_steps", 5, r"needs data\.validation, which is not set"),
         ("train.adam_betas", [0.9], r"^train\.adam_betas: found \[0\.9\]"),
+        ("train.micro_batch_size", 9, r"micro_batch_size=9 is more than global_batch_size=8; lower it, or set it to"),
         ("run", {}, r"^run\.folder: missing, a value is required$"),
         ("relations.pairs", {"qx": 1.0}, r"unknown pair 'qx', expected some of qq, qk"),
         ("relations.pairs", {"qq": 0.0}, r"no pair has a weight above 0"),
@@ -140,6 +145,106 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "twice.json").write_text('{"run": {}, "run": {}}')
     with pytest.raises(ConfigError, match="the key 'run' stands twice"):
         load_config(tmp_path / "twice.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", "", "the file is empty; copy one of configs/ and change it"),
+        ("x.json", " \n ", "the file is empty"),
+        (
+            "x.json",
+            '{\n  "run": {}, // mine\n  "data": {}}',
+            "a comment ('// mine') in line 2; JSON has none: remove it",
+        ),
+        ("x.json", '# mine\n{"run": {}}', "a comment ('# mine') in line 1"),
+        ("x.json", '{"run": /* mine */ {}}', "a comment ('/* mine */ {}}') in line 1"),
+        ("x.json", '{"run": {\n  "folder": "x",\n}}', "a comma after the last entry in line 2; remove it"),
+        ("x.json", '{"run": [1,\n 2, ]}', "a comma after the last entry in line 2; remove it"),
+        (
+            "x.json",
+            '{"run": {}\n"data": {}}',
+            "a comma or a closing bracket is missing in line 1, before '\"data\": {}}'",
+        ),
+        ("x.json", "{'run': {}}", "single quotes in line 1; JSON has double quotes only"),
+        ("x.json", '{"run": True}', "True in line 1; write true"),
+        ("x.json", '{"run": None}', "None in line 1; write null, or leave the key out"),
+        ("x.json", '{"run": {\n', "the file ends before its brackets are closed, in line 2"),
+        (
+            "x.yaml",
+            '{"run": {a: b}}',
+            "it is YAML, or something like it, in line 1; convert it: python -c 'import json",
+        ),
+        ("x.json", "run:\n  folder: x\n", "it is YAML, or something like it, in line 1"),
+        ("x.toml", '[run]\nfolder = "x"\n', "it is TOML, or something like it, in line 1; write it as JSON"),
+        ("x.json", b"\xff\xfe{}", "not UTF-8 text"),
+    ],
+)
+def test_what_is_wrong_with_a_file(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / name)
+    assert str(caught.value).startswith(f"--config {tmp_path / name}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(BASE).encode())
+    assert load_config(tmp_path / "x.json") == parse_config(BASE)
+
+
+def test_where_a_file_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text("{}")
+    for given, where in [
+        ("mine", "did you mean mine.json?"),
+        ("mnie.json", "did you mean mine.json?"),
+        ("quickstart", f"did you mean {CONFIGS / 'quickstart.json'}?"),
+        ("configs/large_to_l6.json", f"did you mean {CONFIGS / 'large_to_l6.json'}?"),
+        ("larg_to_l6.json", f"did you mean {CONFIGS / 'large_to_l6.json'}?"),
+        ("else/where.json", "configs/ of the repository holds some to start from"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            load_config(given)
+        assert str(caught.value) == f"--config {given}: no such file in the working folder {tmp_path}; {where}"
+    with pytest.raises(ConfigError, match=r"found a folder, expected a JSON file; give a file in it: .*mine\.json$"):
+        load_config(tmp_path)
+
+
+def test_a_student_that_is_not_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(BASE))
+    with pytest.raises(ConfigError, match=r"there is no student 'l6' in the file; use students\.l3$"):
+        load_config(tmp_path / "x.json", ["students.l6.hidden_size=8"])
+    assert load_config(tmp_path / "x.json", ["students.l3.hidden_size=8"]).students["l3"].hidden_size == 8
+
+
+def test_paths_that_lie_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    project, here = tmp_path / "project", tmp_path / "here"
+    for folder in (here, project / "configs", project / "shards" / "train", project / "runs" / "x" / "checkpoints"):
+        folder.mkdir(parents=True)
+    path = project / "configs" / "x.json"
+    tree = changed("data.train", "shards/train")
+    for word in ("random", "teacher"):  # no paths, whatever folders there are
+        (project / word).mkdir()
+        tree["students"]["l3"]["init"] = word
+    path.write_text(json.dumps(tree))
+    config = load_config(path)
+    monkeypatch.chdir(project)
+    check_paths(config, path)
+    assert caplog.text == ""
+    monkeypatch.chdir(here)
+    with pytest.raises(ConfigError) as caught:
+        check_paths(config, path)
+    assert str(caught.value) == (
+        f"data.train='shards/train' is not in the working folder {here}, but in {project}; start the command there (cd "
+        f"{project}), or give the whole path, {project / 'shards' / 'train'}"
+    )
+    assert (
+        f"starts a new run in the working folder {here}; to resume the run in {project / 'runs' / 'x'}" in caplog.text
+    )
 
 
 def test_differing_keys_ignores_what_does_not_change_the_result() -> None:

@@ -71,7 +71,7 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
         "l2: 10,848 parameters, of which ",
         "4 heads, pairs qq, kk, vv",
         "DeepSpeed ZeRO-1, 3 ranks",
-        "24 sequences × 16 = 384 tokens; 1 micro-batches of 8 per rank",
+        "24 sequences × 16 = 384 tokens; 1 micro-batch of 8 per rank",
         f"50 steps, 19.2k tokens, {1200 / plan.order.rows_per_epoch:.1f} epochs",
         f"{rows} rows in 2 shards; ",
         f"{plan.order.dropped_rows_per_epoch} rows left out of an epoch",
@@ -126,7 +126,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], int, str]] = {
     "batch and micro-batch": (
         {"train": {"micro_batch_size": 3}},
         2,
-        r"train\.global_batch_size=8 is not divisible by 2 ranks × train\.micro_batch_size=3; use 6 or 12",
+        r"train\.global_batch_size=8 is not divisible by 2 ranks × train\.micro_batch_size=3; use "
+        r"train\.micro_batch_size=1 or 2 or 4, or train\.global_batch_size=6 or 12",
     ),
     "rows of another length": (
         {"data": {"sequence_length": 32}},
@@ -378,10 +379,64 @@ def test_the_plan_of_bert_large_takes_seconds(large_tree: Path, capsys: pytest.C
         "up to layer 21: 286.9 M parameters, bf16",
         "l6-h384: 22.6 M parameters, of which 21.2 M parameters train, bf16",
         "64 heads, pairs qq, kk, vv",
-        "DeepSpeed ZeRO-1, 1 ranks",
+        "DeepSpeed ZeRO-1, 1 rank",
         "256 sequences × 512 = 131,072 tokens; 8 micro-batches of 32 per rank",
         "400,000 steps, 52.4G tokens",
         "everything that can be checked without loading weights is in order",
     ):
         assert part in plan, plan
     assert not (large_tree / "run").exists()
+
+
+def state_of(config: DistillConfig, step: int, order: Any) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it."""
+    return {"config": config.model_dump(), "data": order.fingerprint(), "step": step}
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "now", "goes_on"),
+    [
+        (5, 10, 20, True),  # the end of the warm-up, whose rates do not depend on max_steps
+        (5, 20, 10, True),
+        (5, 20, 5, True),
+        (6, 10, 20, False),
+        (10, 10, 20, False),
+        (6, 20, 10, False),
+    ],
+)
+def test_max_steps_may_change_where_no_step_was_made_otherwise(
+    step: int, before: int, now: int, goes_on: bool, tiny_config: MakeConfig
+) -> None:
+    old, new = (tiny_config(train={"max_steps": steps, "warmup_steps": 5}) for steps in (before, now))
+    order = doctor.check(new, 1, CPU).order
+    if goes_on:
+        doctor.check_same_run(state_of(old, step, order), new, order)
+        return
+    with pytest.raises(ConfigError) as caught:
+        doctor.check_same_run(state_of(old, step, order), new, order)
+    folder = new.run.folder
+    assert str(caught.value) == (
+        f"{folder} holds a run at step {step} with other settings: train.max_steps: {before} -> {now}. The learning "
+        "rate decays to 0 at train.max_steps, so that the steps made after train.warmup_steps=5 had another one. Set "
+        f"train.max_steps={before} to go on; to train longer, start a new run from its student: another run.folder and "
+        f"students.l2.init={folder}/export/l2-step-{step} (write it with --export newest)"
+    )
+
+
+def test_a_finished_run_is_continued_from_its_export(tiny_config: MakeConfig) -> None:
+    old, new = (tiny_config(train={"max_steps": steps, "warmup_steps": 0}) for steps in (10, 20))
+    order = doctor.check(new, 1, CPU).order
+    (Path(new.run.folder) / "export" / "l2").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"and students\.l2\.init=.*/run/export/l2$"):
+        doctor.check_same_run(state_of(old, 10, order), new, order)
+    other = new.model_copy(update={"train": new.train.model_copy(update={"learning_rate": 1.0})})
+    with pytest.raises(ConfigError, match=r"learning_rate: 0\.001 -> 1\.0; train\.max_steps: 10 -> 20\. Restore"):
+        doctor.check_same_run(state_of(old, 10, order), other, order)
+
+
+def test_relative_data_that_is_nowhere(tiny_config: MakeConfig) -> None:
+    [line] = problems_of(tiny_config(data={"train": "no/shards"}), DataError)
+    assert line == (
+        "data.train: no such folder: no/shards; expected a folder made by tools/make_shards.py (looked for in the "
+        f"working folder {Path.cwd()})"
+    )

@@ -100,7 +100,7 @@ def test_quick_settings_give_way_to_what_is_said(run: Run, tmp_path: Path) -> No
         ({"tasks": "cola,SST-2"}, [], "did you mean sst2?"),
         ({"tasks": ","}, [], "--tasks: found []"),
         ({"epochs": "3,five"}, [], "argument --epochs: found '3,five', expected whole numbers, separated by commas"),
-        ({"epochs": "3,0"}, [], "--epochs: found 0; Input should be greater than 0"),
+        ({"epochs": "3,0"}, [], "--epochs: found 0 (int); expected a whole number above 0"),
         ({"learning_rates": "1e-3,0.001"}, [], "--learning-rates has 0.001 more than once; name it once"),
         ({"max_length": "65"}, [], "--max-length 65 (CoLA) is more than the 64 positions of model tiny"),
         ({"workers": "1000"}, [], "--workers 1000, expected 1 to "),

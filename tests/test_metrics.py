@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +12,13 @@ import pytest
 import torch
 from test_checkpoint import largest_file
 
-from scaledistill.errors import ConfigError
-from scaledistill.metrics import (
-    Recorder,
-    check_trackers,
-    draw_losses,
-    read_rows,
-    summary,
-)
+from scaledistill.metrics import Pace, Recorder, draw_losses, line, read_rows, summary
 
 
-def recorder(folder: Path, *, resumed_at: int = 0, trackers: tuple[str, ...] = ()) -> Recorder:
-    return Recorder(folder, max_steps=10, resumed_at=resumed_at, trackers=trackers, config={"run": {"seed": 1}})
+def recorder(folder: Path, *, resumed_at: int = 0, trackers: tuple[str, ...] = (), **names: str) -> Recorder:
+    return Recorder(
+        folder, max_steps=10, resumed_at=resumed_at, trackers=trackers, config={"run": {"seed": 1}}, **names
+    )
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
@@ -133,6 +131,54 @@ def test_summary(figures: dict[str, Any], text: str) -> None:
     assert summary({"step": 3, **figures}) == text
 
 
+def test_a_line_of_the_log() -> None:
+    figures = {"step": 3, "loss": 2.0, "lr": 6e-4, "tokens_per_second": 1500.0}
+    assert line(figures) == "loss 2.0000  1.5k tokens/s  lr 6.00e-04"
+    assert line(figures, 7384.6) == "loss 2.0000  1.5k tokens/s  lr 6.00e-04  2:03:05 left"
+    assert line({"step": 3, "loss": 2.0}, 90_000) == "loss 2.0000  1 day, 1:00:00 left"
+
+
+def test_how_long_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 106.0, 118.0, 130.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    pace = Pace(20)
+    assert [pace.seconds_left(step) for step in (5, 8, 14, 20)] == [None, 24.0, 12.0, None]
+
+
+def test_the_log_says_how_long_it_takes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with recorder(tmp_path) as record:
+        record.record(row(4, lr=1e-3), 60.2)
+    assert caplog.messages == ["step 4/10  loss 2.0000  lr 1.00e-03  0:01:00 left"]
+
+
+def test_the_display_cuts_nothing_at_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    for name, value in {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", screen)
+    figures = {
+        "step": 123_456,
+        "loss": 1.2345,
+        "validation_loss": 1.3456,
+        "tokens_per_second": 123_456.0,
+        "mfu": 0.41,
+        "data_wait_fraction": 0.001,
+        "memory_peak_bytes": 40e9,
+        "lr": 6e-4,
+    }
+    with Recorder(tmp_path, max_steps=400_000, resumed_at=100_000, trackers=(), config={}) as record:
+        record.record(figures)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert max(len(each) for each in re.split(r"[\r\n]+", text)) <= 80
+    words = " ".join(text.split())
+    assert "step 123456  loss 1.2345  validation 1.3456" in text
+    assert "step 123456/400000" in words
+    assert " ".join(line(figures).split()) in words
+    assert "…" not in text
+
+
 def test_loss_png(tmp_path: Path) -> None:
     folder = tmp_path / "a_run"
     folder.mkdir()
@@ -149,64 +195,3 @@ def test_loss_png(tmp_path: Path) -> None:
     for red, green, blue in ((31, 119, 180), (214, 39, 40)):  # the two curves
         colour = torch.tensor([red, green, blue]) / 255
         assert int((torch.from_numpy(pixels) - colour).abs().amax(-1).lt(0.02).sum()) > 100
-
-
-def test_unknown_tracker() -> None:
-    check_trackers([])
-    with pytest.raises(ConfigError, match=r"^logging\.trackers: unknown tracker 'tensorbord'; known: aim, .*wandb$"):
-        check_trackers(["tensorbord"])
-
-
-def test_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from accelerate import tracking
-
-    monkeypatch.setattr(tracking, "get_available_trackers", list)
-    with pytest.raises(
-        ConfigError, match=r"^logging\.trackers: 'wandb' is not installed; pip install it or remove it$"
-    ):
-        recorder(tmp_path, trackers=("wandb",))
-
-
-def test_a_tracker_gets_the_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from accelerate import tracking
-
-    calls: list[tuple[str, Any]] = []
-
-    class Fake(tracking.GeneralTracker):
-        name = "wandb"
-        requires_logging_directory = False
-
-        def __init__(self, run_name: str) -> None:
-            calls.append(("name", run_name))
-
-        def store_init_configuration(self, values: dict[str, Any]) -> None:
-            calls.append(("config", values))
-
-        def log(self, values: dict[str, Any], step: int | None) -> None:
-            calls.append(("log", (step, values)))
-
-        def finish(self) -> None:
-            calls.append(("finish", None))
-
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
-    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
-    with recorder(tmp_path, trackers=("wandb",)) as record:
-        record.record(row(2, lr=float("nan"), grad_norm=0.5))
-    assert calls == [
-        ("name", tmp_path.name),
-        ("config", {"config": '{"run": {"seed": 1}}'}),
-        ("log", (2, {"loss": 4.0, "grad_norm": 0.5})),
-        ("finish", None),
-    ]
-
-
-def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the extra 'tracking' is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with recorder(tmp_path, trackers=("tensorboard",)) as record:
-        for step in (1, 2):
-            record.record(row(step))
-    accumulated = EventAccumulator(str(tmp_path / tmp_path.name))
-    accumulated.Reload()
-    assert [(event.step, event.value) for event in accumulated.Scalars("loss")] == [(1, 8.0), (2, 4.0)]

@@ -86,7 +86,7 @@ def test_a_plan_for_1024_ranks(tiny_config: MakeConfig) -> None:
     words = " ".join(text.split())
     for part in (
         "DeepSpeed ZeRO-1, 1024 ranks",
-        "2048 sequences × 16 = 32,768 tokens; 1 micro-batches of 2 per rank",
+        "2048 sequences × 16 = 32,768 tokens; 1 micro-batch of 2 per rank",
         "7,200 steps and 235.9M tokens an hour, 0.5 hours, at 64 tokens/s per rank",
         "rows from 1 of 4 lanes",
         "data.num_lanes=4 with 1024 ranks: 256 ranks share a lane",
@@ -116,3 +116,30 @@ def test_what_does_not_fit(tiny_config: MakeConfig) -> None:
     rows = [line.split() for line in capture.get().splitlines()]
     assert [row[-2:] == ["too", "large"] for row in rows[1:]] == [True, False]
     assert rows[2][-1] == "fits"
+
+
+def test_a_run_says_what_it_is_about_to_do(tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"global_batch_size": 24, "micro_batch_size": 2, "max_steps": 500})
+    found = doctor.check(config, 3, CPU)
+    rows = found.order.rows_per_epoch
+    assert plan.start_summary(found, "cpu", step=0, last_step=500) == [
+        "student l2: 10,848 parameters in its export, of which 8,384 parameters train",
+        f"teacher {config.teacher.model}, up to layer 3: 28,832 parameters, fp32, placement replicate",
+        "batch: 3 ranks × 2 × 4 micro-batches = 24 sequences of 16, 384 tokens a step",
+        f"steps: 500, 192.0k tokens in all, {500 * 24 / rows:.1f} epochs of {rows} rows",
+        "engine: DeepSpeed ZeRO-1, fp32 on cpu, compile off, relations by sdpa",
+        f"paths: run {config.run.folder}, training data {config.data.train}",
+    ]
+    *_, last = plan.start_summary(found, "cpu", step=499, last_step=500)
+    assert last == f"resumed from {config.run.folder}/checkpoints/step-000000499: 1 step of 500 left"
+
+
+def test_a_micro_batch_above_a_ranks_share_is_said_at_the_start(tiny_config: MakeConfig) -> None:
+    found = doctor.check(tiny_config(train={"micro_batch_size": 4}), 8, CPU)
+    [note] = [line for line in plan.start_summary(found, "cpu", step=0, last_step=6) if line.startswith("note: ")]
+    assert note == (
+        "note: train.micro_batch_size=4 is more than a rank's share of train.global_batch_size=8 on 8 ranks: 1 is "
+        'used; set it to 1 or "auto", or raise train.global_batch_size'
+    )
+    assert "batch: 8 ranks × 1 × 1 micro-batch = 8" in plan.start_summary(found, "cpu", step=0, last_step=6)[2]
+    assert plan.warnings_of(found)[0] == note.removeprefix("note: ")

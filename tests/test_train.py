@@ -182,6 +182,17 @@ def test_killed_runs_resume_bit_for_bit(
         assert all(torch.equal(first[name], second[name]) for name in first), group
 
 
+def test_max_steps_may_grow_while_the_rate_warms_up(make_tree: Callable[..., dict[str, Any]]) -> None:
+    long = {**LONG, "warmup_steps": 4, "max_steps": 8}
+    whole, grown = make_tree("whole", train=long), make_tree("grown", train={**long, "max_steps": 4})
+    ends = run_ranks(
+        distil_all, 1, [whole, grown, {**grown, "train": long}, {**grown, "train": {**long, "max_steps": 9}}]
+    )
+    assert [state for state, *_ in ends[0][:3]] == ["done"] * 3
+    assert losses_of(grown) == losses_of(whole)
+    assert "train.max_steps: 8 -> 9. The learning rate decays to 0 at train.max_steps" in ends[0][3][2]
+
+
 def test_dropout_resumes_bit_for_bit(make_tree: Callable[..., dict[str, Any]]) -> None:
     student = {"l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "dropout": 0.3}}
     blocks = {"students": student, "checkpoint": {"every_steps": 3}}

@@ -23,6 +23,7 @@ from scaledistill.config import EvaluationSettings
 from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError
 from scaledistill.glue.cell import MODEL_NAME
 from scaledistill.glue.tasks import TASKS
+from scaledistill.wording import explain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -169,9 +170,9 @@ def settings_of(options: argparse.Namespace) -> EvaluationSettings:
     try:
         return EvaluationSettings.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = _option(str(first["loc"][0])).replace("--data-folder", "--data-dir")
-        raise ConfigError(f"{name}: found {first['input']!r}; {first['msg']}") from error
+        setting, _, problem = explain(error.errors(), values, EvaluationSettings)[0].partition(": ")
+        name = _option(setting.partition(".")[0]).replace("--data-folder", "--data-dir")
+        raise ConfigError(f"{name}: {problem}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_metrics import recorder, row
+
+from scaledistill.errors import ConfigError
+from scaledistill.files import read_json
+from scaledistill.metrics import read_rows
+from scaledistill.trackers import check_trackers
+
+
+def test_unknown_tracker() -> None:
+    check_trackers([])
+    with pytest.raises(ConfigError, match=r"^logging\.trackers: unknown tracker 'tensorbord'; known: aim, .*wandb$"):
+        check_trackers(["tensorbord"])
+
+
+def test_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "get_available_trackers", list)
+    with pytest.raises(
+        ConfigError, match=r"^logging\.trackers: 'wandb' is not installed; pip install it or remove it$"
+    ):
+        recorder(tmp_path, trackers=("wandb",))
+
+
+def test_a_tracker_gets_the_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from accelerate import tracking
+
+    calls: list[tuple[str, Any]] = []
+
+    class Fake(tracking.GeneralTracker):
+        name = "wandb"
+        requires_logging_directory = False
+
+        def __init__(self, run_name: str) -> None:
+            calls.append(("name", run_name))
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            calls.append(("config", values))
+
+        def log(self, values: dict[str, Any], step: int | None) -> None:
+            calls.append(("log", (step, values)))
+
+        def finish(self) -> None:
+            calls.append(("finish", None))
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
+    with recorder(tmp_path, trackers=("wandb",)) as record:
+        record.record(row(2, lr=float("nan"), grad_norm=0.5))
+    assert calls == [
+        ("name", tmp_path.name),
+        ("config", {"config": '{"run": {"seed": 1}}'}),
+        ("log", (2, {"loss": 4.0, "grad_norm": 0.5})),
+        ("finish", None),
+    ]
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra 'tracking' is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with recorder(tmp_path, trackers=("tensorboard",)) as record:
+        for step in (1, 2):
+            record.record(row(step))
+    accumulated = EventAccumulator(str(tmp_path / tmp_path.name))
+    accumulated.Reload()
+    assert [(event.step, event.value) for event in accumulated.Scalars("loss")] == [(1, 8.0), (2, 4.0)]
+
+
+class Calls(list[Any]):
+    """What a fake tracker was asked to do."""
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
+    """Return a function that registers a tracker under a name, as accelerate's are, failing in some of its methods."""
+    from accelerate import tracking
+
+    def register(name: str, *failing: str, error: BaseException | None = None) -> Calls:
+        calls = Calls()
+
+        def note(what: str, *values: Any) -> None:
+            calls.append((what, *values))
+            if what in failing:
+                raise error or ConnectionError("no route to host")
+
+        class Fake(tracking.GeneralTracker):
+            requires_logging_directory = False
+
+            def __init__(self, project: str, **options: Any) -> None:
+                note("new", project, options)
+                self.run = SimpleNamespace(name=f"{options.get('name')} (2)")
+                self.active_run = SimpleNamespace(info=SimpleNamespace(run_id="mlflow-17"))
+
+            def start(self) -> None:
+                note("start")
+
+            def store_init_configuration(self, values: dict[str, Any]) -> None:
+                note("config")
+
+            def log(self, values: dict[str, Any], step: int | None) -> None:
+                note("log", step)
+
+            def finish(self) -> None:
+                note("finish")
+
+        monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, Fake)
+        return calls
+
+    return register
+
+
+@pytest.mark.parametrize("error", [None, SystemExit(1)], ids=["error", "exit"])
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [
+        ("new", ["new"]),
+        ("start", ["new", "start"]),
+        ("config", ["new", "start", "config", "finish"]),
+        ("log", ["new", "start", "config", "log", "finish"]),
+        ("finish", ["new", "start", "config", "log", "log", "log", "finish"]),
+    ],
+)
+def test_a_tracker_that_fails_ends_no_run(
+    failing: str,
+    expected: list[str],
+    error: BaseException | None,
+    fake: Callable[..., Calls],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken, sound = fake("broken", failing, error=error), fake("sound")
+    with recorder(tmp_path, trackers=("broken", "sound")) as record:
+        for step in (1, 2, 3):
+            record.record(row(step))
+    assert [call[0] for call in broken] == expected
+    assert [call[0] for call in sound] == ["new", "start", "config", "log", "log", "log", "finish"]
+    [warning] = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+    assert warning.startswith("logging.trackers: broken could not ")
+    assert warning.endswith("; the run goes on without it, metrics.jsonl has every figure")
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 3
+    assert (tmp_path / "loss.png").is_file()
+
+
+def test_the_record_is_closed_before_a_tracker_that_takes_its_time(
+    fake: Callable[..., Calls], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = fake("slow", "finish", error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt), recorder(tmp_path, trackers=("slow",)) as record:
+        record.record(row(1))
+    assert calls[-1] == ("finish",)
+    assert record._file.closed
+    assert (tmp_path / "loss.png").is_file()
+
+
+def test_wandb_goes_on_in_the_same_run(fake: Callable[..., Calls], tmp_path: Path) -> None:
+    calls = fake("wandb")
+    for resumed_at in (0, 4):
+        with recorder(tmp_path, resumed_at=resumed_at, trackers=("wandb",), project="students", run_name="first"):
+            pass
+    (_, project, options), (_, again, later) = (call for call in calls if call[0] == "new")
+    assert (project, again) == ("students", "students")
+    assert options["id"] == later["id"] == read_json(tmp_path / "trackers.json")["wandb"]  # type: ignore[index]
+    assert options == {"id": options["id"], "resume": "allow", "name": "first"} == later
+    assert [call[0] for call in calls].count("config") == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    with recorder(other, trackers=("wandb",)):
+        pass
+    assert calls[-4][2]["id"] != options["id"]
+    assert calls[-4][1] == calls[-4][2]["name"] == "other"
+
+
+def test_names_that_the_environment_gives(
+    fake: Callable[..., Calls], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = fake("wandb")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    monkeypatch.setenv("WANDB_NAME", "theirs")
+    for names in ({}, {"run_name": "ours"}):
+        with recorder(tmp_path, trackers=("wandb",), **names):
+            pass
+    found = [call[2] for call in calls if call[0] == "new"]
+    assert [(each["id"], each["name"]) for each in found] == [("abc", "theirs"), ("abc", "ours")]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "then"),
+    [
+        ("mlflow", {"run_name": "mine"}, {"run_id": "mlflow-17"}),
+        ("trackio", {"name": "mine", "resume": "never"}, {"name": "mine (2)", "resume": "allow"}),
+        ("another", {}, {}),
+    ],
+)
+def test_others_go_on_in_the_same_run(
+    name: str, first: dict[str, str], then: dict[str, str], fake: Callable[..., Calls], tmp_path: Path
+) -> None:
+    calls = fake(name)
+    for resumed_at in (0, 4):
+        with recorder(tmp_path, resumed_at=resumed_at, trackers=(name,), run_name="mine"):
+            pass
+    assert [call[2] for call in calls if call[0] == "new"] == [first, then]
+
+
+def test_tensorboard_goes_on_in_its_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("tensorboard", reason="the extra 'tracking' is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for step in (1, 2):
+        with recorder(tmp_path, resumed_at=step - 1, trackers=("tensorboard",), run_name="mine") as record:
+            record.record(row(step))
+    accumulated = EventAccumulator(str(tmp_path / "mine"))
+    accumulated.Reload()
+    assert [event.step for event in accumulated.Scalars("loss")] == [1, 2]
+    assert caplog.text == ""
+
+
+def test_tensorboard_without_a_folder_to_write_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("tensorboard", reason="the extra 'tracking' is not installed")
+    (tmp_path / tmp_path.name).write_text("a file where its folder should be")
+    with recorder(tmp_path, trackers=("tensorboard",)) as record:
+        record.record(row(1))
+    assert caplog.text.count("logging.trackers: tensorboard could not start (FileExistsError") == 1
+    assert read_rows(tmp_path / "metrics.jsonl") == [row(1)]
+
+
+@pytest.fixture
+def bare_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with W&B installed, on which nobody has logged in."""
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path), "PATH": os.environ["PATH"]})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_wandb_without_a_key(bare_home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'wandb' has no API key; run `wandb login`, set WANDB_API_KEY, or set "):
+        check_trackers(["wandb"])
+    (bare_home / ".netrc").write_text("machine example.org login user password key\n")
+    (bare_home / ".netrc").chmod(0o600)
+    with pytest.raises(ConfigError, match="no API key"):
+        check_trackers(["wandb"])
+    os.environ["WANDB_BASE_URL"] = "https://example.org"
+    check_trackers(["wandb"])
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"WANDB_API_KEY": "k"}, {"WANDB_MODE": "offline"}, {"WANDB_MODE": "disabled"}, {"RANK": "1"}],
+    ids=str,
+)
+def test_wandb_with_a_key_or_without_need_of_one(bare_home: Path, variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    check_trackers(["wandb"])
+
+
+def test_wandb_that_is_offline_by_its_own_settings(bare_home: Path) -> None:
+    (bare_home / "wandb").mkdir()
+    (bare_home / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    check_trackers(["wandb"])
