@@ -9,6 +9,7 @@ Legend: B sequences, T tokens, D width.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,8 +63,15 @@ class MiniLMTrainingArguments(TrainingArguments):
     relation_backend: str = field(
         default="auto", kw_only=True, metadata={"help": '"auto", "reference", "sdpa" or "triton".'}
     )
+    warmup_ratio: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata={"help": "Share of the steps to warm up over, as before transformers 5; warmup_steps goes first."},
+    )
 
     def __post_init__(self) -> None:
+        if self.warmup_ratio is not None:
+            self.warmup_steps = warmup_steps_of(self.warmup_ratio, self.warmup_steps)
         super().__post_init__()
         self.relations = named_relations(self.relations)
         if self.ddp_find_unused_parameters is None:
@@ -73,6 +81,20 @@ class MiniLMTrainingArguments(TrainingArguments):
     def pairs(self) -> dict[str, float]:
         """The relation pairs and their weights, by name."""
         return cast(dict[str, float], self.relations)
+
+
+def warmup_steps_of(ratio: float, steps: float) -> float:
+    """Return transformers 5's `warmup_steps`, below 1 a share of all steps, from transformers 4's two settings.
+
+    Raises:
+        ConfigError: the ratio is not between 0 and 1.
+    """
+    if not 0 <= ratio <= 1:
+        raise ConfigError(
+            f"warmup_ratio={ratio!r}; expected a share of the steps from 0 to 1, such as 0.1; for a "
+            "number of steps use warmup_steps"
+        )
+    return steps or min(ratio, math.nextafter(1.0, 0.0))  # 1.0 would mean one step
 
 
 def named_relations(relations: object) -> dict[str, float]:
@@ -155,7 +177,7 @@ class MiniLMTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the relation loss of a batch, a scalar; with `return_outputs` also the student's Q, K and V."""
-        mask_BT = inputs["attention_mask"].bool()
+        mask_BT = self._mask(inputs)
         others = {name: inputs[name] for name in PASSED_ON if name in inputs}
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
@@ -173,6 +195,23 @@ class MiniLMTrainer(Trainer):
             backend=self.args.relation_backend,
         ).total
         return (loss, found) if return_outputs else loss
+
+    def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return which tokens are real, bool [B, T]; None if there is no mask and no padding."""
+        if "input_ids" not in inputs:
+            raise ConfigError(
+                f"batches have no input_ids, only {', '.join(sorted(inputs)) or 'nothing'}; tokenise the data set, for "
+                "instance by prepare_dataset, and choose a data_collator that keeps input_ids"
+            )
+        if "attention_mask" in inputs:
+            return inputs["attention_mask"].bool()
+        padding = base_encoder(self.student).config.pad_token_id
+        if padding is not None and (inputs["input_ids"] == padding).any():
+            raise ConfigError(
+                f"batches have no attention_mask, but their input_ids hold the padding token {padding}; use a "
+                "data_collator that returns attention_mask, such as DataCollatorWithPadding(tokenizer)"
+            )
+        return None
 
     @torch.no_grad()
     def prediction_step(
@@ -320,24 +359,91 @@ def prepare_dataset(
     Each example is cut at `max_seq_len` tokens and the rest of it lost; `tools/make_shards.py` loses nothing.
 
     Args:
-        datasets: each alone, with its text in `default_column`, or with the name of its column.
+        datasets: each alone, with its text in `default_column`, or with the name of its column. A `DatasetDict` stands
+            for its only split.
+        tokenization_kwargs: for the tokenizer, which cuts at `max_seq_len` unless `truncation` says how or not at all.
 
     Raises:
-        ConfigError: a data set has no such column.
+        ConfigError: a data set has no such column, several splits or is streamed, or a length does not make sense.
         DataError: a row has no text.
     """
     from datasets import concatenate_datasets
 
+    options = _tokenizer_options(tokenizer, max_seq_len, tokenization_kwargs or {})
+    if not isinstance(datasets, Sequence) or isinstance(datasets, str):
+        raise ConfigError(
+            f"datasets is a {type(datasets).__name__}; expected a list of data sets: write datasets=[data]"
+        )
+    if not datasets:
+        raise ConfigError("datasets is empty; give one data set at least")
+
     def tokenize(column: str, rows: Mapping[str, list[Any]]) -> Mapping[str, Any]:
-        if None in rows[column]:
-            raise DataError(f"column {column!r} has rows without text (None); filter them out first")
-        texts = [text if isinstance(text, str) else "\n".join(text) for text in rows[column]]
-        return tokenizer(texts, truncation=True, max_length=max_seq_len, **(tokenization_kwargs or {}))
+        return tokenizer([_text_of(value, column) for value in rows[column]], **options)
 
     tokenised = []
     for item in datasets:
         data, column = item if isinstance(item, tuple) else (item, default_column)
+        data = _single_split(data)
         if column not in data.column_names:
             raise ConfigError(f"column {column!r} is not in the data set; it has {', '.join(data.column_names)}")
         tokenised.append(data.map(partial(tokenize, column), batched=True, remove_columns=data.column_names))
     return concatenate_datasets(tokenised).shuffle(seed=seed).with_format("torch")
+
+
+def _tokenizer_options(
+    tokenizer: PreTrainedTokenizerBase, max_seq_len: int, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    special = tokenizer.num_special_tokens_to_add()
+    if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len <= special:
+        raise ConfigError(
+            f"max_seq_len={max_seq_len!r}; expected a whole number above the {special} special tokens of each row, "
+            "such as 128"
+        )
+    if given.get("max_length") not in (None, max_seq_len):
+        raise ConfigError(
+            f"max_seq_len={max_seq_len}, but tokenization_kwargs has max_length={given['max_length']!r}; give the "
+            "length as max_seq_len only"
+        )
+    if given.get("return_tensors") is not None:
+        raise ConfigError(
+            f"tokenization_kwargs has return_tensors={given['return_tensors']!r}, but rows differ in "
+            "length here; leave it out: the data_collator makes the tensors"
+        )
+    return {"truncation": True, **given, "max_length": max_seq_len}
+
+
+def _single_split(data: Any) -> Dataset:
+    """Return a data set that has rows: the only one of a `DatasetDict`, as `load_dataset` gives without `split`."""
+    from datasets import Dataset, IterableDataset, IterableDatasetDict
+
+    if isinstance(data, IterableDataset | IterableDatasetDict):
+        raise ConfigError(
+            "datasets has a streamed data set, which cannot be shuffled as a whole; load it without streaming=True, or "
+            "make shards of it: tools/make_shards.py --dataset NAME"
+        )
+    if isinstance(data, Mapping):
+        if len(data) != 1:
+            raise ConfigError(
+                f"datasets has a DatasetDict with the splits {', '.join(map(str, data))}; give one of them, such as "
+                f"data[{next(iter(data), 'train')!r}], or load it with split="
+            )
+        data = next(iter(data.values()))
+    if not isinstance(data, Dataset):
+        raise ConfigError(
+            f"datasets has a {type(data).__name__}; expected datasets.Dataset objects, or pairs of one and the name of "
+            "its text column"
+        )
+    return data
+
+
+def _text_of(value: Any, column: str) -> str:
+    if value is None:
+        raise DataError(f"column {column!r} has rows without text (None); filter them out first")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and all(isinstance(part, str) for part in value):
+        return "\n".join(value)
+    raise DataError(
+        f"column {column!r} holds {type(value).__name__} ({textwrap.shorten(repr(value), 40)}); expected text, or "
+        "lists of texts: name another column"
+    )

@@ -447,6 +447,89 @@ def test_prepare_dataset(tiny_teacher: Path) -> None:
         prepare_dataset([Dataset.from_dict({"text": ["w001", None]})], tokenizer, max_seq_len=8)
 
 
+def test_prepare_dataset_takes_the_tokenizer_s_own_options(tiny_teacher: Path) -> None:
+    from datasets import Dataset, DatasetDict
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    texts = Dataset.from_dict({"text": ["w001 w002", "w003 " * 30]})
+
+    def lengths(data: Any, **options: Any) -> list[int]:
+        return sorted(map(len, prepare_dataset([data], tokenizer, 8, tokenization_kwargs=options)["input_ids"]))
+
+    assert lengths(texts, truncation="longest_first", max_length=8) == [4, 8]
+    assert lengths(texts, truncation=False) == [4, 32]
+    assert lengths(texts, padding="max_length") == [8, 8]
+    assert lengths(DatasetDict(train=texts)) == [4, 8]  # load_dataset without split
+
+
+def test_prepare_dataset_says_what_it_cannot_use(tiny_teacher: Path) -> None:
+    from datasets import Dataset, DatasetDict
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    texts = Dataset.from_dict({"text": ["w001 w002"], "number": [5], "numbers": [[1, 2]]})
+
+    def refused(data: Any, message: str, length: Any = 8, **options: Any) -> None:
+        with pytest.raises((ConfigError, DataError), match=message):
+            prepare_dataset(data, tokenizer, length, tokenization_kwargs=options)
+
+    refused(
+        [texts],
+        "max_seq_len=8, but tokenization_kwargs has max_length=16; give the length as max_seq_len",
+        max_length=16,
+    )
+    refused([texts], "return_tensors='pt', but rows differ in length here; leave it out", return_tensors="pt")
+    refused(
+        [DatasetDict(train=texts, test=texts)], r"the splits train, test; give one of them, such as data\['train'\]"
+    )
+    refused([texts.to_iterable_dataset()], "a streamed data set.*make_shards.py --dataset NAME")
+    refused(texts, r"datasets is a Dataset; expected a list of data sets: write datasets=\[data\]")
+    refused([], "datasets is empty")
+    refused([["w001"]], "datasets has a list; expected datasets.Dataset objects")
+    refused([(texts, "number")], r"column 'number' holds int \(5\); expected text, or lists of texts")
+    refused([(texts, "numbers")], r"column 'numbers' holds list \(\[1, 2\]\); expected text")
+    for length in (2, 0, 8.0, True):
+        refused([texts], f"max_seq_len={length!r}; expected a whole number above the 2 special tokens", length=length)
+
+
+def test_batches_without_a_mask(tmp_path: Path) -> None:
+    teacher, student = models()
+    trainer = MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path))
+    trainer.model.eval()
+    ids = torch.arange(5, 29).view(2, 12)
+    whole = trainer.compute_loss(trainer.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert trainer.compute_loss(trainer.model, {"input_ids": ids}).item() == pytest.approx(whole.item(), rel=1e-6)
+    ids[0, -1] = student.config.pad_token_id
+    with pytest.raises(
+        ConfigError, match=r"no attention_mask, but their input_ids hold the padding token 0; use a data_c"
+    ):
+        trainer.compute_loss(trainer.model, {"input_ids": ids})
+    with pytest.raises(ConfigError, match="batches have no input_ids, only labels, text; tokenise the data set"):
+        trainer.compute_loss(trainer.model, {"labels": ids, "text": ids})
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"warmup_ratio": 0.1}, 10),
+        ({"warmup_ratio": 0.25, "warmup_steps": 7}, 7),
+        ({"warmup_ratio": 1.0}, 100),
+        ({"warmup_ratio": 0.0}, 0),
+        ({}, 0),
+    ],
+)
+def test_warmup_ratio_means_what_it_did(tmp_path: Path, settings: dict[str, float], expected: int) -> None:
+    assert arguments(tmp_path, **{"warmup_steps": 0, **settings}).get_warmup_steps(100) == expected
+
+
+def test_a_warmup_ratio_of_steps(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"warmup_ratio=4000; expected a share of the steps from 0 to 1.*use warmup_steps"
+    ):
+        arguments(tmp_path, warmup_ratio=4000)
+
+
 @pytest.mark.full
 def test_bertdistiller_beside_us(tmp_path: Path) -> None:
     sys.path.append(str(Path(__file__).parent.parent / "tools"))
