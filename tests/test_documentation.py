@@ -1,0 +1,148 @@
+"""What README and docs show runs as pasted."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import glue_stub
+import pytest
+from conftest import WORDS
+
+from scaledistill.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+sys.path.append(str(ROOT / "tools"))
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before.*optimizer.step:UserWarning"),
+]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the code blocks of a page in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def write_encoder(folder: Path, tokenizer: Path, **sizes: int) -> None:
+    """Write a random BERT with the tiny tokenizer."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    config = BertConfig(vocab_size=200, max_position_embeddings=128, **sizes)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def run(codes: list[str]) -> dict[str, Any]:
+    """Run the blocks one after the other, as pasted into one session."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for code in codes:
+        exec(compile(code, "pasted", "exec"), names)
+    return names
+
+
+def test_the_readme_s_python(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder as `make quickstart` leaves it, with narrower models."""
+    from scaledistill.data.make import make_shards
+    from scaledistill.data.text import load_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    heads = {"num_attention_heads": 12, "intermediate_size": 64}
+    write_encoder(Path("models/all-MiniLM-L6-v2"), tiny_teacher, hidden_size=192, num_hidden_layers=6, **heads)
+    write_encoder(Path("runs/quickstart/export/l3-h192"), tiny_teacher, hidden_size=192, num_hidden_layers=3, **heads)
+    make_shards(
+        (" ".join([WORDS[number % 190], *WORDS[: 20 + number % 100]]) for number in range(300)),
+        Path("shards/quickstart"),
+        tokenizer=load_tokenizer(tiny_teacher),
+        sequence_length=128,
+        source={"kind": "test"},
+        held_out_fraction=0.2,
+        workers=0,
+    )
+    Path("configs").symlink_to(ROOT / "configs")
+    session = run(blocks(ROOT / "README.md", "python"))
+    assert session["loss"].total.item() > 0
+    assert session["student"].get_input_embeddings().weight.grad is not None
+    assert (session["result"].state, Path("runs/from-python/export/l3-h192").is_dir()) == ("done", True)
+
+
+def test_migrating_s_python(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With local folders in place of the hub's, and one step of the 400,000."""
+    import datasets
+    from transformers import TrainerCallback, trainer
+
+    from scaledistill.glue import worker
+
+    class StopEarly(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 1
+
+    def load_dataset(name: str, config: str, split: str) -> datasets.Dataset:
+        if name == "wikimedia/wikipedia":
+            return datasets.Dataset.from_dict({"title": ["t"] * 300, "text": ["w001 w002"] * 300})
+        columns = {"mnli": ("premise", "hypothesis"), "rte": ("sentence1", "sentence2")}[config]
+        return datasets.Dataset.from_dict({column: ["w001 w002"] * 4 for column in columns} | {"label": [0, 1, 1, 0]})
+
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 48}
+    write_encoder(Path("google-bert/bert-base-uncased"), tiny_teacher, **sizes)
+    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, StopEarly])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(worker, "COMMAND", glue_stub.COMMAND)
+    script, evaluation = blocks(ROOT / "docs" / "migrating.md", "python")
+    session = run([script, evaluation])
+    assert session["trainer"].state.global_step == 1
+    assert list(session["create_summary_table"]("results").index) == ["distilled-model"]
+
+
+def shell_commands() -> Iterator[Any]:
+    """Yield the commands of ours in the pages' shell blocks, with the options that stand for others left out."""
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                for tool in ("launch/distill.py", "tools/make_shards.py", "tools/glue.py"):
+                    if tool in words and "…" not in words:
+                        yield pytest.param(tool, words[words.index(tool) + 1 :], id=f"{page.stem}: {line[:60]}")
+
+
+@pytest.mark.parametrize(("tool", "arguments"), list(shell_commands()))
+def test_shell_commands_are_understood(
+    tool: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import make_shards
+
+    from scaledistill import cli
+    from scaledistill.configfile import load_config
+    from scaledistill.glue import command
+
+    monkeypatch.chdir(ROOT)
+    if tool == "tools/make_shards.py":
+        make_shards.parse(arguments)
+    elif tool == "tools/glue.py":
+        command.parser().parse_args(arguments)
+    else:
+        options = cli.parser().parse_args(arguments)
+        if options.config != "FILE":
+            load_config(options.config, options.overrides)
+
+
+def test_wrong_commands_would_be_noticed() -> None:
+    from scaledistill import cli
+    from scaledistill.configfile import load_config
+
+    assert len(list(shell_commands())) > 5
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        cli.parser().parse_args(["--config", "x.json", "--no-such-option"])
+    with pytest.raises(ConfigError):
+        load_config(str(ROOT / "configs" / "quickstart.json"), ["train.no_such_key=1"])
