@@ -6,6 +6,7 @@ lists every problem found. Left to others: showing the plan to people (`plan`).
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,10 +20,12 @@ from transformers import PretrainedConfig
 from scaledistill import mirror
 from scaledistill.checkpoint import newest_state
 from scaledistill.config import DistillConfig, differing_keys
+from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.remote import ShardCache
 from scaledistill.data.stream import ShardReader
 from scaledistill.data.text import load_tokenizer, tokenizer_fingerprint
+from scaledistill.data.tokenizer import TOKENIZER_FILES
 from scaledistill.distributed import resolve_precision
 from scaledistill.engines.deepspeed_block import resolve_block
 from scaledistill.errors import ConfigError, DataError, Problems
@@ -30,10 +33,11 @@ from scaledistill.estimate import Estimate, estimate
 from scaledistill.metrics import check_trackers
 from scaledistill.microbatch import free_bytes, predict, with_micro_batch
 from scaledistill.models.capture import check_layer, max_sequence_length
-from scaledistill.models.export import TOKENIZER_FILES
 from scaledistill.models.student import check_init, student_config
 from scaledistill.models.teacher import check_weight_files, load_config, resolve_folder
 from scaledistill.relations import check_relation_heads, resolve_backend
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,10 @@ def _check_shards(config: DistillConfig, setting: str, shards: ShardReader, teac
             f"teacher.model={config.teacher.model} (ids 0 to {teacher.vocab_size - 1}); make the shards with its "
             "tokenizer"
         )
+    if problem := manifest.unknown_problem():
+        raise DataError(f"{setting}={location}: {problem}")
+    if (unknown := manifest.unknown_fraction) is not None and unknown > MAX_UNKNOWN_FRACTION and _speaks():
+        log.warning("%s=%s: %.1f %% of its tokens are unknown to the tokenizer", setting, location, 100 * unknown)
     folder = resolve_folder(config.teacher.model, config.teacher.revision, TOKENIZER_FILES)
     expected = tokenizer_fingerprint(load_tokenizer(folder))
     if (found := manifest.tokenizer["sha256"]) != expected:
@@ -247,6 +255,10 @@ def _check_shards(config: DistillConfig, setting: str, shards: ShardReader, teac
             f"(sha256 {str(found)[:12]}…), teacher.model={config.teacher.model} has another (sha256 {expected[:12]}…); "
             f"make the shards again with --tokenizer {config.teacher.model}"
         )
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: SampleOrder) -> None:

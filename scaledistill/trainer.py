@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors.torch import load_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from scaledistill.errors import ConfigError, DataError
@@ -156,13 +156,15 @@ class MiniLMTrainer(Trainer):
     ) -> Any:
         """Return the relation loss of a batch, a scalar; with `return_outputs` also the student's Q, K and V."""
         mask_BT = inputs["attention_mask"].bool()
-        others = {name: inputs[name] for name in PASSED_ON if name in inputs}
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
             target_BTD = self.teacher.view(
-                **view_inputs(self.teacher.config, inputs["input_ids"], mask_BT), **others
+                **view_inputs(self.teacher.config, inputs["input_ids"], mask_BT),
+                **_passed_on(self.teacher.config, inputs),
             ).last_hidden_state
-        output_BTD = model(**view_inputs(self.student.config, inputs["input_ids"], mask_BT), **others).last_hidden_state
+        output_BTD = model(
+            **view_inputs(self.student.config, inputs["input_ids"], mask_BT), **_passed_on(self.student.config, inputs)
+        ).last_hidden_state
         found = split_qkv(output_BTD.to(dtype), self._qkv_widths)  # exact: only autocast's upcast is undone
         loss = relation_loss(
             split_qkv(target_BTD.to(dtype), self.teacher.qkv_widths),
@@ -224,6 +226,13 @@ def _save_whole(
     trained = {f"{prefix}{name}": tensor for name, tensor in (state_dict or {}).items()}
     whole = {name: tensor.to(dtype) for name, tensor in {**student.state_dict(), **trained}.items()}
     student.save_pretrained(folder, state_dict=whole, **options)
+
+
+def _passed_on(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model gets beside ids and mask; no token type ids where it has one type, as RoBERTa has."""
+    types = getattr(config, "type_vocab_size", None)
+    without = {"token_type_ids"} if types is not None and types < 2 else set()
+    return {name: inputs[name] for name in PASSED_ON if name in inputs and name not in without}
 
 
 @contextmanager
@@ -324,8 +333,13 @@ def prepare_dataset(
 
     Raises:
         ConfigError: a data set has no such column.
-        DataError: a row has no text.
+        DataError: a row has no text, or the tokenizer no vocabulary.
     """
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise DataError(
+            f"tokenizer {tokenizer.name_or_path!r} has no tokens but {', '.join(tokenizer.all_special_tokens)}: its "
+            "files were missing when it was loaded; copy them there from the model that it was made from"
+        )
     from datasets import concatenate_datasets
 
     def tokenize(column: str, rows: Mapping[str, list[Any]]) -> Mapping[str, Any]:

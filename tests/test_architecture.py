@@ -35,15 +35,18 @@ ALLOWED: dict[str, set[str]] = {
     "data.shards": {"data.manifest"},
     "data.sources": {"data.compression"},
     "data.stream": {"data.manifest", "data.order", "data.reader"},
-    "data.text": set(),
+    "data.text": {"data.tokenizer"},
+    "data.tokenizer": {"files"},
     "distributed": set(),
     "doctor": {
         "checkpoint",
         "config",
         "data.order",
+        "data.manifest",
         "data.remote",
         "data.stream",
         "data.text",
+        "data.tokenizer",
         "distributed",
         "engines.deepspeed_block",
         "estimate",
@@ -52,7 +55,6 @@ ALLOWED: dict[str, set[str]] = {
         "microbatch",
         "mirror",
         "models.capture",
-        "models.export",
         "models.student",
         "models.teacher",
         "relations",
@@ -88,7 +90,7 @@ ALLOWED: dict[str, set[str]] = {
     "glue.listing": {"benchmark", "glue.cell", "glue.plan", "speed"},
     "glue.picture": {"glue.summary"},
     "glue.plan": {
-        *("config", "data.text", "files", "glue.cell", "glue.features", "glue.metrics", "glue.read", "glue.tasks"),
+        *("config", "data.tokenizer", "files", "glue.cell", "glue.features", "glue.metrics", "glue.read", "glue.tasks"),
         *("models.capture", "models.teacher", "models.weights"),
     },
     "glue.speed": {"benchmark", "glue.plan", "models.teacher"},
@@ -100,7 +102,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": set(),
     "models.attention": set(),
     "models.capture": {"models.attention", "relations"},
-    "models.export": {"files", "models.capture", "models.teacher"},
+    "models.export": {"data.tokenizer", "files", "models.capture", "models.teacher"},
     "models.student": {"models.capture", "models.teacher"},
     "models.teacher": {"files", "models.capture", "models.weights", "relations"},
     "models.weights": set(),
@@ -160,7 +162,17 @@ THIRD_PARTIES: dict[str, set[str]] = {
         *("models", "profiling", "relations", "saving", "session", "speed", "step", "train", "trainer", "watchdog"),
     },
     "transformers": {
-        *("data.make", "data.text", "doctor", "estimate", "microbatch", "models", "session", "trainer"),
+        *(
+            "data.make",
+            "data.text",
+            "data.tokenizer",
+            "doctor",
+            "estimate",
+            "microbatch",
+            "models",
+            "session",
+            "trainer",
+        ),
         *("glue.features", "glue.finetune", "glue.plan", "glue.speed", "glue.squad"),
     },
     "webdataset": {"data.shards", "data.sources"},
@@ -168,7 +180,8 @@ THIRD_PARTIES: dict[str, set[str]] = {
 
 # Imported before the command line has said what it wants: quick, so nothing heavy at their top.
 LIGHT_AT_THE_TOP = {
-    *("__init__", "cli", "config", "configfile", "errors", "data.text", "data.make", "data.sources"),
+    *("__init__", "cli", "config", "configfile", "errors", "data.text", "data.tokenizer"),
+    *("data.make", "data.sources"),
     *("glue.cell", "glue.command"),
 }
 

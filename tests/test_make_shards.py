@@ -52,7 +52,8 @@ def random_documents(seed: int, count: int = 300) -> list[str]:
 
 
 def make(documents: list[str], output: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> ShardReport:
-    settings: dict[str, Any] = {"sequence_length": 32, "source": {"kind": "test"}, "workers": 0} | options
+    settings: dict[str, Any] = {"sequence_length": 32, "source": {"kind": "test"}, "workers": 0}
+    settings |= {"max_unknown_fraction": 1} | options  # most of these texts have words that the tokenizer lacks
     return make_shards(iter(documents), output, tokenizer=tokenizer, **settings)
 
 
@@ -268,6 +269,7 @@ def test_the_tool(run: Any, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     output = tmp_path / "shards"
     arguments = [tmp_path / "*.txt", "--held-out-fraction", 0.5, "--sequence-length", 16, tmp_path / "b.jsonl"]
+    arguments += ["--max-unknown-fraction", 1]  # the numbers
     code, out, err = run(*arguments, "--output", output, "--json", report)
     assert (code, err) == (0, "")
     check = shlex.split(next(line for line in out.splitlines() if line.startswith("next: ")))[1:]
@@ -305,7 +307,7 @@ def test_the_other_sources_of_the_tool(run: Any, tmp_path: Path, monkeypatch: py
     package.mkdir(parents=True)
     (package / "module.py").write_text('"""A docstring that is long enough to be taken for a document."""\n')
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
-    assert run("--installed-docs", "--output", tmp_path / "docs")[0] == 0
+    assert run("--installed-docs", "--max-unknown-fraction", 1, "--output", tmp_path / "docs")[0] == 0
     kinds = [Manifest.load(tmp_path / name / "train").source["kind"] for name in ("wds", "set", "docs")]
     assert kinds == ["webdataset", "dataset", "installed-docs"]
 

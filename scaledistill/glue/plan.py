@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from scaledistill.config import EvaluationSettings
-from scaledistill.data.text import load_tokenizer
+from scaledistill.data.tokenizer import has_vocabulary_file, load_tokenizer
 from scaledistill.errors import ConfigError, DataError, Problems
 from scaledistill.files import sha256_of
 from scaledistill.glue.cell import MODEL_NAME, Cell, Conditions, hash_of
@@ -34,11 +34,10 @@ from scaledistill.models.capture import first_position
 from scaledistill.models.teacher import WEIGHT_FILES, check_weight_files, read_config, resolve_folder
 from scaledistill.models.weights import weight_files
 
-VOCABULARY_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
-    *("sentencepiece.bpe.model", "spm.model"),
+    *("sentencepiece.bpe.model", "spm.model", "tokenizer_config.json", "special_tokens_map.json"),
 )
-TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json")
 MODEL_FILES = (*WEIGHT_FILES, *TOKENIZER_FILES)
 CHARACTERS_PER_TOKEN = 4.3  # English, WordPiece
 PADDING = 2.0  # tokens computed per token of text, where a batch is padded to its longest example
@@ -216,7 +215,7 @@ def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
 
 def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str) -> None:
     # transformers makes an empty tokenizer where it finds no files of one.
-    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+    if not has_vocabulary_file(folder):
         raise DataError(
             f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json there from the model that it "
             "was made from"
