@@ -70,8 +70,8 @@ def main() -> int:
     console.print(f"tokenizer: {tokenizer}\nsha256 of the data: {manifest.sha256}", markup=False)
     if unknown is None:
         console.print("unknown tokens: not counted when these shards were made")
-    elif unknown > MAX_UNKNOWN_FRACTION:
-        console.print(f"WARNING {unknown:.1%} of the tokens are unknown to the tokenizer", markup=False)
+    elif (warning := manifest.unknown_problem(MAX_UNKNOWN_FRACTION)) and not manifest.unknown_problem():
+        console.print(f"WARNING {warning}", markup=False)  # accepted when the shards were made
     for problem in problems:
         console.print(f"ERROR {problem}", markup=False)
     if problems:

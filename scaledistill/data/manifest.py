@@ -129,10 +129,11 @@ class Manifest(_Strict):
         text = self.tokens - 2 * self.documents
         return None if self.unknown_tokens is None else self.unknown_tokens / max(1, text)
 
-    def unknown_problem(self) -> str | None:
-        """Say whether more tokens are unknown than were accepted when the set was made."""
-        accepted = self.source.get("max_unknown_fraction")
-        bound = accepted if isinstance(accepted, (int, float)) else MAX_UNKNOWN_FRACTION
+    def unknown_problem(self, bound: float | None = None) -> str | None:
+        """Say whether a larger share of tokens than `bound` is unknown; None is what was accepted at the making."""
+        if bound is None:
+            accepted = self.source.get("max_unknown_fraction")
+            bound = accepted if isinstance(accepted, (int, float)) else MAX_UNKNOWN_FRACTION
         text = self.tokens - 2 * self.documents
         if self.unknown_tokens is None or not too_many_unknown(self.unknown_tokens, text, bound):
             return None

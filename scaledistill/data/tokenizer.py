@@ -7,9 +7,11 @@ before the command line has said what it wants, so nothing heavy at the top.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import logging
 import numbers
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -152,13 +154,7 @@ def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedT
         return tokenizer
     differing = next((text for text in PROBES if _plain_ids(defined, text) != _plain_ids(built, text)), None)
     if differing is not None:
-        log.warning(
-            "tokenizer %s: transformers rebuilds it as %s, which reads %r differently from its tokenizer.json; "
-            "tokenizer.json is used",
-            folder,
-            type(tokenizer).__name__,
-            differing,
-        )
+        _warn_once(folder, type(tokenizer).__name__, differing)
     names = {name: token for name, token in tokenizer._special_tokens_map.items() if token is not None}
     return PreTrainedTokenizerFast(
         tokenizer_object=defined,
@@ -171,6 +167,18 @@ def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedT
         chat_template=tokenizer.chat_template,
         **names,
     )
+
+
+@functools.cache
+def _warn_once(folder: Path, tokenizer_class: str, text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "tokenizer %s: transformers rebuilds it as %s, which reads %r differently from its tokenizer.json; "
+            "tokenizer.json is used",
+            folder,
+            tokenizer_class,
+            text,
+        )
 
 
 def _input_names(names: list[str], folder: Path) -> list[str]:
