@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from test_text import WORDS, save_tokenizer
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from scaledistill.data.text import TextEncoder, Vocabulary, tokenizer_fingerprint
 from scaledistill.data.tokenizer import PROBES, gives_same_ids, load_tokenizer
@@ -90,6 +90,27 @@ def test_the_ids_are_those_of_tokenizer_json(tmp_path: Path, rule: str, tokenize
     unchanged = load_tokenizer(bert_folder(tmp_path / "plain", tokenizer_class))
     if rule != "model":  # without word pieces in the probe both models give the same ids
         assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(unchanged)
+
+
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+def test_a_byte_level_tokenizer_is_that_of_tokenizer_json(tmp_path: Path, add_prefix_space: bool) -> None:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    made.train_from_iterator(["the old green river"] * 9, trainer)
+    made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=add_prefix_space)
+    names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(tmp_path)
+    changed(tokenizer_class="RobertaTokenizer")(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "roberta", "type_vocab_size": 1}')
+    tokenizer = load_tokenizer(tmp_path)
+    for text in PROBES:
+        assert tokenizer(text)["input_ids"] == made.encode(text).ids
+    assert list(tokenizer("one", "two")) == ["input_ids", "attention_mask"]
+    vocabulary = Vocabulary.of(tokenizer)
+    assert (vocabulary.cls_id, vocabulary.pad_id, vocabulary.sep_id, vocabulary.unk_id) == (0, 1, 2, None)
 
 
 def test_a_difference_is_reported_once_where_text_shows_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

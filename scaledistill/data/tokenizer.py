@@ -142,6 +142,8 @@ def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedT
     """
     from transformers import PreTrainedTokenizerFast
 
+    if type(tokenizer) is PreTrainedTokenizerFast:  # reads tokenizer.json itself
+        return tokenizer
     built = tokenizer.backend_tokenizer
     known = defined.get_vocab()
     for _, token in sorted(tokenizer.added_tokens_decoder.items()):

@@ -163,7 +163,7 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
                 "the task or the model out"
             )
     check_weight_files(folder, f"{setting}={path!r}")
-    _check_tokenizer(folder, config, f"{setting}={path!r}")
+    _check_tokenizer(folder, config, f"{setting}={path!r}", tasks)
     sizes: dict[str, int] = {}
     for file in weight_files(folder):
         try:
@@ -213,7 +213,7 @@ def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
     return TaskData(task, conditions, used, train_tokens, sum(tokens(split.texts) for split in dev))
 
 
-def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str) -> None:
+def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str, tasks: Sequence[Task]) -> None:
     # transformers makes an empty tokenizer where it finds no files of one.
     if not has_vocabulary_file(folder):
         raise DataError(
@@ -226,6 +226,11 @@ def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str) -> None
         raise DataError(f"{model}: {error}") from error
     if tokenizer.pad_token is None:
         raise DataError(f"{model}: its tokenizer has no padding token; set pad_token in tokenizer_config.json")
+    if tokenizer.cls_token is None and (spans := [task.title for task in tasks if task.kind == "span"]):
+        raise DataError(
+            f"{model}: its tokenizer has no cls_token, which stands for no answer in {spans[0]}; set cls_token in "
+            "tokenizer_config.json, or leave the task out"
+        )
     if len(tokenizer) > config.vocab_size:
         raise DataError(
             f"{model}: its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; they do not belong "
