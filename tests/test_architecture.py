@@ -17,7 +17,7 @@ MODULES = {
 
 # Which modules of the package each may import, anywhere in it; `errors` may be imported by all but `relations`.
 ALLOWED: dict[str, set[str]] = {
-    "__init__": {"config", "models.capture", "relations", "train", "trainer"},
+    "__init__": {"config", "models.capture", "prepare", "relations", "train", "trainer"},
     "benchmark": set(),
     "checkpoint": {"distributed", "files", "mirror"},
     "cli": {
@@ -42,15 +42,18 @@ ALLOWED: dict[str, set[str]] = {
     "data.shards": {"data.manifest"},
     "data.sources": {"data.archives", "data.compression", "data.content", "data.longtext", "data.paths"},
     "data.stream": {"data.manifest", "data.order", "data.reader"},
-    "data.text": {"data.longtext"},
+    "data.text": {"data.longtext", "data.tokenizer"},
+    "data.tokenizer": {"files"},
     "distributed": set(),
     "doctor": {
         "checkpoint",
         "config",
         "data.order",
+        "data.manifest",
         "data.remote",
         "data.stream",
         "data.text",
+        "data.tokenizer",
         "distributed",
         "engines.deepspeed_block",
         "estimate",
@@ -58,7 +61,6 @@ ALLOWED: dict[str, set[str]] = {
         "microbatch",
         "mirror",
         "models.capture",
-        "models.export",
         "models.student",
         "models.teacher",
         "relations",
@@ -102,7 +104,7 @@ ALLOWED: dict[str, set[str]] = {
     "glue.listing": {"benchmark", "glue.cell", "glue.plan", "speed"},
     "glue.picture": {"glue.summary"},
     "glue.plan": {
-        *("config", "data.text", "files", "glue.cell", "glue.features", "glue.metrics", "glue.read", "glue.tasks"),
+        *("config", "data.tokenizer", "files", "glue.cell", "glue.features", "glue.metrics", "glue.read", "glue.tasks"),
         *("models.capture", "models.teacher", "models.weights"),
     },
     "glue.speed": {"benchmark", "glue.plan", "models.teacher"},
@@ -115,7 +117,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": set(),
     "models.attention": set(),
     "models.capture": {"models.attention", "relations"},
-    "models.export": {"files", "models.capture", "models.teacher"},
+    "models.export": {"data.tokenizer", "files", "models.capture", "models.teacher"},
     "models.student": {"models.capture", "models.teacher"},
     "models.teacher": {"files", "models.capture", "models.weights", "relations"},
     "models.weights": set(),
@@ -129,6 +131,7 @@ ALLOWED: dict[str, set[str]] = {
     "relations.triton_kernels": set(),
     "relations.triton_launch": set(),
     "plan": {"config", "doctor", "engines.deepspeed_block", "estimate", "metrics"},
+    "prepare": set(),
     "profiling": {"speed"},
     "runfolder": {"distributed", "files"},
     "saving": {"checkpoint", "distributed", "mirror"},
@@ -155,7 +158,7 @@ ALLOWED: dict[str, set[str]] = {
     "speed": set(),
     "step": {"data.stream", "distributed", "models.capture", "relations", "session", "speed"},
     "trackers": {"files"},
-    "trainer": {"models.capture", "models.student", "models.teacher", "relations"},
+    "trainer": {"models.capture", "models.student", "models.teacher", "prepare", "relations"},
     "train": {
         *("config", "distributed", "doctor", "evaluation", "files", "metrics", "profiling", "runfolder", "session"),
         *("mirror", "plan", "saving", "speed", "step", "watchdog"),
@@ -186,7 +189,17 @@ THIRD_PARTIES: dict[str, set[str]] = {
         *("models", "profiling", "relations", "saving", "session", "speed", "step", "train", "trainer", "watchdog"),
     },
     "transformers": {
-        *("data.make", "data.text", "doctor", "estimate", "microbatch", "models", "session", "trainer"),
+        *(
+            "data.make",
+            "data.text",
+            "data.tokenizer",
+            "doctor",
+            "estimate",
+            "microbatch",
+            "models",
+            "session",
+            "trainer",
+        ),
         *("glue.features", "glue.finetune", "glue.plan", "glue.speed", "glue.squad"),
     },
     "webdataset": {"data.shards", "data.sources"},
@@ -194,18 +207,8 @@ THIRD_PARTIES: dict[str, set[str]] = {
 
 # Imported before the command line has said what it wants: quick, so nothing heavy at their top.
 LIGHT_AT_THE_TOP = {
-    *(
-        "__init__",
-        "cli",
-        "config",
-        "configfile",
-        "errors",
-        "hints",
-        "wording",
-        "data.text",
-        "data.make",
-        "data.sources",
-    ),
+    *("__init__", "cli", "config", "configfile", "errors", "hints", "wording"),
+    *("data.text", "data.tokenizer", "data.make", "data.sources"),
     *("glue.cell", "glue.command"),
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_tokenizer import bert_folder, edit, lower
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -292,6 +294,26 @@ def test_export_round_trip(kind: str, tmp_path: Path, tokenizer_folder: Path) ->
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.backend_tokenizer.encode("w1 w2 w3 w4 w5 w6").ids == [6, 7, 8, 9, 10, 11]
     assert tokenizer.backend_tokenizer.encode("w1").ids == [6]
+
+
+def test_the_exported_tokenizer_is_that_of_tokenizer_json(tmp_path: Path) -> None:
+    source = bert_folder(tmp_path / "teacher")
+    edit(source / "tokenizer.json", lower(False))
+    student = build_student(None, student_config(TEACHERS["bert"], **SMALL))
+    folder = export_student(
+        tmp_path / "l2", student.config, student.state_dict(), tokenizer_source=source, card={"init": "random"}
+    )
+    truth = Tokenizer.from_file(str(source / "tokenizer.json"))
+    truth.no_truncation()
+    truth.no_padding()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "The cafe, the Quick fox"
+    assert tokenizer(text)["input_ids"] == truth.encode(text).ids
+    assert "token_type_ids" in tokenizer(text)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"teacher has no tokenizer to export .*; give the folder with tok"):
+        export_student(folder, student.config, student.state_dict(), tokenizer_source=source, card={"init": "random"})
 
 
 def test_model_card(tmp_path: Path, tokenizer_folder: Path) -> None:

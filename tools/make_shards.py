@@ -77,6 +77,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     packing.add_argument("--max-documents", type=int, metavar="N", help="stop after N documents")
     packing.add_argument("--max-tokens", type=int, metavar="N", help="stop after the document that reaches N tokens")
+    packing.add_argument(
+        "--max-unknown-fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="refuse text of which more tokens are unknown to the tokenizer; 1 accepts any (default: %(default)s)",
+    )
     split = parser.add_argument_group("held-out documents")
     split.add_argument(
         "--held-out-fraction",
@@ -186,11 +193,13 @@ def print_summary(console: Console, report: ShardReport, output: Path) -> None:
         "documents": "documents",
         "rows": "rows",
         "tokens of text": "tokens",
+        "unknown tokens": "unknown",
         "padding": "padding",
         "dropped tokens": "dropped_tokens",
     }
     for label, field in rows.items():
         table.add_row(label, *(f"{getattr(counts, field):,}" for counts in report.splits.values()))
+    table.add_row("unknown share", *(f"{counts.unknown_fraction:.2%}" for counts in report.splits.values()))
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
@@ -259,6 +268,7 @@ def run(options: argparse.Namespace) -> None:
             seed=options.seed,
             max_documents=options.max_documents,
             max_tokens=options.max_tokens,
+            max_unknown_fraction=options.max_unknown_fraction,
             rows_per_shard=options.rows_per_shard,
             workers=options.workers,
             overwrite=options.overwrite,

@@ -12,26 +12,19 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
+from scaledistill.data.tokenizer import TOKENIZER_FILES, gives_same_ids, load_tokenizer
 from scaledistill.errors import DataError
-from scaledistill.files import sync, write_bytes
+from scaledistill.files import read_json, sync, write_bytes, write_json
 from scaledistill.models.capture import build_encoder, capture_view, encoder_options
 from scaledistill.models.teacher import load_encoder, quiet_transformers, resolve_folder
 
-TOKENIZER_FILES = (
-    "config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-)
 INIT_TEXT = {
     "random": "their random initialisation",
     "teacher": "what was cut from the teacher's layers at the start",
@@ -186,18 +179,30 @@ def _check_state(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> None:
 
 
 def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> None:
+    """Write the tokenizer so that plain `AutoTokenizer` gives the ids of the source's files.
+
+    Raises:
+        DataError: the source has none, or it is not read back as it was written.
+    """
     origin = resolve_folder(source, revision, TOKENIZER_FILES, setting="the tokenizer's source")
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(origin)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{source} has no tokenizer to export ({reason}); give the folder with tokenizer.json"
-        ) from error
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        try:
+            tokenizer = load_tokenizer(origin)
+        except DataError as error:
+            raise DataError(
+                f"{source} has no tokenizer to export ({error}); give the folder with tokenizer.json"
+            ) from error
+        tokenizer.save_pretrained(folder)
+        path = folder / "tokenizer_config.json"
+        written = read_json(path) or {}
+        if written.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
+            write_json(path, written | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        read = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder))
+        if not gives_same_ids(read, tokenizer):
+            raise DataError(
+                f"transformers does not read the tokenizer of {source} back as its tokenizer.json says; set "
+                'tokenizer_class to "PreTrainedTokenizerFast" in its tokenizer_config.json'
+            )
 
 
 def _check_export(folder: Path, weights: Mapping[str, Tensor]) -> None:

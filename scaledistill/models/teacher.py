@@ -307,6 +307,7 @@ def check_weight_files(folder: Path, model: str) -> None:
             raise DataError(
                 f"{model} has pickled weights only ({pickled[0]}), which can run code when loaded; expected "
                 f"{missing[0]}. If you trust them, convert them once: AutoModel.from_pretrained(folder, "
-                "use_safetensors=False).save_pretrained(new_folder)"
+                "use_safetensors=False).save_pretrained(new_folder), and copy the tokenizer there as well (tokenizer*, "
+                "vocab*, merges.txt, *.model, special_tokens_map.json, added_tokens.json)"
             )
         raise DataError(f"{model} lacks {missing[0]}; give a folder with all of its safetensors files")
