@@ -119,7 +119,7 @@ def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> Pre
         with quiet_transformers():
             if own_code or model_type not in CONFIG_MAPPING:
                 return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            known = CONFIG_MAPPING[model_type]
+            known = CONFIG_MAPPING[str(model_type)]
             config = known.from_dict(plain_dict(found, known, name, encoder=model_type in ARCHITECTURES))
     except DataError:
         raise
@@ -267,7 +267,7 @@ class Teacher(nn.Module):
         """
         super().__init__()
         view = capture_view(encoder, layer).requires_grad_(False)
-        self.config: PreTrainedConfig = view.config
+        self.config = cast(PreTrainedConfig, view.config)
         self.qkv_widths = cast(tuple[int, int, int], view.qkv_widths)
         self.num_parameters = sum(parameter.numel() for parameter in view.parameters())
         dtype = dtype or encoder.dtype
