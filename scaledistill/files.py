@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def set_default_mode(path: Path) -> None:
+    """Give a file the mode of a new one in its folder, by the umask; safetensors' own writer makes private files."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    probe.touch()
+    try:
+        if probe.stat().st_mode != path.stat().st_mode:
+            shutil.copymode(probe, path)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

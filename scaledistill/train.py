@@ -186,10 +186,15 @@ class Bookkeeper:
             message = (
                 f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last on {samples}; "
                 f"train.max_skipped_steps={self._config.train.max_skipped_steps} allows no more. Lower "
-                "train.learning_rate or lengthen train.warmup_steps; the last checkpoint is intact"
+                f"train.learning_rate or lengthen train.warmup_steps; {self._newest_checkpoint()}"
             )
             with reported_once(session.ranks):
                 raise DivergedError(message)
+
+    def _newest_checkpoint(self) -> str:
+        """Say which checkpoint there is to go back to; one that is still being written is none yet."""
+        folders = [folder.name for folder in (self._folder / "checkpoints").glob("step-*")]
+        return f"the last checkpoint is step {int(max(folders)[5:])}" if folders else "there is no checkpoint yet"
 
     def _validate(self) -> float | None:
         """Validate, and export the student if it is the best so far; None where someone asked to stop meanwhile."""

@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.files import set_default_mode
 from scaledistill.models.capture import base_encoder, capture_view, check_layer, split_qkv, view_inputs
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import Teacher, load_encoder
@@ -262,6 +263,8 @@ def _save_whole(
     trained = {f"{prefix}{name}": tensor for name, tensor in (state_dict or {}).items()}
     whole = {name: tensor.to(dtype) for name, tensor in {**student.state_dict(), **trained}.items()}
     student.save_pretrained(folder, state_dict=whole, **options)
+    for path in Path(folder).glob("*.safetensors"):
+        set_default_mode(path)
 
 
 def _passed_on(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -382,7 +382,7 @@ def test_failed_export_keeps_the_old_one(
         save_file(weights, path, metadata)
 
     for changed, error, message in (
-        (state | {name: state[name] * float("nan")}, DataError, "output is not finite; the old export is kept"),
+        (state | {name: state[name] * float("nan")}, DataError, "so its output is not finite; the old export is kept"),
         (
             state | {name: state[name].half()},
             ValueError,

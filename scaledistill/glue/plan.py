@@ -31,7 +31,7 @@ from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.read import read_split
 from scaledistill.glue.tasks import Task, find_tasks
 from scaledistill.models.capture import first_position
-from scaledistill.models.teacher import WEIGHT_FILES, check_weight_files, read_config, resolve_folder
+from scaledistill.models.teacher import WEIGHT_FILES, check_unused, check_weight_files, read_config, resolve_folder
 from scaledistill.models.weights import weight_files
 
 TOKENIZER_FILES = (
@@ -163,6 +163,7 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
                 "the task or the model out"
             )
     check_weight_files(folder, f"{setting}={path!r}")
+    check_unused(folder, config, f"{setting}={path!r}")
     _check_tokenizer(folder, config, f"{setting}={path!r}", tasks)
     sizes: dict[str, int] = {}
     for file in weight_files(folder):

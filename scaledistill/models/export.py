@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 
 from scaledistill.data.tokenizer import TOKENIZER_FILES, gives_same_ids, load_tokenizer
 from scaledistill.errors import DataError
-from scaledistill.files import read_json, sync, write_bytes, write_json
+from scaledistill.files import read_json, set_default_mode, sync, write_bytes, write_json
 from scaledistill.models.capture import build_encoder, capture_view, encoder_options
 from scaledistill.models.teacher import load_encoder, quiet_transformers, resolve_folder
 
@@ -116,6 +116,7 @@ def export_student(
         config.save_pretrained(fresh)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+        set_default_mode(fresh / "model.safetensors")
         _save_tokenizer(tokenizer_source, revision, fresh)
         (fresh / "README.md").write_text(_card_text(target.name, config, tap, card), encoding="utf-8")
         _check_export(fresh, weights)
@@ -207,6 +208,11 @@ def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> N
 
 def _check_export(folder: Path, weights: Mapping[str, Tensor]) -> None:
     """Raise DataError unless the folder loads to exactly `weights` and computes something finite."""
+    if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None):
+        raise DataError(
+            f"{folder}: the student's weight {broken} is not finite, so its output is not finite; the old export is "
+            "kept, go back to an earlier checkpoint"
+        )
     model = load_encoder(folder, setting="the export")
     read = model.state_dict()
     if different := [

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,12 +84,13 @@ class Winners:
         tree.setdefault(self._hardware, {})[key] = list(self._chosen[key])
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self._file.parent, prefix=self._file.name)
+            # Not by tempfile, whose files are private: the cache's mode follows the umask.
+            partial = self._file.with_name(f"{self._file.name}.{os.getpid()}")
             with contextlib.ExitStack() as stack:
-                stack.callback(Path(name).unlink, missing_ok=True)
-                with os.fdopen(descriptor, "w") as out:
+                stack.callback(partial.unlink, missing_ok=True)
+                with partial.open("w") as out:
                     json.dump(tree, out, indent=1, sort_keys=True)
-                os.replace(name, self._file)
+                partial.replace(self._file)
         except OSError as error:
             logger.warning("%s: %s; kernel launches are measured again in the next run", self._file, error)
 
