@@ -214,3 +214,7 @@ def _set_up_messages(is_main: bool, debug: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         os.environ.setdefault("DS_LOG_LEVEL", "error")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,6 +18,7 @@ MODULES = {
 # Which modules of the package each may import, anywhere in it; `errors` may be imported by all but `relations`.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"config", "models.capture", "relations", "train", "trainer"},
+    "__main__": {"cli"},
     "benchmark": set(),
     "checkpoint": {"distributed", "files", "mirror"},
     "cli": {"config", "configfile", "distributed", "doctor", "plan", "train"},

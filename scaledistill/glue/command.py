@@ -318,3 +318,7 @@ def in_options(message: str) -> str:
 
 def _say(text: str) -> None:
     sys.stderr.write("".join(f"glue: {line}\n" for line in text.splitlines()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
