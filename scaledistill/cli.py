@@ -24,6 +24,7 @@ from scaledistill.errors import (
     DivergedError,
     PeerError,
 )
+from scaledistill.launcher import check_numbers
 
 EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request (under
 torchrun 0, or it would start the run again; the same command goes on), 130 interrupted. <run.folder>/status.json tells
@@ -121,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _set_up_messages(is_main, options.debug)
     log = logging.getLogger("scaledistill")
     try:
+        check_numbers()
         config = load_config(options.config, options.overrides)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine: each reads its own file
@@ -163,7 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", message)
         return EXIT_ENVIRONMENT
     except KeyboardInterrupt:
-        log.error("interrupted; the same command goes on from the last checkpoint")
+        from scaledistill.resuming import resume_hint
+
+        trial = options.dry_run or options.profile or options.validate or options.print_config
+        log.error("interrupted%s", "" if trial else f"; {resume_hint(config.run.folder)}")
         return EXIT_INTERRUPTED
 
 
@@ -211,6 +216,7 @@ def _set_up_messages(is_main: bool, debug: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not debug:
         warnings.filterwarnings("ignore")
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells where there is no home to keep fonts in
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         os.environ.setdefault("DS_LOG_LEVEL", "error")

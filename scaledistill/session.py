@@ -29,6 +29,7 @@ from scaledistill.engines import Engine, EngineState, create_engine, shard_teach
 from scaledistill.engines.deepspeed_block import zero_settings
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.estimate import DTYPES, Estimate
+from scaledistill.files import disk_remedy
 from scaledistill.microbatch import choose, with_micro_batch
 from scaledistill.models.attention import use_varlen_attention
 from scaledistill.models.capture import blocks_of, capture_view, compile_blocks, forward_flops
@@ -198,7 +199,7 @@ class Session:
                 card=card,
             )
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{folder}: the export could not be written: {error}; free some space") from None
+            raise DataError(f"{folder}: the export could not be written: {error}; {disk_remedy(error)}") from None
 
 
 def versions() -> dict[str, str]:

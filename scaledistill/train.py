@@ -28,9 +28,10 @@ from scaledistill.errors import (
     DivergedError,
     PeerError,
 )
-from scaledistill.files import write_json
+from scaledistill.files import disk_remedy, write_json
 from scaledistill.metrics import Recorder, summary
 from scaledistill.profiling import WARMUP_STEPS, StepProfiler
+from scaledistill.resuming import resume_hint
 from scaledistill.saving import Outcome
 from scaledistill.session import Session, open_session
 from scaledistill.speed import Stopwatch, memory_peak_bytes
@@ -88,6 +89,7 @@ class Bookkeeper:
         session = self._session
         if self._status is None:
             return
+        self._stop.answer = "saving a checkpoint and stopping"
         self._status.step, self._status.started = session.step, True
         with failing_together():
             if session.ranks.is_main:
@@ -108,7 +110,7 @@ class Bookkeeper:
                 config=self._config.model_dump(),
             )
         except OSError as error:
-            raise DataError(f"run.folder={self._folder} cannot be written: {error}; free some space") from None
+            raise DataError(f"run.folder={self._folder} cannot be written: {error}; {disk_remedy(error)}") from None
         self._recorder = stack.enter_context(recorder)
 
     def after_step(self, result: StepResult) -> None:
@@ -143,6 +145,7 @@ class Bookkeeper:
         if self._status is None:
             return RunResult("dry run", EXIT_DONE, session.step, f"{session.step} steps made, nothing written")
         self._at("export")
+        self._stop.answer = "all steps are done and saved; the run ends as soon as the student is exported"
         folder = session.export(session.student.name, {"validation loss": session.last_validation})
         message = (
             f"{session.step} steps done; the student is in {folder}, the loss curve in {self._folder / 'loss.png'}"
@@ -203,7 +206,8 @@ class Bookkeeper:
                 session.export(f"{session.student.name}-best", {"validation loss": loss})
                 session.best = {"step": session.step, "validation_loss": loss, "yardstick": yardstick}
             except (DataError, PeerError) as error:
-                self._warn("%s; training goes on, the best export before is kept", error)
+                kept = "the best export before is kept" if session.best else "there is no best export yet"
+                self._warn("%s; training goes on, %s", error, kept)
         return loss
 
     def _record(self, result: StepResult, validation: float | None) -> None:
@@ -256,8 +260,8 @@ class Bookkeeper:
     def _give_up(self, failed: Outcome, why: str) -> None:
         with reported_once(self._session.ranks):
             raise DataError(
-                f"the checkpoint of step {failed.step} could not be saved: {failed.error}; {why}. Free some space and "
-                "start again: the run goes on from the last good checkpoint, which is intact"
+                f"the checkpoint of step {failed.step} could not be saved: {failed.error}; {why}. "
+                f"{failed.remedy[:1].upper()}{failed.remedy[1:]}; {resume_hint(self._folder)}"
             )
 
 
@@ -330,7 +334,8 @@ def _distill(config: DistillConfig, fresh: bool, dry_run_steps: int | None, prof
 
 def stopped(status: runfolder.Status | None, ranks: Ranks, step: int, reason: str | None) -> RunResult:
     """Say that a run was stopped; the ranks leave together. Collective."""
-    message = f"stopped after step {step} ({reason or 'another rank was asked to'}); the same command goes on"
+    then = "rerun the same command to resume" if step and status else "rerun the same command to start again"
+    message = f"stopped after step {step} ({reason or 'another rank was asked to'}); {then}"
     with failing_together():  # a launcher that sees one rank leave ends the others
         if status and ranks.is_main:
             status.write_if_possible("stopped", message, EXIT_STOPPED)

@@ -233,5 +233,24 @@ def test_how_a_run_ended(
     assert text in captured.err if text else captured.err == ""
 
 
+def test_an_interrupt_says_what_there_is(
+    config_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "distill", interrupted)
+    command = ["--config", str(config_file())]
+    for expected, options in (
+        ("interrupted; no checkpoint was saved yet: rerun the same command to start from the beginning", []),
+        ("interrupted; rerun the same command to resume from the checkpoint of step 12", []),
+        ("interrupted", ["--dry-run", "2"]),
+    ):
+        assert main([*command, *options]) == 130
+        assert capsys.readouterr().err.endswith(f"ERROR {expected}\n")
+        (tmp_path / "run" / "checkpoints" / "step-000000012").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / "checkpoints" / "step-000000012" / "manifest.json").touch()
+
+
 def test_parser_takes_what_launchers_add() -> None:
     assert cli.parser().parse_args(["--config", "x", "--local-rank", "3"]).local_rank == 3

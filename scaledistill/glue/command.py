@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -177,9 +178,11 @@ def settings_of(options: argparse.Namespace) -> EvaluationSettings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and return the exit code."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scaledistill").setLevel(logging.INFO)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells where there is no home to keep fonts in
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what fails in the end is told here
     try:
         return run(options)
