@@ -28,6 +28,7 @@ MakeFile = Callable[..., Path]
 def _messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what `main` sets up for a whole process: handlers, warning filters and variables."""
     monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES})
+    monkeypatch.setattr(cli, "REPORT_SECONDS", 0.0)
     package = logging.getLogger("scaledistill")
     before = package.handlers[:], package.propagate, package.level
     with warnings.catch_warnings():
@@ -231,6 +232,48 @@ def test_how_a_run_ended(
     assert asked == {"config": load_config(path), "fresh": True, "dry_run_steps": 2, "profile_steps": None}
     captured = capsys.readouterr()
     assert text in captured.err if text else captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fault", "waits"),
+    [
+        (("1", "1"), PeerError("said by rank 0", 3), [30]),
+        (("9", "1"), PeerError("said by rank 0", 3), [5]),  # another machine
+        (("0", "0"), DivergedError("said here"), []),
+        (("1", "1"), "--set=x=1", [30]),
+        (("8", "0"), "--set=x=1", []),  # the first of its machine, which reads a file of its own
+        (("1", "1"), "--frsh", [30]),
+        (("0", "0"), "--frsh", []),
+    ],
+)
+def test_who_does_not_report_leaves_last(
+    ranks: tuple[str, str], fault: Any, waits: list[int], config_file: MakeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise fault
+
+    pauses: list[float] = []
+    monkeypatch.setattr(train, "distill", run)
+    monkeypatch.setattr(cli, "REPORT_SECONDS", 30)
+    monkeypatch.setattr("scaledistill.cli.time.sleep", pauses.append)
+    os.environ["RANK"], os.environ["LOCAL_RANK"] = ranks
+    options = ["--config", str(config_file()), *([fault] if isinstance(fault, str) else [])]
+    if fault == "--frsh":
+        with pytest.raises(SystemExit, match="2"):
+            main(options)
+    else:
+        assert main(options) in (2, 3, 4)
+    assert pauses == waits
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_variables_of_a_launcher_that_are_no_numbers(
+    name: str, config_file: MakeFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.environ[name] = "x"
+    for options in (["--validate"], []):
+        assert main(["--config", str(config_file()), *options]) == 2
+        assert f"ERROR the environment sets {name}='x', expected a whole number" in capsys.readouterr().err
 
 
 def test_an_interrupt_says_what_there_is(
