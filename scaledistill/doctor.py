@@ -34,6 +34,7 @@ from scaledistill.models.export import TOKENIZER_FILES
 from scaledistill.models.student import check_init, student_config
 from scaledistill.models.teacher import check_weight_files, load_config, resolve_folder
 from scaledistill.relations import check_relation_heads, resolve_backend
+from scaledistill.wording import counted
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
     micro = min(stated or share, share)
     unit = world_size * micro
     if batch % unit:
-        what = f"{world_size} ranks" + (f" × train.micro_batch_size={micro}" if stated else "")
+        what = counted(world_size, "rank") + (f" × train.micro_batch_size={micro}" if stated else "")
         near = " or ".join(str(size) for size in (batch // unit * unit, batch // unit * unit + unit) if size)
         raise ConfigError(f"train.global_batch_size={batch} is not divisible by {what}; use {near}")
     compiles = _compiles(config, backend, device)

@@ -23,6 +23,7 @@ from scaledistill.glue.summary import column_title, summary_of
 from scaledistill.models.export import write_card_section
 from scaledistill.models.teacher import load_config, resolve_folder
 from scaledistill.runfolder import Status, StopRequest, failures_told
+from scaledistill.wording import counted
 
 if TYPE_CHECKING:
     import pandas
@@ -167,7 +168,7 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
             write_card_section(export, "Evaluation", result.summary.markdown())
             end = ("done", EXIT_DONE, f"{message}; its scores are in {output}/summary.md")
             if result.failures:
-                why = f"{len(result.failures)} fine-tunings failed, {output}/summary.md says why"
+                why = f"{counted(len(result.failures), 'fine-tuning')} failed, {output}/summary.md says why"
                 end = ("failed", EXIT_ENVIRONMENT, f"{message}; {why}")
         state, exit_code, text = end
         status.write(state, text, exit_code)

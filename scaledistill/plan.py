@@ -18,6 +18,7 @@ from scaledistill.doctor import Plan
 from scaledistill.engines.deepspeed_block import zero_settings
 from scaledistill.estimate import BYTES, Estimate
 from scaledistill.metrics import short
+from scaledistill.wording import counted
 
 # Fewer tokens in a forward don't fill a large GPU's matrix units.
 _FEW_TOKENS = 2048
@@ -95,14 +96,15 @@ def warnings_of(plan: Plan) -> list[str]:
     if found.times_over > _MANY_READS:
         more = math.lcm(order.num_lanes, ranks)
         told.append(
-            f"data.num_lanes={order.num_lanes} with {ranks} ranks: {found.sharers} ranks share a lane, and storage "
+            f"data.num_lanes={order.num_lanes} with {counted(ranks, 'rank')}: {found.sharers} ranks share a lane, and storage "
             f"serves each row {found.times_over:.0f} times an epoch; {_lanes_advice(more, order.num_rows)} (before the "
             "first step: it is part of the order)"
         )
     if shards < ranks:
         told.append(
-            f"{shards} shards for {ranks} ranks: many read the same file at once, which a parallel file system "
-            "bears and one disk does not; make more shards with tools/make_shards.py --rows-per-shard"
+            f"{counted(shards, 'shard')} for {counted(ranks, 'rank')}: many read the same file at once, which a "
+            "parallel file system bears and one disk does not; make more shards with tools/make_shards.py "
+            "--rows-per-shard"
         )
     if order.rows_per_lane <= order.window_rows:
         told.append(
@@ -143,16 +145,16 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
         f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}, placement {config.teacher.placement}",
         "student": f"{plan.student_name}: {_millions(facts.student_parameters)}, {_trained(plan)}, {train.precision}",
         "relations": f"{config.relation_heads(plan.student_name)} heads, pairs {', '.join(config.relations.pairs)}",
-        "engine": f"{_engine(config)}, {ranks} ranks",
-        "step": f"{train.global_batch_size} sequences × {length} = {tokens:,} tokens; {accumulation} micro-batches "
-        f"of {micro} per rank",
+        "engine": f"{_engine(config)}, {counted(ranks, 'rank')}",
+        "step": f"{train.global_batch_size} sequences × {length} = {tokens:,} tokens; "
+        f"{counted(accumulation, 'micro-batch')} of {micro} per rank",
         "FLOPs": f"{short(facts.flops_per_token)} per token, {facts.teacher_flops_fraction:.0%} the teacher's",
-        "run": f"{train.max_steps:,} steps, {short(train.max_steps * tokens)} tokens, {epochs:,.1f} epochs",
+        "run": f"{counted(train.max_steps, 'step')}, {short(train.max_steps * tokens)} tokens, {epochs:,.1f} epochs",
         **(_duration(plan, tokens_per_second, sum(sent.values())) if tokens_per_second else {}),
-        "data": f"{manifest.rows:,} rows in {len(manifest.shards)} shards; "
-        f"{plan.order.dropped_rows_per_epoch} rows left out of an epoch",
+        "data": f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}; "
+        f"{counted(plan.order.dropped_rows_per_epoch, 'row')} left out of an epoch",
         "  rank and epoch": f"{plan.order.rows_per_epoch / ranks:,.1f} rows from {found.lanes} of "
-        f"{plan.order.num_lanes} lanes, about {found.shards_per_epoch:.1f} shards",
+        f"{counted(plan.order.num_lanes, 'lane')}, about {found.shards_per_epoch:.1f} shards",
         "  rank and step": f"{found.reads_per_step:.2g} reads, {_size(found.bytes_per_step)}",
         "network": f"{_size(sum(sent.values()))} sent by each rank in a step"
         + (f" ({', '.join(f'{what} {_size(size)}' for what, size in sent.items())})" if ranks > 1 else ""),

@@ -37,6 +37,7 @@ from scaledistill.session import Session, open_session
 from scaledistill.speed import Stopwatch, memory_peak_bytes
 from scaledistill.step import StepResult, train_step, validation_loss
 from scaledistill.watchdog import Watchdog
+from scaledistill.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,8 @@ class Bookkeeper:
     def _open_record(self, stack: ExitStack, status: runfolder.Status) -> None:
         session = self._session
         origin = f"going on at step {session.step}" if session.step else "starting"
-        log.info("%s: %s, %d ranks, up to step %d", self._folder, origin, session.ranks.world_size, self._last_step)
+        ranks = counted(session.ranks.world_size, "rank")
+        log.info("%s: %s, %s, up to step %d", self._folder, origin, ranks, self._last_step)
         try:
             write_json(self._folder / "config.json", self._config.model_dump())
             status.write("running", "training")
@@ -143,13 +145,14 @@ class Bookkeeper:
         """Export, and say how it ended."""
         session = self._session
         if self._status is None:
-            return RunResult("dry run", EXIT_DONE, session.step, f"{session.step} steps made, nothing written")
+            return RunResult(
+                "dry run", EXIT_DONE, session.step, f"{counted(session.step, 'step')} made, nothing written"
+            )
         self._at("export")
         self._stop.answer = "all steps are done and saved; the run ends as soon as the student is exported"
         folder = session.export(session.student.name, {"validation loss": session.last_validation})
-        message = (
-            f"{session.step} steps done; the student is in {folder}, the loss curve in {self._folder / 'loss.png'}"
-        )
+        curve = self._folder / "loss.png"
+        message = f"{counted(session.step, 'step')} done; the student is in {folder}, the loss curve in {curve}"
         if session.ranks.is_main:
             self._status.write_if_possible("done", message, EXIT_DONE)
         return RunResult("done", EXIT_DONE, session.step, message)
@@ -239,7 +242,7 @@ class Bookkeeper:
         failed = self._settle(wait=leaving or due)
         if failed and not leaving and self._failed_saves > settings.max_failed_saves:
             limit = f"checkpoint.max_failed_saves={settings.max_failed_saves}"
-            self._give_up(failed, f"{self._failed_saves} saves failed in a row, {limit} allows no more")
+            self._give_up(failed, f"{counted(self._failed_saves, 'save')} failed in a row, {limit} allows no more")
         if leaving or due or failed:
             session.save()
         if leaving and (failed := self._settle(wait=True)):
@@ -362,7 +365,9 @@ def profile_run(session: Session, last_step: int, at: Callable[[str], None]) -> 
             train_step(session, stream, lambda: None, watch)
             if profiler:
                 profiler.after_step()
-    return RunResult("dry run", EXIT_DONE, session.step, f"{session.step} steps made, the profile is in {folder}")
+    return RunResult(
+        "dry run", EXIT_DONE, session.step, f"{counted(session.step, 'step')} made, the profile is in {folder}"
+    )
 
 
 def run_steps(

@@ -24,6 +24,7 @@ from scaledistill.config import EvaluationSettings
 from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError
 from scaledistill.glue.cell import MODEL_NAME
 from scaledistill.glue.tasks import TASKS
+from scaledistill.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -278,7 +279,8 @@ class Display:
 
     def __enter__(self) -> Display:
         if self._work:
-            text = f"{len(self._work)} cells to run; Ctrl-C loses only what is under way, the same command goes on"
+            cells = counted(len(self._work), "cell")
+            text = f"{cells} to run; Ctrl-C loses only what is under way, the same command goes on"
             self.bar.console.print(text, highlight=False, soft_wrap=True)
         self.bar.start()
         return self

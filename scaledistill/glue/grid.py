@@ -24,6 +24,7 @@ from scaledistill.glue.cell import Cell, read_error, read_record, remove_partial
 from scaledistill.glue.plan import Plan, make_plan
 from scaledistill.glue.summary import GRID, Summary, summary_of, write_summary
 from scaledistill.glue.worker import Worker
+from scaledistill.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -146,9 +147,9 @@ def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
     kept = [cell for cell in earlier if _compares(cell, plan)]
     if len(kept) < len(earlier):
         log.warning(
-            "%s: %d cells of earlier grids are left out of the summary: their models, data or settings are not these",
+            "%s: %s of earlier grids left out of the summary: other models, data or settings",
             output,
-            len(earlier) - len(kept),
+            counted(len(earlier) - len(kept), "cell"),
         )
     cells = list(dict.fromkeys([*kept, *plan.cells]))
     models = before["models"] | {

@@ -22,6 +22,7 @@ from scaledistill.files import read_json, write_json
 from scaledistill.glue.cell import Cell, read_error, read_record
 from scaledistill.glue.published import PUBLISHED
 from scaledistill.glue.tasks import TASKS
+from scaledistill.wording import counted
 
 GRID = "grid.json"
 NOT_AVERAGED = ("wnli",)  # its dev set contradicts its training set; left out by custom
@@ -145,7 +146,7 @@ class Summary:
         parts.append("\n".join(f"- {note}" for note in self.notes()))
         if self.failures:
             lines = [f"- {cell}: {_first_line(error)}" for cell, error in self.failures]
-            parts.append("\n".join([f"**Not finished: {len(self.failures)} cells**", "", *lines]))
+            parts.append("\n".join([f"**Not finished: {counted(len(self.failures), 'cell')}**", "", *lines]))
         return "\n\n".join(parts) + "\n"
 
     def _text(self, row: Row, column: str, choice: Choice | None) -> str:
