@@ -96,9 +96,9 @@ def warnings_of(plan: Plan) -> list[str]:
     if found.times_over > _MANY_READS:
         more = math.lcm(order.num_lanes, ranks)
         told.append(
-            f"data.num_lanes={order.num_lanes} with {counted(ranks, 'rank')}: {found.sharers} ranks share a lane, and storage "
-            f"serves each row {found.times_over:.0f} times an epoch; {_lanes_advice(more, order.num_rows)} (before the "
-            "first step: it is part of the order)"
+            f"data.num_lanes={order.num_lanes} with {counted(ranks, 'rank')}: {found.sharers} ranks share a lane, and "
+            f"storage serves each row {found.times_over:.0f} times an epoch; {_lanes_advice(more, order.num_rows)} "
+            "(before the first step: it is part of the order)"
         )
     if shards < ranks:
         told.append(
