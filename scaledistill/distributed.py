@@ -12,6 +12,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +23,12 @@ import torch
 import torch.distributed as dist
 
 from scaledistill.errors import EXIT_ENVIRONMENT, ConfigError, DataError, DivergedError, PeerError
+from scaledistill.launcher import LauncherFacts, launcher_facts
 
 log = logging.getLogger(__name__)
 
+REPORT_SECONDS = 5.0
+"""How long a rank waits for rank 0 to report the failure of both."""
 LEAVE_SECONDS = 30
 """How long leaving a process group may take; NCCL waits for peers that are gone."""
 
@@ -50,9 +54,10 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     NCCL and one GPU a rank where there are GPUs, gloo on the CPU otherwise.
 
     Raises:
-        ConfigError: a launcher's variables are incomplete, or there are more ranks than GPUs on this machine.
+        ConfigError: a launcher's variables are wrong, or there are more ranks than GPUs on this machine.
+        DataError: the ranks cannot meet: the port is in use, or rank 0 cannot be reached.
     """
-    rank, world_size, local_rank, local_world_size = _launcher_facts()
+    rank, world_size, local_rank, local_world_size = facts_here = launcher_facts()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by run.deterministic, before any CUDA work
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
@@ -86,11 +91,13 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
             # The agent's store outlives a restart: a rank that reads a dead one's address would never meet the living
             # one. Of several agents each counts its own restarts: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes new
             # stores.
-            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+            with _meeting(facts_here):
+                store, *_ = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            with _meeting(facts_here):
+                dist.init_process_group(backend, timeout=timeout)
         try:
             yield Ranks(rank, world_size, local_rank, device)
         finally:
@@ -101,6 +108,33 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
             leave = comm.destroy_process_group if comm and comm.is_initialized() else dist.destroy_process_group
             leave()
             backstop.cancel()
+
+
+@contextmanager
+def _meeting(facts: LauncherFacts) -> Iterator[None]:
+    """Say what is wrong where the ranks' store cannot be had.
+
+    Raises:
+        DataError: the port is in use, or rank 0 does not answer.
+    """
+    try:
+        yield
+    except dist.DistError as error:
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise DataError(
+                f"port {port} on {socket.gethostname()}, where the ranks are to meet, is in use by another process. "
+                "Give a free one: --master_port for deepspeed, --master-port for torchrun, --main_process_port for "
+                "accelerate launch, or MASTER_PORT; the scripts in launch/ find one"
+            ) from error
+        if facts.rank and facts.local_world_size == facts.world_size:
+            # Rank 0 is on this machine, reports its own failure, and then the launcher ends this rank.
+            time.sleep(REPORT_SECONDS)
+        reason = str(error).splitlines()[0][:200]
+        raise DataError(
+            f"rank {facts.rank} on {socket.gethostname()} cannot meet the other ranks at {host}:{port} ({reason}); "
+            "check that rank 0 runs there, that MASTER_ADDR and MASTER_PORT are its address, and the firewall between"
+        ) from error
 
 
 @contextmanager
@@ -116,22 +150,6 @@ def _environment(values: Mapping[str, object]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _launcher_facts() -> tuple[int, int, int, int]:
-    """Return (rank, world size, local rank, ranks on this machine)."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in names if name in os.environ]
-    if "RANK" not in given and "WORLD_SIZE" not in given:
-        return 0, 1, 0, 1
-    if missing := [name for name in names if name not in given]:
-        raise ConfigError(
-            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start the run with `deepspeed`, "
-            "`torchrun` or `accelerate launch`, which set them all, or unset them for one process"
-        )
-    world_size = int(os.environ["WORLD_SIZE"])
-    local_world_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or str(world_size)
-    return int(os.environ["RANK"]), world_size, int(os.environ["LOCAL_RANK"]), int(local_world_size)
 
 
 def resolve_precision(setting: str, device: torch.device) -> str:
@@ -192,7 +210,7 @@ def explain_lost_peer(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, RuntimeError) and any(part in text for part in ("gloo", "NCCL", "Connection closed by peer")):
         reason = text.splitlines()[0].rpartition("] ")[2][:120]
-        return f"another rank ended or cannot be reached ({reason}); its own message says why, the same command goes on"
+        return f"another rank ended or cannot be reached ({reason}); its own message says why"
     return None
 
 

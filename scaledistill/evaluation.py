@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 
 from scaledistill.config import DistillConfig, EvaluationSettings, RunEvaluation
-from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, ConfigError, Problems
+from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, ConfigError, Problems, counted
 from scaledistill.glue.grid import GridResult, GridStoppedError, run_grid
 from scaledistill.glue.plan import MODEL_FILES, check_lengths, check_model, check_tasks, positions
 from scaledistill.glue.summary import column_title, summary_of
@@ -167,7 +167,7 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
             write_card_section(export, "Evaluation", result.summary.markdown())
             end = ("done", EXIT_DONE, f"{message}; its scores are in {output}/summary.md")
             if result.failures:
-                why = f"{len(result.failures)} fine-tunings failed, {output}/summary.md says why"
+                why = f"{counted(len(result.failures), 'fine-tuning')} failed, {output}/summary.md says why"
                 end = ("failed", EXIT_ENVIRONMENT, f"{message}; {why}")
         state, exit_code, text = end
         status.write(state, text, exit_code)

@@ -23,6 +23,7 @@ from scaledistill.config import DistillConfig
 from scaledistill.configfile import parse_config
 from scaledistill.doctor import student_shape
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.files import disk_remedy
 from scaledistill.metrics import read_rows
 from scaledistill.models.export import export_student
 from scaledistill.models.student import exported
@@ -77,7 +78,7 @@ def write_student(folder: Path, config: DistillConfig, model: Any, weights: Mapp
             card=card,
         )
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder}: the export could not be written: {error}; free some space") from None
+        raise DataError(f"{folder}: the export could not be written: {error}; {disk_remedy(error)}") from None
 
 
 def export_checkpoint(config: DistillConfig, wanted: int | str) -> Path:

@@ -156,7 +156,7 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
         "data": f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}; "
         f"{counted(plan.order.dropped_rows_per_epoch, 'row')} left out of an epoch",
         "  rank and epoch": f"{plan.order.rows_per_epoch / ranks:,.1f} rows from {found.lanes} of "
-        f"{plan.order.num_lanes} lanes, about {found.shards_per_epoch:.1f} shards",
+        f"{counted(plan.order.num_lanes, 'lane')}, about {found.shards_per_epoch:.1f} shards",
         "  rank and step": f"{found.reads_per_step:.2g} reads, {_size(found.bytes_per_step)}",
         "network": f"{_size(sum(sent.values()))} sent by each rank in a step"
         + (f" ({', '.join(f'{what} {_size(size)}' for what, size in sent.items())})" if ranks > 1 else ""),

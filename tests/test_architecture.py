@@ -15,14 +15,16 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# Which modules of the package each may import, anywhere in it; `errors` may be imported by all but `relations`.
+# Which modules of the package each may import, anywhere in it; `errors` may be imported by all but
+# `relations`.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"config", "models.capture", "prepare", "relations", "train", "trainer"},
+    "__main__": {"cli"},
     "benchmark": set(),
     "checkpoint": {"distributed", "files", "mirror"},
     "cli": {
-        *("config", "configfile", "distributed", "doctor", "exports", "files", "hints", "plan", "runfolder", "train"),
-        "wording",
+        *("config", "configfile", "distributed", "doctor", "exports", "files", "hints", "launcher", "plan"),
+        *("resuming", "runfolder", "train", "wording"),
     },
     "config": set(),
     "configfile": {"config", "wording"},
@@ -38,13 +40,13 @@ ALLOWED: dict[str, set[str]] = {
     "data.paths": {"data.compression"},
     "data.pool": set(),
     "data.reader": {"data.manifest", "data.order", "data.remote"},
-    "data.remote": set(),
-    "data.shards": {"data.manifest"},
+    "data.remote": {"files"},
+    "data.shards": {"data.manifest", "files"},
     "data.sources": {"data.archives", "data.compression", "data.content", "data.longtext", "data.paths"},
     "data.stream": {"data.manifest", "data.order", "data.reader"},
     "data.text": {"data.longtext", "data.tokenizer"},
     "data.tokenizer": {"files"},
-    "distributed": set(),
+    "distributed": {"launcher"},
     "doctor": {
         "checkpoint",
         "config",
@@ -110,8 +112,9 @@ ALLOWED: dict[str, set[str]] = {
     "glue.speed": {"benchmark", "glue.plan", "models.teacher"},
     "glue.summary": {"benchmark", "files", "glue.cell", "glue.picture", "glue.published", "glue.tasks"},
     "glue.worker": {"__init__", "glue.cell", "glue.finetune"},
-    "metrics": {"trackers"},
     "hints": set(),
+    "launcher": set(),
+    "metrics": {"trackers"},
     "microbatch": {"config", "distributed", "estimate", "models.capture", "models.teacher", "relations"},
     "mirror": {"data.remote"},
     "models": set(),
@@ -133,9 +136,10 @@ ALLOWED: dict[str, set[str]] = {
     "relations.triton_launch": set(),
     "plan": {"config", "doctor", "engines.deepspeed_block", "estimate", "metrics"},
     "prepare": set(),
-    "profiling": {"speed"},
+    "profiling": {"files", "speed"},
+    "resuming": set(),
     "runfolder": {"distributed", "files"},
-    "saving": {"checkpoint", "distributed", "mirror"},
+    "saving": {"checkpoint", "distributed", "files", "mirror"},
     "session": {
         "__init__",
         "checkpoint",
@@ -148,6 +152,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.deepspeed_block",
         "estimate",
         "exports",
+        "files",
         "microbatch",
         "models.attention",
         "models.capture",
@@ -162,9 +167,9 @@ ALLOWED: dict[str, set[str]] = {
     "trainer": {"files", "models.capture", "models.student", "models.teacher", "prepare", "relations"},
     "train": {
         *("config", "distributed", "doctor", "evaluation", "files", "metrics", "profiling", "runfolder", "session"),
-        *("mirror", "plan", "saving", "speed", "step", "watchdog"),
+        *("mirror", "plan", "resuming", "saving", "speed", "step", "watchdog"),
     },
-    "watchdog": {"config", "distributed"},
+    "watchdog": {"config", "distributed", "resuming"},
     "wording": {"config", "hints"},
 }
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from scaledistill.distributed import (
+    REPORT_SECONDS,
     Ranks,
     all_reduce_sum,
     broadcast_object,
@@ -182,3 +183,40 @@ def test_two_ranks() -> None:
     assert first["first"] == ("ConfigError", "rank 0 says no", 2)
     assert second["first"] == ("PeerError", "rank 0 says no", 2)
     assert (first["both"][1], second["both"][0]) == ("rank 0 says no", "PeerError")
+
+
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_a_port_that_is_in_use(environment: dict[str, str]) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        environment.update({**ALONE, "WORLD_SIZE": "2", "MASTER_PORT": str(port)})
+        with (
+            pytest.raises(
+                DataError, match=rf"^port {port} on \S+, where .* is in use by another process\. .* --master_port"
+            ),
+            process_group(60),
+        ):
+            pytest.fail("a group was made")
+
+
+def test_a_rank_0_that_does_not_answer(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    def refused(*_: object, **__: object) -> None:
+        raise dist.DistNetworkError("The client socket has failed to connect\nand more")
+
+    monkeypatch.setattr(dist, "init_process_group", refused)
+    monkeypatch.setattr("scaledistill.distributed.time.sleep", pauses.append)
+    for local_size, expected in (("2", [REPORT_SECONDS]), ("1", [])):
+        environment.update({**ALONE, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": local_size})
+        with (
+            pytest.raises(DataError, match=r"^rank 1 on \S+ cannot meet .* at 127.0.0.1:29500 \(The client"),
+            process_group(9),
+        ):
+            pytest.fail("a group was made")
+        assert pauses == expected, "rank 0 of the same machine speaks for both"
+        pauses.clear()

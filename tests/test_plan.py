@@ -85,12 +85,12 @@ def test_a_plan_for_1024_ranks(tiny_config: MakeConfig) -> None:
     text = planned(config, 1024, tokens_per_second=64, memory_bytes=48_000_000_000)
     words = " ".join(text.split())
     for part in (
-        "DeepSpeed ZeRO-1, 1024 ranks",
+        "DeepSpeed ZeRO-1, 1,024 ranks",
         "2048 sequences × 16 = 32,768 tokens; 1 micro-batch of 2 per rank",
         "7,200 steps and 235.9M tokens an hour, 0.5 hours, at 64 tokens/s per rank",
         "rows from 1 of 4 lanes",
-        "data.num_lanes=4 with 1024 ranks: 256 ranks share a lane",
-        "2 shards for 1024 ranks",
+        "data.num_lanes=4 with 1,024 ranks: 256 ranks share a lane",
+        "2 shards for 1,024 ranks",
         "a forward has 2 × 16 = 32 tokens",
         "each row is seen",
         "in 48.00 GB",

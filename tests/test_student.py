@@ -359,6 +359,20 @@ def test_export_replaces_the_old_one_whole(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["l0", "l1"]
 
 
+def test_export_through_a_link(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """A link to another disk stays one."""
+    (tmp_path / "l2").symlink_to(tmp_path / "elsewhere" / "student")
+    (tmp_path / "elsewhere").mkdir()
+    student = build_student(None, student_config(TEACHERS["bert"], **SMALL))
+    for _ in range(2):
+        folder = export_student(
+            tmp_path / "l2", student.config, student.state_dict(), tokenizer_source=tokenizer_folder, card=CARD
+        )
+        assert (folder, folder.is_symlink()) == (tmp_path / "l2", True)
+        assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["student"]
+    assert (folder / "README.md").read_text().count("l2")
+
+
 def test_failed_export_keeps_the_old_one(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -381,7 +381,8 @@ def test_a_disk_that_stays_full_ends_the_run(make_tree: Callable[..., dict[str, 
     kind, code, message = run_ranks(distil_on_a_full_disk, 1, tree, list(range(2, 99)))[0]
     assert (kind, code) == ("DataError", 3)
     assert message.startswith("the checkpoint of step 21 could not be saved: No space left on device (")
-    assert "checkpoint.max_failed_saves=1 allows no more. Free some space" in message
+    assert "checkpoint.max_failed_saves=1 allows no more. Free some space; rerun the same command to resume " in message
+    assert message.endswith("to resume from the checkpoint of step 10")
     root = Path(tree["run"]["folder"]) / "checkpoints"
     assert [path.name for path in root.iterdir()] == ["step-000000010"]
     assert run_ranks(distil, 1, tree)[0][0] == "done"

@@ -19,10 +19,13 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from scaledistill.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -166,7 +169,8 @@ class Display:
 
     def __call__(self, report: ShardReport) -> None:
         """Show the counts so far."""
-        text = f"{report.documents:,} documents, {report.tokens:,} tokens, {report.tokens_per_second:,.0f} tokens/s"
+        documents = counted(report.documents, "document")
+        text = f"{documents}, {report.tokens:,} tokens, {report.tokens_per_second:,.0f} tokens/s"
         done = self._done_fraction(report)
         self.bar.update(self._task, description=text, completed=done, total=1.0 if done else None)
         if not self._console.is_terminal and time.monotonic() >= self._next_line:
@@ -188,7 +192,7 @@ def print_summary(console: Console, report: ShardReport, output: Path) -> None:
     """Print what was made and the next command."""
     from rich.table import Table
 
-    table = Table("", *report.splits, title=f"{report.documents:,} documents in {report.seconds:.1f} s")
+    table = Table("", *report.splits, title=f"{counted(report.documents, 'document')} in {report.seconds:.1f} s")
     rows = {
         "documents": "documents",
         "rows": "rows",
@@ -205,7 +209,9 @@ def print_summary(console: Console, report: ShardReport, output: Path) -> None:
     console.print(table)
     check = f"{_interpreter()} {_shown(Path(__file__).with_name('check_shards.py'))}"
     checks = " && ".join(f"{check} {shlex.quote(str(output / split))}" for split in report.splits)
-    text = f"{report.empty_documents:,} empty documents, {report.tokens_per_second:,.0f} tokens/s\nnext: {checks}"
+    text = (
+        f"{counted(report.empty_documents, 'empty document')}, {report.tokens_per_second:,.0f} tokens/s\nnext: {checks}"
+    )
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -282,7 +288,8 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and return the exit code."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scaledistill").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what fails in the end is told here

@@ -7,12 +7,10 @@ Left to others: text (`data.text`), reading at speed (`data.stream`).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import itertools
 import json
-import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +38,7 @@ from scaledistill.data.manifest import (
     ids_offset_after,
 )
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.files import flush, lock, sync
 
 
 class _HashedFile:
@@ -57,7 +56,7 @@ class _HashedFile:
 
     def close(self) -> None:
         self.file.flush()
-        os.fsync(self.file.fileno())
+        flush(self.file.fileno())
         self.file.close()
 
 
@@ -129,13 +128,9 @@ class ShardWriter:
         self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self._folder / f"{PARTIAL}lock").open("wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if lock(self._lock.fileno()) == "in use":
             self._lock.close()
-            raise DataError(
-                f"another run writes shards to {self._folder} now; wait for it or name another folder"
-            ) from error
+            raise DataError(f"another run writes shards to {self._folder} now; wait for it or name another folder")
         for leftover in self._folder.glob(f"{PARTIAL}*.tar"):
             leftover.unlink()
 
@@ -255,9 +250,7 @@ class ShardWriter:
     def _unlock(self) -> None:
         (self._folder / f"{PARTIAL}lock").unlink(missing_ok=True)
         self._lock.close()
-        folder = os.open(self._folder, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync(self._folder)
 
     def _remove(self) -> None:
         if self._sink is not None:

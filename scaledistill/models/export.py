@@ -107,7 +107,7 @@ def export_student(
         OSError: the disk is full or not writable.
         ValueError: the state is not that of the config, or not fp32.
     """
-    target = Path(folder)
+    target = Path(os.path.realpath(folder))  # behind a link, which stays one
     _check_state(config, state)
     fresh = target.with_name(f".{target.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -118,15 +118,16 @@ def export_student(
         save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
         set_default_mode(fresh / "model.safetensors")
         _save_tokenizer(tokenizer_source, revision, fresh)
-        (fresh / "README.md").write_text(_card_text(target.name, config, tap, card), encoding="utf-8")
-        _check_export(fresh, weights)
+        (fresh / "README.md").write_text(_card_text(Path(folder).name, config, tap, card), encoding="utf-8")
+        kept = "the old export is kept" if target.exists() else "nothing was exported"
+        _check_export(fresh, weights, kept)
         for path in (*fresh.iterdir(), fresh):
             sync(path)
         _exchange(fresh, target)
         sync(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return target
+    return Path(folder)
 
 
 def write_card_section(folder: Path, title: str, text: str) -> None:
@@ -206,7 +207,7 @@ def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> N
             )
 
 
-def _check_export(folder: Path, weights: Mapping[str, Tensor]) -> None:
+def _check_export(folder: Path, weights: Mapping[str, Tensor], kept: str) -> None:
     """Raise DataError unless the folder loads to exactly `weights` and computes something finite."""
     if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None):
         raise DataError(
@@ -218,14 +219,13 @@ def _check_export(folder: Path, weights: Mapping[str, Tensor]) -> None:
     if different := [
         name for name in weights if not torch.equal(read[name].view(torch.int32), weights[name].view(torch.int32))
     ]:
-        raise DataError(
-            f"{folder}: {different[0]} was read back other than written; check the disk, the old export is kept"
-        )
+        raise DataError(f"{folder}: {different[0]} was read back other than written; check the disk; {kept}")
     with torch.no_grad():
         output = model(input_ids=torch.arange(3, 11)[None] % model.config.vocab_size).last_hidden_state
     if not output.isfinite().all():
         raise DataError(
-            f"{folder}: the student's output is not finite; the old export is kept, go back to an earlier checkpoint"
+            f"{folder}: the student's output is not finite; {kept}. If an earlier checkpoint is good, remove "
+            "the newer ones from checkpoints/ and rerun the same command"
         )
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,5 +97,9 @@ class Winners:
 
 
 def cache_file() -> Path:
-    """Return where winners are kept: `scaledistill/launches.json` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scaledistill" / "launches.json"
+    """Return where winners are kept: `scaledistill/launches.json` in the user's cache folder, if there is a home."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and no home in the passwd file, as in containers that run with any user id
+        folder = Path(tempfile.gettempdir())
+    return folder / "scaledistill" / "launches.json"
