@@ -5,6 +5,7 @@ Everything that computes lives in the modules imported here; this one says in wh
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -287,6 +288,14 @@ def distill(
 
 
 def _distill(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None) -> RunResult:
+    """Make the run and free everything that it held, for what this process does next."""
+    result = _run(config, fresh, dry_run_steps, profile_steps)
+    for _ in range(2):  # models and engines are in cycles, and their parameters in others behind autograd's references
+        gc.collect()
+    return result
+
+
+def _run(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None) -> RunResult:
     with ExitStack() as stack:
         run = config.run
         # The group's own limit is the later one, so that the watchdog speaks first.

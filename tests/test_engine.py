@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,91 @@ def test_all_engines_agree(
     for which, losses in runs.items():
         assert losses[0] == pytest.approx(expected[0], rel=first), which
         assert losses == pytest.approx(expected, rel=later), which
+
+
+def timeouts_of_groups(tree: dict[str, Any], timeout_seconds: int) -> list[float]:
+    """Return the timeouts of all process groups that stand in a run, in seconds."""
+    import torch.distributed as dist
+
+    from scaledistill import doctor
+    from scaledistill.distributed import gather_objects, process_group
+    from scaledistill.session import open_session
+
+    with process_group(timeout_seconds) as ranks:
+        open_session(doctor.check(parse_config(tree), 2, ranks.device).config, ranks, resume=False)
+        dist.new_group([0, 1])
+        groups = [group._get_backend(ranks.device) for group in dist.distributed_c10d._world.pg_map]
+        seconds = [group.options._timeout.total_seconds() for group in groups]
+        gather_objects("no rank leaves before the others are done")
+    assert dist.distributed_c10d.default_pg_timeout.total_seconds() == 1800
+    return seconds
+
+
+@pytest.mark.parametrize(("name", "num_groups"), [("zero1", 3), ("zero3", 3), ("fsdp", 2)])
+def test_every_group_has_the_run_s_timeout(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path, name: str, num_groups: int
+) -> None:
+    placement = "replicate" if name == "zero1" else "shard"
+    blocks = {"engine": ENGINES[name], "teacher": {"placement": placement, "dtype": "fp32"}}
+    seconds = run_ranks(timeouts_of_groups, 2, tiny_tree(tmp_path, tiny_teacher, tiny_shards, **blocks), 71)[0]
+    assert seconds == [71.0] * num_groups  # the job's, DeepSpeed's, and one that someone else makes
+
+
+def bytes_held_after(trees: list[dict[str, Any]], in_own_group: bool) -> list[tuple[int, int, list[str]]]:
+    """Make each configuration's run; return what tensors hold at its last step and after it, and whose they are."""
+    from contextlib import nullcontext
+
+    from scaledistill import train
+    from scaledistill.distributed import process_group
+
+    def tensors() -> list[torch.Tensor]:
+        return [held for held in gc.get_objects() if issubclass(type(held), torch.Tensor)]
+
+    def held_bytes() -> int:
+        storages = {held.untyped_storage()._cdata: held.untyped_storage().nbytes() for held in tensors()}
+        return sum(storages.values())
+
+    during = 0
+    real = train.Bookkeeper.after_step
+
+    def after_step(self: Any, result: Any) -> None:
+        nonlocal during
+        real(self, result)
+        during = held_bytes()
+
+    train.Bookkeeper.after_step = after_step  # type: ignore[method-assign]
+    linear, ends = torch.nn.functional.linear, []
+    with process_group(60) if in_own_group else nullcontext():
+        before = held_bytes()
+        for tree in trees:
+            assert train.distill(parse_config(tree), fresh=True).state == "done"
+            names = ("DeepSpeedEngine", "FsdpEngine", "Teacher", "Session", "BertModel", "FSDPBertModel")
+            alive = [type(held).__name__ for held in gc.get_objects() if type(held).__name__ in names]
+            ends.append((during - before, held_bytes() - before, alive))
+            assert torch.nn.functional.linear is linear
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("world_size", "runs"),
+    [
+        (1, [("zero1", "bf16"), ("zero3-offload", "fp32")]),
+        (2, [("zero1", "fp32"), ("zero2", "bf16"), ("fsdp", "fp32")]),
+        pytest.param(2, list(itertools.product(ENGINES, ("fp32", "bf16"))), marks=pytest.mark.full),
+    ],
+)
+def test_runs_leave_nothing_in_memory(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path, world_size: int, runs: list[tuple[str, str]]
+) -> None:
+    train = {"global_batch_size": 8, "max_steps": 2, "warmup_steps": 0}
+    trees = []
+    for name, precision in runs:
+        placement = "shard" if name in ("zero3", "zero3-offload", "fsdp") else "replicate"
+        blocks = {"engine": ENGINES[name], "teacher": {"placement": placement, "dtype": "fp32"}}
+        trees.append(tiny_tree(tmp_path, tiny_teacher, tiny_shards, train={**train, "precision": precision}, **blocks))
+    for during, after, alive in run_ranks(bytes_held_after, world_size, trees, world_size > 1)[0]:
+        assert during > 50_000
+        assert (after < 200, alive) == (True, [])  # the ranks of FSDP's mesh, which stands as long as its group
 
 
 def block_of(**deepspeed: Any) -> DistillConfig:
