@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import (
@@ -61,7 +62,7 @@ class DeepSpeedEngine:
             raise ConfigError(
                 f"engine.deepspeed.zero_optimization.{path}: {item['msg']} (DeepSpeed's own check)"
             ) from None
-        except ValueError as error:
+        except (ValueError, AssertionError, DeepSpeedConfigError) as error:
             raise ConfigError(f"engine.deepspeed: {error} (DeepSpeed's own check)") from None
         self._create_optimizer_state(next(view.parameters()).device)
 
