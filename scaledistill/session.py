@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -31,7 +31,7 @@ from scaledistill.errors import ConfigError, DataError
 from scaledistill.estimate import DTYPES, Estimate
 from scaledistill.microbatch import choose, with_micro_batch
 from scaledistill.models.attention import use_varlen_attention
-from scaledistill.models.capture import blocks_of, capture_view, compile_blocks, forward_flops
+from scaledistill.models.capture import blocks_of, build_encoder, capture_view, compile_blocks, forward_flops
 from scaledistill.models.export import export_student
 from scaledistill.models.student import build_student, exported
 from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
@@ -96,8 +96,8 @@ class Session:
             raise ValueError("the configuration is not resolved")
         return size
 
-    def stream(self) -> ShardStream:
-        """Return this rank's micro-batches from the current step on."""
+    def stream(self, step: int | None = None) -> ShardStream:
+        """Return this rank's micro-batches from a step on, the current one unless said."""
         return ShardStream(
             self.shards,
             self.order,
@@ -105,7 +105,7 @@ class Session:
             micro_batch_size=self.micro_batch_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            first_sample=self.step * self.config.train.global_batch_size,
+            first_sample=(self.step if step is None else step) * self.config.train.global_batch_size,
             prefetch_batches=self.config.data.prefetch_batches,
             with_documents=self.config.data.attention == "document",
             device=self.ranks.device,
@@ -159,8 +159,15 @@ class Session:
         }
         return groups, facts
 
-    def export(self, folder_name: str, losses: Mapping[str, float | None]) -> Path:
+    def export(
+        self,
+        folder_name: str,
+        losses: Mapping[str, float | None],
+        check: Callable[[PreTrainedModel], None] = lambda model: None,
+    ) -> Path:
         """Write the full student as a plain transformers model, reload and compare it. Collective; rank 0 writes.
+
+        `check` gets the student that was read back, with what tap "extra" adds, before it replaces an older export.
 
         Raises:
             DataError: the disk did not take it, or what was read back differs.
@@ -169,11 +176,26 @@ class Session:
         weights = self.student.engine.weights()
         with failing_together():
             if self.ranks.is_main:
-                self._write_export(folder, weights, losses)
+                self._write_export(folder, weights, losses, check)
         return folder
 
-    def _write_export(self, folder: Path, weights: Mapping[str, Tensor], losses: Mapping[str, float | None]) -> None:
+    def _write_export(
+        self,
+        folder: Path,
+        weights: Mapping[str, Tensor],
+        losses: Mapping[str, float | None],
+        check: Callable[[PreTrainedModel], None],
+    ) -> None:
         student, config = self.student, self.config
+
+        def check_read_back(model: PreTrainedModel) -> None:
+            if spec.tap == "extra":
+                whole = build_encoder(student.config)
+                whole.load_state_dict({**student.untrained, **weights, **model.state_dict()})
+                model = whole
+            model.config._attn_implementation = student.config._attn_implementation
+            check(model)
+
         spec = config.students[student.name]
         student_config, state = exported(student.config, {**student.untrained, **weights}, spec.num_layers)
         card: dict[str, object] = {
@@ -196,6 +218,7 @@ class Session:
                 tokenizer_source=config.teacher.model,
                 revision=config.teacher.revision,
                 card=card,
+                check=check_read_back,
             )
         except (OSError, SafetensorError) as error:
             raise DataError(f"{folder}: the export could not be written: {error}; free some space") from None

@@ -35,7 +35,7 @@ from scaledistill.profiling import WARMUP_STEPS, StepProfiler
 from scaledistill.saving import Outcome
 from scaledistill.session import Session, open_session
 from scaledistill.speed import Stopwatch, memory_peak_bytes
-from scaledistill.step import StepResult, train_step, validation_loss
+from scaledistill.step import ExportProbe, StepResult, train_step, validation_loss
 from scaledistill.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,8 @@ class Bookkeeper:
         if self._status is None:
             return RunResult("dry run", EXIT_DONE, session.step, f"{session.step} steps made, nothing written")
         self._at("export")
-        folder = session.export(session.student.name, {"validation loss": session.last_validation})
+        losses = {"validation loss": session.last_validation}
+        folder = session.export(session.student.name, losses, ExportProbe(session).check)
         message = (
             f"{session.step} steps done; the student is in {folder}, the loss curve in {self._folder / 'loss.png'}"
         )

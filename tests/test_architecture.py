@@ -160,7 +160,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
         *("models", "profiling", "relations", "saving", "session", "speed", "step", "train", "trainer", "watchdog"),
     },
     "transformers": {
-        *("data.make", "data.text", "doctor", "estimate", "microbatch", "models", "session", "trainer"),
+        *("data.make", "data.text", "doctor", "estimate", "microbatch", "models", "session", "step", "trainer"),
         *("glue.features", "glue.finetune", "glue.plan", "glue.speed", "glue.squad"),
     },
     "webdataset": {"data.shards", "data.sources"},

@@ -10,13 +10,13 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from scaledistill.errors import DataError
 from scaledistill.files import sync, write_bytes
@@ -94,6 +94,7 @@ def export_student(
     tokenizer_source: str | Path,
     revision: str | None = None,
     card: Mapping[str, object],
+    check: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> Path:
     """Write a student into `folder`, replacing what is there, and return the folder. One rank calls this.
 
@@ -108,6 +109,8 @@ def export_student(
         tokenizer_source: folder or hub name (at `revision`) that the tokenizer is taken from: the teacher's.
         card: facts for the model card, in order, label to value; None leaves one out. "init", how the
             student was initialised, is needed.
+        check: gets the model that was read back, in eval mode, before it is put in place; what it raises leaves the
+            old one.
 
     Raises:
         DataError: the tokenizer cannot be had, or what was read back is not what was written or gives no finite output.
@@ -125,7 +128,7 @@ def export_student(
         save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
         _save_tokenizer(tokenizer_source, revision, fresh)
         (fresh / "README.md").write_text(_card_text(target.name, config, tap, card), encoding="utf-8")
-        _check_export(fresh, weights)
+        check(_check_export(fresh, weights))
         for path in (*fresh.iterdir(), fresh):
             sync(path)
         _exchange(fresh, target)
@@ -200,8 +203,8 @@ def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> N
     tokenizer.save_pretrained(folder)
 
 
-def _check_export(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Raise DataError unless the folder loads to exactly `weights` and computes something finite."""
+def _check_export(folder: Path, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Return what the folder loads to; raise DataError unless it is exactly `weights` and computes something finite."""
     model = load_encoder(folder, setting="the export")
     read = model.state_dict()
     if different := [
@@ -216,6 +219,7 @@ def _check_export(folder: Path, weights: Mapping[str, Tensor]) -> None:
         raise DataError(
             f"{folder}: the student's output is not finite; the old export is kept, go back to an earlier checkpoint"
         )
+    return model
 
 
 def _exchange(fresh: Path, target: Path) -> None:
