@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from scaledistill.errors import EXIT_ENVIRONMENT, ConfigError, DataError, DivergedError, PeerError
 from scaledistill.launcher import LauncherFacts, launcher_facts
@@ -31,6 +32,8 @@ REPORT_SECONDS = 5.0
 """How long a rank waits for rank 0 to report the failure of both."""
 LEAVE_SECONDS = 30
 """How long leaving a process group may take; NCCL waits for peers that are gone."""
+
+_at_leaving: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Ranks:
 def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     """Join the job's process group, and leave it at the end; a group that stands already is used. Collective.
 
-    NCCL and one GPU a rank where there are GPUs, gloo on the CPU otherwise.
+    NCCL and one GPU a rank where there are GPUs, gloo on the CPU otherwise. Every group that is made meanwhile has the
+    same timeout.
 
     Raises:
         ConfigError: a launcher's variables are wrong, or there are more ranks than GPUs on this machine.
@@ -81,9 +85,10 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
         name: os.environ.get(name, value) for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0"))
     }
     timeout = timedelta(seconds=timeout_seconds)
-    with _environment({**facts, **address}):
+    with _environment({**facts, **address}), _default_timeout(timeout):
         if dist.is_initialized():  # the caller's own group, left as it is
-            yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+            with _callbacks_at_leaving():
+                yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
             return
         if world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -98,16 +103,59 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
         else:
             with _meeting(facts_here):
                 dist.init_process_group(backend, timeout=timeout)
+        backstop = threading.Timer(LEAVE_SECONDS, os._exit, [EXIT_ENVIRONMENT])
+        backstop.daemon = True
         try:
-            yield Ranks(rank, world_size, local_rank, device)
+            with _callbacks_at_leaving(backstop.start):
+                yield Ranks(rank, world_size, local_rank, device)
         finally:
-            backstop = threading.Timer(LEAVE_SECONDS, os._exit, [EXIT_ENVIRONMENT])
-            backstop.daemon = True
-            backstop.start()
             comm = sys.modules.get("deepspeed.comm")  # it keeps groups of its own, of which the next run would hear
             leave = comm.destroy_process_group if comm and comm.is_initialized() else dist.destroy_process_group
             leave()
             backstop.cancel()
+
+
+def at_leaving(callback: Callable[[], None]) -> None:
+    """Call `callback` when the process group is left; within a caller's own group, when the run ends.
+
+    Not called if another rank is gone: what waits for the device would then wait for that rank.
+    """
+    _at_leaving.append(callback)
+
+
+@contextmanager
+def _callbacks_at_leaving(leaving: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Call `leaving` at the end of the block, then what the block gave to `at_leaving`, the last one first."""
+    outer = len(_at_leaving)
+    alone = False
+    try:
+        yield
+    except BaseException as error:
+        alone = any(cause is not None and explain_lost_peer(cause) for cause in (error, error.__cause__))
+        raise
+    finally:
+        leaving()
+        callbacks = _at_leaving[outer:]
+        del _at_leaving[outer:]
+        for callback in [] if alone else reversed(callbacks):
+            try:
+                callback()
+            except Exception as error:  # noqa: BLE001 - the run's own end is what must be reported
+                log.warning("an engine could not be released: %s", error)
+
+
+@contextmanager
+def _default_timeout(timeout: timedelta) -> Iterator[None]:
+    """Make `timeout` the default of new groups: DeepSpeed makes its own and states none (10 minutes on NCCL then)."""
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(distributed_c10d, name) for name in names}
+    for name in names:
+        setattr(distributed_c10d, name, timeout)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(distributed_c10d, name, value)
 
 
 @contextmanager
@@ -183,7 +231,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 def private_store(name: str) -> dist.Store:
     """Return a store that all ranks share: with a connection of its own, and empty. Collective."""
-    group_store = dist.distributed_c10d._get_default_store()
+    group_store = distributed_c10d._get_default_store()
     token = broadcast_object(secrets.token_hex(8))  # torchrun's store outlives restarts, and restart counts may differ
     return dist.PrefixStore(f"{name}-{token}", group_store.clone())  # type: ignore[attr-defined]
 

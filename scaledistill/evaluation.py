@@ -6,7 +6,6 @@ student's model card. The runner itself is `glue`.
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,7 +148,6 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
         ValueError: the run has no `evaluation`.
     """
     folder, settings = Path(config.run.folder), _settings_of(config)
-    gc.collect()
     torch.cuda.empty_cache()  # for the processes that fine-tune
     [name] = config.students
     export, output = folder / "export" / name, folder / "evaluation"

@@ -5,6 +5,7 @@ Everything that computes lives in the modules imported here; this one says in wh
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -37,7 +38,7 @@ from scaledistill.resuming import resume_hint
 from scaledistill.saving import Outcome
 from scaledistill.session import Session, open_session
 from scaledistill.speed import Stopwatch, memory_peak_bytes
-from scaledistill.step import StepResult, train_step, validation_loss
+from scaledistill.step import ExportProbe, StepResult, train_step, validation_loss
 from scaledistill.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,8 @@ class Bookkeeper:
             )
         self._at("export")
         self._stop.answer = "all steps are done and saved; the run ends as soon as the student is exported"
-        folder = session.export(session.student.name, {"validation loss": session.last_validation})
+        losses = {"validation loss": session.last_validation}
+        folder = session.export(session.student.name, losses, ExportProbe(session).check)
         curve = self._folder / "loss.png"
         message = f"{counted(session.step, 'step')} done; the student is in {folder}, the loss curve in {curve}"
         if session.ranks.is_main:
@@ -303,6 +305,14 @@ def distill(
 
 
 def _distill(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None) -> RunResult:
+    """Make the run and free everything that it held, for what this process does next."""
+    result = _run(config, fresh, dry_run_steps, profile_steps)
+    for _ in range(2):  # models and engines are in cycles, and their parameters in others behind autograd's references
+        gc.collect()
+    return result
+
+
+def _run(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None) -> RunResult:
     with ExitStack() as stack:
         run = config.run
         # The group's own limit is the later one, so that the watchdog speaks first.

@@ -10,14 +10,14 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from scaledistill.data.tokenizer import TOKENIZER_FILES, gives_same_ids, load_tokenizer
 from scaledistill.errors import DataError
@@ -87,6 +87,7 @@ def export_student(
     tokenizer_source: str | Path,
     revision: str | None = None,
     card: Mapping[str, object],
+    check: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> Path:
     """Write a student into `folder`, replacing what is there, and return the folder. One rank calls this.
 
@@ -101,6 +102,8 @@ def export_student(
         tokenizer_source: folder or hub name (at `revision`) that the tokenizer is taken from: the teacher's.
         card: facts for the model card, in order, label to value; None leaves one out. "init", how the
             student was initialised, is needed.
+        check: gets the model that was read back, in eval mode, before it is put in place; what it raises leaves the
+            old one.
 
     Raises:
         DataError: the tokenizer cannot be had, or what was read back is not what was written or gives no finite output.
@@ -120,7 +123,7 @@ def export_student(
         _save_tokenizer(tokenizer_source, revision, fresh)
         (fresh / "README.md").write_text(_card_text(Path(folder).name, config, tap, card), encoding="utf-8")
         kept = "the old export is kept" if target.exists() else "nothing was exported"
-        _check_export(fresh, weights, kept)
+        check(_check_export(fresh, weights, kept))
         for path in (*fresh.iterdir(), fresh):
             sync(path)
         _exchange(fresh, target)
@@ -207,12 +210,12 @@ def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> N
             )
 
 
-def _check_export(folder: Path, weights: Mapping[str, Tensor], kept: str) -> None:
-    """Raise DataError unless the folder loads to exactly `weights` and computes something finite."""
+def _check_export(folder: Path, weights: Mapping[str, Tensor], kept: str) -> PreTrainedModel:
+    """Return what the folder loads to; raise DataError unless it is exactly `weights` and computes something finite."""
     if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None):
         raise DataError(
-            f"{folder}: the student's weight {broken} is not finite, so its output is not finite; the old export is "
-            "kept, go back to an earlier checkpoint"
+            f"{folder}: the student's weight {broken} is not finite, so its output is not finite; {kept}. "
+            "If an earlier checkpoint is good, remove the newer ones from checkpoints/ and rerun the same command"
         )
     model = load_encoder(folder, setting="the export")
     read = model.state_dict()
@@ -227,6 +230,7 @@ def _check_export(folder: Path, weights: Mapping[str, Tensor], kept: str) -> Non
             f"{folder}: the student's output is not finite; {kept}. If an earlier checkpoint is good, remove "
             "the newer ones from checkpoints/ and rerun the same command"
         )
+    return model
 
 
 def _exchange(fresh: Path, target: Path) -> None:
