@@ -188,7 +188,7 @@ class FsdpSettings(Settings):
 
 class EngineSettings(Settings):
     name: Literal["deepspeed", "fsdp"] = "deepspeed"
-    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 2}})
     """DeepSpeed's own settings, checked key by key. Batch sizes, optimizer, schedule and clipping come from `train`."""
     fsdp: FsdpSettings = Field(default_factory=FsdpSettings)
     """Read with name="fsdp"."""

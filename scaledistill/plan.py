@@ -15,7 +15,7 @@ from rich.table import Table
 
 from scaledistill.config import DistillConfig
 from scaledistill.doctor import Plan
-from scaledistill.engines.deepspeed_block import zero_settings
+from scaledistill.engines.deepspeed_block import communication_dtype, zero_settings
 from scaledistill.estimate import BYTES, Estimate
 from scaledistill.metrics import short
 
@@ -76,8 +76,7 @@ def traffic(config: DistillConfig, facts: Estimate, world_size: int) -> dict[str
         sent = {"weights": gathers * micro_batches * weights, "gradients": ring * facts.trained_parameters * 4}
     else:
         stage = zero_settings(config)[0]
-        communicated = config.engine.deepspeed.get("communication_data_type") or train.precision
-        gradients = ring * facts.trained_parameters * BYTES.get(communicated, BYTES[train.precision])
+        gradients = ring * facts.trained_parameters * BYTES[communication_dtype(config)]
         sent = {
             "weights": 2 * micro_batches * weights if stage == 3 else weights,
             "gradients": {1: 2, 2: 2 * micro_batches, 3: micro_batches}[stage] * gradients,

@@ -24,13 +24,13 @@ TRAINED, TEACHER = 1000, 500
 @pytest.mark.parametrize(
     ("engine", "placement", "expected"),
     [  # 4 ranks, 3 micro-batches, bf16: three quarters of a tensor in a ring
-        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "replicate", {"weights": 1500, "gradients": 3000}),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "replicate", {"weights": 1500, "gradients": 9000}),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "replicate", {"weights": 9000, "gradients": 4500}),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "replicate", {"weights": 1500, "gradients": 6000}),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "replicate", {"weights": 1500, "gradients": 18000}),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "replicate", {"weights": 9000, "gradients": 9000}),
         (
-            {"deepspeed": {"zero_optimization": {"stage": 1}, "communication_data_type": "fp32"}},
+            {"deepspeed": {"zero_optimization": {"stage": 1}, "communication_data_type": "bf16"}},
             "shard",
-            {"weights": 1500, "gradients": 6000, "teacher": 2250},
+            {"weights": 1500, "gradients": 3000, "teacher": 2250},
         ),
         ({"name": "fsdp"}, "offload", {"weights": 9000, "gradients": 3000, "teacher": 2250}),
         ({"name": "fsdp", "fsdp": {"reshard_after_forward": False}}, "replicate", {"weights": 4500, "gradients": 3000}),
@@ -85,7 +85,7 @@ def test_a_plan_for_1024_ranks(tiny_config: MakeConfig) -> None:
     text = planned(config, 1024, tokens_per_second=64, memory_bytes=48_000_000_000)
     words = " ".join(text.split())
     for part in (
-        "DeepSpeed ZeRO-1, 1024 ranks",
+        "DeepSpeed ZeRO-2, 1024 ranks",
         "2048 sequences × 16 = 32,768 tokens; 1 micro-batches of 2 per rank",
         "7,200 steps and 235.9M tokens an hour, 0.5 hours, at 64 tokens/s per rank",
         "rows from 1 of 4 lanes",

@@ -99,6 +99,8 @@ OFFLOAD_KEYS = {
 }
 # Elements. DeepSpeed's 500 M hold a whole student: its gradients would travel only when the backward is over.
 REDUCE_BUCKET_SIZE = 5_000_000
+# Of gradients that travel. In bf16 each hop of a ring rounds the sum: 1.7 to 7 % off over 256 ranks.
+COMMUNICATION_DTYPE = "fp32"
 REFUSED_KEYS = {
     "train_batch_size": "set train.global_batch_size instead",
     "train_micro_batch_size_per_gpu": "set train.micro_batch_size instead",
@@ -130,6 +132,7 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
     _settle(block["zero_optimization"], "compute_grad_norm", True, "zero_optimization.compute_grad_norm")
     _settle(block, "gradient_clipping", train.max_grad_norm, "gradient_clipping", "train.max_grad_norm")
     _settle(block.setdefault("data_types", {}), "grad_accum_dtype", "fp32", "data_types.grad_accum_dtype")
+    block["communication_data_type"] = communication_dtype(config)
     block["zero_force_ds_cpu_optimizer"] = False  # PyTorch's fused AdamW also steps offloaded state: exact to restore
     block.setdefault("steps_per_print", None)
     micro_batch_size = int(train.micro_batch_size or 1)
@@ -138,7 +141,17 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
     block["gradient_accumulation_steps"] = train.global_batch_size // (world_size * micro_batch_size)
     if guessed := list(_autos(block)):
         raise ConfigError(f"engine.deepspeed.{guessed[0]}='auto': DeepSpeed does not resolve it; state a value")
+    if block["communication_data_type"] not in ("fp32", "bf16", "fp16"):
+        raise ConfigError(
+            f"engine.deepspeed.communication_data_type: found {block['communication_data_type']!r}, expected 'fp32', "
+            f"'bf16' or 'fp16'; remove it to take {COMMUNICATION_DTYPE!r}"
+        )
     return block
+
+
+def communication_dtype(config: DistillConfig) -> Any:
+    """Return the dtype that gradients travel in under DeepSpeed: fp32 unless the block names another."""
+    return config.engine.deepspeed.get("communication_data_type") or COMMUNICATION_DTYPE
 
 
 def zero_settings(config: DistillConfig) -> tuple[int, bool, bool]:
@@ -155,8 +168,8 @@ def _resolve_zero(block: dict[str, Any], hidden_size: int, world_size: int) -> N
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if not isinstance(zero, dict) or isinstance(stage, bool) or stage not in (1, 2, 3):
         raise ConfigError(
-            f"engine.deepspeed.zero_optimization.stage: found {stage!r}, expected 1, 2 or 3; stage 1 costs what "
-            "stage 0 does and its overflow check protects the weights"
+            f"engine.deepspeed.zero_optimization.stage: found {stage!r}, expected 1, 2 or 3; stage 2 "
+            "sends gradients during the backward and its overflow check protects the weights"
         )
     _check_keys(zero, ZERO_KEYS, "engine.deepspeed.zero_optimization")
     sizes = {  # as transformers resolves them
