@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from scaledistill.config import DistillConfig
+from scaledistill.distributed import BF16_ON_CPU
 from scaledistill.doctor import Plan
 from scaledistill.engines.deepspeed_block import communication_dtype, zero_settings
 from scaledistill.estimate import BYTES, Estimate
@@ -108,6 +109,8 @@ def warnings_of(plan: Plan) -> list[str]:
             f"data.window_rows={order.window_rows} is no less than the {order.rows_per_lane} rows of a lane: all lanes "
             "change windows, and read, at the same step; lower it, or take fewer lanes"
         )
+    if plan.estimate.on_host and train.precision == "bf16":
+        told.append(BF16_ON_CPU)
     micro = int(train.micro_batch_size or 1)
     if ranks > 1 and micro * length < _FEW_TOKENS:
         told.append(

@@ -113,7 +113,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "relations.triton_kernels": set(),
     "relations.triton_launch": set(),
-    "plan": {"config", "doctor", "engines.deepspeed_block", "estimate", "metrics"},
+    "plan": {"config", "distributed", "doctor", "engines.deepspeed_block", "estimate", "metrics"},
     "profiling": {"speed"},
     "runfolder": {"distributed", "files"},
     "saving": {"checkpoint", "distributed", "mirror"},

@@ -116,3 +116,11 @@ def test_what_does_not_fit(tiny_config: MakeConfig) -> None:
     rows = [line.split() for line in capture.get().splitlines()]
     assert [row[-2:] == ["too", "large"] for row in rows[1:]] == [True, False]
     assert rows[2][-1] == "fits"
+
+
+@pytest.mark.parametrize(("precision", "warned"), [("bf16", True), ("auto", False), ("fp32", False)])
+def test_bf16_on_a_cpu(precision: str, warned: bool, fast_bf16: bool, tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"precision": precision})
+    text = " ".join(planned(config, 1).split())
+    assert ("train.precision=bf16 on a CPU: PyTorch adds the gradients of LayerNorms" in text) is warned
+    assert "train.precision=bf16" not in planned(config, 1, memory_bytes=48_000_000_000)

@@ -6,6 +6,7 @@ Legend: B sequences, T tokens, D width, R relation heads, E width per relation h
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import itertools
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -294,6 +296,19 @@ def test_hidden_scores_do_not_count(hiding: str, pairs: dict[str, float], backen
             strict=True,
         ):
             assert (y - z).norm() < 1e-4 * z.norm() + 1e-7 * outlier, outlier
+
+
+def test_the_backward_frees_what_the_loss_holds() -> None:
+    teacher = QKV(*(torch.randn(1, 5, 8).to(DEVICE) for _ in range(3)))
+    student = torch.randn(1, 5, 24, device=DEVICE, requires_grad=True)
+    held = weakref.ref(teacher.q.untyped_storage())
+    loss = relation_loss(teacher, laid_out(student * 1, "slices"), num_heads=2, pairs={"qq": 1.0}, backend="triton")
+    del teacher
+    assert held() is not None
+    loss.total.backward()
+    gc.collect()  # Triton's interpreter leaves cycles
+    assert held() is None
+    assert loss.total.isfinite()
 
 
 def test_widths_that_differ_by_letter() -> None:
