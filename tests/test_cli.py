@@ -154,7 +154,7 @@ def test_a_missing_file_is_a_configuration_error(capsys: pytest.CaptureFixture[s
 def test_validate_prints_the_plan(config_file: MakeFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(config_file()), "--validate"]) == 0
     captured = capsys.readouterr()
-    assert "DeepSpeed ZeRO-1, 1 ranks" in captured.out
+    assert "DeepSpeed ZeRO-2, 1 ranks" in captured.out
     assert captured.out.endswith("everything that can be checked without loading weights is in order\n")
     assert captured.err == ""
     assert not (tmp_path / "run").exists()
@@ -165,10 +165,10 @@ def test_validate_plans_for_other_numbers_of_ranks(config_file: MakeFile, capsys
     assert main([*arguments, "7"]) == 2
     assert "train.global_batch_size=8 is not divisible by 7 ranks; use 7 or 14" in capsys.readouterr().err
     assert main([*arguments, "4"]) == 0
-    assert "DeepSpeed ZeRO-1, 4 ranks" in capsys.readouterr().out
+    assert "DeepSpeed ZeRO-2, 4 ranks" in capsys.readouterr().out
     os.environ["WORLD_SIZE"] = "2"  # under a launcher
     assert main(arguments[:-1]) == 0
-    assert "DeepSpeed ZeRO-1, 2 ranks" in capsys.readouterr().out
+    assert "DeepSpeed ZeRO-2, 2 ranks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", [["--validate"], []])
