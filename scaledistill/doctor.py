@@ -26,7 +26,7 @@ from scaledistill.data.remote import ShardCache, is_url
 from scaledistill.data.stream import ShardReader
 from scaledistill.data.text import load_tokenizer, tokenizer_fingerprint
 from scaledistill.data.tokenizer import TOKENIZER_FILES
-from scaledistill.distributed import resolve_precision
+from scaledistill.distributed import resolve_precision, resolve_teacher_dtype
 from scaledistill.engines.deepspeed_block import resolve_block
 from scaledistill.errors import ConfigError, DataError, Problems, counted
 from scaledistill.estimate import Estimate, estimate
@@ -127,7 +127,7 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
     except ValueError as error:
         raise ConfigError(str(error)) from None
     precision = resolve_precision(train.precision, device)
-    teacher_dtype = precision if teacher.dtype == "auto" else resolve_precision(teacher.dtype, device)
+    teacher_dtype = resolve_teacher_dtype(teacher.dtype, train.precision, device)
     batch, share = train.global_batch_size, max(1, train.global_batch_size // world_size)
     stated = train.micro_batch_size if isinstance(train.micro_batch_size, int) else None
     micro = min(stated or share, share)

@@ -22,7 +22,7 @@ from scaledistill.checkpoint import Checkpoint, newest_checkpoint
 from scaledistill.config import DistillConfig
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
-from scaledistill.distributed import Ranks, failing_together, gather_objects, reported_once
+from scaledistill.distributed import BF16_ON_CPU, Ranks, failing_together, gather_objects, reported_once
 from scaledistill.doctor import check_same_run, open_shards, other_run, student_shape
 from scaledistill.engines import Engine, EngineState, create_engine, shard_teacher
 from scaledistill.engines.deepspeed_block import zero_settings
@@ -223,6 +223,8 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool, sized_by:
         DataError: data or models are not what the run needs.
     """
     data, teacher_settings = config.data, config.teacher
+    if ranks.is_main and ranks.device.type == "cpu" and config.train.precision == "bf16":
+        log.warning("%s", BF16_ON_CPU)
     if ranks.is_main:
         log.info("loading %s up to layer %d", teacher_settings.model, teacher_settings.layer)
     with failing_together():

@@ -72,6 +72,7 @@ def train_step(
         with watch.phase("backward"):
             student.engine.backward(loss.total * poison, last=micro + 1 == session.accumulation)
         sums[:-1] += torch.stack([loss.total.detach(), *(loss.by_pair[pair].detach() for pair in pairs)])
+        del loss, poison  # what the loss's graph holds would stay through the next micro-batch's forward
     rate = learning_rate(
         session.step, peak=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
     )
@@ -185,6 +186,7 @@ def validation_loss(
             break
         loss = forward_loss(session, batch, Stopwatch())
         sums += torch.stack([loss.total.double() * batch.weight, torch.full_like(sums[0], batch.weight)])
+        del loss
     student.engine.train_mode(True)
     if stopped:
         return None

@@ -134,7 +134,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "relations.triton_kernels": set(),
     "relations.triton_launch": set(),
-    "plan": {"config", "doctor", "engines.deepspeed_block", "estimate", "metrics"},
+    "plan": {"config", "distributed", "doctor", "engines.deepspeed_block", "estimate", "metrics"},
     "prepare": set(),
     "profiling": {"files", "speed"},
     "resuming": set(),

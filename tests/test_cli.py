@@ -186,7 +186,7 @@ def test_a_missing_file_is_a_configuration_error(capsys: pytest.CaptureFixture[s
 def test_validate_prints_the_plan(config_file: MakeFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(config_file()), "--validate"]) == 0
     captured = capsys.readouterr()
-    assert re.search(r"DeepSpeed ZeRO-1, 1 rank +\n", captured.out)
+    assert re.search(r"DeepSpeed ZeRO-2, 1 rank +\n", captured.out)
     assert captured.out.endswith("everything that can be checked without loading weights is in order\n")
     assert captured.err == ""
     assert not (tmp_path / "run").exists()
@@ -197,10 +197,10 @@ def test_validate_plans_for_other_numbers_of_ranks(config_file: MakeFile, capsys
     assert main([*arguments, "7"]) == 2
     assert "train.global_batch_size=8 is not divisible by 7 ranks; use 7 or 14" in capsys.readouterr().err
     assert main([*arguments, "4"]) == 0
-    assert "DeepSpeed ZeRO-1, 4 ranks" in capsys.readouterr().out
+    assert "DeepSpeed ZeRO-2, 4 ranks" in capsys.readouterr().out
     os.environ["WORLD_SIZE"] = "2"  # under a launcher
     assert main(arguments[:-1]) == 0
-    assert "DeepSpeed ZeRO-1, 2 ranks" in capsys.readouterr().out
+    assert "DeepSpeed ZeRO-2, 2 ranks" in capsys.readouterr().out
 
 
 def test_validate_says_that_the_folder_is_in_use(
@@ -214,7 +214,7 @@ def test_validate_says_that_the_folder_is_in_use(
         )
         assert main(["--config", str(config_file()), "--validate"]) == 2
         captured = capsys.readouterr()
-        assert "DeepSpeed ZeRO-1, 1 rank" in captured.out
+        assert "DeepSpeed ZeRO-2, 1 rank" in captured.out
         assert "in use by a running process (pid 17 on node1, running, step 3 of 6); this configuration" in captured.err
     assert main(["--config", str(config_file()), "--validate"]) == 0
 

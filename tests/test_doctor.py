@@ -71,7 +71,7 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
     for part in (
         "l2: 10,848 parameters, of which ",
         "4 heads, pairs qq, kk, vv",
-        "DeepSpeed ZeRO-1, 3 ranks",
+        "DeepSpeed ZeRO-2, 3 ranks",
         "24 sequences × 16 = 384 tokens; 1 micro-batch of 8 per rank",
         f"50 steps, 19.2k tokens, {1200 / plan.order.rows_per_epoch:.1f} epochs",
         f"{rows} rows in 2 shards; ",
@@ -404,7 +404,7 @@ def test_the_plan_of_bert_large_takes_seconds(large_tree: Path, capsys: pytest.C
         "up to layer 21: 286.9 M parameters, bf16",
         "l6-h384: 22.6 M parameters, of which 21.2 M parameters train, bf16",
         "64 heads, pairs qq, kk, vv",
-        "DeepSpeed ZeRO-1, 1 rank",
+        "DeepSpeed ZeRO-2, 1 rank",
         "256 sequences × 512 = 131,072 tokens; 8 micro-batches of 32 per rank",
         "400,000 steps, 52.4G tokens",
         "everything that can be checked without loading weights is in order",

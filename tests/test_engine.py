@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import tiny_tree
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from scaledistill.config import DistillConfig
+from scaledistill.config import DistillConfig, EngineSettings
 from scaledistill.configfile import parse_config
 from scaledistill.engines import parameter_groups
 from scaledistill.engines.deepspeed_block import resolve_block
@@ -174,6 +176,82 @@ def test_runs_leave_nothing_in_memory(
         assert (after < 200, alive) == (True, [])  # the ranks of FSDP's mesh, which stands as long as its group
 
 
+class Collectives(TorchDispatchMode):
+    """Notes each reduction over ranks: whether autograd was running, the dtype, the elements."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.calls: list[tuple[bool, torch.dtype, int]] = []
+        self._in_autograd = False
+        backward = torch.Tensor.backward
+
+        def watched(*args: Any, **kwargs: Any) -> None:
+            self._in_autograd = True
+            backward(*args, **kwargs)
+            self._in_autograd = False
+
+        monkeypatch.setattr(torch.Tensor, "backward", watched)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and "reduce" in str(func):
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            largest = max(tensors, key=torch.Tensor.numel)
+            self.calls.append((self._in_autograd, largest.dtype, largest.numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def gradient_collectives(trees: list[dict[str, Any]]) -> list[list[tuple[bool, torch.dtype, int]]]:
+    """Return the collectives of one step of each configuration, those of single numbers left out."""
+    from scaledistill import doctor
+    from scaledistill.distributed import process_group
+    from scaledistill.session import open_session
+    from scaledistill.speed import Stopwatch
+    from scaledistill.step import train_step
+
+    found = []
+    with process_group(60) as ranks:
+        for tree in trees:
+            config = doctor.check(parse_config(tree), ranks.world_size, ranks.device).config
+            session = open_session(config, ranks, resume=False)
+            with (
+                pytest.MonkeyPatch.context() as monkeypatch,
+                session.stream() as stream,
+                Collectives(monkeypatch) as collectives,
+            ):
+                train_step(session, stream, lambda: None, Stopwatch())
+            found.append([call for call in collectives.calls if call[2] > 5])  # losses and stop requests: 5 numbers
+    return found
+
+
+def test_gradients_travel_in_fp32_during_the_backward(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> None:
+    """In two micro-batches of a bf16 student, under the default engine and the others."""
+    train = {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": 2, "precision": "bf16"}
+    engines: dict[str, dict[str, Any]] = {
+        "default": zero(2, reduce_bucket_size=1000),
+        "zero3": zero(3, reduce_bucket_size=1000),
+        "fsdp": {"name": "fsdp"},
+        "zero1": zero(1, reduce_bucket_size=1000),
+        "stated": {"deepspeed": {"zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}},
+    }
+    assert EngineSettings().deepspeed == {"zero_optimization": {"stage": 2}}
+    trees = [
+        tiny_tree(tmp_path, tiny_teacher, tiny_shards, engine=engine, train=train, teacher={"dtype": "fp32"})
+        for engine in engines.values()
+    ]
+    calls = dict(zip(engines, run_ranks(gradient_collectives, 2, trees)[0], strict=True))
+    for name in ("default", "zero3", "fsdp", "zero1"):
+        assert {dtype for _, dtype, _ in calls[name]} == {torch.float32}, name
+    assert {dtype for _, dtype, _ in calls["stated"]} == {torch.bfloat16}
+    for name in ("default", "zero3"):
+        during = [number for in_autograd, _, number in calls[name] if in_autograd]
+        after = [number for in_autograd, _, number in calls[name] if not in_autograd]
+        assert len(during) > 2 * len(after), name
+        assert len(after) == 2, name  # the last bucket of each micro-batch
+    assert all(in_autograd for in_autograd, _, _ in calls["fsdp"])
+    assert len(calls["fsdp"]) == 3  # two blocks and the embeddings, in the last micro-batch only
+    assert [in_autograd for in_autograd, _, _ in calls["zero1"]] == [False]
+
+
 def block_of(**deepspeed: Any) -> DistillConfig:
     return parse_config(
         {
@@ -200,6 +278,7 @@ def test_what_deepspeed_would_guess_is_written_out() -> None:
     block = resolve_block(given, world_size=2)
     assert block["bf16"]["enabled"] is True
     assert block["fp16"]["enabled"] is False
+    assert block["communication_data_type"] == "fp32"
     assert block["gradient_clipping"] == 1.0
     assert block["zero_optimization"]["reduce_bucket_size"] == 64
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -265,6 +344,10 @@ def test_what_deepspeed_would_guess_is_written_out() -> None:
         (
             {"zero_optimization": {"stage": 3, "offload_param": True}},
             r"zero_optimization\.offload_param: found True, expected a block such as \{'device': 'cpu'\}",
+        ),
+        (
+            {"communication_data_type": "fp64"},
+            r"communication_data_type: found 'fp64', expected 'fp32', 'bf16' or 'fp16'; remove it to take 'fp32'",
         ),
         ({"communication_data_type": "auto"}, r"communication_data_type='auto': DeepSpeed does not resolve it"),
         (
