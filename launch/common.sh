@@ -17,17 +17,33 @@ help_if_asked() { # "$@": print the script's head and leave, where it begins wit
   fi
 }
 
-free_port() { # [FIRST]: the first free port from FIRST up; any free one unless said
-  python - "${1:-0}" <<'PYTHON'
+free_port() { # [FIRST [only]]: the first free port from FIRST up, or FIRST itself; any free one unless said
+  python - "${1:-0}" "${2:-}" <<'PYTHON'
 import socket, sys
-first = int(sys.argv[1])
-for port in range(first, first + 500 if first else 1):
+first, number = int(sys.argv[1]), 1 if sys.argv[2] == "only" else 500
+for port in range(first, first + number if first else 1):
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: what was just left is free
         try:
             probe.bind(("", port))
         except OSError:
             continue
         sys.exit(print(probe.getsockname()[1]))
-sys.exit(f"no free port from {first} to {first + 499}; set MASTER_PORT")
+sys.exit(f"no free port from {first} to {first + number - 1}; set MASTER_PORT")
 PYTHON
+}
+
+run_deepspeed() { # OPTIONS…: be DeepSpeed's launcher, but answer Ctrl-C without its traceback and wait for the ranks
+  exec python -c '
+import os, sys
+from deepspeed.launcher.runner import main
+try:
+    main()
+except KeyboardInterrupt:  # the ranks got it too: they save and stop, or are killed after 30 s
+    try:
+        while True:
+            os.wait()
+    except (ChildProcessError, KeyboardInterrupt):
+        sys.exit(130)
+' "$@"
 }

@@ -21,6 +21,6 @@ HOSTFILE=${HOSTFILE:-hostfile}
 command -v pdsh >/dev/null || fail "pdsh is not installed; install it, or use launch/torchrun_multi_node.sh"
 MASTER_PORT=${MASTER_PORT:-$(free_port)}
 export MASTER_PORT
-exec deepspeed --quiet --force_multi --hostfile "$HOSTFILE" --launcher pdsh --master_port "$MASTER_PORT" \
+run_deepspeed --quiet --force_multi --hostfile "$HOSTFILE" --launcher pdsh --master_port "$MASTER_PORT" \
   ${HEAD_ADDRESS:+--master_addr "$HEAD_ADDRESS"} ${NUM_PROCESSES:+--num_gpus "$NUM_PROCESSES"} \
   "$root/launch/distill.py" "$@"

@@ -12,5 +12,5 @@ help_if_asked "$@"
 
 MASTER_PORT=${MASTER_PORT:-$(free_port)}
 export MASTER_PORT
-exec deepspeed --quiet ${NUM_PROCESSES:+--num_gpus "$NUM_PROCESSES"} --master_port "$MASTER_PORT" \
+run_deepspeed --quiet ${NUM_PROCESSES:+--num_gpus "$NUM_PROCESSES"} --master_port "$MASTER_PORT" \
   "$root/launch/distill.py" "$@"

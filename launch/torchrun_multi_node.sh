@@ -52,6 +52,12 @@ PYTHON
 ) || exit 2
 read -r is_head own_address <<<"$found"
 
+# torchrun ends in a traceback where something else holds the port of the meeting.
+if [[ $is_head == true ]] && ! free_port "$MASTER_PORT" only >/dev/null 2>&1; then
+  echo "torchrun_multi_node.sh: port $MASTER_PORT of this machine is in use; unless another node of this job that runs" \
+    "here holds it, set MASTER_PORT to a free one, the same for all nodes" >&2
+fi
+
 # Where the link to the head is cut, torchrun waits in a call to it until the kernel gives up, a quarter of an hour later,
 # and does not see that its ranks have left: ranks that nobody collects tell.
 agent=$$ # this shell becomes it

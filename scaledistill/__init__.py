@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scaledistill.config import DistillConfig as DistillConfig
     from scaledistill.models.capture import capture_qkv as capture_qkv
+    from scaledistill.prepare import prepare_dataset as prepare_dataset
     from scaledistill.relations import QKV as QKV
     from scaledistill.relations import RelationLoss as RelationLoss
     from scaledistill.relations import relation_loss as relation_loss
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from scaledistill.trainer import MiniLMTrainer as MiniLMTrainer
     from scaledistill.trainer import MiniLMTrainingArguments as MiniLMTrainingArguments
     from scaledistill.trainer import create_student as create_student
-    from scaledistill.trainer import prepare_dataset as prepare_dataset
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _HOMES = {  # imported on first use: `import scaledistill` and --help stay quick
     "capture_qkv": "models.capture",
     "create_student": "trainer",
     "distill": "train",
-    "prepare_dataset": "trainer",
+    "prepare_dataset": "prepare",
     "relation_loss": "relations",
 }
 __all__ = sorted(_HOMES)

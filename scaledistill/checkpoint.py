@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor
 from scaledistill import mirror
 from scaledistill.distributed import Ranks, broadcast_object, failing_together
 from scaledistill.errors import DataError
-from scaledistill.files import read_json, sha256_of, sync, write_json
+from scaledistill.files import disk_remedy, read_json, sha256_of, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ FORMAT = {"format": "scaledistill-checkpoint", "version": 1}
 MANIFEST, STATE = "manifest.json", "state.json"
 FOLDER = re.compile(r"step-(\d{9})")
 CHUNK_BYTES = 1 << 22
+FALLING_BACK, NONE_LEFT = "falling back to the one before", "there is none before it: the run starts from the beginning"
 # In the order of safetensors, which puts the last ones first in a file.
 DTYPES = {
     torch.bool: "BOOL",
@@ -147,7 +149,7 @@ def read_back(partial: Path, digests: Mapping[str, str]) -> None:
     for name, digest in digests.items():
         path = partial / name
         sync(path)
-        with path.open("rb") as file:  # from the disk, not from the page cache
+        with path.open("rb") as file, suppress(OSError):  # from the disk, not from the page cache, where that can be
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if sha256_of(path) != digest:
             raise OSError(errno.EIO, "what the disk gives back is not what was written", str(path))
@@ -217,8 +219,9 @@ def _newest_good(root: Path, remote: str | None) -> str | None:
         if (damage := verify(folder)) is None:
             name = folder.name
             break
-        log.warning("checkpoint %s is damaged (%s); falling back to the one before", folder, damage)
-    for newer in mirror.checkpoints(remote) if remote else ():
+        log.warning("checkpoint %s is damaged (%s); %s", folder, damage, _fallback(root, folder.name, remote))
+    copies = mirror.checkpoints(remote) if remote else []
+    for number, newer in enumerate(copies, start=1):
         if name is not None and newer <= name:
             break
         partial = root / f".partial-{newer}"
@@ -226,9 +229,18 @@ def _newest_good(root: Path, remote: str | None) -> str | None:
             commit(partial, root / newer)
             log.info("going on from %s/%s, which is newer than what %s has", remote, newer, root)
             return newer
-        log.warning("checkpoint %s/%s is damaged (%s); falling back to the one before", remote, newer, damage)
+        then = FALLING_BACK if name or number < len(copies) else NONE_LEFT
+        log.warning("checkpoint %s/%s is damaged (%s); %s", remote, newer, damage, then)
         shutil.rmtree(partial, ignore_errors=True)
     return name
+
+
+def _fallback(root: Path, damaged: str, remote: str | None) -> str:
+    if any(path.name < damaged for path in _committed(root)):
+        return FALLING_BACK
+    if remote:
+        return f"there is none before it here; looking in {remote}"
+    return NONE_LEFT
 
 
 def _fetch(url: str, partial: Path) -> str | None:
@@ -237,7 +249,7 @@ def _fetch(url: str, partial: Path) -> str | None:
         partial.mkdir(parents=True)
         mirror.download(url, partial)
     except OSError as error:
-        raise DataError(f"{url} cannot be fetched to {partial}: {error}; free some space") from None
+        raise DataError(f"{url} cannot be fetched to {partial}: {error}; {disk_remedy(error)}") from None
     return verify(partial)
 
 

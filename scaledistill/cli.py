@@ -7,10 +7,11 @@ import gc
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from scaledistill.config import DistillConfig
 from scaledistill.configfile import check_paths, load_config
@@ -25,8 +26,13 @@ from scaledistill.errors import (
     PeerError,
 )
 from scaledistill.hints import argument_hint
+from scaledistill.launcher import check_numbers
 from scaledistill.wording import setting_names
 
+REPORT_SECONDS = 30.0
+"""How long a rank that fails along with others on its machine leaves them to report before it ends the job."""
+FAR_REPORT_SECONDS = 5.0
+"""The same on a machine without the rank that reports, whose launcher does not see this one leave."""
 EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request (under
 torchrun 0, or it would start the run again; the same command goes on), 130 interrupted. <run.folder>/status.json tells
 how a run ended, also where a launcher changes the code."""
@@ -43,6 +49,11 @@ class _OneVoice(argparse.ArgumentParser):
         if options.config is None:
             self.error("--config FILE is missing; configs/ holds some to start from")
         return options
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            self._print_message(message, sys.stderr)
+        sys.exit(_after_report(status, "RANK") if status else 0)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if os.environ.get("RANK", "0") == "0":
@@ -152,13 +163,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _set_up_messages(is_main, options.debug)
     log = logging.getLogger("scaledistill")
     try:
+        check_numbers()
+    except ConfigError as error:
+        log.error("%s", error)
+        return error.exit_code
+    try:
         config = load_config(options.config, options.overrides)
         if not options.print_config:
             check_paths(config, options.config)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine: each reads its own file
             log.error("%s", error)
-        return error.exit_code
+        return _after_report(error.exit_code, "LOCAL_RANK")
     try:
         if options.print_config:
             if is_main:
@@ -189,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return error.exit_code
     except PeerError as error:
-        return error.exit_code
+        return _after_report(error.exit_code, "RANK")
     except RuntimeError as error:
         from scaledistill.distributed import explain_lost_peer
 
@@ -198,7 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", message)
         return EXIT_ENVIRONMENT
     except KeyboardInterrupt:
-        log.error("interrupted; the same command goes on from the last checkpoint")
+        from scaledistill.resuming import resume_hint
+
+        trial = options.dry_run or options.profile or options.validate or options.print_config
+        if is_main:
+            log.error("interrupted%s", "" if trial else f"; {resume_hint(config.run.folder)}")
         return EXIT_INTERRUPTED
 
 
@@ -209,6 +229,19 @@ def _export(config: DistillConfig, step: int | str, is_main: bool) -> int:
         folder = export_checkpoint(config, step)
         logging.getLogger("scaledistill").info("the student is in %s", folder)
     return EXIT_DONE
+
+
+def _after_report(code: int, name: str) -> int:
+    """Return an exit code, after the rank whose number `name` is 0 has had the time to report why.
+
+    Launchers end all ranks of their machine as soon as one fails. So the ranks that leave the message to another one
+    leave after it: as soon as that one has left, the launcher ends them.
+    """
+    numbers = (os.environ.get(each, "0") for each in (name, "RANK", "LOCAL_RANK"))
+    number, rank, local_rank = (int(text) if text.isdecimal() else 0 for text in numbers)
+    if number:
+        time.sleep(REPORT_SECONDS if name == "LOCAL_RANK" or rank == local_rank else FAR_REPORT_SECONDS)
+    return code
 
 
 def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool) -> int:
@@ -262,6 +295,11 @@ def _set_up_messages(is_main: bool, debug: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not debug:
         warnings.filterwarnings("ignore")
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells where there is no home to keep fonts in
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         os.environ.setdefault("DS_LOG_LEVEL", "error")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -56,7 +56,8 @@ class TeacherSettings(Settings):
     layer: Positive
     """The block whose Q/K/V the student learns, counted from 1; nothing above it is loaded."""
     dtype: Precision = "auto"
-    """Precision of the teacher's forward; "auto" takes that of `train.precision`."""
+    """Precision of the teacher's forward; "auto" takes that of `train.precision`; if that is "auto" too, bf16
+    where it is fast, also on CPUs with bf16 units (AMX, AVX512-BF16)."""
     placement: Literal["replicate", "shard", "offload"] = "replicate"
     """Where the teacher's weights lie: "replicate": whole on every rank; "shard": in equal parts on the ranks, gathered
     block by block while it runs; "offload": the same parts in host memory."""
@@ -157,7 +158,8 @@ class TrainSettings(Settings):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are clipped to this global norm; 0 switches clipping off."""
     precision: Precision = "auto"
-    """Of the student's forward and backward; master weights and moments are fp32. "auto": bf16 where it is fast."""
+    """Of the student's forward and backward; master weights and moments are fp32. "auto": bf16 on GPUs that have
+    it, fp32 on CPUs, whose bf16 gradients of LayerNorms are far off."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the blocks of teacher and student (not a student's under ZeRO-3). "auto": on GPUs, unless
     `run.deterministic` is on, which excludes it."""
@@ -193,7 +195,7 @@ class FsdpSettings(Settings):
 
 class EngineSettings(Settings):
     name: Literal["deepspeed", "fsdp"] = "deepspeed"
-    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 2}})
     """DeepSpeed's own settings, checked key by key. Batch sizes, optimizer, schedule and clipping come from `train`."""
     fsdp: FsdpSettings = Field(default_factory=FsdpSettings)
     """Read with name="fsdp"."""

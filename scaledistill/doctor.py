@@ -6,6 +6,7 @@ lists every problem found. Left to others: showing the plan to people (`plan`).
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,21 +20,24 @@ from transformers import PretrainedConfig
 from scaledistill import mirror
 from scaledistill.checkpoint import newest_state
 from scaledistill.config import DistillConfig, differing_keys
+from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.remote import ShardCache, is_url
 from scaledistill.data.stream import ShardReader
 from scaledistill.data.text import load_tokenizer, tokenizer_fingerprint
-from scaledistill.distributed import resolve_precision
+from scaledistill.data.tokenizer import TOKENIZER_FILES
+from scaledistill.distributed import resolve_precision, resolve_teacher_dtype
 from scaledistill.engines.deepspeed_block import resolve_block
 from scaledistill.errors import ConfigError, DataError, Problems, counted
 from scaledistill.estimate import Estimate, estimate
 from scaledistill.microbatch import free_bytes, predict, with_micro_batch
 from scaledistill.models.capture import check_layer, max_sequence_length
-from scaledistill.models.export import TOKENIZER_FILES
 from scaledistill.models.student import check_init, student_config
 from scaledistill.models.teacher import check_weight_files, load_config, resolve_folder
 from scaledistill.relations import check_relation_heads, resolve_backend
 from scaledistill.trackers import check_trackers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
     except ValueError as error:
         raise ConfigError(str(error)) from None
     precision = resolve_precision(train.precision, device)
-    teacher_dtype = precision if teacher.dtype == "auto" else resolve_precision(teacher.dtype, device)
+    teacher_dtype = resolve_teacher_dtype(teacher.dtype, train.precision, device)
     batch, share = train.global_batch_size, max(1, train.global_batch_size // world_size)
     stated = train.micro_batch_size if isinstance(train.micro_batch_size, int) else None
     micro = min(stated or share, share)
@@ -268,6 +272,10 @@ def _check_shards(config: DistillConfig, setting: str, shards: ShardReader, teac
             f"teacher.model={config.teacher.model} (ids 0 to {teacher.vocab_size - 1}); make the shards with its "
             "tokenizer"
         )
+    if problem := manifest.unknown_problem():
+        raise DataError(f"{setting}: {location}: {problem}")
+    if (problem := manifest.unknown_problem(MAX_UNKNOWN_FRACTION)) and os.environ.get("RANK", "0") == "0":
+        log.warning("%s: %s: %s", setting, location, problem)  # accepted when the set was made
     folder = resolve_folder(config.teacher.model, config.teacher.revision, TOKENIZER_FILES)
     expected = tokenizer_fingerprint(load_tokenizer(folder))
     if (found := manifest.tokenizer["sha256"]) != expected:

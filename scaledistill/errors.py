@@ -19,9 +19,9 @@ EXIT_INTERRUPTED = 130
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """Return a number with its noun: "1 rank", "1024 ranks", "20,000 rows"."""
-    digits = f"{number:,}" if number >= 10_000 else str(number)
-    return f"{digits} {noun if number == 1 else plural or noun + 's'}"
+    """Return a number with its noun: "1 rank", "1,024 ranks", "2 micro-batches"."""
+    plural = plural or noun + ("es" if noun.endswith(("ch", "s", "x")) else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 class ConfigError(ValueError):

@@ -6,7 +6,6 @@ student's model card. The runner itself is `glue`.
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from scaledistill.config import DistillConfig, EvaluationSettings, RunEvaluation
-from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, ConfigError, Problems
+from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, ConfigError, Problems, counted
 from scaledistill.glue.grid import GridResult, GridStoppedError, run_grid
 from scaledistill.glue.plan import MODEL_FILES, check_lengths, check_model, check_tasks, positions
 from scaledistill.glue.summary import column_title, summary_of
@@ -149,7 +148,6 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
         ValueError: the run has no `evaluation`.
     """
     folder, settings = Path(config.run.folder), _settings_of(config)
-    gc.collect()
     torch.cuda.empty_cache()  # for the processes that fine-tune
     [name] = config.students
     export, output = folder / "export" / name, folder / "evaluation"
@@ -167,7 +165,7 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
             write_card_section(export, "Evaluation", result.summary.markdown())
             end = ("done", EXIT_DONE, f"{message}; its scores are in {output}/summary.md")
             if result.failures:
-                why = f"{len(result.failures)} fine-tunings failed, {output}/summary.md says why"
+                why = f"{counted(len(result.failures), 'fine-tuning')} failed, {output}/summary.md says why"
                 end = ("failed", EXIT_ENVIRONMENT, f"{message}; {why}")
         state, exit_code, text = end
         status.write(state, text, exit_code)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from scaledistill import mirror
 from scaledistill.checkpoint import FOLDER, STATE, Checkpoint, folder_name, verify
@@ -23,6 +24,7 @@ from scaledistill.config import DistillConfig
 from scaledistill.configfile import parse_config
 from scaledistill.doctor import student_shape
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.files import disk_remedy
 from scaledistill.metrics import read_rows
 from scaledistill.models.export import export_student
 from scaledistill.models.student import exported
@@ -42,12 +44,20 @@ class Facts:
     versions: Mapping[str, str]
 
 
-def write_student(folder: Path, config: DistillConfig, model: Any, weights: Mapping[str, Tensor], facts: Facts) -> None:
+def write_student(
+    folder: Path,
+    config: DistillConfig,
+    model: Any,
+    weights: Mapping[str, Tensor],
+    facts: Facts,
+    check: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> None:
     """Write a student as a plain transformers model with its model card, and read it back.
 
     Args:
         model: the model config of the student under training.
         weights: every parameter of that model, fp32, on the CPU.
+        check: gets what was read back, before it replaces an older export; raises what keeps it from that.
 
     Raises:
         DataError: the disk did not take it, or what was read back differs.
@@ -75,9 +85,10 @@ def write_student(folder: Path, config: DistillConfig, model: Any, weights: Mapp
             tokenizer_source=config.teacher.model,
             revision=config.teacher.revision,
             card=card,
+            check=check,
         )
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder}: the export could not be written: {error}; free some space") from None
+        raise DataError(f"{folder}: the export could not be written: {error}; {disk_remedy(error)}") from None
 
 
 def export_checkpoint(config: DistillConfig, wanted: int | str) -> Path:

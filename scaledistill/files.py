@@ -1,17 +1,36 @@
-"""Durable files: atomic replacement, fsync, hashes; and folders that one process at a time may hold."""
+"""Durable files: atomic replacement, fsync, hashes; locks, and folders that one process at a time may hold.
+
+File systems differ in what they can do (Lustre mounted without flock, NFS without its lock service, CIFS, FUSE). What
+one cannot do is no failure: the run goes on without it, after one warning. What a disk refuses stays an `OSError`.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
+import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scaledistill.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+LOCK_HELD_ELSEWHERE = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}  # EACCES: NFS, as fcntl(2) allows
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+NO_FOLDER_SYNC = NO_SYNC | {errno.EBADF, errno.EACCES, errno.EISDIR, errno.EPERM}
+
+_warned: set[str] = set()
+"""What this process has warned of: each ability that is missing is worth one line, not one a checkpoint."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -41,13 +60,84 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def set_default_mode(path: Path) -> None:
+    """Give a file the mode of a new one in its folder, by the umask; safetensors' own writer makes private files."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    probe.touch()
     try:
-        os.fsync(descriptor)
+        if probe.stat().st_mode != path.stat().st_mode:
+            shutil.copymode(probe, path)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk, as far as its file system can."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in NO_FOLDER_SYNC and path.is_dir():  # a folder that may be written but not read
+            return
+        raise
+    try:
+        flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush(descriptor: int) -> None:
+    """Flush an open file or folder to the disk, as far as its file system can.
+
+    Where a folder cannot be flushed, the renames in it are done all the same; only a power cut may undo them.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            if error.errno not in NO_FOLDER_SYNC:
+                raise
+        elif error.errno not in NO_SYNC:
+            raise
+        else:
+            _warn_once("this file system cannot flush files to the disk", error, "a power cut may damage the newest")
+
+
+def lock(descriptor: int, *, wait: bool = False) -> Literal["locked", "in use", "no locks"]:
+    """Lock an open file until it is closed; "in use" is never returned when this waits.
+
+    Raises:
+        OSError: the disk failed; not where it has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in LOCK_HELD_ELSEWHERE and not wait:
+            return "in use"
+        if error.errno in NO_LOCKS:
+            _warn_once("this file system has no file locks", error, "start nothing else that writes to the same folder")
+            return "no locks"
+        raise
+    return "locked"
+
+
+def disk_remedy(error: Exception) -> str:
+    """Return what to do about a file that could not be written: an `OSError`, or one that a Rust library passes on."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    if number == errno.EDQUOT:
+        return "free some space, or have the quota raised"
+    if number == errno.ENOSPC:
+        return "free some space"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "check who may write there, or name another folder"
+    return "check the disk, or name another folder"
+
+
+def _warn_once(missing: str, error: OSError, consequence: str) -> None:
+    if missing not in _warned:
+        _warned.add(missing)
+        log.warning("%s (%s): going on without; %s", missing, error.strerror, consequence)
 
 
 def sha256_of(path: Path) -> str:
@@ -61,18 +151,17 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
-    """Hold a folder while others that would hold it are refused.
+    """Hold a folder while others that would hold it are refused; where there are no locks, nobody is.
 
     Raises:
         ConfigError: another process holds it.
+        OSError: its lock file cannot be made.
     """
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if lock(file.fileno()) == "in use":
             raise ConfigError(
                 f"{setting}={str(folder)!r} is in use by another process; wait for it, or set another {setting}"
-            ) from None
+            )
         yield
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from scaledistill.config import DistillConfig
+from scaledistill.distributed import BF16_ON_CPU
 from scaledistill.doctor import Plan, clipped_micro_batch
-from scaledistill.engines.deepspeed_block import zero_settings
+from scaledistill.engines.deepspeed_block import communication_dtype, zero_settings
 from scaledistill.errors import counted
 from scaledistill.estimate import BYTES, Estimate
 from scaledistill.metrics import short
@@ -77,8 +78,7 @@ def traffic(config: DistillConfig, facts: Estimate, world_size: int) -> dict[str
         sent = {"weights": gathers * micro_batches * weights, "gradients": ring * facts.trained_parameters * 4}
     else:
         stage = zero_settings(config)[0]
-        communicated = config.engine.deepspeed.get("communication_data_type") or train.precision
-        gradients = ring * facts.trained_parameters * BYTES.get(communicated, BYTES[train.precision])
+        gradients = ring * facts.trained_parameters * BYTES[communication_dtype(config)]
         sent = {
             "weights": 2 * micro_batches * weights if stage == 3 else weights,
             "gradients": {1: 2, 2: 2 * micro_batches, 3: micro_batches}[stage] * gradients,
@@ -113,6 +113,8 @@ def warnings_of(plan: Plan) -> list[str]:
             f"data.window_rows={order.window_rows} is no less than the {order.rows_per_lane} rows of a lane: all lanes "
             "change windows, and read, at the same step; lower it, or take fewer lanes"
         )
+    if plan.estimate.on_host and train.precision == "bf16":
+        told.append(BF16_ON_CPU)
     micro = int(train.micro_batch_size or 1)
     if ranks > 1 and micro * length < _FEW_TOKENS:
         told.append(
@@ -156,7 +158,7 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
         "data": f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}; "
         f"{counted(plan.order.dropped_rows_per_epoch, 'row')} left out of an epoch",
         "  rank and epoch": f"{plan.order.rows_per_epoch / ranks:,.1f} rows from {found.lanes} of "
-        f"{plan.order.num_lanes} lanes, about {found.shards_per_epoch:.1f} shards",
+        f"{counted(plan.order.num_lanes, 'lane')}, about {found.shards_per_epoch:.1f} shards",
         "  rank and step": f"{found.reads_per_step:.2g} reads, {_size(found.bytes_per_step)}",
         "network": f"{_size(sum(sent.values()))} sent by each rank in a step"
         + (f" ({', '.join(f'{what} {_size(size)}' for what, size in sent.items())})" if ranks > 1 else ""),

@@ -16,6 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import profile
 
 from scaledistill.errors import DataError
+from scaledistill.files import disk_remedy
 from scaledistill.speed import Lap, Stopwatch
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class StepProfiler:
                     console.print(table)
         except OSError as failure:
             raise DataError(
-                f"run.folder={self._folder.parent}: the profile could not be written: {failure}; free some space"
+                f"run.folder={self._folder.parent}: the profile could not be written: {failure}; {disk_remedy(failure)}"
             ) from None
         log.info("%s\nprofile of %d steps in %s", (self._folder / "table.txt").read_text(), steps, self._folder)
 

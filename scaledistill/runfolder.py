@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -160,12 +161,13 @@ class StopRequest:
         watch_file: bool,
         speaks: bool = False,
         max_hours: float | None = None,
-        answer: str = "stopping as soon as the ranks agree, with a checkpoint",
+        answer: str = "stopping as soon as the ranks agree",
     ) -> None:
         self._file = folder / "STOP" if watch_file else None
         self._max_hours = max_hours
         self._deadline = math.inf if max_hours is None else time.monotonic() + max_hours * 3600 - job_seconds()
-        self._speaks, self._answer = speaks, answer
+        self._speaks = speaks
+        self.answer = answer  # what a signal is answered by; it says what is saved, which depends on how far the run is
         self._signal: int | None = None
         self._since = 0.0
 
@@ -188,13 +190,22 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals as requests; a second SIGINT, a second or more after the first signal, leaves at once."""
+        """Take signals as requests; a second SIGINT, a second or more after the first signal, leaves at once.
+
+        Python gives signals to the main thread alone: in another one they stay with whoever started it.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            if self._speaks:
+                where = f"{self._file} or run.max_hours" if self._file else "run.max_hours"
+                log.info("not in the main thread: signals do not stop this run, use %s", where)
+            yield
+            return
         before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -202,6 +213,7 @@ class StopRequest:
             self._signal, self._since = number, now
             if self._speaks:
                 name = signal.Signals(number).name
-                os.write(2, f"\ngot {name}: {self._answer}\n".encode())  # safe in a handler
+                again = "; press Ctrl-C again to quit at once" if number == signal.SIGINT else ""
+                os.write(2, f"\ngot {name}: {self.answer}{again}\n".encode())  # safe in a handler
         elif number == signal.SIGINT and now - self._since >= 1:
             raise KeyboardInterrupt

@@ -25,6 +25,7 @@ from scaledistill import mirror
 from scaledistill.checkpoint import write_checkpoint
 from scaledistill.distributed import Ranks, broadcast_object
 from scaledistill.errors import DataError
+from scaledistill.files import disk_remedy
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class Outcome:
     error: str | None
     ended: float = field(default=0.0, compare=False)
     """When, by rank 0's `time.perf_counter`."""
+    remedy: str = field(default="", compare=False)
+    """What to do about the error."""
 
 
 class Saver:
@@ -60,6 +63,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
         self._error: str | None = None
+        self._remedy = ""
         self._ended_at = 0.0
 
     def __enter__(self) -> Saver:
@@ -106,9 +110,9 @@ class Saver:
         start = told = time.monotonic()
         while True:
             over = self._ended.wait(ROUND_SECONDS if wait else 0.0) if self._ranks.is_main else False
-            over, error, at = broadcast_object((over, self._error, self._ended_at))
+            over, error, at, remedy = broadcast_object((over, self._error, self._ended_at, self._remedy))
             if over:
-                outcome, self._step, self._thread = Outcome(self._step, error, at), None, None
+                outcome, self._step, self._thread = Outcome(self._step, error, at, remedy), None, None
                 return outcome
             if not wait:
                 return None
@@ -125,9 +129,10 @@ class Saver:
             self._root.mkdir(parents=True, exist_ok=True)
             free, needed = shutil.disk_usage(self._root).free, num_bytes + SPARE_BYTES
         except OSError as failure:
-            return _told(failure, self._root)
+            return self._refused(failure)
         if free >= needed:
             return None
+        self._remedy = "free some space"
         return f"{free / 1e6:,.1f} MB free, {needed / 1e6:,.1f} MB needed ({self._root})"
 
     def _write(self, step: int, groups: Groups, state: str) -> None:
@@ -139,13 +144,17 @@ class Saver:
             if self._remote:
                 self._copy(folder, self._remote)
         except OSError as failure:
-            self._error = _told(failure, self._root)
+            self._error = self._refused(failure)
         except Exception as failure:  # told by the loop, which must not wait for ever
             log.exception("the checkpoint of step %d", step)
-            self._error = repr(failure)
+            self._error, self._remedy = repr(failure), "see the traceback above"
         finally:
             self._ended_at = time.perf_counter()
             self._ended.set()
+
+    def _refused(self, failure: OSError) -> str:
+        self._remedy = disk_remedy(failure)
+        return f"{failure.strerror or failure} ({failure.filename or self._root})"
 
     def _copy(self, folder: Path, remote: str) -> None:
         """Copy a checkpoint; where that fails the save did not: what is needed to go on stands in the run's folder."""
@@ -156,7 +165,3 @@ class Saver:
                 "%s is not copied: %s; training goes on and the next save tries again. Check network and access rights",
                 *(folder, failure),
             )
-
-
-def _told(failure: OSError, root: Path) -> str:
-    return f"{failure.strerror or failure} ({failure.filename or root})"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -22,7 +22,7 @@ from scaledistill.checkpoint import Checkpoint, newest_checkpoint
 from scaledistill.config import DistillConfig
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
-from scaledistill.distributed import Ranks, failing_together, gather_objects, reported_once
+from scaledistill.distributed import BF16_ON_CPU, Ranks, failing_together, gather_objects, reported_once
 from scaledistill.doctor import check_same_run, open_shards, other_run, student_shape
 from scaledistill.engines import Engine, EngineState, create_engine, shard_teacher
 from scaledistill.engines.deepspeed_block import zero_settings
@@ -31,7 +31,7 @@ from scaledistill.estimate import DTYPES, Estimate
 from scaledistill.exports import Facts, write_student
 from scaledistill.microbatch import choose, with_micro_batch
 from scaledistill.models.attention import use_varlen_attention
-from scaledistill.models.capture import blocks_of, capture_view, compile_blocks, forward_flops
+from scaledistill.models.capture import blocks_of, build_encoder, capture_view, compile_blocks, forward_flops
 from scaledistill.models.student import build_student
 from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
 from scaledistill.saving import Groups, Saver
@@ -95,8 +95,8 @@ class Session:
             raise ValueError("the configuration is not resolved")
         return size
 
-    def stream(self) -> ShardStream:
-        """Return this rank's micro-batches from the current step on."""
+    def stream(self, step: int | None = None) -> ShardStream:
+        """Return this rank's micro-batches from a step on, the current one unless said."""
         return ShardStream(
             self.shards,
             self.order,
@@ -104,7 +104,7 @@ class Session:
             micro_batch_size=self.micro_batch_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            first_sample=self.step * self.config.train.global_batch_size,
+            first_sample=(self.step if step is None else step) * self.config.train.global_batch_size,
             prefetch_batches=self.config.data.prefetch_batches,
             with_documents=self.config.data.attention == "document",
             device=self.ranks.device,
@@ -158,8 +158,15 @@ class Session:
         }
         return groups, facts
 
-    def export(self, folder_name: str, losses: Mapping[str, float | None]) -> Path:
+    def export(
+        self,
+        folder_name: str,
+        losses: Mapping[str, float | None],
+        check: Callable[[PreTrainedModel], None] = lambda model: None,
+    ) -> Path:
         """Write the full student as a plain transformers model, reload and compare it. Collective; rank 0 writes.
+
+        `check` gets the student that was read back, with what tap "extra" adds, before it replaces an older export.
 
         Raises:
             DataError: the disk did not take it, or what was read back differs.
@@ -168,10 +175,27 @@ class Session:
         weights = self.student.engine.weights()
         with failing_together():
             if self.ranks.is_main:
-                self._write_export(folder, weights, losses)
+                self._write_export(folder, weights, losses, check)
         return folder
 
-    def _write_export(self, folder: Path, weights: Mapping[str, Tensor], losses: Mapping[str, float | None]) -> None:
+    def _write_export(
+        self,
+        folder: Path,
+        weights: Mapping[str, Tensor],
+        losses: Mapping[str, float | None],
+        check: Callable[[PreTrainedModel], None],
+    ) -> None:
+        student = self.student
+        whole = {**student.untrained, **weights}
+
+        def check_read_back(model: PreTrainedModel) -> None:
+            if self.config.students[student.name].tap == "extra":  # the export lacks the projection of the tap
+                tapped = build_encoder(student.config)
+                tapped.load_state_dict({**whole, **model.state_dict()})
+                model = tapped
+            model.config._attn_implementation = student.config._attn_implementation
+            check(model)
+
         facts = Facts(
             self.step,
             self.teacher.sha256,
@@ -179,7 +203,7 @@ class Session:
             {label: None if loss is None else f"{loss:.4f}" for label, loss in losses.items()},
             versions(),
         )
-        write_student(folder, self.config, self.student.config, {**self.student.untrained, **weights}, facts)
+        write_student(folder, self.config, student.config, whole, facts, check_read_back)
 
 
 def versions() -> dict[str, str]:
@@ -199,6 +223,8 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool, sized_by:
         DataError: data or models are not what the run needs.
     """
     data, teacher_settings = config.data, config.teacher
+    if ranks.is_main and ranks.device.type == "cpu" and config.train.precision == "bf16":
+        log.warning("%s", BF16_ON_CPU)
     if ranks.is_main:
         log.info("loading %s up to layer %d", teacher_settings.model, teacher_settings.layer)
     with failing_together():

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from scaledistill.data.stream import Batch
 from scaledistill.distributed import all_reduce_sum, any_rank
-from scaledistill.models.capture import split_qkv, view_inputs
-from scaledistill.relations import RelationLoss, relation_loss
+from scaledistill.errors import DataError
+from scaledistill.models.capture import capture_view, split_qkv, view_inputs
+from scaledistill.relations import QKV, RelationLoss, relation_loss
 from scaledistill.session import Session
 from scaledistill.speed import Stopwatch
 
 STOP_CHECK_BATCHES = 4
 """After so many batches of a validation the ranks agree on whether to stop: on a GPU, a wait for the device."""
+
+
+PROBE_BATCHES = 2
+"""Micro-batches that an export is tried on."""
+PROBE_TOLERANCE = {torch.float32: (0.01, 1e-4), torch.bfloat16: (0.05, 1e-3), torch.float16: (0.05, 1e-3)}
+"""How far the loss of an export may be from the run's own on the same rows, relative and absolute, by the precision of
+the student's output. Both compute the same; kernels and their order of sums may differ, and compiled blocks round less
+often. Weights in the wrong places give tens of percent."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ def train_step(
         with watch.phase("backward"):
             student.engine.backward(loss.total * poison, last=micro + 1 == session.accumulation)
         sums[:-1] += torch.stack([loss.total.detach(), *(loss.by_pair[pair].detach() for pair in pairs)])
+        del loss, poison  # what the loss's graph holds would stay through the next micro-batch's forward
     rate = learning_rate(
         session.step, peak=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
     )
@@ -75,22 +89,76 @@ def train_step(
 
 def forward_loss(session: Session, batch: Batch, watch: Stopwatch) -> RelationLoss:
     """Return the relation loss of a micro-batch: the teacher's Q, K and V against the student's."""
-    student, relations = session.student, session.config.relations
-    tokens = (batch.input_ids_BT, batch.mask_BT, batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens)
+    student, tokens = session.student, _tokens(batch)
     with watch.phase("teacher"):
         target = session.teacher(*tokens)
     with watch.phase("student"):
         output_BTD = student.engine.forward(view_inputs(student.config, *tokens))
     with watch.phase("loss"):
-        return relation_loss(
-            target,
-            split_qkv(output_BTD, student.qkv_widths),
-            num_heads=session.config.relation_heads(student.name),
-            pairs=relations.pairs,
-            mask_BT=batch.mask_BT,
-            segment_ids_BT=batch.segment_ids_BT,
-            backend=relations.backend,
-        )
+        return _relation_loss(session, batch, target, output_BTD)
+
+
+def _tokens(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    return batch.input_ids_BT, batch.mask_BT, batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens
+
+
+def _relation_loss(session: Session, batch: Batch, target: QKV, output_BTD: Tensor) -> RelationLoss:
+    student, relations = session.student, session.config.relations
+    return relation_loss(
+        target,
+        split_qkv(output_BTD, student.qkv_widths),
+        num_heads=session.config.relation_heads(student.name),
+        pairs=relations.pairs,
+        mask_BT=batch.mask_BT,
+        segment_ids_BT=batch.segment_ids_BT,
+        backend=relations.backend,
+    )
+
+
+class ExportProbe:
+    """What the student under training computes on a few rows, for its export to be compared with.
+
+    The rows are the first of `data.validation` where there are any, else of the first training step.
+    """
+
+    @torch.no_grad()
+    def __init__(self, session: Session) -> None:
+        """Run teacher and student on the rows. Collective."""
+        self._session, engine = session, session.student.engine
+        engine.train_mode(False)
+        with ExitStack() as stack:
+            batches = session.validation_batches() if session.held_out else stack.enter_context(session.stream(0))
+            count = PROBE_BATCHES if session.held_out else min(PROBE_BATCHES, session.accumulation)
+            self._batches = list(islice(batches, count))
+        self._targets = [session.teacher(*_tokens(batch)) for batch in self._batches]
+        outputs = [engine.forward(view_inputs(session.student.config, *_tokens(batch))) for batch in self._batches]
+        self._dtype = outputs[0].dtype
+        self._loss = self._mean_loss(outputs)
+        engine.train_mode(True)
+
+    @torch.no_grad()
+    def check(self, model: PreTrainedModel) -> None:
+        """Compare the loss of an export that was loaded again, whole up to the student's tap. On one rank.
+
+        Raises:
+            DataError: it is further from the run's own than rounding can move it.
+        """
+        config, device = self._session.student.config, self._session.ranks.device
+        view = capture_view(model, config.num_hidden_layers).to(device, self._dtype).eval()
+        outputs = [view(**view_inputs(config, *_tokens(batch))).last_hidden_state for batch in self._batches]
+        loss = self._mean_loss(outputs)
+        relative, absolute = PROBE_TOLERANCE[self._dtype]
+        if not abs(loss - self._loss) <= relative * abs(self._loss) + absolute:
+            rows = "data.validation" if self._session.held_out else "data.train"
+            raise DataError(
+                f"the student's loss on rows of {rows} is {self._loss:.4f} in the run, but {loss:.4f} once exported "
+                f"and loaded again; expected equal losses within {relative:.0%}. The export was not put in place, and "
+                "the run's checkpoints may be wrong too: start over with other settings in `engine`, and report this"
+            )
+
+    def _mean_loss(self, outputs: list[torch.Tensor]) -> float:
+        compared = zip(self._batches, self._targets, outputs, strict=True)
+        return sum(float(_relation_loss(self._session, *each).total) for each in compared) / len(outputs)
 
 
 def seed_dropout(*numbers: int) -> None:
@@ -118,6 +186,7 @@ def validation_loss(
             break
         loss = forward_loss(session, batch, Stopwatch())
         sums += torch.stack([loss.total.double() * batch.weight, torch.full_like(sums[0], batch.weight)])
+        del loss
     student.engine.train_mode(True)
     if stopped:
         return None

@@ -5,6 +5,7 @@ Everything that computes lives in the modules imported here; this one says in wh
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -27,15 +28,17 @@ from scaledistill.errors import (
     DataError,
     DivergedError,
     PeerError,
+    counted,
 )
-from scaledistill.files import write_json
+from scaledistill.files import disk_remedy, write_json
 from scaledistill.metrics import Pace, Recorder, line
 from scaledistill.plan import start_summary
 from scaledistill.profiling import WARMUP_STEPS, StepProfiler
+from scaledistill.resuming import resume_hint
 from scaledistill.saving import Outcome
 from scaledistill.session import Session, open_session
 from scaledistill.speed import Stopwatch, memory_peak_bytes
-from scaledistill.step import StepResult, train_step, validation_loss
+from scaledistill.step import ExportProbe, StepResult, train_step, validation_loss
 from scaledistill.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -90,6 +93,7 @@ class Bookkeeper:
         session = self._session
         if self._status is None:
             return
+        self._stop.answer = "saving a checkpoint and stopping"
         self._status.step, self._status.started = session.step, True
         with failing_together():
             if session.ranks.is_main:
@@ -112,7 +116,7 @@ class Bookkeeper:
                 run_name=self._config.logging.run_name,
             )
         except OSError as error:
-            raise DataError(f"run.folder={self._folder} cannot be written: {error}; free some space") from None
+            raise DataError(f"run.folder={self._folder} cannot be written: {error}; {disk_remedy(error)}") from None
         self._recorder = stack.enter_context(recorder)
 
     def after_step(self, result: StepResult) -> None:
@@ -145,12 +149,15 @@ class Bookkeeper:
         """Export, and say how it ended."""
         session = self._session
         if self._status is None:
-            return RunResult("dry run", EXIT_DONE, session.step, f"{session.step} steps made, nothing written")
+            return RunResult(
+                "dry run", EXIT_DONE, session.step, f"{counted(session.step, 'step')} made, nothing written"
+            )
         self._at("export")
-        folder = session.export(session.student.name, {"validation loss": session.last_validation})
-        message = (
-            f"{session.step} steps done; the student is in {folder}, the loss curve in {self._folder / 'loss.png'}"
-        )
+        self._stop.answer = "all steps are done and saved; the run ends as soon as the student is exported"
+        losses = {"validation loss": session.last_validation}
+        folder = session.export(session.student.name, losses, ExportProbe(session).check)
+        curve = self._folder / "loss.png"
+        message = f"{counted(session.step, 'step')} done; the student is in {folder}, the loss curve in {curve}"
         if session.ranks.is_main:
             self._status.write_if_possible("done", message, EXIT_DONE)
         return RunResult("done", EXIT_DONE, session.step, message)
@@ -186,10 +193,15 @@ class Bookkeeper:
             message = (
                 f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last on {samples}; "
                 f"train.max_skipped_steps={self._config.train.max_skipped_steps} allows no more. Lower "
-                "train.learning_rate or lengthen train.warmup_steps; the last checkpoint is intact"
+                f"train.learning_rate or lengthen train.warmup_steps; {self._newest_checkpoint()}"
             )
             with reported_once(session.ranks):
                 raise DivergedError(message)
+
+    def _newest_checkpoint(self) -> str:
+        """Say which checkpoint there is to go back to; one that is still being written is none yet."""
+        folders = [folder.name for folder in (self._folder / "checkpoints").glob("step-*")]
+        return f"the last checkpoint is step {int(max(folders)[5:])}" if folders else "there is no checkpoint yet"
 
     def _validate(self) -> float | None:
         """Validate, and export the student if it is the best so far; None where someone asked to stop meanwhile."""
@@ -207,7 +219,8 @@ class Bookkeeper:
                 session.export(f"{session.student.name}-best", {"validation loss": loss})
                 session.best = {"step": session.step, "validation_loss": loss, "yardstick": yardstick}
             except (DataError, PeerError) as error:
-                self._warn("%s; training goes on, the best export before is kept", error)
+                kept = "the best export before is kept" if session.best else "there is no best export yet"
+                self._warn("%s; training goes on, %s", error, kept)
         return loss
 
     def _record(self, result: StepResult, validation: float | None) -> None:
@@ -240,7 +253,7 @@ class Bookkeeper:
         failed = self._settle(wait=leaving or due)
         if failed and not leaving and self._failed_saves > settings.max_failed_saves:
             limit = f"checkpoint.max_failed_saves={settings.max_failed_saves}"
-            self._give_up(failed, f"{self._failed_saves} saves failed in a row, {limit} allows no more")
+            self._give_up(failed, f"{counted(self._failed_saves, 'save')} failed in a row, {limit} allows no more")
         if leaving or due or failed:
             session.save()
         if leaving and (failed := self._settle(wait=True)):
@@ -261,8 +274,8 @@ class Bookkeeper:
     def _give_up(self, failed: Outcome, why: str) -> None:
         with reported_once(self._session.ranks):
             raise DataError(
-                f"the checkpoint of step {failed.step} could not be saved: {failed.error}; {why}. Free some space and "
-                "start again: the run goes on from the last good checkpoint, which is intact"
+                f"the checkpoint of step {failed.step} could not be saved: {failed.error}; {why}. "
+                f"{failed.remedy[:1].upper()}{failed.remedy[1:]}; {resume_hint(self._folder)}"
             )
 
 
@@ -292,6 +305,14 @@ def distill(
 
 
 def _distill(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None) -> RunResult:
+    """Make the run and free everything that it held, for what this process does next."""
+    result = _run(config, fresh, dry_run_steps, profile_steps)
+    for _ in range(2):  # models and engines are in cycles, and their parameters in others behind autograd's references
+        gc.collect()
+    return result
+
+
+def _run(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None) -> RunResult:
     with ExitStack() as stack:
         run = config.run
         # The group's own limit is the later one, so that the watchdog speaks first.
@@ -339,7 +360,8 @@ def _distill(config: DistillConfig, fresh: bool, dry_run_steps: int | None, prof
 
 def stopped(status: runfolder.Status | None, ranks: Ranks, step: int, reason: str | None) -> RunResult:
     """Say that a run was stopped; the ranks leave together. Collective."""
-    message = f"stopped after step {step} ({reason or 'another rank was asked to'}); the same command goes on"
+    then = "rerun the same command to resume" if step and status else "rerun the same command to start again"
+    message = f"stopped after step {step} ({reason or 'another rank was asked to'}); {then}"
     with failing_together():  # a launcher that sees one rank leave ends the others
         if status and ranks.is_main:
             status.write_if_possible("stopped", message, EXIT_STOPPED)
@@ -366,7 +388,9 @@ def profile_run(session: Session, last_step: int, at: Callable[[str], None]) -> 
             train_step(session, stream, lambda: None, watch)
             if profiler:
                 profiler.after_step()
-    return RunResult("dry run", EXIT_DONE, session.step, f"{session.step} steps made, the profile is in {folder}")
+    return RunResult(
+        "dry run", EXIT_DONE, session.step, f"{counted(session.step, 'step')} made, the profile is in {folder}"
+    )
 
 
 def run_steps(

@@ -30,12 +30,12 @@ import torch.distributed as dist
 from scaledistill.config import RunSettings
 from scaledistill.distributed import Ranks, explain_lost_peer, private_store
 from scaledistill.errors import EXIT_ENVIRONMENT, DataError, PeerError
+from scaledistill.resuming import resume_hint
 
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 2.0
 NAMED_RANKS = 8
-GOES_ON = "the same command goes on from the last checkpoint"
 
 
 class Beat(NamedTuple):
@@ -266,7 +266,7 @@ class Watchdog:
             why = f"not heard of for {silent:.0f} s ({limit}): killed, stopped, or the machine or its network is gone"
         last = max(beats, key=lambda beat: beat.progress, default=None)
         seen = f"last seen at step {last.step}, {last.phase!r}" if last else "never seen"
-        return Verdict(f"{_named(gone)} on {hosts} is lost: {why}; {seen}; {GOES_ON}", sorted(gone))
+        return Verdict(f"{_named(gone)} on {hosts} is lost: {why}; {seen}; {self._resuming()}", sorted(gone))
 
     def _stalled(self, beats: Mapping[int, Beat]) -> Verdict:
         limit = self._settings.timeout_seconds
@@ -275,7 +275,7 @@ class Watchdog:
         who = "each rank" if len(behind) == len(beats) > 1 else f"{_named(behind)} on {beat.host}"
         where = f"{who} stands at step {beat.step}, {beat.phase!r}"
         stacks = f"what the ranks were doing is in {self._folder}" if self._folder else "the stacks are above"
-        message = f"no progress for {limit} s (run.timeout_seconds={limit}): {where}; {stacks}; {GOES_ON}"
+        message = f"no progress for {limit} s (run.timeout_seconds={limit}): {where}; {stacks}; {self._resuming()}"
         return Verdict(message, [])
 
     def _store_lost(self) -> Verdict:
@@ -286,7 +286,11 @@ class Watchdog:
             who, lost = f"rank 0 on {host}, which holds the job's store,", [0]
         limit = f"run.lost_rank_seconds={self._settings.lost_rank_seconds}"
         why = f"does not answer any more ({limit}): killed, stopped, or the machine or its network is gone"
-        return Verdict(f"{who} {why}; this rank was at step {self._place[1]}, {self._place[2]!r}; {GOES_ON}", lost)
+        here = f"this rank was at step {self._place[1]}, {self._place[2]!r}"
+        return Verdict(f"{who} {why}; {here}; {self._resuming()}", lost)
+
+    def _resuming(self) -> str:
+        return resume_hint(self._settings.folder) if self._folder else "rerun the same command"
 
     def _speaks(self, verdict: Verdict) -> bool:
         """Whether this is the lowest rank left: of all; or of this machine, where ranks cannot agree."""

@@ -16,6 +16,7 @@ from scaledistill.config import DistillConfig
 from scaledistill.configfile import parse_config
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("SCALEDISTILL_CPU_BF16", "0")  # the same on every machine; `fast_bf16` tests both ways
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all that it starts, ignores it
 ENCODER_SIZES = {
     "vocab_size": 97,
@@ -26,6 +27,13 @@ ENCODER_SIZES = {
     "max_position_embeddings": 40,
 }
 WORDS = [f"w{number:03}" for number in range(195)]
+
+
+@pytest.fixture(params=[False, True], ids=["slow-bf16", "fast-bf16"])
+def fast_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Run a test twice: as on a CPU without and with bf16 units, in subprocesses and ranks too."""
+    monkeypatch.setenv("SCALEDISTILL_CPU_BF16", str(int(request.param)))
+    return request.param
 
 
 @pytest.fixture(scope="session")

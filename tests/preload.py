@@ -1,5 +1,6 @@
 """Imports, once, what every rank would import: for the process that ranks are forked from."""
 
+import gc
 import importlib
 import os
 
@@ -16,3 +17,5 @@ for name in (
     "scaledistill.train",
 ):
     importlib.import_module(name)
+
+gc.freeze()  # a rank's garbage collector has only the rank's own objects to go through

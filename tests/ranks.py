@@ -30,9 +30,11 @@ class Job:
     def __init__(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> None:
         self._results = context.Queue()
         port = free_port()
+        # Ranks have the environment of the process that they are forked from, not this one's.
+        passed_on = {name: value for name, value in os.environ.items() if name.startswith("SCALEDISTILL_")}
         self.processes = [
             context.Process(
-                target=_enter, args=(self._results, function, rank, world_size, port, arguments), daemon=True
+                target=_enter, args=(self._results, function, rank, world_size, port, passed_on, arguments), daemon=True
             )
             for rank in range(world_size)
         ]
@@ -77,8 +79,15 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
 
 
 def _enter(
-    results: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, arguments: tuple[Any, ...]
+    results: Any,
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    passed_on: dict[str, str],
+    arguments: tuple[Any, ...],
 ) -> None:
+    os.environ |= passed_on
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world_size)}
     import torch

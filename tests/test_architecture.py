@@ -15,14 +15,16 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# Which modules of the package each may import, anywhere in it; `errors` may be imported by all but `relations`.
+# Which modules of the package each may import, anywhere in it; `errors` may be imported by all but
+# `relations`.
 ALLOWED: dict[str, set[str]] = {
-    "__init__": {"config", "models.capture", "relations", "train", "trainer"},
+    "__init__": {"config", "models.capture", "prepare", "relations", "train", "trainer"},
+    "__main__": {"cli"},
     "benchmark": set(),
     "checkpoint": {"distributed", "files", "mirror"},
     "cli": {
-        *("config", "configfile", "distributed", "doctor", "exports", "files", "hints", "plan", "runfolder", "train"),
-        "wording",
+        *("config", "configfile", "distributed", "doctor", "exports", "files", "hints", "launcher", "plan"),
+        *("resuming", "runfolder", "train", "wording"),
     },
     "config": set(),
     "configfile": {"config", "wording"},
@@ -38,19 +40,22 @@ ALLOWED: dict[str, set[str]] = {
     "data.paths": {"data.compression"},
     "data.pool": set(),
     "data.reader": {"data.manifest", "data.order", "data.remote"},
-    "data.remote": set(),
-    "data.shards": {"data.manifest"},
+    "data.remote": {"files"},
+    "data.shards": {"data.manifest", "files"},
     "data.sources": {"data.archives", "data.compression", "data.content", "data.longtext", "data.paths"},
     "data.stream": {"data.manifest", "data.order", "data.reader"},
-    "data.text": {"data.longtext"},
-    "distributed": set(),
+    "data.text": {"data.longtext", "data.tokenizer"},
+    "data.tokenizer": {"files"},
+    "distributed": {"launcher"},
     "doctor": {
         "checkpoint",
         "config",
         "data.order",
+        "data.manifest",
         "data.remote",
         "data.stream",
         "data.text",
+        "data.tokenizer",
         "distributed",
         "engines.deepspeed_block",
         "estimate",
@@ -58,7 +63,6 @@ ALLOWED: dict[str, set[str]] = {
         "microbatch",
         "mirror",
         "models.capture",
-        "models.export",
         "models.student",
         "models.teacher",
         "relations",
@@ -82,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
         "wording",
     },
     "exports": {
-        *("checkpoint", "config", "configfile", "doctor", "metrics", "mirror"),
+        *("checkpoint", "config", "configfile", "doctor", "files", "metrics", "mirror"),
         *("models.export", "models.student", "models.teacher"),
     },
     "files": set(),
@@ -102,22 +106,24 @@ ALLOWED: dict[str, set[str]] = {
     "glue.listing": {"benchmark", "glue.cell", "glue.plan", "speed"},
     "glue.picture": {"glue.summary"},
     "glue.plan": {
-        *("config", "data.text", "files", "glue.cell", "glue.features", "glue.metrics", "glue.read", "glue.tasks"),
+        *("config", "data.tokenizer", "files", "glue.cell", "glue.features", "glue.metrics", "glue.read", "glue.tasks"),
         *("models.capture", "models.teacher", "models.weights"),
     },
     "glue.speed": {"benchmark", "glue.plan", "models.teacher"},
     "glue.summary": {"benchmark", "files", "glue.cell", "glue.picture", "glue.published", "glue.tasks"},
     "glue.worker": {"__init__", "glue.cell", "glue.finetune"},
-    "metrics": {"trackers"},
     "hints": set(),
+    "launcher": set(),
+    "metrics": {"trackers"},
     "microbatch": {"config", "distributed", "estimate", "models.capture", "models.teacher", "relations"},
     "mirror": {"data.remote"},
     "models": set(),
     "models.attention": set(),
-    "models.capture": {"models.attention", "relations"},
-    "models.export": {"files", "models.capture", "models.teacher"},
-    "models.student": {"models.capture", "models.teacher"},
-    "models.teacher": {"files", "models.capture", "models.weights", "relations"},
+    "models.capture": {"models.attention", "models.configs", "relations"},
+    "models.configs": set(),
+    "models.export": {"data.tokenizer", "files", "models.capture", "models.teacher"},
+    "models.student": {"models.capture", "models.configs", "models.teacher"},
+    "models.teacher": {"files", "models.capture", "models.configs", "models.weights", "relations"},
     "models.weights": set(),
     "relations": {"relations.reference", "relations.sdpa", "relations.spec", "relations.triton"},
     "relations.reference": {"relations.spec"},
@@ -128,10 +134,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "relations.triton_kernels": set(),
     "relations.triton_launch": set(),
-    "plan": {"config", "doctor", "engines.deepspeed_block", "estimate", "metrics"},
-    "profiling": {"speed"},
+    "plan": {"config", "distributed", "doctor", "engines.deepspeed_block", "estimate", "metrics"},
+    "prepare": set(),
+    "profiling": {"files", "speed"},
+    "resuming": set(),
     "runfolder": {"distributed", "files"},
-    "saving": {"checkpoint", "distributed", "mirror"},
+    "saving": {"checkpoint", "distributed", "files", "mirror"},
     "session": {
         "__init__",
         "checkpoint",
@@ -155,19 +163,19 @@ ALLOWED: dict[str, set[str]] = {
     "speed": set(),
     "step": {"data.stream", "distributed", "models.capture", "relations", "session", "speed"},
     "trackers": {"files"},
-    "trainer": {"models.capture", "models.student", "models.teacher", "relations"},
+    "trainer": {"files", "models.capture", "models.student", "models.teacher", "prepare", "relations"},
     "train": {
         *("config", "distributed", "doctor", "evaluation", "files", "metrics", "profiling", "runfolder", "session"),
-        *("mirror", "plan", "saving", "speed", "step", "watchdog"),
+        *("mirror", "plan", "resuming", "saving", "speed", "step", "watchdog"),
     },
-    "watchdog": {"config", "distributed"},
+    "watchdog": {"config", "distributed", "resuming"},
     "wording": {"config", "hints"},
 }
 
 # Who may import a heavy third party, anywhere; nobody else does. A folder stands for its modules.
 THIRD_PARTIES: dict[str, set[str]] = {
     "accelerate": {"trackers", "models.teacher"},
-    "datasets": {"data.sources", "glue.read", "trainer"},
+    "datasets": {"data.sources", "glue.read", "prepare"},
     "deepspeed": {"engines.deepspeed"},
     "matplotlib": {"glue.picture", "metrics"},
     "triton": {"relations"},
@@ -186,7 +194,8 @@ THIRD_PARTIES: dict[str, set[str]] = {
         *("models", "profiling", "relations", "saving", "session", "speed", "step", "train", "trainer", "watchdog"),
     },
     "transformers": {
-        *("data.make", "data.text", "doctor", "estimate", "microbatch", "models", "session", "trainer"),
+        *("data.make", "data.text", "data.tokenizer", "doctor", "estimate", "exports", "microbatch", "models"),
+        *("prepare", "session", "step", "trainer"),
         *("glue.features", "glue.finetune", "glue.plan", "glue.speed", "glue.squad"),
     },
     "webdataset": {"data.shards", "data.sources"},
@@ -194,18 +203,8 @@ THIRD_PARTIES: dict[str, set[str]] = {
 
 # Imported before the command line has said what it wants: quick, so nothing heavy at their top.
 LIGHT_AT_THE_TOP = {
-    *(
-        "__init__",
-        "cli",
-        "config",
-        "configfile",
-        "errors",
-        "hints",
-        "wording",
-        "data.text",
-        "data.make",
-        "data.sources",
-    ),
+    *("__init__", "cli", "config", "configfile", "errors", "hints", "wording"),
+    *("data.text", "data.tokenizer", "data.make", "data.sources"),
     *("glue.cell", "glue.command"),
 }
 

@@ -78,7 +78,7 @@ while True:
 
 
 def test_step_beside_a_peer(
-    run_tool: Callable[..., tuple[int, Figures]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    run_tool: Callable[..., tuple[int, Figures]], tmp_path: Path, capfd: pytest.CaptureFixture[str], fast_bf16: bool
 ) -> None:
     environment = peer_environment(tmp_path / "venv", f"0.1.1 {version('torch')} 4.57.6", PEER_WORKER)
     markdown = tmp_path / "tables.md"
@@ -101,12 +101,14 @@ def test_step_beside_a_peer(
     assert value("speedup_vs_bertdistiller") == pytest.approx(value("tokens_per_second") / 64, rel=0.5)
     # Per token: a whole layer has 24 D² + 4 T D, Q/K/V alone 6 D²; the student's count three times.
     needed = (30 * 32**2 + 4 * 16 * 32) + 3 * (30 * 16**2 + 4 * 16 * 16)
-    rate = figures["machine/matrix_rate_fp32"]["value"]
-    assert value("mfu") == value("mfu_fp32") == pytest.approx(needed * value("tokens_per_second") / rate)
+    dtype = "bf16" if fast_bf16 else "fp32"  # the teacher's
+    rate = figures[f"machine/matrix_rate_{dtype}"]["value"]
+    assert value("mfu") == value(f"mfu_{dtype}") == pytest.approx(needed * value("tokens_per_second") / rate)
     shares = [value(f"{phase}_fraction") for phase in ("teacher", "student", "loss", "backward", "optimizer")]
     assert min(shares) > 0
     assert sum(shares) + value("data_wait_fraction") < 1
     assert "| 4x16 | bertdistiller | 64 |" in markdown.read_text()
+    assert f"| 4x16 | {dtype}, fp32 |" in markdown.read_text()
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,13 @@ def test_damage_is_found_and_the_one_before_wins(
     assert warning == f"checkpoint {newest} is damaged ({found}); falling back to the one before"
 
 
+def test_the_only_one_is_damaged(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, ranks, 7)
+    (tmp_path / "step-000000007" / "state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path, ranks) is None
+    assert caplog.messages[0].endswith("; there is none before it: the run starts from the beginning")
+
+
 def test_every_bit_of_the_data_counts(tmp_path: Path, ranks: Ranks) -> None:
     save(tmp_path, ranks, 1)
     folder = tmp_path / "step-000000001"

@@ -29,6 +29,7 @@ MakeFile = Callable[..., Path]
 def _messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what `main` sets up for a whole process: handlers, warning filters and variables."""
     monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES})
+    monkeypatch.setattr(cli, "REPORT_SECONDS", 0.0)
     package = logging.getLogger("scaledistill")
     before = package.handlers[:], package.propagate, package.level
     with warnings.catch_warnings():
@@ -59,6 +60,17 @@ def test_help_is_quick_and_says_what_counts(capsys: pytest.CaptureFixture[str]) 
         assert part in text, part
     assert "exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request" in text
     assert "local_rank" not in text
+
+
+@pytest.mark.parametrize("module", ["scaledistill", "scaledistill.cli"])
+def test_the_package_runs_as_a_module(module: str, config_file: MakeFile) -> None:
+    command = [sys.executable, "-m", module, "--config", str(config_file()), "--set", "train.max_steps=4321"]
+    shown = subprocess.run([*command, "--print-config"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert json.loads(shown.stdout)["train"]["max_steps"] == 4321
+    wrong = subprocess.run([*command, "--frsh"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert wrong.returncode == 2
+    assert "unknown option --frsh; did you mean --fresh?" in wrong.stderr
+    assert "RuntimeWarning" not in wrong.stderr
 
 
 HEAVY = """
@@ -174,7 +186,7 @@ def test_a_missing_file_is_a_configuration_error(capsys: pytest.CaptureFixture[s
 def test_validate_prints_the_plan(config_file: MakeFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(config_file()), "--validate"]) == 0
     captured = capsys.readouterr()
-    assert "DeepSpeed ZeRO-1, 1 rank" in captured.out
+    assert re.search(r"DeepSpeed ZeRO-2, 1 rank +\n", captured.out)
     assert captured.out.endswith("everything that can be checked without loading weights is in order\n")
     assert captured.err == ""
     assert not (tmp_path / "run").exists()
@@ -185,10 +197,10 @@ def test_validate_plans_for_other_numbers_of_ranks(config_file: MakeFile, capsys
     assert main([*arguments, "7"]) == 2
     assert "train.global_batch_size=8 is not divisible by 7 ranks; use 7 or 14" in capsys.readouterr().err
     assert main([*arguments, "4"]) == 0
-    assert "DeepSpeed ZeRO-1, 4 ranks" in capsys.readouterr().out
+    assert "DeepSpeed ZeRO-2, 4 ranks" in capsys.readouterr().out
     os.environ["WORLD_SIZE"] = "2"  # under a launcher
     assert main(arguments[:-1]) == 0
-    assert "DeepSpeed ZeRO-1, 2 ranks" in capsys.readouterr().out
+    assert "DeepSpeed ZeRO-2, 2 ranks" in capsys.readouterr().out
 
 
 def test_validate_says_that_the_folder_is_in_use(
@@ -202,7 +214,7 @@ def test_validate_says_that_the_folder_is_in_use(
         )
         assert main(["--config", str(config_file()), "--validate"]) == 2
         captured = capsys.readouterr()
-        assert "DeepSpeed ZeRO-1, 1 rank" in captured.out
+        assert "DeepSpeed ZeRO-2, 1 rank" in captured.out
         assert "in use by a running process (pid 17 on node1, running, step 3 of 6); this configuration" in captured.err
     assert main(["--config", str(config_file()), "--validate"]) == 0
 
@@ -296,6 +308,67 @@ def test_export_is_rank_0s(
         assert "ERROR no checkpoint of step 7" in captured.err
     else:
         assert (codes, asked, captured.err) == ([0, 0, 0], [], "")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fault", "waits"),
+    [
+        (("1", "1"), PeerError("said by rank 0", 3), [30]),
+        (("9", "1"), PeerError("said by rank 0", 3), [5]),  # another machine
+        (("0", "0"), DivergedError("said here"), []),
+        (("1", "1"), "--set=x=1", [30]),
+        (("8", "0"), "--set=x=1", []),  # the first of its machine, which reads a file of its own
+        (("1", "1"), "--frsh", [30]),
+        (("0", "0"), "--frsh", []),
+    ],
+)
+def test_who_does_not_report_leaves_last(
+    ranks: tuple[str, str], fault: Any, waits: list[int], config_file: MakeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise fault
+
+    pauses: list[float] = []
+    monkeypatch.setattr(train, "distill", run)
+    monkeypatch.setattr(cli, "REPORT_SECONDS", 30)
+    monkeypatch.setattr("scaledistill.cli.time.sleep", pauses.append)
+    os.environ["RANK"], os.environ["LOCAL_RANK"] = ranks
+    options = ["--config", str(config_file()), *([fault] if isinstance(fault, str) else [])]
+    if fault == "--frsh":
+        with pytest.raises(SystemExit, match="2"):
+            main(options)
+    else:
+        assert main(options) in (2, 3, 4)
+    assert pauses == waits
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_variables_of_a_launcher_that_are_no_numbers(
+    name: str, config_file: MakeFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.environ[name] = "x"
+    for options in (["--validate"], []):
+        assert main(["--config", str(config_file()), *options]) == 2
+        assert f"ERROR the environment sets {name}='x', expected a whole number" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_what_there_is(
+    config_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "distill", interrupted)
+    command = ["--config", str(config_file())]
+    for expected, options in (
+        ("interrupted; no checkpoint was saved yet: rerun the same command to start from the beginning", []),
+        ("interrupted; rerun the same command to resume from the checkpoint of step 12", []),
+        ("interrupted", ["--dry-run", "2"]),
+    ):
+        assert main([*command, *options]) == 130
+        assert capsys.readouterr().err.endswith(f"ERROR {expected}\n")
+        (tmp_path / "run" / "checkpoints" / "step-000000012").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / "checkpoints" / "step-000000012" / "manifest.json").touch()
 
 
 def test_parser_takes_what_launchers_add() -> None:

@@ -10,14 +10,18 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from scaledistill.distributed import (
+    CPU_BF16_VARIABLE,
+    REPORT_SECONDS,
     Ranks,
     all_reduce_sum,
     broadcast_object,
     failing_together,
     gather_objects,
+    has_fast_bf16,
     process_group,
     reported_once,
     resolve_precision,
+    resolve_teacher_dtype,
 )
 from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
 
@@ -114,9 +118,31 @@ def test_a_stated_precision_stays(precision: str) -> None:
 
 @pytest.mark.parametrize(("amx", "avx512", "expected"), [(0, 0, "fp32"), (1, 0, "bf16"), (0, 1, "bf16")])
 def test_automatic_precision_on_a_cpu(amx: int, avx512: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher's; a student's is fp32 on every CPU."""
+    monkeypatch.delenv(CPU_BF16_VARIABLE, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
-    assert resolve_precision("auto", CPU) == expected
+    assert has_fast_bf16(CPU) is (expected == "bf16")
+    assert resolve_teacher_dtype("auto", "auto", CPU) == expected
+    assert resolve_precision("auto", CPU) == "fp32"
+
+
+def test_what_is_stated_of_a_cpu_counts(fast_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: not fast_bf16)
+    assert has_fast_bf16(CPU) is fast_bf16
+    monkeypatch.setenv(CPU_BF16_VARIABLE, "yes")
+    with pytest.raises(
+        ConfigError, match=r"^SCALEDISTILL_CPU_BF16='yes' in the environment; expected 0 or 1, or unset"
+    ):
+        has_fast_bf16(CPU)
+
+
+@pytest.mark.parametrize(
+    ("setting", "precision", "expected"),
+    [("auto", "fp32", "fp32"), ("auto", "bf16", "bf16"), ("fp32", "bf16", "fp32"), ("bf16", "auto", "bf16")],
+)
+def test_a_stated_precision_is_the_teacher_s(setting: str, precision: str, expected: str, fast_bf16: bool) -> None:
+    assert resolve_teacher_dtype(setting, precision, CPU) == expected
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
@@ -129,6 +155,8 @@ def test_automatic_precision_on_a_gpu(native: bool, expected: str, monkeypatch: 
 def test_fp16_needs_a_gpu() -> None:
     with pytest.raises(ConfigError, match=r"^train\.precision=fp16 needs a GPU, found only a CPU; use bf16 or fp32$"):
         resolve_precision("fp16", CPU)
+    with pytest.raises(ConfigError, match=r"^teacher\.dtype=fp16 needs a GPU, found only a CPU; use bf16 or fp32$"):
+        resolve_teacher_dtype("fp16", "auto", CPU)
 
 
 @pytest.mark.parametrize("error", [ConfigError("no"), DataError("no"), DivergedError("no")], ids=type)
@@ -182,3 +210,40 @@ def test_two_ranks() -> None:
     assert first["first"] == ("ConfigError", "rank 0 says no", 2)
     assert second["first"] == ("PeerError", "rank 0 says no", 2)
     assert (first["both"][1], second["both"][0]) == ("rank 0 says no", "PeerError")
+
+
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_a_port_that_is_in_use(environment: dict[str, str]) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        environment.update({**ALONE, "WORLD_SIZE": "2", "MASTER_PORT": str(port)})
+        with (
+            pytest.raises(
+                DataError, match=rf"^port {port} on \S+, where .* is in use by another process\. .* --master_port"
+            ),
+            process_group(60),
+        ):
+            pytest.fail("a group was made")
+
+
+def test_a_rank_0_that_does_not_answer(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    def refused(*_: object, **__: object) -> None:
+        raise dist.DistNetworkError("The client socket has failed to connect\nand more")
+
+    monkeypatch.setattr(dist, "init_process_group", refused)
+    monkeypatch.setattr("scaledistill.distributed.time.sleep", pauses.append)
+    for local_size, expected in (("2", [REPORT_SECONDS]), ("1", [])):
+        environment.update({**ALONE, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": local_size})
+        with (
+            pytest.raises(DataError, match=r"^rank 1 on \S+ cannot meet .* at 127.0.0.1:29500 \(The client"),
+            process_group(9),
+        ):
+            pytest.fail("a group was made")
+        assert pauses == expected, "rank 0 of the same machine speaks for both"
+        pauses.clear()

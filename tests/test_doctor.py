@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import WORDS
 from rich.console import Console
+from test_shards import change_manifest
 
 from scaledistill import doctor
 from scaledistill.config import DistillConfig
@@ -70,7 +71,7 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
     for part in (
         "l2: 10,848 parameters, of which ",
         "4 heads, pairs qq, kk, vv",
-        "DeepSpeed ZeRO-1, 3 ranks",
+        "DeepSpeed ZeRO-2, 3 ranks",
         "24 sequences × 16 = 384 tokens; 1 micro-batch of 8 per rank",
         f"50 steps, 19.2k tokens, {1200 / plan.order.rows_per_epoch:.1f} epochs",
         f"{rows} rows in 2 shards; ",
@@ -199,7 +200,15 @@ SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r".*manifest\.json was changed or damaged after it was written: its sha256 does not match; .*",
     ),
     "no folder": (shutil.rmtree, r"no such folder: .*/train; expected a folder made by tools/make_shards\.py"),
+    "unknown tokens": (
+        lambda shards: change_manifest(shards, count_all_as_unknown),
+        r".*/train: 100\.0% of its tokens are unknown to the tokenizer, more than 5\.0%: the tokenizer does not .*",
+    ),
 }
+
+
+def count_all_as_unknown(content: dict[str, Any]) -> None:
+    content["tokenizer"]["unknown_tokens"] = content["tokens"] - 2 * content["documents"]
 
 
 @pytest.mark.parametrize("case", SHARDS)
@@ -209,6 +218,16 @@ def test_bad_shards(case: str, setting: str, tiny_config: MakeConfig, shards: Pa
     spoil(shards)
     [line] = problems_of(tiny_config(data={setting: str(shards)}), DataError)
     assert re.fullmatch(rf"data\.{setting}: {message}", line), line
+
+
+def test_unknown_tokens_that_were_accepted_are_reported(
+    tiny_config: MakeConfig, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change_manifest(shards, count_all_as_unknown)
+    change_manifest(shards, lambda content: content["source"].update(max_unknown_fraction=1))
+    doctor.check(tiny_config(data={"train": str(shards)}), 1, CPU)
+    [record] = [record for record in caplog.records if "unknown" in record.getMessage()]
+    assert record.getMessage().startswith(f"data.train: {shards}: 100.0% of its tokens are unknown to the tokenizer")
 
 
 def swap_words(teacher: Path) -> None:
@@ -235,7 +254,13 @@ MODELS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "pickled": (
         pickle_only,
         DataError,
-        r"teacher\.model='.*' has pickled weights only \(pytorch_model\.bin\), .*; expected model\.safetensors\. .*",
+        r"teacher\.model='.*' has pickled weights only \(pytorch_model\.bin\), .*; expected model\.safetensors\. .*"
+        r"save_pretrained\(new_folder\), and copy the tokenizer there as well \(tokenizer\*, vocab\*, .*\)",
+    ),
+    "no tokenizer": (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        DataError,
+        r"tokenizer '.*' cannot be loaded: .* has none of tokenizer\.json, vocab\.txt, .*; expected tokenizer\.json .*",
     ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
@@ -379,7 +404,7 @@ def test_the_plan_of_bert_large_takes_seconds(large_tree: Path, capsys: pytest.C
         "up to layer 21: 286.9 M parameters, bf16",
         "l6-h384: 22.6 M parameters, of which 21.2 M parameters train, bf16",
         "64 heads, pairs qq, kk, vv",
-        "DeepSpeed ZeRO-1, 1 rank",
+        "DeepSpeed ZeRO-2, 1 rank",
         "256 sequences × 512 = 131,072 tokens; 8 micro-batches of 32 per rank",
         "400,000 steps, 52.4G tokens",
         "everything that can be checked without loading weights is in order",

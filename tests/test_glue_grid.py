@@ -228,7 +228,7 @@ def test_cells_of_other_conditions_leave_the_table(
     shutil.copytree(result.output, tmp_path, dirs_exist_ok=True)
     plan = make_plan({"tiny": str(model)}, settings(data, max_train_rows=16))
     grid_module.write_grid(plan, tmp_path, quick=False)
-    assert "16 cells of earlier grids are left out of the summary" in caplog.text
+    assert "16 cells of earlier grids left out of the summary" in caplog.text
     assert grid_module.summary_of(tmp_path).choices == []
     assert not {cell.path(tmp_path) for cell in plan.cells} & set(contents(tmp_path))
 

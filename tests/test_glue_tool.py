@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,3 +198,10 @@ def test_the_speed_of_models(run: Run, model: Path, tmp_path: Path, monkeypatch:
     )
     assert {figure["n"] for name, figure in figures.items() if "batch" in name} == {speed_module.ROUNDS}
     assert "| other |" in (tmp_path / "out/speed.md").read_text()
+
+
+def test_it_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "scaledistill.glue.command", "--bogus"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("glue: unknown option --bogus")

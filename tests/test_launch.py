@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -56,6 +58,8 @@ def test_a_run_under(launcher: str, config_file: Callable[..., Path], tmp_path: 
     assert (tmp_path / "run" / "export" / "l2" / "model.safetensors").exists()
     told = [line for line in (output + errors).splitlines() if "step 4/4" in line]
     assert len(told) == 1, "rank 0 alone speaks"
+    if launcher == "accelerate":
+        assert "accelerate launch was asked for several" not in output + errors
     ranks = 2 if launcher in ("deepspeed", "torchrun") else 1  # accelerate starts CPU ranks by MPI only
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-000000004" / "state.json").read_text())
     assert state["world_size"] == ranks
@@ -67,6 +71,31 @@ def test_a_mistake_is_told_once_under_deepspeed(config_file: Callable[..., Path]
     told = [line for line in (output + errors).splitlines() if "train.max_stepz: unknown key" in line]
     assert len(told) == 1
     assert process.returncode == 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", ["data.train=./nowhere", "train.max_stepz=4"])
+def test_a_failure_is_told_once_under_torchrun(fault: str, config_file: Callable[..., Path]) -> None:
+    """The rank that does not report must not make torchrun end the one that does."""
+    process = start("torchrun", "--config", config_file(), "--set", fault)
+    output, errors = process.communicate(timeout=120)
+    told = [line for line in (output + errors).splitlines() if re.search("no such folder: nowhere|unknown key", line)]
+    assert len(told) == 1
+    assert process.returncode == 1
+
+
+@pytest.mark.full
+def test_a_port_in_use_is_one_line_under_deepspeed(config_file: Callable[..., Path]) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        LAUNCHERS["deepspeed-busy"] = ["deepspeed", "--num_accelerators", "2", "--master_port", str(port)]
+        process = start("deepspeed-busy", "--config", config_file())
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert (output + errors).count(f"ERROR port {port} on ") == 1
+    assert "Traceback" not in output + errors
 
 
 @pytest.mark.full

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -113,6 +114,44 @@ def test_node_and_single_gpu(config_file: MakeFile, tmp_path: Path) -> None:
         assert ended.returncode == 0, ended.stdout + ended.stderr
         state = tmp_path / "run" / "checkpoints" / "step-000000006" / "state.json"
         assert json.loads(state.read_text())["world_size"] == ranks
+
+
+@pytest.mark.full
+def test_ctrl_c_under_node_sh(config_file: MakeFile, tmp_path: Path) -> None:
+    """It returns once the ranks have saved, and shows no traceback of DeepSpeed's launcher."""
+    words = ["bash", str(LAUNCH / "node.sh"), "--config", str(config_file()), "--set", "train.max_steps=100000"]
+    process = subprocess.Popen(
+        words,
+        env=environment(NUM_PROCESSES=2),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, "no steps")
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert status(tmp_path / "run")["state"] == "stopped"
+    assert "Traceback" not in output
+    assert "got SIGINT: saving a checkpoint and stopping; press Ctrl-C again to quit at once" in output
+    assert re.search(r"stopped after step \d+ \(got SIGINT\); rerun the same command to resume", output)
+
+
+def test_a_port_of_the_meeting_that_is_in_use(stand_ins: Path) -> None:
+    put(stand_ins, "torchrun", "echo started\n")
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ended = run("torchrun_multi_node.sh", env=environment(stand_ins, HEAD_ADDRESS="127.0.0.1", MASTER_PORT=port))
+    assert ended.stdout == "started\n", "another node of the job may hold it"
+    assert ended.stderr.startswith(
+        f"torchrun_multi_node.sh: port {port} of this machine is in use; unless another node"
+    )
+    ended = run("torchrun_multi_node.sh", env=environment(stand_ins, HEAD_ADDRESS="127.0.0.1", MASTER_PORT=port))
+    assert (ended.stdout, ended.stderr) == ("started\n", "")
 
 
 PDSH = """printf '%s\\n' "$@" >>"$LOG"

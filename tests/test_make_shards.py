@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import lzma
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -21,7 +23,7 @@ from test_text import save_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from scaledistill.data.make import ShardReport, make_shards
-from scaledistill.data.manifest import Manifest, block_span, decode_block
+from scaledistill.data.manifest import Manifest, block_span, decode_block, too_many_unknown
 from scaledistill.data.shards import verify
 from scaledistill.data.sources import file_documents
 from scaledistill.data.text import load_tokenizer, tokenizer_fingerprint
@@ -52,7 +54,8 @@ def random_documents(seed: int, count: int = 300) -> list[str]:
 
 
 def make(documents: list[str], output: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> ShardReport:
-    settings: dict[str, Any] = {"sequence_length": 32, "source": {"kind": "test"}, "workers": 0} | options
+    settings: dict[str, Any] = {"sequence_length": 32, "source": {"kind": "test"}, "workers": 0}
+    settings |= {"max_unknown_fraction": 1} | options  # most of these texts have words that the tokenizer lacks
     return make_shards(iter(documents), output, tokenizer=tokenizer, **settings)
 
 
@@ -255,6 +258,7 @@ def test_old_held_out_documents_do_not_stay_beside_new_shards(
         ({"held_out_fraction": 1.0}, "held_out_fraction=1; expected 0 to below 1"),
         ({"held_out_max_documents": 5}, "held_out_max_documents=5 without a held_out_fraction"),
         ({"max_tokens": 0}, "max_tokens=0; expected 1 or more"),
+        ({"max_unknown_fraction": 1.5}, "max_unknown_fraction=1.5; expected 0 to 1, for instance 0.05"),
         ({"workers": -1}, "workers=-1; expected 0"),
         ({"sequence_length": 2}, r"sequence_length=2; expected 3 \(.*\) to 65535, such as 512"),
         ({"rows_per_shard": 300}, "rows_per_shard=300; use a multiple of 256, such as 512, or 1 to 255"),
@@ -276,6 +280,53 @@ def test_sources_without_text(
     with pytest.raises(DataError, match=message):
         make(documents, tmp_path / "out", tokenizer)
     assert not list(tmp_path.iterdir())
+
+
+def test_unknown_tokens_are_counted_and_bounded(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = ["one " * (1 + number) for number in range(26)] + ["one \u0416ukov two"] * 30  # 30 of 441 tokens
+    with pytest.raises(DataError) as refused:
+        make(documents, tmp_path / "out", tokenizer, max_unknown_fraction=0.05)
+    assert re.search(
+        r"^6\.8% of the 441 tokens for train are unknown to the tokenizer .* \(such as '\u0416ukov'\), more than "
+        r"max_unknown_fraction=0\.05; give the teacher's tokenizer with all of its files, or text that it knows, or ",
+        str(refused.value),
+    )
+    assert not list(tmp_path.iterdir())
+    report = make(documents, tmp_path / "out", tokenizer, max_unknown_fraction=0.1, held_out_fraction=0.3)
+    values = {str(row["name"]).removeprefix("make_shards/"): row["value"] for row in report.measurements()}
+    assert (values["train/unknown_tokens"], values["validation/unknown_tokens"]) == (
+        report.splits["train"].unknown,
+        report.splits["validation"].unknown,
+    )
+    for split, counts in report.splits.items():
+        manifest = Manifest.load(tmp_path / "out" / split)
+        assert (manifest.unknown_tokens, manifest.unknown_fraction) == (counts.unknown, counts.unknown_fraction)
+        assert manifest.tokenizer["unk_token_id"] == 1
+        assert not list(verify(tmp_path / "out" / split))
+        assert manifest.unknown_problem() is None
+    assert sum(counts.unknown for counts in report.splits.values()) == 30
+
+    # A long run is not refused only at its end.
+    monkeypatch.setattr("scaledistill.data.make._UNKNOWN_SAMPLE_TOKENS", 1000)
+    monkeypatch.setattr("scaledistill.data.make._CHUNK_DOCUMENTS", 100)
+    endless = (document for number in itertools.count() for document in ["fine", "one", f"word {number}"])
+    with pytest.raises(DataError, match=r"% of the 1,\d\d\d tokens for train are unknown"):
+        make_shards(
+            endless, tmp_path / "e", tokenizer=tokenizer, sequence_length=32, source={"kind": "test"}, workers=0
+        )
+    assert not (tmp_path / "e").exists()
+
+
+def test_few_tokens_may_be_over_the_bound_by_chance() -> None:
+    assert not too_many_unknown(0, 0, 0.05)
+    assert not too_many_unknown(60, 1170, 0.05)
+    assert too_many_unknown(67, 1170, 0.05)
+    assert not too_many_unknown(50_200, 1_000_000, 0.05)
+    assert too_many_unknown(50_300, 1_000_000, 0.05)
+    assert too_many_unknown(1, 1_000_000, 0.0)
+    assert not too_many_unknown(9, 9, 1.0)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
@@ -303,6 +354,7 @@ def test_the_tool(run: Any, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     output = tmp_path / "shards"
     arguments = [tmp_path / "*.txt", "--held-out-fraction", 0.5, "--sequence-length", 16, tmp_path / "b.jsonl"]
+    arguments += ["--max-unknown-fraction", 1]  # the numbers
     code, out, err = run(*arguments, "--output", output, "--json", report)
     assert (code, err) == (0, "")
     check = shlex.split(next(line for line in out.splitlines() if line.startswith("next: ")))[1:]
@@ -311,7 +363,7 @@ def test_the_tool(run: Any, tmp_path: Path) -> None:
     checked = subprocess.run(check[:3], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
     assert "then:" not in out
-    assert "1 empty documents" in out
+    assert "1 empty document," in out
     values = {row["name"]: row["value"] for row in json.loads(report.read_text())}
     assert values["make_shards/documents"] == 503
     assert values["make_shards/empty_documents"] == 1
@@ -327,6 +379,25 @@ def test_the_tool(run: Any, tmp_path: Path) -> None:
     assert err.count("\n") == 1
 
 
+def test_the_tool_shows_unknown_tokens(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two alpha Kappa\n\n" * 50)
+    arguments = [tmp_path / "a.txt", "--sequence-length", 16, "--output", tmp_path / "shards"]
+    code, _, err = run(*arguments)
+    assert code == 3
+    assert "25.0% of the 200 tokens for train are unknown to the tokenizer" in err
+    assert "(such as 'Kappa'), more than --max-unknown-fraction 0.05; give the teacher's tokenizer" in err
+    assert not (tmp_path / "shards").exists()
+    code, out, err = run(*arguments, "--max-unknown-fraction", 0.3)
+    assert (code, err) == (0, "")
+    assert re.search(r"unknown tokens +\S +50", out)
+    assert re.search(r"unknown share +\S +25\.00%", out)
+    check = [sys.executable, ROOT / "tools" / "check_shards.py", tmp_path / "shards" / "train"]
+    checked = subprocess.run(check, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert checked.returncode == 0
+    assert "WARNING 25.0% of its tokens are unknown to the tokenizer, more than 5.0%" in checked.stdout
+    assert re.search(r"unknown fraction +\S +25\.00%", checked.stdout)
+
+
 def test_the_other_sources_of_the_tool(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import webdataset
 
@@ -340,7 +411,7 @@ def test_the_other_sources_of_the_tool(run: Any, tmp_path: Path, monkeypatch: py
     package.mkdir(parents=True)
     (package / "module.py").write_text('"""A docstring that is long enough to be taken for a document."""\n')
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
-    assert run("--installed-docs", "--output", tmp_path / "docs")[0] == 0
+    assert run("--installed-docs", "--max-unknown-fraction", 1, "--output", tmp_path / "docs")[0] == 0
     kinds = [Manifest.load(tmp_path / name / "train").source["kind"] for name in ("wds", "set", "docs")]
     assert kinds == ["webdataset", "dataset", "installed-docs"]
 

@@ -24,13 +24,13 @@ TRAINED, TEACHER = 1000, 500
 @pytest.mark.parametrize(
     ("engine", "placement", "expected"),
     [  # 4 ranks, 3 micro-batches, bf16: three quarters of a tensor in a ring
-        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "replicate", {"weights": 1500, "gradients": 3000}),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "replicate", {"weights": 1500, "gradients": 9000}),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "replicate", {"weights": 9000, "gradients": 4500}),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "replicate", {"weights": 1500, "gradients": 6000}),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "replicate", {"weights": 1500, "gradients": 18000}),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "replicate", {"weights": 9000, "gradients": 9000}),
         (
-            {"deepspeed": {"zero_optimization": {"stage": 1}, "communication_data_type": "fp32"}},
+            {"deepspeed": {"zero_optimization": {"stage": 1}, "communication_data_type": "bf16"}},
             "shard",
-            {"weights": 1500, "gradients": 6000, "teacher": 2250},
+            {"weights": 1500, "gradients": 3000, "teacher": 2250},
         ),
         ({"name": "fsdp"}, "offload", {"weights": 9000, "gradients": 3000, "teacher": 2250}),
         ({"name": "fsdp", "fsdp": {"reshard_after_forward": False}}, "replicate", {"weights": 4500, "gradients": 3000}),
@@ -85,12 +85,12 @@ def test_a_plan_for_1024_ranks(tiny_config: MakeConfig) -> None:
     text = planned(config, 1024, tokens_per_second=64, memory_bytes=48_000_000_000)
     words = " ".join(text.split())
     for part in (
-        "DeepSpeed ZeRO-1, 1024 ranks",
+        "DeepSpeed ZeRO-2, 1,024 ranks",
         "2048 sequences × 16 = 32,768 tokens; 1 micro-batch of 2 per rank",
         "7,200 steps and 235.9M tokens an hour, 0.5 hours, at 64 tokens/s per rank",
         "rows from 1 of 4 lanes",
-        "data.num_lanes=4 with 1024 ranks: 256 ranks share a lane",
-        "2 shards for 1024 ranks",
+        "data.num_lanes=4 with 1,024 ranks: 256 ranks share a lane",
+        "2 shards for 1,024 ranks",
         "a forward has 2 × 16 = 32 tokens",
         "each row is seen",
         "in 48.00 GB",
@@ -127,7 +127,7 @@ def test_a_run_says_what_it_is_about_to_do(tiny_config: MakeConfig) -> None:
         f"teacher {config.teacher.model}, up to layer 3: 28,832 parameters, fp32, placement replicate",
         "batch: 3 ranks × 2 × 4 micro-batches = 24 sequences of 16, 384 tokens a step",
         f"steps: 500, 192.0k tokens in all, {500 * 24 / rows:.1f} epochs of {rows} rows",
-        "engine: DeepSpeed ZeRO-1, fp32 on cpu, compile off, relations by sdpa",
+        "engine: DeepSpeed ZeRO-2, fp32 on cpu, compile off, relations by sdpa",
         f"paths: run {config.run.folder}, training data {config.data.train}",
     ]
     *_, last = plan.start_summary(found, "cpu", step=499, last_step=500)
@@ -143,3 +143,11 @@ def test_a_micro_batch_above_a_ranks_share_is_said_at_the_start(tiny_config: Mak
     )
     assert "batch: 8 ranks × 1 × 1 micro-batch = 8" in plan.start_summary(found, "cpu", step=0, last_step=6)[2]
     assert plan.warnings_of(found)[0] == note.removeprefix("note: ")
+
+
+@pytest.mark.parametrize(("precision", "warned"), [("bf16", True), ("auto", False), ("fp32", False)])
+def test_bf16_on_a_cpu(precision: str, warned: bool, fast_bf16: bool, tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"precision": precision})
+    text = " ".join(planned(config, 1).split())
+    assert ("train.precision=bf16 on a CPU: PyTorch adds the gradients of LayerNorms" in text) is warned
+    assert "train.precision=bf16" not in planned(config, 1, memory_bytes=48_000_000_000)

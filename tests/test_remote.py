@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import http.server
 import os
 import subprocess
@@ -153,6 +154,43 @@ def test_what_a_killed_download_leaves_is_cleared(memory_url: str, tmp_path: Pat
     assert len(shards.read(0, range(8))) == 8
     assert other.stat().st_size == 0
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_cache_without_locks(
+    number: int, memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("scaledistill.files._warned", set())
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path, limit_bytes=50_000))
+    reserved = tmp_path / "other.lock"
+    reserved.touch()
+    os.truncate(reserved, 49_999)  # whose process may be gone, and must not hold this one up
+    reserved.with_suffix(".elsewhere-1.partial").write_bytes(b"it may be there")
+    assert len(shards.read(0, range(8))) == 8
+    assert [path.name for path in tmp_path.glob("*.partial")] == ["other.elsewhere-1.partial"]
+    assert sum("this file system has no file locks" in message for message in caplog.messages) == 1
+
+
+def test_local_shards_need_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    cache = ShardCache()
+    with pytest.raises(
+        ConfigError, match=r"^data\.cache_folder=/proc/nowhere/\S+ can't be made: .*; name a folder that"
+    ):
+        cache.path("0")
+
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(
+        ConfigError, match=r"^data\.cache_folder=~/\.cache/scaledistill can't be made: Could not determine"
+    ):
+        ShardCache().path("0")
 
 
 def test_missing_file_system_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

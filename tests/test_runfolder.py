@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,6 +201,37 @@ def test_a_second_interrupt_counts_only_later(tmp_path: Path) -> None:
         assert stop.reason() == "got SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_thread_listens_to_no_signals(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As under Ray, Airflow or a notebook's server."""
+    caplog.set_level("INFO")
+    before = [signal.getsignal(each) for each in STOP_SIGNALS]
+    stop = StopRequest(tmp_path, watch_file=True, speaks=True)
+    seen: list[Any] = []
+
+    def run() -> None:
+        with stop.listening():
+            seen.extend(signal.getsignal(each) for each in STOP_SIGNALS)
+            (tmp_path / "STOP").touch()
+            seen.append(stop.reason())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    assert seen == [*before, f"found {tmp_path / 'STOP'}"]
+    assert caplog.messages == [
+        f"not in the main thread: signals do not stop this run, use {tmp_path / 'STOP'} or run.max_hours"
+    ]
+
+
+def test_what_a_signal_is_answered_by(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for number, again in ((signal.SIGUSR1, ""), (signal.SIGINT, "; press Ctrl-C again to quit at once")):
+        stop = StopRequest(tmp_path, watch_file=False, speaks=True)
+        with stop.listening():
+            stop.answer = "saving"
+            os.kill(os.getpid(), number)
+        assert capfd.readouterr().err == f"\ngot {number.name}: saving{again}\n"
 
 
 LOOP = """

@@ -81,3 +81,33 @@ def test_documents_are_kept_apart_on_any_number_of_ranks(
     assert len(alone) == 6 + 2
     assert run("together", "document", 2) == pytest.approx(alone, rel=1e-5)
     assert abs(run("row", "row", 1)[0] - alone[0]) > 1e-3
+
+
+def dtypes_of(tree: dict[str, Any]) -> tuple[set[str], set[str], list[float]]:
+    """Make a step; return the dtypes of the teacher's Q/K/V, of the student's parameters and gradients, the losses."""
+    from scaledistill.distributed import process_group
+    from scaledistill.session import open_session
+    from scaledistill.speed import Stopwatch
+    from scaledistill.step import train_step
+
+    with process_group(60) as ranks:
+        session = open_session(doctor.check(parse_config(tree), 1, ranks.device).config, ranks, resume=False)
+        teacher: set[str] = set()
+        student: set[str] = set()
+        session.teacher.view.register_forward_hook(
+            lambda module, inputs, output: teacher.add(str(output.last_hidden_state.dtype))
+        )
+        for parameter in session.student.engine._engine.module.parameters():  # type: ignore[attr-defined]
+            student.add(str(parameter.dtype))
+            parameter.register_hook(lambda grad: student.add(str(grad.dtype)))
+        with session.stream() as stream:
+            losses = [train_step(session, stream, lambda: None, Stopwatch()).losses["loss"] for _ in range(3)]
+    return teacher, student, losses
+
+
+def test_a_student_is_fp32_on_every_cpu(make_tree: Callable[..., dict[str, Any]], fast_bf16: bool) -> None:
+    [(teacher, student, losses)] = run_ranks(dtypes_of, 1, make_tree(train={"precision": "auto"}))
+    assert teacher == {"torch.bfloat16" if fast_bf16 else "torch.float32"}
+    assert student == {"torch.float32"}
+    [(_, _, exact)] = run_ranks(dtypes_of, 1, make_tree())
+    assert losses == pytest.approx(exact, rel=0.02 if fast_bf16 else 1e-6)

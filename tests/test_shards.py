@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scaledistill.data.manifest import _content_sha256
+from scaledistill.data.manifest import _content_sha256, count_in_text
 from scaledistill.data.shards import Manifest, ShardWriter, verify
 from scaledistill.errors import ConfigError, DataError
 
@@ -304,6 +304,46 @@ def test_verify_finds_content_that_contradicts_the_manifest(shards: Path) -> Non
     ]
     change_manifest(shards, lambda content: content.update(vocab_size=2000, largest_id=1999))
     assert "shard-000001.tar, block 7: id 2048 in a vocabulary of 2000" in list(verify(shards))
+
+
+def test_unknown_tokens_are_counted_in_the_text_only() -> None:
+    ids_NT = np.array([[7, 7, 1, 7, 0, 0], [7, 5, 7, 7, 7, 7]], np.uint16)
+    documents = np.array([[0, 0, 4], [1, 0, 3], [1, 3, 6]], np.uint16)
+    assert count_in_text(ids_NT, documents, 7) == 2  # not the first and last of a piece
+    assert count_in_text(ids_NT, documents, 1) == 1
+    assert count_in_text(ids_NT, documents, 0) == 0
+    assert count_in_text(ids_NT, documents[:0], 7) == 0
+
+
+def unknown(share: float, **source: Any) -> Callable[[dict[str, Any]], object]:
+    def change(content: dict[str, Any]) -> None:
+        text = content["tokens"] - 2 * content["documents"]
+        content["tokenizer"]["unknown_tokens"] = round(share * text)
+        content["source"] |= source
+
+    return change
+
+
+def test_a_set_of_unknown_tokens_is_a_problem(shards: Path) -> None:
+    assert Manifest.load(shards).unknown_problem() is None  # not counted
+    change_manifest(shards, unknown(0.5))
+    found = (
+        "manifest.json: 50.0% of its tokens are unknown to the tokenizer, more than 5.0%: the tokenizer does not fit"
+    )
+    assert any(problem.startswith(found) for problem in verify(shards))
+    checked = check_shards(shards)
+    assert checked.returncode == 3
+    assert f"ERROR {found}" in checked.stdout
+    change_manifest(shards, unknown(0.5, max_unknown_fraction=0.6))
+    assert Manifest.load(shards).unknown_problem() is None
+    assert Manifest.load(shards).unknown_problem(0.05) is not None
+
+
+def test_verify_counts_unknown_tokens(shards: Path) -> None:
+    change_manifest(shards, unknown(0.01))
+    change_manifest(shards, lambda content: content["tokenizer"].update(unk_token_id=2999))
+    [problem] = verify(shards)
+    assert re.fullmatch(r"manifest.json: unknown_tokens is \d+, but the shards give 0", problem)
 
 
 def check_shards(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

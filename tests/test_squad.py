@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from test_text import save_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast
 
 from scaledistill.errors import DataError
+from scaledistill.glue.plan import _check_tokenizer
 from scaledistill.glue.read import Answers, Examples
 from scaledistill.glue.squad import add_positions, best_answers, make_features, squad_scores
+from scaledistill.glue.tasks import find_tasks
 
 CONTEXT = " ".join(f"word{i}" for i in range(60))
 
@@ -132,3 +136,13 @@ def test_scores_by_hand() -> None:
     assert squad_scores(["cat!", "", "mat", "mat"], examples) == pytest.approx(
         {"f1": 25 * (1 + 1 + 2 / 3 + 0), "exact": 50}
     )
+
+
+def test_a_tokenizer_without_cls_is_refused_before_work_begins(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path, cls=None)
+    config = BertConfig(vocab_size=100)
+    _check_tokenizer(folder, config, "model m", find_tasks(["rte"]))
+    with pytest.raises(
+        DataError, match=r"^model m: its tokenizer has no cls_token, which stands for no answer in SQuAD"
+    ):
+        _check_tokenizer(folder, config, "model m", find_tasks(["rte", "squad2"]))

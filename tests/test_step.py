@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 import scaledistill
 from scaledistill import doctor
 from scaledistill import session as session_module
+from scaledistill import step as step_module
 from scaledistill import train as train_module
 from scaledistill.configfile import parse_config
 from scaledistill.distributed import process_group
@@ -22,7 +24,7 @@ from scaledistill.metrics import read_rows
 from scaledistill.models.capture import compile_blocks
 from scaledistill.session import open_session
 from scaledistill.speed import Stopwatch
-from scaledistill.step import StepResult, forward_loss, train_step
+from scaledistill.step import StepResult, forward_loss, train_step, validation_loss
 
 # What makes the host wait for a GPU: values, or shapes that depend on them.
 READS = {
@@ -64,6 +66,44 @@ def reads_of_steps(tree: dict[str, Any]) -> list[dict[str, int]]:
                     train_step(session, stream, lambda: None, Stopwatch(ranks.device))
                 reads.append(dict(counted.by_owner))
     return reads
+
+
+def alive_at_forwards(tree: dict[str, Any]) -> list[int]:
+    """Return how many Q/K/V of earlier micro-batches, and their losses, live when the teacher begins with the next."""
+    alive: list[int] = []
+    references: list[weakref.ref[Any]] = []
+    with process_group(60) as ranks:
+        session = open_session(doctor.check(parse_config(tree), 1, ranks.device).config, ranks, resume=False)
+        teacher, compute = session.teacher.forward, step_module.relation_loss
+
+        def watched(*arguments: Any) -> Any:
+            alive.append(sum(reference() is not None for reference in references))
+            target = teacher(*arguments)
+            references.extend(weakref.ref(x.untyped_storage()) for x in target)
+            return target
+
+        def remembered(*arguments: Any, **options: Any) -> Any:
+            loss = compute(*arguments, **options)
+            references.append(weakref.ref(loss.total))
+            return loss
+
+        with pytest.MonkeyPatch.context() as monkeypatch, session.stream() as stream:
+            monkeypatch.setattr(session.teacher, "forward", watched)
+            monkeypatch.setattr(step_module, "relation_loss", remembered)
+            for _ in range(2):
+                train_step(session, stream, lambda: None, Stopwatch())
+            validation_loss(session)
+    return alive
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+def test_a_micro_batch_is_gone_before_the_next(tiny_config, tiny_shards: Path, engine: str) -> None:
+    train = {"micro_batch_size": 2, "validation_every_steps": 3, "validation_rows": 6}
+    data = {"validation": str(tiny_shards / "validation")}
+    config = tiny_config(train=train, data=data, engine={"name": engine})
+    [alive] = run_ranks(alive_at_forwards, 1, config.model_dump())
+    assert len(alive) == 2 * 4 + 3
+    assert not any(alive)
 
 
 @pytest.mark.parametrize("attention", ["row", "document"])

@@ -59,7 +59,7 @@ def test_stops_while_validating_and_while_starting(make_tree: Callable[..., dict
         assert batches == 4, "of 20: the ranks agree every four"
     status = status_of(validating)
     assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, 2)
-    assert status["message"] == "stopped after step 2 (another rank was asked to); the same command goes on"
+    assert status["message"] == "stopped after step 2 (another rank was asked to); rerun the same command to resume"
     folder = Path(validating["run"]["folder"])
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000000002"]
     assert [row["step"] for row in rows_of(validating)] == [1, 2]

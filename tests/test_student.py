@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_tokenizer import bert_folder, edit, lower
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -294,6 +296,26 @@ def test_export_round_trip(kind: str, tmp_path: Path, tokenizer_folder: Path) ->
     assert tokenizer.backend_tokenizer.encode("w1").ids == [6]
 
 
+def test_the_exported_tokenizer_is_that_of_tokenizer_json(tmp_path: Path) -> None:
+    source = bert_folder(tmp_path / "teacher")
+    edit(source / "tokenizer.json", lower(False))
+    student = build_student(None, student_config(TEACHERS["bert"], **SMALL))
+    folder = export_student(
+        tmp_path / "l2", student.config, student.state_dict(), tokenizer_source=source, card={"init": "random"}
+    )
+    truth = Tokenizer.from_file(str(source / "tokenizer.json"))
+    truth.no_truncation()
+    truth.no_padding()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "The cafe, the Quick fox"
+    assert tokenizer(text)["input_ids"] == truth.encode(text).ids
+    assert "token_type_ids" in tokenizer(text)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"teacher has no tokenizer to export .*; give the folder with tok"):
+        export_student(folder, student.config, student.state_dict(), tokenizer_source=source, card={"init": "random"})
+
+
 def test_model_card(tmp_path: Path, tokenizer_folder: Path) -> None:
     student = build_student(None, student_config(TEACHERS["bert"], **SMALL))
 
@@ -337,6 +359,20 @@ def test_export_replaces_the_old_one_whole(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["l0", "l1"]
 
 
+def test_export_through_a_link(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """A link to another disk stays one."""
+    (tmp_path / "l2").symlink_to(tmp_path / "elsewhere" / "student")
+    (tmp_path / "elsewhere").mkdir()
+    student = build_student(None, student_config(TEACHERS["bert"], **SMALL))
+    for _ in range(2):
+        folder = export_student(
+            tmp_path / "l2", student.config, student.state_dict(), tokenizer_source=tokenizer_folder, card=CARD
+        )
+        assert (folder, folder.is_symlink()) == (tmp_path / "l2", True)
+        assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["student"]
+    assert (folder / "README.md").read_text().count("l2")
+
+
 def test_failed_export_keeps_the_old_one(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,7 +396,7 @@ def test_failed_export_keeps_the_old_one(
         save_file(weights, path, metadata)
 
     for changed, error, message in (
-        (state | {name: state[name] * float("nan")}, DataError, "output is not finite; the old export is kept"),
+        (state | {name: state[name] * float("nan")}, DataError, "so its output is not finite; the old export is kept"),
         (
             state | {name: state[name].half()},
             ValueError,

@@ -45,13 +45,16 @@ def copied(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
-def test_loads_only_the_first_layers_and_says_nothing(
+def test_loads_only_the_first_layers_and_names_the_head_once(
     saved: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         encoder = load_encoder(saved, num_layers=3)
     assert capfd.readouterr() == ("", "")
-    assert not caplog.records
+    [record] = caplog.records  # the head, once
+    assert record.getMessage() == (
+        f"teacher.model={str(saved)!r}: weights that an encoder has no use for are left out: cls"
+    )
     whole = BertModel.from_pretrained(saved, add_pooling_layer=False).eval()
     assert encoder.config.num_hidden_layers == len(encoder.encoder.layer) == 3
     assert encoder.pooler is None
@@ -155,7 +158,9 @@ def test_pickled_and_damaged_files(copied: Path) -> None:
     weights = copied / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"teacher.model='.*' cannot be loaded \(.*\); fetch the model again"):
+    with pytest.raises(
+        DataError, match=r"teacher.model='.*': model.safetensors cannot be read \(.*\); fetch the model"
+    ):
         load_encoder(copied)
     weights.rename(copied / "pytorch_model.bin")
     with pytest.raises(

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from scaledistill.data.text import Packer, TextEncoder, Vocabulary, load_tokenizer, tokenizer_fingerprint
+from scaledistill.data.text import Packer, TextEncoder, Vocabulary, load_tokenizer, tokenizer_fingerprint, unknown_words
 from scaledistill.errors import ConfigError, DataError
 
 WORDS = ["alpha", "beta", "gamma", "delta", "one", "two", "[", "]", "cl", "##s", "sep", "##ta", "al", ".", ","]
@@ -163,6 +163,20 @@ def test_keys_depend_on_seed_and_text_only(tokenizer: PreTrainedTokenizerFast) -
     assert abs(np.mean(keys < 0.1) - 0.1) < 4 * (0.1 * 0.9 / 4000) ** 0.5
 
 
+def test_text_that_a_vocabulary_cannot_hold_is_named(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path))
+    tokenizer.backend_tokenizer.model = models.WordLevel({"one": 0}, unk_token="[GONE]")
+    lacking = TextEncoder(tokenizer)
+    with pytest.raises(DataError, match=r"cannot encode this text \(WordLevel error: Missing \[UNK\] token"):
+        lacking(["two"])
+
+
+def test_unknown_words_are_shown(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["one two", "Xylophone one Xylophone", "a" * 60]
+    assert unknown_words(tokenizer, texts) == ["Xylophone", "a" * 20]
+    assert unknown_words(tokenizer, texts, most=1) == ["Xylophone"]
+
+
 # --- packer ---------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +271,16 @@ def test_a_document_in_parts_is_packed_like_the_whole(vocabulary: Vocabulary, ca
     packer.finish("drop")
     assert np.array_equal(written.ids, expected.ids)
     assert (written.pieces, packer.counts) == (expected.pieces, expected_packer.counts)
+
+
+def test_unknown_tokens_are_counted_in_the_rows(vocabulary: Vocabulary) -> None:
+    documents = [[5, 1, 6, 1, 7, 8], [1, 9]]
+    counts = pack(documents, vocabulary, 8, "pad")[1].counts
+    assert (counts.tokens, counts.unknown, counts.unknown_fraction) == (8, 3, 3 / 8)
+    counts = pack(documents, vocabulary, 8, "drop")[1].counts
+    assert (counts.tokens, counts.unknown) == (6, 2)
+    counts = pack(documents, vocabulary._replace(unk_id=None), 8, "pad")[1].counts
+    assert (counts.tokens, counts.unknown) == (8, 0)
 
 
 def test_dropping_the_last_row(vocabulary: Vocabulary) -> None:

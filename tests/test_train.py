@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -207,6 +208,39 @@ def test_dropout_resumes_bit_for_bit(make_tree: Callable[..., dict[str, Any]]) -
     assert losses_of(plain) != losses_of(whole)
 
 
+def distil_with_misplaced_weights(tree: dict[str, Any]) -> tuple[str, int, str]:
+    """Run with a setting under which DeepSpeed hands out weights in each other's places."""
+    from scaledistill.engines import deepspeed_block
+
+    deepspeed_block.ZERO_KEYS["round_robin_gradients"] = deepspeed_block.SWITCH
+    return distil(tree)
+
+
+@pytest.mark.parametrize(("rows", "tap"), [("validation", "last"), ("train", "extra")])
+def test_an_export_that_computes_something_else_fails_the_run(
+    make_tree: Callable[..., dict[str, Any]], tiny_shards: Path, rows: str, tap: str
+) -> None:
+    student = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "init": "teacher", "tap": tap}
+    blocks: dict[str, Any] = {"students": {"l2": student}, "train": {**LONG, "max_steps": 3, "learning_rate": 1e-2}}
+    if rows == "validation":
+        blocks["data"] = {"validation": str(tiny_shards / "validation")}
+        blocks["train"] |= {"validation_every_steps": 2, "validation_rows": 11}
+    tree = make_tree(**blocks)
+    assert run_ranks(distil, 2, tree)[0][0] == "done"  # the comparison holds where nothing is wrong
+    export = Path(tree["run"]["folder"]) / "export" / "l2" / "model.safetensors"
+    before = export.read_bytes()
+    shutil.rmtree(Path(tree["run"]["folder"]) / "checkpoints")
+    tree["engine"] = {"deepspeed": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}}
+    (state, code, message), (other, _, _) = run_ranks(distil_with_misplaced_weights, 2, tree)
+    assert (state, code, other) == ("DataError", 3, "PeerError")
+    assert re.match(
+        rf"the student's loss on rows of data\.{rows} is 0\.\d{{4}} in the run, but 0\.\d{{4}} once", message
+    )
+    assert "expected equal losses within 1%. The export was not put in place" in message
+    assert export.read_bytes() == before
+    assert json.loads((Path(tree["run"]["folder"]) / "status.json").read_text())["state"] == "failed"
+
+
 def test_the_extra_tap_trains_every_block_and_is_not_exported(make_tree: Callable[..., dict[str, Any]]) -> None:
     def student(tap: str) -> dict[str, Any]:
         return {"l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "init": "teacher", "tap": tap}}
@@ -381,7 +415,8 @@ def test_a_disk_that_stays_full_ends_the_run(make_tree: Callable[..., dict[str, 
     kind, code, message = run_ranks(distil_on_a_full_disk, 1, tree, list(range(2, 99)))[0]
     assert (kind, code) == ("DataError", 3)
     assert message.startswith("the checkpoint of step 21 could not be saved: No space left on device (")
-    assert "checkpoint.max_failed_saves=1 allows no more. Free some space" in message
+    assert "checkpoint.max_failed_saves=1 allows no more. Free some space; rerun the same command to resume " in message
+    assert message.endswith("to resume from the checkpoint of step 10")
     root = Path(tree["run"]["folder"]) / "checkpoints"
     assert [path.name for path in root.iterdir()] == ["step-000000010"]
     assert run_ranks(distil, 1, tree)[0][0] == "done"

@@ -20,7 +20,7 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, Trai
 from scaledistill import MiniLMTrainer, MiniLMTrainingArguments, create_student, prepare_dataset, relation_loss
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.models.capture import capture_qkv
-from scaledistill.trainer import named_relations
+from scaledistill.trainer import _passed_on, named_relations
 
 PEER = Path(__file__).parent / "peer"
 RECORDED = PEER / "bertdistiller-0.1.1"
@@ -432,7 +432,7 @@ def train_in_documented_order(folder: Path, how: str) -> dict[str, Any]:
 
 def test_prepare_dataset(tiny_teacher: Path) -> None:
     from datasets import Dataset
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, BertTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
     texts = Dataset.from_dict({"text": ["w001 w002", "w003 " * 30], "number": [1, 2]})
@@ -443,6 +443,9 @@ def test_prepare_dataset(tiny_teacher: Path) -> None:
     assert set(rows.column_names) >= {"input_ids", "attention_mask"}
     with pytest.raises(ConfigError, match="column 'body' is not in the data set; it has text, number"):
         prepare_dataset([(texts, "body")], tokenizer, max_seq_len=8)
+    empty = BertTokenizer()  # what transformers makes of a folder without tokenizer files
+    with pytest.raises(DataError, match=r"has no tokens but .*: its files were missing when it was loaded; copy them"):
+        prepare_dataset([texts], empty, max_seq_len=8)
     with pytest.raises(DataError, match=r"column 'text' has rows without text \(None\)"):
         prepare_dataset([Dataset.from_dict({"text": ["w001", None]})], tokenizer, max_seq_len=8)
 
@@ -528,6 +531,17 @@ def test_a_warmup_ratio_of_steps(tmp_path: Path) -> None:
         ConfigError, match=r"warmup_ratio=4000; expected a share of the steps from 0 to 1.*use warmup_steps"
     ):
         arguments(tmp_path, warmup_ratio=4000)
+
+
+@pytest.mark.parametrize(("types", "given"), [(2, True), (1, False), (0, False), (None, True)])
+def test_token_type_ids_are_for_models_with_several_types(types: int | None, given: bool) -> None:
+    config = BertConfig(type_vocab_size=2)
+    if types is None:
+        del config.type_vocab_size
+    else:
+        config.type_vocab_size = types
+    found = _passed_on(config, {"input_ids": 1, "token_type_ids": 2, "position_ids": 3})
+    assert found == {"position_ids": 3} | ({"token_type_ids": 2} if given else {})
 
 
 @pytest.mark.full

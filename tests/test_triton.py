@@ -6,6 +6,7 @@ Legend: B sequences, T tokens, D width, R relation heads, E width per relation h
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import itertools
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -228,8 +230,12 @@ def test_two_runs_are_bit_equal() -> None:
     torch.testing.assert_close(*runs, rtol=0, atol=0)
 
 
+ONE_WAY_AND_BOTH = [{"qq": 1.0, "qk": 0.5, "kq": 2.0}, {"qk": 1.0}, {"kq": 2.0}]
+
+
+@pytest.mark.parametrize("pairs", ONE_WAY_AND_BOTH, ids="-".join)
 @pytest.mark.parametrize("causal", [False, True])
-def test_normalisers_far_apart(causal: bool) -> None:
+def test_normalisers_far_apart(causal: bool, pairs: dict[str, float]) -> None:
     """Heads of which one's normalisers span 200 nats, where a product of factors would overflow, and one's few."""
     ramp_T = torch.linspace(0.1, 10, 40)
     scale_TD = torch.cat([ramp_T[:, None].expand(40, 8), torch.full((40, 8), 0.5)], dim=1)
@@ -239,14 +245,70 @@ def test_normalisers_far_apart(causal: bool) -> None:
     teacher = QKV(x[0].to(DEVICE), x[1].to(DEVICE), x[1].to(DEVICE))
     student = QKV(*(y.to(DEVICE).requires_grad_() for y in (x[2], x[3], x[3])))
     exact = QKV(*(y.detach().double().requires_grad_() for y in student))
-    options: dict[str, Any] = {"num_heads": 2, "pairs": {"qq": 1.0, "qk": 0.5, "kq": 2.0}, "causal": causal}
+    options: dict[str, Any] = {"num_heads": 2, "pairs": pairs, "causal": causal}
     expected = relation_loss(QKV(*(y.double() for y in teacher)), exact, **options, backend="reference")
     found = relation_loss(teacher, student, **options, backend="triton")
     torch.testing.assert_close(found.by_pair, expected.by_pair, rtol=1e-4, atol=0, check_dtype=False)
+    letters = sorted(set("".join(pairs)))
     for y, z in zip(
-        torch.autograd.grad(found.total, student[:2]), torch.autograd.grad(expected.total, exact[:2]), strict=True
+        torch.autograd.grad(found.total, [getattr(student, letter) for letter in letters]),
+        torch.autograd.grad(expected.total, [getattr(exact, letter) for letter in letters]),
+        strict=True,
     ):
         assert (y - z).norm() < 1e-4 * z.norm()
+
+
+HIDING: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "causal documents": {"causal": True, "segment_ids_BT": torch.arange(24)[None] // 9},
+    "causal, padding in front": {"causal": True, "mask_BT": torch.arange(24)[None] >= 5},
+    "documents": {"segment_ids_BT": torch.arange(24)[None] // 23},
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("sdpa", marks=pytest.mark.skipif(CUDA, reason="a GPU"))])
+@pytest.mark.parametrize("pairs", [{"qk": 1.0}, {"kq": 1.0}, {"vk": 0.5, "qk": 1.0}], ids="-".join)
+@pytest.mark.parametrize("hiding", HIDING)
+def test_hidden_scores_do_not_count(hiding: str, pairs: dict[str, float], backend: str) -> None:
+    """The last token's key meets all queries but its own: 2^outlier times what a row's normaliser holds."""
+    arguments = {name: x if isinstance(x, bool) else x.to(DEVICE) for name, x in HIDING[hiding].items()}
+    options: dict[str, Any] = {"num_heads": 2, "pairs": pairs, **arguments}
+    for outlier in (60.0, 90.0, 200.0):
+        x = [torch.randn(1, 24, 16, generator=torch.Generator().manual_seed(seed)) / 2 for seed in range(6)]
+        for query, key in (x[:2], x[3:5]):
+            query[..., 0] = 3.0
+            query[:, -1] = 0.0
+            key[:, -1, 0] += outlier if "kq" not in pairs else 0.0
+        if "kq" in pairs:  # there the rows are keys, and the last token's query is hidden from them
+            for query, key in (x[:2], x[3:5]):
+                key[..., 0], key[:, -1] = 3.0, 0.0
+                query[:, -1, 0] = outlier
+        teacher = QKV(*(y.to(DEVICE) for y in x[:3]))
+        student = QKV(*(y.to(DEVICE).requires_grad_() for y in x[3:]))
+        exact = QKV(*(y.detach().double().requires_grad_() for y in student))
+        expected = relation_loss(QKV(*(y.double() for y in teacher)), exact, **options, backend="reference")
+        found = relation_loss(teacher, student, **options, backend=backend)
+        torch.testing.assert_close(found.by_pair, expected.by_pair, rtol=1e-4, atol=1e-6, check_dtype=False)
+        letters = sorted(set("".join(pairs)))
+        for y, z in zip(
+            torch.autograd.grad(found.total, [getattr(student, letter) for letter in letters]),
+            torch.autograd.grad(expected.total, [getattr(exact, letter) for letter in letters]),
+            strict=True,
+        ):
+            assert (y - z).norm() < 1e-4 * z.norm() + 1e-7 * outlier, outlier
+
+
+def test_the_backward_frees_what_the_loss_holds() -> None:
+    teacher = QKV(*(torch.randn(1, 5, 8).to(DEVICE) for _ in range(3)))
+    student = torch.randn(1, 5, 24, device=DEVICE, requires_grad=True)
+    held = weakref.ref(teacher.q.untyped_storage())
+    loss = relation_loss(teacher, laid_out(student * 1, "slices"), num_heads=2, pairs={"qq": 1.0}, backend="triton")
+    del teacher
+    assert held() is not None
+    loss.total.backward()
+    gc.collect()  # Triton's interpreter leaves cycles
+    assert held() is None
+    assert loss.total.isfinite()
 
 
 def test_widths_that_differ_by_letter() -> None:

@@ -96,6 +96,8 @@ def test_a_silent_rank_is_named_by_its_neighbour(
     make: Callable[..., list[Ranked]], clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dogs = make(3)
+    (tmp_path / "checkpoints" / "step-000000005").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000000005" / "manifest.json").touch()
     go_round(dogs, clock, 20)
     assert not any(dog.ended for dog in dogs)
     others = [dogs[0], dogs[1]]
@@ -110,7 +112,8 @@ def test_a_silent_rank_is_named_by_its_neighbour(
     host = os.uname().nodename
     message = (
         f"rank 2 on {host} is lost: not heard of for 10 s (run.lost_rank_seconds=10): killed, stopped, or the machine "
-        "or its network is gone; last seen at step 7, 'teacher'; the same command goes on from the last checkpoint"
+        "or its network is gone; last seen at step 7, 'teacher'; rerun the same command to resume from the checkpoint "
+        "of step 5"
     )
     assert (dogs[0].told, dogs[1].told) == ([message], []), "the lowest rank that is left speaks"
     assert [record.message for record in caplog.records] == [message]
@@ -156,7 +159,8 @@ def test_a_stall_names_who_is_behind(make: Callable[..., list[Ranked]], clock: C
     go_round(dogs, clock, 4, moving=False)
     assert dogs[0].told == [
         f"no progress for 30 s (run.timeout_seconds=30): rank 1 on {os.uname().nodename} stands at step 7, 'teacher'; "
-        f"what the ranks were doing is in {tmp_path / 'stacks'}; the same command goes on from the last checkpoint"
+        f"what the ranks were doing is in {tmp_path / 'stacks'}; no checkpoint was saved yet: rerun the same command "
+        "to start from the beginning"
     ]
     for dog in dogs[1:]:
         dog._round()
@@ -193,7 +197,8 @@ def test_a_collective_that_lost_a_peer(left: str, make: Callable[..., list[Ranke
         dog._round()
         assert not dog.ended, "its main thread ends it"
     message = (
-        f"rank 0 on {os.uname().nodename} is lost: it ended or was killed; last seen at step 7, 'teacher'; the same "
+        f"rank 0 on {os.uname().nodename} is lost: it ended or was killed; last seen at step 7, 'teacher'; no "
+        "checkpoint was saved yet: rerun the same command to start from the beginning"
     )
     with pytest.raises(DataError, match=message), dogs[1].naming_lost_ranks():
         raise LOST_PEER
@@ -230,8 +235,8 @@ def test_a_store_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert time.monotonic() - started < 4
     assert caplog.messages == [
         f"rank 0 on {os.uname().nodename}, which holds the job's store, does not answer any more (run.lost_rank_seconds"
-        "=1): killed, stopped, or the machine or its network is gone; this rank was at step 5, 'backward'; the same "
-        "command goes on from the last checkpoint"
+        "=1): killed, stopped, or the machine or its network is gone; this rank was at step 5, 'backward'; no "
+        "checkpoint was saved yet: rerun the same command to start from the beginning"
     ]
 
 

@@ -31,6 +31,7 @@ def main() -> int:
     from rich.table import Table
     from rich.text import Text
 
+    from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
     from scaledistill.data.shards import Manifest, verify
     from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, ConfigError, DataError
 
@@ -57,6 +58,9 @@ def main() -> int:
         ("largest_id", manifest.largest_id, "id"),
         ("problems", len(problems), "problems"),
     ]
+    unknown = manifest.unknown_fraction
+    if unknown is not None:
+        figures.insert(-1, ("unknown_fraction", unknown, "fraction of the tokens of text"))
     table = Table(show_header=False, title=Text(str(options.folder)))
     for name, value, _ in figures:
         label = LABELS.get(name, name.replace("_", " "))
@@ -64,6 +68,10 @@ def main() -> int:
     console.print(table)
     tokenizer = f"{manifest.tokenizer['name']} (sha256 {manifest.tokenizer['sha256']})"
     console.print(f"tokenizer: {tokenizer}\nsha256 of the data: {manifest.sha256}", markup=False)
+    if unknown is None:
+        console.print("unknown tokens: not counted when these shards were made")
+    elif (warning := manifest.unknown_problem(MAX_UNKNOWN_FRACTION)) and not manifest.unknown_problem():
+        console.print(f"WARNING {warning}", markup=False)  # accepted when the shards were made
     for problem in problems:
         console.print(f"ERROR {problem}", markup=False)
     if problems:

@@ -19,10 +19,13 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from scaledistill.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +80,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     packing.add_argument("--max-documents", type=int, metavar="N", help="stop after N documents")
     packing.add_argument("--max-tokens", type=int, metavar="N", help="stop after the document that reaches N tokens")
+    packing.add_argument(
+        "--max-unknown-fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="refuse text of which more tokens are unknown to the tokenizer; 1 accepts any (default: %(default)s)",
+    )
     split = parser.add_argument_group("held-out documents")
     split.add_argument(
         "--held-out-fraction",
@@ -159,7 +169,8 @@ class Display:
 
     def __call__(self, report: ShardReport) -> None:
         """Show the counts so far."""
-        text = f"{report.documents:,} documents, {report.tokens:,} tokens, {report.tokens_per_second:,.0f} tokens/s"
+        documents = counted(report.documents, "document")
+        text = f"{documents}, {report.tokens:,} tokens, {report.tokens_per_second:,.0f} tokens/s"
         done = self._done_fraction(report)
         self.bar.update(self._task, description=text, completed=done, total=1.0 if done else None)
         if not self._console.is_terminal and time.monotonic() >= self._next_line:
@@ -181,22 +192,26 @@ def print_summary(console: Console, report: ShardReport, output: Path) -> None:
     """Print what was made and the next command."""
     from rich.table import Table
 
-    table = Table("", *report.splits, title=f"{report.documents:,} documents in {report.seconds:.1f} s")
+    table = Table("", *report.splits, title=f"{counted(report.documents, 'document')} in {report.seconds:.1f} s")
     rows = {
         "documents": "documents",
         "rows": "rows",
         "tokens of text": "tokens",
+        "unknown tokens": "unknown",
         "padding": "padding",
         "dropped tokens": "dropped_tokens",
     }
     for label, field in rows.items():
         table.add_row(label, *(f"{getattr(counts, field):,}" for counts in report.splits.values()))
+    table.add_row("unknown share", *(f"{counts.unknown_fraction:.2%}" for counts in report.splits.values()))
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
     check = f"{_interpreter()} {_shown(Path(__file__).with_name('check_shards.py'))}"
     checks = " && ".join(f"{check} {shlex.quote(str(output / split))}" for split in report.splits)
-    text = f"{report.empty_documents:,} empty documents, {report.tokens_per_second:,.0f} tokens/s\nnext: {checks}"
+    text = (
+        f"{counted(report.empty_documents, 'empty document')}, {report.tokens_per_second:,.0f} tokens/s\nnext: {checks}"
+    )
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -259,6 +274,7 @@ def run(options: argparse.Namespace) -> None:
             seed=options.seed,
             max_documents=options.max_documents,
             max_tokens=options.max_tokens,
+            max_unknown_fraction=options.max_unknown_fraction,
             rows_per_shard=options.rows_per_shard,
             workers=options.workers,
             overwrite=options.overwrite,
@@ -272,7 +288,8 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and return the exit code."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scaledistill").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what fails in the end is told here

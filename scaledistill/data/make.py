@@ -7,18 +7,26 @@ with its manifest or absent. The bytes depend on the documents and the settings,
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from scaledistill.data.longtext import LONG_CHARACTERS, PIECE_CHARACTERS
-from scaledistill.data.manifest import MANIFEST_FILE, MAX_SEQUENCE_LENGTH
+from scaledistill.data.manifest import MANIFEST_FILE, MAX_SEQUENCE_LENGTH, MAX_UNKNOWN_FRACTION, too_many_unknown
 from scaledistill.data.pool import parallel_map
 from scaledistill.data.shards import ShardWriter
-from scaledistill.data.text import PackCounts, Packer, TextEncoder, Vocabulary, tokenizer_fingerprint
+from scaledistill.data.text import (
+    PackCounts,
+    Packer,
+    TextEncoder,
+    Vocabulary,
+    tokenizer_fingerprint,
+    unknown_words,
+)
 from scaledistill.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 _CHUNK_CHARACTERS = PIECE_CHARACTERS
 _CHUNK_DOCUMENTS = 4096
 _ROWS_PER_BLOCK = 256
+_UNKNOWN_SAMPLE_TOKENS = 1_000_000  # enough to say that a tokenizer does not fit, before hours have passed
 
 
 @dataclass
@@ -66,6 +75,8 @@ class ShardReport:
                 (f"{split}/documents", counts.documents, "documents"),
                 (f"{split}/rows", counts.rows, "rows"),
                 (f"{split}/tokens", counts.tokens, "tokens"),
+                (f"{split}/unknown_tokens", counts.unknown, "tokens"),
+                (f"{split}/unknown_fraction", counts.unknown_fraction, "fraction"),
                 (f"{split}/padding", counts.padding, "positions"),
                 (f"{split}/dropped_tokens", counts.dropped_tokens, "tokens"),
             ]
@@ -85,6 +96,7 @@ def make_shards(
     seed: int = 0,
     max_documents: int | None = None,
     max_tokens: int | None = None,
+    max_unknown_fraction: float = MAX_UNKNOWN_FRACTION,
     rows_per_shard: int = 65_536,
     workers: int | None = None,
     overwrite: bool = False,
@@ -99,16 +111,21 @@ def make_shards(
             equal documents stay together; after `held_out_max_documents` different ones the rest goes to `train`.
         max_documents: stop after so many documents.
         max_tokens: stop after the document that reaches so many tokens.
+        max_unknown_fraction: the largest share of unknown tokens in a data set, see `too_many_unknown`; 1 accepts any.
+            Checked once a million tokens are there, and at the end.
         rows_per_shard: a multiple of 256, or less than 256.
         workers: processes that tokenise; one per available core if None, 0 for none but this one.
         on_progress: called with the counts so far, several times a second.
 
     Raises:
         ConfigError: settings contradict each other.
-        DataError: the source is damaged or empty, or `output` is in use. No manifest is left then, nor on Ctrl-C.
+        DataError: the source is damaged or empty, its text unknown to the tokenizer, or `output` is in use. No manifest
+            is left then, nor on Ctrl-C.
     """
     _check_rows(sequence_length, rows_per_shard)
     _check_selection(held_out_fraction, held_out_max_documents, max_documents, max_tokens, workers)
+    if not 0 <= max_unknown_fraction <= 1:
+        raise ConfigError(f"max_unknown_fraction={max_unknown_fraction:g}; expected 0 to 1, for instance 0.05")
     start = time.perf_counter()
     vocabulary = Vocabulary.of(tokenizer)
     selection = {
@@ -118,13 +135,23 @@ def make_shards(
         "max_documents": max_documents,
         "max_tokens": max_tokens,
         "last_row": last_row,
+        "max_unknown_fraction": max_unknown_fraction,
     }
     facts = {
         "name": tokenizer.name_or_path,
         "sha256": tokenizer_fingerprint(tokenizer),
         "cls_token_id": vocabulary.cls_id,
         "sep_token_id": vocabulary.sep_id,
+        "unk_token_id": vocabulary.unk_id,
     }
+    writers: dict[str, ShardWriter] = {}
+    sample: list[list[str]] = []
+
+    def check_unknown(smallest_sample: int) -> None:
+        for split, counts in report.splits.items():
+            enough = counts.tokens >= smallest_sample
+            if enough and too_many_unknown(counts.unknown, counts.tokens, max_unknown_fraction):
+                raise _too_many_unknown(split, counts, max_unknown_fraction, tokenizer, itertools.chain(*sample))
 
     with contextlib.ExitStack() as stack:
 
@@ -140,6 +167,7 @@ def make_shards(
                 rows_per_shard=rows_per_shard,
                 overwrite=overwrite,
             )
+            writers[split] = writer
             return Packer(stack.enter_context(writer).write, vocabulary, sequence_length)
 
         train = open_split("train")
@@ -160,7 +188,8 @@ def make_shards(
             stack.callback(documents.close)
         encoder = TextEncoder(tokenizer, seed=seed)
         pieces: deque[_Piece | None] = deque()
-        encoded = parallel_map(encoder, _chunks(documents, max_documents, encoder, pieces), workers=workers)
+        chunks = _chunks(documents, max_documents, encoder, pieces)
+        encoded = parallel_map(encoder, _first_and_last_kept(chunks, sample), workers=workers)
         stack.enter_context(contextlib.closing(encoded))
         num_tokens, num_document_tokens, is_full = 0, 0, False
         for ids_n, lengths, keys in encoded:
@@ -182,6 +211,7 @@ def make_shards(
                 if is_full := is_end and max_tokens is not None and num_tokens >= max_tokens:
                     break
             report.seconds = time.perf_counter() - start
+            check_unknown(_UNKNOWN_SAMPLE_TOKENS)
             if on_progress is not None:
                 on_progress(report)
             if is_full:
@@ -196,8 +226,32 @@ def make_shards(
         train.finish(last_row)
         if report.validation is not None:
             validation.finish(last_row)
+        check_unknown(1)
+        for split, counts in report.splits.items():
+            writers[split].tokenizer_facts["unknown_tokens"] = counts.unknown
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _first_and_last_kept(chunks: Iterator[list[str]], kept: list[list[str]]) -> Iterator[list[str]]:
+    """Pass chunks on; `kept` holds the last one, and the first."""
+    first: list[str] = []
+    for chunk in chunks:
+        first = first or chunk
+        kept[:] = [chunk, first]
+        yield chunk
+
+
+def _too_many_unknown(
+    split: str, counts: PackCounts, bound: float, tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]
+) -> DataError:
+    examples = ", ".join(map(repr, unknown_words(tokenizer, texts)))
+    return DataError(
+        f"{counts.unknown_fraction:.1%} of the {counts.tokens:,} tokens for {split} are unknown to the tokenizer "
+        f"{tokenizer.name_or_path}{f' (such as {examples})' if examples else ''}, more than "
+        f"max_unknown_fraction={bound:g}; give the teacher's tokenizer with all of its files, or text that it knows, "
+        "or raise the bound (1 accepts any)"
+    )
 
 
 def _check_rows(sequence_length: int, rows_per_shard: int) -> None:

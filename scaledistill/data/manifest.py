@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from functools import cached_property
@@ -31,6 +32,7 @@ MAX_SEQUENCE_LENGTH = 65_535
 IDS_DTYPES: dict[str, np.dtype[Any]] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
 DOCUMENTS_DTYPE = np.dtype("<u2")
 DOCUMENT_BYTES = 3 * DOCUMENTS_DTYPE.itemsize
+MAX_UNKNOWN_FRACTION = 0.05
 
 TAR_BLOCK = 512
 MAX_BLOCK_ROWS = 65_535
@@ -43,6 +45,14 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 def ids_offset_after(documents_offset: int, documents_bytes: int) -> int:
     """Tell where a block's ids begin in the tar: its documents come first, filled up, then comes the ids' header."""
     return documents_offset + -(-documents_bytes // TAR_BLOCK) * TAR_BLOCK + TAR_BLOCK
+
+
+def too_many_unknown(unknown: int, tokens: int, bound: float) -> bool:
+    """Say whether more than a share `bound` of tokens is unknown, by more than chance makes of few tokens.
+
+    One standard error is allowed: 0.6 points for 1,000 tokens at a bound of 5 %, 0.02 points for a million.
+    """
+    return tokens > 0 and unknown / tokens > bound + math.sqrt(bound * (1 - bound) / tokens)
 
 
 class _Strict(BaseModel):
@@ -106,6 +116,31 @@ class Manifest(_Strict):
     @property
     def row_bytes(self) -> int:
         return self.sequence_length * self.ids_dtype.itemsize
+
+    @property
+    def unknown_tokens(self) -> int | None:
+        """How many tokens of the text are unknown; None where the set was made before this was counted."""
+        count = self.tokenizer.get("unknown_tokens")
+        return count if isinstance(count, int) else None
+
+    @property
+    def unknown_fraction(self) -> float | None:
+        """The share of the text's tokens, without [CLS] and [SEP], that are unknown; None where it was not counted."""
+        text = self.tokens - 2 * self.documents
+        return None if self.unknown_tokens is None else self.unknown_tokens / max(1, text)
+
+    def unknown_problem(self, bound: float | None = None) -> str | None:
+        """Say whether a larger share of tokens than `bound` is unknown; None is what was accepted at the making."""
+        if bound is None:
+            accepted = self.source.get("max_unknown_fraction")
+            bound = accepted if isinstance(accepted, (int, float)) else MAX_UNKNOWN_FRACTION
+        text = self.tokens - 2 * self.documents
+        if self.unknown_tokens is None or not too_many_unknown(self.unknown_tokens, text, bound):
+            return None
+        return (
+            f"{self.unknown_fraction:.1%} of its tokens are unknown to the tokenizer, more than {bound:.1%}: the "
+            "tokenizer does not fit the text; make the shards again with the teacher's own"
+        )
 
     @cached_property
     def sha256(self) -> str:
@@ -212,6 +247,14 @@ def count_tokens(documents: np.ndarray, num_rows: int) -> np.ndarray:
     """Count the real tokens of each row, int64 [num_rows], from triples [n, 3]."""
     length = documents[:, 2].astype(np.int64) - documents[:, 1]
     return np.bincount(documents[:, 0], weights=length, minlength=num_rows).astype(np.int64)
+
+
+def count_in_text(ids_NT: np.ndarray, documents: np.ndarray, token_id: int) -> int:
+    """Count an id in the text of triples [n, 3], which begin and end with a token that is not text."""
+    hits = np.flatnonzero(ids_NT.ravel() == token_id)
+    row, start, end = documents.astype(np.int64).T
+    first = row * ids_NT.shape[1]
+    return int((np.searchsorted(hits, first + end - 1) - np.searchsorted(hits, first + start + 1)).sum())
 
 
 def block_span(manifest: Manifest, shard: Shard, block: int) -> tuple[int, int]:

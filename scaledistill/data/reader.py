@@ -37,6 +37,8 @@ class ShardReader:
         self.manifest = Manifest.load(self.location)
         self._where = f"host {socket.gethostname()}" + ("" if rank is None else f", rank {rank}")
         self._cache = (cache or remote.ShardCache()) if remote.is_url(self.location) else None
+        if self._cache is not None:
+            self._cache.folder  # noqa: B018 - made now, so that a wrong one is refused before the run
         self._block_starts = [np.cumsum((0, *shard.block_rows)) for shard in self.manifest.shards]
         largest = max(size for shard in self.manifest.shards for size in shard.block_rows) * self.manifest.row_bytes
         self._blocks_per_read = max(1, READ_BYTES // largest)

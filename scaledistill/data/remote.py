@@ -6,19 +6,21 @@ Enters: URLs. Leaves: bytes and local paths. What a shard is, `data.manifest` kn
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.files import lock as lock_file
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +108,26 @@ class ShardCache:
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = DEFAULT_BYTES) -> None:
-        self.folder = (folder or DEFAULT_FOLDER).expanduser()
+        self._folder = folder
         self.limit_bytes = limit_bytes
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder, made when it is first asked for: a run on local shards needs neither it nor a home.
+
+        Raises: ConfigError if it can't be made or written.
+        """
+        folder = self._folder or DEFAULT_FOLDER
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            folder = folder.expanduser()
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: no HOME, and no home in the passwd file
             raise ConfigError(
-                f"data.cache_folder={self.folder} can't be made: {error}; name a writable folder"
+                f"data.cache_folder={folder} can't be made: {error}; name a folder that this user may write"
             ) from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(f"data.cache_folder={folder} can't be written; name a folder that this user may write")
+        return folder
 
     def path(self, sha256: str) -> Path:
         """Tell where a file's local copy is, or would be."""
@@ -131,9 +145,11 @@ class ShardCache:
         path = self.path(sha256)
         with contextlib.suppress(FileNotFoundError):
             return _open_used(path)
-        with _locked(path.with_suffix(".lock")) as lock:
+        with _locked(path.with_suffix(".lock")) as (lock, found):
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 return _open_used(path)
+            if found == "locked":
+                _remove_partials(path)
             self._reserve(lock, num_bytes)
             try:
                 return _download(url, path, num_bytes, sha256)
@@ -160,16 +176,17 @@ class ShardCache:
 
 def _open_used(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
-    os.utime(descriptor)  # the use that "least recently used" goes by
+    with contextlib.suppress(OSError):  # another user's file, in a cache that several share
+        os.utime(descriptor)  # the use that "least recently used" goes by
     return descriptor
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    lock = os.open(path, os.O_RDWR | os.O_CREAT)
+def _locked(path: Path) -> Iterator[tuple[int, str]]:
+    """Hold a lock file; with its descriptor comes what `files.lock` says."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock
+        yield lock, lock_file(lock, wait=True)
     finally:
         os.close(lock)  # which unlocks it
 
@@ -178,19 +195,24 @@ def _reserved_bytes(path: Path) -> int:
     """Read the reservation of a lock file; clear it where its process is gone."""
     lock = os.open(path, os.O_RDWR)
     try:
-        if size := os.fstat(lock).st_size:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.with_suffix(".partial").unlink(missing_ok=True)
-                os.truncate(lock, 0)
-                return 0
-        return size
+        size = os.fstat(lock).st_size
+        found = lock_file(lock) if size else "in use"
+        if found == "locked":
+            _remove_partials(path)
+            os.truncate(lock, 0)
+        return size if found == "in use" else 0  # without locks nobody can say whether its process still lives
     finally:
         os.close(lock)
 
 
+def _remove_partials(path: Path) -> None:
+    """Remove what killed processes had downloaded of a file; its lock is held."""
+    for partial in path.parent.glob(f"{path.stem}*.partial"):
+        partial.unlink(missing_ok=True)
+
+
 def _download(url: str, path: Path, num_bytes: int, sha256: str) -> int:
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")  # two write it where nothing locks
 
     def get(files: Any, remote_path: str) -> int:
         files.get_file(remote_path, str(partial))

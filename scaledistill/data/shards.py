@@ -7,18 +7,16 @@ Left to others: text (`data.text`), reading at speed (`data.stream`).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import itertools
 import json
-import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -33,12 +31,14 @@ from scaledistill.data.manifest import (
     Manifest,
     Shard,
     block_span,
+    count_in_text,
     count_tokens,
     decode_block,
     document_problem,
     ids_offset_after,
 )
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.files import flush, lock, sync
 
 
 class _HashedFile:
@@ -56,7 +56,7 @@ class _HashedFile:
 
     def close(self) -> None:
         self.file.flush()
-        os.fsync(self.file.fileno())
+        flush(self.file.fileno())
         self.file.close()
 
 
@@ -99,7 +99,7 @@ class ShardWriter:
         self._folder = Path(folder)
         self._rows_per_shard = rows_per_shard
         self._dtype: Literal["u16", "u32"] = "u16" if vocab_size <= 2**16 else "u32"
-        self._header = {
+        self._header: dict[str, Any] = {
             "sequence_length": sequence_length,
             "dtype": self._dtype,
             "vocab_size": vocab_size,
@@ -107,6 +107,8 @@ class ShardWriter:
             "pad_token_id": pad_token_id,
             "source": json.loads(json.dumps(dict(source or {}))),  # fails now rather than at the end
         }
+        self.tokenizer_facts = self._header["tokenizer"]
+        """What the manifest says of the tokenizer; more may be put in until the commit."""
         self._vocab_size = vocab_size
         self._overwrite = overwrite
         self._manifest: Manifest | None = None
@@ -126,13 +128,9 @@ class ShardWriter:
         self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self._folder / f"{PARTIAL}lock").open("wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if lock(self._lock.fileno()) == "in use":
             self._lock.close()
-            raise DataError(
-                f"another run writes shards to {self._folder} now; wait for it or name another folder"
-            ) from error
+            raise DataError(f"another run writes shards to {self._folder} now; wait for it or name another folder")
         for leftover in self._folder.glob(f"{PARTIAL}*.tar"):
             leftover.unlink()
 
@@ -252,9 +250,7 @@ class ShardWriter:
     def _unlock(self) -> None:
         (self._folder / f"{PARTIAL}lock").unlink(missing_ok=True)
         self._lock.close()
-        folder = os.open(self._folder, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync(self._folder)
 
     def _remove(self) -> None:
         if self._sink is not None:
@@ -292,7 +288,7 @@ def verify(
     """
     manifest = manifest or Manifest.load(folder)
     names = {shard.sha256: shard.file for shard in manifest.shards}
-    found = {"largest_id": 0, "tokens": 0, "padded_rows": 0}
+    found = {"largest_id": 0, "tokens": 0, "padded_rows": 0, "unknown_tokens": 0}
     sound, first_block = True, 0
     for shard in manifest.shards:
         for problem in _verify_shard(folder / shard.file, shard, manifest, first_block, names, found):
@@ -302,8 +298,11 @@ def verify(
         if on_shard:
             on_shard()
     for name, value in found.items() if sound else ():
-        if value != getattr(manifest, name):
-            yield f"{MANIFEST_FILE}: {name} is {getattr(manifest, name)}, but the shards give {value}"
+        stated = getattr(manifest, name)
+        if stated is not None and value != stated:
+            yield f"{MANIFEST_FILE}: {name} is {stated}, but the shards give {value}"
+    if sound and (unknown := manifest.unknown_problem()):
+        yield f"{MANIFEST_FILE}: {unknown}"
     for extra in sorted({path.name for path in folder.glob("*.tar")} - set(names.values())):
         yield f"{extra}: lies in the folder but is not in {MANIFEST_FILE}; a reader that lists the folder would read it"
 
@@ -353,3 +352,5 @@ def _verify_shard(
         found["largest_id"] = max(found["largest_id"], int(ids_NT.max()))
         found["tokens"] += int(tokens_N.sum())
         found["padded_rows"] += int((tokens_N < manifest.sequence_length).sum())
+        if isinstance(unknown := manifest.tokenizer.get("unk_token_id"), int):
+            found["unknown_tokens"] += count_in_text(ids_NT, documents, unknown)

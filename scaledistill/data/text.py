@@ -9,18 +9,17 @@ Legend: N rows, T positions of a row, n tokens of a document.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from scaledistill.data.longtext import Cutter
+from scaledistill.data.tokenizer import load_tokenizer as load_tokenizer
 from scaledistill.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -29,71 +28,10 @@ if TYPE_CHECKING:
 
 # Cases, accents, scripts, numbers and white space on which vocabularies with equal tokens but other rules differ.
 _PROBE = "The Quick brown fox's naïve café, 北京 Ünïversität: 3.14159 & 1,000\n\t  re-tokenised? (don't) Привет x²=α"
-# What a tokenizer needs of a Hub model; config.json names its class where its own files do not.
-_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "config.json",
-)
 _HASHED_CHARACTERS = 1 << 20  # at a time
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
-
-
-def load_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer with its own truncation and padding switched off; remote code is never run.
-
-    Raises:
-        DataError: it cannot be found or loaded, or it has no fast form.
-    """
-    name = str(name_or_folder)
-    folder = _find(name_or_folder, revision)
-
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError, ImportError) as error:
-        raise DataError(
-            f"tokenizer {name!r} cannot be loaded: {_first_line(error)}; expected tokenizer.json and its "
-            "companions, as save_pretrained writes them (remote code is never run)"
-        ) from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(f"tokenizer {name!r} is {type(tokenizer).__name__}, not a fast one; expected tokenizer.json")
-    # all-MiniLM-L6-v2's tokenizer.json, for one, cuts and pads to 128 without a word.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.name_or_path = name  # not the folder of the Hub's cache
-    return cast("PreTrainedTokenizerFast", tokenizer)
-
-
-def _find(name_or_folder: str | Path, revision: str | None) -> Path:
-    """Return the folder of a tokenizer; for a Hub name that of its files, fetched or cached."""
-    name, folder = str(name_or_folder), Path(name_or_folder)
-    if folder.is_dir():
-        return folder
-    siblings = [path.name for path in folder.parent.glob("*") if path.is_dir()]
-    if near := difflib.get_close_matches(folder.name, siblings, n=1):
-        remedy = f"did you mean {folder.parent / near[0]}?"
-    else:
-        remedy = "expected a folder with tokenizer.json, or a Hub name that is cached or reachable from here"
-    if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(f"tokenizer {name!r}: no such folder; {remedy}")
-
-    from huggingface_hub import snapshot_download
-
-    try:  # AutoTokenizer would ask file by file, and again and again without a network
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
-    except Exception as error:
-        version = f" at revision {revision!r}" if revision else ""
-        raise DataError(
-            f"tokenizer {name!r}: no such folder, and the Hub gave none{version} ({_first_line(error)}); {remedy}"
-        ) from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -121,6 +59,8 @@ class Vocabulary(NamedTuple):
     cls_id: int
     sep_id: int
     pad_id: int
+    unk_id: int | None = None
+    """What text outside the vocabulary becomes; None where all text is inside, as with byte-level ones."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -142,7 +82,29 @@ class Vocabulary(NamedTuple):
                 "because every document stands as [CLS] … [SEP] in its row: use the teacher's encoder tokenizer"
             )
         size = 1 + max(tokenizer.get_vocab().values())
-        return cls(size, ids["cls"], ids["sep"], ids["pad"])
+        return cls(size, ids["cls"], ids["sep"], ids["pad"], _unknown_id(tokenizer))
+
+
+def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """Return the id that the model gives to unknown text, whatever the tokenizer's other files call unknown."""
+    backend = tokenizer.backend_tokenizer
+    model = json.loads(backend.to_str())["model"]
+    if model.get("unk_id") is not None:  # Unigram
+        return int(model["unk_id"])
+    token = model.get("unk_token")
+    return None if token is None else backend.token_to_id(token)
+
+
+def unknown_words(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], most: int = 5) -> list[str]:
+    """Return a few different pieces of text that the tokenizer does not know, of at most 20 characters each."""
+    unknown, found = _unknown_id(tokenizer), dict[str, None]()
+    for text in itertools.islice(texts, 1000):
+        encoding = tokenizer.backend_tokenizer.encode(text[:10_000], add_special_tokens=False)
+        spans = [span for token_id, span in zip(encoding.ids, encoding.offsets, strict=True) if token_id == unknown]
+        found |= dict.fromkeys(text[start : min(end, start + 20)] for start, end in spans)
+        if len(found) >= most:
+            break
+    return list(found)[:most]
 
 
 class EncodedDocuments(NamedTuple):
@@ -179,7 +141,13 @@ class TextEncoder:
         self._cutter: Cutter | None = None
 
     def __call__(self, documents: Sequence[str]) -> EncodedDocuments:
-        ids = [encoding.ids for encoding in self._backend.encode_batch_fast(documents, add_special_tokens=False)]
+        try:
+            encodings = self._backend.encode_batch_fast(documents, add_special_tokens=False)
+        except Exception as error:  # tokenizers has no class of its own
+            raise DataError(
+                f"the tokenizer cannot encode this text ({error}); check its vocabulary and tokenizer.json"
+            ) from error
+        ids = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         flat = np.fromiter(itertools.chain.from_iterable(ids), self._dtype, int(lengths.sum()))
         return EncodedDocuments(flat, lengths, np.fromiter(map(self.key, documents), np.float64, len(ids)))
@@ -207,13 +175,19 @@ class TextEncoder:
 
 @dataclass
 class PackCounts:
-    """What went into the rows. `tokens` are tokens of text, without [CLS], [SEP] and padding."""
+    """What went into the rows. `tokens` are tokens of text, without [CLS], [SEP] and padding; `unknown` are [UNK]."""
 
     documents: int = 0
     rows: int = 0
     tokens: int = 0
+    unknown: int = 0
     padding: int = 0
     dropped_tokens: int = 0
+
+    @property
+    def unknown_fraction(self) -> float:
+        """The share of the tokens that are unknown."""
+        return self.unknown / self.tokens if self.tokens else 0.0
 
 
 class Packer:
@@ -272,6 +246,7 @@ class Packer:
             row_T, first, last = self._ids_NT[self._row], self._column, self._column + length + 1
             row_T[first] = self._vocabulary.cls_id
             row_T[first + 1 : last] = ids_n[start : start + length]
+            self.counts.unknown += self._num_unknown(row_T[first + 1 : last])
             row_T[last] = self._vocabulary.sep_id
             self._pieces.append((self._row, first, last + 1))
             self._column = last + 1
@@ -283,10 +258,15 @@ class Packer:
             while self._pieces and self._pieces[-1][0] == self._row:
                 _, start, end = self._pieces.pop()
                 self.counts.dropped_tokens += end - start - 2
+                self.counts.unknown -= self._num_unknown(self._ids_NT[self._row, start + 1 : end - 1])
             self.counts.tokens -= self.counts.dropped_tokens
         elif self._column:
             self._end_row()
         self._flush()
+
+    def _num_unknown(self, ids_n: np.ndarray) -> int:
+        unknown = self._vocabulary.unk_id
+        return 0 if unknown is None else int(np.count_nonzero(ids_n == unknown))
 
     def _end_row(self) -> None:
         self.counts.padding += self._shape[1] - self._column
@@ -305,7 +285,3 @@ class Packer:
         self._ids_NT = np.full(self._shape, self._vocabulary.pad_id, self._vocabulary.dtype)
         self._pieces: list[tuple[int, int, int]] = []
         self._row = self._column = 0
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

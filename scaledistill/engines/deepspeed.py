@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import (
+    groups,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -21,7 +27,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from scaledistill.config import DistillConfig
-from scaledistill.distributed import Ranks
+from scaledistill.distributed import Ranks, at_leaving
 from scaledistill.engines import EngineState, StepOutcome, parameter_groups
 from scaledistill.engines.deepspeed_block import resolve_block
 from scaledistill.errors import ConfigError
@@ -56,7 +62,7 @@ class DeepSpeedEngine:
             raise ConfigError(
                 f"engine.deepspeed.zero_optimization.{path}: {item['msg']} (DeepSpeed's own check)"
             ) from None
-        except ValueError as error:
+        except (ValueError, AssertionError, DeepSpeedConfigError) as error:
             raise ConfigError(f"engine.deepspeed: {error} (DeepSpeed's own check)") from None
         self._create_optimizer_state(next(view.parameters()).device)
 
@@ -182,13 +188,34 @@ def shard_teacher(
 
 
 def _initialize(view: nn.Module, block: dict[str, Any], optimizer: torch.optim.Optimizer | None) -> Any:
-    """Return DeepSpeed's engine; what it prints goes to the log. Collective."""
+    """Return DeepSpeed's engine, which lives until the group is left; what it prints goes to the log. Collective."""
+    linear = torch.nn.functional.linear
+    if groups._WORLD_GROUP is None:
+        at_leaving(_leave_group)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         engine, *_ = deepspeed.initialize(model=view, optimizer=optimizer, config=block, dist_init_required=False)
     log.debug("DeepSpeed: %s", printed.getvalue().strip())
+    at_leaving(partial(_release, engine, linear))
     return engine
+
+
+def _leave_group() -> None:
+    """Give up DeepSpeed's copy of the job's group: a later run, perhaps in another group, makes one of its own."""
+    if groups._WORLD_GROUP is not None:
+        deepspeed.comm.destroy_process_group(groups._WORLD_GROUP)
+
+
+def _release(engine: Any, linear: Callable[..., Tensor]) -> None:
+    """Remove what DeepSpeed 0.19.8 would keep of an engine for as long as the process lives."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine.destroy()  # hooks on autograd's nodes, which hold the optimizer where the garbage collector cannot see
+    torch.nn.functional.linear = linear  # ZeRO-3 replaces it, for every model
+    # ZeRO-3's stack of modules keeps the outermost one, and a cache of a method keeps every module it was asked for.
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
 def scaler_state(scaler: Any) -> dict[str, Any]:

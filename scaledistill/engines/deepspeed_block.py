@@ -8,97 +8,178 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from scaledistill.config import DistillConfig
 from scaledistill.errors import ConfigError
 
-ALLOWED_KEYS = (
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "gradient_clipping",
-    "communication_data_type",
-    "data_types",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "activation_checkpointing",
-    "comms_logger",
-    "flops_profiler",
-    "timers",
-    "aio",
-    "compile",
-    "disable_python_gc",
-)
-ZERO_KEYS = (  # a test compares them with DeepSpeed's own
-    "allgather_bucket_size",
-    "allgather_partitions",
-    "compute_grad_norm",
-    "contiguous_gradients",
-    "cpu_offload",
-    "cpu_offload_param",
-    "cpu_offload_use_pin_memory",
-    "elastic_checkpoint",
-    "enable_sanity_checks",
-    "ignore_unused_parameters",
-    "leaf_module",
-    "legacy_stage1",
-    "load_from_fp32_weights",
-    "log_trace_cache_warnings",
-    "memory_efficient_linear",
-    "offload_optimizer",
-    "offload_param",
-    "overlap_comm",
-    "override_module_apply",
-    "parameter_alignment",
-    "pipeline_loading_checkpoint",
-    "reduce_bucket_size",
-    "reduce_scatter",
-    "round_robin_gradients",
-    "save_muon_momentum_buffer_in_memory",
-    "stage",
-    "stage3_allgather_sequential",
-    "stage3_gather_16bit_weights_on_model_save",
-    "stage3_gather_fp16_weights_on_model_save",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_model_persistence_threshold",
-    "stage3_module_granularity_threshold",
-    "stage3_param_persistence_threshold",
-    "stage3_prefetch_bucket_size",
-    "stage3_use_all_reduce_for_fetch_params",
-    "sub_group_size",
-    "use_multi_rank_bucket_allreduce",
-    "zenflow",
-    "zero_hpz_partition_size",
-    "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_weights",
-)
-OFFLOAD_KEYS = {
-    "optimizer": (
-        "buffer_count",
-        "cpuadam_cores_perc",
-        "device",
-        "fast_init",
-        "nvme_path",
-        "pin_memory",
-        "pipeline_read",
-        "pipeline_write",
-        "ratio",
-        "super_offload",
-    ),
-    "param": ("buffer_count", "buffer_size", "device", "max_in_cpu", "nvme_path", "pin_memory"),
-}
+REMEDY = "correct the value or remove the key"
+
+
+class Check(NamedTuple):
+    """What a key of the block may be set to."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+    otherwise: str = REMEDY
+
+
+def _whole(least: int, remedy: str = REMEDY) -> Check:
+    """A count of elements and the like; 5e8 is one."""
+
+    def holds(value: Any) -> bool:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and value == value // 1 and value >= least
+
+    return Check(f"a whole number, {least} or more", holds, remedy)
+
+
+def _only(value: Any, why: str) -> Check:
+    """A key that may be written out, as others' examples do, but only with DeepSpeed's default."""
+
+    def holds(found: Any) -> bool:
+        return found == value and isinstance(found, bool) == isinstance(value, bool)
+
+    return Check(repr(value), holds, f"{why}; remove the key")
+
+
 # Elements. DeepSpeed's 500 M hold a whole student: its gradients would travel only when the backward is over.
 REDUCE_BUCKET_SIZE = 5_000_000
+# Of gradients that travel. In bf16 each hop of a ring rounds the sum: 1.7 to 7 % off over 256 ranks.
+COMMUNICATION_DTYPE = "fp32"
+SWITCH = Check("true or false", lambda value: isinstance(value, bool))
+SWITCH_OR_NULL = Check("true, false or null", lambda value: value is None or isinstance(value, bool))
+BLOCK = Check("a block", lambda value: isinstance(value, dict))
+BLOCK_OR_NULL = Check("a block such as {'device': 'cpu'}", lambda value: value is None or isinstance(value, dict))
+NVME_ONLY = "it is read for device='nvme' only, which is not supported"
+NOT_OURS = "DeepSpeed's checkpoints are not used"
+FULL_PRECISION = "master weights and moments are fp32"
+QUANTIZED = "what is quantized on the way is not what the loss was computed with"
+
+# Every key that DeepSpeed knows stands in one of these tables or in REFUSED_KEYS. What may take more than one value is
+# tried in `tests/test_engine.py`: state out, state in, export. fp16's, which only GPUs have, leave the layout alone.
+TOP_KEYS = {
+    "zero_optimization": BLOCK,
+    "bf16": BLOCK,
+    "fp16": BLOCK,
+    "data_types": BLOCK,
+    "gradient_clipping": Check(
+        "a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+    ),
+    "communication_data_type": Check(
+        "'fp32', 'bf16' or 'fp16'",
+        lambda value: value in (None, "fp32", "bf16", "fp16"),
+        f"remove it to take {COMMUNICATION_DTYPE!r}",
+    ),
+    "prescale_gradients": _only(False, "ZeRO's stages 2 and 3 cannot, and gradients are averaged in fp32 anyway"),
+    "gradient_predivide_factor": _only(1.0, "it only acts with prescale_gradients, which ZeRO's stages 2 and 3 lack"),
+    "zero_allow_untested_optimizer": SWITCH,
+    "zero_force_ds_cpu_optimizer": _only(False, "DeepSpeed's CPU optimizer cannot be restored exactly"),
+    "steps_per_print": Check("null or a whole number, 1 or more", lambda v: v is None or _whole(1).holds(v)),
+    "wall_clock_breakdown": SWITCH,
+    "memory_breakdown": SWITCH,
+    "dump_state": SWITCH,
+    "disable_python_gc": _only(False, "what a run held would stay in memory"),
+}
+BF16_KEYS = {
+    "enabled": SWITCH,
+    "check_grad_overflow": SWITCH,
+    "immediate_grad_update": _only(False, "it is not tried with the state that checkpoints hold"),
+    "bf16_master_weights_and_grads": _only(False, FULL_PRECISION),
+    "bf16_optimizer_states": _only(False, FULL_PRECISION),
+}
+FP16_KEYS = {
+    "enabled": SWITCH,
+    "auto_cast": _only(False, "token ids must stay whole numbers"),
+    "loss_scale": Check(
+        "a number, 0 (dynamic) or more",
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf,
+    ),
+    "initial_scale_power": _whole(0),
+    "loss_scale_window": _whole(1),
+    "hysteresis": _whole(1),
+    "consecutive_hysteresis": SWITCH,
+    "min_loss_scale": _whole(1),
+    "fp16_master_weights_and_grads": _only(False, FULL_PRECISION),
+}
+DATA_TYPE_KEYS = {
+    "grad_accum_dtype": Check("'fp32'", lambda value: value in (None, "fp32"), "gradients are summed in fp32"),
+    "param_dtype": _only(None, "set train.precision instead"),
+    "buffer_dtype": _only(None, "set train.precision instead"),
+    "keep_in_fp32_modules": _only(None, "set train.precision instead"),
+}
+ZERO_KEYS = {
+    "allgather_bucket_size": _whole(1),
+    "allgather_partitions": SWITCH,
+    "compute_grad_norm": SWITCH,
+    "contiguous_gradients": _only(True, "gradients that are reduced one by one are not tried with checkpoints"),
+    "cpu_offload": _only(None, "DeepSpeed has replaced it by offload_optimizer={'device': 'cpu'}"),
+    "cpu_offload_param": _only(None, "DeepSpeed has replaced it by offload_param={'device': 'cpu'}"),
+    "cpu_offload_use_pin_memory": _only(None, "DeepSpeed has replaced it by pin_memory in offload_optimizer"),
+    "elastic_checkpoint": _only(False, NOT_OURS),
+    "enable_sanity_checks": SWITCH,
+    "ignore_unused_parameters": _only(True, "a step without a gradient somewhere is no fault"),
+    "leaf_module": _only(None, "blocks are gathered part by part"),
+    "legacy_stage1": _only(False, "DeepSpeed has no other stage 1 any more"),
+    "load_from_fp32_weights": _only(True, NOT_OURS),
+    "log_trace_cache_warnings": SWITCH,
+    "memory_efficient_linear": SWITCH,
+    "offload_optimizer": BLOCK_OR_NULL,
+    "offload_param": BLOCK_OR_NULL,
+    "overlap_comm": SWITCH_OR_NULL,
+    "override_module_apply": _only(True, "it is for models that are built under ZeRO-3, and students are not"),
+    "parameter_alignment": _only(False, "it pads the flat buffers that checkpoints and exports are read from"),
+    "pipeline_loading_checkpoint": _only(False, NOT_OURS),
+    "reduce_bucket_size": _whole(1, f"remove it to take {REDUCE_BUCKET_SIZE}"),
+    "reduce_scatter": SWITCH,
+    "round_robin_gradients": _only(
+        False, "DeepSpeed then takes weights for one another: checkpoints and exports would be wrong"
+    ),
+    "save_muon_momentum_buffer_in_memory": _only(False, "the optimizer is AdamW"),
+    "stage": Check("1, 2 or 3", lambda value: True),
+    "stage3_allgather_sequential": SWITCH,
+    "stage3_gather_16bit_weights_on_model_save": SWITCH,
+    "stage3_gather_fp16_weights_on_model_save": _only(False, NOT_OURS),
+    "stage3_max_live_parameters": _whole(0),
+    "stage3_max_reuse_distance": _whole(0),
+    "stage3_model_persistence_threshold": _whole(0),
+    "stage3_module_granularity_threshold": _only(0, "blocks are gathered part by part"),
+    "stage3_param_persistence_threshold": _whole(0),
+    "stage3_prefetch_bucket_size": _whole(0),
+    "stage3_use_all_reduce_for_fetch_params": SWITCH,
+    "sub_group_size": _whole(1),
+    "use_multi_rank_bucket_allreduce": SWITCH,
+    "zenflow": _only(None, "it updates some weights steps later than the schedule says"),
+    "zero_hpz_partition_size": _only(1, "a second partition of the weights is not tried with checkpoints"),
+    "zero_quantized_gradients": _only(False, QUANTIZED),
+    "zero_quantized_nontrainable_weights": _only(False, QUANTIZED),
+    "zero_quantized_weights": _only(False, QUANTIZED),
+}
+DEVICE = Check("'cpu' or 'none'", lambda value: value in ("cpu", "none"), "NVMe is not supported")
+OFFLOAD_KEYS = {
+    "optimizer": {
+        "device": DEVICE,
+        "pin_memory": SWITCH,
+        "buffer_count": _only(4, NVME_ONLY),
+        "cpuadam_cores_perc": _only(0.8, "it is read with super_offload only"),
+        "fast_init": _only(False, NVME_ONLY),
+        "nvme_path": _only(None, NVME_ONLY),
+        "pipeline_read": _only(False, NVME_ONLY),
+        "pipeline_write": _only(False, NVME_ONLY),
+        "ratio": _only(1.0, "a part of the moments cannot be offloaded; offload all, or none by device='none'"),
+        "super_offload": _only(False, "it steps by DeepSpeed's CPU optimizer, which cannot be restored exactly"),
+    },
+    "param": {
+        "device": DEVICE,
+        "pin_memory": SWITCH,
+        "buffer_count": _only(5, NVME_ONLY),
+        "buffer_size": _only(100_000_000, NVME_ONLY),
+        "max_in_cpu": _only(1_000_000_000, NVME_ONLY),
+        "nvme_path": _only(None, NVME_ONLY),
+    },
+}
 REFUSED_KEYS = {
     "train_batch_size": "set train.global_batch_size instead",
     "train_micro_batch_size_per_gpu": "set train.micro_batch_size instead",
@@ -107,6 +188,17 @@ REFUSED_KEYS = {
     "optimizer": "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, train.adam_betas, …",
     "scheduler": "the learning rate is a function of the step, set by train.learning_rate and train.warmup_steps",
     "torch_autocast": "set train.precision instead",
+    "activation_checkpointing": "it acts on models that call DeepSpeed's own function; use engine.name=fsdp with "
+    "engine.fsdp.activation_checkpointing=true",
+    "aio": NVME_ONLY,
+    "comms_logger": "profile a run with --profile instead",
+    "compile": "set train.compile instead",
+    "flops_profiler": "profile a run with --profile instead",
+    "gradient_allreduce_op": "gradients are averaged",
+    "timers": "profile a run with --profile instead",
+    "zero_optimization.mics_shard_size": "DeepSpeed has removed it",
+    "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed has removed it",
+    "zero_optimization.zeropp_loco_param": "DeepSpeed has removed it",
 }
 
 
@@ -117,10 +209,9 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
         ConfigError: a key is unknown or ours to set, ZeRO's stage is not 1, 2 or 3, or a value contradicts `train`.
     """
     block = copy.deepcopy(config.engine.deepspeed)
-    for key in block:
-        if key in REFUSED_KEYS:
-            raise ConfigError(f"engine.deepspeed.{key}: not allowed here; {REFUSED_KEYS[key]}")
-    _check_keys(block, ALLOWED_KEYS, "engine.deepspeed")
+    _check_keys(block, TOP_KEYS)
+    for part, known in (("bf16", BF16_KEYS), ("fp16", FP16_KEYS), ("data_types", DATA_TYPE_KEYS)):
+        _check_keys(block.get(part, {}), known, part)
     train = config.train
     _resolve_zero(block, min(student.hidden_size for student in config.students.values()), world_size)
     for key, precision in (("bf16", "bf16"), ("fp16", "fp16")):
@@ -130,6 +221,7 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
     _settle(block["zero_optimization"], "compute_grad_norm", True, "zero_optimization.compute_grad_norm")
     _settle(block, "gradient_clipping", train.max_grad_norm, "gradient_clipping", "train.max_grad_norm")
     _settle(block.setdefault("data_types", {}), "grad_accum_dtype", "fp32", "data_types.grad_accum_dtype")
+    block["communication_data_type"] = communication_dtype(config)
     block["zero_force_ds_cpu_optimizer"] = False  # PyTorch's fused AdamW also steps offloaded state: exact to restore
     block.setdefault("steps_per_print", None)
     micro_batch_size = int(train.micro_batch_size or 1)
@@ -139,6 +231,11 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
     if guessed := list(_autos(block)):
         raise ConfigError(f"engine.deepspeed.{guessed[0]}='auto': DeepSpeed does not resolve it; state a value")
     return block
+
+
+def communication_dtype(config: DistillConfig) -> Any:
+    """Return the dtype that gradients travel in under DeepSpeed: fp32 unless the block names another."""
+    return config.engine.deepspeed.get("communication_data_type") or COMMUNICATION_DTYPE
 
 
 def zero_settings(config: DistillConfig) -> tuple[int, bool, bool]:
@@ -153,12 +250,14 @@ def zero_settings(config: DistillConfig) -> tuple[int, bool, bool]:
 def _resolve_zero(block: dict[str, Any], hidden_size: int, world_size: int) -> None:
     zero = block.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if not isinstance(zero, dict) or isinstance(stage, bool) or stage not in (1, 2, 3):
+    if not isinstance(zero, dict) or type(stage) is not int or stage not in (1, 2, 3):
         raise ConfigError(
-            f"engine.deepspeed.zero_optimization.stage: found {stage!r}, expected 1, 2 or 3; stage 1 costs what "
-            "stage 0 does and its overflow check protects the weights"
+            f"engine.deepspeed.zero_optimization.stage: found {stage!r}, expected 1, 2 or 3; stage 2 "
+            "sends gradients during the backward and its overflow check protects the weights"
         )
-    _check_keys(zero, ZERO_KEYS, "engine.deepspeed.zero_optimization")
+    _check_keys(zero, ZERO_KEYS, "zero_optimization")
+    for what in ("optimizer", "param"):
+        _check_keys(zero.get(f"offload_{what}") or {}, OFFLOAD_KEYS[what], f"zero_optimization.offload_{what}")
     sizes = {  # as transformers resolves them
         "reduce_bucket_size": hidden_size * hidden_size,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
@@ -169,32 +268,31 @@ def _resolve_zero(block: dict[str, Any], hidden_size: int, world_size: int) -> N
             zero[key] = size
     if zero.get("overlap_comm") is None:
         zero["overlap_comm"] = stage == 3 or world_size > 1
-    bucket = zero.setdefault("reduce_bucket_size", REDUCE_BUCKET_SIZE)
-    if isinstance(bucket, bool) or not isinstance(bucket, int | float) or bucket != int(bucket) or bucket < 1:
+    zero.setdefault("reduce_bucket_size", REDUCE_BUCKET_SIZE)
+    device = (zero.get("offload_param") or {}).get("device", "none")
+    if device == "cpu" and stage != 3:
         raise ConfigError(
-            f"engine.deepspeed.zero_optimization.reduce_bucket_size: found {bucket!r}, expected a number of elements, "
-            f"1 or more; remove it to take {REDUCE_BUCKET_SIZE}"
+            f"engine.deepspeed.zero_optimization.offload_param.device='cpu' needs zero_optimization.stage=3, found "
+            f"{stage}; use stage 3 or remove it"
         )
-    zero["reduce_bucket_size"] = int(bucket)
-    for what in ("optimizer", "param"):
-        offload = zero.get(f"offload_{what}") or {}
-        where = f"engine.deepspeed.zero_optimization.offload_{what}"
-        if not isinstance(offload, dict):
-            raise ConfigError(f"{where}: found {offload!r}, expected a block such as {{'device': 'cpu'}}")
-        _check_keys(offload, OFFLOAD_KEYS[what], where)
-        device, where = offload.get("device", "none"), f"{where}.device"
-        if device not in ("none", "cpu"):
-            raise ConfigError(f"{where}: found {device!r}, expected 'cpu' or 'none'")
-        if what == "param" and device == "cpu" and stage != 3:
-            raise ConfigError(f"{where}='cpu' needs zero_optimization.stage=3, found {stage}; use stage 3 or remove it")
 
 
-def _check_keys(block: dict[str, Any], known: Sequence[str], where: str) -> None:
-    for key in block:
+def _check_keys(block: dict[str, Any], known: Mapping[str, Check], path: str = "") -> None:
+    """Check the keys of the block at `path` and their values; "auto" is left to those who resolve it."""
+    for key, value in block.items():
+        name = f"{path}.{key}".lstrip(".")
+        if name in REFUSED_KEYS:
+            raise ConfigError(f"engine.deepspeed.{name}: not allowed here; {REFUSED_KEYS[name]}")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            raise ConfigError(f"{where}.{key}: unknown key; {hint}")
+            raise ConfigError(f"engine.deepspeed.{name}: unknown key; {hint}")
+        check = known[key]
+        left = value == "auto" and check not in (BLOCK, BLOCK_OR_NULL)
+        if not left and not check.holds(value):
+            raise ConfigError(f"engine.deepspeed.{name}: found {value!r}, expected {check.expected}; {check.otherwise}")
+        if isinstance(value, float) and check.expected.startswith("a whole number"):
+            block[key] = int(value)
 
 
 def _settle(block: dict[str, Any], key: str, value: Any, name: str, owner: str = "") -> None:

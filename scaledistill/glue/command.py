@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pydantic import ValidationError
 
 from scaledistill.config import EvaluationSettings
-from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError
+from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError, counted
 from scaledistill.glue.cell import MODEL_NAME
 from scaledistill.glue.tasks import TASKS
 from scaledistill.wording import explain
@@ -178,9 +179,11 @@ def settings_of(options: argparse.Namespace) -> EvaluationSettings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and return the exit code."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scaledistill").setLevel(logging.INFO)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells where there is no home to keep fonts in
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what fails in the end is told here
     try:
         return run(options)
@@ -276,7 +279,8 @@ class Display:
 
     def __enter__(self) -> Display:
         if self._work:
-            text = f"{len(self._work)} cells to run; Ctrl-C loses only what is under way, the same command goes on"
+            cells = counted(len(self._work), "cell")
+            text = f"{cells} to run; Ctrl-C loses only what is under way, the same command goes on"
             self.bar.console.print(text, highlight=False, soft_wrap=True)
         self.bar.start()
         return self
@@ -319,3 +323,7 @@ def in_options(message: str) -> str:
 
 def _say(text: str) -> None:
     sys.stderr.write("".join(f"glue: {line}\n" for line in text.splitlines()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

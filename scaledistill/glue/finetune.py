@@ -37,7 +37,7 @@ from scaledistill.errors import DivergedError
 from scaledistill.glue.cell import Cell
 from scaledistill.glue.features import Features, prepare
 from scaledistill.glue.tasks import TASKS, Task
-from scaledistill.models.teacher import quiet_transformers
+from scaledistill.models.teacher import quiet_transformers, read_config
 from scaledistill.models.weights import check_complete
 
 OnProgress = Callable[[float], None]
@@ -117,25 +117,25 @@ def _load_model(folder: Path, task: Task, name: str) -> tuple[PreTrainedModel, l
 
     A head in the folder is used where its shapes fit, as transformers does it.
     """
-    options: dict[str, Any] = {}
+    config = read_config(folder, f"model {name}")
     if task.kind == "classification":
-        options = {"num_labels": len(task.labels), "id2label": dict(enumerate(task.labels))}
-        options |= {"label2id": {label: i for i, label in enumerate(task.labels)}}
-        options |= {"problem_type": "single_label_classification"}
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: i for i, label in enumerate(task.labels)}
+        config.problem_type = "single_label_classification"
     elif task.kind == "regression":
-        options = {"num_labels": 1, "problem_type": "regression"}
+        config.num_labels, config.problem_type = 1, "regression"
     else:
-        options = {"num_labels": 2}  # start and end
+        config.num_labels = 2  # start and end
     auto = AutoModelForQuestionAnswering if task.kind == "span" else AutoModelForSequenceClassification
     with quiet_transformers():
         model, info = auto.from_pretrained(
             folder,
+            config=config,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # a head of other sizes; the encoder's are reported below
             output_loading_info=True,
-            **options,
         )
     encoder = f"{model.base_model_prefix}."
     wrong: dict[str, tuple[list[int] | None, list[int]]] = {

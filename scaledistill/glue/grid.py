@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from scaledistill.config import EvaluationSettings
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import ConfigError, DataError, counted
 from scaledistill.files import locked, read_json, write_json
 from scaledistill.glue.cell import Cell, read_error, read_record, remove_partial_files, write_error
 from scaledistill.glue.plan import Plan, make_plan
@@ -146,9 +146,9 @@ def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
     kept = [cell for cell in earlier if _compares(cell, plan)]
     if len(kept) < len(earlier):
         log.warning(
-            "%s: %d cells of earlier grids are left out of the summary: their models, data or settings are not these",
+            "%s: %s of earlier grids left out of the summary: other models, data or settings",
             output,
-            len(earlier) - len(kept),
+            counted(len(earlier) - len(kept), "cell"),
         )
     cells = list(dict.fromkeys([*kept, *plan.cells]))
     models = before["models"] | {

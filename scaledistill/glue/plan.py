@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from scaledistill.config import EvaluationSettings
-from scaledistill.data.text import load_tokenizer
+from scaledistill.data.tokenizer import has_vocabulary_file, load_tokenizer
 from scaledistill.errors import ConfigError, DataError, Problems
 from scaledistill.files import sha256_of
 from scaledistill.glue.cell import MODEL_NAME, Cell, Conditions, hash_of
@@ -31,14 +31,13 @@ from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.read import read_split
 from scaledistill.glue.tasks import Task, find_tasks
 from scaledistill.models.capture import first_position
-from scaledistill.models.teacher import WEIGHT_FILES, check_weight_files, read_config, resolve_folder
+from scaledistill.models.teacher import WEIGHT_FILES, check_unused, check_weight_files, read_config, resolve_folder
 from scaledistill.models.weights import weight_files
 
-VOCABULARY_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
-    *("sentencepiece.bpe.model", "spm.model"),
+    *("sentencepiece.bpe.model", "spm.model", "tokenizer_config.json", "special_tokens_map.json"),
 )
-TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json")
 MODEL_FILES = (*WEIGHT_FILES, *TOKENIZER_FILES)
 CHARACTERS_PER_TOKEN = 4.3  # English, WordPiece
 PADDING = 2.0  # tokens computed per token of text, where a batch is padded to its longest example
@@ -164,7 +163,8 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
                 "the task or the model out"
             )
     check_weight_files(folder, f"{setting}={path!r}")
-    _check_tokenizer(folder, config, f"{setting}={path!r}")
+    check_unused(folder, config, f"{setting}={path!r}")
+    _check_tokenizer(folder, config, f"{setting}={path!r}", tasks)
     sizes: dict[str, int] = {}
     for file in weight_files(folder):
         try:
@@ -214,9 +214,9 @@ def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
     return TaskData(task, conditions, used, train_tokens, sum(tokens(split.texts) for split in dev))
 
 
-def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str) -> None:
+def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str, tasks: Sequence[Task]) -> None:
     # transformers makes an empty tokenizer where it finds no files of one.
-    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+    if not has_vocabulary_file(folder):
         raise DataError(
             f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json there from the model that it "
             "was made from"
@@ -227,6 +227,11 @@ def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str) -> None
         raise DataError(f"{model}: {error}") from error
     if tokenizer.pad_token is None:
         raise DataError(f"{model}: its tokenizer has no padding token; set pad_token in tokenizer_config.json")
+    if tokenizer.cls_token is None and (spans := [task.title for task in tasks if task.kind == "span"]):
+        raise DataError(
+            f"{model}: its tokenizer has no cls_token, which stands for no answer in {spans[0]}; set cls_token in "
+            "tokenizer_config.json, or leave the task out"
+        )
     if len(tokenizer) > config.vocab_size:
         raise DataError(
             f"{model}: its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; they do not belong "

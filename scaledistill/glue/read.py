@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scaledistill.data.compression import StoredError, open_stored
-from scaledistill.errors import DataError
+from scaledistill.errors import DataError, counted
 from scaledistill.glue.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _parse_tsv(task: Task, path: Path, text: str) -> Rows:
         texts.append(tuple(cells[column] for column in columns))
         labels.append(label_of(cells[label_column], f"{path}:{number}"))
     if short:
-        log.warning("%s: %d rows with too few columns left out, as the official reader does", path, short)
+        log.warning("%s: %s with too few columns left out, as the official reader does", path, counted(short, "row"))
     return rows
 
 

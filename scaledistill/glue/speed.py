@@ -19,7 +19,7 @@ from transformers import AutoModel, PreTrainedModel
 from scaledistill.benchmark import Report, in_turn, machine_facts, ratios
 from scaledistill.errors import ConfigError
 from scaledistill.glue.plan import Plan
-from scaledistill.models.teacher import quiet_transformers
+from scaledistill.models.teacher import quiet_transformers, read_config
 
 TOKENS = 128
 BATCHES = (1, 32)
@@ -81,8 +81,11 @@ def measure_speed(folders: Mapping[str, Path], output: Path) -> Report:
 
 
 def _encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    config = read_config(folder, str(folder))
     with quiet_transformers():
-        model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        model = AutoModel.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     nn.Module.to(model, device)
     return model.eval()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from scaledistill.benchmark import Table
-from scaledistill.errors import DataError
+from scaledistill.errors import DataError, counted
 from scaledistill.files import read_json, write_json
 from scaledistill.glue.cell import Cell, read_error, read_record
 from scaledistill.glue.published import PUBLISHED
@@ -145,7 +145,7 @@ class Summary:
         parts.append("\n".join(f"- {note}" for note in self.notes()))
         if self.failures:
             lines = [f"- {cell}: {_first_line(error)}" for cell, error in self.failures]
-            parts.append("\n".join([f"**Not finished: {len(self.failures)} cells**", "", *lines]))
+            parts.append("\n".join([f"**Not finished: {counted(len(self.failures), 'cell')}**", "", *lines]))
         return "\n\n".join(parts) + "\n"
 
     def _text(self, row: Row, column: str, choice: Choice | None) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, DataError
 from scaledistill.models.attention import VARLEN, document_attention
+from scaledistill.models.configs import plain_config
 from scaledistill.relations import QKV
 
 
@@ -96,6 +98,24 @@ def first_position(config: PreTrainedConfig) -> int:
     return config.pad_token_id + 1 if architecture_of(config).positions_follow_padding else 0
 
 
+def settle_padding(config: PreTrainedConfig, model: str) -> None:
+    """Make `pad_token_id` None where it names no token and the positions don't count from it; `model` names the model.
+
+    Raises:
+        DataError: they do.
+    """
+    row, found = ARCHITECTURES.get(config.model_type), config.pad_token_id
+    if row is None or (found is not None and 0 <= found < config.vocab_size):
+        return
+    if row.positions_follow_padding:
+        raise DataError(
+            f"{model}: its config.json has pad_token_id={json.dumps(found)}, but models of type {config.model_type!r} "
+            "count their positions from it; set it to the padding token's id in the tokenizer (1 in RoBERTa and "
+            "XLM-R)"
+        )
+    config.pad_token_id = None
+
+
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class that `AutoModel` builds for `config` from transformers' own code."""
     return cast(type[PreTrainedModel], MODEL_MAPPING[type(config)])
@@ -129,6 +149,10 @@ def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
     """
     encoder = base_encoder(model)
     row = architecture_of(encoder.config)
+    if getattr(encoder.config, "is_decoder", False):
+        raise ConfigError(
+            "teacher.model has is_decoder=true in its config, so its tokens see no later ones; use an encoder"
+        )
     try:
         blocks = cast(nn.ModuleList, encoder.get_submodule(row.blocks))
         check_layer(layer, len(blocks), setting="layer")
@@ -140,6 +164,7 @@ def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
             "use a model that runs on transformers' own code"
         ) from error
     view = _own_copy(encoder)
+    view.config = plain_config(encoder.config)
     parent, name = _own_parent(view, row.blocks)
     kept = list(blocks)[:layer]
     kept[-1] = captured

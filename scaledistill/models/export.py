@@ -10,28 +10,21 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from scaledistill.data.tokenizer import TOKENIZER_FILES, gives_same_ids, load_tokenizer
 from scaledistill.errors import DataError
-from scaledistill.files import sync, write_bytes
+from scaledistill.files import read_json, set_default_mode, sync, write_bytes, write_json
 from scaledistill.models.capture import build_encoder, capture_view, encoder_options
 from scaledistill.models.teacher import load_encoder, quiet_transformers, resolve_folder
 
-TOKENIZER_FILES = (
-    "config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-)
 INIT_TEXT = {
     "random": "their random initialisation",
     "teacher": "what was cut from the teacher's layers at the start",
@@ -94,6 +87,7 @@ def export_student(
     tokenizer_source: str | Path,
     revision: str | None = None,
     card: Mapping[str, object],
+    check: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> Path:
     """Write a student into `folder`, replacing what is there, and return the folder. One rank calls this.
 
@@ -108,13 +102,15 @@ def export_student(
         tokenizer_source: folder or hub name (at `revision`) that the tokenizer is taken from: the teacher's.
         card: facts for the model card, in order, label to value; None leaves one out. "init", how the
             student was initialised, is needed.
+        check: gets the model that was read back, in eval mode, before it is put in place; what it raises leaves the
+            old one.
 
     Raises:
         DataError: the tokenizer cannot be had, or what was read back is not what was written or gives no finite output.
         OSError: the disk is full or not writable.
         ValueError: the state is not that of the config, or not fp32.
     """
-    target = Path(folder)
+    target = Path(os.path.realpath(folder))  # behind a link, which stays one
     _check_state(config, state)
     fresh = target.with_name(f".{target.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -123,16 +119,18 @@ def export_student(
         config.save_pretrained(fresh)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+        set_default_mode(fresh / "model.safetensors")
         _save_tokenizer(tokenizer_source, revision, fresh)
-        (fresh / "README.md").write_text(_card_text(target.name, config, tap, card), encoding="utf-8")
-        _check_export(fresh, weights)
+        (fresh / "README.md").write_text(_card_text(Path(folder).name, config, tap, card), encoding="utf-8")
+        kept = "the old export is kept" if target.exists() else "nothing was exported"
+        check(_check_export(fresh, weights, kept))
         for path in (*fresh.iterdir(), fresh):
             sync(path)
         _exchange(fresh, target)
         sync(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return target
+    return Path(folder)
 
 
 def write_card_section(folder: Path, title: str, text: str) -> None:
@@ -186,36 +184,53 @@ def _check_state(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> None:
 
 
 def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> None:
+    """Write the tokenizer so that plain `AutoTokenizer` gives the ids of the source's files.
+
+    Raises:
+        DataError: the source has none, or it is not read back as it was written.
+    """
     origin = resolve_folder(source, revision, TOKENIZER_FILES, setting="the tokenizer's source")
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(origin)
-    except Exception as error:
-        reason = " ".join(str(error).split())
+    with quiet_transformers():
+        try:
+            tokenizer = load_tokenizer(origin)
+        except DataError as error:
+            raise DataError(
+                f"{source} has no tokenizer to export ({error}); give the folder with tokenizer.json"
+            ) from error
+        tokenizer.save_pretrained(folder)
+        path = folder / "tokenizer_config.json"
+        written = read_json(path) or {}
+        if written.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
+            write_json(path, written | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        read = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder))
+        if not gives_same_ids(read, tokenizer):
+            raise DataError(
+                f"transformers does not read the tokenizer of {source} back as its tokenizer.json says; set "
+                'tokenizer_class to "PreTrainedTokenizerFast" in its tokenizer_config.json'
+            )
+
+
+def _check_export(folder: Path, weights: Mapping[str, Tensor], kept: str) -> PreTrainedModel:
+    """Return what the folder loads to; raise DataError unless it is exactly `weights` and computes something finite."""
+    if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None):
         raise DataError(
-            f"{source} has no tokenizer to export ({reason}); give the folder with tokenizer.json"
-        ) from error
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(folder)
-
-
-def _check_export(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Raise DataError unless the folder loads to exactly `weights` and computes something finite."""
+            f"{folder}: the student's weight {broken} is not finite, so its output is not finite; {kept}. "
+            "If an earlier checkpoint is good, remove the newer ones from checkpoints/ and rerun the same command"
+        )
     model = load_encoder(folder, setting="the export")
     read = model.state_dict()
     if different := [
         name for name in weights if not torch.equal(read[name].view(torch.int32), weights[name].view(torch.int32))
     ]:
-        raise DataError(
-            f"{folder}: {different[0]} was read back other than written; check the disk, the old export is kept"
-        )
+        raise DataError(f"{folder}: {different[0]} was read back other than written; check the disk; {kept}")
     with torch.no_grad():
         output = model(input_ids=torch.arange(3, 11)[None] % model.config.vocab_size).last_hidden_state
     if not output.isfinite().all():
         raise DataError(
-            f"{folder}: the student's output is not finite; the old export is kept, go back to an earlier checkpoint"
+            f"{folder}: the student's output is not finite; {kept}. If an earlier checkpoint is good, remove "
+            "the newer ones from checkpoints/ and rerun the same command"
         )
+    return model
 
 
 def _exchange(fresh: Path, target: Path) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from scaledistill.errors import ConfigError
 from scaledistill.models.capture import architecture_of, base_encoder, build_encoder, check_layer, encoder_class
+from scaledistill.models.configs import plain_config
 from scaledistill.models.teacher import load_config, load_encoder
 
 # What two models must have in common for one to go on with the weights of the other.
@@ -67,7 +68,7 @@ def student_config(
             f"students.{name}.num_attention_heads={num_attention_heads} does not divide "
             f"students.{name}.hidden_size={hidden_size}; use {' or '.join(map(str, nearest))}"
         )
-    config = copy.deepcopy(teacher_config)
+    config = copy.deepcopy(plain_config(teacher_config))
     if getattr(config, "embedding_size", None) == config.hidden_size:
         config.embedding_size = hidden_size
     config.num_hidden_layers = num_layers + (tap == "extra")
@@ -77,6 +78,8 @@ def student_config(
     config.architectures = [encoder_class(config).__name__]
     config.dtype = torch.float32
     config.name_or_path = ""
+    if hasattr(config, "auto_map"):  # code that the export does not have
+        del config.auto_map
     return config
 
 
@@ -225,6 +228,7 @@ def _values(config: PreTrainedConfig, keys: Sequence[str]) -> str:
 
 def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig, name: str) -> None:
     for key, found, most in (
+        ("hidden_size", config.hidden_size, teacher.hidden_size),
         ("num_attention_heads", config.num_attention_heads, teacher.num_attention_heads),
         ("hidden_size / num_attention_heads", _head_size(config), _head_size(teacher)),
         ("intermediate_size", config.intermediate_size, teacher.intermediate_size),

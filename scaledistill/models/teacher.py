@@ -27,16 +27,27 @@ from transformers.utils import logging as transformers_logging
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.files import read_json
 from scaledistill.models.capture import (
+    ARCHITECTURES,
     architecture_of,
-    base_encoder,
     blocks_of,
+    build_encoder,
     capture_view,
     check_layer,
     encoder_options,
+    settle_padding,
     split_qkv,
     view_inputs,
 )
-from scaledistill.models.weights import INDEX, StoredWeights, check_complete, weight_files
+from scaledistill.models.configs import plain_dict
+from scaledistill.models.weights import (
+    INDEX,
+    StoredWeights,
+    check_complete,
+    check_finite,
+    check_names,
+    stored_keys,
+    weight_files,
+)
 from scaledistill.relations import QKV
 
 logger = logging.getLogger(__name__)
@@ -44,7 +55,7 @@ logger = logging.getLogger(__name__)
 Shard = Callable[[nn.Module, list[nn.Module], Iterable[tuple[str, Tensor]]], nn.Module]
 """Puts a view's weights, handed out in the order of the names, in parts on the ranks, block by block; returns what runs
 them. Collective."""
-WEIGHT_FILES = ("config.json", "*.py", "model.safetensors", "model-*-of-*.safetensors", INDEX)
+WEIGHT_FILES = ("config.json", "adapter_config.json", "*.py", "model.safetensors", "model-*-of-*.safetensors", INDEX)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
@@ -93,19 +104,33 @@ def load_config(
 
 
 def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read the config in a folder, of whatever architecture; `name` stands for the model in messages.
+    """Read the config in a folder, of whatever architecture, and make it plain; `name` is the model's in messages.
 
     Raises:
-        DataError: no `config.json`, or one that cannot be read.
+        DataError: no `config.json`, one that cannot be read, or one that asks for what is not computed here.
     """
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise DataError(f"{name} has no config.json; give the folder that save_pretrained wrote")
+    found = read_json(path) or {}
+    model_type = found.get("model_type")
+    own_code = trust_remote_code and "AutoConfig" in (found.get("auto_map") or {})
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            if own_code or model_type not in CONFIG_MAPPING:
+                return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            known = CONFIG_MAPPING[str(model_type)]
+            config = known.from_dict(plain_dict(found, known, name, encoder=model_type in ARCHITECTURES))
+    except DataError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: its config.json cannot be used ({reason}); fetch the model again") from error
+    config.name_or_path = str(folder)
+    if trust_remote_code and "auto_map" in found:  # the code of the model alone, for a config that is transformers' own
+        config.auto_map = found["auto_map"]
+    settle_padding(config, name)
+    return config
 
 
 def load_encoder(
@@ -129,6 +154,7 @@ def load_encoder(
         DataError: no safetensors, a damaged or missing file, or a weight that the file lacks or has in another shape.
     """
     config, folder = _locate(model, revision, num_layers, trust_remote_code, setting)
+    name = f"{setting}={str(model)!r}"
     options = encoder_options(config) if type(config) in MODEL_MAPPING else {}
     try:
         with quiet_transformers():
@@ -146,7 +172,9 @@ def load_encoder(
         raise _not_loaded(model, setting, error) from error
     wrong: dict[str, tuple[list[int] | None, list[int]]] = {name: (None, []) for name in info["missing_keys"]}
     wrong |= {name: (list(found), list(expected)) for name, found, expected in info["mismatched_keys"]}
-    check_complete(wrong, f"{setting}={str(model)!r}")
+    check_complete(wrong, name)
+    for key, tensor in encoder.state_dict().items():
+        check_finite(key, tensor, name)
     return encoder
 
 
@@ -185,12 +213,33 @@ def _locate(
 ) -> tuple[PreTrainedConfig, Path]:
     """Return a model's config, cut to `num_layers`, and the folder of its weights."""
     config = copy.deepcopy(load_config(model, revision, trust_remote_code, setting=setting))
+    name = f"{setting}={str(model)!r}"
     if num_layers is not None:
         check_layer(num_layers, config.num_hidden_layers)
-        config.num_hidden_layers = num_layers
     folder = resolve_folder(model, revision, WEIGHT_FILES, setting=setting)
-    check_weight_files(folder, f"{setting}={str(model)!r}")
+    check_weight_files(folder, name)
+    if heads := check_unused(folder, config, name):
+        logger.info("%s: weights that an encoder has no use for are left out: %s", name, ", ".join(heads))
+    if num_layers is not None:
+        config.num_hidden_layers = num_layers
     return config, folder
+
+
+def check_unused(folder: Path, config: PreTrainedConfig, model: str) -> list[str]:
+    """Look at the names in a model's files, given its whole config; return those of its heads.
+
+    Raises:
+        DataError: weights or adapters that change what the encoder computes, and that it does not read.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise DataError(
+            f"{model} has an adapter beside its weights (adapter_config.json), which is not read; merge it (PEFT: "
+            "merge_and_unload), save_pretrained, and give that folder"
+        )
+    if type(config) not in MODEL_MAPPING or config.model_type not in ARCHITECTURES:  # names that we do not know
+        return []
+    encoder = build_encoder(config, device="meta")
+    return check_names(stored_keys(folder, model), encoder, prefix=encoder.base_model_prefix, model=model)
 
 
 class Teacher(nn.Module):
@@ -218,7 +267,7 @@ class Teacher(nn.Module):
         """
         super().__init__()
         view = capture_view(encoder, layer).requires_grad_(False)
-        self.config: PreTrainedConfig = base_encoder(encoder).config
+        self.config = cast(PreTrainedConfig, view.config)
         self.qkv_widths = cast(tuple[int, int, int], view.qkv_widths)
         self.num_parameters = sum(parameter.numel() for parameter in view.parameters())
         dtype = dtype or encoder.dtype
@@ -307,6 +356,7 @@ def check_weight_files(folder: Path, model: str) -> None:
             raise DataError(
                 f"{model} has pickled weights only ({pickled[0]}), which can run code when loaded; expected "
                 f"{missing[0]}. If you trust them, convert them once: AutoModel.from_pretrained(folder, "
-                "use_safetensors=False).save_pretrained(new_folder)"
+                "use_safetensors=False).save_pretrained(new_folder), and copy the tokenizer there as well (tokenizer*, "
+                "vocab*, merges.txt, *.model, special_tokens_map.json, added_tokens.json)"
             )
         raise DataError(f"{model} lacks {missing[0]}; give a folder with all of its safetensors files")

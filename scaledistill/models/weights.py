@@ -7,7 +7,8 @@ them. `models.teacher` loads models whole, by transformers' own code.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +20,20 @@ from scaledistill.errors import DataError
 INDEX = "model.safetensors.index.json"
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # in BERT's first files
 
+# Buffers that older versions stored and that the model makes itself.
+HARMLESS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias)$")
+HEADS = ("cls", "lm_head", "classifier", "qa_outputs", "score", "discriminator_predictions", "generator_predictions")
+ADAPTER = re.compile(
+    r"(^|[._])(lora|dora|lokr|loha|hada|ia3|oft|boft|vera|adapters?|prefix|prompt|base_layer|modules_to_save"
+    r"|original_module)([._]|$)"
+)
+QUANTISED = re.compile(
+    r"(\.SCB|\.weight_format|\.qweight|\.qzeros|\.scales|\.g_idx|_scale|_scale_inv|_zero_point|\.weight_packed"
+    r"|\.absmax|\.quant_map|\.quant_state\..*)$"
+)
+WRAPPERS = ("module.", "_orig_mod.")
+CHANGING = re.compile(f"{ADAPTER.pattern}|{QUANTISED.pattern}|distance_embedding|^(module|_orig_mod)[.]")
+
 
 def weight_files(folder: Path) -> list[str]:
     """Return the names of a folder's weight files, as its index or the usual name says; they may be missing.
@@ -29,6 +44,81 @@ def weight_files(folder: Path) -> list[str]:
     if not (folder / "model.safetensors").is_file() and (folder / INDEX).is_file():
         return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     return ["model.safetensors"]
+
+
+def check_names(keys: Iterable[str], encoder: nn.Module, *, prefix: str, model: str) -> list[str]:
+    """Return the first parts of the names that belong to heads and poolers, which an encoder can do without.
+
+    Args:
+        keys: the names in the files.
+        encoder: whole, as its config says; may be on the meta device.
+        prefix: what its names begin with inside a task model.
+        model: names the model in messages.
+
+    Raises:
+        DataError: other weights are not the encoder's, so that it would compute something else without them.
+    """
+    known = {*(name for name, _ in encoder.named_parameters()), *(name for name, _ in encoder.named_buffers())}
+    children = {name for name, _ in encoder.named_children()}
+    heads, foreign = set(), []
+    for key in sorted(keys):
+        name = encoder_name(key, prefix)
+        root = name.partition(".")[0]
+        if name in known or HARMLESS.search(name):
+            continue
+        if root == "pooler" or (root in HEADS and not key.startswith(f"{prefix}.")):
+            heads.add(root)
+        elif key.startswith(f"{prefix}.") or root in children or CHANGING.search(key):
+            foreign.append(key)
+        else:
+            heads.add(root)
+    if not foreign:
+        return sorted(heads)
+    names = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+    what = "has weights that its encoder has no place for"
+    remedy = "give a model that transformers loads whole, with the config.json that belongs to its weights"
+    if any(QUANTISED.search(key) for key in foreign):
+        what, remedy = "is quantised", "give the model before quantisation, in fp32, bf16 or fp16"
+    elif any(ADAPTER.search(key) for key in foreign):
+        what = "has adapters that are not merged into its weights"
+        remedy = "merge them (PEFT: merge_and_unload), then save_pretrained"
+    elif any("distance_embedding" in key for key in foreign):
+        what, remedy = "has relative positions, which transformers no longer computes", "give another model"
+    elif all(key.startswith(WRAPPERS) for key in foreign):
+        what = "was saved inside a wrapper (DistributedDataParallel, torch.compile)"
+        remedy = "save the model in it, model.module or model._orig_mod, with save_pretrained"
+    raise DataError(f"{model} {what}: {names}; it would compute something else without them: {remedy}")
+
+
+def encoder_name(key: str, prefix: str) -> str:
+    """Return the name in the encoder of a weight in a file."""
+    name = key.removeprefix(f"{prefix}.")
+    for old, new in OLD_NAMES.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def stored_keys(folder: Path, model: str) -> list[str]:
+    """Return the names of all weights in a folder's files. Raises: DataError."""
+    keys: list[str] = []
+    for path in (folder / name for name in weight_files(folder)):
+        try:
+            with safe_open(path, "pt") as file:
+                keys += file.keys()
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{model}: {path.name} cannot be read ({error}); fetch the model again") from error
+    return keys
+
+
+def check_finite(name: str, tensor: Tensor, model: str) -> Tensor:
+    """Return a weight on the CPU. Raises: DataError if it has values that are not finite."""
+    if tensor.is_floating_point() and tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
+        raise DataError(
+            f"{model}: its weight {name} has values that are not finite (NaN or infinite) in {tensor.dtype}; fetch the "
+            "model again, or take an earlier checkpoint of it"
+        )
+    return tensor
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -53,9 +143,7 @@ class StoredWeights(Mapping[str, Tensor]):
             try:
                 with safe_open(path, "pt") as file:
                     for key in file.keys():  # noqa: SIM118 - not a dictionary
-                        name = key.removeprefix(f"{prefix}.")
-                        for old, new in OLD_NAMES.items():
-                            name = name.removesuffix(old) + new if name.endswith(old) else name
+                        name = encoder_name(key, prefix)
                         stored[name] = path, key
                         shapes[name] = file.get_slice(key).get_shape()
             except (SafetensorError, OSError) as error:
@@ -81,7 +169,7 @@ class StoredWeights(Mapping[str, Tensor]):
         path, key = self._stored[name]
         try:
             with safe_open(path, "pt") as file:
-                return file.get_tensor(key)
+                return check_finite(name, file.get_tensor(key), self._model)
         except (SafetensorError, OSError) as error:
             raise self._damaged(path, error) from error
 

@@ -78,8 +78,8 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: RelationSpec, teacher: list[Tensor], *student: Tensor) -> tuple[Tensor, Tensor]:
         losses_P, lse_2PBRT = _forward(spec, teacher, student)
-        ctx.spec, ctx.teacher = spec, teacher
-        ctx.save_for_backward(lse_2PBRT, *student)
+        ctx.spec = spec
+        ctx.save_for_backward(lse_2PBRT, *teacher, *student)  # all of it is freed by the backward
         ctx.mark_non_differentiable(losses_P)
         largest, weights_P = _weights(spec, losses_P.device)
         return (losses_P * weights_P).sum() * largest, losses_P
@@ -87,14 +87,15 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        lse_2PBRT, *student = ctx.saved_tensors
+        lse_2PBRT, *tensors = ctx.saved_tensors
+        teacher, student = tensors[: len(ctx.spec.letters)], tensors[len(ctx.spec.letters) :]
         pairs = [pair for pair, weight in ctx.spec.pairs if weight]
         wanted = [
             letter
             for letter, needed in zip(ctx.spec.letters, ctx.needs_input_grad[2:], strict=True)
             if needed and any(letter in pair for pair in pairs)
         ]
-        grads = _backward(ctx.spec, ctx.teacher, student, lse_2PBRT, grad_total, wanted) if wanted else {}
+        grads = _backward(ctx.spec, teacher, student, lse_2PBRT, grad_total, wanted) if wanted else {}
         return None, None, *(grads.get(letter) for letter in ctx.spec.letters)
 
 

@@ -221,14 +221,22 @@ def relation_backward(
                     row_factor_s = tl.where(positions_N[None, :] <= positions_M[:, None], row_factor_s, 0.0)
                     column_factor_t = tl.where(positions_N[None, :] >= positions_M[:, None], column_factor_t, 0.0)
                     column_factor_s = tl.where(positions_N[None, :] >= positions_M[:, None], column_factor_s, 0.0)
-                t_MN = tl.exp2(t_MN * teacher.scale - centre_t) * (row_factor_t + column_factor_t)
-                s_MN = tl.exp2(s_MN * student.scale - centre_s) * (row_factor_s + column_factor_s)
+                t_MN = t_MN * teacher.scale - centre_t
+                s_MN = s_MN * student.scale - centre_s
+                if CAUSAL:  # a score that neither direction sees may lie far above: 0 · ∞ would be NaN
+                    t_MN = _at_most(t_MN, 2 * _REACH)
+                    s_MN = _at_most(s_MN, 2 * _REACH)
+                t_MN = tl.exp2(t_MN) * (row_factor_t + column_factor_t)
+                s_MN = tl.exp2(s_MN) * (row_factor_s + column_factor_s)
                 gradient_MN = s_MN - t_MN
             else:
-                lse_t_M = tl.load(lse_2PBRT + row_t * T + positions_M, mask=positions_M < T, other=0.0)
-                lse_s_M = tl.load(lse_2PBRT + row_s * T + positions_M, mask=positions_M < T, other=0.0)
-                lse_t_N = tl.load(lse_2PBRT + column_t * T + positions_N, mask=positions_N < T, other=0.0)
-                lse_s_N = tl.load(lse_2PBRT + column_s * T + positions_N, mask=positions_N < T, other=0.0)
+                # A direction that is not wanted has borrowed normalisers, which its scores may exceed by far: none.
+                wanted_M = positions_M < tl.where(as_rows, T, 0)
+                wanted_N = positions_N < tl.where(as_columns, T, 0)
+                lse_t_M = tl.load(lse_2PBRT + row_t * T + positions_M, mask=wanted_M, other=-_HIDDEN)
+                lse_s_M = tl.load(lse_2PBRT + row_s * T + positions_M, mask=wanted_M, other=-_HIDDEN)
+                lse_t_N = tl.load(lse_2PBRT + column_t * T + positions_N, mask=wanted_N, other=-_HIDDEN)
+                lse_s_N = tl.load(lse_2PBRT + column_s * T + positions_N, mask=wanted_N, other=-_HIDDEN)
                 t_MN *= teacher.scale
                 s_MN *= student.scale
                 rows_MN = tl.exp2(s_MN - lse_s_M[:, None]) - tl.exp2(t_MN - lse_t_M[:, None])
@@ -272,6 +280,12 @@ def _centre(centre: tl.tensor, reach: tl.tensor, row: tl.tensor, column: tl.tens
     apart = tl.load(centre + row) - tl.load(centre + column)
     near = (tl.load(reach + row) <= _REACH) & (tl.load(reach + column) + tl.abs(apart) <= _REACH)
     return tl.load(centre + row), tl.exp2(apart), near
+
+
+@triton.jit
+def _at_most(exponent: tl.tensor, bound: tl.constexpr) -> tl.tensor:
+    """Return the exponent cut at `bound`; NaN stays NaN, which `minimum` does not promise."""
+    return tl.where(exponent > bound, bound, exponent)
 
 
 @triton.jit

@@ -85,16 +85,21 @@ class Winners:
         tree.setdefault(self._hardware, {})[key] = list(self._chosen[key])
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self._file.parent, prefix=self._file.name)
+            # Not by tempfile, whose files are private: the cache's mode follows the umask.
+            partial = self._file.with_name(f"{self._file.name}.{os.getpid()}")
             with contextlib.ExitStack() as stack:
-                stack.callback(Path(name).unlink, missing_ok=True)
-                with os.fdopen(descriptor, "w") as out:
+                stack.callback(partial.unlink, missing_ok=True)
+                with partial.open("w") as out:
                     json.dump(tree, out, indent=1, sort_keys=True)
-                os.replace(name, self._file)
+                partial.replace(self._file)
         except OSError as error:
             logger.warning("%s: %s; kernel launches are measured again in the next run", self._file, error)
 
 
 def cache_file() -> Path:
-    """Return where winners are kept: `scaledistill/launches.json` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scaledistill" / "launches.json"
+    """Return where winners are kept: `scaledistill/launches.json` in the user's cache folder, if there is a home."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and no home in the passwd file, as in containers that run with any user id
+        folder = Path(tempfile.gettempdir())
+    return folder / "scaledistill" / "launches.json"

@@ -1,0 +1,255 @@
+"""Load a tokenizer, from a folder or the hub: what its tokenizer.json says, or a refusal.
+
+In: a name. Out: a fast tokenizer that gives the ids of its files. What is made with it is left to `data.text`. Imported
+before the command line has said what it wants, so nothing heavy at the top.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import logging
+import numbers
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from scaledistill.errors import DataError
+from scaledistill.files import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_FILES = (
+    "config.json",  # names the tokenizer's class where its own files do not
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+)
+"""What a tokenizer needs of a model's folder."""
+DEFINITION = "tokenizer.json"
+VOCABULARY_FILES = (DEFINITION, "vocab.txt", "vocab.json", "*.model")
+PROBES = (
+    "The Quick BROWN fox doesn't re-tokenise, does it? (No!)",
+    " a leading space, then  two, a\ttab,\n\nnew lines\r\nand a no-break\u00a0space ",
+    "na\u00efve caf\u00e9 \u00dcniversit\u00e4t",  # composed
+    "nai\u0308ve cafe\u0301 U\u0308niversita\u0308t",  # combining
+    "\u5317\u4eac\u5e02 \u6771\u4eac \ud55c\uad6d\uc5b4 \u041f\u0440\u0438\u0432\u0435\u0442 \u0130stanbul stra\u00dfe",
+    "3.14159 & 1,000 x\u00b2=\u03b1 \ufb01ne \uff21\uff22\uff23\uff11 \u00bd \u2167",
+    "\U0001f600 \U0001f469\u200d\U0001f4bb \u2764\ufe0f \u201cquoted\u201d \u2014 $5 @user #tag <b> a_b snake_case",
+)
+"""Texts on which tokenizers with one vocabulary but other rules differ."""
+_SEGMENTS = "token_type_ids"
+_COMPANIONS = "expected tokenizer.json and its companions, as save_pretrained writes them"
+
+
+def _find(name_or_folder: str | Path, revision: str | None) -> Path:
+    """Return the folder of a tokenizer; for a Hub name that of its files, fetched or cached."""
+    name, folder = str(name_or_folder), Path(name_or_folder)
+    if folder.is_dir():
+        return folder
+    siblings = [path.name for path in folder.parent.glob("*") if path.is_dir()]
+    if near := difflib.get_close_matches(folder.name, siblings, n=1):
+        remedy = f"did you mean {folder.parent / near[0]}?"
+    else:
+        remedy = "expected a folder with tokenizer.json, or a Hub name that is cached or reachable from here"
+    if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DataError(f"tokenizer {name!r}: no such folder; {remedy}")
+
+    from huggingface_hub import snapshot_download
+
+    try:  # AutoTokenizer would ask file by file, and again and again without a network
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+    except Exception as error:
+        version = f" at revision {revision!r}" if revision else ""
+        raise DataError(
+            f"tokenizer {name!r}: no such folder, and the Hub gave none{version} ({_first_line(error)}); {remedy}"
+        ) from error
+
+
+def load_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer with its own truncation and padding switched off; remote code is never run.
+
+    Where the folder has a tokenizer.json, the ids are those of that file. transformers rebuilds some classes from
+    their vocabulary alone; where the result differs, tokenizer.json is used as a `PreTrainedTokenizerFast`. Token type
+    ids are among its outputs if the model in the folder has more than one type, whatever the tokenizer's class says.
+
+    Raises:
+        DataError: it cannot be found, loaded or used, it has no vocabulary, or it has no fast form.
+    """
+    name = str(name_or_folder)
+    folder = _find(name_or_folder, revision)
+    if not has_vocabulary_file(folder):
+        # transformers would invent a vocabulary of special tokens alone, and all text would become [UNK].
+        raise DataError(
+            f"tokenizer {name!r} cannot be loaded: {folder} has none of {', '.join(VOCABULARY_FILES)}; {_COMPANIONS}: "
+            "copy them there from the model that it was made from"
+        )
+    try:
+        tokenizer = _load(folder)
+        reason = _problem(tokenizer, folder)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # tokenizers' panics are no Exception
+        raise DataError(
+            f"tokenizer {name!r} cannot be loaded: {_first_line(error)}; {_COMPANIONS} (remote code is never run)"
+        ) from error
+    if reason:
+        raise DataError(f"tokenizer {name!r} cannot be used: {reason}")
+    tokenizer.name_or_path = name  # not the folder of the Hub's cache
+    return tokenizer
+
+
+def has_vocabulary_file(folder: Path) -> bool:
+    """Say whether a folder has a file that a tokenizer's vocabulary can be read from."""
+    return any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES)
+
+
+def _load(folder: Path) -> PreTrainedTokenizerFast:
+    """Load what a folder's files say; whatever transformers and tokenizers raise is passed on."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    for file in (DEFINITION, "tokenizer_config.json"):
+        if (folder / file).is_file() and read_json(folder / file) is None:
+            raise ValueError(f"its {file} is not a JSON object")
+    tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer")
+    if (folder / DEFINITION).is_file():
+        tokenizer = _as_defined(tokenizer, Tokenizer.from_file(str(folder / DEFINITION)), folder)
+    names = _input_names(tokenizer.model_input_names, folder)
+    if names != tokenizer.model_input_names:
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    # all-MiniLM-L6-v2's tokenizer.json, for one, cuts and pads to 128 without a word.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that gives the ids of `defined`, tokenizer.json; `tokenizer` itself where it does.
+
+    Special tokens keep their names. What tokenizer.json leaves open is taken from `tokenizer`: tokens that only the
+    other files add, and the post-processor where there is none.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if type(tokenizer) is PreTrainedTokenizerFast:  # reads tokenizer.json itself
+        return tokenizer
+    built = tokenizer.backend_tokenizer
+    known = defined.get_vocab()
+    for _, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if token.content not in known:
+            add = defined.add_special_tokens if token.special else defined.add_tokens
+            add([token])
+    if defined.post_processor is None:
+        defined.post_processor = built.post_processor
+    if _definition(defined) == _definition(built):
+        return tokenizer
+    differing = next((text for text in PROBES if _plain_ids(defined, text) != _plain_ids(built, text)), None)
+    if differing is not None:
+        _warn_once(folder, type(tokenizer).__name__, differing)
+    names = {name: token for name, token in tokenizer._special_tokens_map.items() if token is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=defined,
+        model_input_names=tokenizer.model_input_names,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        extra_special_tokens=tokenizer.extra_special_tokens,
+        chat_template=tokenizer.chat_template,
+        **names,
+    )
+
+
+@functools.cache
+def _warn_once(folder: Path, tokenizer_class: str, text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "tokenizer %s: transformers rebuilds it as %s, which reads %r differently from its tokenizer.json; "
+            "tokenizer.json is used",
+            folder,
+            tokenizer_class,
+            text,
+        )
+
+
+def _input_names(names: list[str], folder: Path) -> list[str]:
+    """Return `names`, with token type ids if the folder's model tells several types apart, without if it has one."""
+    from transformers import CONFIG_MAPPING
+
+    config = read_json(folder / "config.json") or {}
+    types = config.get("type_vocab_size")
+    if types is None and config.get("model_type") in CONFIG_MAPPING:
+        types = getattr(CONFIG_MAPPING[config["model_type"]](), "type_vocab_size", None)
+    if not isinstance(types, int):
+        return names  # no model here, or one whose config does not say
+    if types > 1:
+        return names if _SEGMENTS in names else [*names, _SEGMENTS]
+    return [name for name in names if name != _SEGMENTS]
+
+
+def gives_same_ids(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Say whether two tokenizers are defined alike, and give a model the same inputs."""
+    same_inputs = (_SEGMENTS in one.model_input_names) == (_SEGMENTS in other.model_input_names)
+    return same_inputs and _definition(one.backend_tokenizer) == _definition(other.backend_tokenizer)
+
+
+def _definition(backend: Tokenizer) -> dict[str, Any]:
+    """Return what decides a tokenizer's ids."""
+    whole = json.loads(backend.to_str())
+    return {name: value for name, value in whole.items() if name not in ("version", "truncation", "padding", "decoder")}
+
+
+def _plain_ids(backend: Tokenizer, text: str) -> list[int]:
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+def _problem(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str | None:
+    """Say why a tokenizer that was loaded cannot be used, if so; what tokenizers raises on text is passed on."""
+    length = tokenizer.model_max_length
+    if not isinstance(length, numbers.Real) or isinstance(length, bool):
+        return f"model_max_length in its tokenizer_config.json is {length!r}; expected a number"
+    backend = tokenizer.backend_tokenizer
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        return (
+            f"it has no tokens but {', '.join(tokenizer.all_special_tokens)}, so that all text would be unknown; "
+            f"{_COMPANIONS}, that belong to one another"
+        )
+    stated = _stated_tokens(backend, folder)
+    for name in ("cls", "sep"):
+        token = getattr(tokenizer, f"{name}_token")
+        if token is not None and token not in stated:
+            return (
+                f"its {name}_token {token!r} is not in its vocabulary; name the one that is in tokenizer_config.json, "
+                "or copy the files from the model that it was made from"
+            )
+    if not (folder / DEFINITION).is_file() and json.loads(backend.to_str())["model"].get("merges") == []:
+        return f"{folder} has a vocabulary but no merges (merges.txt), so that all text would fall into single letters"
+    backend.encode_batch([(probe, probe) for probe in PROBES])
+    return None
+
+
+def _stated_tokens(backend: Tokenizer, folder: Path) -> set[str]:
+    """Return the tokens that the files name; transformers adds the special ones that they lack, with ids of its own."""
+    if (folder / DEFINITION).is_file():
+        definition = read_json(folder / DEFINITION) or {}
+        added = [token["content"] for token in definition.get("added_tokens") or []]
+    else:
+        config = read_json(folder / "tokenizer_config.json") or {}
+        added = [token["content"] for token in (config.get("added_tokens_decoder") or {}).values()]
+        added += read_json(folder / "added_tokens.json") or {}
+    return {*backend.get_vocab(with_added_tokens=False), *added}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

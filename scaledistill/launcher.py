@@ -1,0 +1,125 @@
+"""What a launcher says about this process: its rank, and where the ranks meet.
+
+Inputs: the environment that `deepspeed`, `torchrun`, `accelerate launch` or nobody made. Outputs: numbers, checked.
+Imports nothing heavy. Not handled here: joining the other ranks (`distributed`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import NamedTuple
+
+from scaledistill.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_SIZE": 1, "MASTER_PORT": 0}
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+BATCH_STEPS = 0xFFFFFFF0
+"""Slurm numbers the steps of batch scripts and interactive shells from here; the steps of `srun` from 0."""
+LAUNCHERS = (
+    "start the run with `deepspeed`, `torchrun` or `accelerate launch`, which set them all, or unset them for one "
+    "process"
+)
+
+
+class LauncherFacts(NamedTuple):
+    """This process among the processes of the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def check_numbers() -> None:
+    """Check that the variables of a launcher that are set hold numbers.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for name, least in LEAST.items():
+        text = os.environ.get(name)
+        if text is None or (name in LOCAL_SIZES and name != _local_name()):
+            continue
+        most = 65535 if name == "MASTER_PORT" else None
+        if not (text.isascii() and text.isdecimal()) or int(text) < least or (most and int(text) > most):
+            expected = f"a whole number from {1 if most else least} " + (f"to {most}" if most else "up")
+            raise ConfigError(f"the environment sets {name}={text!r}, expected {expected}; {LAUNCHERS}")
+
+
+def launcher_facts() -> LauncherFacts:
+    """Return what the launcher set; without a launcher, that this process is alone.
+
+    Raises:
+        ConfigError: the variables are incomplete or contradict each other, or something started several processes that
+            do not know of each other.
+    """
+    check_numbers()
+    given = [name for name in NAMES if name in os.environ]
+    if "RANK" not in given and "WORLD_SIZE" not in given:
+        _check_alone()
+        return LauncherFacts(0, 1, 0, 1)
+    if missing := [name for name in NAMES if name not in given]:
+        raise ConfigError(f"the environment sets {', '.join(given)} but not {', '.join(missing)}; {LAUNCHERS}")
+    rank, world_size, local_rank = (int(os.environ[name]) for name in NAMES[:3])
+    local_name = _local_name()
+    local_world_size = int(os.environ[local_name])
+    for name, number, size_name, size in (
+        ("RANK", rank, "WORLD_SIZE", world_size),
+        ("LOCAL_RANK", local_rank, local_name, local_world_size),
+    ):
+        if number >= size:
+            raise ConfigError(
+                f"the environment sets {name}={number} and {size_name}={size}, expected {name} to be from 0 to "
+                f"{size - 1}; {LAUNCHERS}"
+            )
+    if world_size > 1 and int(os.environ["MASTER_PORT"]) == 0:  # one rank, which meets nobody, may have any
+        raise ConfigError(f"the environment sets MASTER_PORT=0, expected a whole number from 1 to 65535; {LAUNCHERS}")
+    if not os.environ["MASTER_ADDR"].strip():
+        raise ConfigError(
+            f"the environment sets MASTER_ADDR='', expected the name or address of rank 0's host; {LAUNCHERS}"
+        )
+    return LauncherFacts(rank, world_size, local_rank, local_world_size)
+
+
+def _local_name() -> str:
+    """Return which variable holds the number of ranks on this machine."""
+    return next((name for name in LOCAL_SIZES if os.environ.get(name)), "WORLD_SIZE")
+
+
+def _check_alone() -> None:
+    """Refuse processes that were started together and would each take itself for the whole job."""
+    tasks = _slurm_tasks()
+    if tasks > 1:
+        raise ConfigError(
+            f"this is one of {tasks} tasks of `srun`, none of which knows of the others (RANK and WORLD_SIZE are not "
+            "set): each would be a run of its own in the same folder. Use `sbatch launch/slurm.sbatch --config FILE`, "
+            "or `srun --ntasks-per-node=1 torchrun …`; for one process, srun --ntasks=1"
+        )
+    for name in MPI_SIZES:
+        if (size := os.environ.get(name, "")).isdecimal() and int(size) > 1:
+            raise ConfigError(
+                f"MPI started {size} processes ({name}), none of which knows of the others (RANK and WORLD_SIZE are "
+                "not set): each would be a run of its own in the same folder. Use `torchrun --nproc-per-node N`, or "
+                "launch/torchrun_multi_node.sh on each node"
+            )
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
+        log.warning(
+            "accelerate launch was asked for several processes and started one: it starts several on GPUs, or on CPUs "
+            "by MPI. This run has one rank; `torchrun --nproc-per-node N` or `deepspeed` start several on CPUs"
+        )
+
+
+def _slurm_tasks() -> int:
+    """Return how many tasks the `srun` has that started this process; 1 without one, as in a batch script."""
+    step, task = os.environ.get("SLURM_STEP_ID") or os.environ.get("SLURM_STEPID", ""), os.environ.get("SLURM_PROCID")
+    in_step = (step.isdecimal() and int(step) < BATCH_STEPS) or "SLURM_STEP_NUM_TASKS" in os.environ
+    if task is None or not (in_step or task != "0"):
+        return 1
+    # In a batch script SLURM_NTASKS counts the tasks of the job, of which the script is none.
+    sizes = (os.environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"))
+    return next((int(size) for size in sizes if size.isdecimal()), 1)

@@ -1,0 +1,171 @@
+"""A model's config, made plain where it enters: what changes no value goes, what changes the encoder is refused.
+
+Inputs: the content of a `config.json`, or a config that came with a model. Outputs: a config of which only the shape,
+the arithmetic and the precision are left. Finding the file is left to `models.teacher`.
+
+transformers reads many keys that steer a library (what is returned, kernels, memory, generation, labels of a head) and
+drops others without a word, some of which say that the weights were trained for another computation.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from scaledistill.errors import DataError
+
+# How a model is run, stored, generated from, or what a head was called: nothing that an encoder computes.
+STEERING = frozenset(
+    [
+        "return_dict",
+        "use_return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "output_past",
+        "output_scores",
+        "torchscript",
+        "use_cache",
+        "cache_implementation",
+        "gradient_checkpointing",
+        "chunk_size_feed_forward",
+        "use_bfloat16",
+        "fp16",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_attn_implementation_autoset",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "_flash_attn_2_enabled",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "finetuning_task",
+        "task_specific_params",
+        "auto_map",
+        "transformers_version",
+        "name_or_path",
+        "_name_or_path",
+        "_commit_hash",
+    ]
+)
+FREE_TOKEN_IDS = ("bos_token_id", "eos_token_id", "sep_token_id")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+# Keys that a class may not know and then drops, with the values that ask for nothing; any other asks for more.
+COMPUTING: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": (None, "absolute"),
+    "relative_attention": (None, False),
+    "alibi": (None, False),
+    "use_alibi": (None, False),
+    "use_rotary": (None, False),
+    "rotary_value": (None, False),
+    "pruned_heads": (None, {}),
+    "per_layer_config": (None, {}, []),
+}
+DECODING = ("is_decoder", "add_cross_attention")
+
+
+def plain_dict(found: Mapping[str, Any], known: type[PreTrainedConfig], model: str, *, encoder: bool) -> dict[str, Any]:
+    """Return the content of a `config.json` as `known`, its config class, is to get it.
+
+    Args:
+        model: names the model in messages.
+        encoder: it is one whose keys we know: those that its class does not have are dropped too.
+
+    Raises:
+        DataError: a key asks for something that this transformers does not compute, or that no encoder does.
+    """
+    defaults = known().to_dict()
+    if found.get("quantization_config") or found.get("compression_config"):
+        raise DataError(
+            f"{model} is quantised (quantization_config in its config.json), which is neither run nor trained here; "
+            "give the model before quantisation, in fp32, bf16 or fp16"
+        )
+    for key, neutral in COMPUTING.items():
+        if key in found and key not in defaults and found[key] not in neutral:
+            raise DataError(
+                f"{model}: its config.json has {key}={found[key]!r}, which transformers' {known.__name__} no longer "
+                "computes, so the model would run as another one; give a model without it"
+            )
+    plain = {key: value for key, value in found.items() if key not in STEERING and not _is_code(known, key)}
+    plain |= _dtype(plain.pop("torch_dtype", None), plain.pop("dtype", None), model)
+    for key in plain.keys() & defaults.keys():
+        plain[key] = _number(plain[key], defaults[key])
+    if isinstance(plain.get("architectures"), str):
+        plain["architectures"] = [plain["architectures"]]
+    return _plain_encoder(plain, defaults, model) if encoder else plain
+
+
+def _plain_encoder(plain: dict[str, Any], defaults: Mapping[str, Any], model: str) -> dict[str, Any]:
+    for key in DECODING:
+        if plain.get(key):
+            raise DataError(
+                f"{model}: its config.json has {key}={plain[key]!r}, which makes it a decoder; an encoder, whose "
+                f"tokens see the whole row, is needed: if it is one, set {key} to false"
+            )
+    activation = plain.get("hidden_act", defaults["hidden_act"])
+    if activation not in ACT2FN:
+        near = difflib.get_close_matches(str(activation).lower(), ACT2FN, n=3) or ["gelu", "gelu_new", "relu"]
+        raise DataError(
+            f"{model}: its config.json has hidden_act={activation!r}, which transformers does not have; set the one "
+            f"that it was trained with: {', '.join(near)}, …"
+        )
+    free = {"is_encoder_decoder", *(key for key in FREE_TOKEN_IDS if not isinstance(plain.get(key), int))}
+    return {key: value for key, value in plain.items() if key in defaults.keys() - free}
+
+
+def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of a model that somebody built, without the keys that change what its forward returns.
+
+    The same object where there is none, as in all configs that came through `plain_dict`.
+    """
+    wanted = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+    if all(getattr(config, key, value) == value for key, value in wanted.items()):
+        return config
+    config = copy.deepcopy(config)
+    for key, value in wanted.items():
+        setattr(config, key, value)
+    return config
+
+
+def _is_code(known: type[PreTrainedConfig], key: str) -> bool:
+    """Whether a key has the name of a method of the class, which it would hide, or of a property that is not set."""
+    attribute = getattr(known, key, None)
+    return callable(attribute) or (isinstance(attribute, property) and attribute.fset is None)
+
+
+def _dtype(old: Any, new: Any, model: str) -> dict[str, str]:
+    """Return the entry for the precision of the weights, empty where it is theirs; older files say `torch_dtype`."""
+    key, value = ("torch_dtype", old) if new is None else ("dtype", new)
+    if value is None or value == "auto":
+        return {}
+    name = str(value).removeprefix("torch.")
+    name = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}.get(
+        name, name
+    )
+    if name not in FLOATS:
+        raise DataError(
+            f"{model}: its config.json has {key}={value!r}; expected {', '.join(FLOATS)}, or no such key: the "
+            "weights' own precision is used then"
+        )
+    return {"dtype": name}
+
+
+def _number(value: Any, default: Any) -> Any:
+    """Return a number in the type that the default has; anything else as it is, for the config class to judge."""
+    if isinstance(value, bool) or isinstance(default, bool) or not isinstance(default, int | float):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return value
+    if isinstance(default, float):
+        return number
+    return int(number) if number.is_integer() else value

@@ -1,0 +1,42 @@
+"""What to say about resuming a run that ended: it depends on whether there is a checkpoint.
+
+Inputs: a run's folder. Outputs: text. Imports nothing heavy, so that an interrupt during the imports can use it. Not
+handled here: whether the checkpoint is good (`checkpoint` finds out when the run resumes).
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+FOLDER = re.compile(r"step-(\d{9})")
+DISK_SECONDS = 2.0
+"""How long to wait for the disk, which may be what made the run end."""
+
+
+def newest_step(folder: Path) -> int | None:
+    """Return the step of the newest checkpoint in a run's folder, unverified; None where there is none."""
+    manifests = folder.glob("checkpoints/step-*/manifest.json")
+    steps = [int(found[1]) for path in manifests if (found := FOLDER.fullmatch(path.parent.name))]
+    return max(steps, default=None)
+
+
+def resume_hint(folder: str | Path) -> str:
+    """Return how to resume the run in a folder, true whether or not it has a checkpoint."""
+    found: list[int | None] = []
+
+    def look() -> None:
+        try:
+            found.append(newest_step(Path(folder)))
+        except OSError:  # nothing is known then, as where the disk does not answer
+            return
+
+    thread = threading.Thread(target=look, name="resume hint", daemon=True)
+    thread.start()
+    thread.join(DISK_SECONDS)
+    if not found:
+        return "rerun the same command"
+    if found[0] is None:
+        return "no checkpoint was saved yet: rerun the same command to start from the beginning"
+    return f"rerun the same command to resume from the checkpoint of step {found[0]}"

@@ -1,0 +1,133 @@
+"""Keys of config.json that change nothing must not matter; those that change the encoder are refused by name."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENCODER_SIZES
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, ElectraConfig, ElectraForPreTraining, RobertaConfig, RobertaModel
+
+from scaledistill.errors import DataError
+from scaledistill.files import set_default_mode
+from scaledistill.models.student import student_config
+from scaledistill.models.teacher import Teacher, load_config, load_encoder, open_encoder
+
+IDS_BT = torch.arange(5, 21)[None]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(**ENCODER_SIZES)).save_pretrained(folder)
+    return folder
+
+
+def changed(source: Path, folder: Path, keys: dict, weights: dict | None = None) -> Path:
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | keys))
+    save_file(load_file(source / "model.safetensors") | (weights or {}), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"return_dict": False, "output_hidden_states": True, "output_attentions": True, "torchscript": True},
+        {"gradient_checkpointing": True, "use_cache": False, "use_return_dict": True, "to_dict": 1},
+        {"attn_implementation": "flash_attention_2", "_attn_implementation": "flash_attention_2"},
+        {"chunk_size_feed_forward": 3, "layer_norm_eps": "1e-12", "hidden_size": 48.0, "embedding_size": 7},
+        {"problem_type": "ner", "id2label": {"0": "a"}, "num_labels": 9, "architectures": None},
+        {"transformers_version": 4, "pad_token_id": -1, "torch_dtype": "torch.float32", "dtype": None},
+    ],
+)
+def test_keys_that_change_nothing(keys: dict, bert: Path, tmp_path: Path) -> None:
+    expected = Teacher(load_encoder(bert), 3)(IDS_BT)
+    encoder = load_encoder(changed(bert, tmp_path, keys))
+    assert all(map(torch.equal, Teacher(encoder, 3)(IDS_BT), expected))
+    student = student_config(encoder.config, num_layers=1, hidden_size=8, num_attention_heads=2).to_dict()
+    assert student["return_dict"]
+    assert not {"gradient_checkpointing", "torchscript", "embedding_size", "problem_type"} & {
+        key for key, value in student.items() if value
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key', which .* no longer"),
+        ({"is_decoder": True}, "is_decoder=True, which makes it a decoder"),
+        ({"hidden_act": "GELU2"}, "hidden_act='GELU2', which transformers does not have; .* gelu"),
+        ({"quantization_config": {"bits": 4}}, "is quantised .quantization_config"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads="),
+        ({"dtype": None, "torch_dtype": "float8_e4m3fn"}, "torch_dtype='float8_e4m3fn'; expected float16"),
+    ],
+)
+def test_keys_that_change_the_encoder(keys: dict, message: str, bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        load_config(changed(bert, tmp_path, keys))
+
+
+def test_roberta_counts_from_its_padding_token(tmp_path: Path) -> None:
+    RobertaModel(RobertaConfig(**ENCODER_SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="pad_token_id=null, but models of type 'roberta' count their positions from"):
+        load_config(changed(tmp_path, tmp_path, {"pad_token_id": None}))
+
+
+@pytest.mark.parametrize("load", [load_encoder, open_encoder])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bert.encoder.layer.0.attention.self.distance_embedding.weight", "has relative positions"),
+        ("bert.encoder.layer.3.attention.self.query.lora_A.default.weight", "has adapters that are not merged"),
+        ("prefix_encoder.embedding.weight", "has adapters that are not merged"),
+        ("bert.encoder.layer.1.output.dense.weight_scale", "is quantised"),
+        ("bert.encoder.layer.4.output.dense.weight", "no place for: bert.encoder.layer.4.output.dense.weight"),
+        ("bert.embeddings.extra.weight", "no place for: bert.embeddings.extra.weight"),
+    ],
+)
+def test_weights_that_the_encoder_does_not_read(load, name: str, message: str, bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        load(changed(bert, tmp_path, {}, {name: torch.ones(3, 3)}))
+
+
+@pytest.mark.parametrize("load", [load_encoder, open_encoder])
+def test_heads_and_old_buffers_are_no_fault(load, bert: Path, tmp_path: Path) -> None:
+    extra = {"bert.embeddings.position_ids": torch.arange(40)[None], "bert.pooler.dense.bias": torch.ones(48)}
+    load(
+        changed(
+            bert, tmp_path, {}, extra | {"cls.seq_relationship.bias": torch.ones(2), "linear.weight": torch.ones(3)}
+        )
+    )
+    ElectraForPreTraining(ElectraConfig(**ENCODER_SIZES, embedding_size=24)).save_pretrained(tmp_path)
+    load(tmp_path, num_layers=2)
+
+
+def test_an_adapter_beside_the_weights(bert: Path, tmp_path: Path) -> None:
+    (changed(bert, tmp_path, {}) / "adapter_config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"has an adapter beside its weights .* merge it"):
+        load_encoder(tmp_path)
+
+
+def test_weights_that_are_not_finite(bert: Path, tmp_path: Path) -> None:
+    name = "encoder.layer.0.attention.self.query.weight"
+    weight = load_file(bert / "model.safetensors")[f"bert.{name}"]
+    weight[0, 0] = float("nan")
+    changed(bert, tmp_path, {}, {f"bert.{name}": weight})
+    with pytest.raises(DataError, match=f"its weight {name} has values that are not finite"):
+        load_encoder(tmp_path)
+    with pytest.raises(DataError, match=f"its weight {name} has values that are not finite"):
+        dict(open_encoder(tmp_path)[1])
+
+
+def test_a_private_file_gets_the_mode_of_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    save_file({"a": torch.ones(1)}, tmp_path / "weights")
+    set_default_mode(tmp_path / "weights")
+    assert stat.S_IMODE((tmp_path / "weights").stat().st_mode) == stat.S_IMODE((tmp_path / "new").stat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "weights"]
