@@ -52,14 +52,15 @@ def run(codes: list[str]) -> dict[str, Any]:
 
 
 def test_the_readme_s_python(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder as `make quickstart` leaves it, with narrower models."""
+    """In a folder as `make quickstart` leaves it, with smaller models."""
     from scaledistill.data.make import make_shards
     from scaledistill.data.text import load_tokenizer
 
     monkeypatch.chdir(tmp_path)
-    heads = {"num_attention_heads": 12, "intermediate_size": 64}
-    write_encoder(Path("models/all-MiniLM-L6-v2"), tiny_teacher, hidden_size=192, num_hidden_layers=6, **heads)
-    write_encoder(Path("runs/quickstart/export/l3-h192"), tiny_teacher, hidden_size=192, num_hidden_layers=3, **heads)
+    teacher = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 768}
+    student = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 64}
+    write_encoder(Path("models/all-MiniLM-L6-v2"), tiny_teacher, **teacher)
+    write_encoder(Path("runs/quickstart/export/l3-h192"), tiny_teacher, **student)
     make_shards(
         (" ".join([WORDS[number % 190], *WORDS[: 20 + number % 100]]) for number in range(300)),
         Path("shards/quickstart"),
@@ -94,7 +95,7 @@ def test_migrating_s_python(tmp_path: Path, tiny_teacher: Path, monkeypatch: pyt
         return datasets.Dataset.from_dict({column: ["w001 w002"] * 4 for column in columns} | {"label": [0, 1, 1, 0]})
 
     monkeypatch.chdir(tmp_path)
-    sizes = {"hidden_size": 48, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 48}
+    sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 1536}
     write_encoder(Path("google-bert/bert-base-uncased"), tiny_teacher, **sizes)
     monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, StopEarly])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
