@@ -251,7 +251,7 @@ def test_expanding_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("a.txt", "text".encode("utf-16"), "a.txt holds UTF-16 text, not text; convert it first .iconv -f utf-16"),
         (
             "a.txt",
-            gzip.compress(b"text"),
+            gzip.compress(b"text", mtime=0),
             "a.txt holds gzip data, which its suffix does not say; give it the suffix .gz",
         ),
         (
