@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -92,9 +93,28 @@ def test_remote_shards_are_checked_at_open(memory_url: str, tmp_path: Path) -> N
     files.rm("/bucket/shards/shard-000001.tar")
     with pytest.raises(DataError, match=r"shard-000001.tar is missing"):
         ShardReader(memory_url, cache=ShardCache(tmp_path))
-    files.rm("/bucket/shards/manifest.json")
-    with pytest.raises(DataError, match=r"manifest.json: FileNotFoundError; check the URL"):
+    files.rm("/bucket/shards/shards.manifest")
+    with pytest.raises(DataError, match=r"shards.manifest: FileNotFoundError; check the URL"):
         ShardReader(memory_url, cache=ShardCache(tmp_path))
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])  # S3's where listing is not allowed
+def test_sets_of_earlier_versions_are_read(
+    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    files = fsspec.filesystem("memory")
+    files.mv("/bucket/shards/shards.manifest", "/bucket/shards/manifest.json")
+    cat_file, asked = type(files).cat_file, []
+
+    def cat(self: Any, path: str, **options: Any) -> bytes:
+        asked.append(path.rpartition("/")[2])
+        if not self.exists(path):
+            raise error(path)
+        return cat_file(self, path, **options)
+
+    monkeypatch.setattr(type(files), "cat_file", cat)
+    np.testing.assert_array_equal(read_all(ShardReader(memory_url, cache=ShardCache(tmp_path))), IDS_NT)
+    assert asked == ["shards.manifest", "manifest.json"], "one request more"
 
 
 def test_damaged_downloads_are_never_used(memory_url: str, tmp_path: Path) -> None:
@@ -204,7 +224,7 @@ def test_http_with_faults(folder: Path, server: http.server.ThreadingHTTPServer,
     assert {name: count for name, count in Handler.sent.items() if name.endswith(".tar")} == {
         shard.file: 1 for shard in shards.manifest.shards
     }
-    with pytest.raises(DataError, match=r"other/manifest.json: FileNotFoundError"):
+    with pytest.raises(DataError, match=r"other/shards.manifest: FileNotFoundError"):
         ShardReader(f"{shards.location}/other", cache=ShardCache(tmp_path))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from scaledistill.data.manifest import MANIFEST_FILE, MAX_SEQUENCE_LENGTH
+from scaledistill.data.manifest import MAX_SEQUENCE_LENGTH, manifest_path
 from scaledistill.data.pool import parallel_map
 from scaledistill.data.shards import ShardWriter
 from scaledistill.data.text import PackCounts, Packer, TextEncoder, Vocabulary, tokenizer_fingerprint
@@ -146,7 +146,7 @@ def make_shards(
         if held_out_fraction:
             validation = open_split("validation")
             report.validation = validation.counts
-        elif (output / "validation" / MANIFEST_FILE).exists():
+        elif manifest_path(output / "validation").exists():
             raise DataError(
                 f"{output / 'validation'} was made by another run and may share documents with this one's train; "
                 "remove it, set held_out_fraction, or name another output folder"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,8 @@ class ShardReader:
         self.manifest = Manifest.load(self.location)
         self._where = f"host {socket.gethostname()}" + ("" if rank is None else f", rank {rank}")
         self._cache = (cache or remote.ShardCache()) if remote.is_url(self.location) else None
-        self._block_starts = [np.cumsum((0, *shard.block_rows)) for shard in self.manifest.shards]
-        largest = max(size for shard in self.manifest.shards for size in shard.block_rows) * self.manifest.row_bytes
+        largest = max(int(shard.block_rows.max()) for shard in self.manifest.shards) * self.manifest.row_bytes
+        self._block_starts = lru_cache(maxsize=1024)(self._starts_of)
         self._blocks_per_read = max(1, READ_BYTES // largest)
         self._check_sizes()
 
@@ -62,7 +63,7 @@ class ShardReader:
 
     def blocks_around(self, shard: int, row: int, low: int = 0, high: int | None = None) -> range:
         """Choose blocks to read at once for a row of a shard: its own and neighbours with rows in [low, high)."""
-        starts = self._block_starts[shard]
+        starts = self._block_starts(shard)
         group = int(np.searchsorted(starts, row, side="right") - 1) // self._blocks_per_read * self._blocks_per_read
         first = max(group, int(np.searchsorted(starts, low, side="right")) - 1)
         end = min(group + self._blocks_per_read, len(starts) - 1)
@@ -79,19 +80,24 @@ class ShardReader:
         try:
             descriptor = self._open(shard)
             try:
-                data = memoryview(os.pread(descriptor, end - start, start))
+                data = memoryview(_read_fully(descriptor, end - start, start))
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise DataError(self._message(f"{entry.file}, block {blocks[0]} can't be read: {error}")) from error
+        starts = self._block_starts(shard)
         try:
             return [
-                (int(self._block_starts[shard][block]), *decode_block(self.manifest, entry, block, data[at:][:size]))
+                (int(starts[block]), *decode_block(self.manifest, entry, block, data[at:][:size]))
                 for block, (at, size) in zip(blocks, ((first - start, size) for first, size in spans), strict=True)
             ]
         except DataError as error:
             kept = f" (the cached copy {self._cache.path(entry.sha256)}: delete it)" if self._cache else ""
             raise DataError(self._message(f"{error}{kept}")) from error
+
+    def _starts_of(self, shard: int) -> np.ndarray:
+        """Return each block's first row, and the end, int64: for the shards in use only, of maybe thousands."""
+        return np.concatenate(([0], np.cumsum(self.manifest.shards[shard].block_rows, dtype=np.int64)))
 
     def _open(self, shard: int) -> int:
         entry = self.manifest.shards[shard]
@@ -114,3 +120,15 @@ class ShardReader:
                 f"data.cache_bytes={self._cache.limit_bytes} is less than the {needed} bytes of the shards that "
                 f"data.num_lanes={num_lanes} lanes read at the same time, again and again; raise it"
             )
+
+
+def _read_fully(descriptor: int, num_bytes: int, offset: int) -> bytes | bytearray:
+    """Return `num_bytes` bytes of a file from `offset`, fewer only where the file ends.
+
+    One read may return less before the end: on FUSE and some network file systems, after a signal, or above 2 GiB.
+    """
+    data: bytes | bytearray = os.pread(descriptor, num_bytes, offset)
+    while len(data) < num_bytes and (more := os.pread(descriptor, num_bytes - len(data), offset + len(data))):
+        data = bytearray(data) if isinstance(data, bytes) else data
+        data += more
+    return data

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +49,23 @@ def is_url(location: str) -> bool:
 def read_bytes(url: str) -> bytes:
     """Read a small file. Raises: DataError if it can't be read after some attempts."""
     return _retry(url, lambda files, path: files.cat_file(path))
+
+
+def read_first(urls: Sequence[str]) -> tuple[str, bytes]:
+    """Read the first of some small files that exists; return its URL too.
+
+    Raises: DataError if none can be read, with what was wrong with the first.
+    """
+    failure: DataError | None = None
+    for url in urls:
+        try:
+            return url, read_bytes(url)
+        except DataError as error:
+            failure = failure or error
+            # Object stores answer "forbidden" for a file that is not there where listing is not allowed.
+            if not isinstance(error.__cause__, FileNotFoundError | PermissionError):
+                break
+    raise failure or DataError("no files to read")
 
 
 def sizes(folder_url: str) -> dict[str, int] | None:
