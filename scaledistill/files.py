@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scaledistill.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+LOCK_HELD_ELSEWHERE = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}  # EACCES: NFS, as fcntl(2) allows
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+
+_warned: set[str] = set()
+"""What this process has warned of: each ability that is missing is worth one line, not one a checkpoint."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -48,6 +58,30 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int, *, wait: bool = False) -> Literal["locked", "in use", "no locks"]:
+    """Lock an open file until it is closed; "in use" is never returned when this waits.
+
+    Raises:
+        OSError: the disk failed; not where it has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in LOCK_HELD_ELSEWHERE and not wait:
+            return "in use"
+        if error.errno in NO_LOCKS:
+            _warn_once("this file system has no file locks", error, "start nothing else that writes to the same folder")
+            return "no locks"
+        raise
+    return "locked"
+
+
+def _warn_once(missing: str, error: OSError, consequence: str) -> None:
+    if missing not in _warned:
+        _warned.add(missing)
+        log.warning("%s (%s): going on without; %s", missing, error.strerror, consequence)
 
 
 def sha256_of(path: Path) -> str:

@@ -6,17 +6,23 @@ rows (`data.order`), tensors (`data.stream`).
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import threading
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from scaledistill.data import remote
+from scaledistill.data.ahead import FetchAhead
 from scaledistill.data.manifest import Manifest, block_span, decode_block
 from scaledistill.data.order import SampleOrder
 from scaledistill.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 20
 """Neighbouring blocks are read at once up to about this size: single blocks wait for the disk too often."""
@@ -36,6 +42,7 @@ class ShardReader:
     ) -> None:
         self.location = str(location).rstrip("/")
         self.manifest = Manifest.load(self.location)
+        self._rank = rank
         self._where = f"host {socket.gethostname()}" + ("" if rank is None else f", rank {rank}")
         self._cache = (cache or remote.ShardCache()) if remote.is_url(self.location) else None
         largest = max(int(shard.block_rows.max()) for shard in self.manifest.shards) * self.manifest.row_bytes
@@ -105,6 +112,29 @@ class ShardReader:
             return os.open(f"{self.location}/{entry.file}", os.O_RDONLY)
         return self._cache.open(f"{self.location}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256)
 
+    def fetch_ahead(self, num_lanes: int, stop: threading.Event) -> FetchAhead | None:
+        """Return what fetches shards before they are read, until `stop` is set; None for a folder, which needs none."""
+        if self._cache is None:
+            return None
+        needed = self._bytes_at_once(2 * num_lanes)
+        if needed > self._cache.limit_bytes and not self._rank:
+            logger.warning(
+                "data.cache_bytes=%d holds the shards that data.num_lanes=%d lanes read at the same time, but not the "
+                "next ones too: some are fetched only when they are due, and steps wait for them; set it to %d or more",
+                *(self._cache.limit_bytes, num_lanes, needed),
+            )
+        return FetchAhead(self._fetch, stop)
+
+    def keep(self, shards: Iterable[int]) -> None:
+        """Have the cache hold these shards, which are in use or will be, rather than others."""
+        if self._cache:
+            self._cache.keep = frozenset(self.manifest.shards[shard].sha256 for shard in shards)
+
+    def _fetch(self, shard: int) -> None:
+        entry = self.manifest.shards[shard]
+        if self._cache:
+            self._cache.fetch(f"{self.location}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256)
+
     def order(self, *, seed: int, num_lanes: int = 32, window_rows: int = 16_384) -> SampleOrder:
         """Return the order of this data set's samples, identified by its manifest."""
         rows = [shard.rows for shard in self.manifest.shards]
@@ -114,12 +144,15 @@ class ShardReader:
         """Raise ConfigError if the cache can't hold the shards that are read at the same time, one a lane."""
         if self._cache is None:
             return
-        sizes = sorted((shard.bytes for shard in self.manifest.shards), reverse=True)
-        if (needed := sum(sizes[:num_lanes])) > self._cache.limit_bytes:
+        if (needed := self._bytes_at_once(num_lanes)) > self._cache.limit_bytes:
             raise ConfigError(
                 f"data.cache_bytes={self._cache.limit_bytes} is less than the {needed} bytes of the shards that "
                 f"data.num_lanes={num_lanes} lanes read at the same time, again and again; raise it"
             )
+
+    def _bytes_at_once(self, num_shards: int) -> int:
+        """Return the bytes of so many shards, the largest, or of all."""
+        return sum(sorted((shard.bytes for shard in self.manifest.shards), reverse=True)[:num_shards])
 
 
 def _read_fully(descriptor: int, num_bytes: int, offset: int) -> bytes | bytearray:
