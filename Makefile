@@ -24,7 +24,7 @@ $(TEACHER): | $(READY)
 
 # A real encoder, distilled on the text that this machine has: the docstrings of its Python packages.
 quickstart: $(READY) $(TEACHER)
-	test -f shards/quickstart/train/manifest.json || $(BIN)/python tools/make_shards.py --installed-docs \
+	ls shards/quickstart/train/*manifest* > /dev/null 2>&1 || $(BIN)/python tools/make_shards.py --installed-docs \
 	  --tokenizer $(TEACHER) --sequence-length 128 --max-tokens 2500000 --held-out-fraction 0.02 --output shards/quickstart
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed --quiet --num_accelerators 2 --master_port "$$($(BIN)/python -c \
 	  'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')" \

@@ -97,6 +97,7 @@ def write_tiny_shards(folder: Path, teacher: Path) -> Path:
         held_out_fraction=0.1,
         workers=1,
         rows_per_shard=256,
+        overwrite=True,
     )
     return folder
 

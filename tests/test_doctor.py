@@ -164,14 +164,14 @@ def cut(shards: Path) -> None:
 
 def equal(shards: Path) -> None:
     """List the first shard twice, with everything else in the manifest in agreement, its own hash included."""
-    manifest = json.loads((shards / "manifest.json").read_text())
+    manifest = json.loads((shards / "shards.manifest").read_text())
     first = manifest["shards"][0]
     shutil.copy(shards / first["file"], shards / "shard-000002.tar")
     manifest["shards"].append({**first, "file": "shard-000002.tar"})
     del manifest["sha256"]
     content = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
     manifest["sha256"] = hashlib.sha256(content).hexdigest()
-    (shards / "manifest.json").write_text(json.dumps(manifest))
+    (shards / "shards.manifest").write_text(json.dumps(manifest))
 
 
 SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -189,15 +189,15 @@ SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "two equal": (
         equal,
-        r".*manifest\.json: .*two equal shards, shard-000000\.tar and shard-000002\.tar \(same sha256\): rows would .*",
+        r".*shards\.manifest: .*two equal shards, shard-000000\.tar and shard-000002\.tar \(same sha256\): rows .*",
     ),
     "no manifest": (
-        lambda shards: (shards / "manifest.json").unlink(),
-        r".*/train has no manifest\.json: not \(or not completely copied\) shards; make them with .*",
+        lambda shards: (shards / "shards.manifest").unlink(),
+        r".*/train has no shards\.manifest: not \(or not completely copied\) shards; make them with .*",
     ),
     "changed manifest": (
-        lambda shards: change_json(shards / "manifest.json", largest_id=1),
-        r".*manifest\.json was changed or damaged after it was written: its sha256 does not match; .*",
+        lambda shards: change_json(shards / "shards.manifest", largest_id=1),
+        r".*shards\.manifest was changed or damaged after it was written: its sha256 does not match; .*",
     ),
     "no folder": (shutil.rmtree, r"no such folder: .*/train; expected a folder made by tools/make_shards\.py"),
     "unknown tokens": (

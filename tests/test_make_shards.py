@@ -133,7 +133,7 @@ def test_the_number_of_workers_does_not_change_a_byte(
         make(documents, output, tokenizer, workers=workers, held_out_fraction=0.1, max_tokens=10_000)
         outputs.append(bytes_of(output))
     assert outputs[0].keys() == {
-        f"{s}/{f}" for s in ("train", "validation") for f in ("manifest.json", "shard-000000.tar")
+        f"{s}/{f}" for s in ("train", "validation") for f in ("shards.manifest", "shard-000000.tar")
     }
     assert outputs[0] == outputs[1] == outputs[2]
 
@@ -235,7 +235,7 @@ def test_an_interrupted_run_leaves_nothing(
 def test_a_failed_overwrite_keeps_the_old_shards(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     make(["one two"] * 9, tmp_path, tokenizer)
     before = bytes_of(tmp_path)
-    with pytest.raises(DataError, match=r"holds manifest\.json already"):
+    with pytest.raises(DataError, match=r"holds shards\.manifest already"):
         make(["gamma"], tmp_path, tokenizer)
     with pytest.raises(DataError, match="chose none of 1 documents; use a larger one"):
         make(["gamma"], tmp_path, tokenizer, overwrite=True, held_out_fraction=1e-9)
@@ -374,7 +374,7 @@ def test_the_tool(run: Any, tmp_path: Path) -> None:
     code, _, err = run(*arguments, "--output", output)
     assert code == 3
     assert err.startswith(
-        f"make_shards: {output}/train holds manifest.json already; name another folder, or use --over"
+        f"make_shards: {output}/train holds shards.manifest already; name another folder, or use --over"
     )
     assert err.count("\n") == 1
 

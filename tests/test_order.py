@@ -170,3 +170,28 @@ def test_a_stream_of_1024_ranks_has_the_slots_of_its_rank(rank: int, tiny_shards
     for (own_N, own_ids), (all_N, all_ids) in zip(batches(rank, W), batches(0, 1), strict=True):
         np.testing.assert_array_equal(own_N, all_N[rank::W])
         np.testing.assert_array_equal(own_ids, all_ids[rank::W])
+
+
+@pytest.mark.parametrize(("shard_rows", "num_lanes", "window_rows"), SHAPES)
+def test_the_shards_of_a_window_and_the_next_are_those_that_are_read(
+    shard_rows: list[int], num_lanes: int, window_rows: int
+) -> None:
+    order = SampleOrder(shard_rows, seed=3, num_lanes=num_lanes, window_rows=window_rows)
+    for lane in range(num_lanes):
+        # In the order of the places: what a lane reads, over two epochs and a bit.
+        places = [
+            (epoch, place)
+            for epoch in range(3)
+            for place in range(lane * order.rows_per_lane, (lane + 1) * order.rows_per_lane)
+        ]
+        read = [int(order.place(epoch, np.int64(place))[0]) for epoch, place in places]
+        samples_N = np.arange(lane, 2 * order.rows_per_epoch, num_lanes)
+        for window in np.unique(order.split(samples_N)[1]).tolist():
+            epoch, first, offsets = order.window(lane, window)
+            at = places.index((epoch, first))
+            end = at + len(offsets)
+            due, following = order.shards_around(lane, epoch, first, len(offsets))
+            assert list(dict.fromkeys(read[at:end])) == due
+            last = read[end - 1]
+            rest = [place for place in range(end, len(places)) if read[place] != last or places[place][0] != epoch]
+            assert read[rest[0]] == following

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -20,7 +21,7 @@ from scaledistill.data import remote
 from scaledistill.data.reader import ShardReader
 from scaledistill.data.remote import ShardCache
 from scaledistill.data.shards import Manifest, ShardWriter
-from scaledistill.data.stream import ShardStream
+from scaledistill.data.stream import ShardStream, iter_validation
 from scaledistill.errors import ConfigError, DataError
 
 T = 8
@@ -93,9 +94,28 @@ def test_remote_shards_are_checked_at_open(memory_url: str, tmp_path: Path) -> N
     files.rm("/bucket/shards/shard-000001.tar")
     with pytest.raises(DataError, match=r"shard-000001.tar is missing"):
         ShardReader(memory_url, cache=ShardCache(tmp_path))
-    files.rm("/bucket/shards/manifest.json")
-    with pytest.raises(DataError, match=r"manifest.json: FileNotFoundError; check the URL"):
+    files.rm("/bucket/shards/shards.manifest")
+    with pytest.raises(DataError, match=r"shards.manifest: FileNotFoundError; check the URL"):
         ShardReader(memory_url, cache=ShardCache(tmp_path))
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])  # S3's where listing is not allowed
+def test_sets_of_earlier_versions_are_read(
+    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    files = fsspec.filesystem("memory")
+    files.mv("/bucket/shards/shards.manifest", "/bucket/shards/manifest.json")
+    cat_file, asked = type(files).cat_file, []
+
+    def cat(self: Any, path: str, **options: Any) -> bytes:
+        asked.append(path.rpartition("/")[2])
+        if not self.exists(path):
+            raise error(path)
+        return cat_file(self, path, **options)
+
+    monkeypatch.setattr(type(files), "cat_file", cat)
+    np.testing.assert_array_equal(read_all(ShardReader(memory_url, cache=ShardCache(tmp_path))), IDS_NT)
+    assert asked == ["shards.manifest", "manifest.json"], "one request more"
 
 
 def test_damaged_downloads_are_never_used(memory_url: str, tmp_path: Path) -> None:
@@ -152,8 +172,141 @@ def test_what_a_killed_download_leaves_is_cleared(memory_url: str, tmp_path: Pat
     own = tmp_path / f"{shards.manifest.shards[0].sha256}.partial"
     own.write_bytes(b"half")
     assert len(shards.read(0, range(8))) == 8
-    assert other.stat().st_size == 0
-    assert not list(tmp_path.glob("*.partial"))
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".tar"] == ["cache.lock"]
+
+
+def test_lock_files_are_removed(memory_url: str, tmp_path: Path) -> None:
+    for number in range(20):  # as earlier versions left them
+        (tmp_path / f"{number:064}.lock").touch()
+    read_all(ShardReader(memory_url, cache=ShardCache(tmp_path)))
+    assert [path.name for path in tmp_path.glob("*.lock")] == ["cache.lock"]
+
+
+def test_a_lock_file_that_is_removed_never_lets_two_in(tmp_path: Path) -> None:
+    inside, most, rounds = 0, 0, 200
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(rounds):
+            with remote._locked(tmp_path / "x.lock"):
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0)
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, list(tmp_path.iterdir())) == (1, [])
+
+
+class Slow:
+    """Downloads of the memory file system that take their time; what was fetched, by which thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        self.fetched: list[tuple[str, str]] = []
+        self.busy = self.most = 0
+        cls = type(fsspec.filesystem("memory"))
+        get_file = cls.get_file
+
+        def slow(files: Any, remote_path: str, local_path: str, **options: Any) -> None:
+            self.fetched.append((remote_path.rpartition("/")[2], threading.current_thread().name))
+            self.busy += 1
+            self.most = max(self.most, self.busy)
+            time.sleep(seconds)
+            self.busy -= 1
+            get_file(files, remote_path, local_path, **options)
+
+        monkeypatch.setattr(cls, "get_file", slow)
+
+
+def test_shards_are_fetched_before_they_are_due(
+    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch, 0.2)
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
+    order = shards.order(seed=0, num_lanes=2, window_rows=40)
+    start = time.perf_counter()
+    with ShardStream(shards, order, global_batch_size=10, micro_batch_size=10, prefetch_batches=1) as stream:
+        rows = [next(stream).input_ids_BT]
+        assert time.perf_counter() - start < 0.39, "the first shards of both lanes at once"
+        waits = []
+        for _ in range(40):
+            time.sleep(0.04)  # a shard of 80 rows lasts 16 steps
+            start = time.perf_counter()
+            rows.append(next(stream).input_ids_BT)
+            waits.append(time.perf_counter() - start)
+    assert max(waits) < 0.1
+    assert slow.most >= 2
+    shard_N, row_N = order.locate(np.arange(410))
+    np.testing.assert_array_equal(np.concatenate(rows), IDS_NT[shard_N * 80 + row_N])
+
+
+def test_what_is_fetched_ahead_stays_within_the_cache_and_evicts_nothing_in_use(
+    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = Slow(monkeypatch, 0.0)
+    entries = ShardReader(memory_url, cache=ShardCache(tmp_path / "other")).manifest.shards
+    largest = max(entry.bytes for entry in entries)
+    for limit, warnings in ((3, 1), (5, 0)):
+        slow.fetched.clear()
+        caplog.clear()
+        cache = ShardCache(tmp_path / str(limit), limit_bytes=limit * largest)
+        shards = ShardReader(memory_url, cache=cache)
+        order = shards.order(seed=0, num_lanes=2, window_rows=40)
+        with ShardStream(shards, order, global_batch_size=10, micro_batch_size=10, prefetch_batches=1) as stream:
+            for _ in range(order.rows_per_epoch // 10):
+                next(stream)
+                time.sleep(0.002)
+                sizes = remote.sizes(f"file://{cache.folder}") or {}
+                assert sum(size for name, size in sizes.items() if name.endswith(".tar")) <= cache.limit_bytes
+        assert caplog.text.count("data.cache_bytes=") == warnings
+    assert f"set it to {4 * largest} or more" not in caplog.text
+    names = [name for name, _ in slow.fetched]
+    assert len(names) <= len(entries) + 3, "a shard that two lanes share, and the first ones of the next epoch"
+
+
+def test_an_error_of_fetching_ahead_comes_where_the_shard_is_read(memory_url: str, tmp_path: Path) -> None:
+    files = fsspec.filesystem("memory")
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
+    order = shards.order(seed=0, num_lanes=1, window_rows=40)
+    shard_N, _ = order.locate(np.arange(500))
+    bad = shards.manifest.shards[int(shard_N[200])].file
+    path = f"/bucket/shards/{bad}"
+    files.pipe(path, files.cat(path)[:-1] + b"x")
+    first = int(np.flatnonzero(shard_N == shard_N[200])[0])
+    message = rf"{bad}: failed 4 times.*the manifest says"
+    with ShardStream(shards, order, global_batch_size=10, micro_batch_size=10) as stream:
+        for _ in range(first // 10):
+            next(stream)
+        with pytest.raises(DataError, match=message):
+            next(stream)
+
+
+def test_a_download_that_hangs_keeps_nobody_from_leaving(
+    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Slow(monkeypatch, 3.0)
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
+    order = shards.order(seed=0, num_lanes=2)
+    start = time.perf_counter()
+    ShardStream(shards, order, global_batch_size=8, micro_batch_size=8).close()
+    assert time.perf_counter() - start < 2.5
+
+
+def test_validation_fetches_the_next_shard_too(
+    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch, 0.05)
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
+    before = threading.active_count()
+    for batch in iter_validation(shards, rows=160, micro_batch_size=10):
+        assert batch.weight == 10
+        time.sleep(0.02)
+    assert threading.active_count() == before
+    assert sorted(slow.fetched) == [(f"shard-00000{number}.tar", "fetch-ahead") for number in (0, 1)]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
@@ -242,7 +395,7 @@ def test_http_with_faults(folder: Path, server: http.server.ThreadingHTTPServer,
     assert {name: count for name, count in Handler.sent.items() if name.endswith(".tar")} == {
         shard.file: 1 for shard in shards.manifest.shards
     }
-    with pytest.raises(DataError, match=r"other/manifest.json: FileNotFoundError"):
+    with pytest.raises(DataError, match=r"other/shards.manifest: FileNotFoundError"):
         ShardReader(f"{shards.location}/other", cache=ShardCache(tmp_path))
 
 

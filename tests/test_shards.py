@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scaledistill.data.manifest import _content_sha256, count_in_text
+from scaledistill.data import manifest, manifest_text
+from scaledistill.data.manifest import COLUMNS, _content_sha256, count_in_text
 from scaledistill.data.shards import Manifest, ShardWriter, verify
 from scaledistill.errors import ConfigError, DataError
 
@@ -63,7 +64,7 @@ def test_same_rows_give_same_bytes_however_they_are_cut(tmp_path: Path) -> None:
     first = write(tmp_path / "a")
     second = write(tmp_path / "b", cuts=(1, 1, 9, 80, 149))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert sorted(contents(tmp_path / "a")) == ["manifest.json", *(f"shard-00000{n}.tar" for n in range(3))]
+    assert sorted(contents(tmp_path / "a")) == [*(f"shard-00000{n}.tar" for n in range(3)), "shards.manifest"]
     assert first.sha256 == second.sha256 == Manifest.load(tmp_path / "b").sha256
 
 
@@ -74,7 +75,7 @@ def test_manifest_counts(shards: Path) -> None:
     assert manifest.tokens == ROWS * T - 4 * padded
     assert manifest.largest_id == make_rows()[0].max()
     assert [shard.rows for shard in manifest.shards] == [64, 64, 22]
-    assert manifest.shards[2].block_rows == (8, 8, 6)
+    assert manifest.shards[2].block_rows.tolist() == [8, 8, 6]
     assert list(verify(shards)) == []
 
 
@@ -92,6 +93,20 @@ def test_webdataset_reads_the_tars(shards: Path, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_array_equal(ids_NT, make_rows()[0])
     documents = np.frombuffer(samples[1]["documents.u16"], "<u2").reshape(-1, 3)
     np.testing.assert_array_equal(documents, make_rows()[1][16:32] - [[8, 0, 0]])
+
+
+def test_datasets_finds_the_tars_and_not_the_manifest(tmp_path: Path) -> None:
+    """One tar a folder: datasets goes by the commonest suffix that it knows, and one .json would be as common."""
+    import datasets
+
+    for name in ("train", "validation"):
+        write(tmp_path / name, rows_per_shard=152)
+    loaded = datasets.load_dataset(str(tmp_path), streaming=True)
+    assert sorted(loaded) == ["train", "validation"]
+    blocks = list(loaded["validation"])
+    assert [block["__key__"] for block in blocks] == [f"{number:09d}" for number in range(19)]
+    ids_NT = np.concatenate([np.frombuffer(block["u16"], "<u2").reshape(-1, T) for block in blocks])
+    np.testing.assert_array_equal(ids_NT, make_rows()[0])
 
 
 def test_large_vocabularies_are_u32(tmp_path: Path) -> None:
@@ -139,12 +154,20 @@ def test_no_rows_no_data_set(tmp_path: Path) -> None:
 
 def test_finished_shards_are_kept_unless_overwrite(shards: Path) -> None:
     before = contents(shards)
-    with pytest.raises(DataError, match=r"holds manifest\.json already.*use overwrite=True"):
+    with pytest.raises(DataError, match=r"holds shards\.manifest already.*use overwrite=True"):
         write(shards)
     assert contents(shards) == before
     write(shards, rows_per_shard=152, overwrite=True)
-    assert sorted(contents(shards)) == ["manifest.json", "shard-000000.tar"]
+    assert sorted(contents(shards)) == ["shard-000000.tar", "shards.manifest"]
     assert list(verify(shards)) == []
+
+
+def test_overwriting_a_set_of_an_earlier_version_leaves_one_manifest(shards: Path) -> None:
+    (shards / "shards.manifest").rename(shards / "manifest.json")
+    with pytest.raises(DataError, match=r"holds manifest\.json already.*use overwrite=True"):
+        write(shards)
+    write(shards, overwrite=True)
+    assert sorted(contents(shards)) == [*(f"shard-00000{n}.tar" for n in range(3)), "shards.manifest"]
 
 
 def test_two_writers_of_one_folder(tmp_path: Path) -> None:
@@ -189,7 +212,7 @@ def test_bad_rows(tmp_path: Path, ids: np.ndarray, documents: list[tuple[int, ..
 
 
 def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object], rehash: bool = True) -> None:
-    path = folder / "manifest.json"
+    path = folder / "shards.manifest"
     content = json.loads(path.read_text())
     stated = content.pop("sha256")
     change(content)
@@ -197,7 +220,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object], re
 
 
 def test_missing_manifest(shards: Path) -> None:
-    (shards / "manifest.json").unlink()
+    (shards / "shards.manifest").unlink()
     with pytest.raises(DataError, match="not completely copied"):
         Manifest.load(shards)
     with pytest.raises(DataError, match="no such folder"):
@@ -208,9 +231,80 @@ def test_missing_manifest(shards: Path) -> None:
         Manifest.load(shards)
 
 
+def write_pinned(folder: Path) -> Manifest:
+    """A manifest as earlier versions wrote it, whose identity checkpoints name."""
+    shard = {
+        "file": "shard-000000.tar",
+        "bytes": 10_240,
+        "sha256": "cd" * 32,
+        "rows": 5,
+        "block_rows": [3, 2],
+        "ids_offset": [1536, 3584],
+        "ids_crc32": [4_294_967_295, 0],
+        "documents_offset": [512, 2560],
+        "documents_bytes": [18, 12],
+        "documents_crc32": [7, 8],
+    }
+    header = {"sequence_length": 16, "dtype": "u16", "vocab_size": 99, "largest_id": 98, "rows": 5, "tokens": 80}
+    header |= {"documents": 5, "padded_rows": 0, "tokenizer": TOKENIZER, "pad_token_id": 0, "source": {"kind": "é"}}
+    content = {"format": "scaledistill-shards", "version": 1, **header, "shards": [shard]}
+    stated = "5592f5e86572a6e76bfa92869ece7d29e0a33c547d9ec022671da419741992bc"
+    (folder / "manifest.json").write_text(json.dumps({"sha256": stated, **content}))
+    return Manifest.load(folder)
+
+
+def test_the_identity_of_data_is_pinned(tmp_path: Path) -> None:
+    manifest = write_pinned(tmp_path)
+    assert manifest.shards[0].ids_crc32.tolist() == [4_294_967_295, 0]
+    made = Manifest(**{name: getattr(manifest, name) for name in Manifest.model_fields})
+    assert made.sha256 == manifest.sha256
+    assert json.loads(manifest.dump()) == json.loads((tmp_path / "manifest.json").read_text())
+
+
+FORMS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "indented": lambda content: json.dumps(content, indent=2),
+    "compact": lambda content: json.dumps(content, separators=(",", ":")),
+    "sorted": lambda content: json.dumps(content, sort_keys=True),
+    "shards first": lambda content: json.dumps({"shards": content.pop("shards"), **content}),
+    "shards in the source": lambda content: json.dumps(content).replace('"name": "test"', '"name": "te\\u0073t"'),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [(1 << 22, 256), (100, 2), (1, 1)])
+def test_any_form_of_json_is_the_same_data(
+    shards: Path, form: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = {"kind": "test", "shards": [{"file": "a, b.tar"}], "text": '"shards": [{'}
+    expected = write(shards, source=source, overwrite=True)
+    path = shards / "shards.manifest"
+    path.write_text(FORMS[form](json.loads(path.read_text())))
+    monkeypatch.setattr(manifest_text, "READ_BYTES", sizes[0])
+    monkeypatch.setattr(manifest_text, "SHARDS_AT_ONCE", sizes[1])
+    found = Manifest.load(shards)
+    assert found.sha256 == expected.sha256
+    assert found.dump() == expected.dump()
+
+
+def test_a_large_manifest_is_read_without_an_object_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousandth of 1.05 G rows: memory and time per block are what counts."""
+    with ShardWriter(tmp_path, **{**SETTINGS, "rows_per_block": 1, "rows_per_shard": 250}) as writer:
+        rows = 4000
+        documents = np.stack([np.arange(rows), np.zeros(rows, int), np.full(rows, T)], 1)
+        writer.write(np.tile(np.arange(rows)[:, None] % 2999, T), documents)
+    monkeypatch.setattr(manifest, "_read_json", None)  # the slow way is not taken
+    loaded = Manifest.load(tmp_path)
+    content = json.loads(loaded.dump())
+    assert content.pop("sha256") == loaded.sha256 == _content_sha256(content)
+    arrays = [getattr(shard, name) for shard in loaded.shards for name in COLUMNS]
+    assert sum(values.nbytes for values in arrays) == 6 * 4 * rows
+    bases = {id(values.base): values.base.nbytes for values in arrays}
+    assert sum(bases.values()) == 6 * 4 * rows, "views of arrays that many shards share"
+
+
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"format": "other"}'])
 def test_damaged_manifest(shards: Path, text: bytes) -> None:
-    (shards / "manifest.json").write_bytes(text)
+    (shards / "shards.manifest").write_bytes(text)
     with pytest.raises(DataError, match=r"(not a JSON object|reads .*scaledistill-shards).*make_shards"):
         Manifest.load(shards)
 
@@ -240,6 +334,12 @@ def first_shard(**values: Any) -> Callable[[dict[str, Any]], object]:
         (lambda content: content["shards"][1].update(sha256=content["shards"][0]["sha256"]), "same sha256"),
         (lambda content: content["shards"][0]["ids_crc32"].pop(), r"shard-000000.tar: .* lengths \[7, 8\]"),
         (first_shard(file="../other.tar"), "shards.0.file: String should match pattern"),
+        (first_shard(block_rows=[8, 8, 8, 8, 8, 8, 8, -8]), "shards.0.block_rows: .*a list of whole numbers from 0"),
+        (first_shard(ids_crc32=[2**63] * 8), "shards.0.ids_crc32: .*whole numbers from 0 to 2.63 - 1"),
+        (first_shard(documents_crc32="1"), "shards.0.documents_crc32: .*a list of whole numbers"),
+        (first_shard(block_rows=[]), r"its lists of blocks have lengths \[0, 8\]"),
+        (first_shard(documents_offset=[512] + [2**62] * 7), "members overlap or are out of order"),
+        (lambda content: content["shards"][2].update(block_rows=[8, 8, 0]), "blocks of 0 to 8 rows; expected 1 to"),
         (first_shard(rows=63), "shard-000000.tar: rows is 63, but its blocks hold 64"),
         (first_shard(bytes=3000), "its last block ends at byte .*, beyond its 3000 bytes"),
         (first_shard(ids_offset=[1024] * 8), "members overlap or are out of order"),
@@ -299,8 +399,8 @@ def test_verify_finds_every_flipped_bit(shards: Path) -> None:
 def test_verify_finds_content_that_contradicts_the_manifest(shards: Path) -> None:
     change_manifest(shards, lambda content: content.update(largest_id=2999, tokens=ROWS * T - 87))
     assert list(verify(shards)) == [
-        "manifest.json: largest_id is 2999, but the shards give 2400",
-        "manifest.json: tokens is 2313, but the shards give 2312",
+        "shards.manifest: largest_id is 2999, but the shards give 2400",
+        "shards.manifest: tokens is 2313, but the shards give 2312",
     ]
     change_manifest(shards, lambda content: content.update(vocab_size=2000, largest_id=1999))
     assert "shard-000001.tar, block 7: id 2048 in a vocabulary of 2000" in list(verify(shards))
@@ -367,5 +467,14 @@ def test_check_shards_tool(shards: Path, tmp_path: Path) -> None:
     bad = check_shards(shards)
     assert bad.returncode == 3
     assert "ERROR shard-000000.tar, block 0: its document boundaries are damaged" in bad.stdout
+    flip(shards / "shard-000000.tar", 600)
+    (shards / "shards.manifest").rename(shards / "manifest.json")  # as earlier versions named it
+    (shards / "more.tar").touch()
+    old = check_shards(shards)
+    assert (old.returncode, "ERROR more.tar: lies in the folder but is not in manifest.json; a" in old.stdout) == (
+        3,
+        True,
+    )
+    assert f"sha256 of the data: {data}\n" in old.stdout
     (shards / "manifest.json").unlink()
     assert check_shards(shards).returncode == 3

@@ -253,6 +253,13 @@ def test_order_of_other_shards(folder: Path) -> None:
         ShardStream(shards, other, global_batch_size=8, micro_batch_size=8)
 
 
+def test_reads_that_come_short_are_completed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FUSE, some network file systems and reads above 2 GiB do."""
+    shards, pread = ShardReader(folder), os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, at: pread(descriptor, -(-size // 3), at))
+    assert rows_of(take(shards, 11)) == expected_rows(shards, 0, 11 * B)
+
+
 def test_closing_ends_the_thread(folder: Path) -> None:
     before = threading.active_count()
     shards = ShardReader(folder)

@@ -56,7 +56,9 @@ def test_a_wrong_value_has_one_line(path: str, value: Any, message: str) -> None
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("wrong", [{"x": object()}, [[]], 1.5, -3, "", True, None], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "wrong", [{"x": object()}, [[]], 1.5, -3, "", True, None], ids=lambda value: type(value).__name__
+)
 def test_no_setting_shows_a_librarys_words(wrong: Any) -> None:
     """Every setting with every kind of wrong value: one line each, that begins with the setting."""
     for name in setting_names(["l3"]):

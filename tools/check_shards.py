@@ -18,7 +18,7 @@ LABELS = {  # make_shards counts documents of the input and tokens of text
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder with manifest.json and the tars, as made by make_shards.py")
+    parser.add_argument("folder", type=Path, help="folder with shards.manifest and the tars, as made by make_shards.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     return parser.parse_args()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from scaledistill.data.longtext import LONG_CHARACTERS, PIECE_CHARACTERS
-from scaledistill.data.manifest import MANIFEST_FILE, MAX_SEQUENCE_LENGTH, MAX_UNKNOWN_FRACTION, too_many_unknown
+from scaledistill.data.manifest import MAX_SEQUENCE_LENGTH, MAX_UNKNOWN_FRACTION, manifest_path, too_many_unknown
 from scaledistill.data.pool import parallel_map
 from scaledistill.data.shards import ShardWriter
 from scaledistill.data.text import (
@@ -176,7 +176,7 @@ def make_shards(
         if held_out_fraction:
             validation = open_split("validation")
             report.validation = validation.counts
-        elif (output / "validation" / MANIFEST_FILE).exists():
+        elif manifest_path(output / "validation").exists():
             raise DataError(
                 f"{output / 'validation'} was made by another run and may share documents with this one's train; "
                 "remove it, set held_out_fraction, or name another output folder"

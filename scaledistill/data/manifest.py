@@ -1,7 +1,7 @@
 """The shard format: what a data set's manifest says, loaded and checked; a block's bytes, checked and seen as arrays.
 
-A data set is a folder of plain WebDataset tars beside one manifest.json. One WebDataset sample is one block of rows:
-key `000000123`, numbered over the whole data set, with two members:
+A data set is a folder of plain WebDataset tars beside one `shards.manifest`, a JSON file. One WebDataset sample is one
+block of rows: key `000000123`, numbered over the whole data set, with two members:
 - `000000123.u16` (or `.u32`): token ids, row-major, little-endian, [rows, T];
 - `000000123.documents.u16`: [n, 3] little-endian uint16 triples (row in the block, start, end) of all documents,
   ascending, `end` exclusive. Positions outside every document are padding.
@@ -12,21 +12,43 @@ and trusts no byte unchecked. It is written last: a folder without it is not a d
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from scaledistill.data import remote
+from scaledistill.data.manifest_text import (
+    COLUMNS,
+    SHARD_FILE,
+    SHARDS_AT_ONCE,
+    canonical,
+    compact,
+    read_as_written,
+    sha256_by_shards,
+)
 from scaledistill.errors import DataError
 
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE = "shards.manifest"
+"""JSON, but not by its name: `datasets.load_dataset` would take a .json file beside one tar for the data."""
+OLD_MANIFEST_FILE = "manifest.json"
+"""What data sets made by earlier versions have instead; of the same form."""
 PARTIAL = ".partial-"
 MAX_SEQUENCE_LENGTH = 65_535
 IDS_DTYPES: dict[str, np.dtype[Any]] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
@@ -37,12 +59,26 @@ MAX_UNKNOWN_FRACTION = 0.05
 TAR_BLOCK = 512
 MAX_BLOCK_ROWS = 65_535
 
+AGAIN = "make the shards again with tools/make_shards.py, or copy the whole folder again"
+
 Count = Annotated[int, Field(ge=0)]
-Counts = tuple[Count, ...]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def ids_offset_after(documents_offset: int, documents_bytes: int) -> int:
+def _counts(values: object) -> np.ndarray:
+    """Turn a list of whole numbers from 0 into an array: Python's own would take 40 bytes each, of some 25 million."""
+    if isinstance(values, np.ndarray):
+        return values
+    if not isinstance(values, list | tuple) or not all(type(value) is int and 0 <= value < 2**63 for value in values):
+        raise ValueError("expected a list of whole numbers from 0 to 2^63 - 1")
+    return compact(np.array(values, np.int64))
+
+
+Offsets = TypeVar("Offsets", int, np.ndarray)
+Counts = Annotated[np.ndarray, PlainValidator(_counts)]
+
+
+def ids_offset_after(documents_offset: Offsets, documents_bytes: Offsets) -> Offsets:
     """Tell where a block's ids begin in the tar: its documents come first, filled up, then comes the ids' header."""
     return documents_offset + -(-documents_bytes // TAR_BLOCK) * TAR_BLOCK + TAR_BLOCK
 
@@ -56,13 +92,13 @@ def too_many_unknown(unknown: int, tokens: int, bound: float) -> bool:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
 class Shard(_Strict):
-    """One tar; the tuples have one entry per block, offsets and sizes are in bytes of the tar."""
+    """One tar; the integer arrays have one entry per block, offsets and sizes are in bytes of the tar."""
 
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")]
+    file: Annotated[str, Field(pattern=f"^{SHARD_FILE}$")]
     bytes: Count
     sha256: Sha256
     rows: Count
@@ -73,22 +109,58 @@ class Shard(_Strict):
     documents_bytes: Counts
     documents_crc32: Counts
 
+    def content(self) -> dict[str, object]:
+        """Return what the manifest says of this shard, in plain numbers."""
+        return {
+            name: value.tolist() if isinstance(value := getattr(self, name), np.ndarray) else value
+            for name in type(self).model_fields
+        }
+
     def problem(self, row_bytes: int) -> str | None:
         """Say what contradicts itself here, if anything."""
-        blocks = (self.block_rows, self.ids_offset, self.documents_offset, self.documents_bytes)
-        lengths = {len(values) for values in (*blocks, self.ids_crc32, self.documents_crc32)}
+        lengths = {len(getattr(self, name)) for name in COLUMNS}
         if len(lengths) != 1 or lengths == {0}:
             return f"its lists of blocks have lengths {sorted(lengths)}; expected one length above 0"
-        if not 1 <= min(self.block_rows) <= max(self.block_rows) <= MAX_BLOCK_ROWS:
-            return f"blocks of {min(self.block_rows)} to {max(self.block_rows)} rows; expected 1 to {MAX_BLOCK_ROWS}"
-        if sum(self.block_rows) != self.rows:
-            return f"rows is {self.rows}, but its blocks hold {sum(self.block_rows)}"
+        if not 1 <= self.block_rows.min() <= self.block_rows.max() <= MAX_BLOCK_ROWS:
+            found = f"blocks of {self.block_rows.min()} to {self.block_rows.max()} rows"
+            return f"{found}; expected 1 to {MAX_BLOCK_ROWS}"
+        block_rows = self.block_rows.tolist()  # Python's numbers, which do not overflow
+        if sum(block_rows) != self.rows:
+            return f"rows is {self.rows}, but its blocks hold {sum(block_rows)}"
+        offsets = (self.ids_offset.tolist(), self.documents_offset.tolist(), self.documents_bytes.tolist())
         end = 0
-        for rows, ids, documents, size in zip(*blocks, strict=True):
+        for rows, ids, documents, size in zip(block_rows, *offsets, strict=True):
             if size % DOCUMENT_BYTES or documents < end + TAR_BLOCK or ids != ids_offset_after(documents, size):
                 return f"its members overlap or are out of order near byte {documents}"
             end = ids + rows * row_bytes
         return f"its last block ends at byte {end}, beyond its {self.bytes} bytes" if end > self.bytes else None
+
+
+def _are_sound(shards: Sequence[Shard], row_bytes: int) -> bool:
+    """Check many shards at once, as `Shard.problem` does one: a data set may have millions of blocks."""
+    lengths = np.array([[len(getattr(shard, name)) for name in COLUMNS] for shard in shards])
+    if (lengths == 0).any() or (lengths != lengths[:, :1]).any():
+        return False
+    block_rows, ids, documents, size = (
+        np.concatenate([getattr(shard, name) for shard in shards]).astype(np.int64)
+        for name in ("block_rows", "ids_offset", "documents_offset", "documents_bytes")
+    )
+    if max(values.max() for values in (block_rows, ids, documents, size)) >= 2**61:  # sums could overflow
+        return False
+    ends = lengths[:, 0].cumsum()
+    firsts = ends - lengths[:, 0]
+    end = ids + block_rows * row_bytes
+    end_before = np.roll(end, 1)
+    end_before[firsts] = 0
+    return bool(
+        (block_rows >= 1).all()
+        and (block_rows <= MAX_BLOCK_ROWS).all()
+        and (size % DOCUMENT_BYTES == 0).all()
+        and (documents >= end_before + TAR_BLOCK).all()
+        and (ids == ids_offset_after(documents, size)).all()
+        and all(total == shard.rows for total, shard in zip(np.add.reduceat(block_rows, firsts), shards, strict=True))
+        and all(last <= shard.bytes for last, shard in zip(end[ends - 1], shards, strict=True))
+    )
 
 
 class Manifest(_Strict):
@@ -108,6 +180,7 @@ class Manifest(_Strict):
     pad_token_id: Count
     source: dict[str, JsonValue]
     shards: tuple[Shard, ...]
+    _checked_sha256: str | None = PrivateAttr(None)  # of the text that it was loaded from
 
     @property
     def ids_dtype(self) -> np.dtype[Any]:
@@ -145,7 +218,12 @@ class Manifest(_Strict):
     @cached_property
     def sha256(self) -> str:
         """Identity of the data: the hash of the manifest's content, wherever the folder lies."""
-        return _content_sha256(self.model_dump(mode="json"))
+        return self._checked_sha256 or sha256_by_shards(
+            self._header(), (canonical(shard.content()) for shard in self.shards)
+        )
+
+    def _header(self) -> dict[str, object]:
+        return self.model_dump(mode="json", exclude={"shards"})
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
@@ -157,10 +235,12 @@ class Manifest(_Strict):
                         f"two equal shards, {seen[value]} and {shard.file} (same {name}): rows would repeat"
                     )
                 seen[value] = shard.file
-        for shard in self.shards:
-            if problem := shard.problem(self.row_bytes):
-                raise ValueError(f"{shard.file}: {problem}")
-        documents = sum(sum(shard.documents_bytes) for shard in self.shards) // DOCUMENT_BYTES
+        for first in range(0, len(self.shards), SHARDS_AT_ONCE):
+            group = self.shards[first : first + SHARDS_AT_ONCE]
+            for shard in () if _are_sound(group, self.row_bytes) else group:
+                if problem := shard.problem(self.row_bytes):
+                    raise ValueError(f"{shard.file}: {problem}")
+        documents = sum(int(shard.documents_bytes.sum(dtype=np.int64)) for shard in self.shards) // DOCUMENT_BYTES
         for name, total in {"rows": sum(shard.rows for shard in self.shards), "documents": documents}.items():
             if total != getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}, but the shards hold {total}")
@@ -175,9 +255,10 @@ class Manifest(_Strict):
         return self
 
     def dump(self) -> bytes:
-        """Return the content of manifest.json, which carries its own hash."""
-        content = self.model_dump(mode="json")
-        return json.dumps({"sha256": self.sha256, **content}).encode() + b"\n"
+        """Return the manifest as a file's content, which carries its own hash."""
+        head = json.dumps({"sha256": self.sha256, **self._header(), "shards": []}).encode()
+        shards = b", ".join(json.dumps(shard.content()).encode() for shard in self.shards)  # one at a time: memory
+        return head[: -len(b"]}")] + shards + b"]}\n"
 
     @classmethod
     def load(cls, location: str | Path) -> Manifest:
@@ -185,46 +266,87 @@ class Manifest(_Strict):
 
         Raises: DataError if it is missing, of another version, changed since it was written or inconsistent.
         """
-        where = f"{location}/{MANIFEST_FILE}"
-        if remote.is_url(str(location)):
-            text = remote.read_bytes(where)
-        else:
+        where, file = _open_manifest(str(location))
+        with file:
             try:
-                text = Path(where).read_bytes()
-            except FileNotFoundError as error:
-                raise DataError(_why_missing(Path(location))) from error
+                content, sha256 = _read_as_written(file) or _read_json(file)
+                found = {name: content.get(name) for name in ("format", "version")}
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where} is not a JSON object ({error}); {AGAIN}") from error
             except OSError as error:
-                raise DataError(
-                    f"{where} can't be read: {error}; expected a folder made by tools/make_shards.py"
-                ) from error
-        again = "make the shards again with tools/make_shards.py, or copy the whole folder again"
-        try:
-            content = json.loads(text)
-            found = {name: content.get(name) for name in ("format", "version")}
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise DataError(f"{where} is not a JSON object ({error}); {again}") from error
+                raise _unreadable(where, error) from error
         expected = {"format": cls.model_fields["format"].default, "version": cls.model_fields["version"].default}
         if found != expected:
-            raise DataError(f"{where}: found {found}, this version of scaledistill reads {expected}; {again}")
-        stated = content.pop("sha256", None)
-        if stated != _content_sha256(content):
-            raise DataError(f"{where} was changed or damaged after it was written: its sha256 does not match; {again}")
+            raise DataError(f"{where}: found {found}, this version of scaledistill reads {expected}; {AGAIN}")
+        if sha256 is None:
+            raise DataError(f"{where} was changed or damaged after it was written: its sha256 does not match; {AGAIN}")
         try:
-            return cls.model_validate_json(json.dumps(content))
+            manifest = cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
-            raise DataError(f"{where}: {name + ': ' if name else ''}{first['msg']}; {again}") from error
+            raise DataError(f"{where}: {name + ': ' if name else ''}{first['msg']}; {AGAIN}") from error
+        manifest._checked_sha256 = sha256
+        return manifest
+
+
+def manifest_path(folder: Path) -> Path:
+    """Return where a folder's manifest is, or would be."""
+    old = folder / OLD_MANIFEST_FILE
+    return old if old.exists() and not (folder / MANIFEST_FILE).exists() else folder / MANIFEST_FILE
+
+
+def _open_manifest(location: str) -> tuple[str, BinaryIO]:
+    """Open the manifest of a folder or URL; return its place too."""
+    if remote.is_url(location):
+        where, data = remote.read_first([f"{location}/{name}" for name in (MANIFEST_FILE, OLD_MANIFEST_FILE)])
+        return where, io.BytesIO(data)
+    path = manifest_path(Path(location))
+    try:
+        return str(path), path.open("rb")
+    except FileNotFoundError as error:
+        raise DataError(_why_missing(Path(location))) from error
+    except OSError as error:
+        raise _unreadable(str(path), error) from error
+
+
+def _unreadable(where: str, error: OSError) -> DataError:
+    return DataError(f"{where} can't be read: {error}; expected a folder made by tools/make_shards.py")
+
+
+def _read_as_written(file: BinaryIO) -> tuple[dict[str, Any], str] | None:
+    """Return the content and sha256 of a manifest of the form that `Manifest.dump` writes; None for any other."""
+    if (found := read_as_written(file)) is None:
+        return None
+    header, shards, sha256 = found
+    return {**header, "shards": tuple(Shard.model_construct(**shard) for shard in shards)}, sha256
+
+
+def _read_json(file: BinaryIO) -> tuple[dict[str, Any], str | None]:
+    """Return the content of any manifest, and its sha256 if that is the stated one.
+
+    Raises: ValueError, RecursionError if it is not a JSON object.
+    """
+    file.seek(0)
+    content = json.loads(file.read())
+    if not isinstance(content, dict):
+        raise ValueError(f"found a {type(content).__name__}")
+    stated = content.pop("sha256", None)
+    is_right = stated == _content_sha256(content)
+    if isinstance(shards := content.get("shards"), list):
+        content["shards"] = tuple(shards)
+    return content, stated if is_right else None
 
 
 def _content_sha256(content: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(canonical(content)).hexdigest()
 
 
 def _why_missing(folder: Path) -> str:
     if not folder.is_dir():
         return f"no such folder: {folder}; expected a folder made by tools/make_shards.py"
-    if inside := sorted(path.parent for path in folder.glob(f"*/{MANIFEST_FILE}")):
+    names = (MANIFEST_FILE, OLD_MANIFEST_FILE)
+    if inside := sorted({path.parent for name in names for path in folder.glob(f"*/{name}")}):
         return f"{folder} has no {MANIFEST_FILE}, but folders in it do; did you mean {' or '.join(map(str, inside))}?"
     if any(folder.glob(f"{PARTIAL}*")):
         return f"{folder} has no {MANIFEST_FILE} but unfinished files: make_shards was interrupted; run it again"
@@ -259,9 +381,9 @@ def count_in_text(ids_NT: np.ndarray, documents: np.ndarray, token_id: int) -> i
 
 def block_span(manifest: Manifest, shard: Shard, block: int) -> tuple[int, int]:
     """Return the first byte in the tar and the number of bytes that `decode_block` needs: both members of one block."""
-    first = shard.documents_offset[block]
-    ids_bytes = shard.block_rows[block] * manifest.row_bytes
-    return first, shard.ids_offset[block] + ids_bytes - first
+    first = int(shard.documents_offset[block])
+    ids_bytes = int(shard.block_rows[block]) * manifest.row_bytes
+    return first, int(shard.ids_offset[block]) + ids_bytes - first
 
 
 def decode_block(
@@ -275,11 +397,11 @@ def decode_block(
     where = f"{shard.file}, block {block}"
     if len(data) != size:
         raise DataError(f"{where}: the file ends early: {len(data)} of {size} bytes at byte {first}")
-    ids = memoryview(data)[shard.ids_offset[block] - first :]
+    ids = memoryview(data)[int(shard.ids_offset[block]) - first :]
     documents = memoryview(data)[: shard.documents_bytes[block]]
     for name, member, expected in (
-        ("token ids", ids, shard.ids_crc32[block]),
-        ("document boundaries", documents, shard.documents_crc32[block]),
+        ("token ids", ids, int(shard.ids_crc32[block])),
+        ("document boundaries", documents, int(shard.documents_crc32[block])),
     ):
         if (found := zlib.crc32(member)) != expected:
             raise DataError(f"{where}: its {name} are damaged: crc32 {found:08x}, expected {expected:08x}")

@@ -89,6 +89,17 @@ class SampleOrder:
         start, end = max(0, end - self.window_rows), min(end, self.rows_per_lane)
         return epoch, lane * self.rows_per_lane + start, self._shuffle(_ROWS, end - start, epoch, lane, number)
 
+    def shards_around(self, lane: int, epoch: int, first: int, count: int) -> tuple[list[int], int]:
+        """Return the shards of a lane's places [first, first + count) in an epoch, and the one that it reads next."""
+        shards, starts = self._shards_of(epoch)
+        low, high = np.searchsorted(starts, [first, first + count - 1], side="right").tolist()
+        if high < len(starts) and starts[high] < (lane + 1) * self.rows_per_lane:
+            following = shards[high]
+        else:
+            later, later_starts = self._shards_of(epoch + 1)
+            following = later[np.searchsorted(later_starts, lane * self.rows_per_lane, side="right") - 1]
+        return shards[low - 1 : high].tolist(), int(following)
+
     def place(self, epoch: int, places_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Turn places in an epoch's concatenation of shards, int64 [N], into (shard, row in it), int64 [N] each."""
         shards, starts = self._shards_of(epoch)

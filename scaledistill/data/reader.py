@@ -6,16 +6,23 @@ rows (`data.order`), tensors (`data.stream`).
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import threading
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from scaledistill.data import remote
+from scaledistill.data.ahead import FetchAhead
 from scaledistill.data.manifest import Manifest, block_span, decode_block
 from scaledistill.data.order import SampleOrder
 from scaledistill.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 20
 """Neighbouring blocks are read at once up to about this size: single blocks wait for the disk too often."""
@@ -35,12 +42,13 @@ class ShardReader:
     ) -> None:
         self.location = str(location).rstrip("/")
         self.manifest = Manifest.load(self.location)
+        self._rank = rank
         self._where = f"host {socket.gethostname()}" + ("" if rank is None else f", rank {rank}")
         self._cache = (cache or remote.ShardCache()) if remote.is_url(self.location) else None
         if self._cache is not None:
             self._cache.folder  # noqa: B018 - made now, so that a wrong one is refused before the run
-        self._block_starts = [np.cumsum((0, *shard.block_rows)) for shard in self.manifest.shards]
-        largest = max(size for shard in self.manifest.shards for size in shard.block_rows) * self.manifest.row_bytes
+        largest = max(int(shard.block_rows.max()) for shard in self.manifest.shards) * self.manifest.row_bytes
+        self._block_starts = lru_cache(maxsize=1024)(self._starts_of)
         self._blocks_per_read = max(1, READ_BYTES // largest)
         self._check_sizes()
 
@@ -64,7 +72,7 @@ class ShardReader:
 
     def blocks_around(self, shard: int, row: int, low: int = 0, high: int | None = None) -> range:
         """Choose blocks to read at once for a row of a shard: its own and neighbours with rows in [low, high)."""
-        starts = self._block_starts[shard]
+        starts = self._block_starts(shard)
         group = int(np.searchsorted(starts, row, side="right") - 1) // self._blocks_per_read * self._blocks_per_read
         first = max(group, int(np.searchsorted(starts, low, side="right")) - 1)
         end = min(group + self._blocks_per_read, len(starts) - 1)
@@ -81,25 +89,53 @@ class ShardReader:
         try:
             descriptor = self._open(shard)
             try:
-                data = memoryview(os.pread(descriptor, end - start, start))
+                data = memoryview(_read_fully(descriptor, end - start, start))
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise DataError(self._message(f"{entry.file}, block {blocks[0]} can't be read: {error}")) from error
+        starts = self._block_starts(shard)
         try:
             return [
-                (int(self._block_starts[shard][block]), *decode_block(self.manifest, entry, block, data[at:][:size]))
+                (int(starts[block]), *decode_block(self.manifest, entry, block, data[at:][:size]))
                 for block, (at, size) in zip(blocks, ((first - start, size) for first, size in spans), strict=True)
             ]
         except DataError as error:
             kept = f" (the cached copy {self._cache.path(entry.sha256)}: delete it)" if self._cache else ""
             raise DataError(self._message(f"{error}{kept}")) from error
 
+    def _starts_of(self, shard: int) -> np.ndarray:
+        """Return each block's first row, and the end, int64: for the shards in use only, of maybe thousands."""
+        return np.concatenate(([0], np.cumsum(self.manifest.shards[shard].block_rows, dtype=np.int64)))
+
     def _open(self, shard: int) -> int:
         entry = self.manifest.shards[shard]
         if self._cache is None:
             return os.open(f"{self.location}/{entry.file}", os.O_RDONLY)
         return self._cache.open(f"{self.location}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256)
+
+    def fetch_ahead(self, num_lanes: int, stop: threading.Event) -> FetchAhead | None:
+        """Return what fetches shards before they are read, until `stop` is set; None for a folder, which needs none."""
+        if self._cache is None:
+            return None
+        needed = self._bytes_at_once(2 * num_lanes)
+        if needed > self._cache.limit_bytes and not self._rank:
+            logger.warning(
+                "data.cache_bytes=%d holds the shards that data.num_lanes=%d lanes read at the same time, but not the "
+                "next ones too: some are fetched only when they are due, and steps wait for them; set it to %d or more",
+                *(self._cache.limit_bytes, num_lanes, needed),
+            )
+        return FetchAhead(self._fetch, stop)
+
+    def keep(self, shards: Iterable[int]) -> None:
+        """Have the cache hold these shards, which are in use or will be, rather than others."""
+        if self._cache:
+            self._cache.keep = frozenset(self.manifest.shards[shard].sha256 for shard in shards)
+
+    def _fetch(self, shard: int) -> None:
+        entry = self.manifest.shards[shard]
+        if self._cache:
+            self._cache.fetch(f"{self.location}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256)
 
     def order(self, *, seed: int, num_lanes: int = 32, window_rows: int = 16_384) -> SampleOrder:
         """Return the order of this data set's samples, identified by its manifest."""
@@ -110,9 +146,24 @@ class ShardReader:
         """Raise ConfigError if the cache can't hold the shards that are read at the same time, one a lane."""
         if self._cache is None:
             return
-        sizes = sorted((shard.bytes for shard in self.manifest.shards), reverse=True)
-        if (needed := sum(sizes[:num_lanes])) > self._cache.limit_bytes:
+        if (needed := self._bytes_at_once(num_lanes)) > self._cache.limit_bytes:
             raise ConfigError(
                 f"data.cache_bytes={self._cache.limit_bytes} is less than the {needed} bytes of the shards that "
                 f"data.num_lanes={num_lanes} lanes read at the same time, again and again; raise it"
             )
+
+    def _bytes_at_once(self, num_shards: int) -> int:
+        """Return the bytes of so many shards, the largest, or of all."""
+        return sum(sorted((shard.bytes for shard in self.manifest.shards), reverse=True)[:num_shards])
+
+
+def _read_fully(descriptor: int, num_bytes: int, offset: int) -> bytes | bytearray:
+    """Return `num_bytes` bytes of a file from `offset`, fewer only where the file ends.
+
+    One read may return less before the end: on FUSE and some network file systems, after a signal, or above 2 GiB.
+    """
+    data: bytes | bytearray = os.pread(descriptor, num_bytes, offset)
+    while len(data) < num_bytes and (more := os.pread(descriptor, num_bytes - len(data), offset + len(data))):
+        data = bytearray(data) if isinstance(data, bytes) else data
+        data += more
+    return data

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ SCHEMES = ("s3", "gs", "hf", "https", "http", "memory")
 WRITABLE = ("s3", "gs", "memory")
 ATTEMPTS = 4
 BACKOFF_SECONDS = 0.5
+MOST_REMOVED = 1000
 DEFAULT_FOLDER = Path("~/.cache/scaledistill")
 DEFAULT_BYTES = 100_000_000_000
 
@@ -51,6 +53,23 @@ def is_url(location: str) -> bool:
 def read_bytes(url: str) -> bytes:
     """Read a small file. Raises: DataError if it can't be read after some attempts."""
     return _retry(url, lambda files, path: files.cat_file(path))
+
+
+def read_first(urls: Sequence[str]) -> tuple[str, bytes]:
+    """Read the first of some small files that exists; return its URL too.
+
+    Raises: DataError if none can be read, with what was wrong with the first.
+    """
+    failure: DataError | None = None
+    for url in urls:
+        try:
+            return url, read_bytes(url)
+        except DataError as error:
+            failure = failure or error
+            # Object stores answer "forbidden" for a file that is not there where listing is not allowed.
+            if not isinstance(error.__cause__, FileNotFoundError | PermissionError):
+                break
+    raise failure or DataError("no files to read")
 
 
 def sizes(folder_url: str) -> dict[str, int] | None:
@@ -103,13 +122,15 @@ class ShardCache:
 
     Several processes of a host share the folder. A file is downloaded under a lock of its own, checked, then renamed.
     The lock file's (sparse) size is the reservation of a download under way, so that the bound holds for all processes
-    together; a lock file with a size and no holder is what a killed process leaves. A file that is evicted while it is
-    read stays readable, because it is open.
+    together; it is removed when its holder is done, and one without a holder, which a killed process leaves, by whoever
+    comes across it. A file that is evicted while it is read stays readable, because it is open.
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = DEFAULT_BYTES) -> None:
         self._folder = folder
         self.limit_bytes = limit_bytes
+        self.keep: frozenset[str] = frozenset()
+        """The sha256 of files in use or fetched ahead, which are the last to be evicted."""
 
     @cached_property
     def folder(self) -> Path:
@@ -142,35 +163,65 @@ class ShardCache:
             raise ConfigError(
                 f"data.cache_bytes={self.limit_bytes} is too small for one shard of {num_bytes} bytes; raise it"
             )
+        descriptor = self._open(url, num_bytes, sha256, evict_kept=True)
+        if descriptor is None:
+            raise AssertionError("unreachable: there is always room once everything else is evicted")
+        return descriptor
+
+    def fetch(self, url: str, *, num_bytes: int, sha256: str) -> bool:
+        """Download a file ahead of its use, unless files to `keep` would have to go; return whether it is there.
+
+        Raises: DataError if it can't be had or isn't as the manifest says.
+        """
+        for name in self.keep:  # other processes, which don't know what is kept here, go by the last use
+            with contextlib.suppress(OSError):
+                os.utime(self.path(name))
+        descriptor = self._open(url, num_bytes, sha256, evict_kept=False)
+        if descriptor is not None:
+            os.close(descriptor)
+        return descriptor is not None
+
+    def _open(self, url: str, num_bytes: int, sha256: str, *, evict_kept: bool) -> int | None:
         path = self.path(sha256)
         with contextlib.suppress(FileNotFoundError):
             return _open_used(path)
-        with _locked(path.with_suffix(".lock")) as (lock, found):
+        with _locked(path.with_suffix(".lock")) as lock:
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 return _open_used(path)
-            if found == "locked":
+            if lock_file(lock) == "locked":
                 _remove_partials(path)
-            self._reserve(lock, num_bytes)
+            if not self._reserve(lock, num_bytes, evict_kept=evict_kept):
+                return None
             try:
                 return _download(url, path, num_bytes, sha256)
             finally:
                 os.truncate(lock, 0)
 
-    def _reserve(self, lock: int, num_bytes: int) -> None:
+    def _reserve(self, lock: int, num_bytes: int, *, evict_kept: bool = True) -> bool:
+        """Make room and reserve it; return False if that would take files to keep."""
         while True:
-            with _locked(self.folder / "cache.lock"):
-                reserved = sum(_reserved_bytes(other) for other in self.folder.glob("*.lock"))
+            with _locked(self.folder / "cache.lock", remove=False):
+                locks = [(path, _size(path)) for path in self.folder.glob("*.lock") if path.name != "cache.lock"]
+                reserved = sum(_reserved_bytes(path) for path, size in locks if size)
                 files = sorted(
-                    (entry.stat().st_mtime_ns, entry.stat().st_size, entry) for entry in self.folder.glob("*.tar")
+                    (entry.stem in self.keep, entry.stat().st_mtime_ns, entry.stat().st_size, entry)
+                    for entry in self.folder.glob("*.tar")
                 )
-                used = reserved + sum(size for _, size, _ in files)
+                used = reserved + sum(size for _, _, size, _ in files)
+                kept = reserved + sum(size for is_kept, _, size, _ in files if is_kept)
+                if not evict_kept and kept + num_bytes > self.limit_bytes:
+                    return False
                 while files and used + num_bytes > self.limit_bytes:
-                    _, size, oldest = files.pop(0)
+                    _, _, size, oldest = files.pop(0)
                     oldest.unlink()
                     used -= size
-                if used + num_bytes <= self.limit_bytes:
+                if fits := used + num_bytes <= self.limit_bytes:
                     os.truncate(lock, num_bytes)
-                    return
+            for path, size in itertools.islice(locks, MOST_REMOVED):  # earlier versions left one a shard
+                if not size:
+                    _reserved_bytes(path)
+            if fits:
+                return True
             time.sleep(0.05)  # downloads under way fill the cache; they end, and then their files can be evicted
 
 
@@ -182,27 +233,56 @@ def _open_used(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[tuple[int, str]]:
-    """Hold a lock file; with its descriptor comes what `files.lock` says."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+def _locked(path: Path, *, remove: bool = True) -> Iterator[int]:
+    """Hold a lock file, made if need be; at the end it is removed, unless `remove` is off."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            found = lock_file(lock, wait=True)
+            if found == "no locks" or _is_at(lock, path):
+                break
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # whoever held it has removed it: another one stands there by now, or none
     try:
-        yield lock, lock_file(lock, wait=True)
+        yield lock
     finally:
+        if remove:
+            path.unlink(missing_ok=True)
         os.close(lock)  # which unlocks it
 
 
-def _reserved_bytes(path: Path) -> int:
-    """Read the reservation of a lock file; clear it where its process is gone."""
-    lock = os.open(path, os.O_RDWR)
+def _is_at(descriptor: int, path: Path) -> bool:
     try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _reserved_bytes(path: Path) -> int:
+    """Read the reservation of a lock file; remove both where its process is gone, with what that had downloaded."""
+    try:
+        lock = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return 0
+    try:
+        found = lock_file(lock)
         size = os.fstat(lock).st_size
-        found = lock_file(lock) if size else "in use"
-        if found == "locked":
-            _remove_partials(path)
-            os.truncate(lock, 0)
+        if found == "locked" and _is_at(lock, path):
+            if size:
+                _remove_partials(path)
+            path.unlink(missing_ok=True)
         return size if found == "in use" else 0  # without locks nobody can say whether its process still lives
     finally:
         os.close(lock)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _remove_partials(path: Path) -> None:

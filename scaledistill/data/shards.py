@@ -26,6 +26,7 @@ from scaledistill.data.manifest import (
     MANIFEST_FILE,
     MAX_BLOCK_ROWS,
     MAX_SEQUENCE_LENGTH,
+    OLD_MANIFEST_FILE,
     PARTIAL,
     TAR_BLOCK,
     Manifest,
@@ -36,6 +37,7 @@ from scaledistill.data.manifest import (
     decode_block,
     document_problem,
     ids_offset_after,
+    manifest_path,
 )
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.files import flush, lock, sync
@@ -135,8 +137,8 @@ class ShardWriter:
             leftover.unlink()
 
     def _finished_files(self) -> list[Path]:
-        manifest = self._folder / MANIFEST_FILE
-        return [*([manifest] if manifest.exists() else []), *sorted(self._folder.glob("shard-[0-9]*.tar"))]
+        manifests = [self._folder / name for name in (MANIFEST_FILE, OLD_MANIFEST_FILE)]
+        return [*(path for path in manifests if path.exists()), *sorted(self._folder.glob("shard-[0-9]*.tar"))]
 
     def write(self, ids_NT: np.ndarray, documents: np.ndarray) -> None:
         """Add rows: integer ids [N, T] and the documents in them, int [n, 3] (row of this call, start, end), ascending.
@@ -208,8 +210,8 @@ class ShardWriter:
             return
         self._tar.close()
         self._sink.close()
-        blocks = {name: tuple(block[name] for block in self._blocks) for name in self._blocks[0]}
-        sha256, rows = self._sink.sha256.hexdigest(), sum(blocks["block_rows"])
+        blocks = {name: np.array([block[name] for block in self._blocks]) for name in self._blocks[0]}
+        sha256, rows = self._sink.sha256.hexdigest(), int(blocks["block_rows"].sum())
         self._shards.append(Shard(file=self._shard_file, bytes=self._sink.bytes, sha256=sha256, rows=rows, **blocks))
         self._sink, self._blocks = None, []
 
@@ -297,14 +299,15 @@ def verify(
         first_block += len(shard.block_rows)
         if on_shard:
             on_shard()
+    listing = manifest_path(folder).name
     for name, value in found.items() if sound else ():
         stated = getattr(manifest, name)
         if stated is not None and value != stated:
-            yield f"{MANIFEST_FILE}: {name} is {stated}, but the shards give {value}"
+            yield f"{listing}: {name} is {stated}, but the shards give {value}"
     if sound and (unknown := manifest.unknown_problem()):
-        yield f"{MANIFEST_FILE}: {unknown}"
+        yield f"{listing}: {unknown}"
     for extra in sorted({path.name for path in folder.glob("*.tar")} - set(names.values())):
-        yield f"{extra}: lies in the folder but is not in {MANIFEST_FILE}; a reader that lists the folder would read it"
+        yield f"{extra}: lies in the folder but is not in {listing}; a reader that lists the folder would read it"
 
 
 def _verify_shard(
@@ -323,7 +326,7 @@ def _verify_shard(
         yield f"{shard.file}: {what}, expected sha256 {shard.sha256}"
     expected = [
         member
-        for block, offsets in enumerate(zip(shard.documents_offset, shard.ids_offset, strict=True), first_block)
+        for block, offsets in enumerate(np.stack([shard.documents_offset, shard.ids_offset], 1).tolist(), first_block)
         for member in zip((f"{block:09d}.documents.u16", f"{block:09d}.{manifest.dtype}"), offsets, strict=True)
     ]
     try:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scaledistill.data.ahead import FetchAhead
 from scaledistill.data.manifest import count_tokens
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.reader import ShardReader
@@ -133,8 +134,9 @@ def _documents(layout_B2W: np.ndarray, T: int) -> tuple[Tensor, Tensor, Tensor]:
 class _Windows:
     """Each lane's current window of rows, in one array; read block by block when its rows are first needed."""
 
-    def __init__(self, shards: ShardReader, order: SampleOrder) -> None:
-        self._shards, self._order = shards, order
+    def __init__(self, shards: ShardReader, order: SampleOrder, ahead: FetchAhead | None) -> None:
+        self._shards, self._order, self._ahead = shards, order, ahead
+        self._expected: dict[int, list[int]] = {}  # by lane: the shards of its window and the next one
         self._size = min(order.window_rows, order.rows_per_lane)
         places = order.num_lanes * self._size  # a place: lane × size + offset in the window, in file order
         self._ids_PT = np.empty((places, shards.manifest.sequence_length), shards.manifest.ids_dtype)
@@ -173,6 +175,11 @@ class _Windows:
         self._place_P[own] = own.start + offsets
         self._loaded_P[own] = False
         self._window_L[lane], self._spans[lane] = window, (epoch, first, len(offsets))
+        if self._ahead:
+            due, following = self._order.shards_around(lane, epoch, first, len(offsets))
+            self._expected[lane] = [*due, following]
+            self._shards.keep(itertools.chain.from_iterable(self._expected.values()))
+            self._ahead.request(due, [following])
 
     def _take(self, rows: _Rows, at: np.ndarray, shuffled: np.ndarray) -> None:
         places = self._place_P[shuffled]
@@ -191,6 +198,8 @@ class _Windows:
         shard, row = (int(value) for value in self._order.place(epoch, np.int64(first + offset)))
         begin = row - offset  # of the window, in rows of this shard: negative where it began in the shard before
         blocks = self._shards.blocks_around(shard, row, begin, begin + length)
+        if self._ahead:
+            self._ahead.wait(shard)
         for block_row, ids_NT, documents in self._shards.read(shard, blocks):
             low, high = max(block_row, begin), min(block_row + len(ids_NT), begin + length)
             inside = slice(low - block_row, high - block_row)
@@ -204,6 +213,8 @@ class _Windows:
 
 class ShardStream:
     """Iterate over one rank's micro-batches without end, read ahead by one thread; a context manager.
+
+    Of a URL, the next shard of each lane is fetched while the lane reads the one before, by threads of their own.
 
     Step s uses samples [sB, (s+1)B) of the order; rank r of W takes slots r::W of them, cut in order into
     micro-batches: the same global batches for every W, and an exact resume at `first_sample`, the cursor of the last
@@ -243,7 +254,9 @@ class ShardStream:
         if order.num_rows != shards.manifest.rows:
             raise ValueError(f"an order of {order.num_rows} rows for shards with {shards.manifest.rows}")
         shards.check_cache(order.num_lanes)
-        windows = _Windows(shards, order)
+        self._stop = threading.Event()
+        self._ahead = shards.fetch_ahead(order.num_lanes, self._stop)
+        windows = _Windows(shards, order, self._ahead)
 
         def produce() -> Iterator[Batch]:
             for first in itertools.count(first_sample, global_batch_size):
@@ -254,7 +267,6 @@ class ShardStream:
 
         deliver = _copies_to(device) if device and device.type == "cuda" else lambda batch: batch
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(max(1, prefetch_batches))
-        self._stop = threading.Event()
         self._thread = threading.Thread(
             target=_fill, args=(produce(), self._ready, self._stop), name="shard-stream", daemon=True
         )
@@ -276,9 +288,11 @@ class ShardStream:
         return item
 
     def close(self) -> None:
-        """End the reading thread."""
+        """End the threads."""
         self._stop.set()
         self._thread.join(timeout=10)  # a daemon: it may hang in a download
+        if self._ahead:
+            self._ahead.close()
 
     def __enter__(self) -> ShardStream:
         return self
@@ -338,9 +352,16 @@ def iter_validation(
     """
     total = min(rows, shards.manifest.rows)
     shard_ends = np.cumsum([shard.rows for shard in shards.manifest.shards])
+    num_shards = int(np.searchsorted(shard_ends, total)) + 1  # that are read
+    ahead = shards.fetch_ahead(1, threading.Event())
 
     @lru_cache(maxsize=1)
     def read(shard: int, blocks: range) -> list[tuple[int, _Rows]]:
+        if ahead:
+            expected = range(shard, min(shard + 2, num_shards))
+            shards.keep(expected)
+            ahead.request(expected[:1], expected[1:])
+            ahead.wait(shard)
         return [
             (first, _Rows(ids_NT, *_layout(documents, *ids_NT.shape)))
             for first, ids_NT, documents in shards.read(shard, blocks)
@@ -353,10 +374,14 @@ def iter_validation(
         first, block = blocks[bisect_right([first for first, _ in blocks], row) - 1]
         return block.ids_NT[row - first], block.padded_N[row - first], block.layout_N2W[row - first]
 
-    for first in range(0, total, micro_batch_size * world_size):
-        own = first + rank * micro_batch_size
-        numbers_N = np.arange(own, min(own + micro_batch_size, total)) if own < total else np.array([first])
-        ids, padded, layout = zip(*(read_row(row) for row in numbers_N.tolist()), strict=True)
-        found = _Rows(np.stack(ids), np.stack(padded), np.stack(layout))
-        (batch,) = found.batches(numbers_N, len(numbers_N), with_documents, 0, 0)
-        yield batch if own < total else replace(batch, weight=0)
+    try:
+        for first in range(0, total, micro_batch_size * world_size):
+            own = first + rank * micro_batch_size
+            numbers_N = np.arange(own, min(own + micro_batch_size, total)) if own < total else np.array([first])
+            ids, padded, layout = zip(*(read_row(row) for row in numbers_N.tolist()), strict=True)
+            found = _Rows(np.stack(ids), np.stack(padded), np.stack(layout))
+            (batch,) = found.batches(numbers_N, len(numbers_N), with_documents, 0, 0)
+            yield batch if own < total else replace(batch, weight=0)
+    finally:
+        if ahead:
+            ahead.close()

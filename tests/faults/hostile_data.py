@@ -43,7 +43,7 @@ def a_command_as_text(box: Box) -> Callable[[], object]:
 def shards_with(box: Box, change: Callable[[dict[str, Any]], object]) -> Callable[[], object]:
     """Copy the sound shards with another manifest, its own hash right; return what a run does with them."""
     shutil.copytree(box.shards / "train", box.folder, dirs_exist_ok=True)
-    path = box.folder / "manifest.json"
+    path = box.folder / "shards.manifest"
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     change(manifest)
@@ -92,7 +92,7 @@ a_sequence_of_2_60 = manifest_case(
 
 def manifest_text(name: str, text: str, refusal: str) -> Case:
     def prepare(box: Box) -> Callable[[], object]:
-        (box.folder / "manifest.json").write_text(text)
+        (box.folder / "shards.manifest").write_text(text)
         return lambda: read_shards(box)
 
     return Case(name, prepare, refusal)
