@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from scaledistill.errors import DataError
 from scaledistill.glue.read import Answers, Examples
-from scaledistill.glue.squad import add_positions, best_answers, make_features, squad_scores
+from scaledistill.glue.squad import add_positions, best_answers, majority_squad_scores, make_features, squad_scores
 
 CONTEXT = " ".join(f"word{i}" for i in range(60))
 
@@ -132,3 +132,11 @@ def test_scores_by_hand() -> None:
     assert squad_scores(["cat!", "", "mat", "mat"], examples) == pytest.approx(
         {"f1": 25 * (1 + 1 + 2 / 3 + 0), "exact": 50}
     )
+
+
+def test_the_majority_answer() -> None:
+    """The most common answer of the training set is given to all; there it is none at all."""
+    none, word = Answers((), ()), Answers(("word1",), (6,))
+    train = Examples(["a", "b", "c"], [("who?", CONTEXT)] * 3, [word, none, none], "")
+    dev = Examples(["d", "e", "f", "g"], [("who?", CONTEXT)] * 4, [none, word, word, word], "")
+    assert majority_squad_scores(train, dev) == {"f1": 25.0, "exact": 25.0}

@@ -36,6 +36,7 @@ from transformers.trainer_callback import PrinterCallback
 from scaledistill.errors import DivergedError
 from scaledistill.glue.cell import Cell
 from scaledistill.glue.features import Features, prepare
+from scaledistill.glue.metrics import only_answer
 from scaledistill.glue.tasks import TASKS, Task
 from scaledistill.models.teacher import quiet_transformers
 from scaledistill.models.weights import check_complete
@@ -94,6 +95,8 @@ def fine_tune(
     device = next(model.parameters()).device
     record = {
         "scores": epochs[-1]["scores"],
+        "majority_scores": data.majority,
+        "only_answer": only_answer(task.name, predictions),
         "epochs": epochs,
         "train_rows": data.train_rows,
         "all_train_rows": data.all_train_rows,

@@ -249,6 +249,8 @@ class _Pool:
     def _tell_end(self, cell: Cell) -> None:
         if record := read_record(cell, self._output):
             text = ", ".join(f"{metric} {value:.1f}" for metric, value in record["scores"].items())
+            if record.get("only_answer") is not None:
+                text += f" (predicts {record['only_answer']} for every example)"
             self._on_update(Update(cell, "finished", 1.0, text))
         else:
             self._on_update(Update(cell, "failed", 1.0, read_error(cell, self._output) or "its record is damaged"))

@@ -131,6 +131,13 @@ def squad_scores(found: Sequence[str], examples: Examples) -> dict[str, float]:
     return {"f1": 100 * float(np.mean(f1)), "exact": 100 * float(np.mean(exact))}
 
 
+def majority_squad_scores(train: Examples, dev: Examples) -> dict[str, float]:
+    """Return the scores of a model that gives the most common training answer to every question."""
+    counts = collections.Counter(label.texts[0] if label.texts else "" for label in train.labels)
+    answer = min(counts, key=lambda text: (-counts[text], text))
+    return squad_scores([answer] * len(dev.labels), dev)
+
+
 def _words(text: str) -> list[str]:
     """Return the words that count: lower case, no punctuation, no articles."""
     plain = "".join(character for character in text.lower() if character not in string.punctuation)
