@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ class Plan:
     student_name: str
     estimate: Estimate
     free_disk_bytes: int
+    evaluation: str | None = None
+    """How many fine-tunings follow the run; None where none do, or where it is not this rank's to check."""
+    evaluation_flops: float = 0.0
 
 
 def check(
@@ -80,10 +83,11 @@ def check(
     attempt(check_trackers, config.logging.trackers)
     if writes and config.checkpoint.remote and os.environ.get("RANK", "0") == "0":  # one probe a job
         attempt(mirror.check, config.checkpoint.remote)
+    evaluation = None
     if writes and config.evaluation and os.environ.get("RANK", "0") == "0":
         from scaledistill.evaluation import check_evaluation  # seconds, that other runs needn't spend
 
-        attempt(check_evaluation, config)
+        evaluation = attempt(check_evaluation, config)
     shards = attempt(_open_set, config, "data.train", config.data.train)
     held_out = attempt(_open_set, config, "data.validation", config.data.validation) if config.data.validation else None
     for setting, reader in (("data.train", shards), ("data.validation", held_out)):
@@ -106,7 +110,11 @@ def check(
         resolved = with_micro_batch(resolved, size)
     facts = estimate(resolved, name, teacher, student, world_size, sized_for)
     free = _free_disk_bytes(resolved, facts.checkpoint_bytes if writes else 0)
-    return Plan(resolved, world_size, order, shards, name, facts, free)
+    plan = Plan(resolved, world_size, order, shards, name, facts, free)
+    if evaluation is None:
+        return plan
+    encoder = facts.student_parameters - student.vocab_size * student.hidden_size
+    return replace(plan, evaluation=evaluation.size, evaluation_flops=evaluation.flops(encoder))
 
 
 def resolve(config: DistillConfig, world_size: int, device: torch.device) -> DistillConfig:

@@ -92,8 +92,8 @@ ALLOWED: dict[str, set[str]] = {
     "glue.listing": {"benchmark", "glue.cell", "glue.plan", "speed"},
     "glue.picture": {"glue.summary"},
     "glue.plan": {
-        *("config", "data.text", "files", "glue.cell", "glue.features", "glue.metrics", "glue.read", "glue.tasks"),
-        *("models.capture", "models.teacher", "models.weights"),
+        *("config", "data.text", "files", "glue.cell", "glue.features", "glue.metrics", "glue.read", "glue.squad"),
+        *("glue.tasks", "models.capture", "models.teacher", "models.weights"),
     },
     "glue.speed": {"benchmark", "glue.plan", "models.teacher"},
     "glue.summary": {
@@ -119,7 +119,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "relations.triton_kernels": set(),
     "relations.triton_launch": set(),
-    "plan": {"config", "doctor", "engines.deepspeed_block", "estimate", "metrics"},
+    "plan": {"config", "doctor", "engines.deepspeed_block", "estimate", "glue.listing", "metrics"},
     "profiling": {"speed"},
     "runfolder": {"distributed", "files"},
     "saving": {"checkpoint", "distributed", "mirror"},

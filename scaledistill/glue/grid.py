@@ -218,9 +218,10 @@ class _Pool:
         worker.cell = None
         if self._waiting:
             cell = self._waiting.popleft()
-            folder = self._plan.settings.data_folder
-            data_folder = None if folder is None else Path(folder)
-            worker.give(cell, self._output, self._plan.models[cell.model].folder, data_folder)
+            settings = self._plan.settings
+            data_folder = None if settings.data_folder is None else Path(settings.data_folder)
+            model_folder = self._plan.models[cell.model].folder
+            worker.give(cell, self._output, model_folder, data_folder, settings.scores_each_epoch)
             self._on_update(Update(cell, "running", 0.0, ""))
 
     def _hear(self, number: int) -> None:
