@@ -98,9 +98,9 @@ def test_an_evaluation_that_cannot_be_is_told_before_the_run(make_tree: Callable
         assert re.search(message, text)
         assert not (Path(tree["run"]["folder"]) / "metrics.jsonl").exists()
     with pytest.raises(
-        ConfigError, match=r"evaluation: max_length=2 \(RTE\) leaves no room for text: .* the student l2"
+        ConfigError, match=r"evaluation: max_length=1 \(RTE\) leaves no room for text: .* the student l2"
     ):
-        check_evaluation(parse_config(make_tree(max_length=2)))
+        check_evaluation(parse_config(make_tree(max_length=1)))
     with pytest.raises(ConfigError, match=r"evaluation\.task\b.*tasks"):
         parse_config({**make_tree(), "evaluation": {"task": ["rte"]}})
 

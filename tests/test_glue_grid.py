@@ -186,6 +186,15 @@ def test_the_same_cell_gives_the_same_scores_and_divergence_fails(
     assert mine["epochs"] == other["epochs"]
     assert mine["predictions_sha256"] == other["predictions_sha256"]
     [error] = again.failures.values()
+    assert "scores" not in mine["epochs"][0]
+    each = run_grid(
+        {"tiny": str(model)}, settings(data, seeds=[2], tasks=["cola"], scores_each_epoch=True), tmp_path / "each"
+    )
+    detailed = read_record(each.finished[0], tmp_path / "each")
+    assert detailed is not None
+    assert detailed["epochs"][0].pop("scores").keys() == {"matthews"}
+    assert detailed["epochs"] == mine["epochs"], "scoring in between changes nothing"
+    assert detailed["predictions_sha256"] == mine["predictions_sha256"]
     assert "epoch 1" in error
     assert "not finite; a lower learning rate than 1e+30 may do" in error
 
