@@ -248,6 +248,8 @@ class EvaluationSettings(Settings):
     order of the rows is less random then."""
     max_train_rows: Positive | None = None
     """At most so many training rows of each task, the same ones for every model and seed; all unless said."""
+    scores_each_epoch: bool = False
+    """Also score after the epochs before the last, for the record: it takes time and changes no result."""
 
 
 class RunEvaluation(EvaluationSettings):

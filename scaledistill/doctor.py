@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ class Plan:
     free_disk_bytes: int
     stated: DistillConfig
     """As it was given."""
+    evaluation: str | None = None
+    """How many fine-tunings follow the run; None where none do, or where it is not this rank's to check."""
+    evaluation_flops: float = 0.0
 
 
 def check(
@@ -86,10 +89,11 @@ def check(
     attempt(check_trackers, config.logging.trackers)
     if writes and config.checkpoint.remote and os.environ.get("RANK", "0") == "0":  # one probe a job
         attempt(mirror.check, config.checkpoint.remote)
+    evaluation = None
     if writes and config.evaluation and os.environ.get("RANK", "0") == "0":
         from scaledistill.evaluation import check_evaluation  # seconds, that other runs needn't spend
 
-        attempt(check_evaluation, config)
+        evaluation = attempt(check_evaluation, config)
     shards = attempt(_open_set, config, "data.train", config.data.train)
     held_out = attempt(_open_set, config, "data.validation", config.data.validation) if config.data.validation else None
     for setting, reader in (("data.train", shards), ("data.validation", held_out)):
@@ -112,7 +116,11 @@ def check(
         resolved = with_micro_batch(resolved, size)
     facts = estimate(resolved, name, teacher, student, world_size, sized_for)
     free = _free_disk_bytes(resolved, facts.checkpoint_bytes if writes else 0)
-    return Plan(resolved, world_size, order, shards, name, facts, free, config)
+    plan = Plan(resolved, world_size, order, shards, name, facts, free, config)
+    if evaluation is None:
+        return plan
+    encoder = facts.student_parameters - student.vocab_size * student.hidden_size
+    return replace(plan, evaluation=evaluation.size, evaluation_flops=evaluation.flops(encoder))
 
 
 def resolve(config: DistillConfig, world_size: int, device: torch.device) -> DistillConfig:

@@ -6,8 +6,10 @@ student's model card. The runner itself is `glue`.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,16 @@ from pydantic import ValidationError
 from scaledistill.config import DistillConfig, EvaluationSettings, RunEvaluation
 from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, ConfigError, Problems, counted
 from scaledistill.glue.grid import GridResult, GridStoppedError, run_grid
-from scaledistill.glue.plan import MODEL_FILES, check_lengths, check_model, check_tasks, positions
+from scaledistill.glue.plan import (
+    MODEL_FILES,
+    check_lengths,
+    check_model,
+    check_room,
+    check_tasks,
+    flops_per_parameter,
+    grid_size,
+    positions,
+)
 from scaledistill.glue.summary import column_title, summary_of
 from scaledistill.models.export import write_card_section
 from scaledistill.models.teacher import load_config, resolve_folder
@@ -26,6 +37,8 @@ from scaledistill.wording import explain
 
 if TYPE_CHECKING:
     import pandas
+
+log = logging.getLogger(__name__)
 
 TEACHER = "teacher"
 TASKS = ("mnli", "qnli", "qqp", "rte", "sst2", "mrpc", "cola", "stsb")
@@ -98,6 +111,8 @@ def create_summary_table(
     import pandas
 
     summary = summary_of(Path(results_dir))
+    for note in summary.one_answer_notes():  # a table of bare numbers has no room for a mark
+        log.warning("%s", note)
     rows = {}
     for row in summary.rows:
         rows[row.name] = {
@@ -111,7 +126,23 @@ def create_summary_table(
     return table
 
 
-def check_evaluation(config: DistillConfig) -> None:
+@dataclass(frozen=True)
+class PlannedEvaluation:
+    """What the evaluation at the end of a run will do."""
+
+    size: str
+    """How many fine-tunings, and of what."""
+    flops_per_parameter: float
+    """Of all fine-tunings of one model, per parameter of its encoder."""
+    teacher_parameters: int
+    """Of the teacher's encoder; 0 where it takes no part."""
+
+    def flops(self, student_parameters: int) -> float:
+        """Return the FLOPs of all fine-tunings, roughly, for a student whose encoder has so many parameters."""
+        return self.flops_per_parameter * (student_parameters + self.teacher_parameters)
+
+
+def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
     """Check, before a run, that its evaluation can be: settings, data, the teacher where it takes part.
 
     Raises:
@@ -125,13 +156,22 @@ def check_evaluation(config: DistillConfig) -> None:
         problems.found.append(
             ConfigError(f"include_teacher needs the name {TEACHER!r} in the tables; call the student otherwise")
         )
+    whole_teacher = None
     if settings.include_teacher:
-        problems.attempt(lambda: check_model(TEACHER, _teacher_folder(config), tasks))
+        whole_teacher = problems.attempt(lambda: check_model(TEACHER, _teacher_folder(config), tasks))
     shape = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)  # the student's table is as long
     check_lengths(f"the student {student}", positions(shape), data.values(), problems)
+    folder = problems.attempt(lambda: Path(_teacher_folder(config)))
+    if folder:  # the student has the teacher's tokenizer
+        check_room(f"the student {student}", folder, data.values(), problems)
     for problem in problems.found:
         problem.args = (f"evaluation: {problem}",)
     problems.raise_all()
+    return PlannedEvaluation(
+        size=grid_size(2 if settings.include_teacher else 1, settings),
+        flops_per_parameter=flops_per_parameter(data.values(), settings),
+        teacher_parameters=whole_teacher.encoder_parameters if whole_teacher else 0,
+    )
 
 
 def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:

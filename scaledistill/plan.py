@@ -170,6 +170,7 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
         "checkpoint": f"{_size(facts.checkpoint_bytes)}, {config.checkpoint.keep} kept; "
         f"{_size(plan.free_disk_bytes)} free",
         "run folder": config.run.folder,
+        **_evaluation(plan),
     }
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -230,6 +231,15 @@ def placement_table(plan: Plan, memory_bytes: int | None = None) -> Table:
         fits = [] if not memory_bytes else ["fits" if cells[2] <= memory_bytes else "too large"]
         table.add_row(placement, *map(_size, cells), *fits)
     return table
+
+
+def _evaluation(plan: Plan) -> dict[str, str]:
+    if plan.evaluation is None:
+        return {}
+    from scaledistill.glue.listing import duration, estimated_seconds  # slow to import: other plans needn't wait
+
+    time = duration(estimated_seconds(plan.evaluation_flops))
+    return {"evaluation": f"{plan.evaluation}, about {time} on this machine (estimated from the FLOPs)"}
 
 
 def _duration(plan: Plan, tokens_per_second: float, sent: float) -> dict[str, str]:

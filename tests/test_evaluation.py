@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -11,15 +12,19 @@ from typing import Any
 
 import glue_stub
 import pytest
+import torch
 from conftest import tiny_tree
 from ranks import run_ranks
+from rich.console import Console
 from test_train import distil, status_of
 
 from scaledistill import train
 from scaledistill.configfile import parse_config
+from scaledistill.doctor import check
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.evaluation import create_summary_table, evaluate, evaluate_run
+from scaledistill.evaluation import check_evaluation, create_summary_table, evaluate, evaluate_run
 from scaledistill.glue import worker
+from scaledistill.plan import plan_table
 
 ROWS = [(f"w{i % 190:03} w{i % 7:03}", f"w{(i + i % 2) % 190:03}", i % 2) for i in range(48)]
 
@@ -92,6 +97,10 @@ def test_an_evaluation_that_cannot_be_is_told_before_the_run(make_tree: Callable
         assert code in (2, 3)
         assert re.search(message, text)
         assert not (Path(tree["run"]["folder"]) / "metrics.jsonl").exists()
+    with pytest.raises(
+        ConfigError, match=r"evaluation: max_length=1 \(RTE\) leaves no room for text: .* the student l2"
+    ):
+        check_evaluation(parse_config(make_tree(max_length=1)))
     with pytest.raises(ConfigError, match=r"evaluation\.task\b.*tasks"):
         parse_config({**make_tree(), "evaluation": {"task": ["rte"]}})
 
@@ -149,3 +158,24 @@ def test_evaluate_and_its_table(
     assert list(create_summary_table(tmp_path / "out").index) == [tiny_teacher.name, "other"]
     with pytest.raises(DataError, match=r"has no grid\.json"):
         create_summary_table(tmp_path)
+
+
+def test_the_plan_says_how_many_fine_tunings(make_tree: Callable[..., dict[str, Any]]) -> None:
+    tree = make_tree(include_teacher=True, tasks=["rte", "cola"], learning_rates=[1e-3, 2e-3], seeds=[1, 2, 3])
+    size = "24 fine-tunings (2 models × 2 tasks × 2 learning rates × 1 epoch count × 3 seeds)"
+    planned = check_evaluation(parse_config(tree))
+    assert planned.size == size
+    assert planned.flops(1000) > planned.flops(0) > 0
+    alone = check_evaluation(parse_config(make_tree()))
+    assert alone.size == "1 fine-tuning (1 model × 1 task × 1 learning rate × 1 epoch count × 1 seed)"
+    assert alone.flops(0) == 0
+    twice = check_evaluation(parse_config(make_tree(seeds=[1, 2])))
+    assert twice.flops_per_parameter == 2 * alone.flops_per_parameter
+    plan = check(parse_config(tree), 1, torch.device("cpu"))
+    assert plan.evaluation == size
+    console = Console(width=200, file=io.StringIO())
+    console.print(plan_table(plan))
+    text = console.file.getvalue()
+    assert re.search(
+        r"evaluation +24 fine-tunings \(.*\), about \d+ s on this machine \(estimated from the FLOPs\)", text
+    )

@@ -121,7 +121,11 @@ def test_a_grid_gives_the_table(result: GridResult) -> None:
     assert (result.output / "summary.png").stat().st_size > 5000
     names = ["cola/matthews", "stsb/pearson", "stsb/spearman", "mnli/accuracy_m", "mnli/accuracy_mm"]
     names += ["squad2/f1", "squad2/exact"]
-    assert [figure["name"] for figure in result.summary.figures()] == [f"tiny/{name}" for name in names]
+    figures = [figure["name"] for figure in result.summary.figures() if "one answer" not in figure["name"]]
+    assert figures == [*(f"tiny/{name}" for name in names), *(f"majority class/{name}" for name in names)]
+    assert result.summary.majority["cola/matthews"] == 0
+    assert result.summary.majority["mnli/accuracy_m"] == pytest.approx(100 / 3)
+    assert "| majority class |" in text
 
 
 def test_a_failed_cell_is_shown_and_stops_no_other(result: GridResult) -> None:
@@ -145,6 +149,9 @@ def test_a_record_says_everything(result: GridResult) -> None:
     assert record["dev_rows"] == {"dev": 12}
     assert [epoch["epoch"] for epoch in record["epochs"]] == [1, 2]
     assert record["epochs"][-1]["scores"] == record["scores"]
+    assert record["majority_scores"] == {"matthews": 0.0}
+    classes = {row["prediction"] for row in predictions(cell, result.output)}
+    assert (record["only_answer"] is not None) == (len(classes) == 1)
     assert record["new_weights"] == ["classifier.bias", "classifier.weight"]
     assert record["device"] == "cpu"
     assert record["threads"] == 1
@@ -179,6 +186,15 @@ def test_the_same_cell_gives_the_same_scores_and_divergence_fails(
     assert mine["epochs"] == other["epochs"]
     assert mine["predictions_sha256"] == other["predictions_sha256"]
     [error] = again.failures.values()
+    assert "scores" not in mine["epochs"][0]
+    each = run_grid(
+        {"tiny": str(model)}, settings(data, seeds=[2], tasks=["cola"], scores_each_epoch=True), tmp_path / "each"
+    )
+    detailed = read_record(each.finished[0], tmp_path / "each")
+    assert detailed is not None
+    assert detailed["epochs"][0].pop("scores").keys() == {"matthews"}
+    assert detailed["epochs"] == mine["epochs"], "scoring in between changes nothing"
+    assert detailed["predictions_sha256"] == mine["predictions_sha256"]
     assert "epoch 1" in error
     assert "not finite; a lower learning rate than 1e+30 may do" in error
 

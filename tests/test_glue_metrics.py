@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scaledistill.errors import DataError
-from scaledistill.glue.metrics import scores
+from scaledistill.glue.metrics import majority_scores, only_answer, scores
 from scaledistill.glue.published import PUBLISHED
 from scaledistill.glue.tasks import TASKS
 
@@ -113,3 +113,40 @@ def test_published_rows_fit_the_tables() -> None:
             assert 0 < value < 100
     [peer] = [row for row in PUBLISHED if "bertdistiller" in row.name]
     assert peer.scores["cola/matthews"] == pytest.approx(2 * 70.04 - 100)
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "dev", "expected"),
+    [
+        ("mrpc", [1, 1, 0], [1, 1, 1, 0], {"f1": 600 / 7, "accuracy": 75.0}),
+        ("mrpc", [0, 0, 1], [1, 1, 1, 0], {"f1": 0.0, "accuracy": 25.0}),  # the training set's majority, not dev's
+        ("cola", [1, 0, 1], [1, 0, 1, 1], {"matthews": 0.0}),
+        ("rte", [0, 1], [0, 0, 1, 1, 1], {"accuracy": 40.0}),  # at a tie the first class
+        ("stsb", [0.0, 5.0, 2.5], [1.0, 2.0, 3.0], {"pearson": 0.0, "spearman": 0.0}),
+    ],
+)
+def test_the_majority_class(task: str, train: list[Any], dev: list[Any], expected: dict[str, float]) -> None:
+    assert majority_scores(TASKS[task], "dev", train, dev) == pytest.approx(expected)
+
+
+def test_the_majority_class_of_a_task_with_two_dev_sets() -> None:
+    assert majority_scores(TASKS["mnli"], "dev_mismatched", [2, 2, 0], [2, 2, 1, 0]) == {"accuracy_mm": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("task", "predictions", "expected"),
+    [
+        ("mrpc", [1, 1, 1], "equivalent"),
+        ("rte", [0, 0], "entailment"),
+        ("rte", [0, 0, 1], None),
+        ("stsb", [2.71, 2.72, 2.70], "2.7"),
+        ("stsb", [2.71, 2.72, 2.90], None),
+        ("squad2", ["", ""], "no answer"),
+        ("squad2", ["the", "the"], "'the'"),
+        ("squad2", ["", "the"], None),
+        ("rte", [1], None),  # of one example nothing follows
+        ("rte", [], None),
+    ],
+)
+def test_one_answer_for_all(task: str, predictions: list[Any], expected: str | None) -> None:
+    assert only_answer(task, [{"prediction": one} for one in predictions]) == expected

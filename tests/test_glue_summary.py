@@ -147,7 +147,20 @@ def test_files(output: Path) -> None:
     write_summary(summary_of(output, published=True), output)
     assert {path.name: path.read_bytes() for path in output.glob("summary.*")} == before
     rows = list(csv.DictReader(before["summary.csv"].decode().splitlines()))
-    assert list(rows[0].values()) == ["teacher", "", "cola", "matthews", "81.5", "81.0", "82.0", "2", "1e-05", "3"]
+    assert list(rows[0].values()) == [
+        "teacher",
+        "",
+        "cola",
+        "matthews",
+        "81.5",
+        "81.0",
+        "82.0",
+        "2",
+        "1e-05",
+        "3",
+        "0",
+        "",
+    ]
     assert json.loads(before["summary.json"])["averaged"] == ["cola/matthews", "rte/accuracy"]
 
 
@@ -167,3 +180,67 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 
 def test_an_empty_summary_has_no_figures() -> None:
     assert Summary([], [], [], [], [], []).figures() == []
+
+
+@pytest.fixture
+def collapsed(tmp_path: Path) -> Path:
+    """A teacher that has learned MRPC and STS-B; a student of which seeds answer the same to everything."""
+    made: list[Cell] = []
+    majority = {"mrpc": {"f1": 81.2, "accuracy": 68.4}, "stsb": {"pearson": 0.0, "spearman": 0.0}}
+    answers = {("mrpc", 1): "equivalent", ("mrpc", 2): "equivalent", ("stsb", 2): "2.7"}
+    for model in ("teacher", "student"):
+        for task, scores in majority.items():
+            for seed in (1, 2):
+                made.append(one := cell(task, seed=seed, model=model))
+                answer = answers.get((task, seed)) if model == "student" else None
+                found = scores if answer else dict.fromkeys(scores, 85.0)
+                record = {"scores": found, "train_rows": 24, "all_train_rows": 24}
+                record |= {"only_answer": answer, "majority_scores": scores}
+                write_record(one, tmp_path, record, [])
+    models = {name: {"path": name, "parameters": 1_000_000} for name in ("teacher", "student")}
+    write_json(tmp_path / GRID, {"quick": False, "models": models, "cells": [asdict(one) for one in made]})
+    return tmp_path
+
+
+def test_one_answer_for_all_is_no_score(collapsed: Path) -> None:
+    summary = summary_of(collapsed)
+    text = summary.markdown()
+    assert "| teacher | 1.0 M | 85.0 ±0.0 | 85.0 ±0.0 | 85.0 ±0.0 | 85.0 ±0.0 | 85.0 |" in text
+    marked = "81.2 ±0.0 (one class) | 68.4 ±0.0 (one class) | 42.5 ±42.5 (one value in 1 of 2)"
+    assert f"| student | 1.0 M | {marked} |" in text
+    assert "| majority class |  | 81.2 | 68.4 | 0.0 | 0.0 | 40.6 |" in text
+    assert (
+        "- student on MRPC: 2 of 2 seeds predict equivalent for every dev example. Such scores say nothing about the "
+        "model; compare them with those of the majority class.\n"
+    ) in text
+    assert "- student on STS-B: 1 of 2 seeds predict 2.7 for every dev example." in text
+    assert "teacher on" not in text
+    assert "- Majority class: always predicting the most common label of the training set" in text
+    figures = {figure["name"]: (figure["value"], figure["unit"], figure["n"]) for figure in summary.figures()}
+    assert figures["student/mrpc/one answer only"] == (2, "seeds", 2)
+    assert figures["student/stsb/one answer only"] == (1, "seeds", 2)
+    assert figures["majority class/mrpc/f1"] == (81.2, "%", 1)
+    assert not any(name.startswith("teacher") and "one answer" in name for name in figures)
+
+
+def test_one_answer_for_all_is_marked_in_the_files(collapsed: Path) -> None:
+    summary = summary_of(collapsed)
+    write_summary(summary, collapsed)
+    table = csv.DictReader((collapsed / "summary.csv").read_text().splitlines())
+    rows = {(row["model"], row["task"], row["metric"]): row for row in table}
+    assert rows["student", "mrpc", "f1"]["one_answer_seeds"] == "2"
+    assert rows["student", "mrpc", "f1"]["majority_class"] == "81.2"
+    assert rows["teacher", "mrpc", "f1"]["one_answer_seeds"] == "0"
+    whole = json.loads((collapsed / "summary.json").read_text())
+    assert whole["majority"] == {"mrpc/f1": 81.2, "mrpc/accuracy": 68.4, "stsb/pearson": 0.0, "stsb/spearman": 0.0}
+    assert [choice["only_answers"] for choice in whole["choices"]] == [[], [], ["equivalent"] * 2, ["2.7"]]
+
+
+def test_records_of_earlier_versions_are_marked_by_their_predictions(output: Path) -> None:
+    one = cell("cola", seed=1, model="teacher")
+    predictions = [{"split": "dev", "id": str(row), "label": row % 2, "prediction": 1} for row in range(6)]
+    write_record(one, output, {"scores": {"matthews": 0.0}, "train_rows": 24, "all_train_rows": 48}, predictions)
+    summary = summary_of(output)
+    assert "- teacher on CoLA: 1 of 2 seeds predict acceptable for every dev example." in summary.markdown()
+    assert summary.majority == {}
+    assert "majority" not in summary.tables()[0].markdown()

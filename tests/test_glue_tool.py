@@ -76,6 +76,7 @@ def test_a_grid_with_a_failing_cell(
 def test_list_runs_nothing(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("--list")
     assert code == 0
+    assert "4 fine-tunings (1 model × 2 tasks × 1 learning rate × 1 epoch count × 2 seeds)" in out
     assert re.search(r"4 of 4 cells to run, one at a time: about \d+ s \(estimated: FLOPs at half of the matrix", out)
     assert not (tmp_path / "out").exists()
     assert run(seeds="1")[0] == 0
@@ -107,6 +108,27 @@ def test_quick_settings_give_way_to_what_is_said(run: Run, tmp_path: Path) -> No
         ({"max_length": "65"}, [], "--max-length 65 (CoLA) is more than the 64 positions of model tiny"),
         ({"workers": "1000"}, [], "--workers 1000, expected 1 to "),
         ({"json": "nowhere/x.json"}, [], "--json nowhere/x.json: no folder nowhere; make it first"),
+        (
+            {"max_length": 2},
+            [],
+            "--max-length 2 (CoLA) leaves no room for text: the tokenizer of model tiny adds 2 tokens",
+        ),
+        ({"max_length": 4}, [], "--max-length 4 (STS-B) leaves no room for text: the tokenizer of model tiny adds 3 "),
+        ({"max_length": 4}, [], "tokens to a pair; set --max-length to 5 or more (128 is usual)"),
+        ({"tasks": "cola stsb"}, [], "tasks: 'cola stsb' is no task; write cola,stsb on the command line"),
+        ({"tasks": "all"}, [], "tasks: 'all' is no task; name them all: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"),
+        ({}, ["--tasks", "rte"], "--tasks is given twice; give all values at once, separated by commas"),
+        (
+            {"tasks": None},
+            ["--tasks", "rte", "mrpc"],
+            "unknown argument mrpc; separate values by commas: --tasks rte,mrpc",
+        ),
+        ({"seeds": None}, ["--seeds=1", "2", "3"], "unknown argument 2; separate values by commas: --seeds 1,2,3"),
+        ({"seeds": "1 2"}, [], "argument --seeds: found '1 2', expected 1,2: whole numbers, separated by commas"),
+        ({}, ["--model", "a", "b"], "unknown argument b; repeat the option: --model a --model b"),
+        ({}, ["--task_name", "rte"], "unknown option --task_name; did you mean --tasks?"),
+        ({}, ["--num_train_epochs=3"], "unknown option --num_train_epochs=3; did you mean --epochs?"),
+        ({}, ["--output_dir=x"], "unknown option --output_dir=x; did you mean --output?"),
         ({"model": "x="}, [], "--model 'x=': expected a folder or hub name after '='"),
         ({}, ["--speed"], "the speed is measured on 128 tokens, more than the 64 positions of model tiny"),
     ],
@@ -116,6 +138,14 @@ def test_wrong_options(run: Run, changes: dict[str, Any], flags: list[str], mess
     assert message in err
     assert code == 2
     assert not out
+
+
+def test_questions_are_measured_before_anything_runs(run: Run) -> None:
+    code, out, err = run("--list", tasks="squad2", max_length=8)
+    assert (code, out) == (3, "")
+    assert (
+        "glue: --max-length 8 leaves too little room beside the longest question of SQuAD 2.0; set --max-length" in err
+    )
 
 
 def test_names_of_models() -> None:
@@ -205,3 +235,39 @@ def test_it_runs_as_a_module() -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("glue: unknown option --bogus")
+
+
+def test_folders_near_a_model_name_it(run: Run, model: Path, tmp_path: Path) -> None:  # noqa: F811
+    run_folder = tmp_path / "run"
+    (run_folder / "checkpoints" / "step-3").mkdir(parents=True)
+    (run_folder / "metrics.jsonl").touch()
+    _, _, err = run(model=run_folder)
+    assert "is the folder of a run that has exported no model yet; finish it, then give its export/<student>" in err
+    exported = copy(model, run_folder / "export" / "l2")
+    for given, what in (
+        (run_folder, f"is a run's folder, not a model's folder; give {exported}\n"),
+        (run_folder / "export", f"holds models, not a model's folder; give {exported}\n"),
+        (run_folder / "checkpoints" / "step-3", f"is in a run, not a model's folder; give {exported}\n"),
+        (exported / "model.safetensors", f"is a file; give its folder, {exported}\n"),
+    ):
+        code, _, err = run(model=given)
+        assert code == 3
+        assert f"glue: model {given.name}='{given}' {what}" in err
+
+
+def test_folders_near_the_data_name_it(run: Run, data: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "outer").mkdir()
+    inner = copy(data, tmp_path / "outer" / "glue_data")
+    for given, what in (
+        (data / "CoLA", f"is the folder of one task; give the folder that it is in, {data}\n"),
+        (data / "CoLA" / "train.tsv", f"give the one that has a folder for each task; for CoLA that is {data}\n"),
+        (tmp_path / "outer", f"has the tasks one level deeper; give {inner}\n"),
+        (
+            tmp_path / "outter",
+            f"is not a folder; give the one that has a folder for each task; did you mean {tmp_path}",
+        ),
+    ):
+        code, _, err = run(tasks="cola", data_dir=given)
+        assert code == 3
+        assert f"glue: --data-dir '{given}' " in err
+        assert what in err

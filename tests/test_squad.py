@@ -16,7 +16,7 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 from scaledistill.errors import DataError
 from scaledistill.glue.plan import _check_tokenizer
 from scaledistill.glue.read import Answers, Examples
-from scaledistill.glue.squad import add_positions, best_answers, make_features, squad_scores
+from scaledistill.glue.squad import add_positions, best_answers, majority_squad_scores, make_features, squad_scores
 from scaledistill.glue.tasks import find_tasks
 
 CONTEXT = " ".join(f"word{i}" for i in range(60))
@@ -146,3 +146,11 @@ def test_a_tokenizer_without_cls_is_refused_before_work_begins(tmp_path: Path) -
         DataError, match=r"^model m: its tokenizer has no cls_token, which stands for no answer in SQuAD"
     ):
         _check_tokenizer(folder, config, "model m", find_tasks(["rte", "squad2"]))
+
+
+def test_the_majority_answer() -> None:
+    """The most common answer of the training set is given to all; there it is none at all."""
+    none, word = Answers((), ()), Answers(("word1",), (6,))
+    train = Examples(["a", "b", "c"], [("who?", CONTEXT)] * 3, [word, none, none], "")
+    dev = Examples(["d", "e", "f", "g"], [("who?", CONTEXT)] * 4, [none, word, word, word], "")
+    assert majority_squad_scores(train, dev) == {"f1": 25.0, "exact": 25.0}

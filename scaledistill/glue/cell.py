@@ -107,6 +107,12 @@ def read_error(cell: Cell, output: Path) -> str | None:
     return (read_json(cell.path(output).with_suffix(".error")) or {}).get("error")
 
 
+def read_predictions(cell: Cell, output: Path) -> list[dict[str, Any]]:
+    """Return the prediction of each dev example of a finished cell."""
+    lines = gzip.decompress(_predictions_path(cell.path(output)).read_bytes()).decode().split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
 def write_error(cell: Cell, output: Path, error: str, details: str) -> None:
     """Write that a cell failed."""
     path = cell.path(output).with_suffix(".error")

@@ -6,7 +6,9 @@ What runs is left to `grid`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import itertools
 import json
 import logging
 import os
@@ -47,6 +49,34 @@ and .png, and cells/ with the record of each cell and its prediction of each dev
 Exit codes: 0 done, 2 wrong options, 3 wrong data or environment, or cells that failed, 130 interrupted."""
 
 
+# Options of run_glue.py and of neighbouring tools, by the option that does the same here.
+FOREIGN = {
+    "--task-name": "--tasks",
+    "--model-name-or-path": "--model",
+    "--max-seq-length": "--max-length",
+    "--per-device-train-batch-size": "--batch-size",
+    "--train-batch-size": "--batch-size",
+    "--num-train-epochs": "--epochs",
+    "--learning-rate": "--learning-rates",
+    "--max-train-samples": "--max-train-rows",
+    "--output-dir": "--output",
+    "--data-folder": "--data-dir",
+    "--device": "CUDA_VISIBLE_DEVICES",
+}
+LISTS = ("--tasks", "--learning-rates", "--epochs", "--seeds")
+
+
+class _Once(argparse.Action):
+    """Store a list; refuse the option's second occurrence, which would silently replace the first."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} is given twice; give all values at once, separated by commas")
+        setattr(namespace, self.dest, values)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
@@ -58,6 +88,10 @@ def _list_of(kind: type) -> Any:
             return [kind(part) for part in text.split(",")]
         except ValueError:
             what = "whole numbers" if kind is int else "numbers"
+            parts = text.replace(",", " ").split()
+            with contextlib.suppress(ValueError):
+                if [kind(part) for part in parts]:
+                    what = f"{','.join(parts)}: {what}"
             raise argparse.ArgumentTypeError(f"found {text!r}, expected {what}, separated by commas") from None
 
     return parse
@@ -73,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         "--model", action="append", metavar="[NAME=]MODEL", dest="models",
         help="a folder or hub name, and its name in the tables (default: the last part); repeatable",
     )  # fmt: skip
-    what.add_argument("--tasks", metavar="TASK,…", help=f"some of {','.join(TASKS)}")
+    what.add_argument("--tasks", action=_Once, metavar="TASK,…", help=f"some of {','.join(TASKS)}")
     what.add_argument(
         "--data-dir", metavar="DIR", dest="data_folder",
         help="a folder with the original files, one folder a task (default: from the hub)",
@@ -82,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     lists = {"learning_rates": float, "epochs": int, "seeds": int}
     for name, kind in lists.items():
         default = ",".join(f"{value:g}" for value in getattr(DEFAULTS, name))
-        grid.add_argument(_option(name), type=_list_of(kind), metavar="N,…", help=f"(default: {default})")
+        grid.add_argument(_option(name), action=_Once, type=_list_of(kind), metavar="N,…", help=f"(default: {default})")
     grid.add_argument("--batch-size", type=int, metavar="N", help=f"examples a step (default: {DEFAULTS.batch_size})")
     grid.add_argument("--max-length", type=int, metavar="T", help="tokens an example (default: 128; squad2: 384)")
     grid.add_argument(
@@ -91,6 +125,10 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument(
         "--group-by-length", action=argparse.BooleanOptionalAction,
         help="batches of rows of similar length: up to three times faster, and their order less random (default: no)",
+    )  # fmt: skip
+    grid.add_argument(
+        "--scores-each-epoch", action="store_true", default=None,
+        help="also score after the epochs before the last, for the record; takes time and changes no result",
     )  # fmt: skip
     grid.add_argument(
         "--quick", action="store_true",
@@ -121,9 +159,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, unknown = parse.parse_known_args(arguments)
     if unknown:
         known = [name for action in parse._actions for name in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-        kind = "option" if unknown[0].startswith("-") else "argument"
-        parse.error(f"unknown {kind} {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        parse.error(_unknown(unknown[0], arguments, known))
     for name in ("models", "tasks"):
         if not getattr(options, name):
             parse.error(f"--{'model' if name == 'models' else name} is missing")
@@ -133,6 +169,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parse.error(f"--json {options.json} is a folder; name a file in it")
     options.output = options.output or Path("runs/glue-quick" if options.quick else "runs/glue")
     return options
+
+
+def _unknown(word: str, arguments: Sequence[str], known: Sequence[str]) -> str:
+    """Say what an argument that no option takes was meant to be."""
+    if word.startswith("-"):
+        name = word.partition("=")[0]
+        foreign = FOREIGN.get(name.replace("_", "-"))
+        near = [foreign] if foreign else difflib.get_close_matches(name, known, n=1)
+        return f"unknown option {word}" + (f"; did you mean {near[0]}?" if near else "")
+    place = list(arguments).index(word)
+    before = [i for i in range(place) if arguments[i].startswith("-")]
+    option, equals, value = arguments[before[-1]].partition("=") if before else ("", "", "")
+    after = before[-1] + 1 if before else 0
+    values = [*([value] if equals else []), *arguments[after:place]]
+    values += itertools.takewhile(lambda one: not one.startswith("-"), arguments[place:])
+    meant = ""
+    if option in LISTS:
+        joined = ",".join(part for one in values for part in one.split(",") if part)
+        meant = f"; separate values by commas: {option} {joined}"
+    elif option == "--model":
+        meant = f"; repeat the option: {' '.join(f'--model {one}' for one in values)}"
+    return f"unknown argument {word}{meant}"
 
 
 def named_models(arguments: Sequence[str]) -> dict[str, str]:

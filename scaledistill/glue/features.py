@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from scaledistill.data.text import load_tokenizer
 from scaledistill.errors import DataError
 from scaledistill.glue.cell import Cell, hash_of
-from scaledistill.glue.metrics import scores
+from scaledistill.glue.metrics import majority_scores, scores
 from scaledistill.glue.read import Examples, read_split
-from scaledistill.glue.squad import add_positions, best_answers, make_features, squad_scores
+from scaledistill.glue.squad import add_positions, best_answers, majority_squad_scores, make_features, squad_scores
 from scaledistill.glue.tasks import TASKS, Task
 
 Features = list[dict[str, Any]]
@@ -51,6 +51,8 @@ class Prepared:
     all_train_rows: int
     """Those of the file."""
     dev: list[DevSplit]
+    majority: dict[str, float]
+    """By metric, the dev scores of always answering the most common label of the training rows."""
     data_sha256: str
 
 
@@ -90,14 +92,24 @@ def _prepared(
         features, origins = make_features(tokenizer, train, rows, max_length)
         add_positions(features, origins, train)
         splits = [_span_split(name, examples, tokenizer, max_length) for name, examples in dev.items()]
+        majority = [majority_squad_scores(train, examples) for examples in dev.values()]
     else:
         features = _features(tokenizer, train, rows, max_length)
         splits = [_split(task, name, examples, tokenizer, max_length) for name, examples in dev.items()]
+        majority = [majority_scores(task, name, train.labels, examples.labels) for name, examples in dev.items()]
     for some in (features, *(split.features for split in splits)):
         for feature in some:
             for name in feature.keys() - {*inputs}:  # such as segment ids, where a model has none
                 del feature[name]
-    return Prepared(tokenizer, features, len(rows), len(train.texts), splits, data_sha256(train, dev.values()))
+    return Prepared(
+        tokenizer=tokenizer,
+        train=features,
+        train_rows=len(rows),
+        all_train_rows=len(train.texts),
+        dev=splits,
+        majority={metric: value for scored in majority for metric, value in scored.items()},
+        data_sha256=data_sha256(train, dev.values()),
+    )
 
 
 def data_sha256(train: Examples, dev: Iterable[Examples]) -> str:

@@ -36,6 +36,7 @@ from transformers.trainer_callback import PrinterCallback
 from scaledistill.errors import DivergedError
 from scaledistill.glue.cell import Cell
 from scaledistill.glue.features import Features, prepare
+from scaledistill.glue.metrics import only_answer
 from scaledistill.glue.tasks import TASKS, Task
 from scaledistill.models.teacher import quiet_transformers, read_config
 from scaledistill.models.weights import check_complete
@@ -45,7 +46,11 @@ PREDICTION_BATCH = 64
 
 
 def fine_tune(
-    cell: Cell, model_folder: Path, data_folder: Path | None, on_progress: OnProgress
+    cell: Cell,
+    model_folder: Path,
+    data_folder: Path | None,
+    on_progress: OnProgress,
+    scores_each_epoch: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Fine-tune and score; return the record and the predictions.
 
@@ -53,10 +58,11 @@ def fine_tune(
         model_folder: where the model's config, weights and tokenizer lie.
         data_folder: as `read_split` takes it.
         on_progress: is told the finished share of the training steps.
+        scores_each_epoch: score after each epoch, not only after the last.
 
     Raises:
         DataError: the model lacks weights, or the data is not what the cell was planned with.
-        DivergedError: the loss or an output is not finite.
+        DivergedError: the loss, a weight or an output is not finite.
     """
     start = time.perf_counter()
     task = TASKS[cell.task]
@@ -76,6 +82,15 @@ def fine_tune(
                 f"the training loss of epoch {len(epochs) + 1} is not finite; a lower learning rate than "
                 f"{cell.learning_rate:g} may do"
             )
+        epoch: dict[str, Any] = {"epoch": len(epochs) + 1, "train_loss": train_loss}
+        if not (scores_each_epoch or epoch["epoch"] == cell.epochs):
+            if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+                raise DivergedError(
+                    f"weights after epoch {epoch['epoch']} are not finite; a lower learning rate than "
+                    f"{cell.learning_rate:g} may do"
+                )
+            epochs.append(epoch)
+            return
         predictions.clear()
         found: dict[str, float] = {}
         for split in data.dev:
@@ -88,12 +103,14 @@ def fine_tune(
             split_scores, split_predictions = split.score(logits)
             found |= split_scores
             predictions.extend(split_predictions)
-        epochs.append({"epoch": len(epochs) + 1, "train_loss": train_loss, "scores": found})
+        epochs.append({**epoch, "scores": found})
 
     train_seconds = _train(cell, model, data.train, collate, on_progress, end_epoch)
     device = next(model.parameters()).device
     record = {
         "scores": epochs[-1]["scores"],
+        "majority_scores": data.majority,
+        "only_answer": only_answer(task.name, predictions),
         "epochs": epochs,
         "train_rows": data.train_rows,
         "all_train_rows": data.all_train_rows,

@@ -218,9 +218,10 @@ class _Pool:
         worker.cell = None
         if self._waiting:
             cell = self._waiting.popleft()
-            folder = self._plan.settings.data_folder
-            data_folder = None if folder is None else Path(folder)
-            worker.give(cell, self._output, self._plan.models[cell.model].folder, data_folder)
+            settings = self._plan.settings
+            data_folder = None if settings.data_folder is None else Path(settings.data_folder)
+            model_folder = self._plan.models[cell.model].folder
+            worker.give(cell, self._output, model_folder, data_folder, settings.scores_each_epoch)
             self._on_update(Update(cell, "running", 0.0, ""))
 
     def _hear(self, number: int) -> None:
@@ -249,6 +250,8 @@ class _Pool:
     def _tell_end(self, cell: Cell) -> None:
         if record := read_record(cell, self._output):
             text = ", ".join(f"{metric} {value:.1f}" for metric, value in record["scores"].items())
+            if record.get("only_answer") is not None:
+                text += f" (predicts {record['only_answer']} for every example)"
             self._on_update(Update(cell, "finished", 1.0, text))
         else:
             self._on_update(Update(cell, "failed", 1.0, read_error(cell, self._output) or "its record is damaged"))

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from scaledistill.benchmark import Table
 from scaledistill.glue.cell import Cell, read_error, read_record
-from scaledistill.glue.plan import Plan
+from scaledistill.glue.plan import Plan, grid_size
 from scaledistill.speed import measured_matrix_rate
 
 EFFICIENCY = 0.5  # of the matrix rate that fine-tuning reaches, roughly; it only serves until a cell is finished
@@ -36,6 +36,7 @@ def print_list(console: Console, plan: Plan, output: Path, workers: int) -> None
     console.print(table.rich())
     count = len(plan.cells) - len(records)
     together = f"{workers} at a time" if workers > 1 else "one at a time"
+    console.print(grid_size(len(plan.models), plan.settings), highlight=False, markup=False, soft_wrap=True)
     text = f"{count} of {len(plan.cells)} cells to run, {together}: about {duration(left / workers)} {source}"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -52,7 +53,16 @@ def _rate(plan: Plan, seconds: dict[Cell, float]) -> tuple[float, str]:
     if seconds:
         rate = sum(map(plan.work, seconds)) / sum(seconds.values())
         return rate, f"(from the {len(seconds)} finished cells)"
+    return estimated_rate(), "(estimated: FLOPs at half of the matrix rate measured just now)"
+
+
+def estimated_seconds(flops: float) -> float:
+    """Return how long fine-tunings with so many FLOPs take on this machine, roughly, one per GPU at a time."""
+    return flops / (max(1, torch.cuda.device_count()) * estimated_rate())
+
+
+def estimated_rate() -> float:
+    """Return the FLOP/s of a worker on this machine, roughly, where no cell has been measured."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    rate = EFFICIENCY * measured_matrix_rate(device, torch.bfloat16 if on_gpu else torch.float32)
-    return rate, "(estimated: FLOPs at half of the matrix rate measured just now)"
+    return EFFICIENCY * measured_matrix_rate(device, torch.bfloat16 if on_gpu else torch.float32)

@@ -9,12 +9,17 @@ Legend: N examples.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from scaledistill.errors import DataError
-from scaledistill.glue.tasks import Task
+from scaledistill.glue.tasks import TASKS, Task
+
+# Values of a regression that differ by less than this are one value: 1 % of the range of STS-B.
+SAME_VALUE = 0.05
 
 
 def check_installed() -> None:
@@ -63,3 +68,39 @@ def scores(task: Task, split: str, predictions: np.ndarray, labels: np.ndarray) 
         name = task.metrics[task.dev_splits.index(split)]
         return {name: 100 * float(by_name[name.partition("_")[0]]())}
     return {name: 100 * float(by_name[name]()) for name in task.metrics}
+
+
+def majority_scores(task: Task, split: str, train_labels: Sequence[Any], dev_labels: Sequence[Any]) -> dict[str, float]:
+    """Return the metrics of a model that ignores its input, in percent, by the names in `task.metrics`.
+
+    It predicts the most common class of the training labels for every dev example, the mean value
+    in a regression. Correlations are 0 then.
+    """
+    if task.kind == "regression":
+        constant: float = float(np.mean(train_labels))
+    else:
+        # The smaller id at a tie, so that the order of the rows does not matter.
+        counts = Counter(train_labels)
+        constant = min(counts, key=lambda label: (-counts[label], label))
+    return scores(task, split, np.full(len(dev_labels), constant), np.asarray(dev_labels))
+
+
+def only_answer(task_name: str, predictions: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the one answer that a cell gave to all dev examples; None where it gave several.
+
+    A class is returned by its name, a value with one digit, an unanswered question as "no answer".
+
+    Args:
+        predictions: of all dev splits, as they stand in the cell's file.
+    """
+    task = TASKS[task_name]
+    found = [row["prediction"] for row in predictions]
+    if len(found) < 2:
+        return None
+    if task.kind == "regression":
+        return f"{np.mean(found):.1f}" if max(found) - min(found) < SAME_VALUE else None
+    if any(answer != found[0] for answer in found):
+        return None
+    if task.kind == "span":
+        return repr(found[0]) if found[0] else "no answer"
+    return task.labels[found[0]]

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from scaledistill.glue.summary import Summary, column_title
+from scaledistill.glue.summary import MAJORITY, Summary, column_title
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by all eyes
 PUBLISHED_COLOR = "#666666"
@@ -44,6 +44,10 @@ def draw(summary: Summary, path: Path) -> None:
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     text = f"dev score, %: median over the seeds, lines from the lowest to the highest; dashed: {names[0]}"
+    if summary.majority:
+        text += f"; dotted: {MAJORITY}"
+    if any(choice.only_answers for choice in summary.choices):
+        text += "; ×: one answer for every example"
     figure.supxlabel(text, fontsize=9)
     figure.savefig(path)
 
@@ -59,7 +63,8 @@ def _panel(panel: Any, summary: Summary, column: str) -> None:
         color = PUBLISHED_COLOR if row.published else COLORS[place % len(COLORS)]
         panel.plot([low, high], [place, place], color=color, linewidth=2, solid_capstyle="butt")
         face = "white" if row.published else color
-        panel.plot([median], [place], marker="D" if row.published else "o", color=color, markerfacecolor=face)
+        marker = "X" if summary.only_answers(row, column) else "D" if row.published else "o"
+        panel.plot([median], [place], marker=marker, color=color, markerfacecolor=face)
         panel.annotate(
             f"{median:.1f}",
             (median, place),
@@ -72,6 +77,9 @@ def _panel(panel: Any, summary: Summary, column: str) -> None:
         values += [low, high]
         if place == 0:
             panel.axvline(median, color=color, linewidth=1, linestyle="--", alpha=0.6, zorder=0)
+    if values and column in summary.majority:
+        panel.axvline(summary.majority[column], color="black", linewidth=1, linestyle=":", zorder=0)
+        values.append(summary.majority[column])
     if values:
         margin = max(1.0, 0.15 * (max(values) - min(values)))
         panel.set_xlim(min(values) - margin, max(values) + margin)

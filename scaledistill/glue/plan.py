@@ -29,6 +29,7 @@ from scaledistill.glue.cell import MODEL_NAME, Cell, Conditions, hash_of
 from scaledistill.glue.features import data_sha256
 from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.read import read_split
+from scaledistill.glue.squad import check_questions, stride_of
 from scaledistill.glue.tasks import Task, find_tasks
 from scaledistill.models.capture import first_position
 from scaledistill.models.teacher import WEIGHT_FILES, check_unused, check_weight_files, read_config, resolve_folder
@@ -67,6 +68,8 @@ class TaskData:
     conditions: Conditions
     train_rows: int
     """Those that are used."""
+    questions: tuple[str, ...]
+    """Of tasks with spans: those that may leave too little room for a context."""
     train_tokens: float
     """Tokens computed in an epoch, estimated from the characters."""
     dev_tokens: float
@@ -81,9 +84,31 @@ class Plan:
 
     def work(self, cell: Cell) -> float:
         """Return an estimate of a cell's FLOPs."""
-        data = self.tasks[cell.task]
-        forward = 2 * self.models[cell.model].encoder_parameters
-        return cell.epochs * forward * (3 * data.train_tokens + data.dev_tokens)
+        return _work(self.tasks[cell.task], self.models[cell.model].encoder_parameters, cell.epochs, self.settings)
+
+
+def _work(data: TaskData, encoder_parameters: int, epochs: int, settings: EvaluationSettings) -> float:
+    scored = epochs if settings.scores_each_epoch else 1
+    return 2 * encoder_parameters * (3 * epochs * data.train_tokens + scored * data.dev_tokens)
+
+
+def grid_size(models: int, settings: EvaluationSettings) -> str:
+    """Return how many fine-tunings the settings mean, and which numbers multiply to that."""
+    axes = {"model": models, "task": len(settings.tasks), "learning rate": len(settings.learning_rates)}
+    axes |= {"epoch count": len(settings.epochs), "seed": len(settings.seeds)}
+    count = math.prod(axes.values())
+    product = " × ".join(f"{number} {name}{'' if number == 1 else 's'}" for name, number in axes.items())
+    return f"{count:,} fine-tuning{'' if count == 1 else 's'} ({product})"
+
+
+def flops_per_parameter(data: Iterable[TaskData], settings: EvaluationSettings) -> float:
+    """Return the FLOPs of all of a model's fine-tunings, per parameter of its encoder."""
+    pairs = itertools.product(data, settings.epochs)
+    return (
+        len(settings.learning_rates)
+        * len(settings.seeds)
+        * sum(_work(each, 1, epochs, settings) for each, epochs in pairs)
+    )
 
 
 def make_plan(models: Mapping[str, str], settings: EvaluationSettings) -> Plan:
@@ -103,6 +128,7 @@ def make_plan(models: Mapping[str, str], settings: EvaluationSettings) -> Plan:
     ready = {model.name: model for model in found if model}
     for model in ready.values():
         check_lengths(f"model {model.name}", model.positions, data.values(), problems)
+        check_room(f"model {model.name}", model.folder, data.values(), problems)
     problems.raise_all()
     axes = (ready, data, settings.learning_rates, settings.epochs, settings.seeds)
     cells = [
@@ -137,6 +163,28 @@ def check_lengths(what: str, limit: int | None, data: Iterable[TaskData], proble
             )
 
 
+def check_room(what: str, folder: Path, data: Iterable[TaskData], problems: Problems) -> None:
+    """Check that the lengths leave room for text beside the tokens that a model's tokenizer adds."""
+    tokenizer = problems.attempt(load_tokenizer, folder)
+    if tokenizer is None:
+        return
+    for each in data:
+        length, title = each.conditions.max_length, each.task.title
+        if each.task.kind == "span":
+            problems.attempt(check_questions, tokenizer, each.questions, length)
+            continue
+        texts = len(each.task.columns)
+        added = tokenizer.num_special_tokens_to_add(pair=texts == 2)
+        if length < added + texts:
+            problems.found.append(
+                ConfigError(
+                    f"max_length={length} ({title}) leaves no room for text: the tokenizer of {what} adds {added} "
+                    f"tokens to {'a pair' if texts == 2 else 'a sentence'}; set max_length to {added + texts} or more "
+                    "(128 is usual)"
+                )
+            )
+
+
 def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
     """Check a model's name, config, weight files and tokenizer.
 
@@ -146,6 +194,8 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
     if not MODEL_NAME.fullmatch(name):
         raise ConfigError(f"model name {name!r}: expected letters, digits, '.', '-' and '_'; it names a folder")
     setting = f"model {name}"
+    if hint := _model_inside(Path(path)):
+        raise DataError(f"{setting}={path!r} {hint}")
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         siblings = [other.name for other in Path(path).parent.glob("*") if other.is_dir()]
         near = difflib.get_close_matches(Path(path).name, siblings, n=1)
@@ -185,6 +235,23 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
     )
 
 
+def _model_inside(path: Path) -> str | None:
+    """Return what to name in place of a run folder, a file or another path that is near a model; None if it is one."""
+    if path.is_file():
+        return f"is a file; give its folder, {path.parent}"
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    runs = [above for above in path.absolute().parents[:3] if (above / "metrics.jsonl").is_file()]
+    for parent in (path, path / "export", *(run / "export" for run in runs)):
+        exports = sorted(found.parent for found in parent.glob("*/config.json"))
+        if exports:
+            what = "holds models" if parent == path else "is a run's folder" if parent.parent == path else "is in a run"
+            return f"{what}, not a model's folder; give {' or '.join(map(str, exports))}"
+    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
+        return "is the folder of a run that has exported no model yet; finish it, then give its export/<student>"
+    return None
+
+
 def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
     """Read a task's data whole, and say what its cells will be fine-tuned on.
 
@@ -211,7 +278,14 @@ def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
     )
     padding = GROUPED_PADDING if settings.group_by_length else PADDING
     train_tokens = padding * tokens(train.texts) * used / len(train.texts)
-    return TaskData(task, conditions, used, train_tokens, sum(tokens(split.texts) for split in dev))
+    questions: tuple[str, ...] = ()
+    if task.kind == "span":
+        # A token has a byte at least, so that shorter questions never fill the space.
+        long = max(0, (length - stride_of(length)) // 2 - 4)
+        asked = {row[0].strip() for split in (train, *dev) for row in split.texts}
+        questions = tuple(sorted(question for question in asked if len(question.encode()) > long))
+    dev_tokens = sum(tokens(split.texts) for split in dev)
+    return TaskData(task, conditions, used, questions, train_tokens, dev_tokens)
 
 
 def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str, tasks: Sequence[Task]) -> None:

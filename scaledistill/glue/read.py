@@ -6,6 +6,7 @@ files mean nothing: a row is what stands between two line feeds.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -75,9 +76,16 @@ Rows = tuple[list[str], list[tuple[str, ...]], list[Any]]
 def _find(task: Task, split: str, data_folder: Path) -> Path:
     """Return the file of a split."""
     if not data_folder.is_dir():
+        siblings = [path.name for path in data_folder.parent.glob("*") if path.is_dir()]
+        near = difflib.get_close_matches(data_folder.name, siblings, n=1)
+        meant = f"; did you mean {data_folder.parent / near[0]}?" if near else ""
+        if data_folder.is_file():
+            meant = f"; for {task.title} that is {data_folder.absolute().parent.parent}"
         raise DataError(
-            f"data_folder={str(data_folder)!r} is not a folder; give the one that has a folder for each task"
+            f"data_folder={str(data_folder)!r} is not a folder; give the one that has a folder for each task{meant}"
         )
+    if hint := _nearby(task, split, data_folder):
+        raise DataError(f"data_folder={str(data_folder)!r} {hint}")
     wanted = {_plain(task.name), _plain(task.title), *(["squad", "squadv2"] if task.kind == "span" else [])}
     folders = [path for path in sorted(data_folder.iterdir()) if path.is_dir() and _plain(path.name) in wanted]
     names = [f"{split}-v2.0.json" if task.kind == "span" else f"{split}.tsv"]
@@ -96,6 +104,26 @@ def _find(task: Task, split: str, data_folder: Path) -> Path:
     raise DataError(
         f"{folders[0]} has neither {names[0]} nor {names[0]}.gz; fetch {task.title} again, or leave the task out"
     )
+
+
+def _nearby(task: Task, split: str, data_folder: Path) -> str | None:
+    """Return what to give in place of a task's own folder, or of one that has the tasks one level deeper."""
+    if task.kind == "span":
+        return None
+
+    def has_file(folder: Path) -> bool:
+        return any((folder / name).is_file() for name in (f"{split}.tsv", f"{split}.tsv.gz"))
+
+    if has_file(data_folder):
+        parent = data_folder.absolute().parent
+        return f"is the folder of one task; give the folder that it is in, {parent}"
+    names = {_plain(task.name), _plain(task.title)}
+    if any(path.is_dir() and _plain(path.name) in names for path in data_folder.iterdir()):
+        return None
+    for inner in sorted(path for path in data_folder.iterdir() if path.is_dir()):
+        if any(_plain(path.name) in names and has_file(path) for path in inner.iterdir()):
+            return f"has the tasks one level deeper; give {inner}"
+    return None
 
 
 def _plain(name: str) -> str:

@@ -40,6 +40,26 @@ class Origin:
     """Characters in the context that each token is; None outside the context."""
 
 
+def stride_of(max_length: int) -> int:
+    """Return the tokens that neighbouring features share, for features of so many tokens."""
+    return min(STRIDE, max_length // 3)
+
+
+def check_questions(tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], max_length: int) -> None:
+    """Check that each question leaves room for its context.
+
+    Raises:
+        DataError: one of them does not.
+    """
+    ids = tokenizer(list(questions), add_special_tokens=False)["input_ids"] if questions else []
+    fixed = max(map(len, ids), default=0) + tokenizer.num_special_tokens_to_add(pair=True) + 1
+    if fixed + stride_of(max_length) > max_length:
+        raise DataError(
+            f"max_length={max_length} leaves too little room beside the longest question of SQuAD 2.0; set max_length "
+            f"to {min(fixed + STRIDE, math.ceil(1.5 * fixed))} or more"
+        )
+
+
 def make_features(
     tokenizer: PreTrainedTokenizerFast, examples: Examples, rows: Sequence[int], max_length: int
 ) -> tuple[Features, list[Origin]]:
@@ -49,14 +69,8 @@ def make_features(
         DataError: a question leaves too little room for its context.
     """
     features, origins = [], []
-    stride = min(STRIDE, max_length // 3)
-    questions = tokenizer([examples.texts[row][0].strip() for row in rows], add_special_tokens=False)["input_ids"]
-    fixed = max(map(len, questions), default=0) + tokenizer.num_special_tokens_to_add(pair=True) + 1
-    if fixed + stride > max_length:
-        raise DataError(
-            f"max_length={max_length} leaves too little room beside the longest question of SQuAD 2.0; set max_length "
-            f"to {min(fixed + STRIDE, math.ceil(1.5 * fixed))} or more"
-        )
+    stride = stride_of(max_length)
+    check_questions(tokenizer, [examples.texts[row][0].strip() for row in rows], max_length)
     for row in rows:
         question, context = examples.texts[row]
         encoded = tokenizer(
@@ -129,6 +143,13 @@ def squad_scores(found: Sequence[str], examples: Examples) -> dict[str, float]:
         f1.append(max(_f1(words, answer) for answer in golden))
         exact.append(max(float(words == answer) for answer in golden))
     return {"f1": 100 * float(np.mean(f1)), "exact": 100 * float(np.mean(exact))}
+
+
+def majority_squad_scores(train: Examples, dev: Examples) -> dict[str, float]:
+    """Return the scores of a model that gives the most common training answer to every question."""
+    counts = collections.Counter(label.texts[0] if label.texts else "" for label in train.labels)
+    answer = min(counts, key=lambda text: (-counts[text], text))
+    return squad_scores([answer] * len(dev.labels), dev)
 
 
 def _words(text: str) -> list[str]:

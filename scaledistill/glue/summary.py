@@ -12,18 +12,22 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from scaledistill.benchmark import Table
 from scaledistill.errors import DataError, counted
 from scaledistill.files import read_json, write_json
-from scaledistill.glue.cell import Cell, read_error, read_record
+from scaledistill.glue.cell import Cell, read_error, read_predictions, read_record
+from scaledistill.glue.metrics import only_answer
 from scaledistill.glue.published import PUBLISHED
 from scaledistill.glue.tasks import TASKS
 
 GRID = "grid.json"
+BASELINE = "baseline"
+MAJORITY = "majority class"  # the row of the baseline; no model's name has a space
+ONE_ANSWER = {"classification": "one class", "regression": "one value", "span": "one answer"}
 NOT_AVERAGED = ("wnli",)  # its dev set contradicts its training set; left out by custom
 
 
@@ -62,6 +66,8 @@ class Choice:
     """Seeds of the grid."""
     tried: int
     """Pairs of learning rate and epochs that the choice was made among."""
+    only_answers: tuple[str, ...] = ()
+    """Of each seed whose model gave one answer to all dev examples, that answer."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +97,27 @@ class Summary:
     """Cells without a record: which, and why."""
     conditions: list[str]
     """What the reader must know of the settings, a sentence each."""
+    majority: dict[str, float] = field(default_factory=dict)
+    """By "task/metric", what always answering the most common training label scores."""
 
     def figures(self) -> list[dict[str, Any]]:
-        """Return our scores by name: the same from run to run of the same finished cells."""
+        """Return our scores by name: the same from run to run of the same finished cells.
+
+        Also the seeds whose model gave one answer only, where there are such, and the baseline.
+        """
         found = []
-        for row in (row for row in self.rows if row.published is None):
+        for row in self._ours():
             for column, score in row.scores.items():
                 found.append({"name": f"{row.name}/{column}", "value": score.median, "unit": "%", "n": score.n})
             if row.average is not None:
                 n = len(self.averaged)
                 found.append({"name": f"{row.name}/average", "value": row.average, "unit": "%", "n": n})
+        for choice in self.choices:
+            if count := len(choice.only_answers):
+                name = f"{choice.model}/{choice.task}/one answer only"
+                found.append({"name": name, "value": count, "unit": "seeds", "n": choice.n})
+        for column, value in self.majority.items():
+            found.append({"name": f"{MAJORITY}/{column}", "value": value, "unit": "%", "n": 1})
         return found
 
     def tables(self) -> list[Table]:
@@ -110,19 +127,19 @@ class Summary:
         head = ["model", "parameters", *map(column_title, self.columns), *(["average"] if self.averaged else [])]
         scores = Table(title + (f", n = {min(seeds)}" if len(seeds) == 1 else ""), head)
         chosen = {(choice.model, choice.task): choice for choice in self.choices}
-        for row in self.rows:
+        for row in [*self._ours(), *self._majority_rows(), *self._published()]:
             cells = [
                 self._text(row, column, chosen.get((row.name, column.partition("/")[0]))) for column in self.columns
             ]
             average = [("–" if row.average is None else f"{row.average:.1f}")] if self.averaged else []
-            name = f"{row.name} (published)" if row.published else row.name
+            name = f"{row.name} (published)" if row.published not in (None, BASELINE) else row.name
             size = "" if row.parameters is None else f"{row.parameters / 1e6:.1f} M"
             scores.rows.append([name, size, *cells, *average])
         if all(choice.tried == 1 for choice in self.choices):
             return [scores]
         tasks = list(dict.fromkeys(column.partition("/")[0] for column in self.columns))
         picked = Table("Taken: learning rate × epochs (tried)", ["model", *(TASKS[task].title for task in tasks)])
-        for row in (row for row in self.rows if row.published is None):
+        for row in self._ours():
             found = [chosen.get((row.name, task)) for task in tasks]
             texts = [f"{one.learning_rate:g} × {one.epochs} ({one.tried})" if one else "–" for one in found]
             picked.rows.append([row.name, *texts])
@@ -130,13 +147,33 @@ class Summary:
 
     def notes(self) -> list[str]:
         """Return what the tables' figures are, a sentence each."""
-        notes = [*self.conditions]
+        notes = [*self.one_answer_notes(), *self.conditions]
+        if self.majority:
+            notes.append(
+                f"{MAJORITY.capitalize()}: always predicting the most common label of the training set (for STS-B one "
+                "value, whose correlation counts as 0)."
+            )
         if self.averaged:
             text = f"Average: over {', '.join(map(column_title, self.averaged))}"
             left_out = [column for column in self.columns if column.partition("/")[0] in NOT_AVERAGED]
             notes.append(text + ("; never WNLI, by custom." if left_out else "."))
         if published := [f"{row.name} ({row.published})" for row in self.rows if row.published]:
             notes.append(f"Published, with other hyper-parameters, seeds and selection: {', '.join(published)}.")
+        return notes
+
+    def one_answer_notes(self) -> list[str]:
+        """Return a sentence for each model and task whose scores are those of one answer for all."""
+        notes = []
+        for choice in self.choices:
+            if not choice.only_answers:
+                continue
+            answers = " or ".join(dict.fromkeys(choice.only_answers))
+            predict = "seed predicts" if choice.n == 1 else "seeds predict"
+            notes.append(
+                f"{choice.model} on {TASKS[choice.task].title}: {len(choice.only_answers)} of {choice.n} {predict} "
+                f"{answers} for every dev example. Such scores say nothing about the model; compare them with those "
+                f"of the {MAJORITY}."
+            )
         return notes
 
     def markdown(self) -> str:
@@ -148,14 +185,41 @@ class Summary:
             parts.append("\n".join([f"**Not finished: {counted(len(self.failures), 'cell')}**", "", *lines]))
         return "\n\n".join(parts) + "\n"
 
+    def only_answers(self, row: Row, column: str) -> int:
+        """Return how many seeds of a row gave one answer to all examples of the column's task."""
+        task = column.partition("/")[0]
+        found = [choice for choice in self.choices if (choice.model, choice.task) == (row.name, task)]
+        return len(found[0].only_answers) if found and row.published is None else 0
+
+    def _ours(self) -> list[Row]:
+        return [row for row in self.rows if row.published is None]
+
+    def _published(self) -> list[Row]:
+        return [row for row in self.rows if row.published is not None]
+
+    def _majority_rows(self) -> list[Row]:
+        """Return the line of the baseline; none where no finished cell has its scores."""
+        if not self.majority:
+            return []
+        averaged = [self.majority[column] for column in self.averaged if column in self.majority]
+        average = statistics.fmean(averaged) if averaged and len(averaged) == len(self.averaged) else None
+        scores = {column: Score.of([value]) for column, value in self.majority.items()}
+        return [Row(MAJORITY, None, scores, average, published=BASELINE)]
+
     def _text(self, row: Row, column: str, choice: Choice | None) -> str:
         score = row.scores.get(column)
         if score is None:
             return "–" if row.published else "none finished"
-        if row.published or score.n == 1 == (choice.planned if choice else 1):
+        if row.published:
             return f"{score.median:.1f}"
+        mark = ""
+        if choice and choice.only_answers:
+            share = "" if len(choice.only_answers) == choice.n else f" in {len(choice.only_answers)} of {choice.n}"
+            mark = f" ({ONE_ANSWER[TASKS[choice.task].kind]}{share})"
+        if score.n == 1 == (choice.planned if choice else 1):
+            return f"{score.median:.1f}{mark}"
         short = f" ({choice.n} of {choice.planned})" if choice and choice.n < choice.planned else ""
-        return f"{score.median:.1f} ±{score.spread:.1f}{short}"
+        return f"{score.median:.1f} ±{score.spread:.1f}{short}{mark}"
 
 
 def summary_of(output: Path, *, published: bool = False) -> Summary:
@@ -181,8 +245,15 @@ def summary_of(output: Path, *, published: bool = False) -> Summary:
         for task in tasks
         if (group := [cell for cell in cells if (cell.model, cell.task) == (name, task)])
     ]
-    found = [choose(group, {cell: records[cell]["scores"] for cell in group if cell in records}) for group in groups]
-    choices = [choice for choice in found if choice]
+    choices = []
+    for group in groups:
+        finished = {cell: records[cell] for cell in group if cell in records}
+        if choice := choose(group, {cell: record["scores"] for cell, record in finished.items()}):
+            choices.append(replace(choice, only_answers=_only_answers(choice, finished, output)))
+    majority: dict[str, float] = {}
+    for cell, record in records.items():
+        # Records of earlier versions lack it.
+        majority |= {f"{cell.task}/{name}": value for name, value in record.get("majority_scores", {}).items()}
     scores = {name: _scores(choice for choice in choices if choice.model == name) for name in names}
     firsts = [f"{task}/{TASKS[task].metrics[0]}" for task in tasks if task not in NOT_AVERAGED]
     averaged = [column for column in firsts if all(column in scores[name] for name in names)]
@@ -203,6 +274,7 @@ def summary_of(output: Path, *, published: bool = False) -> Summary:
         choices=choices,
         failures=[(cell.title, read_error(cell, output) or "not run yet") for cell in cells if cell not in records],
         conditions=_conditions(cells, records, grid["quick"]),
+        majority=majority,
     )
 
 
@@ -239,6 +311,22 @@ def choose(cells: Sequence[Cell], scores: Mapping[Cell, Mapping[str, float]]) ->
     )
 
 
+def _only_answers(choice: Choice, records: Mapping[Cell, Mapping[str, Any]], output: Path) -> tuple[str, ...]:
+    """Return the answers of the choice's seeds that gave one answer to all examples."""
+    found = []
+    for cell, record in records.items():
+        if (cell.learning_rate, cell.epochs) != (choice.learning_rate, choice.epochs):
+            continue
+        # Records of earlier versions don't say it, but have the predictions beside them.
+        if "only_answer" in record:
+            answer = record["only_answer"]
+        else:
+            answer = only_answer(cell.task, read_predictions(cell, output))
+        if answer is not None:
+            found.append(answer)
+    return tuple(found)
+
+
 def write_summary(summary: Summary, output: Path) -> None:
     """Write `summary.md`, `.csv`, `.json` and `.png` into a folder."""
     from scaledistill.glue.picture import draw
@@ -247,7 +335,10 @@ def write_summary(summary: Summary, output: Path) -> None:
     with (output / "summary.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(
-            ["model", "published", "task", "metric", "median", "low", "high", "n", "learning_rate", "epochs"]
+            [
+                *("model", "published", "task", "metric", "median", "low", "high", "n", "learning_rate", "epochs"),
+                *("one_answer_seeds", "majority_class"),
+            ]
         )
         chosen = {(choice.model, choice.task): choice for choice in summary.choices}
         for row in summary.rows:
@@ -256,7 +347,8 @@ def write_summary(summary: Summary, output: Path) -> None:
                 choice = None if row.published else chosen[row.name, task]
                 picked = [choice.learning_rate, choice.epochs] if choice else ["", ""]
                 numbers = [score.median, score.low, score.high, score.n]
-                table.writerow([row.name, row.published or "", task, metric, *numbers, *picked])
+                marks = [len(choice.only_answers) if choice else "", summary.majority.get(column, "")]
+                table.writerow([row.name, row.published or "", task, metric, *numbers, *picked, *marks])
     write_json(output / "summary.json", asdict(summary))
     draw(summary, output / "summary.png")
 

@@ -6,6 +6,8 @@ Enters: names. Leaves: `Task`. Reading is left to `read`, scoring to `metrics`.
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -106,6 +108,8 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
         raise ConfigError(f"tasks is empty; name some of {', '.join(TASKS)}")
     for number, name in enumerate(names):
         if name not in TASKS:
+            if hint := _several(name):
+                raise ConfigError(f"tasks: {name!r} is no task; {hint}")
             plain = "".join(character for character in name.lower() if character.isalnum())
             near = difflib.get_close_matches(plain, TASKS, n=1)
             meant = f"; did you mean {near[0]}?" if near else ""
@@ -113,3 +117,14 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
         if name in names[:number]:
             raise ConfigError(f"tasks names {name} twice; name it once")
     return [TASKS[name] for name in names]
+
+
+def _several(name: str) -> str | None:
+    """Return what to write where one name stands for several tasks; None where it does not."""
+    if name.lower() in ("all", "glue"):
+        parts = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
+        return f"name them all: {','.join(parts)}"
+    parts = [part.lower() for part in re.split(r"[\s,;+]+", name) if part]
+    if len(parts) > 1 and all(part in TASKS for part in parts):
+        return f"write {','.join(parts)} on the command line, {json.dumps(parts)} in a configuration"
+    return None

@@ -60,11 +60,19 @@ class Worker:
     def fileno(self) -> int:
         return cast(IO[bytes], self._process.stdout).fileno()
 
-    def give(self, cell: Cell, output: Path, model_folder: Path, data_folder: Path | None) -> None:
+    def give(
+        self,
+        cell: Cell,
+        output: Path,
+        model_folder: Path,
+        data_folder: Path | None,
+        scores_each_epoch: bool = False,
+    ) -> None:
         """Hand it a cell; the answers follow."""
         self.cell = cell
         folders = {"output": output, "model_folder": model_folder, "data_folder": data_folder}
-        job = {"cell": asdict(cell), **{name: folder and str(folder) for name, folder in folders.items()}}
+        job = {"cell": asdict(cell), "scores_each_epoch": scores_each_epoch}
+        job |= {name: folder and str(folder) for name, folder in folders.items()}
         with contextlib.suppress(BrokenPipeError):  # `answers` tells that it has ended
             cast(IO[bytes], self._process.stdin).write((json.dumps(job) + "\n").encode())
 
@@ -110,7 +118,9 @@ def main() -> None:
         cell, output = Cell.from_dict(job["cell"]), Path(job["output"])
         data_folder = None if job["data_folder"] is None else Path(job["data_folder"])
         try:
-            record, predictions = fine_tune(cell, Path(job["model_folder"]), data_folder, _Progress(answer))
+            record, predictions = fine_tune(
+                cell, Path(job["model_folder"]), data_folder, _Progress(answer), job["scores_each_epoch"]
+            )
             write_record(cell, output, record, predictions)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is shown as this cell's
             expected = isinstance(error, (ConfigError, DataError, DivergedError))
