@@ -35,7 +35,7 @@ from scaledistill.profiling import WARMUP_STEPS, StepProfiler
 from scaledistill.saving import Outcome
 from scaledistill.session import Session, open_session
 from scaledistill.speed import Stopwatch, memory_peak_bytes
-from scaledistill.step import StepResult, train_step, validation_loss
+from scaledistill.step import NOT_FINITE, StepResult, train_step, validation_loss
 from scaledistill.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -181,18 +181,20 @@ class Bookkeeper:
         session.skipped_steps += 1
         self._skipped_in_a_row += 1
         samples = f"samples {(session.step - 1) * batch} to {session.step * batch - 1}"
-        self._warn("step %d skipped: loss or gradient not finite on %s", session.step, samples)
+        what, remedy = NOT_FINITE[result.cause or "loss"]
+        self._warn("step %d skipped: %s not finite on %s", session.step, what, samples)
         if self._skipped_in_a_row > self._config.train.max_skipped_steps:
             message = (
-                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last on {samples}; "
-                f"train.max_skipped_steps={self._config.train.max_skipped_steps} allows no more. Lower "
-                f"train.learning_rate or lengthen train.warmup_steps; {self._newest_checkpoint()}"
+                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last on {samples}, "
+                f"where {what} not finite; train.max_skipped_steps={self._config.train.max_skipped_steps} allows no "
+                f"more. {remedy}; {self._newest_checkpoint()}"
             )
             with reported_once(session.ranks):
                 raise DivergedError(message)
 
     def _newest_checkpoint(self) -> str:
-        """Say which checkpoint there is to go back to; one that is still being written is none yet."""
+        """Wait for the save under way, and say which checkpoint there is to go back to. Collective."""
+        self._settle(wait=True)
         folders = [folder.name for folder in (self._folder / "checkpoints").glob("step-*")]
         return f"the last checkpoint is step {int(max(folders)[5:])}" if folders else "there is no checkpoint yet"
 

@@ -159,7 +159,15 @@ ALLOWED: dict[str, set[str]] = {
     "speed": set(),
     "step": {"data.stream", "distributed", "models.capture", "relations", "session", "speed"},
     "trackers": {"files"},
-    "trainer": {"files", "models.capture", "models.student", "models.teacher", "prepare", "relations"},
+    "trainer": {
+        "files",
+        "models.capture",
+        "models.student",
+        "models.teacher",
+        "models.weights",
+        "prepare",
+        "relations",
+    },
     "train": {
         *("config", "distributed", "doctor", "evaluation", "files", "metrics", "profiling", "runfolder", "session"),
         *("mirror", "plan", "saving", "speed", "step", "watchdog"),
