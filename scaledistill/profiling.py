@@ -7,6 +7,8 @@ at https://ui.perfetto.dev) and `table.txt`: the phases of the step, and the ope
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -15,9 +17,11 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
-from scaledistill.errors import DataError
+from scaledistill.errors import ConfigError, DataError
 from scaledistill.files import disk_remedy
+from scaledistill.session import Session
 from scaledistill.speed import Lap, Stopwatch
+from scaledistill.step import train_step
 
 log = logging.getLogger(__name__)
 
@@ -88,3 +92,27 @@ def phase_table(lap: Lap, steps: int) -> Table:
     for name, seconds in {**lap.phases, "rest": lap.seconds - sum(lap.phases.values())}.items():
         table.add_row(name, f"{1000 * seconds / steps:.2f}", f"{seconds / lap.seconds:.1%}")
     return table
+
+
+def profile_run(session: Session, last_step: int, at: Callable[[str], None]) -> Path:
+    """Make the steps up to `last_step`, the last ones under rank 0's profiler; return the run folder. Collective."""
+    folder, watch = Path(session.config.run.folder), Stopwatch(session.ranks.device, at)
+    with ExitStack() as stack:
+        stream = stack.enter_context(session.stream())
+        profiler = stack.enter_context(StepProfiler(folder, watch)) if session.ranks.is_main else None
+        while session.step < last_step:
+            train_step(session, stream, lambda: None, watch)
+            if profiler:
+                profiler.after_step()
+    return folder
+
+
+def check_trial_steps(last_step: int, max_steps: int, dry_run_steps: int | None) -> None:
+    """Raise ConfigError if a dry run, or else a profile with its warm-up, has more steps than `max_steps`."""
+    if last_step > max_steps:
+        what = (
+            f"--dry-run {dry_run_steps} is"
+            if dry_run_steps
+            else f"--profile {last_step - WARMUP_STEPS} and {WARMUP_STEPS} steps to warm up are"
+        )
+        raise ConfigError(f"{what} more than train.max_steps={max_steps}; make fewer steps")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +23,20 @@ from scaledistill.speed import Stopwatch
 
 STOP_CHECK_BATCHES = 4
 """After so many batches of a validation the ranks agree on whether to stop: on a GPU, a wait for the device."""
+LOWER_RATE = "Lower train.learning_rate or lengthen train.warmup_steps"
+NOT_FINITE = {
+    "teacher": (
+        "the teacher's Q, K or V were",
+        'Set teacher.dtype to "bf16" or "fp32" if it is "fp16"; otherwise check the weights of teacher.model',
+    ),
+    "student": (
+        "the student's output was",
+        f'{LOWER_RATE}, or set train.precision to "bf16" or "fp32" if it is "fp16"',
+    ),
+    "loss": ("the loss, though neither model's output, was", LOWER_RATE),
+    "gradient": ("a gradient, though not the loss, was", f"{LOWER_RATE}, or lower train.max_grad_norm"),
+}
+"""By what was not finite in a skipped step: the words for it, and what to do about it."""
 
 
 PROBE_BATCHES = 2
@@ -45,6 +59,8 @@ class StepResult:
     skipped: bool
     """The loss or a gradient was not finite: nothing was updated."""
     stop_requested: bool
+    cause: str | None = None
+    """Of a skipped step, what first was not finite: "teacher", "student", "loss" or "gradient"."""
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int) -> float:
@@ -61,9 +77,11 @@ def train_step(
     student, ranks, train = session.student, session.ranks, session.config.train
     pairs = list(session.config.relations.pairs)
     sums = torch.zeros(2 + len(pairs), dtype=torch.float64, device=ranks.device)  # loss, pairs, stop requests
+    batches = []
     for micro in range(session.accumulation):
         with watch.phase("data wait"):
             batch = next(stream)
+        batches.append(batch)
         if student.dropout:
             seed_dropout(session.config.run.seed, session.step, micro, ranks.rank)
         loss = forward_loss(session, batch, watch)
@@ -84,18 +102,55 @@ def train_step(
     means = [loss / (session.accumulation * ranks.world_size) for loss in losses]
     session.step += 1
     skipped = outcome.skipped or not math.isfinite(means[0])
-    return StepResult(dict(zip(names, means, strict=True)), rate, outcome.grad_norm, skipped, stops > 0)
+    cause = skip_cause(session, batches, loss_is_finite=math.isfinite(means[0])) if skipped else None
+    return StepResult(dict(zip(names, means, strict=True)), rate, outcome.grad_norm, skipped, stops > 0, cause)
+
+
+@torch.no_grad()
+def skip_cause(session: Session, batches: Iterable[Batch], *, loss_is_finite: bool) -> str:
+    """Run a skipped step's batches again and return what first was not finite, by any rank. Collective.
+
+    The weights are still those of the step, since it was skipped; so a step that goes well pays nothing for this.
+    """
+    student, ranks = session.student, session.ranks
+    student.engine.train_mode(False)
+    counts = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for batch in batches:
+        target, output_BTD = both_outputs(session, batch, Stopwatch())
+        found = split_qkv(output_BTD, student.qkv_widths)
+        counts += torch.stack([_count_not_finite(qkv, batch.mask_BT) for qkv in (target, found)])
+    student.engine.train_mode(True)
+    teacher, own = all_reduce_sum(counts).tolist()
+    if teacher:
+        return "teacher"
+    if own:
+        return "student"
+    return "gradient" if loss_is_finite else "loss"
+
+
+def _count_not_finite(qkv: QKV, mask_BT: Tensor | None) -> Tensor:
+    """Return the number of values on real tokens that are NaN or infinite, a float64 scalar on their device."""
+    count = torch.zeros((), dtype=torch.float64, device=qkv.q.device)
+    for values_BTD in qkv:
+        wrong_BT = (~values_BTD.isfinite()).sum(-1)
+        count += (wrong_BT if mask_BT is None else wrong_BT * mask_BT).sum()
+    return count
 
 
 def forward_loss(session: Session, batch: Batch, watch: Stopwatch) -> RelationLoss:
     """Return the relation loss of a micro-batch: the teacher's Q, K and V against the student's."""
+    target, output_BTD = both_outputs(session, batch, watch)
+    with watch.phase("loss"):
+        return _relation_loss(session, batch, target, output_BTD)
+
+
+def both_outputs(session: Session, batch: Batch, watch: Stopwatch) -> tuple[QKV, Tensor]:
+    """Return the teacher's Q, K and V of a micro-batch, and the student's side by side, [B, T, D]."""
     student, tokens = session.student, _tokens(batch)
     with watch.phase("teacher"):
         target = session.teacher(*tokens)
     with watch.phase("student"):
-        output_BTD = student.engine.forward(view_inputs(student.config, *tokens))
-    with watch.phase("loss"):
-        return _relation_loss(session, batch, target, output_BTD)
+        return target, student.engine.forward(view_inputs(student.config, *tokens))
 
 
 def _tokens(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:

@@ -24,7 +24,6 @@ from scaledistill.errors import (
     EXIT_DONE,
     EXIT_ENVIRONMENT,
     EXIT_STOPPED,
-    ConfigError,
     DataError,
     DivergedError,
     PeerError,
@@ -33,12 +32,12 @@ from scaledistill.errors import (
 from scaledistill.files import disk_remedy, write_json
 from scaledistill.metrics import Pace, Recorder, line
 from scaledistill.plan import start_summary
-from scaledistill.profiling import WARMUP_STEPS, StepProfiler
+from scaledistill.profiling import WARMUP_STEPS, check_trial_steps, profile_run
 from scaledistill.resuming import resume_hint
 from scaledistill.saving import Outcome
 from scaledistill.session import Session, open_session
 from scaledistill.speed import Stopwatch, memory_peak_bytes
-from scaledistill.step import ExportProbe, StepResult, train_step, validation_loss
+from scaledistill.step import NOT_FINITE, ExportProbe, StepResult, train_step, validation_loss
 from scaledistill.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -188,18 +187,20 @@ class Bookkeeper:
         session.skipped_steps += 1
         self._skipped_in_a_row += 1
         samples = f"samples {(session.step - 1) * batch} to {session.step * batch - 1}"
-        self._warn("step %d skipped: loss or gradient not finite on %s", session.step, samples)
+        what, remedy = NOT_FINITE[result.cause or "loss"]
+        self._warn("step %d skipped: %s not finite on %s", session.step, what, samples)
         if self._skipped_in_a_row > self._config.train.max_skipped_steps:
             message = (
-                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last on {samples}; "
-                f"train.max_skipped_steps={self._config.train.max_skipped_steps} allows no more. Lower "
-                f"train.learning_rate or lengthen train.warmup_steps; {self._newest_checkpoint()}"
+                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last on {samples}, "
+                f"where {what} not finite; train.max_skipped_steps={self._config.train.max_skipped_steps} allows no "
+                f"more. {remedy}; {self._newest_checkpoint()}"
             )
             with reported_once(session.ranks):
                 raise DivergedError(message)
 
     def _newest_checkpoint(self) -> str:
-        """Say which checkpoint there is to go back to; one that is still being written is none yet."""
+        """Wait for the save under way, and say which checkpoint there is to go back to. Collective."""
+        self._settle(wait=True)
         folders = [folder.name for folder in (self._folder / "checkpoints").glob("step-*")]
         return f"the last checkpoint is step {int(max(folders)[5:])}" if folders else "there is no checkpoint yet"
 
@@ -337,7 +338,7 @@ def _run(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_
         else:
             last_step = dry_run_steps or (profile_steps or 0) + WARMUP_STEPS
             with reported_once(ranks):
-                _check_trial_steps(last_step, config, dry_run_steps)
+                check_trial_steps(last_step, config.train.max_steps, dry_run_steps)
         stack.enter_context(watchdog.naming_lost_ranks())
         watchdog.at("checking")
         with failing_together():
@@ -353,7 +354,9 @@ def _run(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_
             for text in start_summary(plan, ranks.device.type, step=session.step, last_step=last_step):
                 log.info("%s", text)
         if profile_steps:
-            return profile_run(session, last_step, watchdog.at)
+            folder = profile_run(session, last_step, watchdog.at)
+            message = f"{counted(session.step, 'step')} made, the profile is in {folder}"
+            return RunResult("dry run", EXIT_DONE, session.step, message)
         bookkeeper = Bookkeeper(session, status, last_step, stop, watchdog.at)
         return run_steps(session, bookkeeper, last_step, stop, watchdog.at)
 
@@ -366,31 +369,6 @@ def stopped(status: runfolder.Status | None, ranks: Ranks, step: int, reason: st
         if status and ranks.is_main:
             status.write_if_possible("stopped", message, EXIT_STOPPED)
     return RunResult("stopped", EXIT_STOPPED, step, message)
-
-
-def _check_trial_steps(last_step: int, config: DistillConfig, dry_run_steps: int | None) -> None:
-    if last_step > config.train.max_steps:
-        what = (
-            f"--dry-run {dry_run_steps} is"
-            if dry_run_steps
-            else f"--profile {last_step - WARMUP_STEPS} and {WARMUP_STEPS} steps to warm up are"
-        )
-        raise ConfigError(f"{what} more than train.max_steps={config.train.max_steps}; make fewer steps")
-
-
-def profile_run(session: Session, last_step: int, at: Callable[[str], None]) -> RunResult:
-    """Make the steps up to `last_step`, the last ones under rank 0's profiler. Collective."""
-    folder, watch = Path(session.config.run.folder), Stopwatch(session.ranks.device, at)
-    with ExitStack() as stack:
-        stream = stack.enter_context(session.stream())
-        profiler = stack.enter_context(StepProfiler(folder, watch)) if session.ranks.is_main else None
-        while session.step < last_step:
-            train_step(session, stream, lambda: None, watch)
-            if profiler:
-                profiler.after_step()
-    return RunResult(
-        "dry run", EXIT_DONE, session.step, f"{counted(session.step, 'step')} made, the profile is in {folder}"
-    )
 
 
 def run_steps(

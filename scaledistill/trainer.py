@@ -29,6 +29,7 @@ from scaledistill.files import set_default_mode
 from scaledistill.models.capture import base_encoder, capture_view, check_layer, split_qkv, view_inputs
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import Teacher, load_encoder
+from scaledistill.models.weights import check_finite
 from scaledistill.prepare import prepare_dataset as prepare_dataset
 from scaledistill.relations import QKV, check_relation_heads, normalise_pairs, relation_loss
 
@@ -306,6 +307,9 @@ def _check_models(teacher: PreTrainedModel, student: PreTrainedModel, args: Mini
             f"the teacher has {first.vocab_size} tokens, the student {second.vocab_size}: both read the same ids; make "
             "the student by create_student from this teacher"
         )
+    for name, model in (("teacher_model", teacher), ("model", student)):
+        for key, tensor in model.state_dict().items():
+            check_finite(key, tensor, name)
 
 
 def _check_whole(model: PreTrainedModel, name: str) -> None:

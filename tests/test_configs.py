@@ -14,6 +14,8 @@ from transformers import BertConfig, BertForMaskedLM, ElectraConfig, ElectraForP
 
 from scaledistill.errors import DataError
 from scaledistill.files import set_default_mode
+from scaledistill.glue.finetune import _load_model
+from scaledistill.glue.tasks import TASKS
 from scaledistill.models.student import student_config
 from scaledistill.models.teacher import Teacher, load_config, load_encoder, open_encoder
 
@@ -123,6 +125,20 @@ def test_weights_that_are_not_finite(bert: Path, tmp_path: Path) -> None:
         load_encoder(tmp_path)
     with pytest.raises(DataError, match=f"its weight {name} has values that are not finite"):
         dict(open_encoder(tmp_path)[1])
+    with pytest.raises(DataError, match=f"^model m: its weight bert.{name} has values that are not finite"):
+        _load_model(tmp_path, TASKS["rte"], "m")
+
+
+def test_weights_that_overflow_in_the_dtype_of_the_teacher(bert: Path, tmp_path: Path) -> None:
+    name = "bert.encoder.layer.0.output.dense.bias"
+    folder = changed(bert, tmp_path, {}, {name: torch.full((48,), 1e5)})
+    message = r"output.dense.bias is finite in float32, but not in float16, which ends at 65504; set teacher.dtype"
+    with pytest.raises(DataError, match=message):
+        Teacher(load_encoder(folder), 3, dtype=torch.float16)
+    encoder, stored = open_encoder(folder)
+    with pytest.raises(DataError, match=message):
+        Teacher(encoder, 3, dtype=torch.float16, stored=stored, shard=lambda view, _, weights: (dict(weights), view)[1])
+    Teacher(load_encoder(folder), 3, dtype=torch.bfloat16)
 
 
 def test_a_private_file_gets_the_mode_of_a_new_one(tmp_path: Path) -> None:

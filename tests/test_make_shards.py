@@ -22,8 +22,12 @@ import pytest
 from test_text import save_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from scaledistill.data.blocks import block_span, decode_block
 from scaledistill.data.make import ShardReport, make_shards
-from scaledistill.data.manifest import Manifest, block_span, decode_block, too_many_unknown
+from scaledistill.data.manifest import (
+    Manifest,
+    too_many_unknown,
+)
 from scaledistill.data.shards import verify
 from scaledistill.data.sources import file_documents
 from scaledistill.data.text import load_tokenizer, tokenizer_fingerprint

@@ -16,7 +16,11 @@ import numpy as np
 import pytest
 
 from scaledistill.data import manifest, manifest_text
-from scaledistill.data.manifest import COLUMNS, _content_sha256, count_in_text
+from scaledistill.data.blocks import count_in_text
+from scaledistill.data.manifest import (
+    COLUMNS,
+    _content_sha256,
+)
 from scaledistill.data.shards import Manifest, ShardWriter, verify
 from scaledistill.errors import ConfigError, DataError
 
@@ -428,7 +432,7 @@ def test_a_set_of_unknown_tokens_is_a_problem(shards: Path) -> None:
     assert Manifest.load(shards).unknown_problem() is None  # not counted
     change_manifest(shards, unknown(0.5))
     found = (
-        "manifest.json: 50.0% of its tokens are unknown to the tokenizer, more than 5.0%: the tokenizer does not fit"
+        "shards.manifest: 50.0% of its tokens are unknown to the tokenizer, more than 5.0%: the tokenizer does not fit"
     )
     assert any(problem.startswith(found) for problem in verify(shards))
     checked = check_shards(shards)
@@ -443,7 +447,7 @@ def test_verify_counts_unknown_tokens(shards: Path) -> None:
     change_manifest(shards, unknown(0.01))
     change_manifest(shards, lambda content: content["tokenizer"].update(unk_token_id=2999))
     [problem] = verify(shards)
-    assert re.fullmatch(r"manifest.json: unknown_tokens is \d+, but the shards give 0", problem)
+    assert re.fullmatch(r"shards.manifest: unknown_tokens is \d+, but the shards give 0", problem)
 
 
 def check_shards(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

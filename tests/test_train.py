@@ -376,7 +376,50 @@ def test_too_many_non_finite_losses_end_the_run(make_tree: Callable[..., dict[st
     assert (kind, code) == ("DivergedError", 4)
     assert "3 steps in a row had a non-finite loss or gradient, the last on samples 48 to 55" in message
     assert "train.max_skipped_steps=2" in message
+    assert "where the loss, though neither model's output, was not finite" in message
+    assert message.endswith("Lower train.learning_rate or lengthen train.warmup_steps; the last checkpoint is step 6")
     assert (status_of(tree)["state"], status_of(tree)["exit_code"]) == ("diverged", 4)
+
+
+def distil_with_bad_values(tree: dict[str, Any], where: str) -> tuple[str, int, str]:
+    """Run with a NaN on the last rank from the first step on: in an output, or in a gradient behind the loss."""
+    from scaledistill import step as step_module
+
+    both_outputs = step_module.both_outputs
+
+    def bad(session: Any, batch: Any, watch: Any) -> Any:
+        target, found = both_outputs(session, batch, watch)
+        if os.environ["RANK"] != str(int(os.environ["WORLD_SIZE"]) - 1):
+            return target, found
+        if where == "teacher":
+            target = target._replace(k=torch.full_like(target.k, float("inf")))
+        elif where == "student":
+            found = found._replace(v=found.v * float("nan"))
+        elif found.q.requires_grad:
+            found.q.register_hook(lambda gradient: gradient * float("nan"))
+        return target, found
+
+    step_module.both_outputs = bad
+    return distil(tree)
+
+
+@pytest.mark.parametrize(
+    ("where", "words", "remedy"),
+    [
+        ("teacher", "the teacher's Q, K or V were not finite", "; otherwise check the weights of teacher.model"),
+        ("student", "the student's output was not finite", 'or set train.precision to "bf16" or "fp32"'),
+        ("gradient", "a gradient, though not the loss, was not finite", "or lower train.max_grad_norm"),
+    ],
+)
+def test_a_skipped_step_names_what_was_not_finite(
+    make_tree: Callable[..., dict[str, Any]], where: str, words: str, remedy: str
+) -> None:
+    tree = make_tree(train={**LONG, "max_skipped_steps": 1, "micro_batch_size": 2})
+    [(kind, _, message), _] = run_ranks(distil_with_bad_values, 2, tree, where)
+    assert kind == "DivergedError"
+    assert f"where {words}; train.max_skipped_steps=1 allows no more" in message
+    assert remedy in message
+    assert message.endswith("; there is no checkpoint yet")
 
 
 def distil_on_a_full_disk(tree: dict[str, Any], failing_saves: list[int]) -> tuple[str, int, str]:

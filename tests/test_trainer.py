@@ -302,6 +302,16 @@ def test_mistakes(tmp_path: Path) -> None:
         MiniLMTrainer(model=other, teacher_model=teacher, args=arguments(tmp_path))
 
 
+@pytest.mark.parametrize("which", ["teacher_model", "model"])
+def test_weights_that_are_not_finite(which: str, tmp_path: Path) -> None:
+    teacher, student = models()
+    broken = teacher if which == "teacher_model" else student
+    name, weight = next((name, weight) for name, weight in broken.named_parameters() if "query.weight" in name)
+    weight.data[0, 0] = float("nan")
+    with pytest.raises(DataError, match=f"^{which}: its weight {name} has values that are not finite"):
+        MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path))
+
+
 def test_create_student(tmp_path: Path) -> None:
     teacher, _ = models()
     made = arguments(tmp_path, student_hidden_size=8)

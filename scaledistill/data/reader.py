@@ -18,7 +18,10 @@ import numpy as np
 
 from scaledistill.data import remote
 from scaledistill.data.ahead import FetchAhead
-from scaledistill.data.manifest import Manifest, block_span, decode_block
+from scaledistill.data.blocks import block_span, decode_block
+from scaledistill.data.manifest import (
+    Manifest,
+)
 from scaledistill.data.order import SampleOrder
 from scaledistill.errors import ConfigError, DataError
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from scaledistill.data.blocks import block_span, count_in_text, count_tokens, decode_block, document_problem
 from scaledistill.data.manifest import (
     DOCUMENTS_DTYPE,
     IDS_DTYPES,
@@ -31,11 +32,6 @@ from scaledistill.data.manifest import (
     TAR_BLOCK,
     Manifest,
     Shard,
-    block_span,
-    count_in_text,
-    count_tokens,
-    decode_block,
-    document_problem,
     ids_offset_after,
     manifest_path,
 )

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from scaledistill.data.ahead import FetchAhead
-from scaledistill.data.manifest import count_tokens
+from scaledistill.data.blocks import count_tokens
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.reader import ShardReader
 from scaledistill.errors import ConfigError

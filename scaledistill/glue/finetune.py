@@ -39,7 +39,7 @@ from scaledistill.glue.features import Features, prepare
 from scaledistill.glue.metrics import only_answer
 from scaledistill.glue.tasks import TASKS, Task
 from scaledistill.models.teacher import quiet_transformers, read_config
-from scaledistill.models.weights import check_complete
+from scaledistill.models.weights import check_complete, check_finite
 
 OnProgress = Callable[[float], None]
 PREDICTION_BATCH = 64
@@ -163,6 +163,8 @@ def _load_model(folder: Path, task: Task, name: str) -> tuple[PreTrainedModel, l
         {key: shapes for key, shapes in (wrong | missing).items() if key.startswith(encoder) and ".pooler." not in key},
         f"model {name}",
     )
+    for key, tensor in model.state_dict().items():
+        check_finite(key, tensor, f"model {name}")
     return model, sorted({*wrong, *missing})
 
 

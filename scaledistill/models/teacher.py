@@ -42,6 +42,7 @@ from scaledistill.models.configs import plain_dict
 from scaledistill.models.weights import (
     INDEX,
     StoredWeights,
+    check_cast,
     check_complete,
     check_finite,
     check_names,
@@ -264,6 +265,9 @@ class Teacher(nn.Module):
             dtype: the precision to run in; that of `encoder` unless said.
             stored: the weights of an `encoder` that has none, from `open_encoder`; needs `shard`. Collective then.
             shard: puts them in parts on the ranks.
+
+        Raises:
+            DataError: a weight is too large for `dtype`.
         """
         super().__init__()
         view = capture_view(encoder, layer).requires_grad_(False)
@@ -273,10 +277,14 @@ class Teacher(nn.Module):
         dtype = dtype or encoder.dtype
         if stored is None or shard is None:
             self.sha256 = weights_sha256(view)
+            loaded = encoder.dtype
             self.view = view.to(dtype)
+            if dtype != loaded:
+                for name, tensor in self.view.state_dict().items():
+                    check_cast(name, tensor, loaded, "the teacher")
         else:
             digest, names = hashlib.sha256(), sorted(view.state_dict())
-            weights = ((name, _hashed(digest, name, stored[name]).to(dtype)) for name in names)
+            weights = ((name, _cast(_hashed(digest, name, stored[name]), name, dtype)) for name in names)
             self.view = shard(view.eval(), blocks_of(view), weights)
             self.sha256 = digest.hexdigest()
         self.train(False)
@@ -323,6 +331,10 @@ def _hashed(digest: Any, name: str, tensor: Tensor) -> Tensor:
     digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return tensor
+
+
+def _cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    return check_cast(name, tensor.to(dtype), tensor.dtype, "the teacher")
 
 
 @contextmanager

@@ -111,9 +111,25 @@ def stored_keys(folder: Path, model: str) -> list[str]:
     return keys
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has no NaN and no infinite value; the host waits for its device."""
+    return not (tensor.is_floating_point() and tensor.numel()) or all(x.isfinite() for x in tensor.aminmax())
+
+
+def check_cast(name: str, tensor: Tensor, stored: torch.dtype, model: str) -> Tensor:
+    """Return a weight that was cast from the finite dtype `stored`. Raises: DataError if it overflowed."""
+    if not is_finite(tensor):
+        before, now = (str(dtype).removeprefix("torch.") for dtype in (stored, tensor.dtype))
+        raise DataError(
+            f"{model}: its weight {name} is finite in {before}, but not in {now}, which ends at "
+            f'{torch.finfo(tensor.dtype).max:g}; set teacher.dtype to "bf16" or "fp32"'
+        )
+    return tensor
+
+
 def check_finite(name: str, tensor: Tensor, model: str) -> Tensor:
-    """Return a weight on the CPU. Raises: DataError if it has values that are not finite."""
-    if tensor.is_floating_point() and tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
+    """Return a weight. Raises: DataError if it has values that are not finite."""
+    if not is_finite(tensor):
         raise DataError(
             f"{model}: its weight {name} has values that are not finite (NaN or infinite) in {tensor.dtype}; fetch the "
             "model again, or take an earlier checkpoint of it"
