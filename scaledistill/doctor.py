@@ -33,7 +33,7 @@ from scaledistill.estimate import Estimate, estimate
 from scaledistill.microbatch import free_bytes, predict, with_micro_batch
 from scaledistill.models.capture import check_layer, max_sequence_length
 from scaledistill.models.student import check_init, student_config
-from scaledistill.models.teacher import check_weight_files, load_config, resolve_folder
+from scaledistill.models.teacher import check_unused, check_weight_files, load_config, resolve_folder
 from scaledistill.relations import check_relation_heads, resolve_backend
 from scaledistill.trackers import check_trackers
 
@@ -85,7 +85,7 @@ def check(
     student = attempt(_student_config, config, name, teacher) if teacher else None
     for setting, model in (("teacher.model", config.teacher.model), (f"students.{name}.init", spec.init)):
         if model not in ("random", "teacher") and Path(model).is_dir():  # a hub's are checked when they are fetched
-            attempt(check_weight_files, Path(model), f"{setting}={model!r}")
+            attempt(_check_weights, config, setting, model)
     attempt(check_trackers, config.logging.trackers)
     if writes and config.checkpoint.remote and os.environ.get("RANK", "0") == "0":  # one probe a job
         attempt(mirror.check, config.checkpoint.remote)
@@ -233,6 +233,13 @@ def _teacher_config(config: DistillConfig) -> PretrainedConfig:
             f"teacher.model={config.teacher.model}; make shards with at most {limit}"
         )
     return teacher
+
+
+def _check_weights(config: DistillConfig, setting: str, model: str) -> None:
+    """Check a folder's weights by their files' headers."""
+    name, trusted = f"{setting}={model!r}", setting == "teacher.model" and config.teacher.trust_remote_code
+    check_weight_files(Path(model), name)
+    check_unused(Path(model), load_config(model, trust_remote_code=trusted, setting=setting), name)
 
 
 def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:

@@ -6,6 +6,7 @@ one cannot do is no failure: the run goes on without it, after one warning. What
 
 from __future__ import annotations
 
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -58,6 +59,40 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def is_path(name: str | Path) -> bool:
+    """Return whether a model's name can only be meant as a local folder, not as a name on the hub.
+
+    Two parts may be either, also where a folder has the name of the hub's organisation.
+    """
+    text = str(name)
+    return isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
+
+
+def near_folder(name: str | Path) -> Path | None:
+    """Return the folder of nearly that path, each part of which may be misspelt; None if there is none."""
+    path = Path(name).expanduser()
+    found = Path(path.anchor)
+    for part in path.parts[1 if path.anchor else 0 :]:
+        if part != ".." and not (found / part).is_dir():
+            try:
+                folders = [each.name for each in found.iterdir() if each.is_dir()]
+            except OSError:
+                return None
+            near = difflib.get_close_matches(part, folders, n=1)
+            if not near:
+                return None
+            part = near[0]
+        found = found / part
+    return found
+
+
+def no_such_folder(name: str | Path, remedy: str) -> str:
+    """Return that there is no such folder, with one of nearly that name, or else `remedy`, and where it was sought."""
+    near = near_folder(name)
+    looked = "" if Path(name).expanduser().is_absolute() else f" (looked for in the working folder {Path.cwd()})"
+    return f"no such folder; {f'did you mean {near}?' if near else remedy}{looked}"
 
 
 def set_default_mode(path: Path) -> None:

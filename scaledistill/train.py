@@ -80,8 +80,7 @@ class Bookkeeper:
         self._config = session.config
         self._folder = Path(session.config.run.folder)
         self._recorder: Recorder | None = None
-        self._skipped_in_a_row = 0
-        self._failed_saves = 0
+        self._skipped_in_a_row = self._failed_saves = 0
         self._settle_at: int | None = None
         self._lap_start = session.step
         self._pace = Pace(last_step)

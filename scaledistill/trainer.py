@@ -28,7 +28,7 @@ from scaledistill.errors import ConfigError, DataError
 from scaledistill.files import set_default_mode
 from scaledistill.models.capture import base_encoder, capture_view, check_layer, split_qkv, view_inputs
 from scaledistill.models.student import build_student, student_config
-from scaledistill.models.teacher import Teacher, load_encoder
+from scaledistill.models.teacher import WEIGHT_FILES, Teacher, load_encoder, resolve_folder
 from scaledistill.models.weights import check_finite
 from scaledistill.prepare import prepare_dataset as prepare_dataset
 from scaledistill.relations import QKV, check_relation_heads, normalise_pairs, relation_loss
@@ -321,7 +321,10 @@ def _check_whole(model: PreTrainedModel, name: str) -> None:
 
 
 def create_student(
-    teacher: PreTrainedModel | str | Path, args: MiniLMTrainingArguments, use_teacher_weights: bool = False
+    teacher: PreTrainedModel | str | Path,
+    args: MiniLMTrainingArguments,
+    use_teacher_weights: bool = False,
+    cache_dir: str | Path | None = None,
 ) -> PreTrainedModel:
     """Return a student of the sizes in `args`: fp32, without pooler, with the teacher's dropout for training.
 
@@ -329,6 +332,7 @@ def create_student(
         teacher: a model, or a folder or hub name.
         use_teacher_weights: cut the weights from the teacher's layers, evenly spaced up to `args.teacher_layer`, by
             whole heads; else random from `args.seed`.
+        cache_dir: where a teacher of the hub is kept; the hub's usual folder unless said.
 
     Raises:
         ConfigError: the architecture is not supported, the sizes do not fit it, or the teacher was built in parts for
@@ -338,7 +342,8 @@ def create_student(
     try:
         with _built_whole(args):
             if not isinstance(teacher, PreTrainedModel):
-                teacher = load_encoder(teacher, num_layers=args.teacher_layer, setting="teacher")
+                folder = resolve_folder(teacher, None, WEIGHT_FILES, setting="teacher", cache_dir=cache_dir)
+                teacher = load_encoder(folder, num_layers=args.teacher_layer, setting="teacher")
             _check_whole(teacher, "teacher")
             config = student_config(
                 base_encoder(teacher).config,

@@ -5,19 +5,34 @@ from __future__ import annotations
 import json
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ENCODER_SIZES
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, ElectraConfig, ElectraForPreTraining, RobertaConfig, RobertaModel
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForMaskedLM,
+    CamembertConfig,
+    ElectraConfig,
+    ElectraForPreTraining,
+    RobertaConfig,
+    RobertaModel,
+    XLMRobertaConfig,
+)
 
 from scaledistill.errors import DataError
 from scaledistill.files import set_default_mode
 from scaledistill.glue.finetune import _load_model
 from scaledistill.glue.tasks import TASKS
 from scaledistill.models.student import student_config
-from scaledistill.models.teacher import Teacher, load_config, load_encoder, open_encoder
+from scaledistill.models.teacher import Teacher, check_weight_files, load_config, load_encoder, open_encoder
 
 IDS_BT = torch.arange(5, 21)[None]
 
@@ -108,6 +123,77 @@ def test_heads_and_old_buffers_are_no_fault(load, bert: Path, tmp_path: Path) ->
     )
     ElectraForPreTraining(ElectraConfig(**ENCODER_SIZES, embedding_size=24)).save_pretrained(tmp_path)
     load(tmp_path, num_layers=2)
+
+
+@pytest.mark.parametrize("load", [load_encoder, open_encoder])
+@pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_saved_inside_a_wrapper(load, prefix: str, bert: Path, tmp_path: Path) -> None:
+    weights = load_file(bert / "model.safetensors")
+    changed(bert, tmp_path, {})
+    save_file({f"{prefix}{name}": tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    message = f"the names of its weights begin with '{prefix}'; save the model inside it with save_pretrained: model.mo"
+    with pytest.raises(DataError, match=f"was saved inside a wrapper: {message}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
+def test_blocks_in_a_wrapper(wrapper: str, bert: Path, tmp_path: Path) -> None:
+    changed(bert, tmp_path, {})
+    weights = {
+        name.replace("layer.2.", f"layer.2.{wrapper}."): tensor
+        for name, tensor in load_file(bert / "model.safetensors").items()
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match=f"was saved inside a wrapper: bert.encoder.layer.2.{wrapper}"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_integers_and_fp8_are_quantised(dtype: torch.dtype, bert: Path, tmp_path: Path) -> None:
+    name = "bert.encoder.layer.1.output.dense.weight"
+    weight = load_file(bert / "model.safetensors")[name].to(dtype)
+    with pytest.raises(DataError, match=f"is quantised: {name} is stored as .*8.*; give the model before"):
+        load_encoder(changed(bert, tmp_path, {}, {name: weight}))
+
+
+SIZES = {**ENCODER_SIZES, "pad_token_id": 1}
+TASK_MODELS = [
+    *((RobertaConfig, auto) for auto in (AutoModelForMaskedLM, AutoModelForSequenceClassification)),
+    *((XLMRobertaConfig, auto) for auto in (AutoModelForMaskedLM, AutoModelForQuestionAnswering)),
+    *((CamembertConfig, auto) for auto in (AutoModelForMaskedLM, AutoModelForTokenClassification)),
+    *((ElectraConfig, auto) for auto in (AutoModelForPreTraining, AutoModelForMaskedLM)),
+    *((BertConfig, auto) for auto in (AutoModelForPreTraining, AutoModelForQuestionAnswering)),
+]
+
+
+@pytest.mark.parametrize(("config", "auto"), TASK_MODELS)
+def test_heads_of_task_models_are_no_fault(config: Any, auto: Any, tmp_path: Path) -> None:
+    auto.from_config(config(**SIZES)).save_pretrained(tmp_path)
+    expected = Teacher(load_encoder(tmp_path), 3).sha256
+    assert len(open_encoder(tmp_path, num_layers=3)[1]) > 0
+    assert Teacher(load_encoder(tmp_path, num_layers=3), 3).sha256 == expected
+
+
+def test_the_names_of_the_first_bert(bert: Path, tmp_path: Path) -> None:
+    weights = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in load_file(bert / "model.safetensors").items()
+    }
+    weights |= {f"cls.seq_relationship.{name}": torch.ones(2, 48) for name in ("weight", "bias")}
+    weights |= {"cls.predictions.decoder.weight": torch.ones(97, 48), "bert.pooler.dense.weight": torch.ones(48, 48)}
+    changed(bert, tmp_path, {})
+    save_file(weights, tmp_path / "model.safetensors")
+    assert Teacher(load_encoder(tmp_path), 3).sha256 == Teacher(load_encoder(bert), 3).sha256
+    open_encoder(tmp_path)
+
+
+def test_an_adapter_without_its_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"base_model.model.a.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(DataError, match=r"is an adapter without its model \(adapter_config.json\), .*; merge it"):
+        load_config(tmp_path)
+    with pytest.raises(DataError, match="is an adapter without its model"):
+        check_weight_files(tmp_path, "m")
 
 
 def test_an_adapter_beside_the_weights(bert: Path, tmp_path: Path) -> None:

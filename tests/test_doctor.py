@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import resource
 import shutil
@@ -18,6 +17,7 @@ import pytest
 import torch
 from conftest import WORDS
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from test_shards import change_manifest
 
 from scaledistill import doctor
@@ -90,7 +90,8 @@ def shown(plan: doctor.Plan) -> str:
 
 
 def test_no_weights_are_read(tiny_config: MakeConfig, teacher: Path) -> None:
-    (teacher / "model.safetensors").write_bytes(b"")
+    path = teacher / "model.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
     config = tiny_config(teacher={"model": str(teacher)})
     assert doctor.check(config, 1, CPU).estimate.student_parameters == 10_848
 
@@ -292,7 +293,24 @@ def test_bad_teachers(case: str, tiny_config: MakeConfig, teacher: Path) -> None
 
 def test_missing_model(tiny_config: MakeConfig) -> None:
     [line] = problems_of(tiny_config(teacher={"model": "./no/such/model"}), DataError)
-    assert line.startswith("teacher.model='./no/such/model' is not a folder, and the hub gave no such model (")
+    assert line == (
+        "teacher.model='./no/such/model': no such folder; give a model's folder or its hub name (looked for in the "
+        f"working folder {Path.cwd()})"
+    )
+
+
+@pytest.mark.parametrize("setting", ["teacher.model", "students.l2.init"])
+def test_weights_that_nothing_reads(setting: str, tiny_config: MakeConfig, teacher: Path) -> None:
+    path = teacher / "model.safetensors"
+    save_file(load_file(path) | {"encoder.layer.0.attention.self.query.lora_A.weight": torch.ones(2, 2)}, path)
+    student = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    changes: dict[str, Any] = {"teacher": {"model": str(teacher)}}
+    if setting != "teacher.model":
+        changes = {"students": {"l2": {**student, "init": str(teacher)}}}
+    [line] = problems_of(tiny_config(**changes), DataError)
+    assert line.startswith(f"{setting}={str(teacher)!r} has adapters that are not merged into its weights: encoder."), (
+        line
+    )
 
 
 def test_first_weights_that_are_pickled(tiny_config: MakeConfig, teacher: Path) -> None:
@@ -352,18 +370,30 @@ def test_all_problems_at_once(tiny_config: MakeConfig, shards: Path, teacher: Pa
         assert line.startswith(start)
 
 
+def write_hollow_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file in fp32 whose header is whole and whose values are a hole."""
+    header, end = {}, 0
+    for name, tensor in weights.items():
+        start, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + end)
+
+
 @pytest.fixture(scope="module")
 def large_tree(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     """A folder shaped like BERT-large, whose weights take no space, and small shards of 512 tokens."""
-    from transformers import BertConfig
+    from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("large")
     shutil.copytree(tiny_teacher, folder / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096).save_pretrained(
-        folder / "model"
-    )
-    with (folder / "model" / "model.safetensors").open("wb") as file:
-        os.truncate(file.fileno(), 1_340_000_000)
+    config = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    config.save_pretrained(folder / "model")
+    with torch.device("meta"):
+        weights = BertModel(config).state_dict()
+    write_hollow_weights(folder / "model" / "model.safetensors", weights)
     make_shards(
         (" ".join(3 * (WORDS[i:] + WORDS[:i])) for i in range(100)),
         folder / "shards",

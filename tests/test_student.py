@@ -244,7 +244,7 @@ def test_start_from_a_folder(bert: PreTrainedModel, tmp_path: Path) -> None:
         match=r"students.s.init='.*' has hidden_size=16, .*, the student is to have hidden_size=24",
     ):
         build_student(None, other, init=str(tmp_path), name="s")
-    with pytest.raises(DataError, match=r"students.s.init='no/such/folder/here' is not a folder"):
+    with pytest.raises(DataError, match=r"students.s.init='no/such/folder/here': no such folder; give a"):
         build_student(None, config, init="no/such/folder/here", name="s")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -245,5 +246,33 @@ def test_hub_names(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_folder() -> None:
-    with pytest.raises(DataError, match=r"teacher.model='./no/such/folder' is not a folder"):
+    looked = re.escape(f"(looked for in the working folder {Path.cwd()})")
+    with pytest.raises(
+        DataError, match=rf"teacher.model='./no/such/folder': no such folder; give a model's .* {looked}"
+    ):
         resolve_folder("./no/such/folder", None, ["config.json"])
+
+
+@pytest.mark.parametrize("name", ["./modls/first", "models/sub/frist", "../{here}/models/fist", "~/models/first/x/.."])
+def test_a_misspelt_folder_is_not_looked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("models/first", "models/sub/first"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(teacher_module, "snapshot_download", None)
+    name = name.format(here=tmp_path.name)
+    with pytest.raises(DataError, match=rf"model='{name}': no such folder; (did you mean .*first\?|give a model's)"):
+        resolve_folder(name, None, ["config.json"])
+
+
+def test_a_name_of_two_parts_is_asked_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str, **_: object) -> str:
+        raise LocalEntryNotFoundError("no network")
+
+    (tmp_path / "models" / "first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher_module, "snapshot_download", offline)
+    with pytest.raises(DataError, match=r"no such model \(no network\); did you mean the folder models/first\? Other"):
+        resolve_folder("models/frist", None, ["config.json"])

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_tree
+from conftest import tiny_tree, write_tiny_shards
 from ranks import Job, run_ranks
 from safetensors.torch import load_file
 from test_engine import ENGINES
@@ -133,6 +134,46 @@ def test_a_whole_run(make_tree: Callable[..., dict[str, Any]], tiny_shards: Path
     assert run_ranks(distil, 1, {**tree, "train": {**tree["train"], "micro_batch_size": 4}})[0][:2] == ("done", 0)
     assert losses_of(tree) == before
     check_export(folder / "export" / "l2", folder / "checkpoints" / "step-000000020" / "l2.weights.safetensors")
+
+
+def distil_from_memory(tree: dict[str, Any], umask: int) -> tuple[str, int, str]:
+    """Copy the shards to memory, as to a bucket, and run on them through the cache under `umask`."""
+    import fsspec
+
+    os.umask(umask)
+    local = Path(tree["data"]["train"])
+    fsspec.filesystem("memory").put(str(local / "train"), "/modes", recursive=True)
+    tree["data"] |= {"train": "memory://modes", "validation": str(local / "validation")}
+    return distil(tree)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_all_that_is_written_follows_the_umask(
+    make_tree: Callable[..., dict[str, Any]], umask: int, tmp_path: Path, tiny_teacher: Path
+) -> None:
+    tree = make_tree(
+        "out/run",
+        data={"train": str(tmp_path / "out" / "shards"), "cache_folder": str(tmp_path / "out" / "cache")},
+        train={**LONG, "max_steps": 4, "validation_every_steps": 2, "validation_rows": 9},
+        checkpoint={"every_steps": 2},
+    )
+    before = os.umask(umask)
+    try:
+        write_tiny_shards(tmp_path / "out" / "shards", tiny_teacher)
+    finally:
+        os.umask(before)
+    assert run_ranks(distil_from_memory, 1, tree, umask)[0][:2] == ("done", 0)
+    written = list((tmp_path / "out").rglob("*"))
+    names = {path.name for path in written}
+    assert {"state.json", "metrics.jsonl", "loss.png", "status.json", "l2-best", "l2", "config.json"} <= names
+    assert sum(path.suffix == ".safetensors" for path in written) >= 4
+    assert any(path.is_file() for path in (tmp_path / "out" / "cache").rglob("*"))
+    wrong = {
+        str(path.relative_to(tmp_path)): oct(stat.S_IMODE(path.stat().st_mode))
+        for path in written
+        if stat.S_IMODE(path.stat().st_mode) != (0o777 if path.is_dir() else 0o666) & ~umask
+    }
+    assert not wrong
 
 
 def check_export(export: Path, weights: Path) -> None:

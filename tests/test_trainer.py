@@ -355,6 +355,20 @@ def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     return all(torch.equal(tensor, others[name]) for name, tensor in first.state_dict().items())
 
 
+def test_create_student_takes_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options["cache_dir"]))
+        return str(RECORDED / "teacher")
+
+    monkeypatch.setattr("scaledistill.models.teacher.snapshot_download", download)
+    args = arguments(tmp_path)
+    student = create_student("some-org/some-model", args, cache_dir=".cache")
+    assert asked == [("some-org/some-model", ".cache")]
+    assert student.config.hidden_size == args.student_hidden_size
+
+
 def test_a_task_model_is_saved_with_its_head(tmp_path: Path) -> None:
     student = task_model()
     before = copy.deepcopy(student)

@@ -6,7 +6,6 @@ before the command line has said what it wants, so nothing heavy at the top.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import logging
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from scaledistill.errors import DataError
-from scaledistill.files import read_json
+from scaledistill.files import is_path, near_folder, no_such_folder, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,13 +54,11 @@ def _find(name_or_folder: str | Path, revision: str | None) -> Path:
     name, folder = str(name_or_folder), Path(name_or_folder)
     if folder.is_dir():
         return folder
-    siblings = [path.name for path in folder.parent.glob("*") if path.is_dir()]
-    if near := difflib.get_close_matches(folder.name, siblings, n=1):
-        remedy = f"did you mean {folder.parent / near[0]}?"
-    else:
-        remedy = "expected a folder with tokenizer.json, or a Hub name that is cached or reachable from here"
-    if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(f"tokenizer {name!r}: no such folder; {remedy}")
+    remedy = "expected a folder with tokenizer.json, or a Hub name that is cached or reachable from here"
+    if is_path(name_or_folder):
+        raise DataError(f"tokenizer {name!r}: {no_such_folder(name_or_folder, remedy)}")
+    if near := near_folder(name):
+        remedy = f"did you mean {near}?"
 
     from huggingface_hub import snapshot_download
 

@@ -7,7 +7,6 @@ anything runs. Running it is left to `grid`.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -196,11 +195,6 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
     setting = f"model {name}"
     if hint := _model_inside(Path(path)):
         raise DataError(f"{setting}={path!r} {hint}")
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        siblings = [other.name for other in Path(path).parent.glob("*") if other.is_dir()]
-        near = difflib.get_close_matches(Path(path).name, siblings, n=1)
-        remedy = f"did you mean {Path(path).parent / near[0]}?" if near else "give a model's folder or its hub name"
-        raise DataError(f"{setting}={path!r}: no such folder; {remedy}")
     folder = resolve_folder(path, None, MODEL_FILES, setting=setting)
     config = read_config(folder, f"{setting}={path!r}")
     for task in tasks:

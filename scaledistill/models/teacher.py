@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.files import read_json
+from scaledistill.files import is_path, near_folder, no_such_folder, read_json
 from scaledistill.models.capture import (
     ARCHITECTURES,
     architecture_of,
@@ -61,25 +61,39 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
 def resolve_folder(
-    model: str | Path, revision: str | None, patterns: Sequence[str], *, setting: str = "teacher.model"
+    model: str | Path,
+    revision: str | None,
+    patterns: Sequence[str],
+    *,
+    setting: str = "teacher.model",
+    cache_dir: str | Path | None = None,
 ) -> Path:
     """Return the local folder of a model; for a hub name, of its files that match `patterns`, fetched or cached.
+
+    Args:
+        cache_dir: where files of the hub are kept; the hub's usual folder unless said.
 
     Raises:
         DataError: neither a folder nor to be had from the hub.
     """
     if Path(model).is_dir():
         return Path(model)
+    if is_path(model):
+        remedy = "give a model's folder or its hub name"
+        raise DataError(f"{setting}={str(model)!r}: {no_such_folder(model, remedy)}")
     logger.info("looking for %s on the hub", model)
     try:
         with quiet_transformers():
-            return Path(snapshot_download(str(model), revision=revision, allow_patterns=list(patterns)))
+            found = snapshot_download(str(model), revision=revision, allow_patterns=list(patterns), cache_dir=cache_dir)
+            return Path(found)
     except Exception as error:
         version = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().partition("\n")[0]
+        remedy = "correct the name, or download the model where there is a network and give its folder"
+        if near := near_folder(model):
+            remedy = f"did you mean the folder {near}? Otherwise {remedy}"
         raise DataError(
-            f"{setting}={str(model)!r} is not a folder, and the hub gave no such model{version} ({reason}); correct "
-            "the name, or download the model where there is a network and give its folder"
+            f"{setting}={str(model)!r} is not a folder, and the hub gave no such model{version} ({reason}); {remedy}"
         ) from error
 
 
@@ -92,7 +106,7 @@ def load_config(
         ConfigError: it needs its own Python code and `trust_remote_code` is off, or its `model_type` is not supported.
         DataError: no such model, no `config.json`, or one that cannot be read.
     """
-    folder = resolve_folder(model, revision, ("config.json", "*.py"), setting=setting)
+    folder = resolve_folder(model, revision, ("config.json", "adapter_config.json", "*.py"), setting=setting)
     name, found = f"{setting}={str(model)!r}", read_json(folder / "config.json") or {}
     if not trust_remote_code and "auto_map" in found and found.get("model_type") not in CONFIG_MAPPING:
         raise ConfigError(
@@ -112,6 +126,7 @@ def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> Pre
     """
     path = folder / "config.json"
     if not path.is_file():
+        _check_adapter(folder, name)
         raise DataError(f"{name} has no config.json; give the folder that save_pretrained wrote")
     found = read_json(path) or {}
     model_type = found.get("model_type")
@@ -232,15 +247,22 @@ def check_unused(folder: Path, config: PreTrainedConfig, model: str) -> list[str
     Raises:
         DataError: weights or adapters that change what the encoder computes, and that it does not read.
     """
-    if (folder / "adapter_config.json").is_file():
-        raise DataError(
-            f"{model} has an adapter beside its weights (adapter_config.json), which is not read; merge it (PEFT: "
-            "merge_and_unload), save_pretrained, and give that folder"
-        )
+    _check_adapter(folder, model)
     if type(config) not in MODEL_MAPPING or config.model_type not in ARCHITECTURES:  # names that we do not know
         return []
     encoder = build_encoder(config, device="meta")
     return check_names(stored_keys(folder, model), encoder, prefix=encoder.base_model_prefix, model=model)
+
+
+def _check_adapter(folder: Path, model: str) -> None:
+    if not (folder / "adapter_config.json").is_file():
+        return
+    alone = not any(folder.glob("model*.safetensors"))
+    what = "is an adapter without its model" if alone else "has an adapter beside its weights"
+    raise DataError(
+        f"{model} {what} (adapter_config.json), which is not read; merge it (PEFT: merge_and_unload), "
+        "save_pretrained, and give that folder"
+    )
 
 
 class Teacher(nn.Module):
@@ -357,6 +379,7 @@ def check_weight_files(folder: Path, model: str) -> None:
 
     None is opened.
     """
+    _check_adapter(folder, model)
     try:
         names = weight_files(folder)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

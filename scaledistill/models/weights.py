@@ -31,8 +31,14 @@ QUANTISED = re.compile(
     r"(\.SCB|\.weight_format|\.qweight|\.qzeros|\.scales|\.g_idx|_scale|_scale_inv|_zero_point|\.weight_packed"
     r"|\.absmax|\.quant_map|\.quant_state\..*)$"
 )
-WRAPPERS = ("module.", "_orig_mod.")
-CHANGING = re.compile(f"{ADAPTER.pattern}|{QUANTISED.pattern}|distance_embedding|^(module|_orig_mod)[.]")
+WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+CHANGING = re.compile(f"{ADAPTER.pattern}|{QUANTISED.pattern}|distance_embedding|{WRAPPER.pattern}")
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+UNQUANTISED = "give the model before quantisation, in fp32, bf16 or fp16"
+UNWRAPPED = (
+    "save the model inside it with save_pretrained: model.module (DistributedDataParallel), model._orig_mod "
+    "(torch.compile), merge_and_unload() (PEFT), self.model (a module of your own)"
+)
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -46,11 +52,11 @@ def weight_files(folder: Path) -> list[str]:
     return ["model.safetensors"]
 
 
-def check_names(keys: Iterable[str], encoder: nn.Module, *, prefix: str, model: str) -> list[str]:
+def check_names(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str, model: str) -> list[str]:
     """Return the first parts of the names that belong to heads and poolers, which an encoder can do without.
 
     Args:
-        keys: the names in the files.
+        keys: the names in the files, with safetensors' names of their dtypes.
         encoder: whole, as its config says; may be on the meta device.
         prefix: what its names begin with inside a task model.
         model: names the model in messages.
@@ -58,7 +64,15 @@ def check_names(keys: Iterable[str], encoder: nn.Module, *, prefix: str, model: 
     Raises:
         DataError: other weights are not the encoder's, so that it would compute something else without them.
     """
-    known = {*(name for name, _ in encoder.named_parameters()), *(name for name, _ in encoder.named_buffers())}
+    parameters = {name for name, _ in encoder.named_parameters()}
+    known = parameters | {name for name, _ in encoder.named_buffers()}
+    own = {key for key in keys if encoder_name(key, prefix) in parameters}
+    if coded := sorted(key for key in own if keys[key] not in FLOATS):
+        raise DataError(f"{model} is quantised: {coded[0]} is stored as {keys[coded[0]]}; {UNQUANTISED}")
+    if not own and (wrapper := _wrapper(keys, parameters, prefix)):
+        raise DataError(
+            f"{model} was saved inside a wrapper: the names of its weights begin with {wrapper!r}; {UNWRAPPED}"
+        )
     children = {name for name, _ in encoder.named_children()}
     heads, foreign = set(), []
     for key in sorted(keys):
@@ -78,16 +92,25 @@ def check_names(keys: Iterable[str], encoder: nn.Module, *, prefix: str, model: 
     what = "has weights that its encoder has no place for"
     remedy = "give a model that transformers loads whole, with the config.json that belongs to its weights"
     if any(QUANTISED.search(key) for key in foreign):
-        what, remedy = "is quantised", "give the model before quantisation, in fp32, bf16 or fp16"
+        what, remedy = "is quantised", UNQUANTISED
     elif any(ADAPTER.search(key) for key in foreign):
         what = "has adapters that are not merged into its weights"
         remedy = "merge them (PEFT: merge_and_unload), then save_pretrained"
     elif any("distance_embedding" in key for key in foreign):
         what, remedy = "has relative positions, which transformers no longer computes", "give another model"
-    elif all(key.startswith(WRAPPERS) for key in foreign):
-        what = "was saved inside a wrapper (DistributedDataParallel, torch.compile)"
-        remedy = "save the model in it, model.module or model._orig_mod, with save_pretrained"
+    elif all(WRAPPER.search(key) for key in foreign):
+        what, remedy = "was saved inside a wrapper", UNWRAPPED
     raise DataError(f"{model} {what}: {names}; it would compute something else without them: {remedy}")
+
+
+def _wrapper(keys: Iterable[str], parameters: set[str], prefix: str) -> str | None:
+    """Return what stands before the encoder's own names in a file; None if they are not in it."""
+    for key in sorted(keys):
+        parts = key.split(".")
+        for start in range(1, len(parts)):
+            if encoder_name(".".join(parts[start:]), prefix) in parameters:
+                return ".".join(parts[:start]) + "."
+    return None
 
 
 def encoder_name(key: str, prefix: str) -> str:
@@ -99,13 +122,14 @@ def encoder_name(key: str, prefix: str) -> str:
     return name
 
 
-def stored_keys(folder: Path, model: str) -> list[str]:
-    """Return the names of all weights in a folder's files. Raises: DataError."""
-    keys: list[str] = []
+def stored_keys(folder: Path, model: str) -> dict[str, str]:
+    """Return the names of all weights in a folder's files and safetensors' names of their dtypes. Raises: DataError."""
+    keys: dict[str, str] = {}
     for path in (folder / name for name in weight_files(folder)):
         try:
             with safe_open(path, "pt") as file:
-                keys += file.keys()
+                for key in file.keys():  # noqa: SIM118 - not a dictionary
+                    keys[key] = str(file.get_slice(key).get_dtype())
         except (SafetensorError, OSError) as error:
             raise DataError(f"{model}: {path.name} cannot be read ({error}); fetch the model again") from error
     return keys
