@@ -226,7 +226,7 @@ def test_remote_code_is_run_only_when_trusted(copied: Path, tmp_path: Path, monk
 def test_hub_names(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, str | None, list[str]]] = []
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(name: str, *, revision: str | None, allow_patterns: list[str], cache_dir: str | None) -> str:
         calls.append((name, revision, allow_patterns))
         return str(saved)
 

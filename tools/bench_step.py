@@ -129,7 +129,8 @@ def configure(options: argparse.Namespace, folder: Path, shape: tuple[int, int])
         "train.global_batch_size": B,
         "train.precision": options.precision,
     }
-    return load_config(options.config, [*options.overrides, *(f"{key}={value}" for key, value in ours.items())])
+    micro = f"train.micro_batch_size={min(B, 32)}"  # the presets' 32 would be refused for a smaller batch
+    return load_config(options.config, [micro, *options.overrides, *(f"{key}={value}" for key, value in ours.items())])
 
 
 def write_models(options: argparse.Namespace, folder: Path) -> None:

@@ -85,9 +85,10 @@ def load_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> P
     folder = _find(name_or_folder, revision)
     if not has_vocabulary_file(folder):
         # transformers would invent a vocabulary of special tokens alone, and all text would become [UNK].
+        own_code = "auto_map" in (read_json(folder / "tokenizer_config.json") or {})
         raise DataError(
             f"tokenizer {name!r} cannot be loaded: {folder} has none of {', '.join(VOCABULARY_FILES)}; {_COMPANIONS}: "
-            "copy them there from the model that it was made from"
+            f"copy them there from the model that it was made from{' (remote code is never run)' if own_code else ''}"
         )
     try:
         tokenizer = _load(folder)

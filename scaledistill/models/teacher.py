@@ -70,8 +70,7 @@ def resolve_folder(
 ) -> Path:
     """Return the local folder of a model; for a hub name, of its files that match `patterns`, fetched or cached.
 
-    Args:
-        cache_dir: where files of the hub are kept; the hub's usual folder unless said.
+    Files of the hub are kept in `cache_dir`, by default in the hub's usual folder.
 
     Raises:
         DataError: neither a folder nor to be had from the hub.
@@ -185,7 +184,7 @@ def load_encoder(
                 **options,
             )
     except Exception as error:
-        raise _not_loaded(model, setting, error) from error
+        raise _not_loaded(name, error) from error
     wrong: dict[str, tuple[list[int] | None, list[int]]] = {name: (None, []) for name in info["missing_keys"]}
     wrong |= {name: (list(found), list(expected)) for name, found, expected in info["mismatched_keys"]}
     check_complete(wrong, name)
@@ -208,20 +207,21 @@ def open_encoder(
         ConfigError, DataError: see `load_encoder`; a weight that is damaged itself is found when it is read.
     """
     config, folder = _locate(model, revision, num_layers, trust_remote_code, setting)
+    name = f"{setting}={str(model)!r}"
     options = encoder_options(config) if type(config) in MODEL_MAPPING else {"trust_remote_code": trust_remote_code}
     stated = config.dtype is not None
     try:
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             encoder = AutoModel.from_config(config, dtype=config.dtype or torch.float32, **options).eval()
     except Exception as error:
-        raise _not_loaded(model, setting, error) from error
-    dtype, name = encoder.dtype if stated else None, f"{setting}={str(model)!r}"
+        raise _not_loaded(name, error) from error
+    dtype = encoder.dtype if stated else None
     return encoder, StoredWeights(folder, encoder, prefix=encoder.base_model_prefix, dtype=dtype, model=name)
 
 
-def _not_loaded(model: str | Path, setting: str, error: Exception) -> DataError:
+def _not_loaded(name: str, error: Exception) -> DataError:
     reason = " ".join(str(error).split())
-    return DataError(f"{setting}={str(model)!r} cannot be loaded ({reason}); fetch the model again")
+    return DataError(f"{name} cannot be loaded ({reason}); fetch the model again")
 
 
 def _locate(
@@ -250,7 +250,10 @@ def check_unused(folder: Path, config: PreTrainedConfig, model: str) -> list[str
     _check_adapter(folder, model)
     if type(config) not in MODEL_MAPPING or config.model_type not in ARCHITECTURES:  # names that we do not know
         return []
-    encoder = build_encoder(config, device="meta")
+    try:
+        encoder = build_encoder(copy.deepcopy(config), device="meta")  # it sets the dtype of its config
+    except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
+        raise _not_loaded(model, error) from error
     return check_names(stored_keys(folder, model), encoder, prefix=encoder.base_model_prefix, model=model)
 
 

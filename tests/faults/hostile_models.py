@@ -60,7 +60,7 @@ def pickled_weights(box: Box) -> Callable[[], object]:
     return lambda: load(box)
 
 
-@case("cannot be loaded")
+@case("cannot be read")
 def pickled_weights_named_safetensors(box: Box) -> Callable[[], object]:
     copy_teacher(box)
     write_pickle(box.folder / "model.safetensors", box)
@@ -101,7 +101,7 @@ def an_index_nested_too_deep(box: Box) -> Callable[[], object]:
     return lambda: load(box)
 
 
-@case("cannot be loaded")
+@case("cannot be read")
 def a_header_of_2_60_bytes(box: Box) -> Callable[[], object]:
     copy_teacher(box)
     write_header(box.folder / "model.safetensors", {}, 1 << 60)
@@ -115,21 +115,21 @@ def a_header_of_2_63_bytes_for_a_sharded_teacher(box: Box) -> Callable[[], objec
     return lambda: load_sharded(box)
 
 
-@case("cannot be loaded")
+@case("cannot be read")
 def a_tensor_beyond_the_file(box: Box) -> Callable[[], object]:
     copy_teacher(box)
     write_header(box.folder / "model.safetensors", entry([1 << 20, 1 << 20], 1 << 42))
     return lambda: load(box)
 
 
-@case("cannot be loaded")
+@case("cannot be read")
 def a_shape_whose_product_wraps(box: Box) -> Callable[[], object]:
     copy_teacher(box)
     write_header(box.folder / "model.safetensors", entry([1 << 32, 1 << 32], 64))
     return lambda: load(box)
 
 
-@case("cannot be loaded")
+@case("cannot be read")
 def a_header_nested_too_deep(box: Box) -> Callable[[], object]:
     copy_teacher(box)
     write_header(box.folder / "model.safetensors", DEEP.encode())
