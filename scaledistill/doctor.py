@@ -49,6 +49,7 @@ class Plan:
     world_size: int
     order: SampleOrder
     shards: ShardReader
+    held_out: ShardReader | None
     student_name: str
     estimate: Estimate
     free_disk_bytes: int
@@ -116,7 +117,7 @@ def check(
         resolved = with_micro_batch(resolved, size)
     facts = estimate(resolved, name, teacher, student, world_size, sized_for)
     free = _free_disk_bytes(resolved, facts.checkpoint_bytes if writes else 0)
-    plan = Plan(resolved, world_size, order, shards, name, facts, free, config)
+    plan = Plan(resolved, world_size, order, shards, held_out, name, facts, free, config)
     if evaluation is None:
         return plan
     encoder = facts.student_parameters - student.vocab_size * student.hidden_size
@@ -203,15 +204,22 @@ def _compiles(config: DistillConfig, backend: str, device: torch.device) -> bool
     return compiles
 
 
-def open_shards(config: DistillConfig, location: str, rank: int | None = None) -> ShardReader:
+def open_shards(config: DistillConfig, location: str) -> ShardReader:
     """Open a data set, through the local cache where it is a URL.
+
+    The first rank of each machine looks for every shard; the others would ask the same file system.
 
     Raises:
         ConfigError, DataError: see `ShardReader`.
     """
-    folder = config.data.cache_folder
+    folder, rank = config.data.cache_folder, os.environ.get("RANK")
     cache = ShardCache(Path(folder) if folder else None, limit_bytes=config.data.cache_bytes)
-    return ShardReader(location, cache=cache, rank=rank)
+    return ShardReader(
+        location,
+        cache=cache,
+        rank=None if rank is None else int(rank),
+        check_sizes=os.environ.get("LOCAL_RANK", "0") == "0",
+    )
 
 
 def _open_set(config: DistillConfig, setting: str, location: str) -> ShardReader:

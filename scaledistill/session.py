@@ -39,6 +39,8 @@ from scaledistill.speed import measured_matrix_rate, peak_flops
 
 log = logging.getLogger(__name__)
 
+DataSets = tuple[ShardReader, ShardReader | None]
+"""The training rows and the held-out ones."""
 VERSIONED = ("torch", "transformers", "deepspeed", "safetensors")
 
 
@@ -212,11 +214,19 @@ def versions() -> dict[str, str]:
     return own | {name: version(name) for name in VERSIONED}
 
 
-def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool, sized_by: Estimate | None = None) -> Session:
+def open_session(
+    config: DistillConfig,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    sized_by: Estimate | None = None,
+    opened: DataSets | None = None,
+) -> Session:
     """Set up everything that a run needs, at the step of its newest good checkpoint if it is to resume. Collective.
 
     `sized_by` is the estimate that predicted the micro-batch in `config`, where it is to be the most that fits; a run
-    that is resumed on as many ranks keeps the one that it had, and so its rounding.
+    that is resumed on as many ranks keeps the one that it had, and so its rounding. `opened` are the data sets, where
+    they are open already: a manifest may take seconds to read, and memory.
 
     Raises:
         ConfigError: the run that would be resumed had other settings, another teacher or other data.
@@ -228,9 +238,9 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool, sized_by:
     if ranks.is_main:
         log.info("loading %s up to layer %d", teacher_settings.model, teacher_settings.layer)
     with failing_together():
-        shards = open_shards(config, data.train, ranks.rank)
-        validates = config.train.validation_every_steps > 0
-        held_out = open_shards(config, data.validation, ranks.rank) if data.validation and validates else None
+        shards, held_out = opened or _open_data(config)
+        if not config.train.validation_every_steps:
+            held_out = None
         order = shards.order(seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows)
         whole = teacher_settings.placement == "replicate"
         encoder, stored = (_load_whole if whole else open_encoder)(
@@ -273,6 +283,11 @@ def open_session(config: DistillConfig, ranks: Ranks, *, resume: bool, sized_by:
     if checkpoint:
         _restore(session, checkpoint)
     return session
+
+
+def _open_data(config: DistillConfig) -> DataSets:
+    data = config.data
+    return open_shards(config, data.train), open_shards(config, data.validation) if data.validation else None
 
 
 def _load_whole(model: str, **options: Any) -> tuple[PreTrainedModel, None]:

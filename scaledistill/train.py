@@ -346,7 +346,9 @@ def _run(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_
             return stopped(status, ranks, status.step if status else 0, stop.acknowledge())
         watchdog.at("loading")
         sized_by = plan.estimate if config.train.micro_batch_size == "auto" else None
-        session = open_session(plan.config, ranks, resume=status is not None, sized_by=sized_by)
+        session = open_session(
+            plan.config, ranks, resume=status is not None, sized_by=sized_by, opened=(plan.shards, plan.held_out)
+        )
         stack.enter_context(session.saver)
         if ranks.is_main:
             plan = replace(plan, config=session.config)  # with the micro-batch that was chosen

@@ -111,3 +111,36 @@ def test_a_student_is_fp32_on_every_cpu(make_tree: Callable[..., dict[str, Any]]
     assert student == {"torch.float32"}
     [(_, _, exact)] = run_ranks(dtypes_of, 1, make_tree())
     assert losses == pytest.approx(exact, rel=0.02 if fast_bf16 else 1e-6)
+
+
+def manifests_of(tree: dict[str, Any]) -> tuple[int, list[int]]:
+    """Make a run; return how often manifests were read, and the rows of those that stand in memory at its last step."""
+    import gc
+
+    from scaledistill import train
+    from scaledistill.data.manifest import Manifest
+
+    reads, alive = 0, []
+    load, after_step = Manifest.load.__func__, train.Bookkeeper.after_step
+
+    def counted(cls: type[Manifest], location: Any) -> Manifest:
+        nonlocal reads
+        reads += 1
+        return load(cls, location)
+
+    def after(self: Any, result: Any) -> None:
+        after_step(self, result)
+        alive[:] = [found.rows for found in gc.get_objects() if isinstance(found, Manifest)]
+
+    Manifest.load = classmethod(counted)  # type: ignore[method-assign, assignment]
+    train.Bookkeeper.after_step = after  # type: ignore[method-assign]
+    train.distill(parse_config(tree), fresh=True)
+    return reads, alive
+
+
+def test_a_manifest_is_read_once_and_kept_once(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> None:
+    validates = {"validation_every_steps": 2, "validation_rows": 8, "max_steps": 2, "global_batch_size": 8}
+    held_out = {"validation": str(tiny_shards / "validation")}
+    tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, train=validates, data=held_out)
+    for reads, alive in run_ranks(manifests_of, 2, tree):
+        assert (reads, len(alive)) == (2, 2)  # training and held-out rows

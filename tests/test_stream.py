@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -331,3 +332,11 @@ def test_blocks_that_break_during_the_run_are_found_and_not_handed_out(tmp_path:
         with pytest.raises(DataError, match=wanted):
             seen.extend(islice(stream, ROWS // 8))
     assert not set(rows_of(seen)) & set(bad)
+
+
+def test_a_rank_that_leaves_the_look_at_the_files_to_another(tiny_shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_shards / "train", tmp_path / "train")
+    (tmp_path / "train" / "shard-000000.tar").unlink()
+    reader = ShardReader(tmp_path / "train", check_sizes=False)
+    with pytest.raises(DataError, match=r"shard-000000\.tar, block 0 can't be read"):
+        reader.read(0, range(1))

@@ -35,13 +35,19 @@ class ShardReader:
     """Read blocks of a data set, every byte checked against the manifest.
 
     `location`: a folder, or a URL whose shards are kept in `cache`. That every shard exists with the right size is
-    checked here (over HTTP: when it is read). `rank` is named in errors, because nodes may see different disks.
+    checked here (over HTTP: when it is read), unless another process does (`check_sizes` off). `rank` is named in
+    errors, because nodes may see different disks.
 
     Raises: ConfigError for a URL that is not allowed; DataError for a bad manifest, a missing shard or a wrong size.
     """
 
     def __init__(
-        self, location: str | Path, *, cache: remote.ShardCache | None = None, rank: int | None = None
+        self,
+        location: str | Path,
+        *,
+        cache: remote.ShardCache | None = None,
+        rank: int | None = None,
+        check_sizes: bool = True,
     ) -> None:
         self.location = str(location).rstrip("/")
         self.manifest = Manifest.load(self.location)
@@ -53,7 +59,8 @@ class ShardReader:
         largest = max(int(shard.block_rows.max()) for shard in self.manifest.shards) * self.manifest.row_bytes
         self._block_starts = lru_cache(maxsize=1024)(self._starts_of)
         self._blocks_per_read = max(1, READ_BYTES // largest)
-        self._check_sizes()
+        if check_sizes:
+            self._check_sizes()
 
     def _check_sizes(self) -> None:
         if self._cache is None:
