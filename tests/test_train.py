@@ -429,16 +429,16 @@ def distil_with_bad_values(tree: dict[str, Any], where: str) -> tuple[str, int, 
     both_outputs = step_module.both_outputs
 
     def bad(session: Any, batch: Any, watch: Any) -> Any:
-        target, found = both_outputs(session, batch, watch)
+        target, output = both_outputs(session, batch, watch)
         if os.environ["RANK"] != str(int(os.environ["WORLD_SIZE"]) - 1):
-            return target, found
+            return target, output
         if where == "teacher":
             target = target._replace(k=torch.full_like(target.k, float("inf")))
         elif where == "student":
-            found = found._replace(v=found.v * float("nan"))
-        elif found.q.requires_grad:
-            found.q.register_hook(lambda gradient: gradient * float("nan"))
-        return target, found
+            output = output * float("nan")
+        elif output.requires_grad:
+            output.register_hook(lambda gradient: gradient * float("nan"))
+        return target, output
 
     step_module.both_outputs = bad
     return distil(tree)
