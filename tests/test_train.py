@@ -524,6 +524,7 @@ def test_a_damaged_shard_ends_the_run(
 def distil_from(folders: list[str], tree: dict[str, Any]) -> tuple[str, int, str]:
     """Run with a working folder of each rank's own, as on nodes with disks of their own."""
     os.chdir(folders[int(os.environ["RANK"])])
+    os.environ["LOCAL_RANK"] = "0"
     return distil(tree)
 
 
