@@ -33,7 +33,7 @@ from scaledistill.files import disk_remedy, write_json
 from scaledistill.metrics import Pace, Recorder, line
 from scaledistill.plan import start_summary
 from scaledistill.profiling import WARMUP_STEPS, check_trial_steps, profile_run
-from scaledistill.resuming import resume_hint
+from scaledistill.resuming import newest_step, resume_hint
 from scaledistill.saving import Outcome
 from scaledistill.session import Session, open_session
 from scaledistill.speed import Stopwatch, memory_peak_bytes
@@ -200,8 +200,8 @@ class Bookkeeper:
     def _newest_checkpoint(self) -> str:
         """Wait for the save under way, and say which checkpoint there is to go back to. Collective."""
         self._settle(wait=True)
-        folders = [folder.name for folder in (self._folder / "checkpoints").glob("step-*")]
-        return f"the last checkpoint is step {int(max(folders)[5:])}" if folders else "there is no checkpoint yet"
+        step = newest_step(self._folder)
+        return "there is no checkpoint yet" if step is None else f"the last checkpoint is step {step}"
 
     def _validate(self) -> float | None:
         """Validate, and export the student if it is the best so far; None where someone asked to stop meanwhile."""
