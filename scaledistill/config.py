@@ -253,8 +253,14 @@ class EvaluationSettings(Settings):
 
 
 class RunEvaluation(EvaluationSettings):
-    """Fine-tuning the exported student at the end of the run; the scores go into its model card."""
+    """Fine-tuning the exported student at the end of the run, the scores go into its card; or a probe; or both."""
 
+    tasks: list[NonEmpty] = Field(default_factory=list)
+    """As above; none: nothing is fine-tuned."""
+    probe: Literal["stsb"] | None = None
+    """At each validation, score the student as it is then, without fine-tuning: Spearman's correlation of STS-B's dev
+    labels with the cosine of mean-pooled hidden states. Recorded as "probe/stsb_spearman" for the last block's output,
+    and as "probe/stsb_spearman_below" for that of the block below, the last one that tap "last" trains whole."""
     include_teacher: bool = False
     """Score the whole teacher model too, for comparison."""
 
@@ -281,6 +287,13 @@ class DistillConfig(Settings):
             raise ValueError(f"students has {len(self.students)} entries, expected one")
         if bad := [name for name in self.students if not STUDENT_NAME.fullmatch(name)]:
             raise ValueError(f"students.{bad[0]}: a name has letters, digits, '-' and '_' only; it names a folder")
+        if self.evaluation and not (self.evaluation.tasks or self.evaluation.probe):
+            raise ValueError("evaluation has neither tasks nor a probe; name some tasks, set probe, or leave it out")
+        if self.evaluation and self.evaluation.probe and not self.train.validation_every_steps:
+            raise ValueError(
+                f"evaluation.probe={self.evaluation.probe!r} is measured at each validation, and "
+                "train.validation_every_steps is 0; set it, and data.validation"
+            )
         if self.train.validation_every_steps and self.data.validation is None:
             raise ValueError(
                 f"train.validation_every_steps={self.train.validation_every_steps} needs data.validation, which is not "

@@ -118,7 +118,7 @@ def check(
     facts = estimate(resolved, name, teacher, student, world_size, sized_for)
     free = _free_disk_bytes(resolved, facts.checkpoint_bytes if writes else 0)
     plan = Plan(resolved, world_size, order, shards, held_out, name, facts, free, config)
-    if evaluation is None:
+    if evaluation is None or not (config.evaluation and config.evaluation.tasks):
         return plan
     encoder = facts.student_parameters - student.vocab_size * student.hidden_size
     return replace(plan, evaluation=evaluation.size, evaluation_flops=evaluation.flops(encoder))

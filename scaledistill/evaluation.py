@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from scaledistill.config import DistillConfig, EvaluationSettings, RunEvaluation
 from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, ConfigError, Problems, counted
 from scaledistill.glue.grid import GridResult, GridStoppedError, run_grid
+from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.plan import (
     MODEL_FILES,
     check_lengths,
@@ -29,7 +30,9 @@ from scaledistill.glue.plan import (
     grid_size,
     positions,
 )
+from scaledistill.glue.read import read_split
 from scaledistill.glue.summary import column_title, summary_of
+from scaledistill.glue.tasks import TASKS
 from scaledistill.models.export import write_card_section
 from scaledistill.models.teacher import load_config, resolve_folder
 from scaledistill.runfolder import Status, StopRequest, failures_told
@@ -41,12 +44,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TEACHER = "teacher"
-TASKS = ("mnli", "qnli", "qqp", "rte", "sst2", "mrpc", "cola", "stsb")
+EIGHT_TASKS = ("mnli", "qnli", "qqp", "rte", "sst2", "mrpc", "cola", "stsb")
 
 
 def evaluate(
     model_name_or_path: str,
-    tasks: str | Sequence[str] = TASKS,
+    tasks: str | Sequence[str] = EIGHT_TASKS,
     learning_rate: float | Sequence[float] = (1e-5, 3e-5, 5e-5),
     epochs: int | Sequence[int] = (3, 5, 10),
     output_dir: str | Path = "./evaluation_results",
@@ -150,14 +153,22 @@ def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
     """
     settings, teacher = _settings_of(config), config.teacher
     problems = Problems()
-    tasks, data = check_tasks(settings, problems)
+    if settings.probe:
+        data_folder = Path(settings.data_folder) if settings.data_folder else None
+        problems.attempt(read_split, TASKS[settings.probe], "dev", data_folder)
+        problems.attempt(check_installed)
+    tasks, data = check_tasks(settings, problems) if settings.tasks else ([], {})
     [student] = config.students
+    if settings.include_teacher and not tasks and not problems.found:
+        problems.found.append(
+            ConfigError("include_teacher needs tasks to score the teacher on; name some, or leave it")
+        )
     if settings.include_teacher and student == TEACHER:
         problems.found.append(
             ConfigError(f"include_teacher needs the name {TEACHER!r} in the tables; call the student otherwise")
         )
     whole_teacher = None
-    if settings.include_teacher:
+    if settings.include_teacher and tasks:
         whole_teacher = problems.attempt(lambda: check_model(TEACHER, _teacher_folder(config), tasks))
     shape = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)  # the student's table is as long
     check_lengths(f"the student {student}", positions(shape), data.values(), problems)

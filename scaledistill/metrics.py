@@ -123,6 +123,8 @@ def summary(row: Mapping[str, Any]) -> str:
     parts = ["loss " + ("not finite" if row["loss"] is None else f"{row['loss']:.4f}")]
     if row.get("validation_loss") is not None:
         parts.append(f"validation {row['validation_loss']:.4f}")
+    if row.get("probe/stsb_spearman") is not None:
+        parts.append(f"STS-B probe {row['probe/stsb_spearman']:.3f}")
     if row.get("tokens_per_second") is not None:
         parts.append(f"{short(row['tokens_per_second'])} tokens/s")
     if row.get("mfu") is not None:

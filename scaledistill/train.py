@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -39,6 +40,9 @@ from scaledistill.session import Session, open_session
 from scaledistill.speed import Stopwatch, memory_peak_bytes
 from scaledistill.step import NOT_FINITE, ExportProbe, StepResult, train_step, validation_loss
 from scaledistill.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from scaledistill.probing import StudentProbe
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +84,7 @@ class Bookkeeper:
         self._config = session.config
         self._folder = Path(session.config.run.folder)
         self._recorder: Recorder | None = None
+        self._probe: StudentProbe | None = None
         self._skipped_in_a_row = self._failed_saves = 0
         self._settle_at: int | None = None
         self._lap_start = session.step
@@ -96,6 +101,10 @@ class Bookkeeper:
         with failing_together():
             if session.ranks.is_main:
                 self._open_record(stack, self._status)
+        if self._config.evaluation and self._config.evaluation.probe:
+            from scaledistill.probing import StudentProbe  # seconds, that other runs needn't spend
+
+            self._probe = StudentProbe(session)
 
     def _open_record(self, stack: ExitStack, status: runfolder.Status) -> None:
         session = self._session
@@ -203,8 +212,11 @@ class Bookkeeper:
         step = newest_step(self._folder)
         return "there is no checkpoint yet" if step is None else f"the last checkpoint is step {step}"
 
-    def _validate(self) -> float | None:
-        """Validate, and export the student if it is the best so far; None where someone asked to stop meanwhile."""
+    def _validate(self) -> dict[str, float] | None:
+        """Validate, and export the student if it is the best so far; return the figures, with those of the probe.
+
+        None where someone asked to stop meanwhile.
+        """
         session = self._session
         loss = validation_loss(session, self._stop.reason, self._at)
         if loss is None:
@@ -221,16 +233,16 @@ class Bookkeeper:
             except (DataError, PeerError) as error:
                 kept = "the best export before is kept" if session.best else "there is no best export yet"
                 self._warn("%s; training goes on, %s", error, kept)
-        return loss
+        self._at("probe")
+        return {"validation_loss": loss, **(self._probe.scores() if self._probe else {})}
 
-    def _record(self, result: StepResult, validation: float | None) -> None:
+    def _record(self, result: StepResult, validation: dict[str, float] | None) -> None:
         session, data = self._session, self._config.data
         seconds, phases = self.watch.lap()
         tokens = (session.step - self._lap_start) * self._config.train.global_batch_size * data.sequence_length
         self._lap_start = session.step
         row = {"step": session.step, **result.losses, "lr": result.learning_rate, "grad_norm": float(result.grad_norm)}
-        if validation is not None:
-            row["validation_loss"] = validation
+        row |= validation or {}
         row["tokens_per_second"] = tokens / seconds
         row["mfu"] = tokens / seconds * session.flops_per_token / session.peak_flops
         for phase in ("data wait", "teacher", "optimizer"):
@@ -296,7 +308,11 @@ def distill(
         DivergedError: too many steps in a row had a non-finite loss or gradient.
     """
     result = _distill(config, fresh, dry_run_steps, profile_steps)
-    if config.evaluation is None or result.state != "done" or os.environ.get("RANK", "0") != "0":
+    if (
+        not (config.evaluation and config.evaluation.tasks)
+        or result.state != "done"
+        or os.environ.get("RANK", "0") != "0"
+    ):
         return result
     from scaledistill.evaluation import evaluate_run  # seconds, that other runs needn't spend
 

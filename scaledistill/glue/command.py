@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -38,7 +38,7 @@ QUICK = EvaluationSettings(
     tasks=["cola"], learning_rates=[1e-4], epochs=[2], seeds=[1], max_train_rows=1200, group_by_length=True
 )
 DEFAULTS = EvaluationSettings(tasks=["cola"])
-DESCRIPTION = """Fine-tune and score models on GLUE and SQuAD 2.0.
+DESCRIPTION = """Fine-tune and score models on GLUE and SQuAD 2.0; with --probe, score them as they are.
 
 Example: python tools/glue.py --model runs/student --model bert-base-uncased --tasks cola,rte --data-dir glue \\
            --output runs/glue
@@ -112,6 +112,10 @@ def parser() -> argparse.ArgumentParser:
         "--data-dir", metavar="DIR", dest="data_folder",
         help="a folder with the original files, one folder a task (default: from the hub)",
     )  # fmt: skip
+    what.add_argument(
+        "--probe", choices=("stsb",),
+        help="in place of --tasks: score the models as they are, without fine-tuning, in seconds",
+    )  # fmt: skip
     grid = parse.add_argument_group("the grid: each learning rate × epochs × seed")
     lists = {"learning_rates": float, "epochs": int, "seeds": int}
     for name, kind in lists.items():
@@ -160,9 +164,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if unknown:
         known = [name for action in parse._actions for name in action.option_strings]
         parse.error(_unknown(unknown[0], arguments, known))
-    for name in ("models", "tasks"):
-        if not getattr(options, name):
-            parse.error(f"--{'model' if name == 'models' else name} is missing")
+    if not options.models:
+        parse.error("--model is missing")
+    if options.probe and options.tasks:
+        parse.error(
+            f"--probe {options.probe} goes without --tasks: it fine-tunes nothing; run the command once for each"
+        )
+    if not (options.tasks or options.probe):
+        parse.error("--tasks is missing (or --probe stsb, for a score without fine-tuning)")
     if options.json and not options.json.parent.is_dir():
         parse.error(f"--json {options.json}: no folder {options.json.parent}; make it first")
     if options.json and options.json.is_dir():
@@ -258,7 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Run the grid, show and write what came out, and return the exit code."""
-    models, settings = named_models(options.models), settings_of(options)
+    models = named_models(options.models)
+    if options.probe:
+        return probe(models, options)
+    settings = settings_of(options)
     from rich.console import Console
 
     from scaledistill.glue.grid import check_workers, run_plan
@@ -292,6 +304,21 @@ def run(options: argparse.Namespace) -> int:
         for table in report.tables:
             console.print(table.rich())
     return EXIT_ENVIRONMENT if result.failures else EXIT_DONE
+
+
+def probe(models: Mapping[str, str], options: argparse.Namespace) -> int:
+    """Score the models as they are, show and write what came out, and return the exit code."""
+    from rich.console import Console
+
+    from scaledistill.glue.probe import probe_models
+
+    report = probe_models(models, Path(options.data_folder) if options.data_folder else None)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in report.tables:
+        console.print(table.rich())
+    if options.json:
+        options.json.write_text(json.dumps(report.figures, indent=1) + "\n")
+    return EXIT_DONE
 
 
 def show(console: Console, result: GridResult) -> None:

@@ -1,0 +1,129 @@
+"""A score that needs no fine-tuning: how well a model's sentence vectors rank the dev pairs of STS-B.
+
+Enters: an encoder, its tokenizer, the pairs. Leaves: Spearman's correlation of the labels with the cosine of the mean
+hidden states. A student tapped at its last block never trains what lies above that block's query, key and value, so
+the output of the block below is scored as well.
+
+Legend: B sentences of a batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from scaledistill.benchmark import Report
+from scaledistill.data.tokenizer import load_tokenizer
+from scaledistill.errors import Problems
+from scaledistill.glue.plan import check_model
+from scaledistill.glue.read import read_split
+from scaledistill.glue.tasks import TASKS
+from scaledistill.models.teacher import load_encoder
+
+BATCH = 64
+MAX_LENGTH = 128
+METRICS = {"stsb_spearman": -1, "stsb_spearman_below": -2}
+"""By metric, the block from the end whose output is pooled."""
+
+
+def probe_models(models: Mapping[str, str], data_folder: Path | None) -> Report:
+    """Score models as they are, and return a table and the figures.
+
+    Args:
+        models: folder or hub name of each model by its name in the table.
+        data_folder: as `read_split` takes it.
+
+    Raises:
+        ConfigError, DataError: models or data cannot be used; with every problem found, a line each.
+    """
+    problems = Problems()
+    found = [problems.attempt(check_model, name, path, []) for name, path in models.items()]
+    problems.attempt(read_split, TASKS["stsb"], "dev", data_folder)
+    problems.raise_all()
+    report = Report()
+    table = report.table(
+        "STS-B dev, Spearman without fine-tuning: cosine of mean-pooled hidden states",
+        ["model", "parameters", "pairs", "last block", "block below", "seconds"],
+    )
+    for model in found:
+        assert model is not None
+        start = time.perf_counter()
+        probe = SimilarityProbe(load_tokenizer(model.folder), data_folder, model.positions)
+        encoder = load_encoder(model.folder, dtype=torch.float32, setting=f"model {model.name}")
+        nn.Module.to(encoder, "cuda" if torch.cuda.is_available() else "cpu")
+        scores = probe.score(encoder)
+        for metric, value in scores.items():
+            report.add(f"{model.name}/probe/{metric}", value, "Spearman")
+            report.figures[-1]["n"] = probe.num_pairs
+        cells = [f"{value:.3f}" for value in scores.values()]
+        seconds = f"{time.perf_counter() - start:.1f}"
+        table.rows.append([model.name, f"{model.parameters / 1e6:.1f} M", str(probe.num_pairs), *cells, seconds])
+    return report
+
+
+class SimilarityProbe:
+    """The sentences of STS-B's dev split as one tokenizer reads them, and the score of their pairs."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, data_folder: Path | None, positions: int | None = None
+    ) -> None:
+        """Read and tokenise the pairs.
+
+        Args:
+            data_folder: as `read_split` takes it.
+            positions: of the model, where there is a limit; a sentence is cut there, or at 128 tokens.
+
+        Raises:
+            DataError: see `read_split`.
+        """
+        tokenizer.padding_side = "right"
+        self._tokenizer = tokenizer
+        pairs = read_split(TASKS["stsb"], "dev", data_folder)
+        self._labels = torch.tensor(pairs.labels, dtype=torch.float64)
+        # Each sentence once, similar lengths together.
+        sentences = sorted({sentence for pair in pairs.texts for sentence in pair}, key=len)
+        place = {sentence: i for i, sentence in enumerate(sentences)}
+        self._pairs = torch.tensor([[place[sentence] for sentence in pair] for pair in pairs.texts])
+        self._batches = [
+            tokenizer(
+                sentences[first : first + BATCH], truncation=True, max_length=min(MAX_LENGTH, positions or MAX_LENGTH)
+            )
+            for first in range(0, len(sentences), BATCH)
+        ]
+        self.num_pairs = len(pairs.texts)
+
+    @torch.no_grad()
+    def score(self, encoder: PreTrainedModel) -> dict[str, float]:
+        """Return the correlations by the metric's name; NaN where all of a layer's cosines are equal or not finite.
+
+        Args:
+            encoder: in eval mode, on any device, its embeddings those of the tokenizer.
+        """
+        from scipy.stats import spearmanr
+
+        device = next(encoder.parameters()).device
+        vectors: dict[str, list[Tensor]] = {name: [] for name in METRICS}
+        for batch in self._batches:
+            inputs = self._tokenizer.pad(batch, return_tensors="pt").to(device)
+            ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
+            layers = encoder(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True).hidden_states
+            for name, layer in METRICS.items():
+                vectors[name].append(_mean(layers[layer], mask_BT).double().cpu())
+        found: dict[str, float] = {}
+        for name, parts in vectors.items():
+            left, right = torch.cat(parts)[self._pairs].unbind(1)
+            cosines = torch.cosine_similarity(left, right)
+            finite = bool(cosines.isfinite().all()) and bool((cosines != cosines[0]).any())
+            found[name] = float(spearmanr(self._labels, cosines).statistic) if finite else float("nan")
+        return found
+
+
+def _mean(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return the mean over each sentence's real tokens, [B, D]."""
+    mask_BT1 = mask_BT.unsqueeze(-1)
+    return (hidden_BTD.float() * mask_BT1).sum(1) / mask_BT1.sum(1)
