@@ -83,9 +83,7 @@ def work(options: argparse.Namespace) -> None:
     if options.tier == "full":
         print(FULL, end="")
         return
-    os.nice(19)
-    with suppress(OSError):  # not every kernel or container lets us
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    at_idle_priority()
     results = Results(options.results)
     make_shards(options)
     lab = Lab(options.folder, results, SMALL, options.text, options.data_dir)
@@ -113,6 +111,13 @@ def work(options: argparse.Namespace) -> None:
         taken = duration(time.monotonic() - start)
         print(f"{len(cells) - len(left)}/{len(cells)}  took {taken}; {_left(left, spent / estimated)}", flush=True)
     print("all cells are finished; next: python tools/quality.py report")
+
+
+def at_idle_priority() -> None:
+    """Take only what processor time nobody else wants; the commands started from here inherit it."""
+    os.nice(19)
+    with suppress(OSError):  # not every kernel or container lets us
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def unfinished(job: Job, results: Results) -> list[Cell]:

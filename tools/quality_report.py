@@ -1,65 +1,70 @@
-"""Tables and plots of the experiments in tools/quality.py, from what is finished.
+"""Tables and pictures of docs/quality.md from the results of tools/quality.py, and from nothing else.
 
-Enters: the folder of the runs. Leaves: the tables in docs/quality.md, between the marks that name them, plots and
-figures beside it. A difference counts where all seeds of one side are above all of the other, or by Welch's test.
+Enters: result files. Leaves: the tables in the document, between the marks that name them, and pictures beside it. A
+difference counts where all seeds of one side are above all of the other, or by Welch's test.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from quality_cells import ABLATIONS, MODELS, SMALL, STUDENTS, TEACHER, YARDSTICK_HEADS
+from quality_results import Results
 from scipy.stats import ttest_ind
 
 from scaledistill.benchmark import Table
-from scaledistill.errors import DataError
-from scaledistill.files import write_json
-from scaledistill.glue.picture import draw
-from scaledistill.glue.summary import Row, Summary, column_title, summary_of
+from scaledistill.errors import DataError, counted
+from scaledistill.glue.picture import COLORS, draw
+from scaledistill.glue.summary import Choice, Row, Score, Summary, column_title
+from scaledistill.glue.tasks import TASKS
 
 COMPARED = (
     ("teacher-init", "teacher-init-undistilled"),
     ("random-init", "random-init-undistilled"),
     ("teacher-init", "random-init"),
+    ("tap-extra", "teacher-init"),
     ("teacher-init", "bertdistiller"),
 )
+DEFAULTS = {
+    "random": 'init "teacher" against "random"',
+    "heads-12": "relation heads 48 against 12",
+    "map-last": "layer map even against the last layers",
+    "tap-extra": 'tap "last" against "extra"',
+    "dropout-0.1": "dropout 0 against 0.1",
+}
+"""What each ablation asks."""
+MISSING = "missing"
 MINUS = str.maketrans("-", "\N{MINUS SIGN}")
+LAST, BELOW = "stsb_spearman", "stsb_spearman_below"
+SIGNIFICANT = 0.05
 
 
-def write_report(runs: Path, document: Path, variants: Sequence[str], heads: Sequence[int]) -> list[str]:
-    """Write what can be written, and return the names of the tables.
-
-    Args:
-        runs: with `glue/`, `glue-tap/` and `yardsticks.json`, each where its step has been made.
-        document: holds a pair of marks for each table.
-        variants: of the ablations, in the table's order.
-        heads: relation heads of the yardsticks.
+def write_report(results: Results, document: Path) -> list[str]:
+    """Write every table and picture, and return the names of the tables.
 
     Raises:
-        DataError: the document lacks the marks of a table.
+        DataError: the document lacks the marks of a table, or results that stand in one table had other conditions.
     """
     pictures = document.with_suffix("")
     pictures.mkdir(exist_ok=True)
-    tables: dict[str, str] = {}
-    if (runs / "glue" / "grid.json").is_file():
-        summary = summary_of(runs / "glue")
-        tables["glue"] = summary.markdown()
-        tables["compared"] = comparison(summary).markdown()
-        draw(summary, pictures / "glue.png")
-        write_json(pictures / "glue.json", {"figures": summary.figures()})
-    if (runs / "glue-tap" / "grid.json").is_file():
-        tables["tap"] = tap_table(summary_of(runs / "glue-tap")).markdown()
-    if (runs / "yardsticks.json").is_file():
-        found = json.loads((runs / "yardsticks.json").read_text())
-        write_json(pictures / "yardsticks.json", found)
-        if short := by_variant(found, variants):
-            tables["ablations"] = ablation_table(short, heads).markdown()
-            draw_ablations(short, heads, pictures / "ablations.png")
+    summary = summary_from(results)
+    runs = ablations_from(results)
+    tables = {
+        "state": state(results),
+        "glue": summary.markdown() if summary.columns else "No cell is finished.",
+        "compared": comparison(summary).markdown(),
+        "probe": probe_table(results).markdown(),
+        "ablations": ablation_table(runs).markdown(),
+    }
+    draw(summary, pictures / "glue.png")
+    draw_curves(results, pictures / "curves.png")
+    draw_ablations(runs, pictures / "ablations.png")
     text = document.read_text()
     for name, table in tables.items():
         parts = re.split(f"(<!-- (?:end )?{name} -->)", text)
@@ -71,6 +76,88 @@ def write_report(runs: Path, document: Path, variants: Sequence[str], heads: Seq
     return list(tables)
 
 
+def expected_cells() -> list[str]:
+    """Return the names of all cells of the tier, in the order of the tables."""
+    glue = [f"glue/{name}/{task}-seed{seed}" for name in MODELS for task in SMALL.glue.tasks for seed in SMALL.seeds]
+    ablations = [f"ablations/{name}-seed{seed}" for name in ABLATIONS for seed in SMALL.seeds]
+    return [*(f"models/{name}" for name in MODELS), *glue, *ablations]
+
+
+def state(results: Results) -> str:
+    """Say how much is finished, how long that took and where; list what is missing."""
+    names = expected_cells()
+    found = [record for name in names if (record := results.record(name))]
+    if not found:
+        return f"No result yet: all {len(names)} cells are {MISSING}."
+    hours = sum(record["seconds"] for record in found) / 3600
+    where = sorted({record["hardware"] for record in found})
+    commits = sorted({record["commit"] for record in found})
+    lines = [
+        f"{len(found)} of {counted(len(names), 'cell')} are finished; together they took {hours:.1f} hours at idle "
+        f"priority, on {'; '.join(where)}, with {counted(len(commits), 'version')} of the code ({', '.join(commits)})."
+    ]
+    if absent := [name for name in names if not results.record(name)]:
+        lines += ["", f"Missing: {', '.join(absent)}."]
+    return "\n".join(lines)
+
+
+def summary_from(results: Results) -> Summary:
+    """Return the scores of all models after fine-tuning, as the GLUE runner's tables have them."""
+    columns = [f"{task}/{metric}" for task in SMALL.glue.tasks for metric in TASKS[task].metrics]
+    rows: list[Row] = []
+    choices: list[Choice] = []
+    majority: dict[str, float] = {}
+    for name in MODELS:
+        scores: dict[str, Score] = {}
+        for task in SMALL.glue.tasks:
+            records = _of_task(results, name, task)
+            if not records:
+                continue
+            found = [record["result"] for record in records]
+            by_metric = {metric: Score.of([one["scores"][metric] for one in found]) for metric in TASKS[task].metrics}
+            scores |= {f"{task}/{metric}": score for metric, score in by_metric.items()}
+            only = tuple(one["only_answer"] for one in found if one["only_answer"] is not None)
+            settings = records[0]["settings"]
+            choices.append(
+                Choice(
+                    name, task, settings["learning_rate"], settings["epochs"], by_metric,
+                    n=len(found), planned=len(SMALL.seeds), tried=1, only_answers=only,
+                )
+            )  # fmt: skip
+            majority |= {f"{task}/{metric}": value for metric, value in found[0]["majority_scores"].items()}
+        rows.append(Row(name, None, scores, average=None))
+    present = [column for column in columns if any(column in row.scores for row in rows)]
+    firsts = [f"{task}/{TASKS[task].metrics[0]}" for task in SMALL.glue.tasks]
+    averaged = [column for column in firsts if column in present]
+    rows = [
+        Row(row.name, None, row.scores, statistics.fmean(row.scores[column].median for column in averaged))
+        if averaged and all(column in row.scores for column in averaged)
+        else row
+        for row in rows
+    ]
+    glue = SMALL.glue
+    rate, epochs = glue.learning_rates[0], glue.epochs[0]
+    conditions = [
+        f"Learning rate {rate:g}, {epochs} epochs, batch {glue.batch_size}, the same {glue.max_train_rows:,} training "
+        "rows of each task for all, rows of similar length together, fp32."
+    ]
+    return Summary(present, averaged, rows, choices, [], conditions, majority)
+
+
+def _of_task(results: Results, name: str, task: str) -> list[dict[str, Any]]:
+    """Return the records of a model's seeds on a task; all models must have been fine-tuned under equal conditions."""
+    cells = [f"glue/{name}/{task}-seed{seed}" for seed in SMALL.seeds]
+    records = [record for cell in cells if (record := results.record(cell))]
+    every = [results.record(f"glue/{other}/{task}-seed{seed}") for other in MODELS for seed in SMALL.seeds]
+    kinds = {str({**record["settings"], "model": None, "seed": None}) for record in every if record}
+    if len(kinds) > 1:
+        raise DataError(
+            f"the results of {TASKS[task].title} were measured under {len(kinds)} different settings, and do not "
+            "belong in one table; run `quality.py run` again, which measures the old ones anew"
+        )
+    return records
+
+
 def comparison(summary: Summary) -> Table:
     """Return the differences between pairs of models, and each one's share of the teacher's average."""
     rows = {row.name: row for row in summary.rows}
@@ -79,100 +166,158 @@ def comparison(summary: Summary) -> Table:
         ["", *map(column_title, summary.averaged), "average", "share of the teacher's"],
     )
     for ours, theirs in COMPARED:
-        if ours in rows and theirs in rows:
-            cells = [difference(rows[ours], rows[theirs], column) for column in summary.averaged]
-            table.rows.append([f"{ours} against {theirs}", *cells, _gap(rows[ours], rows[theirs]), ""])
-    teacher = rows.get("teacher")
+        cells = [difference(rows[ours], rows[theirs], column) for column in summary.averaged]
+        table.rows.append([f"{ours} against {theirs}", *cells, _gap(rows[ours], rows[theirs]), ""])
+    teacher = rows[TEACHER].average
     for row in summary.rows:
-        if teacher and teacher.average and row.average is not None:
-            share = f"{row.average / teacher.average:.1%}"
-            table.rows.append([row.name, *[""] * len(summary.averaged), f"{row.average:.1f}", share])
+        share = f"{row.average / teacher:.1%}" if teacher and row.average is not None else MISSING
+        average = MISSING if row.average is None else f"{row.average:.1f}"
+        table.rows.append([row.name, *[""] * len(summary.averaged), average, share])
     return table
 
 
 def difference(ours: Row, theirs: Row, column: str) -> str:
-    """Return the difference of two medians, bold where the ranges are apart."""
+    """Return the difference of two medians, bold where the ranges are apart; a single seed has no range."""
+    if column not in ours.scores or column not in theirs.scores:
+        return MISSING
     one, other = ours.scores[column], theirs.scores[column]
     text = f"{one.median - other.median:+.1f}".translate(MINUS)
-    return f"**{text}**" if one.low > other.high or one.high < other.low else text
+    apart = one.low > other.high or one.high < other.low
+    return f"**{text}**" if apart and min(one.n, other.n) > 1 else text
 
 
 def _gap(ours: Row, theirs: Row) -> str:
     if ours.average is None or theirs.average is None:
-        return ""
+        return MISSING
     return f"{ours.average - theirs.average:+.1f}".translate(MINUS)
 
 
-def tap_table(summary: Summary) -> Table:
-    """Return median (lowest to highest) of each variant over its distillation seeds; models are named VARIANT-seedN."""
-    groups: dict[str, list[Row]] = {}
-    for row in summary.rows:
-        groups.setdefault(row.name.rpartition("-seed")[0], []).append(row)
+def probe_table(results: Results) -> Table:
+    """Return what each model is before any fine-tuning: the probe, and the held-out relation loss."""
     table = Table(
-        "Dev scores, %: median over distillation seeds (lowest to highest)",
-        ["variant", "n", *map(column_title, summary.averaged), *(["average"] if summary.averaged else [])],
+        "Without fine-tuning: Spearman on STS-B dev, and the held-out relation loss",
+        ["model", "last block", "block below", *(f"loss, {heads} relation heads" for heads in YARDSTICK_HEADS)],
     )
-    for variant, rows in groups.items():
-        columns = [[row.scores[column].median for row in rows] for column in summary.averaged]
-        averages = [row.average for row in rows if row.average is not None]
-        cells = [
-            f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
-            for values in [*columns, averages]
-            if values
-        ]
-        table.rows.append([variant, str(len(rows)), *cells])
+    for name in MODELS:
+        record = results.record(f"models/{name}")
+        if record is None:
+            table.rows.append([name, *[MISSING] * (2 + len(YARDSTICK_HEADS))])
+            continue
+        found = record["result"]
+        losses = found.get("yardstick", {})
+        cells = [f"{losses[str(heads)]:.4f}" if losses else "–" for heads in YARDSTICK_HEADS]
+        table.rows.append([name, f"{found['probe'][LAST]:.3f}", f"{found['probe'][BELOW]:.3f}", *cells])
     return table
 
 
-def by_variant(
-    found: Mapping[str, Mapping[str, float]], variants: Sequence[str]
-) -> dict[str, list[Mapping[str, float]]]:
-    """Return the yardsticks of the short runs by variant, in the order of `variants`."""
-    groups: dict[str, list[Mapping[str, float]]] = {}
-    for variant in variants:
-        for name, losses in sorted(found.items()):
-            kind, _, run = name.partition("/")
-            if kind == "short" and run.rpartition("-seed")[0] == variant:
-                groups.setdefault(variant, []).append(losses)
-    return groups
+def ablations_from(results: Results) -> dict[str, list[dict[str, float]]]:
+    """Return, by variant, the figures of each distillation seed that is finished."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ABLATIONS}
+    for name, runs in found.items():
+        for seed in SMALL.seeds:
+            if record := results.record(f"ablations/{name}-seed{seed}"):
+                result = record["result"]
+                losses = {f"R{heads}": loss for heads, loss in result.get("yardstick", {}).items()}
+                runs.append({**losses, LAST: result["probe"][LAST], BELOW: result["probe"][BELOW]})
+    return found
 
 
-def ablation_table(groups: Mapping[str, Sequence[Mapping[str, float]]], heads: Sequence[int]) -> Table:
-    """Return median (lowest to highest) by yardstick, and Welch's test against the first variant."""
-    base, top = next(iter(groups)), str(max(heads))
+def ablation_table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
+    """Return median (lowest to highest) of each figure by variant, and what follows for the default."""
+    columns = {f"R{heads}": f"loss, {heads} relation heads" for heads in YARDSTICK_HEADS}
+    columns |= {LAST: "probe, last block", BELOW: "probe, block below"}
     table = Table(
-        "Held-out relation loss",
-        ["variant", "n", *(f"R = {count}" for count in heads), f"against {base} at R = {top}"],
+        "Short runs: median over distillation seeds (lowest to highest); against base by Welch's test",
+        ["variant", "n", *columns.values(), "conclusion"],
     )
-    for variant, runs in groups.items():
-        cells = []
-        for count in heads:
-            losses = [run[str(count)] for run in runs]
-            cells.append(f"{statistics.median(losses):.4f} ({min(losses):.4f}–{max(losses):.4f})")
-        ours, others = ([run[top] for run in groups[name]] for name in (variant, base))
-        verdict = "–"
-        if variant != base and min(len(ours), len(others)) > 1:
-            ratio = statistics.mean(ours) / statistics.mean(others) - 1
-            chance = ttest_ind(ours, others, equal_var=False).pvalue
-            verdict = f"{ratio:+.1%}, p = {chance:.2g}".translate(MINUS) + (
-                "" if chance < 0.05 else " (not significant)"
-            )
-        table.rows.append([variant, str(len(runs)), *cells, verdict])
+    for name, found in runs.items():
+        cells = [_range([run[key] for run in found if key in run], 3 if key in (LAST, BELOW) else 4) for key in columns]
+        conclusion = "the defaults" if name == "base" else conclude(name, found, runs["base"])
+        table.rows.append([name, str(len(found)), *(cells if found else [MISSING] * len(columns)), conclusion])
     return table
 
 
-def draw_ablations(groups: Mapping[str, Sequence[Mapping[str, float]]], heads: Sequence[int], path: Path) -> None:
-    """Draw every run's held-out loss, a panel for each yardstick."""
-    names = list(groups)[::-1]
-    figure = Figure(figsize=(10, 1 + 0.4 * len(groups)), dpi=120, layout="constrained")
+def _range(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "–"
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return f"{statistics.median(values):.{digits}f} ({low}–{high})"
+
+
+def conclude(name: str, ours: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]]) -> str:
+    """Say what a variant's figures against the default's mean for the default.
+
+    Compared are the held-out loss at the most relation heads, where both have it, and the better block's probe.
+    """
+    if min(len(ours), len(base)) < len(SMALL.seeds):
+        return MISSING
+    verdicts: list[float] = []
+    texts = []
+    top = f"R{max(YARDSTICK_HEADS)}"
+    for label, better, values in (
+        ("loss", -1, [[run[top] for run in side] if top in side[0] else [] for side in (ours, base)]),
+        ("probe", 1, [[max(run[LAST], run[BELOW]) for run in side] for side in (ours, base)]),
+    ):
+        if not all(values):
+            continue
+        gap, chance = _welch(*values)
+        texts.append(f"{label} {gap:+.4f} (p = {chance:.2g})".translate(MINUS))
+        verdicts.append(better * gap if chance < SIGNIFICANT else 0.0)
+    told = ", ".join(texts)
+    if all(verdict >= 0 for verdict in verdicts) and any(verdicts):
+        return f"{DEFAULTS[name]}: {told}: better, the default should change"
+    if all(verdict <= 0 for verdict in verdicts) and any(verdicts):
+        return f"{DEFAULTS[name]}: {told}: worse, the default stays"
+    if any(verdicts):
+        return f"{DEFAULTS[name]}: {told}: the measures disagree, the default stays"
+    return f"{DEFAULTS[name]}: {told}: not significant, the default stays"
+
+
+def _welch(ours: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Return the difference of the means, and the chance of one so large between equals."""
+    gap = statistics.fmean(ours) - statistics.fmean(others)
+    if len({*ours}) == len({*others}) == 1:  # no spread at all: the test divides by it
+        return gap, 1.0 if gap == 0 else 0.0
+    return gap, float(ttest_ind(ours, others, equal_var=False).pvalue)
+
+
+def draw_curves(results: Results, path: Path) -> None:
+    """Draw, by tokens, each student's held-out loss and probe while it was distilled; the teacher's probe dashed."""
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(heads), sharey=True)
-    for count, axes in zip(heads, panels, strict=True):
+    panels = figure.subplots(1, 2)
+    keys = ("validation_loss", f"probe/{LAST}")
+    for number, name in enumerate(STUDENTS):
+        if record := results.record(f"models/{name}"):
+            curve = record["result"]["curve"]
+            for key, axes in zip(keys, panels, strict=True):
+                tokens = [point["tokens"] / 1e6 for point in curve]
+                axes.plot(tokens, [point[key] for point in curve], "o-", color=COLORS[number], label=name)
+    if teacher := results.record(f"models/{TEACHER}"):
+        panels[1].axhline(teacher["result"]["probe"][LAST], color="black", linestyle="--", label=TEACHER)
+    for axes, label in zip(panels, ("held-out relation loss at its own tap", "STS-B dev, Spearman"), strict=True):
+        axes.set(xlabel="million tokens", ylabel=label)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path)
+
+
+def draw_ablations(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """Draw every run's figures, a panel for each measure."""
+    names = list(runs)[::-1]
+    figure = Figure(figsize=(10, 1 + 0.4 * len(runs)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    top = max(YARDSTICK_HEADS)
+    measures: Iterable[tuple[str, str]] = ((f"R{top}", f"held-out relation loss, {top} heads"), (LAST, "STS-B probe"))
+    for (key, label), axes in zip(measures, panels, strict=True):
         for number, variant in enumerate(names):
-            losses = [run[str(count)] for run in groups[variant]]
-            axes.plot(losses, [number] * len(losses), "o", color="#0072b2", alpha=0.6)
-            axes.plot([statistics.median(losses)], [number], "|", color="black", markersize=16)
-        axes.set(xlabel="held-out relation loss", title=f"{count} relation heads")
+            values = [run[key] for run in runs[variant] if key in run]
+            if values:
+                axes.plot(values, [number] * len(values), "o", color=COLORS[0], alpha=0.6)
+                axes.plot([statistics.median(values)], [number], "|", color="black", markersize=16)
+        axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(names)), names)
     figure.savefig(path)
