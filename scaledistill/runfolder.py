@@ -15,11 +15,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 
+from scaledistill.background import Background
 from scaledistill.distributed import Ranks, explain_lost_peer, failing_together
 from scaledistill.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError, DivergedError, PeerError
 from scaledistill.files import locked, read_json, write_json
@@ -27,6 +29,12 @@ from scaledistill.files import locked, read_json, write_json
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LOOK_SECONDS = 0.25
+"""A step waits for the run's folder this long, once: a folder that is slow to answer is not waited for again."""
+AT_ONCE_SECONDS = 0.05
+"""A folder that answers in less is waited for at the next step too."""
+REMOVE_SECONDS = 5.0
+"""How long a run that stops waits until the STOP file is removed."""
 
 
 class Status:
@@ -151,7 +159,8 @@ def job_seconds() -> float:
 class StopRequest:
     """Whether the run is to stop: for a signal, a file named STOP in the run's folder, or the job's age.
 
-    A STOP file that lies there when a run starts counts; it is removed when the run stops.
+    A STOP file that lies there when a run starts counts; it is removed when the run stops. A thread looks for it: a
+    folder that hangs must not hold up the step, and with it all ranks.
     """
 
     def __init__(
@@ -170,12 +179,15 @@ class StopRequest:
         self.answer = answer  # what a signal is answered by; it says what is saved, which depends on how far the run is
         self._signal: int | None = None
         self._since = 0.0
+        self._background = Background("STOP file")
+        self._look: Future[None] | None = None
+        self._found, self._answers_at_once = False, True  # by the last look
 
     def reason(self) -> str | None:
         """Return why to stop, or None."""
         if self._signal is not None:
             return f"got {signal.Signals(self._signal).name}"
-        if self._file is not None and self._file.exists():
+        if self._file is not None and self._look_for(self._file):
             return f"found {self._file}"
         if time.monotonic() >= self._deadline:
             return f"run.max_hours={self._max_hours:g} are over"
@@ -185,8 +197,34 @@ class StopRequest:
         """Return why to stop, and remove the STOP file, so that the same command goes on."""
         reason = self.reason()
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            self._background.submit(self._remove, self._file, patience=REMOVE_SECONDS)
         return reason
+
+    def _look_for(self, file: Path) -> bool:
+        """Return whether the file was there at the last look, and take another look."""
+        if self._look is None or self._look.done():
+            patience = LOOK_SECONDS if self._answers_at_once else 0.0
+            self._look = self._background.submit(self._take_look, file, patience=patience)
+            if patience and not self._look.done():
+                self._answers_at_once = False
+        return self._found
+
+    def _take_look(self, file: Path) -> None:
+        """Be the thread."""
+        start = time.monotonic()
+        try:
+            self._found = file.exists()
+        except OSError:  # a folder that cannot be read now: the next look may tell
+            self._found = False
+        self._answers_at_once = time.monotonic() - start < AT_ONCE_SECONDS
+
+    def _remove(self, file: Path) -> None:
+        """Be the thread."""
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s; remove it before you rerun the command", file, error.strerror)
+        self._found = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ MODULES = {
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"config", "models.capture", "prepare", "relations", "train", "trainer"},
     "__main__": {"cli"},
+    "background": set(),
     "benchmark": set(),
     "checkpoint": {"distributed", "files", "mirror"},
     "cli": {
@@ -145,7 +146,7 @@ ALLOWED: dict[str, set[str]] = {
     "prepare": set(),
     "profiling": {"files", "session", "speed", "step"},
     "resuming": set(),
-    "runfolder": {"distributed", "files"},
+    "runfolder": {"background", "distributed", "files"},
     "saving": {"checkpoint", "distributed", "files", "mirror"},
     "session": {
         "__init__",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -267,6 +268,100 @@ def test_the_stop_file(tmp_path: Path) -> None:
     assert stop.acknowledge() == f"found {tmp_path / 'STOP'}"
     assert names(tmp_path) == []  # so that the same command goes on
     assert stop.reason() is None
+
+
+class HangingFolder:
+    """Paths named `name` below `folder` do not answer while it is up; each call to `action` is counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, action: str, name: str) -> None:
+        real = getattr(Path, action)
+        self.answers, self.calls = threading.Event(), 0
+
+        def slow(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path.name == name:
+                self.calls += 1
+                self.answers.wait(60)
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, action, slow)
+
+
+def seconds_of(call: Any) -> tuple[float, Any]:
+    start = time.monotonic()
+    result = call()
+    return time.monotonic() - start, result
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_folder_that_hangs_does_not_hold_up_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = HangingFolder(monkeypatch, "exists", "STOP")
+    (tmp_path / "STOP").touch()
+    stop = StopRequest(tmp_path, watch_file=True)
+    with stop.listening():
+        first, found = seconds_of(stop.reason)
+        assert found is None
+        assert first < 5
+        later, found = seconds_of(lambda: [stop.reason() for _ in range(1000)])
+        assert set(found) == {None}
+        assert later < 2, "nothing is waited for twice"
+        assert folder.calls == 1
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.reason() == "got SIGUSR1"
+    stop = StopRequest(tmp_path, watch_file=True)
+    assert stop.reason() is None
+    folder.answers.set()
+    wait_until(stop.reason)
+    assert stop.acknowledge() == f"found {tmp_path / 'STOP'}"
+    wait_until(lambda: stop.reason() is None)
+    assert names(tmp_path) == []
+
+
+def test_a_slow_folder_is_not_waited_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: time.sleep(0.1) or real(path))
+    stop = StopRequest(tmp_path, watch_file=True)
+    assert stop.reason() is None
+    took, _ = seconds_of(lambda: [stop.reason() for _ in range(100)])
+    assert took < 1, "10 s if every step waited"
+    (tmp_path / "STOP").touch()
+    wait_until(stop.reason)
+    monkeypatch.undo()
+    (tmp_path / "STOP").unlink()
+    wait_until(lambda: stop.reason() is None)
+
+
+def test_a_folder_that_cannot_be_read_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(path: Path) -> bool:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    stop = StopRequest(tmp_path, watch_file=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", stale)
+        assert stop.reason() is None
+    (tmp_path / "STOP").touch()
+    wait_until(stop.reason)
+
+
+def test_a_stop_file_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    (tmp_path / "STOP").touch()
+    stop = StopRequest(tmp_path, watch_file=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        assert stop.acknowledge() == f"found {tmp_path / 'STOP'}"
+    assert caplog.messages == [
+        f"{tmp_path / 'STOP'} cannot be removed: Read-only file system; remove it before you rerun the command"
+    ]
 
 
 def owned_by_two(folder: Path, which: int) -> tuple[str, str]:
