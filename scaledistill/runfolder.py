@@ -7,6 +7,7 @@ resumed run goes on with, `trackers.json`.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -14,14 +15,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from scaledistill.background import Background
+from scaledistill.background import Background, ended
 from scaledistill.distributed import Ranks, explain_lost_peer, failing_together
 from scaledistill.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError, DivergedError, PeerError
 from scaledistill.files import locked, read_json, write_json
@@ -33,8 +35,13 @@ LOOK_SECONDS = 0.25
 """A step waits for the run's folder this long, once: a folder that is slow to answer is not waited for again."""
 AT_ONCE_SECONDS = 0.05
 """A folder that answers in less is waited for at the next step too."""
+WRITE_SECONDS = 30.0
+"""How long a state that is not one of many waits for the disk."""
 REMOVE_SECONDS = 5.0
 """How long a run that stops waits until the STOP file is removed."""
+
+
+_writers: dict[Path, Background] = {}
 
 
 class Status:
@@ -49,33 +56,72 @@ class Status:
         self.max_steps = max_steps
         self.step = (read_json(self.path) or {}).get("step", 0)  # of the run before, until this one takes over
         self.started = False
+        # One a file, whoever writes it, so that what was given last stands in the end.
+        self._writer = _writers.setdefault(self.path.absolute(), Background("status.json"))
+        self._soon: Future[None] | None = None
 
     def write(self, state: str, message: str, exit_code: int | None = None) -> None:
-        write_json(
-            self.path,
-            {
-                "state": state,
-                "step": self.step,
-                "max_steps": self.max_steps,
-                "exit_code": exit_code,
-                "message": message,
-                "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-            },
-        )
+        """Write, after what was given before.
+
+        Raises:
+            OSError: the disk refused it, or has not taken it yet after half a minute.
+        """
+        self._finish(self._writer.submit(write_json, self.path, self._content(state, message, exit_code)))
+
+    def write_soon(self, state: str, message: str) -> None:
+        """Write as soon as the disk takes it, without waiting: for a state that is written again and again.
+
+        One that was not begun yet is left out; what is written later stands in the end.
+        """
+        if self._soon:
+            self._soon.cancel()
+        self._soon = self._writer.submit(self._write_if_possible, self._content(state, message, None))
 
     def write_failure(self, state: str, message: str, exit_code: int) -> None:
         """Write an end, unless another rank's cause stands there already."""
-        known = read_json(self.path)
-        if not (self.started and known and known["state"] in ("failed", "diverged")):
-            self.write_if_possible(state, message, exit_code)
+        content = self._content(state, message, exit_code)
+
+        def write_first_cause() -> None:
+            known = read_json(self.path)
+            if not (self.started and known and known["state"] in ("failed", "diverged")):
+                write_json(self.path, content)
+
+        with self._survived():
+            self._finish(self._writer.submit(write_first_cause))
 
     def write_if_possible(self, state: str, message: str, exit_code: int | None) -> None:
-        """Write, but survive a full disk."""
-        try:
+        """Write, but survive a full disk, and one that hangs."""
+        with self._survived():
             self.write(state, message, exit_code)
-        except OSError as error:  # a full disk must not hide why the run ended
+
+    def _content(self, state: str, message: str, exit_code: int | None) -> dict[str, Any]:
+        return {
+            "state": state,
+            "step": self.step,
+            "max_steps": self.max_steps,
+            "exit_code": exit_code,
+            "message": message,
+            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+
+    def _finish(self, written: Future[None]) -> None:
+        if not ended(written, WRITE_SECONDS):
+            raise OSError(errno.ETIMEDOUT, f"the disk has not answered for {WRITE_SECONDS:.0f} s", str(self.path))
+        written.result()
+
+    def _write_if_possible(self, content: Mapping[str, Any]) -> None:
+        """Be the thread."""
+        with self._survived():
+            write_json(self.path, content)
+
+    @contextmanager
+    def _survived(self) -> Iterator[None]:
+        """Log an error of the disk: it must not hide why the run ended."""
+        try:
+            yield
+        except OSError as error:
             log.error("%s could not be written: %s", self.path, error.strerror)
 
 

@@ -240,7 +240,7 @@ class Bookkeeper:
         seconds_left = self._pace.seconds_left(session.step)
         if self._recorder and self._status:
             self._recorder.record(row, seconds_left)
-            self._status.write_if_possible("running", "training", None)
+            self._status.write_soon("running", "training")
         elif self._status is None:
             log.info("step %d/%d  %s", session.step, self._last_step, line(row, seconds_left))
 

@@ -120,7 +120,7 @@ ALLOWED: dict[str, set[str]] = {
     "glue.worker": {"__init__", "glue.cell", "glue.finetune"},
     "hints": set(),
     "launcher": set(),
-    "metrics": {"trackers"},
+    "metrics": {"background", "trackers"},
     "microbatch": {"config", "distributed", "estimate", "models.capture", "models.teacher", "relations"},
     "mirror": {"data.remote"},
     "models": set(),
@@ -147,7 +147,7 @@ ALLOWED: dict[str, set[str]] = {
     "profiling": {"files", "session", "speed", "step"},
     "resuming": set(),
     "runfolder": {"background", "distributed", "files"},
-    "saving": {"checkpoint", "distributed", "files", "mirror"},
+    "saving": {"background", "checkpoint", "distributed", "files", "mirror"},
     "session": {
         "__init__",
         "checkpoint",
