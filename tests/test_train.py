@@ -348,8 +348,8 @@ def test_stop_requests_end_all_ranks_with_a_checkpoint(make_tree: Callable[..., 
 
 
 def distil_while_the_disk_hangs(tree: dict[str, Any]) -> tuple[Any, list[int], str]:
-    """Run with a disk that takes neither rows nor states in steps 3 to 9; return how it ended, the rows on the disk
-    when step 9 was made, and the state then.
+    """Run with a disk that takes neither rows nor states in steps 3 to 9, nor says whether there is a STOP file; return
+    how it ended, the rows on the disk when step 9 was made, and the state then.
     """
     import threading
 
@@ -359,6 +359,7 @@ def distil_while_the_disk_hangs(tree: dict[str, Any]) -> tuple[Any, list[int], s
     answers, seen = threading.Event(), []
     answers.set()
     after_step, write, write_json = Bookkeeper.after_step, metrics.Recorder._write, runfolder.write_json
+    exists = Path.exists
 
     def written(self: Any, row: Any) -> None:
         assert answers.wait(60)
@@ -367,6 +368,10 @@ def distil_while_the_disk_hangs(tree: dict[str, Any]) -> tuple[Any, list[int], s
     def replaced(path: Path, content: Any) -> None:
         assert answers.wait(60)
         write_json(path, content)
+
+    def looked(path: Path, **options: Any) -> bool:
+        assert path.name != "STOP" or answers.wait(60)
+        return exists(path, **options)
 
     def after(self: Any, result: Any) -> None:
         if self._session.step == 3:
@@ -377,7 +382,7 @@ def distil_while_the_disk_hangs(tree: dict[str, Any]) -> tuple[Any, list[int], s
             answers.set()
 
     metrics.Recorder._write, runfolder.write_json = written, replaced  # type: ignore[method-assign]
-    Bookkeeper.after_step = after  # type: ignore[method-assign]
+    Bookkeeper.after_step, Path.exists = after, looked  # type: ignore[assignment,method-assign]
     return (distil(tree)[:2], *seen)
 
 
