@@ -32,6 +32,7 @@ from scaledistill.errors import ConfigError, DataError, Problems, counted
 from scaledistill.estimate import Estimate, estimate
 from scaledistill.microbatch import free_bytes, predict, with_micro_batch
 from scaledistill.models.capture import check_layer, max_sequence_length
+from scaledistill.models.hub import names_resolved_once
 from scaledistill.models.student import check_init, student_config
 from scaledistill.models.teacher import check_unused, check_weight_files, load_config, resolve_folder
 from scaledistill.relations import check_relation_heads, resolve_backend
@@ -60,6 +61,7 @@ class Plan:
     evaluation_flops: float = 0.0
 
 
+@names_resolved_once()
 def check(
     config: DistillConfig,
     world_size: int,

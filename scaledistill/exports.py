@@ -27,6 +27,7 @@ from scaledistill.errors import ConfigError, DataError
 from scaledistill.files import disk_remedy
 from scaledistill.metrics import read_rows
 from scaledistill.models.export import export_student
+from scaledistill.models.hub import names_resolved_once
 from scaledistill.models.student import exported
 from scaledistill.models.teacher import load_config
 
@@ -91,6 +92,7 @@ def write_student(
         raise DataError(f"{folder}: the export could not be written: {error}; {disk_remedy(error)}") from None
 
 
+@names_resolved_once()
 def export_checkpoint(config: DistillConfig, wanted: int | str) -> Path:
     """Export the student of a checkpoint to `<run.folder>/export/<student>-step-N`, and return that folder.
 

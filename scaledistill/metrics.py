@@ -10,7 +10,9 @@ import logging
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,17 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from scaledistill.background import Background, ended
 from scaledistill.trackers import Trackers
 
 log = logging.getLogger(__name__)
+
+ROW_SECONDS = 0.1
+"""A step waits for the disk this long, and not at all while it has not taken the rows before."""
+WORD_SECONDS = 30.0
+"""People hear of rows that wait for longer."""
+CLOSE_SECONDS = 30.0
+"""How long the end of a run waits for the disk."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -60,6 +70,9 @@ class Recorder:
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(self._path)
         self._file = self._path.open("a")
+        self._disk = Background("metrics.jsonl")
+        self._waiting: deque[tuple[float, Future[None]]] = deque()  # rows, with when each was made
+        self._has_warned = False
         self._display = _Display(max_steps, resumed_at) if sys.stderr.isatty() else None
 
     def __enter__(self) -> Recorder:
@@ -70,11 +83,15 @@ class Recorder:
     def __exit__(self, *exc: object) -> None:
         if self._display:
             self._display.progress.stop()
+        closed = self._disk.submit(self._close)
         try:
-            self._file.close()
-            draw_losses(self._folder)
-        except OSError as error:
-            log.warning("%s: the record is not complete: %s", self._folder, error.strerror)
+            if ended(closed, CLOSE_SECONDS):
+                closed.result()
+            else:
+                log.warning(
+                    "%s: the record is not complete: the disk has not answered for %.0f s",
+                    *(self._folder, CLOSE_SECONDS),
+                )
         finally:
             self._trackers.finish()  # last: they may wait for a network
 
@@ -88,11 +105,8 @@ class Recorder:
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
-        try:
-            self._file.write(json.dumps(clean) + "\n")
-            self._file.flush()
-        except OSError as error:  # what the disk did not take stays in the buffer and goes with the next row
-            log.warning("%s: %s; training goes on", self._path, error.strerror)
+        self._waiting.append((time.monotonic(), self._disk.submit(self._write, clean, patience=ROW_SECONDS)))
+        self._warn_of_waiting()
         self._trackers.log(
             {key: value for key, value in clean.items() if key != "step" and value is not None}, step=row["step"]
         )
@@ -100,6 +114,37 @@ class Recorder:
             self._display.show(clean)
         else:
             log.info("step %d/%d  %s", row["step"], self._max_steps, line(clean, seconds_left))
+
+    def _warn_of_waiting(self) -> None:
+        """Say once that the disk hangs, and again if it does so again."""
+        while self._waiting and self._waiting[0][1].done():
+            self._waiting.popleft()
+        if not self._waiting:
+            self._has_warned = False
+            return
+        seconds = time.monotonic() - self._waiting[0][0]
+        if seconds >= WORD_SECONDS and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%s: the disk has not answered for %.0f s; training goes on, and the rows are written when it does",
+                *(self._path, seconds),
+            )
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        """Be the thread."""
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:  # what the disk did not take stays in the buffer and goes with the next row
+            log.warning("%s: %s; training goes on", self._path, error.strerror)
+
+    def _close(self) -> None:
+        """Be the thread."""
+        try:
+            self._file.close()
+            draw_losses(self._folder)
+        except OSError as error:
+            log.warning("%s: the record is not complete: %s", self._folder, error.strerror)
 
 
 class Pace:

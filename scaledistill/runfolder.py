@@ -7,6 +7,7 @@ resumed run goes on with, `trackers.json`.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -14,12 +15,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from scaledistill.background import Background, ended
 from scaledistill.distributed import Ranks, explain_lost_peer, failing_together
 from scaledistill.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError, DivergedError, PeerError
 from scaledistill.files import locked, read_json, write_json
@@ -27,6 +31,17 @@ from scaledistill.files import locked, read_json, write_json
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LOOK_SECONDS = 0.25
+"""A step waits for the run's folder this long, once: a folder that is slow to answer is not waited for again."""
+AT_ONCE_SECONDS = 0.05
+"""A folder that answers in less is waited for at the next step too."""
+WRITE_SECONDS = 30.0
+"""How long a state that is not one of many waits for the disk."""
+REMOVE_SECONDS = 5.0
+"""How long a run that stops waits until the STOP file is removed."""
+
+
+_writers: dict[Path, Background] = {}
 
 
 class Status:
@@ -41,33 +56,72 @@ class Status:
         self.max_steps = max_steps
         self.step = (read_json(self.path) or {}).get("step", 0)  # of the run before, until this one takes over
         self.started = False
+        # One a file, whoever writes it, so that what was given last stands in the end.
+        self._writer = _writers.setdefault(self.path.absolute(), Background("status.json"))
+        self._soon: Future[None] | None = None
 
     def write(self, state: str, message: str, exit_code: int | None = None) -> None:
-        write_json(
-            self.path,
-            {
-                "state": state,
-                "step": self.step,
-                "max_steps": self.max_steps,
-                "exit_code": exit_code,
-                "message": message,
-                "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-            },
-        )
+        """Write, after what was given before.
+
+        Raises:
+            OSError: the disk refused it, or has not taken it yet after half a minute.
+        """
+        self._finish(self._writer.submit(write_json, self.path, self._content(state, message, exit_code)))
+
+    def write_soon(self, state: str, message: str) -> None:
+        """Write as soon as the disk takes it, without waiting: for a state that is written again and again.
+
+        One that was not begun yet is left out; what is written later stands in the end.
+        """
+        if self._soon:
+            self._soon.cancel()
+        self._soon = self._writer.submit(self._write_if_possible, self._content(state, message, None))
 
     def write_failure(self, state: str, message: str, exit_code: int) -> None:
         """Write an end, unless another rank's cause stands there already."""
-        known = read_json(self.path)
-        if not (self.started and known and known["state"] in ("failed", "diverged")):
-            self.write_if_possible(state, message, exit_code)
+        content = self._content(state, message, exit_code)
+
+        def write_first_cause() -> None:
+            known = read_json(self.path)
+            if not (self.started and known and known["state"] in ("failed", "diverged")):
+                write_json(self.path, content)
+
+        with self._survived():
+            self._finish(self._writer.submit(write_first_cause))
 
     def write_if_possible(self, state: str, message: str, exit_code: int | None) -> None:
-        """Write, but survive a full disk."""
-        try:
+        """Write, but survive a full disk, and one that hangs."""
+        with self._survived():
             self.write(state, message, exit_code)
-        except OSError as error:  # a full disk must not hide why the run ended
+
+    def _content(self, state: str, message: str, exit_code: int | None) -> dict[str, Any]:
+        return {
+            "state": state,
+            "step": self.step,
+            "max_steps": self.max_steps,
+            "exit_code": exit_code,
+            "message": message,
+            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+
+    def _finish(self, written: Future[None]) -> None:
+        if not ended(written, WRITE_SECONDS):
+            raise OSError(errno.ETIMEDOUT, f"the disk has not answered for {WRITE_SECONDS:.0f} s", str(self.path))
+        written.result()
+
+    def _write_if_possible(self, content: Mapping[str, Any]) -> None:
+        """Be the thread."""
+        with self._survived():
+            write_json(self.path, content)
+
+    @contextmanager
+    def _survived(self) -> Iterator[None]:
+        """Log an error of the disk: it must not hide why the run ended."""
+        try:
+            yield
+        except OSError as error:
             log.error("%s could not be written: %s", self.path, error.strerror)
 
 
@@ -151,7 +205,8 @@ def job_seconds() -> float:
 class StopRequest:
     """Whether the run is to stop: for a signal, a file named STOP in the run's folder, or the job's age.
 
-    A STOP file that lies there when a run starts counts; it is removed when the run stops.
+    A STOP file that lies there when a run starts counts; it is removed when the run stops. A thread looks for it: a
+    folder that hangs must not hold up the step, and with it all ranks.
     """
 
     def __init__(
@@ -170,12 +225,15 @@ class StopRequest:
         self.answer = answer  # what a signal is answered by; it says what is saved, which depends on how far the run is
         self._signal: int | None = None
         self._since = 0.0
+        self._background = Background("STOP file")
+        self._look: Future[None] | None = None
+        self._found, self._answers_at_once = False, True  # by the last look
 
     def reason(self) -> str | None:
         """Return why to stop, or None."""
         if self._signal is not None:
             return f"got {signal.Signals(self._signal).name}"
-        if self._file is not None and self._file.exists():
+        if self._file is not None and self._look_for(self._file):
             return f"found {self._file}"
         if time.monotonic() >= self._deadline:
             return f"run.max_hours={self._max_hours:g} are over"
@@ -185,8 +243,34 @@ class StopRequest:
         """Return why to stop, and remove the STOP file, so that the same command goes on."""
         reason = self.reason()
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            self._background.submit(self._remove, self._file, patience=REMOVE_SECONDS)
         return reason
+
+    def _look_for(self, file: Path) -> bool:
+        """Return whether the file was there at the last look, and take another look."""
+        if self._look is None or self._look.done():
+            patience = LOOK_SECONDS if self._answers_at_once else 0.0
+            self._look = self._background.submit(self._take_look, file, patience=patience)
+            if patience and not self._look.done():
+                self._answers_at_once = False
+        return self._found
+
+    def _take_look(self, file: Path) -> None:
+        """Be the thread."""
+        start = time.monotonic()
+        try:
+            self._found = file.exists()
+        except OSError:  # a folder that cannot be read now: the next look may tell
+            self._found = False
+        self._answers_at_once = time.monotonic() - start < AT_ONCE_SECONDS
+
+    def _remove(self, file: Path) -> None:
+        """Be the thread."""
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s; remove it before you rerun the command", file, error.strerror)
+        self._found = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from scaledistill import mirror
+from scaledistill.background import Background
 from scaledistill.checkpoint import write_checkpoint
 from scaledistill.distributed import Ranks, broadcast_object
 from scaledistill.errors import DataError
@@ -36,6 +37,8 @@ ROUND_SECONDS = 5.0
 """Ranks that wait for rank 0's disk hear from it this often, so that nothing of theirs times out."""
 WORD_SECONDS = 30.0
 """People hear this often."""
+ROOM_SECONDS = 5.0
+"""How long a save waits to hear whether the disk has room."""
 GRACE_SECONDS = 10.0
 """What a write under way gets where an error ends the run."""
 
@@ -65,6 +68,7 @@ class Saver:
         self._error: str | None = None
         self._remedy = ""
         self._ended_at = 0.0
+        self._disk = Background("room for checkpoints")
 
     def __enter__(self) -> Saver:
         return self
@@ -90,9 +94,12 @@ class Saver:
             raise RuntimeError(f"the save of step {self._step} is not settled")
         self._step, self._error = step, None
         self._ended.clear()
-        if self._ranks.is_main and (error := self._no_room(num_bytes)):
-            self._error = error
-            self._ended.set()
+        if self._ranks.is_main:
+            # A folder that hangs must not hold up the ranks: then the thread that writes finds out.
+            asked = self._disk.submit(self._no_room, num_bytes, patience=ROOM_SECONDS)
+            self._error = asked.result() if asked.done() else None
+            if self._error:
+                self._ended.set()
         if broadcast_object(self._ended.is_set()):
             return
         groups, state = gather()

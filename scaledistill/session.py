@@ -29,6 +29,7 @@ from scaledistill.engines.deepspeed_block import zero_settings
 from scaledistill.errors import ConfigError
 from scaledistill.estimate import DTYPES, Estimate
 from scaledistill.exports import Facts, write_student
+from scaledistill.fetching import fetch_weights
 from scaledistill.microbatch import choose, with_micro_batch
 from scaledistill.models.attention import use_varlen_attention
 from scaledistill.models.capture import blocks_of, build_encoder, capture_view, compile_blocks, forward_flops
@@ -237,6 +238,7 @@ def open_session(
         log.warning("%s", BF16_ON_CPU)
     if ranks.is_main:
         log.info("loading %s up to layer %d", teacher_settings.model, teacher_settings.layer)
+    fetch_weights(teacher_settings.model, teacher_settings.revision, ranks)
     with failing_together():
         shards, held_out = opened or _open_data(config)
         if not config.train.validation_every_steps:
@@ -255,6 +257,8 @@ def open_session(
         with reported_once(ranks):
             check_same_run(checkpoint.state, config, order)
     name = next(iter(config.students))
+    if not checkpoint:
+        fetch_weights(config.students[name].init, None, ranks)
     with failing_together():
         model = _create_student(config, name, encoder, stored, checkpoint)
     flops = _flops_per_token(encoder, model, config)

@@ -18,20 +18,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from scaledistill import doctor, mirror, runfolder
+from scaledistill import doctor, fetching, mirror, runfolder
 from scaledistill.config import DistillConfig
 from scaledistill.distributed import Ranks, any_rank, failing_together, process_group, reported_once
-from scaledistill.errors import (
-    EXIT_DONE,
-    EXIT_ENVIRONMENT,
-    EXIT_STOPPED,
-    DataError,
-    DivergedError,
-    PeerError,
-    counted,
-)
+from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, DataError, DivergedError, PeerError, counted
 from scaledistill.files import disk_remedy, write_json
 from scaledistill.metrics import Pace, Recorder, line
+from scaledistill.models.hub import names_resolved_once
 from scaledistill.plan import start_summary
 from scaledistill.profiling import WARMUP_STEPS, check_trial_steps, profile_run
 from scaledistill.resuming import newest_step, resume_hint
@@ -252,7 +245,7 @@ class Bookkeeper:
         seconds_left = self._pace.seconds_left(session.step)
         if self._recorder and self._status:
             self._recorder.record(row, seconds_left)
-            self._status.write_if_possible("running", "training", None)
+            self._status.write_soon("running", "training")
         elif self._status is None:
             log.info("step %d/%d  %s", session.step, self._last_step, line(row, seconds_left))
 
@@ -291,6 +284,7 @@ class Bookkeeper:
             )
 
 
+@names_resolved_once()
 def distill(
     config: DistillConfig, *, fresh: bool = False, dry_run_steps: int | None = None, profile_steps: int | None = None
 ) -> RunResult:
@@ -356,6 +350,7 @@ def _run(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_
                 check_trial_steps(last_step, config.train.max_steps, dry_run_steps)
         stack.enter_context(watchdog.naming_lost_ranks())
         watchdog.at("checking")
+        fetching.fetch_configs(config, ranks)
         with failing_together():
             plan = doctor.check(config, ranks.world_size, ranks.device, writes=status is not None)
         if any_rank(stop.reason() is not None, ranks.device):

@@ -5,6 +5,8 @@ import json
 import re
 import struct
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from test_checkpoint import largest_file
 
+from scaledistill import metrics
 from scaledistill.metrics import Pace, Recorder, draw_losses, line, read_rows, summary
 
 
@@ -103,6 +106,71 @@ def test_a_full_disk_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture
         record.record(row(2))
     assert read_rows(tmp_path / "metrics.jsonl") == [row(1)]
     assert f"{tmp_path}: the record is not complete: File too large" in caplog.text
+
+
+class Hanging:
+    """A file on a disk that does not answer until `answers` is set."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.answers = file, threading.Event()
+
+    def write(self, text: str) -> None:
+        self.answers.wait(60)
+        self._file.write(text)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def test_a_disk_that_hangs_does_not_hold_up_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics, "WORD_SECONDS", 0.3)
+    told = "metrics.jsonl: the disk has not answered for 0 s; training goes on, and the rows are written when it does"
+    with recorder(tmp_path) as record:
+        for first in (2, 102):
+            record.record(row(first - 1))
+            record._file = file = Hanging(getattr(record._file, "_file", record._file))  # type: ignore[assignment]
+            start = time.monotonic()
+            for step in range(first, first + 98):
+                record.record(row(step))
+            assert time.monotonic() - start < 5, "10 s if each row were waited for"
+            assert read_rows(tmp_path / "metrics.jsonl")[-1]["step"] == first - 1
+            time.sleep(0.3)
+            record.record(row(first + 98))
+            file.answers.set()
+            record._waiting[-1][1].result(60)
+    assert read_rows(tmp_path / "metrics.jsonl") == [row(step) for step in range(1, 201)]
+    assert [told in message for message in caplog.messages] == [True, True], "once each time"
+    assert (tmp_path / "loss.png").is_file()
+
+
+def test_a_disk_that_hangs_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics, "CLOSE_SECONDS", 0.1)
+    with recorder(tmp_path) as record:
+        record.record(row(1))
+        record._file = file = Hanging(record._file)  # type: ignore[assignment]
+        record.record(row(2))
+    assert caplog.messages == [f"{tmp_path}: the record is not complete: the disk has not answered for 0 s"]
+    file.answers.set()
+    record._waiting[-1][1].result(60)
+    assert read_rows(tmp_path / "metrics.jsonl") == [row(1), row(2)]
+
+
+def test_trackers_see_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    with recorder(tmp_path) as record:
+        monkeypatch.setattr(record._trackers, "log", lambda values, step: seen.append(step))
+        record._file = file = Hanging(record._file)  # type: ignore[assignment]
+        for step in range(1, 6):
+            record.record(row(step))
+        assert seen == [1, 2, 3, 4, 5]
+        file.answers.set()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,10 +19,10 @@ import torch.distributed as dist
 from ranks import context, run_ranks
 from test_checkpoint import largest_file, names
 
-from scaledistill import files
+from scaledistill import files, runfolder
 from scaledistill.distributed import Ranks
 from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
-from scaledistill.files import read_json
+from scaledistill.files import read_json, write_json
 from scaledistill.runfolder import STOP_SIGNALS, Status, StopRequest, owned, set_aside
 
 
@@ -101,6 +102,73 @@ def test_a_full_disk_does_not_hide_the_error(tmp_path: Path, ranks: Ranks, caplo
     ):
         raise DataError("no space for checkpoints")
     assert f"{tmp_path / 'status.json'} could not be written: File too large" in caplog.text
+
+
+class HangingDisk:
+    """Holds the writes of `status.json`, and counts them, until it answers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.answers, self.states = threading.Event(), []
+
+        def held(path: Path, content: dict[str, Any]) -> None:
+            self.states.append(content["state"])
+            assert self.answers.wait(60)
+            write_json(path, content)
+
+        monkeypatch.setattr(runfolder, "write_json", held)
+
+
+def test_a_state_that_is_written_often_does_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, status = HangingDisk(monkeypatch), Status(tmp_path, max_steps=1000)
+    status.write_soon("running", "training")
+    wait_until(lambda: disk.states == ["running"])
+    start = time.monotonic()
+    for status.step in range(1, 1001):
+        status.write_soon("running", "training")
+    assert time.monotonic() - start < 5
+    end = threading.Thread(target=status.write, args=("done", "1000 steps done", 0))
+    end.start()
+    assert not (tmp_path / "status.json").exists()
+    disk.answers.set()
+    end.join(60)
+    assert disk.states == ["running", "running", "done"], "the first, the newest, and the end"
+    assert (status_of(tmp_path)["state"], status_of(tmp_path)["step"]) == ("done", 1000)
+    assert names(tmp_path) == ["status.json"]
+
+
+@pytest.mark.parametrize("how", ["done", "stopped", "failed"])
+def test_the_end_stands_last_though_the_disk_hangs(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runfolder, "WRITE_SECONDS", 0.1)
+    disk, status = HangingDisk(monkeypatch), Status(tmp_path, max_steps=10)
+    status.write_soon("running", "training")
+    wait_until(lambda: disk.states)
+    status.write_soon("running", "training")
+    if how == "failed":
+        status.write_failure(how, "no space", 3)
+    else:
+        status.write_if_possible(how, "the end", 0)
+    with pytest.raises(OSError, match="the disk has not answered for 0 s"):
+        Status(tmp_path, max_steps=10).write("evaluating", "another's")
+    path = tmp_path / "status.json"
+    assert caplog.messages == [f"{path} could not be written: the disk has not answered for 0 s"]
+    assert not path.exists()
+    disk.answers.set()
+    wait_until(lambda: path.exists() and status_of(tmp_path)["state"] == "evaluating")
+    assert disk.states == ["running", "running", how, "evaluating"]
+
+
+def test_a_full_disk_is_told_though_nobody_waits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    status = Status(tmp_path, max_steps=10)
+    with largest_file(20):
+        status.write_soon("running", "training")
+        wait_until(lambda: caplog.messages)
+    assert caplog.messages == [f"{tmp_path / 'status.json'} could not be written: File too large"]
+    status.write_soon("running", "training")
+    wait_until((tmp_path / "status.json").exists)
 
 
 def test_a_refused_resume_leaves_the_status_alone(tmp_path: Path, ranks: Ranks) -> None:
@@ -267,6 +335,100 @@ def test_the_stop_file(tmp_path: Path) -> None:
     assert stop.acknowledge() == f"found {tmp_path / 'STOP'}"
     assert names(tmp_path) == []  # so that the same command goes on
     assert stop.reason() is None
+
+
+class HangingFolder:
+    """Paths named `name` below `folder` do not answer while it is up; each call to `action` is counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, action: str, name: str) -> None:
+        real = getattr(Path, action)
+        self.answers, self.calls = threading.Event(), 0
+
+        def slow(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path.name == name:
+                self.calls += 1
+                self.answers.wait(60)
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, action, slow)
+
+
+def seconds_of(call: Any) -> tuple[float, Any]:
+    start = time.monotonic()
+    result = call()
+    return time.monotonic() - start, result
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_folder_that_hangs_does_not_hold_up_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = HangingFolder(monkeypatch, "exists", "STOP")
+    (tmp_path / "STOP").touch()
+    stop = StopRequest(tmp_path, watch_file=True)
+    with stop.listening():
+        first, found = seconds_of(stop.reason)
+        assert found is None
+        assert first < 5
+        later, found = seconds_of(lambda: [stop.reason() for _ in range(1000)])
+        assert set(found) == {None}
+        assert later < 2, "nothing is waited for twice"
+        assert folder.calls == 1
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.reason() == "got SIGUSR1"
+    stop = StopRequest(tmp_path, watch_file=True)
+    assert stop.reason() is None
+    folder.answers.set()
+    wait_until(stop.reason)
+    assert stop.acknowledge() == f"found {tmp_path / 'STOP'}"
+    wait_until(lambda: stop.reason() is None)
+    assert names(tmp_path) == []
+
+
+def test_a_slow_folder_is_not_waited_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: time.sleep(0.1) or real(path))
+    stop = StopRequest(tmp_path, watch_file=True)
+    assert stop.reason() is None
+    took, _ = seconds_of(lambda: [stop.reason() for _ in range(100)])
+    assert took < 1, "10 s if every step waited"
+    (tmp_path / "STOP").touch()
+    wait_until(stop.reason)
+    monkeypatch.undo()
+    (tmp_path / "STOP").unlink()
+    wait_until(lambda: stop.reason() is None)
+
+
+def test_a_folder_that_cannot_be_read_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(path: Path) -> bool:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    stop = StopRequest(tmp_path, watch_file=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", stale)
+        assert stop.reason() is None
+    (tmp_path / "STOP").touch()
+    wait_until(stop.reason)
+
+
+def test_a_stop_file_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    (tmp_path / "STOP").touch()
+    stop = StopRequest(tmp_path, watch_file=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        assert stop.acknowledge() == f"found {tmp_path / 'STOP'}"
+    assert caplog.messages == [
+        f"{tmp_path / 'STOP'} cannot be removed: Read-only file system; remove it before you rerun the command"
+    ]
 
 
 def owned_by_two(folder: Path, which: int) -> tuple[str, str]:

@@ -196,6 +196,20 @@ def test_no_room(tmp_path: Path, ranks: Ranks) -> None:
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def test_a_folder_that_hangs_does_not_hold_up_the_ranks(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, real = threading.Event(), shutil.disk_usage
+    monkeypatch.setattr(saving, "ROOM_SECONDS", 0.05)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: answers.wait(60) and real(path))
+    saver, start = Saver(tmp_path, ranks, keep=2), time.monotonic()
+    assert save(saver, 10) is None, "what has room is saved"
+    assert save(saver, 20) is None
+    assert time.monotonic() - start < 30
+    answers.set()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000010", "step-000000020"]
+
+
 def test_what_nobody_expected_is_a_failed_save(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -347,6 +347,53 @@ def test_stop_requests_end_all_ranks_with_a_checkpoint(make_tree: Callable[..., 
     assert [step for step, _ in losses_of(tree)] == list(range(1, 13))
 
 
+def distil_while_the_disk_hangs(tree: dict[str, Any]) -> tuple[Any, list[int], str]:
+    """Run with a disk that takes neither rows nor states in steps 3 to 9, nor says whether there is a STOP file; return
+    how it ended, the rows on the disk when step 9 was made, and the state then.
+    """
+    import threading
+
+    from scaledistill import metrics, runfolder
+    from scaledistill.train import Bookkeeper
+
+    answers, seen = threading.Event(), []
+    answers.set()
+    after_step, write, write_json = Bookkeeper.after_step, metrics.Recorder._write, runfolder.write_json
+    exists = Path.exists
+
+    def written(self: Any, row: Any) -> None:
+        assert answers.wait(60)
+        write(self, row)
+
+    def replaced(path: Path, content: Any) -> None:
+        assert answers.wait(60)
+        write_json(path, content)
+
+    def looked(path: Path, **options: Any) -> bool:
+        assert path.name != "STOP" or answers.wait(60)
+        return exists(path, **options)
+
+    def after(self: Any, result: Any) -> None:
+        if self._session.step == 3:
+            answers.clear()
+        after_step(self, result)
+        if self._session.step == 9:
+            seen.extend([[step for step, _ in losses_of(tree)], status_of(tree)["state"]])
+            answers.set()
+
+    metrics.Recorder._write, runfolder.write_json = written, replaced  # type: ignore[method-assign]
+    Bookkeeper.after_step, Path.exists = after, looked  # type: ignore[assignment,method-assign]
+    return (distil(tree)[:2], *seen)
+
+
+def test_steps_go_on_while_the_disk_hangs(make_tree: Callable[..., dict[str, Any]]) -> None:
+    tree = make_tree(train={**LONG, "max_steps": 12}, checkpoint={"every_steps": 100})
+    end, rows, state = run_ranks(distil_while_the_disk_hangs, 1, tree)[0]
+    assert (end, rows, state) == (("done", 0), [1, 2], "running")
+    assert [step for step, _ in losses_of(tree)] == list(range(1, 13)), "no row is lost, and all are in order"
+    assert (status_of(tree)["state"], status_of(tree)["step"]) == ("done", 12)
+
+
 def distil_with_bad_loss(tree: dict[str, Any], first: int, last: int, value: float) -> tuple[str, int, str]:
     """Run with a loss of `value` on the last rank in the steps from `first` to `last`."""
     from scaledistill import step as step_module

@@ -39,9 +39,11 @@ from scaledistill.models.capture import (
     view_inputs,
 )
 from scaledistill.models.configs import plain_dict
+from scaledistill.models.hub import model_folder
 from scaledistill.models.weights import (
     INDEX,
     StoredWeights,
+    check_adapter,
     check_cast,
     check_complete,
     check_finite,
@@ -56,7 +58,8 @@ logger = logging.getLogger(__name__)
 Shard = Callable[[nn.Module, list[nn.Module], Iterable[tuple[str, Tensor]]], nn.Module]
 """Puts a view's weights, handed out in the order of the names, in parts on the ranks, block by block; returns what runs
 them. Collective."""
-WEIGHT_FILES = ("config.json", "adapter_config.json", "*.py", "model.safetensors", "model-*-of-*.safetensors", INDEX)
+CONFIG_FILES = ("config.json", "adapter_config.json", "*.py")
+WEIGHT_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", INDEX)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
@@ -80,11 +83,14 @@ def resolve_folder(
     if is_path(model):
         remedy = "give a model's folder or its hub name"
         raise DataError(f"{setting}={str(model)!r}: {no_such_folder(model, remedy)}")
-    logger.info("looking for %s on the hub", model)
-    try:
+
+    def download(version: str | None) -> str:
+        logger.info("looking for %s on the hub", model)
         with quiet_transformers():
-            found = snapshot_download(str(model), revision=revision, allow_patterns=list(patterns), cache_dir=cache_dir)
-            return Path(found)
+            return snapshot_download(str(model), revision=version, allow_patterns=list(patterns), cache_dir=cache_dir)
+
+    try:
+        return model_folder(str(model), revision, patterns, download)
     except Exception as error:
         version = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().partition("\n")[0]
@@ -105,7 +111,7 @@ def load_config(
         ConfigError: it needs its own Python code and `trust_remote_code` is off, or its `model_type` is not supported.
         DataError: no such model, no `config.json`, or one that cannot be read.
     """
-    folder = resolve_folder(model, revision, ("config.json", "adapter_config.json", "*.py"), setting=setting)
+    folder = resolve_folder(model, revision, CONFIG_FILES, setting=setting)
     name, found = f"{setting}={str(model)!r}", read_json(folder / "config.json") or {}
     if not trust_remote_code and "auto_map" in found and found.get("model_type") not in CONFIG_MAPPING:
         raise ConfigError(
@@ -125,7 +131,7 @@ def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> Pre
     """
     path = folder / "config.json"
     if not path.is_file():
-        _check_adapter(folder, name)
+        check_adapter(folder, name)
         raise DataError(f"{name} has no config.json; give the folder that save_pretrained wrote")
     found = read_json(path) or {}
     model_type = found.get("model_type")
@@ -247,7 +253,7 @@ def check_unused(folder: Path, config: PreTrainedConfig, model: str) -> list[str
     Raises:
         DataError: weights or adapters that change what the encoder computes, and that it does not read.
     """
-    _check_adapter(folder, model)
+    check_adapter(folder, model)
     if type(config) not in MODEL_MAPPING or config.model_type not in ARCHITECTURES:  # names that we do not know
         return []
     try:
@@ -255,17 +261,6 @@ def check_unused(folder: Path, config: PreTrainedConfig, model: str) -> list[str
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
         raise _not_loaded(model, error) from error
     return check_names(stored_keys(folder, model), encoder, prefix=encoder.base_model_prefix, model=model)
-
-
-def _check_adapter(folder: Path, model: str) -> None:
-    if not (folder / "adapter_config.json").is_file():
-        return
-    alone = not any(folder.glob("model*.safetensors"))
-    what = "is an adapter without its model" if alone else "has an adapter beside its weights"
-    raise DataError(
-        f"{model} {what} (adapter_config.json), which is not read; merge it (PEFT: merge_and_unload), "
-        "save_pretrained, and give that folder"
-    )
 
 
 class Teacher(nn.Module):
@@ -382,7 +377,7 @@ def check_weight_files(folder: Path, model: str) -> None:
 
     None is opened.
     """
-    _check_adapter(folder, model)
+    check_adapter(folder, model)
     try:
         names = weight_files(folder)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

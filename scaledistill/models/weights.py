@@ -230,3 +230,15 @@ def check_complete(shapes: Mapping[str, tuple[list[int] | None, list[int]]], mod
             f"{model} lacks weights that are needed: {', '.join(wrong[:4])}{more}; give a complete model whose "
             "config.json belongs to its weights"
         )
+
+
+def check_adapter(folder: Path, model: str) -> None:
+    """Raise DataError, naming `model`, if its folder has an adapter, which nothing here reads."""
+    if not (folder / "adapter_config.json").is_file():
+        return
+    alone = not any(folder.glob("model*.safetensors"))
+    what = "is an adapter without its model" if alone else "has an adapter beside its weights"
+    raise DataError(
+        f"{model} {what} (adapter_config.json), which is not read; merge it (PEFT: merge_and_unload), "
+        "save_pretrained, and give that folder"
+    )
