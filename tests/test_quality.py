@@ -239,9 +239,9 @@ def test_the_report_is_made_of_the_results(tmp_path: Path, document: Path) -> No
     for number, name in enumerate(ABLATIONS):
         for seed in SMALL.seeds:
             losses = {"12": 0.2, "48": 0.1 + 0.01 * number + 0.001 * seed}
-            results.put(f"ablations/{name}-seed{seed}", {}, {"probe": scores, "yardstick": losses}, 60)
+            results.put(f"ablations/{name}-seed{seed}", {}, {"probe": scores, "held_out_loss": losses}, 60)
     point = {"tokens": 100, "validation_loss": 0.5, "probe/stsb_spearman": 0.6, "probe/stsb_spearman_below": 0.6}
-    results.put("models/teacher-init", {}, {"probe": scores, "yardstick": losses, "curve": [point]}, 60)
+    results.put("models/teacher-init", {}, {"probe": scores, "held_out_loss": losses, "curve": [point]}, 60)
     quality_report.write_report(Results(tmp_path / "results"), document)
     text = document.read_text()
     assert text.startswith("before\n<!-- state -->\n\n")

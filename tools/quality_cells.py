@@ -49,8 +49,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "tap-extra": {"tap": "extra"},
     "dropout-0.1": {"dropout": 0.1},
 }
-YARDSTICK_HEADS = (12, 48)
-YARDSTICK_ROWS = 512
+HELD_OUT_HEADS = (12, 48)
+HELD_OUT_ROWS = 512
 WARMUP_FRACTION = 0.1
 MODELS = (
     *("teacher", "teacher-init-undistilled", "teacher-init", "random-init-undistilled", "random-init"),
@@ -172,7 +172,7 @@ class Lab:
         return Job((cell,), run)
 
     def _model_cell(self, name: str) -> Cell:
-        tokens, settings = self.tier.student_tokens, {"inputs": self._inputs, "yardstick_rows": YARDSTICK_ROWS}
+        tokens, settings = self.tier.student_tokens, {"inputs": self._inputs, "held_out_rows": HELD_OUT_ROWS}
         million = tokens / 1e6
         if name == TEACHER:
             return Cell(f"models/{name}", settings, SECONDS_AROUND_A_RUN / 2)
@@ -312,10 +312,10 @@ class Lab:
         scores = SimilarityProbe(load_tokenizer(export), self._glue_data).score(model)
         found: dict[str, Any] = {"probe": scores, "weights_sha256": sha256_of(export / "model.safetensors")}
         if name != TEACHER and "tap-extra" not in name:  # that tap has no Q, K, V in the export
-            found["yardstick"] = self._yardstick(model)
+            found["held_out_loss"] = self._held_out_loss(model)
         return found
 
-    def _yardstick(self, model: Any) -> dict[str, float]:
+    def _held_out_loss(self, model: Any) -> dict[str, float]:
         """Return the mean relation loss of held-out rows by relation heads: the same measure for all students."""
         import torch
 
@@ -325,16 +325,16 @@ class Lab:
         from scaledistill.relations import relation_loss
 
         teacher = Teacher(load_encoder(self._teacher), self.config["teacher"]["layer"])
-        sums = dict.fromkeys(YARDSTICK_HEADS, 0.0)
+        sums = dict.fromkeys(HELD_OUT_HEADS, 0.0)
         held_out = ShardReader(self.config["data"]["validation"])
         pairs, layer = self.config["relations"]["pairs"], model.config.num_hidden_layers
         with torch.no_grad():
-            for batch in iter_validation(held_out, rows=YARDSTICK_ROWS, micro_batch_size=64):
+            for batch in iter_validation(held_out, rows=HELD_OUT_ROWS, micro_batch_size=64):
                 target = teacher(batch.input_ids_BT, batch.mask_BT)
                 qkv = capture_qkv(model, layer, input_ids=batch.input_ids_BT, attention_mask=batch.mask_BT)
-                for heads in YARDSTICK_HEADS:
+                for heads in HELD_OUT_HEADS:
                     loss = relation_loss(target, qkv, num_heads=heads, pairs=pairs, mask_BT=batch.mask_BT)
-                    sums[heads] += loss.total.item() * batch.weight / YARDSTICK_ROWS
+                    sums[heads] += loss.total.item() * batch.weight / HELD_OUT_ROWS
         return {str(heads): loss for heads, loss in sums.items()}
 
     # Ablations.
@@ -343,7 +343,7 @@ class Lab:
         tokens, changes = self.tier.ablation_tokens, ABLATIONS[name]
         settings = {
             "inputs": self._inputs,
-            "yardstick_rows": YARDSTICK_ROWS,
+            "held_out_rows": HELD_OUT_ROWS,
             "student": self.config["students"][NAME],
             "tokens": tokens,
             **self._run_settings(tokens, seed, changes),

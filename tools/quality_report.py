@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from quality_cells import ABLATIONS, MODELS, SMALL, STUDENTS, TEACHER, YARDSTICK_HEADS
+from quality_cells import ABLATIONS, MODELS, SMALL, STUDENTS, TEACHER, HELD_OUT_HEADS
 from quality_results import Results
 from scipy.stats import ttest_ind
 
@@ -196,16 +196,16 @@ def probe_table(results: Results) -> Table:
     """Return what each model is before any fine-tuning: the probe, and the held-out relation loss."""
     table = Table(
         "Without fine-tuning: Spearman on STS-B dev, and the held-out relation loss",
-        ["model", "last block", "block below", *(f"loss, {heads} relation heads" for heads in YARDSTICK_HEADS)],
+        ["model", "last block", "block below", *(f"loss, {heads} relation heads" for heads in HELD_OUT_HEADS)],
     )
     for name in MODELS:
         record = results.record(f"models/{name}")
         if record is None:
-            table.rows.append([name, *[MISSING] * (2 + len(YARDSTICK_HEADS))])
+            table.rows.append([name, *[MISSING] * (2 + len(HELD_OUT_HEADS))])
             continue
         found = record["result"]
-        losses = found.get("yardstick", {})
-        cells = [f"{losses[str(heads)]:.4f}" if losses else "–" for heads in YARDSTICK_HEADS]
+        losses = found.get("held_out_loss", {})
+        cells = [f"{losses[str(heads)]:.4f}" if losses else "–" for heads in HELD_OUT_HEADS]
         table.rows.append([name, f"{found['probe'][LAST]:.3f}", f"{found['probe'][BELOW]:.3f}", *cells])
     return table
 
@@ -217,14 +217,14 @@ def ablations_from(results: Results) -> dict[str, list[dict[str, float]]]:
         for seed in SMALL.seeds:
             if record := results.record(f"ablations/{name}-seed{seed}"):
                 result = record["result"]
-                losses = {f"R{heads}": loss for heads, loss in result.get("yardstick", {}).items()}
+                losses = {f"R{heads}": loss for heads, loss in result.get("held_out_loss", {}).items()}
                 runs.append({**losses, LAST: result["probe"][LAST], BELOW: result["probe"][BELOW]})
     return found
 
 
 def ablation_table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
     """Return median (lowest to highest) of each figure by variant, and what follows for the default."""
-    columns = {f"R{heads}": f"loss, {heads} relation heads" for heads in YARDSTICK_HEADS}
+    columns = {f"R{heads}": f"loss, {heads} relation heads" for heads in HELD_OUT_HEADS}
     columns |= {LAST: "probe, last block", BELOW: "probe, block below"}
     table = Table(
         "Short runs: median over distillation seeds (lowest to highest); against base by Welch's test",
@@ -253,7 +253,7 @@ def conclude(name: str, ours: Sequence[Mapping[str, float]], base: Sequence[Mapp
         return MISSING
     verdicts: list[float] = []
     texts = []
-    top = f"R{max(YARDSTICK_HEADS)}"
+    top = f"R{max(HELD_OUT_HEADS)}"
     for label, better, values in (
         ("loss", -1, [[run[top] for run in side] if top in side[0] else [] for side in (ours, base)]),
         ("probe", 1, [[max(run[LAST], run[BELOW]) for run in side] for side in (ours, base)]),
@@ -309,7 +309,7 @@ def draw_ablations(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path
     figure = Figure(figsize=(10, 1 + 0.4 * len(runs)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
-    top = max(YARDSTICK_HEADS)
+    top = max(HELD_OUT_HEADS)
     measures: Iterable[tuple[str, str]] = ((f"R{top}", f"held-out relation loss, {top} heads"), (LAST, "STS-B probe"))
     for (key, label), axes in zip(measures, panels, strict=True):
         for number, variant in enumerate(names):
