@@ -125,7 +125,7 @@ def test_interrupted_twice_it_ends_with_the_same_and_redoes_nothing(
     words = ["quality.py", "run", "--tier", "small", "--text", "t", "--held-out", "h", "--data-dir", "d"]
     monkeypatch.setattr(sys, "argv", [*words, "--results", str(tmp_path)])
     assert quality.main() == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "rerun the same command to resume" in capsys.readouterr().err
     assert quality.main() == 130
     first = capsys.readouterr().out
     assert "1 of 6 cells finished; 5 cells left, about 5 min" in first

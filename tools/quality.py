@@ -48,7 +48,7 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what is finished is kept, and the same command goes on\n")
+        sys.stderr.write("interrupted; finished cells are kept, rerun the same command to resume\n")
         return 130
 
 
