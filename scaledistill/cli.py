@@ -272,7 +272,7 @@ def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool)
             f"run.folder={config.run.folder!r} is in use by a running process ({described(Path(config.run.folder))}); "
             "this configuration starts when that has ended, or with another run.folder. Everything else is in order"
         )
-    console.print("everything that can be checked without loading weights is in order")
+    console.print("all checks passed (weights not loaded)")
     return EXIT_DONE
 
 

@@ -104,9 +104,8 @@ def warnings_of(plan: Plan) -> list[str]:
         )
     if shards < ranks:
         told.append(
-            f"{counted(shards, 'shard')} for {counted(ranks, 'rank')}: many read the same file at once, which a "
-            "parallel file system bears and one disk does not; make more shards with "
-            "tools/make_shards.py --rows-per-shard"
+            f"{counted(shards, 'shard')} for {counted(ranks, 'rank')}: many read the same file at once, fine "
+            "on a parallel file system, slow on one disk; make more shards with tools/make_shards.py --rows-per-shard"
         )
     if order.rows_per_lane <= order.window_rows:
         told.append(
