@@ -34,7 +34,7 @@ REPORT_SECONDS = 30.0
 FAR_REPORT_SECONDS = 5.0
 """The same on a machine without the rank that reports, whose launcher does not see this one leave."""
 EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request (under
-torchrun 0, or it would start the run again; the same command goes on), 130 interrupted. <run.folder>/status.json tells
+torchrun 0, or it would start the run again; rerun it to resume), 130 interrupted. <run.folder>/status.json tells
 how a run ended, also where a launcher changes the code."""
 
 

@@ -62,7 +62,7 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on\n")
+        sys.stderr.write("interrupted; rerun the same command to resume\n")
         return 130
 
 
