@@ -26,9 +26,7 @@ $(TEACHER): | $(READY)
 quickstart: $(READY) $(TEACHER)
 	ls shards/quickstart/train/*manifest* > /dev/null 2>&1 || $(BIN)/python tools/make_shards.py --installed-docs \
 	  --tokenizer $(TEACHER) --sequence-length 128 --max-tokens 2500000 --held-out-fraction 0.02 --output shards/quickstart
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed --quiet --num_accelerators 2 --master_port "$$($(BIN)/python -c \
-	  'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')" \
-	  launch/distill.py --config configs/quickstart.json
+	PATH="$(abspath $(BIN)):$$PATH" NUM_PROCESSES=2 launch/node.sh --config configs/quickstart.json
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST)

@@ -34,6 +34,8 @@ for attempt in range(60):  # a pod's name may be known a little later than the p
     except socket.gaierror as error:
         if attempt == 59:
             sys.exit(f"HEAD_ADDRESS={head} is not known here: {error}")
+        if attempt == 0:
+            print(f"HEAD_ADDRESS={head} is not known here yet; trying for two minutes", file=sys.stderr)
         time.sleep(2)
 with socket.socket(family, kind) as probe:
     try:

@@ -34,7 +34,7 @@ REPORT_SECONDS = 30.0
 FAR_REPORT_SECONDS = 5.0
 """The same on a machine without the rank that reports, whose launcher does not see this one leave."""
 EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request (under
-torchrun 0, or it would start the run again; the same command goes on), 130 interrupted. <run.folder>/status.json tells
+torchrun 0, or it would start the run again; rerun it to resume), 130 interrupted. <run.folder>/status.json tells
 how a run ended, also where a launcher changes the code."""
 
 
@@ -272,7 +272,7 @@ def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool)
             f"run.folder={config.run.folder!r} is in use by a running process ({described(Path(config.run.folder))}); "
             "this configuration starts when that has ended, or with another run.folder. Everything else is in order"
         )
-    console.print("everything that can be checked without loading weights is in order")
+    console.print("all checks passed (weights not loaded)")
     return EXIT_DONE
 
 

@@ -324,10 +324,11 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Sampl
     differences = differing_keys(before, now)
     if len(differences) == 1 and differences[0].startswith("train.max_steps:"):
         raise _other_length(state, config)
+    named = {line.partition(":")[0].rpartition(".")[2] for line in differences}  # run.seed is the order's seed
     differences += [
         f"data.train: {key} {state['data'].get(key)} -> {value}"
         for key, value in order.fingerprint().items()
-        if state["data"].get(key) != value
+        if state["data"].get(key) != value and key not in named
     ]
     if differences:
         raise other_run(state, config, "; ".join(differences))

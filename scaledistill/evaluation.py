@@ -210,7 +210,7 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
         try:
             result = run_grid(models, settings, output, stop=stop.reason)
         except GridStoppedError:
-            why = f"its evaluation was stopped ({stop.acknowledge()}), the same command goes on"
+            why = f"its evaluation was stopped ({stop.acknowledge()}); rerun the same command to resume"
             end = ("stopped", EXIT_STOPPED, f"{message}; {why}")
         else:
             write_card_section(export, "Evaluation", result.summary.markdown())

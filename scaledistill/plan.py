@@ -104,14 +104,13 @@ def warnings_of(plan: Plan) -> list[str]:
         )
     if shards < ranks:
         told.append(
-            f"{counted(shards, 'shard')} for {counted(ranks, 'rank')}: many read the same file at once, which a "
-            "parallel file system bears and one disk does not; make more shards with "
-            "tools/make_shards.py --rows-per-shard"
+            f"{counted(shards, 'shard')} for {counted(ranks, 'rank')}: many read the same file at once, fine "
+            "on a parallel file system, slow on one disk; make more shards with tools/make_shards.py --rows-per-shard"
         )
     if order.rows_per_lane <= order.window_rows:
         told.append(
-            f"data.window_rows={order.window_rows} is no less than the {order.rows_per_lane} rows of a lane: all lanes "
-            "change windows, and read, at the same step; lower it, or take fewer lanes"
+            f"data.window_rows ({order.window_rows}) is at least the rows per lane ({order.rows_per_lane}), so all "
+            "lanes read at the same step; lower it or data.num_lanes"
         )
     if plan.estimate.on_host and train.precision == "bf16":
         told.append(BF16_ON_CPU)

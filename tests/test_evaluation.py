@@ -109,7 +109,7 @@ def test_an_evaluation_stops_and_goes_on(make_tree: Callable[..., dict[str, Any]
     tree = make_tree()
     folder = Path(tree["run"]["folder"])
     stopped, went_on, broken = run_ranks(stop_and_go_on, 1, tree)[0]
-    words = f"; its evaluation was stopped (found {folder}/STOP), the same command goes on"
+    words = f"; its evaluation was stopped (found {folder}/STOP); rerun the same command to resume"
     assert (stopped["state"], stopped["exit_code"]) == ("stopped", 75)
     assert stopped["message"].endswith(words)
     assert (went_on["state"], went_on["exit_code"]) == ("done", 0)

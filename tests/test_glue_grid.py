@@ -343,7 +343,7 @@ def test_interrupted_twice_it_ends_with_the_same_numbers(
         assert len(workers) == 1, words
         if kill == signal.SIGINT:
             assert process.returncode == 130, words
-            assert f"glue: interrupted; what is finished stays in {output}, the same command goes on" in words
+            assert f"glue: interrupted; what is finished stays in {output}; rerun the same command to resume" in words
             assert not is_running(workers[0])
         deadline = time.monotonic() + 10
         while is_running(workers[0]) and time.monotonic() < deadline:

@@ -225,6 +225,16 @@ def test_torchrun_without_a_head() -> None:
     assert ended.stderr.startswith("torchrun_multi_node.sh: HEAD_ADDRESS is not set; give the name or address")
 
 
+def test_torchrun_says_that_it_waits_for_the_head_s_name() -> None:
+    words = ["bash", str(LAUNCH / "torchrun_multi_node.sh"), "--config", "c.json"]
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(words, env=environment(HEAD_ADDRESS="head.invalid"), **options) as process:
+        assert process.stderr
+        said = process.stderr.readline()
+        os.killpg(process.pid, signal.SIGKILL)
+    assert said == "HEAD_ADDRESS=head.invalid is not known here yet; trying for two minutes\n"
+
+
 # --- Slurm ---
 
 SRUN = """echo "$@" >>"$LOG"

@@ -107,6 +107,14 @@ def test_a_single_rank_sends_nothing_and_is_not_warned(tiny_config: MakeConfig) 
     assert sum(plan.traffic(found.config, found.estimate, 1).values()) == 0
 
 
+def test_a_window_of_a_whole_lane(tiny_config: MakeConfig) -> None:
+    found = doctor.check(tiny_config(data={"window_rows": 10_000}), 1, CPU)
+    assert plan.warnings_of(found) == [
+        f"data.window_rows (10000) is at least the rows per lane ({found.order.rows_per_lane}), so all lanes read at "
+        "the same step; lower it or data.num_lanes"
+    ]
+
+
 def test_what_does_not_fit(tiny_config: MakeConfig) -> None:
     found = doctor.check(tiny_config(), 2, CPU)
     facts = dataclasses.replace(found.estimate, placements={"replicate": (10**10, 0), "shard": (10**9, 0)})

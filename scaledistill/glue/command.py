@@ -43,7 +43,7 @@ DESCRIPTION = """Fine-tune and score models on GLUE and SQuAD 2.0; with --probe,
 Example: python tools/glue.py --model runs/student --model bert-base-uncased --tasks cola,rte --data-dir glue \\
            --output runs/glue
 
-The same command goes on where one was interrupted, and runs no finished cell again. OUTPUT gets summary.md, .csv, .json
+Rerun the same command to resume an interrupted one; it runs no finished cell again. OUTPUT gets summary.md, .csv, .json
 and .png, and cells/ with the record of each cell and its prediction of each dev example.
 
 Exit codes: 0 done, 2 wrong options, 3 wrong data or environment, or cells that failed, 130 interrupted."""
@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"{error}; check {options.output} and its disk")
         return EXIT_ENVIRONMENT
     except KeyboardInterrupt:
-        _say(f"interrupted; what is finished stays in {options.output}, the same command goes on")
+        _say(f"interrupted; what is finished stays in {options.output}; rerun the same command to resume")
         return EXIT_INTERRUPTED
 
 
@@ -365,7 +365,7 @@ class Display:
     def __enter__(self) -> Display:
         if self._work:
             cells = counted(len(self._work), "cell")
-            text = f"{cells} to run; Ctrl-C loses only what is under way, the same command goes on"
+            text = f"{cells} to run; Ctrl-C loses only what is under way; rerun the same command to resume"
             self.bar.console.print(text, highlight=False, soft_wrap=True)
         self.bar.start()
         return self

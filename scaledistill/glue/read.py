@@ -237,6 +237,7 @@ def _read_hub(task: Task, split: str) -> Rows:
 
     name, options = (HUB_SQUAD, ()) if task.kind == "span" else (HUB_GLUE, (task.name,))
     hub_split = split.replace("dev", "validation")
+    log.info("looking for %s (%s, %s) on the hub", name, task.title, hub_split)
     try:
         data = load_dataset(name, *options, split=hub_split)
     except Exception as error:
