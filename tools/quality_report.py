@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from quality_cells import ABLATIONS, MODELS, SMALL, STUDENTS, TEACHER, HELD_OUT_HEADS
+from quality_cells import ABLATIONS, HELD_OUT_HEADS, MODELS, SMALL, STUDENTS, TEACHER
 from quality_results import Results
 from scipy.stats import ttest_ind
 
