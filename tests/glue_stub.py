@@ -32,7 +32,9 @@ def fine_tune(cell: Cell, *_: Any) -> tuple[dict[str, Any], list[dict[str, Any]]
 
 if __name__ == "__main__":
     if sys.argv[1] == "worker":
-        sys.modules["scaledistill.glue.finetune"] = types.SimpleNamespace(fine_tune=fine_tune)  # type: ignore[assignment]
+        sys.modules["scaledistill.glue.finetune"] = types.SimpleNamespace(  # type: ignore[assignment]
+            fine_tune=fine_tune, take_share=lambda **share: None
+        )
         worker.main()
     else:
         worker.COMMAND = COMMAND

@@ -106,7 +106,7 @@ ALLOWED: dict[str, set[str]] = {
     "glue.cell": {"files"},
     "glue.command": {
         *("config", "glue.cell", "glue.grid", "glue.listing", "glue.plan", "glue.probe", "glue.speed", "glue.tasks"),
-        "wording",
+        *("glue.worker", "wording"),
     },
     "glue.features": {"data.text", "glue.cell", "glue.metrics", "glue.read", "glue.squad", "glue.tasks"},
     "glue.finetune": {"glue.cell", "glue.features", "glue.metrics", "glue.tasks", "models.teacher", "models.weights"},

@@ -29,6 +29,7 @@ from scaledistill.glue.cell import Cell, read_record
 from scaledistill.glue.features import subset
 from scaledistill.glue.grid import GridResult, Update, check_workers, run_grid
 from scaledistill.glue.plan import make_plan
+from scaledistill.glue.worker import Share
 
 PAIR = "index\t1\t2\t3\t4\t5\t6\tsentence1\tsentence2\t{label}\n"
 SMALL: dict[str, Any] = {
@@ -107,7 +108,7 @@ def settings(data: Path, **changes: Any) -> EvaluationSettings:
 def result(tmp_path_factory: pytest.TempPathFactory, model: Path, broken: Path, data: Path) -> GridResult:
     """A real grid with a model that fails, in one worker of one thread."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid_module, "_environment", lambda *_: {"OMP_NUM_THREADS": "1"})
+        patch.setattr(grid_module, "_share", lambda *_: Share(None, 1))
         models = {"broken": str(broken), "tiny": str(model)}
         return run_grid(models, settings(data), tmp_path_factory.mktemp("grid"))
 
@@ -176,7 +177,7 @@ def test_predictions_stand_beside_the_record(result: GridResult) -> None:
 def test_the_same_cell_gives_the_same_scores_and_divergence_fails(
     result: GridResult, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grid_module, "_environment", lambda *_: {"OMP_NUM_THREADS": "1"})
+    monkeypatch.setattr(grid_module, "_share", lambda *_: Share(None, 1))
     changed = settings(data, learning_rates=[1e30, 1e-3], seeds=[2], tasks=["cola"])
     again = run_grid({"tiny": str(model)}, changed, tmp_path)
     [cell] = again.finished
@@ -271,8 +272,8 @@ def test_a_killed_worker_is_a_failed_cell(
     workers: list[Any] = []
 
     class Watched(grid_module.Worker):
-        def __init__(self, environment: Any) -> None:
-            super().__init__(environment)
+        def __init__(self) -> None:
+            super().__init__()
             workers.append(self)
 
     def on_update(update: Update) -> None:

@@ -271,51 +271,68 @@ def run(options: argparse.Namespace) -> int:
     if options.probe:
         return probe(models, options)
     settings = settings_of(options)
-    from rich.console import Console
-
-    from scaledistill.glue.grid import check_workers, run_plan
-    from scaledistill.glue.plan import make_plan
-    from scaledistill.glue.speed import check_positions, measure_speed
-
-    workers = check_workers(options.workers)
-    plan = make_plan(models, settings)
-    if options.speed:
-        check_positions(plan)
-    console = Console(width=None if sys.stdout.isatty() else 160)
     if options.list:
         from scaledistill.glue.listing import print_list
 
-        print_list(console, plan, options.output, workers)
+        plan, workers = _plan(models, settings, options)
+        print_list(_console(), plan, options.output, workers)
         return EXIT_DONE
-    with Display(plan, options.output) as display:
-        result = run_plan(
-            plan,
-            options.output,
-            quick=options.quick,
-            workers=workers,
-            published=options.published,
-            on_update=display,
-        )
+    from scaledistill.glue.worker import Worker
+
+    with Worker() as first:  # it imports while we do, and while the plan is made
+        from scaledistill.glue.grid import run_plan
+
+        plan, workers = _plan(models, settings, options)
+        with Display(plan, options.output) as display:
+            result = run_plan(
+                plan,
+                options.output,
+                quick=options.quick,
+                workers=workers,
+                published=options.published,
+                on_update=display,
+                first=first,
+            )
+    console = _console()
     show(console, result)
     if options.json:
         options.json.write_text(json.dumps(result.summary.figures(), indent=1) + "\n")
     if options.speed:
+        from scaledistill.glue.speed import measure_speed
+
         report = measure_speed({model.name: model.folder for model in plan.models.values()}, options.output)
         for table in report.tables:
             console.print(table.rich())
     return EXIT_ENVIRONMENT if result.failures else EXIT_DONE
 
 
-def probe(models: Mapping[str, str], options: argparse.Namespace) -> int:
-    """Score the models as they are, show and write what came out, and return the exit code."""
+def _plan(models: Mapping[str, str], settings: EvaluationSettings, options: argparse.Namespace) -> tuple[Plan, int]:
+    """Return the checked plan, and how many cells run at a time."""
+    from scaledistill.glue.grid import check_workers
+    from scaledistill.glue.plan import make_plan
+
+    workers = check_workers(options.workers)
+    plan = make_plan(models, settings)
+    if options.speed:
+        from scaledistill.glue.speed import check_positions
+
+        check_positions(plan)
+    return plan, workers
+
+
+def _console() -> Console:
     from rich.console import Console
 
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def probe(models: Mapping[str, str], options: argparse.Namespace) -> int:
+    """Score the models as they are, show and write what came out, and return the exit code."""
     from scaledistill.glue.probe import probe_models
 
     report = probe_models(models, Path(options.data_folder) if options.data_folder else None)
-    console = Console(width=None if sys.stdout.isatty() else 160)
     for table in report.tables:
-        console.print(table.rich())
+        _console().print(table.rich())
     if options.json:
         options.json.write_text(json.dumps(report.figures, indent=1) + "\n")
     return EXIT_DONE

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import platform
 import tempfile
 import time
@@ -43,6 +44,13 @@ from scaledistill.models.weights import check_complete, check_finite
 
 OnProgress = Callable[[float], None]
 PREDICTION_BATCH = 64
+
+
+def take_share(gpu: str | None, threads: int) -> None:
+    """Use one GPU, of those that CUDA shows, and so many threads; before anything has touched a GPU."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    torch.set_num_threads(threads)
 
 
 def fine_tune(

@@ -23,7 +23,7 @@ from scaledistill.files import locked, read_json, write_json
 from scaledistill.glue.cell import Cell, read_error, read_record, remove_partial_files, write_error
 from scaledistill.glue.plan import Plan, make_plan
 from scaledistill.glue.summary import GRID, Summary, summary_of, write_summary
-from scaledistill.glue.worker import Worker
+from scaledistill.glue.worker import Share, Worker
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,12 @@ def run_plan(
     published: bool,
     on_update: OnUpdate | None = None,
     stop: Callable[[], object] = lambda: None,
+    first: Worker | None = None,
 ) -> GridResult:
     """Run what `make_plan` returned; see `run_grid`.
+
+    Args:
+        first: a worker that was started while the plan was made.
 
     Raises:
         ConfigError: another process works in the folder, or it has another model of the same name.
@@ -115,7 +119,7 @@ def run_plan(
         waiting = [cell for cell in plan.cells if read_record(cell, output) is None]
         if kept := len(plan.cells) - len(waiting):
             log.info("%d of %d cells are finished already", kept, len(plan.cells))
-        with _Pool(plan, output, workers, on_update or _Log(len(waiting))) as pool:
+        with _Pool(plan, output, workers, on_update or _Log(len(waiting)), first) as pool:
             pool.run(waiting, stop)
         summary = summary_of(output, published=published)
         write_summary(summary, output)
@@ -186,8 +190,9 @@ def check_workers(workers: int | None) -> int:
 class _Pool:
     """Workers, each with a cell at a time. A context manager: leaving it ends them."""
 
-    def __init__(self, plan: Plan, output: Path, workers: int, on_update: OnUpdate) -> None:
+    def __init__(self, plan: Plan, output: Path, workers: int, on_update: OnUpdate, first: Worker | None) -> None:
         self._plan, self._output, self._workers, self._on_update = plan, output, workers, on_update
+        self._first = first
         self._running: dict[int, Worker] = {}
         self._selector = selectors.DefaultSelector()
         self._waiting: deque[Cell] = deque()
@@ -206,22 +211,25 @@ class _Pool:
         while self._waiting or any(worker.cell for worker in self._running.values()):
             for number in range(self._workers):
                 if self._waiting and number not in self._running:
-                    worker = self._running[number] = Worker(_environment(number, self._workers))
+                    worker, self._first = self._first or Worker(), None
+                    self._running[number] = worker
                     self._selector.register(worker, selectors.EVENT_READ, number)
-                    self._give_next(worker)
+                    self._give_next(number)
             for key, _ in self._selector.select(timeout=1):
                 self._hear(key.data)
             if stop():
                 raise GridStoppedError
 
-    def _give_next(self, worker: Worker) -> None:
+    def _give_next(self, number: int) -> None:
+        worker = self._running[number]
         worker.cell = None
         if self._waiting:
             cell = self._waiting.popleft()
             settings = self._plan.settings
             data_folder = None if settings.data_folder is None else Path(settings.data_folder)
             model_folder = self._plan.models[cell.model].folder
-            worker.give(cell, self._output, model_folder, data_folder, settings.scores_each_epoch)
+            share = _share(number, self._workers)
+            worker.give(cell, self._output, model_folder, data_folder, share, settings.scores_each_epoch)
             self._on_update(Update(cell, "running", 0.0, ""))
 
     def _hear(self, number: int) -> None:
@@ -245,7 +253,7 @@ class _Pool:
                 if answer["leaves"]:
                     self._close(number)
                 else:
-                    self._give_next(worker)
+                    self._give_next(number)
 
     def _tell_end(self, cell: Cell) -> None:
         if record := read_record(cell, self._output):
@@ -261,14 +269,13 @@ class _Pool:
         self._running.pop(number).end()
 
 
-def _environment(number: int, workers: int) -> dict[str, str]:
-    """Return what a worker sees: its GPU, or its share of the cores."""
-    gpus = torch.cuda.device_count()
+def _share(number: int, workers: int) -> Share:
+    """Return what a worker may use: its GPU, or its share of the cores."""
+    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number]}
-    # Said for one worker too: launchers leave 1 in the environment.
-    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers))}
+        return Share(visible.split(",")[number], cores)
+    return Share(None, max(1, cores // workers))
 
 
 class _Log:

@@ -18,10 +18,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import scaledistill
 from scaledistill.errors import ConfigError, DataError, DivergedError
@@ -33,17 +33,25 @@ PROGRESS_SECONDS = 1.0
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "GROUP_", "ROLE_")
 
 
-class Worker:
-    """A process that fine-tunes one cell after the other."""
+class Share(NamedTuple):
+    """What a worker may use of the machine."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        """Start it, with `environment` besides the variables of this process."""
+    gpu: str | None
+    """One of `CUDA_VISIBLE_DEVICES`; None: no GPU."""
+    threads: int
+
+
+class Worker:
+    """A process that fine-tunes one cell after the other. It imports for seconds: start it early. A context manager."""
+
+    def __init__(self) -> None:
         package = str(Path(scaledistill.__file__).parent.parent)
         variables = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
         variables |= {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
         variables |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what deterministic algorithms ask for
         variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside busy processes, spinning threads halve the pace
-        variables |= environment
+        # Launchers leave 1 there; how many it takes is said with the cells.
+        variables["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         self._process = subprocess.Popen(
             COMMAND,
@@ -57,6 +65,12 @@ class Worker:
         self.cell: Cell | None = None
         self.ready = False
 
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end()
+
     def fileno(self) -> int:
         return cast(IO[bytes], self._process.stdout).fileno()
 
@@ -66,12 +80,13 @@ class Worker:
         output: Path,
         model_folder: Path,
         data_folder: Path | None,
+        share: Share,
         scores_each_epoch: bool = False,
     ) -> None:
-        """Hand it a cell; the answers follow."""
+        """Hand it a cell and its share of the machine, the same for all its cells; the answers follow."""
         self.cell = cell
         folders = {"output": output, "model_folder": model_folder, "data_folder": data_folder}
-        job = {"cell": asdict(cell), "scores_each_epoch": scores_each_epoch}
+        job = {"cell": asdict(cell), "share": share._asdict(), "scores_each_epoch": scores_each_epoch}
         job |= {name: folder and str(folder) for name, folder in folders.items()}
         with contextlib.suppress(BrokenPipeError):  # `answers` tells that it has ended
             cast(IO[bytes], self._process.stdin).write((json.dumps(job) + "\n").encode())
@@ -94,7 +109,9 @@ class Worker:
         return how, self._log.read().decode(errors="replace")
 
     def end(self) -> None:
-        """Kill the process; what it has finished lies on the disk."""
+        """Kill the process, unless that is done; what it has finished lies on the disk."""
+        if self._log.closed:
+            return
         self._process.kill()
         self._process.communicate()
         self._log.close()
@@ -111,10 +128,11 @@ def main() -> None:
         answers.write(json.dumps(values) + "\n")
 
     jobs = _jobs()
-    from scaledistill.glue.finetune import fine_tune
+    from scaledistill.glue.finetune import fine_tune, take_share
 
     answer(ready=True)
     for job in jobs:
+        take_share(**job["share"])
         cell, output = Cell.from_dict(job["cell"]), Path(job["output"])
         data_folder = None if job["data_folder"] is None else Path(job["data_folder"])
         try:
