@@ -6,29 +6,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaledistill.config import DistillConfig as DistillConfig
+    from scaledistill.config.schema import DistillConfig as DistillConfig
+    from scaledistill.integrations.datasets import prepare_dataset as prepare_dataset
+    from scaledistill.integrations.transformers import MiniLMTrainer as MiniLMTrainer
+    from scaledistill.integrations.transformers import MiniLMTrainingArguments as MiniLMTrainingArguments
+    from scaledistill.integrations.transformers import create_student as create_student
     from scaledistill.models.capture import capture_qkv as capture_qkv
-    from scaledistill.prepare import prepare_dataset as prepare_dataset
     from scaledistill.relations import QKV as QKV
     from scaledistill.relations import RelationLoss as RelationLoss
     from scaledistill.relations import relation_loss as relation_loss
-    from scaledistill.train import distill as distill
-    from scaledistill.trainer import MiniLMTrainer as MiniLMTrainer
-    from scaledistill.trainer import MiniLMTrainingArguments as MiniLMTrainingArguments
-    from scaledistill.trainer import create_student as create_student
+    from scaledistill.training.loop import distill as distill
 
 __version__ = "0.1.0"
 
 _HOMES = {  # imported on first use: `import scaledistill` and --help stay quick
     "DistillConfig": "config",
-    "MiniLMTrainer": "trainer",
-    "MiniLMTrainingArguments": "trainer",
+    "MiniLMTrainer": "integrations.transformers",
+    "MiniLMTrainingArguments": "integrations.transformers",
     "QKV": "relations",
     "RelationLoss": "relations",
     "capture_qkv": "models.capture",
-    "create_student": "trainer",
-    "distill": "train",
-    "prepare_dataset": "prepare",
+    "create_student": "integrations.transformers",
+    "distill": "training.loop",
+    "prepare_dataset": "integrations.datasets",
     "relation_loss": "relations",
 }
 __all__ = sorted(_HOMES)

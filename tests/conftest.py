@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from scaledistill.config import DistillConfig
-from scaledistill.configfile import parse_config
+from scaledistill.config.load import parse_config
+from scaledistill.config.schema import DistillConfig
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("SCALEDISTILL_CPU_BF16", "0")  # the same on every machine; `fast_bf16` tests both ways
@@ -83,8 +83,8 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) ->
 
 
 def write_tiny_shards(folder: Path, teacher: Path) -> Path:
-    from scaledistill.data.make import make_shards
-    from scaledistill.data.text import load_tokenizer
+    from scaledistill.data.prepare.make import make_shards
+    from scaledistill.data.prepare.text import load_tokenizer
 
     generator = random.Random(3)
     documents = [" ".join(generator.choices(WORDS, k=generator.randint(3, 60))) for _ in range(230)]

@@ -14,7 +14,7 @@ for name in (
     "transformers.conversion_mapping",
     "transformers.models.bert.modeling_bert",
     "scaledistill.engines.deepspeed",
-    "scaledistill.train",
+    "scaledistill.training.loop",
 ):
     importlib.import_module(name)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scaledistill.background import Background, ended
+from scaledistill.storage.background import Background, ended
 
 
 def test_calls_are_made_in_order_and_one_at_a_time() -> None:
@@ -70,7 +70,7 @@ def test_the_thread_ends_with_its_work() -> None:
 
 LEAVES = """
 import threading
-from scaledistill.background import Background
+from scaledistill.storage.background import Background
 Background("hangs").submit(threading.Event().wait)
 print("leaving")
 """

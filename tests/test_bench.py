@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from scaledistill.benchmark import Report, Worker, WorkerError, add_options, in_turn, ratios
+from scaledistill.metrics.benchmark import Report, Worker, WorkerError, add_options, in_turn, ratios
 
 TOOLS = Path(__file__).parent.parent / "tools"
 TINY = (
@@ -61,7 +61,7 @@ def peer_environment(folder: Path, versions: str, worker: str = "") -> Path:
 PEER_WORKER = """
 import json, sys
 import numpy
-from scaledistill.benchmark import Turns
+from scaledistill.metrics.benchmark import Turns
 turns = Turns()
 settings = json.load(open(sys.argv[-1]))
 if settings["arguments"]["bf16"]:

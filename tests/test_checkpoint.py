@@ -15,10 +15,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
-from scaledistill.checkpoint import newest_checkpoint, verify
-from scaledistill.distributed import Ranks
+from scaledistill.checkpoint.format import newest_checkpoint, verify
+from scaledistill.checkpoint.saver import Saver
+from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import DataError, PeerError
-from scaledistill.saving import Saver
 
 GROUPS = {
     "l2.weights": {
@@ -275,7 +275,7 @@ def test_what_cannot_be_written_as_json_is_refused(tmp_path: Path, ranks: Ranks)
 
 
 def on_two_ranks(root: Path) -> tuple[Any, ...]:
-    from scaledistill.distributed import process_group
+    from scaledistill.distributed.ranks import process_group
 
     with process_group(60) as ranks:
         mine = GROUPS if ranks.is_main else {group: {} for group in GROUPS}  # only rank 0 holds tensors

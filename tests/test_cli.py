@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 
-from scaledistill import cli, doctor, exports, train
-from scaledistill.cli import main
-from scaledistill.configfile import load_config
+from scaledistill.cli import distill as cli
+from scaledistill.cli.distill import main
+from scaledistill.config.load import load_config
 from scaledistill.errors import DivergedError, PeerError
-from scaledistill.files import locked
-from scaledistill.train import RunResult
+from scaledistill.preflight import checks as doctor
+from scaledistill.storage.files import locked
+from scaledistill.training import exports
+from scaledistill.training import loop as train
+from scaledistill.training.loop import RunResult
 
 ROOT = Path(__file__).parent.parent
 MakeFile = Callable[..., Path]
@@ -62,7 +65,7 @@ def test_help_is_quick_and_says_what_counts(capsys: pytest.CaptureFixture[str]) 
     assert "local_rank" not in text
 
 
-@pytest.mark.parametrize("module", ["scaledistill", "scaledistill.cli"])
+@pytest.mark.parametrize("module", ["scaledistill", "scaledistill.cli.distill"])
 def test_the_package_runs_as_a_module(module: str, config_file: MakeFile) -> None:
     command = [sys.executable, "-m", module, "--config", str(config_file()), "--set", "train.max_steps=4321"]
     shown = subprocess.run([*command, "--print-config"], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -75,7 +78,7 @@ def test_the_package_runs_as_a_module(module: str, config_file: MakeFile) -> Non
 
 HEAVY = """
 import sys
-from scaledistill.cli import main
+from scaledistill.cli.distill import main
 try:
     main(sys.argv[1:])
 except SystemExit:
@@ -331,7 +334,7 @@ def test_who_does_not_report_leaves_last(
     pauses: list[float] = []
     monkeypatch.setattr(train, "distill", run)
     monkeypatch.setattr(cli, "REPORT_SECONDS", 30)
-    monkeypatch.setattr("scaledistill.cli.time.sleep", pauses.append)
+    monkeypatch.setattr("scaledistill.cli.distill.time.sleep", pauses.append)
     os.environ["RANK"], os.environ["LOCAL_RANK"] = ranks
     options = ["--config", str(config_file()), *([fault] if isinstance(fault, str) else [])]
     if fault == "--frsh":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from scaledistill.data.compression import StoredError, open_stored
+from scaledistill.data.prepare.compression import StoredError, open_stored
 from scaledistill.errors import DataError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from scaledistill.config import FREE_ON_RESUME, DistillConfig, differing_keys
-from scaledistill.configfile import check_paths, load_config, parse_config
+from scaledistill.config.load import check_paths, load_config, parse_config
+from scaledistill.config.schema import FREE_ON_RESUME, DistillConfig, differing_keys
 from scaledistill.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

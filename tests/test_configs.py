@@ -28,11 +28,11 @@ from transformers import (
 )
 
 from scaledistill.errors import DataError
-from scaledistill.files import set_default_mode
 from scaledistill.glue.finetune import _load_model
 from scaledistill.glue.tasks import TASKS
 from scaledistill.models.student import student_config
 from scaledistill.models.teacher import Teacher, check_weight_files, load_config, load_encoder, open_encoder
+from scaledistill.storage.files import set_default_mode
 
 IDS_BT = torch.arange(5, 21)[None]
 

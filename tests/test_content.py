@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from scaledistill.data.content import binary_content, content_of, json_form
+from scaledistill.data.prepare.content import binary_content, content_of, json_form
 
 LINES = [{"id": str(i), "url": "https://example.org", "text": "the {old} [river]\n\n" * (i + 1)} for i in range(9)]
 JSON_LINES = "".join(json.dumps(line) + "\n" for line in LINES).encode()

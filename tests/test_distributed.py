@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from scaledistill.distributed import (
+from scaledistill.distributed.ranks import (
     CPU_BF16_VARIABLE,
     REPORT_SECONDS,
     Ranks,
@@ -237,7 +237,7 @@ def test_a_rank_0_that_does_not_answer(environment: dict[str, str], monkeypatch:
         raise dist.DistNetworkError("The client socket has failed to connect\nand more")
 
     monkeypatch.setattr(dist, "init_process_group", refused)
-    monkeypatch.setattr("scaledistill.distributed.time.sleep", pauses.append)
+    monkeypatch.setattr("scaledistill.distributed.ranks.time.sleep", pauses.append)
     for local_size, expected in (("2", [REPORT_SECONDS]), ("1", [])):
         environment.update({**ALONE, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": local_size})
         with (

@@ -20,12 +20,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_shards import change_manifest
 
-from scaledistill import doctor
-from scaledistill.config import DistillConfig
-from scaledistill.data.make import make_shards
-from scaledistill.data.text import load_tokenizer
+from scaledistill.config.schema import DistillConfig
+from scaledistill.data.prepare.make import make_shards
+from scaledistill.data.prepare.text import load_tokenizer
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.plan import plan_table
+from scaledistill.preflight import checks as doctor
+from scaledistill.preflight.report import plan_table
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

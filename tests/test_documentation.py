@@ -63,8 +63,8 @@ def run_readme(folder: Path) -> tuple[float, bool, str]:
 
 def test_the_readme_s_python(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder as `make quickstart` leaves it, with smaller models."""
-    from scaledistill.data.make import make_shards
-    from scaledistill.data.text import load_tokenizer
+    from scaledistill.data.prepare.make import make_shards
+    from scaledistill.data.prepare.text import load_tokenizer
 
     monkeypatch.chdir(tmp_path)
     teacher = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 768}
@@ -132,8 +132,8 @@ def test_shell_commands_are_understood(
 ) -> None:
     import make_shards
 
-    from scaledistill import cli
-    from scaledistill.configfile import load_config
+    from scaledistill.cli import distill as cli
+    from scaledistill.config.load import load_config
     from scaledistill.glue import command
 
     monkeypatch.chdir(ROOT)
@@ -148,8 +148,8 @@ def test_shell_commands_are_understood(
 
 
 def test_wrong_commands_would_be_noticed() -> None:
-    from scaledistill import cli
-    from scaledistill.configfile import load_config
+    from scaledistill.cli import distill as cli
+    from scaledistill.config.load import load_config
 
     assert len(list(shell_commands())) > 5
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()):

@@ -13,8 +13,8 @@ from conftest import tiny_tree
 from ranks import run_ranks
 from test_engine import ENGINES
 
-from scaledistill.configfile import parse_config
-from scaledistill.metrics import read_rows
+from scaledistill.config.load import parse_config
+from scaledistill.metrics.recorder import read_rows
 
 STEPS = 24
 TRAIN = {"global_batch_size": 12, "max_steps": STEPS, "learning_rate": 1e-3, "warmup_steps": 2, "precision": "fp32"}
@@ -22,8 +22,8 @@ TRAIN = {"global_batch_size": 12, "max_steps": STEPS, "learning_rate": 1e-3, "wa
 
 def run_leg(tree: dict[str, Any], last_step: int) -> list[list[int]]:
     """Run up to `last_step`; return the samples of each step that this rank trained on."""
-    from scaledistill import step as step_module
-    from scaledistill.train import Bookkeeper, distill
+    from scaledistill.training import step as step_module
+    from scaledistill.training.loop import Bookkeeper, distill
 
     samples: list[list[int]] = []
     forward_loss, after_step = step_module.forward_loss, Bookkeeper.after_step

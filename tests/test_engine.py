@@ -13,8 +13,8 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scaledistill.config import DistillConfig, EngineSettings
-from scaledistill.configfile import parse_config
+from scaledistill.config.load import parse_config
+from scaledistill.config.schema import DistillConfig, EngineSettings
 from scaledistill.engines import parameter_groups
 from scaledistill.engines.deepspeed_block import resolve_block
 from scaledistill.errors import ConfigError
@@ -39,12 +39,12 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
     """Make a run's steps for each configuration in turn, in this rank; return the losses."""
-    from scaledistill import doctor
     from scaledistill.data.stream import ShardStream
-    from scaledistill.distributed import process_group
-    from scaledistill.session import open_session
-    from scaledistill.speed import Stopwatch
-    from scaledistill.step import train_step
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.metrics.stopwatch import Stopwatch
+    from scaledistill.preflight import checks as doctor
+    from scaledistill.training.session import open_session
+    from scaledistill.training.step import train_step
 
     losses = []
     with process_group(60) as ranks:
@@ -95,9 +95,9 @@ def timeouts_of_groups(tree: dict[str, Any], timeout_seconds: int) -> list[float
     """Return the timeouts of all process groups that stand in a run, in seconds."""
     import torch.distributed as dist
 
-    from scaledistill import doctor
-    from scaledistill.distributed import gather_objects, process_group
-    from scaledistill.session import open_session
+    from scaledistill.distributed.ranks import gather_objects, process_group
+    from scaledistill.preflight import checks as doctor
+    from scaledistill.training.session import open_session
 
     with process_group(timeout_seconds) as ranks:
         open_session(doctor.check(parse_config(tree), 2, ranks.device).config, ranks, resume=False)
@@ -123,8 +123,8 @@ def bytes_held_after(trees: list[dict[str, Any]], in_own_group: bool) -> list[tu
     """Make each configuration's run; return what tensors hold at its last step and after it, and whose they are."""
     from contextlib import nullcontext
 
-    from scaledistill import train
-    from scaledistill.distributed import process_group
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.training import loop as train
 
     def tensors() -> list[torch.Tensor]:
         return [held for held in gc.get_objects() if issubclass(type(held), torch.Tensor)]
@@ -202,11 +202,11 @@ class Collectives(TorchDispatchMode):
 
 def gradient_collectives(trees: list[dict[str, Any]]) -> list[list[tuple[bool, torch.dtype, int]]]:
     """Return the collectives of one step of each configuration, those of single numbers left out."""
-    from scaledistill import doctor
-    from scaledistill.distributed import process_group
-    from scaledistill.session import open_session
-    from scaledistill.speed import Stopwatch
-    from scaledistill.step import train_step
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.metrics.stopwatch import Stopwatch
+    from scaledistill.preflight import checks as doctor
+    from scaledistill.training.session import open_session
+    from scaledistill.training.step import train_step
 
     found = []
     with process_group(60) as ranks:
@@ -471,11 +471,11 @@ def losses_carried_over(trees: list[dict[str, Any]]) -> list[tuple[list[float], 
     The second are of a plain engine (the first configuration's) that goes on from it, as an export or another engine
     does; the third of an engine of its own kind that does.
     """
-    from scaledistill import doctor
-    from scaledistill.distributed import broadcast_object, process_group
-    from scaledistill.session import open_session
-    from scaledistill.speed import Stopwatch
-    from scaledistill.step import train_step
+    from scaledistill.distributed.ranks import broadcast_object, process_group
+    from scaledistill.metrics.stopwatch import Stopwatch
+    from scaledistill.preflight import checks as doctor
+    from scaledistill.training.session import open_session
+    from scaledistill.training.step import train_step
 
     with process_group(60) as ranks:
 

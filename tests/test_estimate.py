@@ -11,14 +11,14 @@ from conftest import tiny_tree
 from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
-from scaledistill import doctor
-from scaledistill.config import DistillConfig
-from scaledistill.configfile import parse_config
-from scaledistill.estimate import DTYPES, Estimate, estimate
-from scaledistill.microbatch import Trial
+from scaledistill.config.load import parse_config
+from scaledistill.config.schema import DistillConfig
 from scaledistill.models.capture import blocks_of, build_encoder, capture_view, forward_flops
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import Teacher, load_config, load_encoder
+from scaledistill.preflight import checks as doctor
+from scaledistill.preflight.estimate import DTYPES, Estimate, estimate
+from scaledistill.preflight.microbatch import Trial
 from scaledistill.relations.sdpa import TILE_SCORES
 
 CPU = torch.device("cpu")
@@ -205,10 +205,10 @@ def peak_of_a_run(sequences: int, length: int) -> tuple[int, int]:
     """Make two steps of BERT-base → 6×384 under DeepSpeed; return the memory it took, and what was expected."""
     from transformers import BertConfig
 
-    from scaledistill.distributed import process_group
+    from scaledistill.distributed.ranks import process_group
     from scaledistill.engines import create_engine
-    from scaledistill.estimate import batch_arguments
     from scaledistill.models.capture import split_qkv, view_inputs
+    from scaledistill.preflight.estimate import batch_arguments
     from scaledistill.relations import relation_loss
 
     def memory_bytes(field: str) -> int:
@@ -250,9 +250,9 @@ def test_memory_is_about_what_was_expected(sequences: int, length: int) -> None:
 
 def save_once(tree: dict[str, Any]) -> tuple[int, Estimate]:
     """Save a run's first checkpoint; return its bytes and what was expected."""
-    from scaledistill.distributed import process_group
-    from scaledistill.saving import Outcome
-    from scaledistill.session import open_session
+    from scaledistill.checkpoint.saver import Outcome
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.training.session import open_session
 
     with process_group(60) as ranks:
         plan = doctor.check(parse_config(tree), 1, ranks.device)

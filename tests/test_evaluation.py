@@ -18,13 +18,13 @@ from ranks import run_ranks
 from rich.console import Console
 from test_train import distil, status_of
 
-from scaledistill import train
-from scaledistill.configfile import parse_config
-from scaledistill.doctor import check
+from scaledistill.config.load import parse_config
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.evaluation import check_evaluation, create_summary_table, evaluate, evaluate_run
 from scaledistill.glue import worker
-from scaledistill.plan import plan_table
+from scaledistill.glue.api import check_evaluation, create_summary_table, evaluate, evaluate_run
+from scaledistill.preflight.checks import check
+from scaledistill.preflight.report import plan_table
+from scaledistill.training import loop as train
 
 ROWS = [(f"w{i % 190:03} w{i % 7:03}", f"w{(i + i % 2) % 190:03}", i % 2) for i in range(48)]
 

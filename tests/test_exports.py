@@ -12,11 +12,11 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from test_train import LONG, check_export, distil
 
-from scaledistill.config import DistillConfig
-from scaledistill.configfile import parse_config
+from scaledistill.config.load import parse_config
+from scaledistill.config.schema import DistillConfig
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.exports import export_checkpoint
-from scaledistill.files import locked
+from scaledistill.storage.files import locked
+from scaledistill.training.exports import export_checkpoint
 
 
 @pytest.fixture(scope="module")

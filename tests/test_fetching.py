@@ -14,9 +14,9 @@ from fake_hub import COMMIT, FakeHub, use_hub
 from ranks import run_ranks
 from test_train import distil, make_tree, status_of
 
-from scaledistill import doctor
-from scaledistill.configfile import parse_config
+from scaledistill.config.load import parse_config
 from scaledistill.errors import DataError
+from scaledistill.preflight import checks as doctor
 
 __all__ = ["make_tree"]
 NAME, REVISION = "some-org/tiny", "GET /api/models/some-org/tiny/revision/main"
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def distil_from_hub(trees: list[dict[str, Any]], url: str, cache: Path) -> list[Any]:
     """Return how each run ended, and how often this rank asked for a snapshot."""
-    from scaledistill.distributed import process_group
+    from scaledistill.distributed.ranks import process_group
     from scaledistill.models import teacher
 
     asked: list[str | None] = []

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from scaledistill import files
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.storage import files
 
 
 def failing(number: int, only: Callable[[int], bool] = lambda descriptor: True) -> Callable[..., None]:

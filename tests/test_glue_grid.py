@@ -20,9 +20,8 @@ from conftest import WORDS
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
-from scaledistill.config import EvaluationSettings
+from scaledistill.config.schema import EvaluationSettings
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.files import locked
 from scaledistill.glue import grid as grid_module
 from scaledistill.glue import worker as worker_module
 from scaledistill.glue.cell import Cell, read_record
@@ -30,6 +29,7 @@ from scaledistill.glue.features import subset
 from scaledistill.glue.grid import GridResult, Update, check_workers, run_grid
 from scaledistill.glue.plan import make_plan
 from scaledistill.glue.worker import Share
+from scaledistill.storage.files import locked
 
 PAIR = "index\t1\t2\t3\t4\t5\t6\tsentence1\tsentence2\t{label}\n"
 SMALL: dict[str, Any] = {

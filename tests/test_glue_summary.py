@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from scaledistill.errors import DataError
-from scaledistill.files import write_json
 from scaledistill.glue.cell import Cell, Conditions, write_error, write_record
 from scaledistill.glue.summary import GRID, Summary, choose, summary_of, write_summary
 from scaledistill.glue.tasks import TASKS
+from scaledistill.storage.files import write_json
 
 CONDITIONS = Conditions("d", 128, 32, 0.1, 0.01, False, None)
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from scaledistill.hints import FOREIGN, argument_hint, foreign
-from scaledistill.wording import setting_names
+from scaledistill.config.hints import FOREIGN, argument_hint, foreign
+from scaledistill.config.wording import setting_names
 
 OPTIONS = ["--config", "--set", "--validate", "--dry-run", "--fresh", "--world-size"]
 RESUME = "rerun the same command: it resumes from the newest checkpoint in run.folder by itself"

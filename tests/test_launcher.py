@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from scaledistill.distributed.launcher import launcher_facts
 from scaledistill.errors import ConfigError
-from scaledistill.launcher import launcher_facts
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}

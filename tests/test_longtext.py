@@ -8,8 +8,8 @@ import random
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from scaledistill.data import longtext
-from scaledistill.data.longtext import Cutter, LongText, placed
+from scaledistill.data.prepare import longtext
+from scaledistill.data.prepare.longtext import Cutter, LongText, placed
 from scaledistill.errors import DataError
 
 SPECIAL = ["[UNK]"]

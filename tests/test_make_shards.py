@@ -23,14 +23,14 @@ from test_text import save_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from scaledistill.data.blocks import block_span, decode_block
-from scaledistill.data.make import ShardReport, make_shards
 from scaledistill.data.manifest import (
     Manifest,
     too_many_unknown,
 )
+from scaledistill.data.prepare.make import ShardReport, make_shards
+from scaledistill.data.prepare.sources import file_documents
+from scaledistill.data.prepare.text import load_tokenizer, tokenizer_fingerprint
 from scaledistill.data.shards import verify
-from scaledistill.data.sources import file_documents
-from scaledistill.data.text import load_tokenizer, tokenizer_fingerprint
 from scaledistill.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,7 +132,7 @@ def test_the_number_of_workers_does_not_change_a_byte(
     documents = random_documents(1)
     outputs = []
     for workers in (0, 1, 2):
-        monkeypatch.setattr("scaledistill.data.make._CHUNK_CHARACTERS", 1 << 18 if workers == 0 else 5000)
+        monkeypatch.setattr("scaledistill.data.prepare.make._CHUNK_CHARACTERS", 1 << 18 if workers == 0 else 5000)
         output = tmp_path / str(workers)
         make(documents, output, tokenizer, workers=workers, held_out_fraction=0.1, max_tokens=10_000)
         outputs.append(bytes_of(output))
@@ -153,9 +153,9 @@ def test_long_documents_in_pieces_give_the_same_bytes(
     documents = random_documents(2, 30) + [" " * 900, " ".join(random_documents(4, 40))] * 2 + random_documents(3, 30)
     options = {"held_out_fraction": 0.3, "held_out_max_documents": 20, "sequence_length": length, **limit}
     make(documents, tmp_path / "whole", tokenizer, **options)
-    monkeypatch.setattr("scaledistill.data.make.LONG_CHARACTERS", 400)
-    monkeypatch.setattr("scaledistill.data.longtext.LONG_CHARACTERS", 400)
-    monkeypatch.setattr("scaledistill.data.longtext.PIECE_CHARACTERS", 200)
+    monkeypatch.setattr("scaledistill.data.prepare.make.LONG_CHARACTERS", 400)
+    monkeypatch.setattr("scaledistill.data.prepare.longtext.LONG_CHARACTERS", 400)
+    monkeypatch.setattr("scaledistill.data.prepare.longtext.PIECE_CHARACTERS", 200)
     make(documents, tmp_path / "pieces", tokenizer, **options)
     assert bytes_of(tmp_path / "pieces") == bytes_of(tmp_path / "whole")
 
@@ -163,7 +163,7 @@ def test_long_documents_in_pieces_give_the_same_bytes(
 def test_a_document_without_a_place_to_cut_is_named(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scaledistill.data.longtext.LARGEST_PIECE_CHARACTERS", 1 << 19)
+    monkeypatch.setattr("scaledistill.data.prepare.longtext.LARGEST_PIECE_CHARACTERS", 1 << 19)
     with pytest.raises(
         DataError, match=r"^document 3: a document of 900,000 characters, .* use --documents line, else"
     ):
@@ -215,7 +215,7 @@ def test_limits(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
 def test_an_interrupted_run_leaves_nothing(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scaledistill.data.make._CHUNK_CHARACTERS", 5000)
+    monkeypatch.setattr("scaledistill.data.prepare.make._CHUNK_CHARACTERS", 5000)
 
     def interrupted(error: BaseException) -> Iterator[str]:
         yield from ["one two " * 1000] * 20
@@ -313,8 +313,8 @@ def test_unknown_tokens_are_counted_and_bounded(
     assert sum(counts.unknown for counts in report.splits.values()) == 30
 
     # A long run is not refused only at its end.
-    monkeypatch.setattr("scaledistill.data.make._UNKNOWN_SAMPLE_TOKENS", 1000)
-    monkeypatch.setattr("scaledistill.data.make._CHUNK_DOCUMENTS", 100)
+    monkeypatch.setattr("scaledistill.data.prepare.make._UNKNOWN_SAMPLE_TOKENS", 1000)
+    monkeypatch.setattr("scaledistill.data.prepare.make._CHUNK_DOCUMENTS", 100)
     endless = (document for number in itertools.count() for document in ["fine", "one", f"word {number}"])
     with pytest.raises(DataError, match=r"% of the 1,\d\d\d tokens for train are unknown"):
         make_shards(
@@ -464,7 +464,7 @@ def test_rows_longer_than_the_tokenizer_states(
     run: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "model_max_length", 16)
-    monkeypatch.setattr("scaledistill.data.text.load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr("scaledistill.data.prepare.text.load_tokenizer", lambda *_: tokenizer)
     (tmp_path / "a.txt").write_text("one")
     code, _, err = run(tmp_path / "a.txt", "--sequence-length", 32, "--output", tmp_path / "out")
     assert code == 0

@@ -14,8 +14,8 @@ import pytest
 import torch
 from test_checkpoint import largest_file
 
-from scaledistill import metrics
-from scaledistill.metrics import Pace, Recorder, draw_losses, line, read_rows, summary
+from scaledistill.metrics import recorder as metrics
+from scaledistill.metrics.recorder import Pace, Recorder, draw_losses, line, read_rows, summary
 
 
 def recorder(folder: Path, *, resumed_at: int = 0, trackers: tuple[str, ...] = (), **names: str) -> Recorder:

@@ -11,12 +11,15 @@ import torch
 from conftest import tiny_tree
 from ranks import run_ranks
 
-from scaledistill import doctor
-from scaledistill.config import DistillConfig
-from scaledistill.configfile import parse_config
+from scaledistill.config.load import parse_config
+from scaledistill.config.schema import DistillConfig
 from scaledistill.errors import ConfigError, PeerError
-from scaledistill.estimate import batch_arguments, estimate
-from scaledistill.microbatch import (
+from scaledistill.models.capture import capture_view
+from scaledistill.models.student import build_student
+from scaledistill.models.teacher import Teacher, load_config, load_encoder
+from scaledistill.preflight import checks as doctor
+from scaledistill.preflight.estimate import batch_arguments, estimate
+from scaledistill.preflight.microbatch import (
     MARGIN_FRACTION,
     Trial,
     candidates,
@@ -26,9 +29,6 @@ from scaledistill.microbatch import (
     largest_that_fits,
     predict,
 )
-from scaledistill.models.capture import capture_view
-from scaledistill.models.student import build_student
-from scaledistill.models.teacher import Teacher, load_config, load_encoder
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -135,7 +135,7 @@ def test_batches_that_are_tried_have_all_that_a_run_may_bring(tiny_config: Calla
 
 def choose_with(tree: dict[str, Any], *most: tuple[int, int]) -> list[int | str]:
     """For each pair, choose on a rank that has memory for `most[rank]` sequences."""
-    from scaledistill.distributed import process_group
+    from scaledistill.distributed.ranks import process_group
 
     def chosen(limit: int) -> int | str:
         def attempt(size: int) -> None:
@@ -163,7 +163,7 @@ def test_ranks_agree_on_what_fits_everywhere(tmp_path: Path, tiny_teacher: Path,
 
 
 def test_without_a_gpu_the_prediction_is_taken(tiny_config: Callable[..., DistillConfig]) -> None:
-    from scaledistill.distributed import process_group
+    from scaledistill.distributed.ranks import process_group
 
     unused: Any = None
     with process_group(60) as ranks:
@@ -204,7 +204,7 @@ def test_free_memory_here() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_takes_what_was_chosen_and_no_more(tiny_config: Callable[..., DistillConfig]) -> None:
-    from scaledistill.distributed import process_group
+    from scaledistill.distributed.ranks import process_group
 
     with process_group(60) as ranks:
         config = doctor.resolve(tiny_config(train={"global_batch_size": 4096}), 1, ranks.device)

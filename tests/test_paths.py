@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from scaledistill.data.paths import check_inputs
+from scaledistill.data.prepare.paths import check_inputs
 from scaledistill.errors import DataError
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
-from scaledistill.configfile import parse_config
+from scaledistill.config.load import parse_config
 from scaledistill.errors import DataError
 from scaledistill.models.capture import ARCHITECTURES, blocks_of
 from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
@@ -78,7 +78,7 @@ class Watched(dict[str, Tensor]):
 
 def place(folder: Path, trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Place a teacher on this rank and run it, for each configuration; return output, hash, and the bytes held."""
-    from scaledistill.distributed import process_group
+    from scaledistill.distributed.ranks import process_group
     from scaledistill.engines import shard_teacher
 
     results = []
@@ -130,11 +130,11 @@ def test_no_rank_ever_holds_a_sharded_teacher(deep_teacher, tmp_path, tiny_shard
 
 def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
     """Make a run's steps for each configuration in turn, in this rank; return the losses."""
-    from scaledistill import doctor
-    from scaledistill.distributed import process_group
-    from scaledistill.session import open_session
-    from scaledistill.speed import Stopwatch
-    from scaledistill.step import train_step
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.metrics.stopwatch import Stopwatch
+    from scaledistill.preflight import checks as doctor
+    from scaledistill.training.session import open_session
+    from scaledistill.training.step import train_step
 
     losses = []
     with process_group(60) as ranks:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from scaledistill import doctor, plan
-from scaledistill.config import DistillConfig
+from scaledistill.config.schema import DistillConfig
 from scaledistill.data.order import SampleOrder
+from scaledistill.preflight import checks as doctor
+from scaledistill.preflight import report as plan
 
 CPU = torch.device("cpu")
 MakeConfig = Callable[..., DistillConfig]

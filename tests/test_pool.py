@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from scaledistill.data.docstrings import installed_docs
-from scaledistill.data.pool import parallel_map
+from scaledistill.data.prepare.docstrings import installed_docs
+from scaledistill.data.prepare.pool import parallel_map
 from scaledistill.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import itertools, os\n"
-        "from scaledistill.data.pool import parallel_map\n"
+        "from scaledistill.data.prepare.pool import parallel_map\n"
         "def pid(item): return os.getpid()\n"
         "if __name__ == '__main__':\n"
         "    for value in parallel_map(pid, itertools.count(), workers=1): print(value, flush=True)\n"

@@ -15,13 +15,13 @@ from scipy.stats import spearmanr
 from test_train import distil, rows_of
 from transformers import AutoModel, AutoTokenizer
 
-from scaledistill.config import DistillConfig
-from scaledistill.configfile import parse_config
+from scaledistill.config.load import parse_config
+from scaledistill.config.schema import DistillConfig
 from scaledistill.data.tokenizer import load_tokenizer
-from scaledistill.doctor import check
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.glue.command import main, parse
 from scaledistill.glue.probe import SimilarityProbe
+from scaledistill.preflight.checks import check
 
 DATA = Path(os.environ.get("SCALEDISTILL_TEST_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 PAIRS = [(f"w{i % 9:03} w{i % 23:03}", f"w{(3 * i) % 11:03} w{i % 23:03} w{i % 5:03}", i % 6) for i in range(100)]

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 
-from scaledistill.configfile import parse_config
+from scaledistill.config.load import parse_config
 from scaledistill.errors import ConfigError
-from scaledistill.profiling import WARMUP_STEPS, phase_table
-from scaledistill.speed import PHASES, Lap
-from scaledistill.train import distill
+from scaledistill.metrics.stopwatch import PHASES, Lap
+from scaledistill.training.loop import distill
+from scaledistill.training.profiling import WARMUP_STEPS, phase_table
 
 
 def profile(tree: dict[str, Any], steps: int) -> tuple[str, int]:

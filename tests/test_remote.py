@@ -17,12 +17,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from scaledistill.data import remote
 from scaledistill.data.reader import ShardReader
-from scaledistill.data.remote import ShardCache
 from scaledistill.data.shards import Manifest, ShardWriter
 from scaledistill.data.stream import ShardStream, iter_validation
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.storage import remote
+from scaledistill.storage.remote import ShardCache
 
 T = 8
 ROWS = 500
@@ -317,7 +317,7 @@ def test_a_cache_without_locks(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", flock)
-    monkeypatch.setattr("scaledistill.files._warned", set())
+    monkeypatch.setattr("scaledistill.storage.files._warned", set())
     shards = ShardReader(memory_url, cache=ShardCache(tmp_path, limit_bytes=50_000))
     reserved = tmp_path / "other.lock"
     reserved.touch()
@@ -403,7 +403,7 @@ READ_ALL = """
 import sys
 from pathlib import Path
 from scaledistill.data.reader import ShardReader
-from scaledistill.data.remote import ShardCache
+from scaledistill.storage.remote import ShardCache
 shards = ShardReader(sys.argv[1], cache=ShardCache(Path(sys.argv[2])))
 for number, shard in enumerate(shards.manifest.shards):
     assert len(shards.read(number, range(len(shard.block_rows)))) == len(shard.block_rows)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from scaledistill import resuming
-from scaledistill.resuming import newest_step, resume_hint
+from scaledistill.run import resume_hint as resuming
+from scaledistill.run.resume_hint import newest_step, resume_hint
 
 
 def test_the_hint_says_whether_there_is_a_checkpoint(tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ import torch.distributed as dist
 from ranks import context, run_ranks
 from test_checkpoint import largest_file, names
 
-from scaledistill import files, runfolder
-from scaledistill.distributed import Ranks
+from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
-from scaledistill.files import read_json, write_json
-from scaledistill.runfolder import STOP_SIGNALS, Status, StopRequest, owned, set_aside
+from scaledistill.run import folder as runfolder
+from scaledistill.run.folder import STOP_SIGNALS, Status, StopRequest, owned, set_aside
+from scaledistill.storage import files
+from scaledistill.storage.files import read_json, write_json
 
 
 @pytest.fixture
@@ -305,7 +306,7 @@ def test_what_a_signal_is_answered_by(tmp_path: Path, capfd: pytest.CaptureFixtu
 LOOP = """
 import sys, time
 from pathlib import Path
-from scaledistill.runfolder import StopRequest
+from scaledistill.run.folder import StopRequest
 stop = StopRequest(Path(sys.argv[1]), watch_file=True)
 with stop.listening():
     print("ready", flush=True)
@@ -432,7 +433,7 @@ def test_a_stop_file_that_stays(
 
 
 def owned_by_two(folder: Path, which: int) -> tuple[str, str]:
-    from scaledistill.distributed import failing_together, process_group
+    from scaledistill.distributed.ranks import failing_together, process_group
 
     with process_group(60) as ranks:
         try:

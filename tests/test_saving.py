@@ -24,12 +24,14 @@ from safetensors.torch import save_file as reference_save_file
 from test_checkpoint import GROUPS, bits, flip
 from test_train import LONG, distil, distil_all, fresh, losses_of, make_tree, status_of
 
-from scaledistill import checkpoint, mirror, saving
-from scaledistill.checkpoint import newest_checkpoint, verify, write_group
-from scaledistill.data import remote
-from scaledistill.distributed import Ranks
+from scaledistill.checkpoint import format as checkpoint
+from scaledistill.checkpoint import mirror
+from scaledistill.checkpoint import saver as saving
+from scaledistill.checkpoint.format import newest_checkpoint, verify, write_group
+from scaledistill.checkpoint.saver import Outcome, Saver
+from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.saving import Outcome, Saver
+from scaledistill.storage import remote
 
 __all__ = ["make_tree"]
 STAGES = ("write_group", "write_state", "read_back", "write_manifest", "commit", "prune")
@@ -223,7 +225,7 @@ def test_what_nobody_expected_is_a_failed_save(
 
 def die_at(stage: str, side: str, root: Path) -> None:
     """Save twice; die beside a stage of the second save, in the thread."""
-    from scaledistill.distributed import process_group
+    from scaledistill.distributed.ranks import process_group
 
     with process_group(60) as facts:
         saver = Saver(root, facts, keep=1)
@@ -361,7 +363,7 @@ def distil_beside_slow_writes(tree: dict[str, Any], beside: int) -> tuple[Any, l
     Returns:
         How it ended, when each write began and ended, and when each step ended.
     """
-    from scaledistill import train
+    from scaledistill.training import loop as train
 
     max_steps = tree["train"]["max_steps"]
 

@@ -10,10 +10,10 @@ import pytest
 from conftest import tiny_tree
 from ranks import run_ranks
 
-from scaledistill import doctor
-from scaledistill.configfile import parse_config
-from scaledistill.metrics import read_rows
-from scaledistill.microbatch import MARGIN_FRACTION
+from scaledistill.config.load import parse_config
+from scaledistill.metrics.recorder import read_rows
+from scaledistill.preflight import checks as doctor
+from scaledistill.preflight.microbatch import MARGIN_FRACTION
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def make_tree(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callable
 
 def distil_with_room_for(sizes_by_rank: list[int], tree: dict[str, Any]) -> tuple[str, int, int]:
     """Run where each rank has memory for so many sequences; return state, step and predicted micro-batch."""
-    from scaledistill.distributed import process_group
-    from scaledistill.train import distill
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.training.loop import distill
 
     config = parse_config(tree)
     with process_group(60) as ranks:
@@ -56,7 +56,7 @@ def test_the_largest_micro_batch_that_fits_all_ranks(make_tree: Callable[..., di
 
 
 def losses_of_run(tree: dict[str, Any]) -> list[float]:
-    from scaledistill.train import distill
+    from scaledistill.training.loop import distill
 
     assert distill(parse_config(tree)).state == "done"
     if os.environ["RANK"] != "0":
@@ -85,10 +85,10 @@ def test_documents_are_kept_apart_on_any_number_of_ranks(
 
 def dtypes_of(tree: dict[str, Any]) -> tuple[set[str], set[str], list[float]]:
     """Make a step; return the dtypes of the teacher's Q/K/V, of the student's parameters and gradients, the losses."""
-    from scaledistill.distributed import process_group
-    from scaledistill.session import open_session
-    from scaledistill.speed import Stopwatch
-    from scaledistill.step import train_step
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.metrics.stopwatch import Stopwatch
+    from scaledistill.training.session import open_session
+    from scaledistill.training.step import train_step
 
     with process_group(60) as ranks:
         session = open_session(doctor.check(parse_config(tree), 1, ranks.device).config, ranks, resume=False)
@@ -117,8 +117,8 @@ def manifests_of(tree: dict[str, Any]) -> tuple[int, list[int]]:
     """Make a run; return how often manifests were read, and the rows of those that stand in memory at its last step."""
     import gc
 
-    from scaledistill import train
     from scaledistill.data.manifest import Manifest
+    from scaledistill.training import loop as train
 
     reads, alive = 0, []
     load, after_step = Manifest.load.__func__, train.Bookkeeper.after_step

@@ -16,9 +16,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from scaledistill.data.compression import ReadProgress
-from scaledistill.data.docstrings import installed_docs
-from scaledistill.data.sources import dataset_documents, expand, file_documents, webdataset_documents
+from scaledistill.data.prepare.compression import ReadProgress
+from scaledistill.data.prepare.docstrings import installed_docs
+from scaledistill.data.prepare.sources import dataset_documents, expand, file_documents, webdataset_documents
 from scaledistill.errors import DataError
 
 DOCUMENTS = ["first line\nsecond — line", "日本語", "last"]
@@ -281,12 +281,12 @@ def test_archives_that_are_none(tmp_path: Path) -> None:
 
 def test_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come whole, whatever the number of their lines, and know their line; the longest are refused."""
-    monkeypatch.setattr("scaledistill.data.sources._LINES_AT_ONCE", 7)
+    monkeypatch.setattr("scaledistill.data.prepare.sources._LINES_AT_ONCE", 7)
     for count in (6, 7, 8, 20, 21):
         lines = [f"line {i}" for i in range(count)]
         path = write(tmp_path / "a.txt", ("\n\n" + "\n".join(lines) + "\n\nlast").encode())
         assert list(file_documents([path])) == ["\n".join(lines), "last"]
-    monkeypatch.setattr("scaledistill.data.longtext.LONG_CHARACTERS", 20)
+    monkeypatch.setattr("scaledistill.data.prepare.longtext.LONG_CHARACTERS", 20)
     found = list(file_documents([path, write(tmp_path / "b.jsonl", json_lines(["short", "long " * 20]))]))
     assert [getattr(document, "where", None) for document in found] == [
         f"{path}, line 3",
@@ -294,7 +294,7 @@ def test_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         None,
         f"{tmp_path}/b.jsonl, line 2",
     ]
-    monkeypatch.setattr("scaledistill.data.sources.LARGEST_DOCUMENT_BYTES", 60)
+    monkeypatch.setattr("scaledistill.data.prepare.sources.LARGEST_DOCUMENT_BYTES", 60)
     message = "one document of more than 1,024 MiB, the most that is read; if the lines of the file .* --documents line"
     fails(file_documents([path]), f"a.txt, line 3: {message}")
     fails(file_documents([path], split_by="file"), f"a.txt: {message}")

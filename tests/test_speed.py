@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scaledistill.speed import (
+from scaledistill.metrics.stopwatch import (
     PEAK_FLOPS,
     PHASES,
     Stopwatch,
@@ -47,7 +47,7 @@ def test_memory_peak_is_in_bytes() -> None:
 
 def test_stopwatch_tells_phases_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [10.0]
-    monkeypatch.setattr("scaledistill.speed.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("scaledistill.metrics.stopwatch.time.perf_counter", lambda: now[0])
 
     def pass_time(seconds: float) -> None:
         now[0] += seconds
@@ -68,7 +68,7 @@ def test_stopwatch_tells_phases_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_matrix_rate_counts_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(100))
-    monkeypatch.setattr("scaledistill.speed.time.perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr("scaledistill.metrics.stopwatch.time.perf_counter", lambda: float(next(now)))
     assert measured_matrix_rate(torch.device("cpu"), torch.float32, size=4) == 2 * 4 * 4 * 16
 
 

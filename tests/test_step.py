@@ -14,17 +14,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import scaledistill
-from scaledistill import doctor
-from scaledistill import session as session_module
-from scaledistill import step as step_module
-from scaledistill import train as train_module
-from scaledistill.configfile import parse_config
-from scaledistill.distributed import process_group
-from scaledistill.metrics import read_rows
+from scaledistill.config.load import parse_config
+from scaledistill.distributed.ranks import process_group
+from scaledistill.metrics.recorder import read_rows
+from scaledistill.metrics.stopwatch import Stopwatch
 from scaledistill.models.capture import compile_blocks
-from scaledistill.session import open_session
-from scaledistill.speed import Stopwatch
-from scaledistill.step import StepResult, forward_loss, train_step, validation_loss
+from scaledistill.preflight import checks as doctor
+from scaledistill.training import loop as train_module
+from scaledistill.training import session as session_module
+from scaledistill.training import step as step_module
+from scaledistill.training.session import open_session
+from scaledistill.training.step import StepResult, forward_loss, train_step, validation_loss
 
 # What makes the host wait for a GPU: values, or shapes that depend on them.
 READS = {

@@ -14,16 +14,17 @@ import torch
 from ranks import run_ranks
 from test_train import LONG, distil, make_tree, rows_of, status_of
 
-from scaledistill import runfolder
-from scaledistill.runfolder import StopRequest, job_seconds
+from scaledistill.run import folder as runfolder
+from scaledistill.run.folder import StopRequest, job_seconds
 
 __all__ = ["make_tree"]
 
 
 def stop_at_awkward_times(validating: dict[str, Any], starting: dict[str, Any]) -> list[tuple[str, int, str]]:
     """Run twice; rank 1 gets a signal in its second batch of a validation, then while it loads."""
-    from scaledistill import step, train
-    from scaledistill.distributed import process_group
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.training import loop as train
+    from scaledistill.training import step
 
     forward_loss, open_session, batches = step.forward_loss, train.open_session, 0
     is_hit = os.environ["RANK"] == "1"

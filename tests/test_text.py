@@ -12,7 +12,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from scaledistill.data.text import Packer, TextEncoder, Vocabulary, load_tokenizer, tokenizer_fingerprint, unknown_words
+from scaledistill.data.prepare.text import (
+    Packer,
+    TextEncoder,
+    Vocabulary,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    unknown_words,
+)
 from scaledistill.errors import ConfigError, DataError
 
 WORDS = ["alpha", "beta", "gamma", "delta", "one", "two", "[", "]", "cl", "##s", "sep", "##ta", "al", ".", ","]

@@ -12,7 +12,7 @@ from test_text import WORDS, save_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from scaledistill.data.text import TextEncoder, Vocabulary, tokenizer_fingerprint
+from scaledistill.data.prepare.text import TextEncoder, Vocabulary, tokenizer_fingerprint
 from scaledistill.data.tokenizer import PROBES, gives_same_ids, load_tokenizer
 from scaledistill.errors import DataError
 

@@ -11,9 +11,9 @@ import pytest
 from test_metrics import recorder, row
 
 from scaledistill.errors import ConfigError
-from scaledistill.files import read_json
-from scaledistill.metrics import read_rows
-from scaledistill.trackers import check_trackers
+from scaledistill.metrics.recorder import read_rows
+from scaledistill.metrics.trackers import check_trackers
+from scaledistill.storage.files import read_json
 
 
 def test_unknown_tracker() -> None:

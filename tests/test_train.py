@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from test_engine import ENGINES
 from transformers import AutoModel
 
-from scaledistill.configfile import parse_config
+from scaledistill.config.load import parse_config
 from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
-from scaledistill.metrics import read_rows
-from scaledistill.step import learning_rate
+from scaledistill.metrics.recorder import read_rows
+from scaledistill.training.step import learning_rate
 
 LONG = {"global_batch_size": 8, "max_steps": 30, "learning_rate": 1e-3, "warmup_steps": 2, "precision": "fp32"}
 
@@ -43,7 +43,7 @@ def make_tree(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callable
 
 def distil(tree: dict[str, Any], **options: Any) -> tuple[str, int, str]:
     """Run `distill` in this rank; return how it ended, the exit code and the message, also of an error."""
-    from scaledistill.train import distill
+    from scaledistill.training.loop import distill
 
     try:
         result = distill(parse_config(tree), **options)
@@ -53,7 +53,7 @@ def distil(tree: dict[str, Any], **options: Any) -> tuple[str, int, str]:
 
 
 def distil_all(trees: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
-    from scaledistill.distributed import process_group
+    from scaledistill.distributed.ranks import process_group
 
     with process_group(60):
         return [distil(tree) for tree in trees]
@@ -61,7 +61,7 @@ def distil_all(trees: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
 
 def distil_and_die(tree: dict[str, Any], step: int) -> None:
     """Run until rank 1 has made `step` steps, then kill it; what the other rank makes of that is not looked at."""
-    from scaledistill.train import Bookkeeper
+    from scaledistill.training.loop import Bookkeeper
 
     after_step = Bookkeeper.after_step
 
@@ -316,7 +316,7 @@ def test_the_extra_tap_trains_every_block_and_is_not_exported(make_tree: Callabl
 
 def stop_after(tree: dict[str, Any], step: int, signal_number: int = signal.SIGTERM) -> tuple[str, int, str]:
     """Run, and have the last rank get a signal once `step` steps are made."""
-    from scaledistill.train import Bookkeeper
+    from scaledistill.training.loop import Bookkeeper
 
     after_step = Bookkeeper.after_step
 
@@ -353,8 +353,9 @@ def distil_while_the_disk_hangs(tree: dict[str, Any]) -> tuple[Any, list[int], s
     """
     import threading
 
-    from scaledistill import metrics, runfolder
-    from scaledistill.train import Bookkeeper
+    from scaledistill.metrics import recorder as metrics
+    from scaledistill.run import folder as runfolder
+    from scaledistill.training.loop import Bookkeeper
 
     answers, seen = threading.Event(), []
     answers.set()
@@ -396,7 +397,7 @@ def test_steps_go_on_while_the_disk_hangs(make_tree: Callable[..., dict[str, Any
 
 def distil_with_bad_loss(tree: dict[str, Any], first: int, last: int, value: float) -> tuple[str, int, str]:
     """Run with a loss of `value` on the last rank in the steps from `first` to `last`."""
-    from scaledistill import step as step_module
+    from scaledistill.training import step as step_module
 
     forward_loss, calls = step_module.forward_loss, 0
 
@@ -413,8 +414,8 @@ def distil_with_bad_loss(tree: dict[str, Any], first: int, last: int, value: flo
 
 def distil_all_with_bad_loss(trees: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
     """Run each, with NaN as the loss of its third forward."""
-    from scaledistill import step as step_module
-    from scaledistill.distributed import process_group
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.training import step as step_module
 
     forward_loss, ends = step_module.forward_loss, []
     with process_group(60):
@@ -471,7 +472,7 @@ def test_too_many_non_finite_losses_end_the_run(make_tree: Callable[..., dict[st
 
 def distil_with_bad_values(tree: dict[str, Any], where: str) -> tuple[str, int, str]:
     """Run with a NaN on the last rank from the first step on: in an output, or in a gradient behind the loss."""
-    from scaledistill import step as step_module
+    from scaledistill.training import step as step_module
 
     both_outputs = step_module.both_outputs
 
@@ -512,8 +513,8 @@ def test_a_skipped_step_names_what_was_not_finite(
 
 def distil_on_a_full_disk(tree: dict[str, Any], failing_saves: list[int]) -> tuple[str, int, str]:
     """Run on a disk that is full for the given saves, counted from 1."""
-    from scaledistill import checkpoint
-    from scaledistill.saving import Saver
+    from scaledistill.checkpoint import format as checkpoint
+    from scaledistill.checkpoint.saver import Saver
 
     write_group, begin, saves = checkpoint.write_group, Saver.begin, 0
 
@@ -678,8 +679,8 @@ def test_a_standing_file_where_the_run_belongs(make_tree: Callable[..., dict[str
 
 
 def hold_folder(folder: str) -> None:
-    from scaledistill.distributed import process_group
-    from scaledistill.runfolder import owned
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.run.folder import owned
 
     with process_group(60) as ranks, owned(Path(folder), 1, ranks, fresh=False):
         time.sleep(60)

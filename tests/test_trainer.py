@@ -19,8 +19,8 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, Trai
 
 from scaledistill import MiniLMTrainer, MiniLMTrainingArguments, create_student, prepare_dataset, relation_loss
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.integrations.transformers import _passed_on, named_relations
 from scaledistill.models.capture import capture_qkv
-from scaledistill.trainer import _passed_on, named_relations
 
 PEER = Path(__file__).parent / "peer"
 RECORDED = PEER / "bertdistiller-0.1.1"

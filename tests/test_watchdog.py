@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch.distributed as dist
 from conftest import tiny_tree
 from ranks import Job
 
-from scaledistill import watchdog as module
-from scaledistill.config import RunSettings
-from scaledistill.distributed import Ranks
+from scaledistill.config.schema import RunSettings
+from scaledistill.distributed import watchdog as module
+from scaledistill.distributed.ranks import Ranks
+from scaledistill.distributed.watchdog import Beat, Unchanged, Watchdog
 from scaledistill.errors import DataError, PeerError
-from scaledistill.watchdog import Beat, Unchanged, Watchdog
+from scaledistill.run.resume_hint import resume_hint
 
 LOST_PEER = RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
 
@@ -44,7 +46,8 @@ class Ranked(Watchdog):
         ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
         limits = {"lost_rank_seconds": 10, "timeout_seconds": 60} | limits
         settings = RunSettings(folder=str(folder), **limits)
-        super().__init__(ranks, settings, store=store, clock=clock, leave=self.ended.append)
+        hint = partial(resume_hint, folder)
+        super().__init__(ranks, settings, store=store, clock=clock, leave=self.ended.append, resume_hint=hint)
         self.tell = self.told.append
         self._over.wait = self._wait  # type: ignore[method-assign,assignment]
 
@@ -226,7 +229,13 @@ def test_a_store_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     ended = threading.Event()
     settings = RunSettings(folder=str(tmp_path), lost_rank_seconds=1)
     ranks = Ranks(1, 2, 1, torch.device("cpu"))
-    watchdog = Watchdog(ranks, settings, store=Broken(), leave=lambda code: ended.set())
+    watchdog = Watchdog(
+        ranks,
+        settings,
+        store=Broken(),
+        leave=lambda code: ended.set(),
+        resume_hint=partial(resume_hint, tmp_path),
+    )
     watchdog._known[0] = Beat(1, os.uname().nodename, 3, "teacher", 4, 0.0)
     started = time.monotonic()
     with watchdog:
@@ -243,7 +252,12 @@ def test_a_store_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 def test_a_rank_that_is_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ended = threading.Event()
     settings = RunSettings(folder=str(tmp_path), lost_rank_seconds=1, timeout_seconds=1)
-    watchdog = Watchdog(Ranks(0, 1, 0, torch.device("cpu")), settings, leave=lambda code: ended.set())
+    watchdog = Watchdog(
+        Ranks(0, 1, 0, torch.device("cpu")),
+        settings,
+        leave=lambda code: ended.set(),
+        resume_hint=partial(resume_hint, tmp_path),
+    )
     with watchdog:
         for _ in range(8):
             watchdog.at("teacher", 2)
@@ -256,7 +270,7 @@ def test_a_rank_that_is_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 def distil_in_folder(tree: dict[str, Any], folder: Path) -> None:
     """Run the command line in this rank, its words and its pid in `folder`."""
-    from scaledistill.cli import main
+    from scaledistill.cli.distill import main
 
     rank = os.environ["RANK"]
     words = os.open(folder / f"words-{rank}", os.O_WRONLY | os.O_CREAT)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from test_config import BASE, changed
 
-from scaledistill.configfile import parse_config
+from scaledistill.config.load import parse_config
+from scaledistill.config.wording import setting_names
 from scaledistill.errors import ConfigError
-from scaledistill.wording import setting_names
 
 
 def message_of(tree: dict[str, Any]) -> str:
@@ -106,7 +106,7 @@ def test_an_unknown_key_is_looked_for_everywhere(path: str, message: str) -> Non
 
 
 def test_the_settings_of_an_evaluation_alone() -> None:
-    from scaledistill.evaluation import evaluate
+    from scaledistill.glue.api import evaluate
 
     with pytest.raises(ConfigError) as caught:
         evaluate("m", ["rte"], learning_rate=["1e-4"], epochs=[3, 0])  # type: ignore[list-item]

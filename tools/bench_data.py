@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from scaledistill.benchmark import Report, add_options
+from scaledistill.metrics.benchmark import Report, add_options
 
 SEQUENCE_LENGTHS = (128, 512)
 

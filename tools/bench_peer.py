@@ -142,6 +142,6 @@ def train(spec: dict[str, Any], turns: Any) -> None:
 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parent.parent))  # last: this environment's packages come first
-    from scaledistill.benchmark import Turns
+    from scaledistill.metrics.benchmark import Turns
 
     train(json.loads(Path(sys.argv[1]).read_text()), Turns())

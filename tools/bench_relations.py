@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from scaledistill.benchmark import Report, add_options, in_turn, ratios
+from scaledistill.metrics.benchmark import Report, add_options, in_turn, ratios
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench_step import _shape, configure, write_models, write_rows
 
-from scaledistill.benchmark import Report, add_options
+from scaledistill.metrics.benchmark import Report, add_options
 
 TOOLS = Path(__file__).parent
 
@@ -69,11 +69,11 @@ def main() -> int:
 
 def measure(config: Any, saves: int, every: int) -> dict[str, tuple[str, list[float]]]:
     """Make the steps; return figures with their units."""
-    from scaledistill.distributed import process_group
-    from scaledistill.doctor import resolve
-    from scaledistill.session import open_session
-    from scaledistill.speed import Stopwatch
-    from scaledistill.step import train_step
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.metrics.stopwatch import Stopwatch
+    from scaledistill.preflight.checks import resolve
+    from scaledistill.training.session import open_session
+    from scaledistill.training.step import train_step
 
     found: dict[str, list[float]] = {name: [] for name in ("pause", "write", "beside", "without", "growth")}
     with process_group(config.run.timeout_seconds) as ranks:

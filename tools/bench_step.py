@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from bench_peer import VARIANTS, PeerError, default_environment, ready_python
 
-from scaledistill.benchmark import Report, Turns, Worker, WorkerError, add_options, in_turn, ratios
+from scaledistill.metrics.benchmark import Report, Turns, Worker, WorkerError, add_options, in_turn, ratios
 
 if TYPE_CHECKING:
-    from scaledistill.config import DistillConfig
+    from scaledistill.config.schema import DistillConfig
 
 TOOLS = Path(__file__).parent
 PEER_SCRIPT = str(TOOLS / "bench_peer.py")
@@ -78,7 +78,7 @@ def main() -> int:
     import torch
 
     from scaledistill.errors import EXIT_CONFIG, EXIT_DONE, EXIT_ENVIRONMENT, ConfigError
-    from scaledistill.speed import PHASES, measured_matrix_rate
+    from scaledistill.metrics.stopwatch import PHASES, measured_matrix_rate
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     device = torch.device("cuda" if gpu else "cpu")
@@ -112,7 +112,7 @@ def main() -> int:
 
 def configure(options: argparse.Namespace, folder: Path, shape: tuple[int, int]) -> DistillConfig:
     """Return the run's configuration for a shape: the file's, on our models and rows."""
-    from scaledistill.configfile import load_config
+    from scaledistill.config.load import load_config
 
     [student] = load_config(options.config, options.overrides).students
     B, T = shape
@@ -138,9 +138,9 @@ def write_models(options: argparse.Namespace, folder: Path) -> None:
     import torch
     from transformers import BertConfig
 
-    from scaledistill.doctor import student_shape
     from scaledistill.models.capture import build_encoder
     from scaledistill.models.teacher import quiet_transformers
+    from scaledistill.preflight.checks import student_shape
 
     config = configure(options, folder, options.shapes[0])
     [student] = config.students
@@ -320,12 +320,12 @@ def make_steps(file: Path) -> int:
     """Be the worker of our side: the real session and its step, one a turn."""
     turns = Turns()
 
-    from scaledistill.configfile import load_config
-    from scaledistill.distributed import process_group
-    from scaledistill.doctor import resolve
-    from scaledistill.session import open_session
-    from scaledistill.speed import Stopwatch, memory_peak_bytes
-    from scaledistill.step import train_step
+    from scaledistill.config.load import load_config
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.metrics.stopwatch import Stopwatch, memory_peak_bytes
+    from scaledistill.preflight.checks import resolve
+    from scaledistill.training.session import open_session
+    from scaledistill.training.step import train_step
 
     config = load_config(file)
     with process_group(config.run.timeout_seconds) as ranks:

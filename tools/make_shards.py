@@ -30,8 +30,8 @@ from scaledistill.errors import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from scaledistill.data.compression import ReadProgress
-    from scaledistill.data.make import ShardReport
+    from scaledistill.data.prepare.compression import ReadProgress
+    from scaledistill.data.prepare.make import ShardReport
 
 LINE_SECONDS = 10  # between progress lines where there is no terminal
 
@@ -134,7 +134,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def open_source(options: argparse.Namespace, progress: ReadProgress) -> tuple[Iterator[str], dict[str, object]]:
     """Return the documents and, for the manifests, what they are."""
-    from scaledistill.data import docstrings, pool, sources
+    from scaledistill.data.prepare import docstrings, pool, sources
 
     if options.installed_docs:
         parallel = functools.partial(pool.parallel_map, workers=options.workers)
@@ -244,9 +244,9 @@ def run(options: argparse.Namespace) -> None:
     """Make the shards and show what came out."""
     from rich.console import Console
 
-    from scaledistill.data.compression import ReadProgress
-    from scaledistill.data.make import make_shards
-    from scaledistill.data.text import load_tokenizer
+    from scaledistill.data.prepare.compression import ReadProgress
+    from scaledistill.data.prepare.make import make_shards
+    from scaledistill.data.prepare.text import load_tokenizer
     from scaledistill.errors import DataError
 
     if options.json and not options.json.parent.is_dir():

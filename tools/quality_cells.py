@@ -22,11 +22,11 @@ from typing import Any
 
 from quality_results import Results
 
-from scaledistill.config import EvaluationSettings
+from scaledistill.config.schema import EvaluationSettings
 from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.files import read_json, sha256_of, write_json
-from scaledistill.metrics import read_rows
+from scaledistill.metrics.recorder import read_rows
+from scaledistill.storage.files import read_json, sha256_of, write_json
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quality.json"
 LAUNCH = Path(__file__).parent.parent / "launch" / "distill.py"

@@ -18,11 +18,11 @@ from quality_cells import ABLATIONS, HELD_OUT_HEADS, MODELS, SMALL, STUDENTS, TE
 from quality_results import Results
 from scipy.stats import ttest_ind
 
-from scaledistill.benchmark import Table
 from scaledistill.errors import DataError, counted
 from scaledistill.glue.picture import COLORS, draw
 from scaledistill.glue.summary import Choice, Row, Score, Summary, column_title
 from scaledistill.glue.tasks import TASKS
+from scaledistill.metrics.benchmark import Table
 
 COMPARED = (
     ("teacher-init", "teacher-init-undistilled"),

@@ -13,9 +13,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from scaledistill.benchmark import machine_facts
 from scaledistill.errors import DataError
-from scaledistill.files import write_bytes
+from scaledistill.metrics.benchmark import machine_facts
+from scaledistill.storage.files import write_bytes
 
 HASH_LENGTH = 12
 

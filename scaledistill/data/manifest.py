@@ -32,7 +32,6 @@ from pydantic import (
     model_validator,
 )
 
-from scaledistill.data import remote
 from scaledistill.data.manifest_text import (
     COLUMNS,
     SHARD_FILE,
@@ -43,6 +42,7 @@ from scaledistill.data.manifest_text import (
     sha256_by_shards,
 )
 from scaledistill.errors import DataError
+from scaledistill.storage import remote
 
 MANIFEST_FILE = "shards.manifest"
 """JSON, but not by its name: `datasets.load_dataset` would take a .json file beside one tar for the data."""

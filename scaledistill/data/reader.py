@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from scaledistill.data import remote
 from scaledistill.data.ahead import FetchAhead
 from scaledistill.data.blocks import block_span, decode_block
 from scaledistill.data.manifest import (
@@ -24,6 +23,7 @@ from scaledistill.data.manifest import (
 )
 from scaledistill.data.order import SampleOrder
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.storage import remote
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from scaledistill.data.manifest import (
     manifest_path,
 )
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.files import flush, lock, sync
+from scaledistill.storage.files import flush, lock, sync
 
 
 class _HashedFile:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from scaledistill.errors import DataError
-from scaledistill.files import is_path, near_folder, no_such_folder, read_json
+from scaledistill.storage.files import is_path, near_folder, no_such_folder, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

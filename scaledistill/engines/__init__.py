@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from scaledistill.config import DistillConfig
-from scaledistill.distributed import Ranks
+from scaledistill.config.schema import DistillConfig
+from scaledistill.distributed.ranks import Ranks
 
 
 class StepOutcome(NamedTuple):

@@ -26,8 +26,8 @@ from deepspeed.utils import (
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from scaledistill.config import DistillConfig
-from scaledistill.distributed import Ranks, at_leaving
+from scaledistill.config.schema import DistillConfig
+from scaledistill.distributed.ranks import Ranks, at_leaving
 from scaledistill.engines import EngineState, StepOutcome, parameter_groups
 from scaledistill.engines.deepspeed_block import resolve_block
 from scaledistill.errors import ConfigError

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from scaledistill.config import DistillConfig
+from scaledistill.config.schema import DistillConfig
 from scaledistill.errors import ConfigError
 
 REMEDY = "correct the value or remove the key"

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from scaledistill.config import DistillConfig
-from scaledistill.distributed import Ranks, all_reduce_sum
+from scaledistill.config.schema import DistillConfig
+from scaledistill.distributed.ranks import Ranks, all_reduce_sum
 from scaledistill.engines import EngineState, StepOutcome, parameter_groups
 
 COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scaledistill.files import read_json, write_bytes, write_json
+from scaledistill.storage.files import read_json, write_bytes, write_json
 
 RECIPE = 2  # to be raised with any change that changes scores: finished cells are then made again
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

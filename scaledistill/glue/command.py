@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import ValidationError
 
-from scaledistill.config import EvaluationSettings
+from scaledistill.config.schema import EvaluationSettings
+from scaledistill.config.wording import explain
 from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError, counted
 from scaledistill.glue.cell import MODEL_NAME
 from scaledistill.glue.tasks import TASKS
-from scaledistill.wording import explain
 
 if TYPE_CHECKING:
     from rich.console import Console

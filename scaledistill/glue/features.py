@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from scaledistill.data.text import load_tokenizer
+from scaledistill.data.prepare.text import load_tokenizer
 from scaledistill.errors import DataError
 from scaledistill.glue.cell import Cell, hash_of
 from scaledistill.glue.metrics import majority_scores, scores

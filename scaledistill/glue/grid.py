@@ -17,13 +17,13 @@ from typing import Literal
 
 import torch
 
-from scaledistill.config import EvaluationSettings
+from scaledistill.config.schema import EvaluationSettings
 from scaledistill.errors import ConfigError, DataError, counted
-from scaledistill.files import locked, read_json, write_json
 from scaledistill.glue.cell import Cell, read_error, read_record, remove_partial_files, write_error
 from scaledistill.glue.plan import Plan, make_plan
 from scaledistill.glue.summary import GRID, Summary, summary_of, write_summary
 from scaledistill.glue.worker import Share, Worker
+from scaledistill.storage.files import locked, read_json, write_json
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from scaledistill.benchmark import Table
 from scaledistill.glue.cell import Cell, read_error, read_record
 from scaledistill.glue.plan import Plan, grid_size
-from scaledistill.speed import measured_matrix_rate
+from scaledistill.metrics.benchmark import Table
+from scaledistill.metrics.stopwatch import measured_matrix_rate
 
 EFFICIENCY = 0.5  # of the matrix rate that fine-tuning reaches, roughly; it only serves until a cell is finished
 

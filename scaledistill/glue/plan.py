@@ -20,10 +20,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from scaledistill.config import EvaluationSettings
+from scaledistill.config.schema import EvaluationSettings
 from scaledistill.data.tokenizer import has_vocabulary_file, load_tokenizer
 from scaledistill.errors import ConfigError, DataError, Problems
-from scaledistill.files import sha256_of
 from scaledistill.glue.cell import MODEL_NAME, Cell, Conditions, hash_of
 from scaledistill.glue.features import data_sha256
 from scaledistill.glue.metrics import check_installed
@@ -33,6 +32,7 @@ from scaledistill.glue.tasks import Task, find_tasks
 from scaledistill.models.capture import first_position
 from scaledistill.models.teacher import WEIGHT_FILES, check_unused, check_weight_files, read_config, resolve_folder
 from scaledistill.models.weights import weight_files
+from scaledistill.storage.files import sha256_of
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from scaledistill.benchmark import Report
 from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.errors import Problems
 from scaledistill.glue.plan import check_model
 from scaledistill.glue.read import read_split
 from scaledistill.glue.tasks import TASKS
+from scaledistill.metrics.benchmark import Report
 from scaledistill.models.teacher import load_encoder
 
 BATCH = 64

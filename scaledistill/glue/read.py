@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scaledistill.data.compression import StoredError, open_stored
+from scaledistill.data.prepare.compression import StoredError, open_stored
 from scaledistill.errors import DataError, counted
 from scaledistill.glue.tasks import Task
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from scaledistill.benchmark import Report, in_turn, machine_facts, ratios
 from scaledistill.errors import ConfigError
 from scaledistill.glue.plan import Plan
+from scaledistill.metrics.benchmark import Report, in_turn, machine_facts, ratios
 from scaledistill.models.teacher import quiet_transformers, read_config
 
 TOKENS = 128

@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scaledistill.benchmark import Table
 from scaledistill.errors import DataError, counted
-from scaledistill.files import read_json, write_json
 from scaledistill.glue.cell import Cell, read_error, read_predictions, read_record
 from scaledistill.glue.metrics import only_answer
 from scaledistill.glue.published import PUBLISHED
 from scaledistill.glue.tasks import TASKS
+from scaledistill.metrics.benchmark import Table
+from scaledistill.storage.files import read_json, write_json
 
 GRID = "grid.json"
 BASELINE = "baseline"

@@ -23,7 +23,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-import scaledistill
 from scaledistill.errors import ConfigError, DataError, DivergedError
 from scaledistill.glue.cell import Cell, write_error, write_record
 
@@ -45,7 +44,7 @@ class Worker:
     """A process that fine-tunes one cell after the other. It imports for seconds: start it early. A context manager."""
 
     def __init__(self) -> None:
-        package = str(Path(scaledistill.__file__).parent.parent)
+        package = str(Path(__file__).parents[2])
         variables = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
         variables |= {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
         variables |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what deterministic algorithms ask for

@@ -25,7 +25,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.files import is_path, near_folder, no_such_folder, read_json
 from scaledistill.models.capture import (
     ARCHITECTURES,
     architecture_of,
@@ -52,6 +51,7 @@ from scaledistill.models.weights import (
     weight_files,
 )
 from scaledistill.relations import QKV
+from scaledistill.storage.files import is_path, near_folder, no_such_folder, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -129,8 +129,8 @@ def falls_back(run_folder: Path, damaged: list[int], expected: int) -> list[str]
     import torch
     import torch.distributed as dist
 
-    from scaledistill.checkpoint import newest_checkpoint, verify
-    from scaledistill.distributed import Ranks as RankFacts
+    from scaledistill.checkpoint.format import newest_checkpoint, verify
+    from scaledistill.distributed.ranks import Ranks as RankFacts
 
     root = run_folder / "checkpoints"
     problems = [f"step {step} passes for good" for step in damaged if verify(root / f"step-{step:09d}") is None]

@@ -173,21 +173,21 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def status_of(run_folder: Path) -> dict[str, Any]:
-    from scaledistill.files import read_json
+    from scaledistill.storage.files import read_json
 
     return read_json(run_folder / "status.json") or {}
 
 
 def good_checkpoints(run_folder: Path) -> list[int]:
     """Return the steps of the committed checkpoints whose hashes hold, newest first."""
-    from scaledistill.checkpoint import verify
+    from scaledistill.checkpoint.format import verify
 
     folders = sorted((run_folder / "checkpoints").glob("step-*"), reverse=True)
     return [int(folder.name.removeprefix("step-")) for folder in folders if verify(folder) is None]
 
 
 def losses_of(run_folder: Path) -> list[tuple[int, float]]:
-    from scaledistill.metrics import read_rows
+    from scaledistill.metrics.recorder import read_rows
 
     return [(row["step"], row["loss"]) for row in read_rows(run_folder / "metrics.jsonl")]
 

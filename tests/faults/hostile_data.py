@@ -35,7 +35,7 @@ a_local_url = location("a file URL", "file://{shards}")
 
 @case("is a URL or a command")
 def a_command_as_text(box: Box) -> Callable[[], object]:
-    from scaledistill.data.sources import expand
+    from scaledistill.data.prepare.sources import expand
 
     return lambda: expand([f"pipe:{box.command()}"])
 

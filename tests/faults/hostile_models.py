@@ -188,7 +188,7 @@ def a_command_as_the_model(box: Box) -> Callable[[], object]:
 
 @case("remote code is never run")
 def remote_code_of_a_tokenizer(box: Box) -> Callable[[], object]:
-    from scaledistill.data.text import load_tokenizer
+    from scaledistill.data.prepare.text import load_tokenizer
 
     with_remote_code(box, "evil")
     (box.folder / "tokenizer.json").unlink()
@@ -202,9 +202,9 @@ def with_checkpoint(box: Box, name: str, content: bytes) -> Callable[[], object]
     import torch
     import torch.distributed as dist
 
-    from scaledistill.checkpoint import newest_checkpoint
-    from scaledistill.distributed import Ranks
-    from scaledistill.files import sha256_of
+    from scaledistill.checkpoint.format import newest_checkpoint
+    from scaledistill.distributed.ranks import Ranks
+    from scaledistill.storage.files import sha256_of
 
     folder = box.folder / "step-000000003"
     folder.mkdir()

@@ -16,7 +16,7 @@ from faults.hostile import Box, Evil, case
 
 
 def documents(path: Path) -> list[str]:
-    from scaledistill.data.sources import webdataset_documents
+    from scaledistill.data.prepare.sources import webdataset_documents
 
     return list(webdataset_documents([path]))
 
@@ -137,7 +137,7 @@ def a_sparse_member_of_2_40_bytes_by_an_extended_header(box: Box) -> Callable[[]
 
 
 def read_text(box: Box, name: str, content: bytes) -> Callable[[], object]:
-    from scaledistill.data.sources import file_documents
+    from scaledistill.data.prepare.sources import file_documents
 
     path = box.folder / name
     path.write_bytes(content)
@@ -171,7 +171,7 @@ def a_parquet_footer_of_2_gb(box: Box) -> Callable[[], object]:
 
 @case("cannot be read")
 def a_data_set_with_a_script(box: Box) -> Callable[[], object]:
-    from scaledistill.data.sources import dataset_documents
+    from scaledistill.data.prepare.sources import dataset_documents
 
     folder = box.folder / "evil"
     folder.mkdir()

@@ -52,7 +52,7 @@ def command_line(facts: dict[str, Any]) -> int:
         die_at(folder, **kill)
     full_disk = FullDisk(folder, **facts["disk"]) if "disk" in facts and os.environ["RANK"] == "0" else None
     record_steps(folder, phases, facts, full_disk)
-    from scaledistill.cli import main
+    from scaledistill.cli.distill import main
 
     return main(["--config", facts["config"]])
 
@@ -91,7 +91,8 @@ def hook(name: str, before: Callable[[], None] = lambda: None, after: Callable[[
 
 def record_steps(folder: Path, phases: Phases, facts: dict[str, Any], full_disk: FullDisk | None) -> None:
     """Append a line for every step that is made: its loss to the bit, its samples and the crc32 of their tokens."""
-    from scaledistill import step, train
+    from scaledistill.training import loop as train
+    from scaledistill.training import step
 
     train_step, forward_loss = train.train_step, step.forward_loss
     record = os.open(folder / f"steps-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -196,7 +197,7 @@ class FullDisk:
             path.unlink()
 
     def _damage(self, newest: Path) -> str | None:
-        from scaledistill.checkpoint import verify
+        from scaledistill.checkpoint.format import verify
 
         damage = verify(newest)
         return damage if newest.exists() else None  # the next one may have pushed it out meanwhile

@@ -143,9 +143,9 @@ def read_epoch(
 ) -> tuple[tuple[int, int], str | None]:
     """Stream an epoch; return (rows served, those not as written) and the error that ended it."""
     from scaledistill.data.reader import ShardReader
-    from scaledistill.data.remote import ShardCache
     from scaledistill.data.stream import ShardStream
     from scaledistill.errors import DataError
+    from scaledistill.storage.remote import ShardCache
 
     served = wrong = 0
     try:
@@ -171,7 +171,7 @@ def upload(folder: Path) -> str:
     """Copy a folder to fsspec's memory."""
     import fsspec
 
-    from scaledistill.data import remote
+    from scaledistill.storage import remote
 
     remote.BACKOFF_SECONDS = 0.0
     url = f"memory://faults/{folder.name}"

@@ -1,0 +1,1 @@
+"""Checkpoints: their format, saving beside training, and copies in other places."""

@@ -1,0 +1,136 @@
+"""Copies of checkpoints in `checkpoint.remote`: a bucket, or a folder of another disk.
+
+Enters: committed folders and where to copy them. Leaves: the same folders there. A folder counts once its manifest is
+there, which is written last and removed first; whether its files are good, `checkpoint` finds out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scaledistill.errors import ConfigError, DataError
+from scaledistill.storage.remote import WRITABLE, change, is_url
+
+MANIFEST = "manifest.json"
+FOLDER = re.compile(r"step-\d{9}")
+FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check(remote: str) -> None:
+    """Try to write where the copies are to be, and remove it again.
+
+    Raises:
+        ConfigError: not a place that can be written.
+        DataError: it cannot be reached, or refuses.
+    """
+    _check_scheme(remote)
+    probe = f".probe-{socket.gethostname()}-{os.getpid()}"
+
+    def write_and_remove(files: Any, path: str) -> None:
+        files.makedirs(path, exist_ok=True)
+        files.pipe_file(f"{path}/{probe}", b"")
+        files.rm_file(f"{path}/{probe}")
+
+    _named(remote, write_and_remove)
+
+
+def _check_scheme(remote: str) -> None:
+    try:
+        scheme = remote.partition("://")[0] if is_url(remote) else None
+    except ConfigError:
+        scheme = remote
+    if scheme and scheme not in WRITABLE:
+        allowed = ", ".join(f"{name}://" for name in WRITABLE)
+        raise ConfigError(f"checkpoint.remote={remote!r} cannot hold checkpoints; use one of {allowed} or a folder")
+
+
+def checkpoints(remote: str) -> list[str]:
+    """Return the names of the checkpoints whose manifest is there, newest first."""
+
+    def find(files: Any, path: str) -> list[str]:
+        return [name for name in _folders(files, path) if files.exists(f"{path}/{name}/{MANIFEST}")]
+
+    return _named(remote, find)
+
+
+def upload(folder: Path, remote: str, keep: int) -> None:
+    """Copy a checkpoint, then drop all but the `keep` newest up to it. Raises: DataError."""
+
+    def forget(files: Any, path: str) -> None:
+        files.makedirs(path, exist_ok=True)
+        if files.exists(f"{path}/{MANIFEST}"):  # the same step of before: not good until it is whole again
+            files.rm_file(f"{path}/{MANIFEST}")
+
+    url = f"{remote}/{folder.name}"
+    _named(url, forget)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
+        _named(url, lambda files, target, path=path: files.put_file(str(path), f"{target}/{path.name}"))
+    _named(remote, lambda files, path: _prune(files, path, folder.name, keep))
+
+
+def download(url: str, folder: Path) -> None:
+    """Copy the files of a checkpoint into a folder. Raises: DataError, OSError."""
+
+    def get(files: Any, path: str) -> None:
+        for entry in files.ls(path, detail=True):
+            name = _name(entry)
+            if entry["type"] == "file" and FILE.fullmatch(name):
+                files.get_file(entry["name"], str(folder / name))
+
+    _named(url, get)
+
+
+def set_aside(remote: str) -> str | None:
+    """Move the checkpoints to the first free `<remote>.1`, `<remote>.2`, …; return where, None where there are none.
+
+    Raises:
+        ConfigError, DataError: see `check`.
+    """
+    _check_scheme(remote)
+
+    def move(files: Any, path: str) -> str | None:
+        names = list(_folders(files, path))
+        if not names:
+            return None
+        number = 1
+        while files.exists(f"{path}.{number}"):
+            number += 1
+        files.makedirs(f"{path}.{number}", exist_ok=True)
+        for name in names:
+            files.mv(f"{path}/{name}", f"{path}.{number}/{name}", recursive=True)
+        return f"{remote.rstrip('/')}.{number}"
+
+    return _named(remote, move)
+
+
+def _prune(files: Any, path: str, newest: str, keep: int) -> None:
+    older = [name for name in _folders(files, path) if name < newest]
+    good = [name for name in older if files.exists(f"{path}/{name}/{MANIFEST}")]
+    for name in set(older) - set(good[: keep - 1]):
+        if name in good:
+            files.rm_file(f"{path}/{name}/{MANIFEST}")
+        files.rm(f"{path}/{name}", recursive=True)
+
+
+def _folders(files: Any, path: str) -> Iterator[str]:
+    """Yield the folders that are named as checkpoints, newest first."""
+    entries = files.ls(path, detail=True) if files.exists(path) else []
+    names = {_name(entry) for entry in entries if entry["type"] == "directory"}
+    yield from sorted(filter(FOLDER.fullmatch, names), reverse=True)
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return entry["name"].rstrip("/").rpartition("/")[2]
+
+
+def _named(url: str, action: Any) -> Any:
+    """Do something there; errors name the setting."""
+    try:
+        return change(url, lambda files, path: action(files, path.rstrip("/")))
+    except DataError as error:
+        raise DataError(f"checkpoint.remote: {error}") from error

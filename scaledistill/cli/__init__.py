@@ -1,0 +1,5 @@
+"""Command lines: parsing, calling, exit codes."""
+
+from scaledistill.cli.distill import main
+
+__all__ = ["main"]

@@ -1,0 +1,206 @@
+"""Read a run's settings from a JSON file and `--set a.b=c` overrides, and say what is wrong with them in one line each.
+
+Enters: a file, or plain dicts. Leaves: a `DistillConfig`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from scaledistill.config.schema import DistillConfig
+from scaledistill.config.wording import explain
+from scaledistill.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+YAML_LINE = re.compile(r"^[A-Za-z_][\w.-]*\s*:(\s|$)", re.MULTILINE)
+TOML_LINE = re.compile(r"\[\w[\w.-]*\]\s*$|[A-Za-z_][\w.-]*\s*=", re.MULTILINE)
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null, or leave the key out"}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
+    """Read a configuration file, apply `a.b=c` overrides, and check it.
+
+    Raises:
+        ConfigError: the file is missing or no JSON, or a key is unknown, of the wrong type or contradicts another.
+    """
+    path = Path(path)
+    text = _read(path)
+    try:
+        tree = json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--config {path}: not valid JSON: {_what_is_wrong(path, text, error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--config {path}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"--config {path}: found a JSON {type(tree).__name__}, expected an object with blocks such as 'teacher'"
+        )
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> DistillConfig:
+    """Check a configuration given as plain dicts and lists.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    try:
+        return DistillConfig.model_validate(dict(tree))
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error.errors(), tree))) from None
+
+
+def check_paths(config: DistillConfig, path: str | Path) -> None:
+    """Check relative paths, which count from the working folder, where what they name lies elsewhere.
+
+    That is beside the configuration file or above it, or in the repository.
+
+    Raises:
+        ConfigError: one of them is not in the working folder but there.
+    """
+    here = Path.cwd()
+    roots = [*Path(path).resolve().parents[:2], REPOSITORY]
+    named = {"data.train": config.data.train, "data.validation": config.data.validation}
+    named |= {"teacher.model": config.teacher.model}
+    for name, student in config.students.items():
+        if student.init not in ("random", "teacher"):
+            named[f"students.{name}.init"] = student.init
+    named |= {"evaluation.data_folder": config.evaluation.data_folder if config.evaluation else None}
+    problems = []
+    for setting, value in named.items():
+        if not value or "://" in value or Path(value).is_absolute() or Path(value).exists():
+            continue
+        root = next((root for root in roots if root != here and (root / value).is_dir()), None)
+        if root:
+            problems.append(
+                f"{setting}={value!r} is not in the working folder {here}, but in {root}; start the command there "
+                f"(cd {root}), or give the whole path, {root / value}"
+            )
+    folder = Path(config.run.folder)
+    if not folder.is_absolute() and not folder.exists():
+        root = next((root for root in roots if root != here and (root / folder / "checkpoints").is_dir()), None)
+        if root and os.environ.get("RANK", "0") == "0":
+            log.warning(
+                "run.folder=%s starts a new run in the working folder %s; to resume the run in %s, start the command "
+                "in %s",
+                *(folder, here, root / folder, root),
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _read(path: Path) -> str:
+    """Return the text of a configuration file."""
+    if path.is_dir():
+        names = sorted(each.name for each in path.glob("*.json"))
+        inside = f"give a file in it: {', '.join(str(path / name) for name in names[:6])}" if names else "give a file"
+        raise ConfigError(f"--config {path}: found a folder, expected a JSON file; {inside}")
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: no such file{_where_else(path)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--config {path}: not valid JSON: not UTF-8 text ({error.reason}); save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None
+    if not text.strip():
+        raise ConfigError(f"--config {path}: the file is empty; copy one of configs/ and change it")
+    return text
+
+
+def _where_else(path: Path) -> str:
+    """Return where a file that is missing may be, or what it may be called."""
+    looked = "" if path.is_absolute() else f" in the working folder {Path.cwd()}"
+    presets = sorted((REPOSITORY / "configs").glob("*.json"))
+    candidates = [path.with_name(path.name + ".json"), path.with_suffix(".json")]
+    candidates += [REPOSITORY / path, *(each for each in presets if each.stem == path.stem)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return f"{looked}; did you mean {_short(candidate)}?"
+    files = {each.stem: each for each in (*presets, *path.parent.glob("*.json"))}
+    if near := difflib.get_close_matches(path.stem, files, n=1):
+        return f"{looked}; did you mean {_short(files[near[0]])}?"
+    return f"{looked}; configs/ of the repository holds some to start from"
+
+
+def _short(path: Path) -> Path:
+    """Return a path as it is best typed: relative where it lies below the working folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _what_is_wrong(path: Path, text: str, error: json.JSONDecodeError) -> str:
+    """Return what JSON does not have, with its line, and what to do; the parser's words where nothing fits."""
+    rest = text[error.pos :]
+    before = text[: error.pos].rstrip()
+    line = f"in line {error.lineno}"
+    first = rest.splitlines()[0].strip() if rest.strip() else ""
+    is_object = text.lstrip()[0] in "{["
+    if path.suffix.lower() in (".yaml", ".yml") or (not is_object and YAML_LINE.search(text)):
+        return (
+            f"it is YAML, or something like it, {line}; convert it: python -c 'import json, sys, yaml; "
+            f"json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)' < {path} > {path.stem}-converted.json"
+        )
+    if TOML_LINE.match(text.lstrip()):
+        return f"it is TOML, or something like it, {line}; write it as JSON: configs/ holds some to start from"
+    if rest.startswith(("//", "/*", "#")):
+        return f"a comment ({first[:40]!r}) {line}; JSON has none: remove it"
+    if before.endswith(",") and rest[:1] in ("}", "]"):
+        number = before.count("\n") + 1
+        return f"a comma after the last entry in line {number}; remove it"
+    if rest.startswith(",") and rest[1:].lstrip()[:1] in ("}", "]"):
+        return f"a comma after the last entry {line}; remove it"
+    if rest.startswith("'"):
+        return f"single quotes {line}; JSON has double quotes only"
+    if word := re.match(r"True|False|None", rest):
+        return f"{word[0]} {line}; write {PYTHON_WORDS[word[0]]}"
+    if not rest.strip():
+        return f"the file ends before its brackets are closed, in line {error.lineno}"
+    if error.msg.startswith("Expecting ',' delimiter"):
+        number = before.count("\n") + 1
+        return f"a comma or a closing bracket is missing in line {number}, before {first[:40]!r}"
+    return str(error)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f"the key {min(twice)!r} stands twice in one object")
+    return dict(pairs)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as --set train.max_steps=100")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text  # a bare word is a string
+    *parents, last = path.split(".")
+    students = tree.get("students")
+    if parents[:1] == ["students"] and isinstance(students, dict) and students:
+        name = path.split(".")[1]
+        if name not in students:
+            known = " or ".join(f"students.{each}" for each in students)
+            raise ConfigError(f"--set {override}: there is no student {name!r} in the file; use {known}")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {parent!r} is a value, not a block")
+    node[last] = value

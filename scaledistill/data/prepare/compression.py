@@ -1,0 +1,326 @@
+"""Open a stored file: its bytes decompressed by suffix (.gz, .xz, .zst, .bz2), and what is read counted.
+
+In: a path. Out: every byte that the file holds, or an error: a file may hold several streams (gzip calls them members,
+zstd frames) with padding between them where the format allows it, and nothing else. The readers of the standard library
+and of zstandard end quietly at some of what may follow the first stream.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import io
+import lzma
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import zstandard
+
+from scaledistill.data.prepare.content import content_of
+from scaledistill.errors import DataError
+
+READ_BYTES = 1 << 20
+LARGEST_WINDOW_BYTES = 1 << 31
+"""zstd's own limit, of `zstd --long=31`."""
+
+_OUTPUT_BYTES = 1 << 20  # decompressed at a time: a few bytes may stand for gigabytes
+_ZSTD_PIECE_BYTES = 1 << 13  # given to zstd at a time, for the same reason; it cannot be told a limit
+
+
+class StoredError(Exception):
+    """Compressed data cannot be read; the message goes on from the name of the file: "is damaged …"."""
+
+
+def _damaged(reason: str) -> StoredError:
+    return StoredError(f"is damaged or cut short: {reason}; fetch or compress it again")
+
+
+@dataclass
+class ReadProgress:
+    """Bytes of the input files (as stored, compressed or not) read so far, for a display."""
+
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+class _CountedFile(io.FileIO):
+    """A file that adds what is read to a `ReadProgress`."""
+
+    def __init__(self, path: Path, progress: ReadProgress) -> None:
+        super().__init__(path)
+        self._progress = progress
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = super().readinto(buffer) or 0
+        self._progress.done_bytes += count
+        return count
+
+
+# --- one stream -----------------------------------------------------------------------------------------------------
+
+
+class _Decompressor(Protocol):
+    """One stream; the interface of `lzma.LZMADecompressor`."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class _GzipMember:
+    """zlib's decompressor, which leaves input and output to its caller that the others keep."""
+
+    def __init__(self) -> None:
+        self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)  # 16: with gzip's header and checksum
+        self.needs_input = True
+
+    @property
+    def eof(self) -> bool:
+        return self._inflate.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inflate.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        output = self._inflate.decompress(self._inflate.unconsumed_tail + data, max_length)
+        self.needs_input = len(output) < max_length and not self._inflate.unconsumed_tail
+        return output
+
+
+class _ZstdFrame:
+    """zstandard's decompressor, fed little by little because it gives all output at once."""
+
+    def __init__(self) -> None:
+        self._frame = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW_BYTES).decompressobj()
+        self._left = b""
+        self._header = b""
+
+    @property
+    def eof(self) -> bool:
+        return self._frame.eof
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._left
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._frame.unused_data + self._left
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        self._header = (self._header + data)[:18]  # as long as a header gets
+        data = self._left + data
+        data, self._left = data[:_ZSTD_PIECE_BYTES], data[_ZSTD_PIECE_BYTES:]
+        try:
+            return self._frame.decompress(data)
+        except zstandard.ZstdError as error:
+            if "memory" not in str(error):
+                raise
+            window_bytes = _zstd_window_bytes(self._header)
+            limit = "more than zstd reads" if window_bytes > LARGEST_WINDOW_BYTES else "more than memory holds"
+            raise StoredError(
+                f"cannot be decompressed: a zstd window of {window_bytes >> 20:,} MiB is {limit}; unpack it elsewhere "
+                f"and compress it with --long={25 if limit.endswith('holds') else 31} or less"
+            ) from error
+
+
+def _zstd_window_bytes(header: bytes) -> int:
+    """Return the window of a frame; zstandard tells it of those alone that it can read (RFC 8878, section 3.1.1.1)."""
+    descriptor = header[4]
+    if not descriptor & 0x20:
+        exponent, mantissa = header[5] >> 3, header[5] & 7
+        return (8 + mantissa) << (10 + exponent) >> 3
+    first = 5 + (0, 1, 2, 4)[descriptor & 3]  # after the id of a dictionary comes the size of the content
+    return int.from_bytes(header[first : first + (1, 2, 4, 8)[descriptor >> 6]], "little")
+
+
+# --- all streams of a file ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Format:
+    name: str
+    stream: str
+    """What the format calls one stream."""
+    magics: tuple[bytes, ...]
+    start: Callable[[], _Decompressor]
+    padding: int = 0
+    """Zero bytes may follow a stream in multiples of this; 0: none."""
+
+
+_GZIP = _Format("gzip", "member", (b"\x1f\x8b",), _GzipMember, padding=1)
+_XZ = _Format("xz", "stream", (b"\xfd7zXZ\0",), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=4)
+_SKIPPABLE = tuple(bytes([byte]) + b"\x2a\x4d\x18" for byte in range(0x50, 0x60))
+_ZSTD = _Format("zstd", "frame", (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), _ZstdFrame)
+_BZIP2 = _Format("bzip2", "stream", (b"BZh",), bz2.BZ2Decompressor)
+_FORMATS = {".gz": _GZIP, ".tgz": _GZIP, ".xz": _XZ, ".zst": _ZSTD, ".bz2": _BZIP2}
+COMPRESSIONS = tuple(suffix for suffix in _FORMATS if suffix != ".tgz")
+_MAGIC_BYTES = 6  # the longest
+
+
+class _Streams(io.RawIOBase):
+    """The decompressed bytes of all streams of a file.
+
+    Raises:
+        StoredError: a stream is damaged or cut, or something else follows it.
+    """
+
+    def __init__(self, stored: IO[bytes], form: _Format) -> None:
+        self._stored, self._format = stored, form
+        self._stream: _Decompressor | None = None
+        self._number = 0
+        self._first_byte = self._read_bytes = 0  # in the file: where the stream begins, what was read
+        self._compressed = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        filled = 0
+        while filled < len(buffer):
+            if not self._ready and not self._decompress():
+                break
+            count = min(len(buffer) - filled, len(self._ready))
+            buffer[filled : filled + count] = self._ready[:count]
+            self._ready = self._ready[count:]
+            filled += count
+        return filled
+
+    def _decompress(self) -> bool:
+        """Make some bytes ready; False at the end of the file."""
+        while not self._ready:
+            self._stream = self._stream or self._next_stream()
+            if self._stream is None:
+                return False
+            is_end = self._stream.needs_input and not self._compressed and not self._read()
+            try:
+                output = self._stream.decompress(self._compressed, _OUTPUT_BYTES)
+            except MemoryError as error:
+                raise _damaged(f"{self._where()}: it asks for more memory than there is") from error
+            except (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError) as error:  # bz2 raises OSError
+                raise _damaged(f"{self._where()}: {error}") from error
+            self._compressed = b""
+            self._ready = memoryview(output)
+            if self._stream.eof:
+                self._compressed = self._stream.unused_data
+                self._stream = None
+            elif is_end and not output:
+                raise _damaged(f"{self._where()}: the file ends inside it")
+        return True
+
+    def _next_stream(self) -> _Decompressor | None:
+        """Go to the next stream, over padding; None at the end of the file."""
+        num_zeros = 0
+        while self._compressed or self._read():
+            if not self._format.padding or not self._number or self._compressed[0]:
+                break
+            content = self._compressed.lstrip(b"\0")
+            num_zeros += len(self._compressed) - len(content)
+            self._compressed = content
+        if num_zeros and num_zeros % self._format.padding:
+            raise _damaged(
+                f"{num_zeros} zero bytes follow {self._where()}; {self._format.name} allows multiples of "
+                f"{self._format.padding}"
+            )
+        while len(self._compressed) < _MAGIC_BYTES and self._read():
+            pass
+        if not self._compressed:
+            return None
+        first_byte = self._read_bytes - len(self._compressed)
+        if not self._compressed.startswith(self._format.magics):
+            raise _damaged(self._not_a_stream(first_byte))
+        self._number += 1
+        self._first_byte = first_byte
+        return self._format.start()
+
+    def _not_a_stream(self, first_byte: int) -> str:
+        found = self._compressed[:_MAGIC_BYTES]
+        if any(magic.startswith(found) for magic in self._format.magics):
+            return f"the file ends inside the first bytes of a {self._format.stream}, at byte {first_byte}"
+        if not self._number:
+            return f"it begins with {found!r}, as no {self._format.name} file does"
+        return (
+            f"{found!r} follows {self._where()}, at byte {first_byte}, where the file or another "
+            f"{self._format.stream} should begin or end"
+        )
+
+    def _where(self) -> str:
+        return f"{self._format.name} {self._format.stream} {self._number}, from byte {self._first_byte}"
+
+    def _read(self) -> bool:
+        """Add a piece of the file to what is to be decompressed; False at its end."""
+        piece = self._stored.read(READ_BYTES // 8)
+        self._compressed += piece
+        self._read_bytes += len(piece)
+        return bool(piece)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_stored(path: Path, progress: ReadProgress | None = None) -> Iterator[io.BufferedReader[Any]]:
+    """Open for reading, decompressed by suffix.
+
+    Raises:
+        DataError: the file is compressed otherwise than its suffix says.
+        StoredError: (while reading) the compressed data are damaged, cut short, or followed by something else.
+    """
+    with io.BufferedReader(_CountedFile(path, progress or ReadProgress()), READ_BYTES) as stored:
+        form = _FORMATS.get(path.suffix.lower())
+        _check_suffix(path, stored.peek(_MAGIC_BYTES * 8), form)
+        if form is None:
+            yield stored
+        else:
+            with decompressed(stored, form.name) as stream:
+                yield stream
+
+
+def decompressed(stored: IO[bytes], format_name: str) -> io.BufferedReader:
+    """Return the decompressed bytes of a file of "gzip", "xz", "zstd" or "bzip2" data.
+
+    Raises:
+        StoredError: (while reading) the data are damaged, cut short, or followed by something else.
+    """
+    form = next(form for form in _FORMATS.values() if form.name == format_name)
+    return io.BufferedReader(_Streams(stored, form), READ_BYTES)
+
+
+def _check_suffix(path: Path, head: bytes, form: _Format | None) -> None:
+    """Compare the first bytes with the suffix."""
+    if form is not None and (not head or head.startswith(form.magics)):
+        return
+    found = content_of(head)
+    if form is None:
+        if found is not None and found.name in {f"{known.name} data" for known in _FORMATS.values()}:
+            raise DataError(f"{path} holds {found.name}, which its suffix does not say; {found.remedy}")
+    elif found is not None:
+        raise DataError(f"{path} holds {found.name}, not the {form.name} data of its suffix; {found.remedy}")
+    elif not any(magic.startswith(head[:_MAGIC_BYTES]) for magic in form.magics):
+        raise DataError(
+            f"{path} is no {form.name} file: it begins with {head[:16]!r}; fetch it again, or give it the suffix of "
+            "what it is (.txt if it is plain text)"
+        )
+
+
+@contextlib.contextmanager
+def seekable(path: Path, stream: IO[bytes]) -> Iterator[IO[bytes]]:
+    """The stream itself, or its decompressed copy on disk where going back would decompress again."""
+    if path.suffix.lower() not in _FORMATS:
+        yield stream
+        return
+    with tempfile.TemporaryFile() as copy:
+        while piece := stream.read(READ_BYTES):
+            copy.write(piece)
+        copy.seek(0)
+        yield copy

@@ -1,0 +1,330 @@
+"""Text to shards: documents in, a train and a held-out data set out.
+
+In: an iterator of documents, a tokenizer. Out: `OUTPUT/train` and, if asked for, `OUTPUT/validation`, each complete
+with its manifest or absent. The bytes depend on the documents and the settings, not on the number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from scaledistill.data.manifest import MAX_SEQUENCE_LENGTH, MAX_UNKNOWN_FRACTION, manifest_path, too_many_unknown
+from scaledistill.data.prepare.longtext import LONG_CHARACTERS, PIECE_CHARACTERS
+from scaledistill.data.prepare.pool import parallel_map
+from scaledistill.data.prepare.text import (
+    PackCounts,
+    Packer,
+    TextEncoder,
+    Vocabulary,
+    tokenizer_fingerprint,
+    unknown_words,
+)
+from scaledistill.data.shards import ShardWriter
+from scaledistill.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_CHUNK_CHARACTERS = PIECE_CHARACTERS
+_CHUNK_DOCUMENTS = 4096
+_ROWS_PER_BLOCK = 256
+_UNKNOWN_SAMPLE_TOKENS = 1_000_000  # enough to say that a tokenizer does not fit, before hours have passed
+
+
+@dataclass
+class ShardReport:
+    """What was read and written; `documents` counts the empty and the held-out ones too."""
+
+    documents: int = 0
+    empty_documents: int = 0
+    train: PackCounts = field(default_factory=PackCounts)
+    validation: PackCounts | None = None
+    seconds: float = 0.0
+
+    @property
+    def splits(self) -> dict[str, PackCounts]:
+        """The counts of each data set by its folder's name."""
+        return {"train": self.train} | ({"validation": self.validation} if self.validation else {})
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text in all rows, without [CLS], [SEP] and padding."""
+        return sum(counts.tokens for counts in self.splits.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def measurements(self) -> list[dict[str, object]]:
+        """Return every figure as {"name", "value", "unit", "n"}."""
+        rows: list[tuple[str, float, str]] = [
+            ("documents", self.documents, "documents"),
+            ("empty_documents", self.empty_documents, "documents"),
+            ("seconds", self.seconds, "s"),
+            ("tokens_per_second", self.tokens_per_second, "tokens/s"),
+        ]
+        for split, counts in self.splits.items():
+            rows += [
+                (f"{split}/documents", counts.documents, "documents"),
+                (f"{split}/rows", counts.rows, "rows"),
+                (f"{split}/tokens", counts.tokens, "tokens"),
+                (f"{split}/unknown_tokens", counts.unknown, "tokens"),
+                (f"{split}/unknown_fraction", counts.unknown_fraction, "fraction"),
+                (f"{split}/padding", counts.padding, "positions"),
+                (f"{split}/dropped_tokens", counts.dropped_tokens, "tokens"),
+            ]
+        return [{"name": f"make_shards/{name}", "value": value, "unit": unit, "n": 1} for name, value, unit in rows]
+
+
+def make_shards(
+    documents: Iterator[str],
+    output: Path,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    sequence_length: int,
+    source: Mapping[str, object],
+    last_row: Literal["pad", "drop"] = "pad",
+    held_out_fraction: float = 0.0,
+    held_out_max_documents: int | None = None,
+    seed: int = 0,
+    max_documents: int | None = None,
+    max_tokens: int | None = None,
+    max_unknown_fraction: float = MAX_UNKNOWN_FRACTION,
+    rows_per_shard: int = 65_536,
+    workers: int | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[ShardReport], None] | None = None,
+) -> ShardReport:
+    """Tokenise and pack the documents into shards under `output`.
+
+    Args:
+        source: JSON-able description of the input, for the manifests.
+        last_row: what happens to the last row if it is partial; either way it is counted.
+        held_out_fraction: share of the documents that go to `validation`, chosen by a hash of seed and text, so that
+            equal documents stay together; after `held_out_max_documents` different ones the rest goes to `train`.
+        max_documents: stop after so many documents.
+        max_tokens: stop after the document that reaches so many tokens.
+        max_unknown_fraction: the largest share of unknown tokens in a data set, see `too_many_unknown`; 1 accepts any.
+            Checked once a million tokens are there, and at the end.
+        rows_per_shard: a multiple of 256, or less than 256.
+        workers: processes that tokenise; one per available core if None, 0 for none but this one.
+        on_progress: called with the counts so far, several times a second.
+
+    Raises:
+        ConfigError: settings contradict each other.
+        DataError: the source is damaged or empty, its text unknown to the tokenizer, or `output` is in use. No manifest
+            is left then, nor on Ctrl-C.
+    """
+    _check_rows(sequence_length, rows_per_shard)
+    _check_selection(held_out_fraction, held_out_max_documents, max_documents, max_tokens, workers)
+    if not 0 <= max_unknown_fraction <= 1:
+        raise ConfigError(f"max_unknown_fraction={max_unknown_fraction:g}; expected 0 to 1, for instance 0.05")
+    start = time.perf_counter()
+    vocabulary = Vocabulary.of(tokenizer)
+    selection = {
+        "seed": seed,
+        "held_out_fraction": held_out_fraction,
+        "held_out_max_documents": held_out_max_documents,
+        "max_documents": max_documents,
+        "max_tokens": max_tokens,
+        "last_row": last_row,
+        "max_unknown_fraction": max_unknown_fraction,
+    }
+    facts = {
+        "name": tokenizer.name_or_path,
+        "sha256": tokenizer_fingerprint(tokenizer),
+        "cls_token_id": vocabulary.cls_id,
+        "sep_token_id": vocabulary.sep_id,
+        "unk_token_id": vocabulary.unk_id,
+    }
+    writers: dict[str, ShardWriter] = {}
+    sample: list[list[str]] = []
+
+    def check_unknown(smallest_sample: int) -> None:
+        for split, counts in report.splits.items():
+            enough = counts.tokens >= smallest_sample
+            if enough and too_many_unknown(counts.unknown, counts.tokens, max_unknown_fraction):
+                raise _too_many_unknown(split, counts, max_unknown_fraction, tokenizer, itertools.chain(*sample))
+
+    with contextlib.ExitStack() as stack:
+
+        def open_split(split: str) -> Packer:
+            writer = ShardWriter(
+                output / split,
+                sequence_length=sequence_length,
+                vocab_size=vocabulary.size,
+                tokenizer=facts,
+                pad_token_id=vocabulary.pad_id,
+                source={**source, **selection, "split": split},
+                rows_per_block=min(_ROWS_PER_BLOCK, rows_per_shard),
+                rows_per_shard=rows_per_shard,
+                overwrite=overwrite,
+            )
+            writers[split] = writer
+            return Packer(stack.enter_context(writer).write, vocabulary, sequence_length)
+
+        train = open_split("train")
+        report = ShardReport(train=train.counts)
+        validation = train
+        if held_out_fraction:
+            validation = open_split("validation")
+            report.validation = validation.counts
+        elif manifest_path(output / "validation").exists():
+            raise DataError(
+                f"{output / 'validation'} was made by another run and may share documents with this one's train; "
+                "remove it, set held_out_fraction, or name another output folder"
+            )
+        num_to_hold_out = float("inf") if held_out_max_documents is None else held_out_max_documents
+        held_out_keys: set[float] = set()  # so that a repetition after the last one still finds its equals
+
+        if isinstance(documents, Generator):
+            stack.callback(documents.close)
+        encoder = TextEncoder(tokenizer, seed=seed)
+        pieces: deque[_Piece | None] = deque()
+        chunks = _chunks(documents, max_documents, encoder, pieces)
+        encoded = parallel_map(encoder, _first_and_last_kept(chunks, sample), workers=workers)
+        stack.enter_context(contextlib.closing(encoded))
+        num_tokens, num_document_tokens, is_full = 0, 0, False
+        for ids_n, lengths, keys in encoded:
+            end = 0
+            piece = pieces.popleft()
+            is_end = piece is None or piece.is_last
+            for length, key in zip(lengths.tolist(), keys.tolist() if piece is None else [piece.key], strict=True):
+                num_document_tokens += length
+                if is_end:
+                    report.documents += 1
+                    report.empty_documents += not num_document_tokens
+                    num_document_tokens = 0
+                is_held_out = key < held_out_fraction and (key in held_out_keys or len(held_out_keys) < num_to_hold_out)
+                if is_held_out and length:
+                    held_out_keys.add(key)
+                (validation if is_held_out else train).add(ids_n[end : end + length], is_end=is_end)
+                end += length
+                num_tokens += length
+                if is_full := is_end and max_tokens is not None and num_tokens >= max_tokens:
+                    break
+            report.seconds = time.perf_counter() - start
+            check_unknown(_UNKNOWN_SAMPLE_TOKENS)
+            if on_progress is not None:
+                on_progress(report)
+            if is_full:
+                break
+
+        if report.documents == 0:
+            raise DataError(f"the source {dict(source)} gave no document; check its path and options")
+        if report.validation is not None and not report.validation.documents:
+            raise DataError(
+                f"held_out_fraction={held_out_fraction:g} chose none of {report.documents} documents; use a larger one"
+            )
+        train.finish(last_row)
+        if report.validation is not None:
+            validation.finish(last_row)
+        check_unknown(1)
+        for split, counts in report.splits.items():
+            writers[split].tokenizer_facts["unknown_tokens"] = counts.unknown
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _first_and_last_kept(chunks: Iterator[list[str]], kept: list[list[str]]) -> Iterator[list[str]]:
+    """Pass chunks on; `kept` holds the last one, and the first."""
+    first: list[str] = []
+    for chunk in chunks:
+        first = first or chunk
+        kept[:] = [chunk, first]
+        yield chunk
+
+
+def _too_many_unknown(
+    split: str, counts: PackCounts, bound: float, tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]
+) -> DataError:
+    examples = ", ".join(map(repr, unknown_words(tokenizer, texts)))
+    return DataError(
+        f"{counts.unknown_fraction:.1%} of the {counts.tokens:,} tokens for {split} are unknown to the tokenizer "
+        f"{tokenizer.name_or_path}{f' (such as {examples})' if examples else ''}, more than "
+        f"max_unknown_fraction={bound:g}; give the teacher's tokenizer with all of its files, or text that it knows, "
+        "or raise the bound (1 accepts any)"
+    )
+
+
+def _check_rows(sequence_length: int, rows_per_shard: int) -> None:
+    if not 3 <= sequence_length <= MAX_SEQUENCE_LENGTH:
+        raise ConfigError(
+            f"sequence_length={sequence_length}; expected 3 ([CLS] token [SEP]) to {MAX_SEQUENCE_LENGTH}, such as 512"
+        )
+    num_blocks = max(1, -(-rows_per_shard // _ROWS_PER_BLOCK))
+    if rows_per_shard < 1 or (num_blocks > 1 and rows_per_shard % _ROWS_PER_BLOCK):
+        raise ConfigError(
+            f"rows_per_shard={rows_per_shard}; use a multiple of {_ROWS_PER_BLOCK}, such as "
+            f"{num_blocks * _ROWS_PER_BLOCK}, or 1 to {_ROWS_PER_BLOCK - 1}"
+        )
+
+
+def _check_selection(
+    held_out_fraction: float,
+    held_out_max_documents: int | None,
+    max_documents: int | None,
+    max_tokens: int | None,
+    workers: int | None,
+) -> None:
+    if not 0 <= held_out_fraction < 1:
+        raise ConfigError(f"held_out_fraction={held_out_fraction:g}; expected 0 to below 1, for instance 0.01")
+    if held_out_max_documents is not None and not held_out_fraction:
+        raise ConfigError(
+            f"held_out_max_documents={held_out_max_documents} without a held_out_fraction holds nothing out; set both"
+        )
+    limits = {
+        "held_out_max_documents": held_out_max_documents,
+        "max_documents": max_documents,
+        "max_tokens": max_tokens,
+    }
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ConfigError(f"{name}={limit}; expected 1 or more, or leave it out")
+    if workers is not None and workers < 0:
+        raise ConfigError(f"workers={workers}; expected 0 (this process alone) or more")
+
+
+class _Piece(NamedTuple):
+    """What a piece of a long document needs to know of it."""
+
+    key: float  # see EncodedDocuments
+    is_last: bool
+
+
+def _chunks(
+    documents: Iterator[str], max_documents: int | None, encoder: TextEncoder, pieces: deque[_Piece | None]
+) -> Iterator[list[str]]:
+    """Group documents into pieces of work; how they are grouped does not change the result.
+
+    A long document becomes several: `pieces` gets an entry for each list that is yielded, None for whole documents.
+    """
+    chunk: list[str] = []
+    num_characters = 0
+    for number, document in enumerate(documents, 1):
+        is_long = len(document) > LONG_CHARACTERS
+        if not is_long:
+            chunk.append(document)
+            num_characters += len(document)
+        is_full = num_characters >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS
+        if chunk and (is_full or is_long or number == max_documents):
+            pieces.append(None)
+            yield chunk
+            chunk, num_characters = [], 0
+        if is_long:
+            key = encoder.key(document)
+            for text, is_last in encoder.pieces(document, f"document {number}"):
+                pieces.append(_Piece(key, is_last))
+                yield [text]
+        if number == max_documents:
+            return
+    if chunk:
+        pieces.append(None)
+        yield chunk

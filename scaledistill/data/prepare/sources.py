@@ -1,0 +1,407 @@
+"""Text sources: files, WebDataset text shards and `datasets`.
+
+In: paths or names. Out: iterators of documents (`str`), in an order that depends on the input alone. A source either
+gives every document, empty ones included, or raises a `DataError` that names file and line. Tokenising is left to
+`data.text`; the docstrings of installed packages are a source of their own, `data.docstrings`.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from scaledistill.data.prepare.archives import check_archive
+from scaledistill.data.prepare.compression import (
+    COMPRESSIONS,
+    ReadProgress,
+    StoredError,
+    decompressed,
+    open_stored,
+    seekable,
+)
+from scaledistill.data.prepare.content import (
+    HEAD_BYTES,
+    LZMA,
+    PARQUET,
+    TAR,
+    Content,
+    binary_content,
+    content_of,
+    json_form,
+)
+from scaledistill.data.prepare.longtext import LARGEST_DOCUMENT_BYTES, placed, too_long
+from scaledistill.data.prepare.paths import check_inputs
+from scaledistill.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SplitBy = Literal["blank-line", "line", "file"]
+
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+_PARQUET = (".parquet", ".pq")
+_TAR = (".tar", ".tgz")
+_TEXT = (".txt", ".text", ".md", "")
+_LINES_AT_ONCE = 4096
+
+
+def expand(patterns: Sequence[str]) -> list[Path]:
+    """Return the files that the paths and glob patterns (`**` too) name: in the given order, sorted within a glob.
+
+    Raises:
+        DataError: a pattern names nothing, a folder, a URL or what is no file, or a file is empty or comes twice.
+    """
+    paths: list[Path] = []
+    for pattern in patterns:
+        if "://" in pattern or pattern.startswith("pipe:"):
+            raise DataError(f"input {pattern!r} is a URL or a command; expected a local file: download it first")
+        is_plain = os.path.lexists(pattern) or not glob.has_magic(pattern)
+        found = [Path(name) for name in ([pattern] if is_plain else sorted(glob.glob(pattern, recursive=True)))]
+        files = found if is_plain else [path for path in found if not os.path.isdir(path)]
+        if not files:
+            raise DataError(f"input pattern {pattern!r} matches no file in {Path.cwd()}; check the pattern")
+        if is_plain and os.path.isdir(pattern):
+            raise DataError(f"input {pattern!r} is a folder; give files or a pattern such as '{found[0]}/**/*.txt'")
+        paths += files
+    check_inputs(paths)
+    return paths
+
+
+def file_documents(
+    paths: Sequence[Path],
+    *,
+    column: str = "text",
+    split_by: SplitBy = "blank-line",
+    progress: ReadProgress | None = None,
+) -> Iterator[str]:
+    """Yield the documents of text, JSON-lines and Parquet files, told by their suffix, each plain or compressed.
+
+    A file without a suffix is read as JSON lines if it holds such, else as text.
+
+    Args:
+        column: the key or column that holds the text in JSON lines and Parquet.
+        split_by: what a document is in a text file: a group of lines between blank ones, a line, or the file.
+
+    Raises:
+        DataError: a file is missing, damaged, empty, not UTF-8, lacks the column, holds something else
+            than its suffix says or, told at once, has another suffix.
+    """
+    for path in paths:
+        _check_kind(path)
+    has_said = False
+
+    def documents(path: Path, stream: io.BufferedReader) -> Iterator[str]:
+        nonlocal has_said
+        kind = _kind(path)
+        head = stream.peek(HEAD_BYTES)
+        if kind in _PARQUET:
+            _check_content(path, head, PARQUET)
+            return _parquet_documents(path, stream, column)
+        _check_content(path, head, None)
+        form = json_form(head)
+        is_json = kind in _JSON_LINES or (not kind and form == "lines")
+        if form in ("array", "object") or (form == "lines" and not is_json):
+            raise DataError(_json_in_another_form(path, form, column))
+        if is_json and not kind and not has_said:
+            logger.info("%s holds JSON lines: the text is column %r, here and in other files like it", path, column)
+            has_said = True
+        return _json_documents(path, stream, column) if is_json else _text_documents(path, stream, split_by)
+
+    return _documents_of_files(paths, documents, progress)
+
+
+def webdataset_documents(
+    paths: Sequence[Path], *, column: str = "text", progress: ReadProgress | None = None
+) -> Iterator[str]:
+    """Yield the text of every sample of WebDataset tars: its `.txt` member, else key `column` of its `.json` member.
+
+    Each archive is walked to its end mark first, because webdataset ends quietly at a damaged header or a cut.
+
+    Raises:
+        DataError: an archive is damaged or cut, or a sample has no such text.
+    """
+
+    def documents(path: Path, stream: io.BufferedReader) -> Iterator[str]:
+        _check_content(path, stream.peek(HEAD_BYTES), TAR)
+        return _tar_documents(path, stream, column)
+
+    return _documents_of_files(paths, documents, progress)
+
+
+def dataset_documents(name: str, *, config: str | None, split: str, column: str = "text") -> Iterator[str]:
+    """Yield one column of a `datasets` data set (a Hub name or a local folder), streamed.
+
+    Raises:
+        DataError: the data set, configuration, split or column cannot be had.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    _read_every_byte()
+    label = f"data set {name!r}, config {config!r}, split {split!r}"
+    try:
+        if not os.path.isdir(name):
+            _offline_unless_reachable(name)
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        if column in (rows.column_names or []):
+            rows = rows.select_columns([column])  # of Parquet, nothing else is read then
+        for number, row in enumerate(rows, 1):
+            where = f"{label}, row {number}"
+            yield placed(_column_of(row, column, where), where)
+    except DataError:
+        raise
+    except ConnectionError as error:
+        raise DataError(
+            f"{label} is neither a local folder nor cached, and the Hub cannot be reached; correct --dataset, or fetch "
+            "it where there is a network and give its folder"
+        ) from error
+    except StoredError as error:
+        raise DataError(f"{label}: one of its files {error}") from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{label} cannot be read: {error}; check --dataset, --dataset-config and --split") from error
+
+
+def _read_every_byte() -> None:
+    """Let `datasets` decompress with our readers; those that fsspec has end quietly after a damaged or a first stream.
+
+    fsspec keeps its readers for the whole process; these read all that the others do.
+    """
+    from fsspec.compression import register_compression
+
+    for name, suffix in (("gzip", "gz"), ("xz", "xz"), ("zstd", "zst"), ("bz2", "bz2")):
+        form = "bzip2" if name == "bz2" else name
+
+        def reader(stored: IO[bytes], mode: str = "rb", form: str = form, **_: object) -> IO[bytes]:
+            return decompressed(stored, form)
+
+        register_compression(name, reader, suffix, force=True)
+
+
+def _offline_unless_reachable(name: str) -> None:
+    """Ask the Hub once: `load_dataset` would try for half a minute before it looks into its cache."""
+    import datasets
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(name, repo_type="dataset", allow_patterns="README.md")
+    except LocalEntryNotFoundError:
+        datasets.config.HF_HUB_OFFLINE = True
+    except (HfHubHTTPError, HFValidationError):
+        pass  # load_dataset says it better
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _documents_of_files(
+    paths: Sequence[Path],
+    documents: Callable[[Path, io.BufferedReader], Iterator[str]],
+    progress: ReadProgress | None,
+) -> Iterator[str]:
+    """Chain the documents of the files; turn what a damaged file raises into `DataError`."""
+    progress = progress or ReadProgress()
+    progress.total_bytes = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+    for path in paths:
+        is_empty = True
+        bytes_before = progress.done_bytes
+        try:
+            with open_stored(path, progress) as stream:
+                for document in documents(path, stream):
+                    is_empty = False
+                    yield document
+            progress.done_bytes = bytes_before + os.path.getsize(path)
+        except StoredError as error:
+            raise DataError(f"{path} {error}") from error
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}; check the file and the disk") from error
+        if is_empty:
+            raise DataError(f"{path} holds no document; leave it out, or make it again")
+
+
+def _kind(path: Path) -> str:
+    """The suffix that tells the format: the last one that is not a compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what its suffix already tells."""
+    kind = _kind(path)
+    if kind in _TAR:
+        raise DataError(f"{path} is a tar archive; read WebDataset text shards with --wds")
+    if kind == ".lzma":
+        raise DataError(f"{path} is named as {LZMA.name}, which is not read; {LZMA.remedy}")
+    if kind not in (*_TEXT, *_JSON_LINES, *_PARQUET):
+        raise DataError(
+            f"{path}: unknown suffix {kind!r}; expected {', '.join(filter(None, _TEXT))} or none (text), "
+            f"{', '.join(_JSON_LINES)} (JSON lines) or {', '.join(_PARQUET)}, each plain or "
+            f"{', '.join(COMPRESSIONS)}; convert it, or name it .txt if it is plain text"
+        )
+
+
+def _check_content(path: Path, head: bytes, expected: Content | None) -> None:
+    """Refuse a file whose first bytes are known to be something else; None: text or JSON lines are expected."""
+    found = content_of(head)
+    if found is None and expected is None:
+        found = binary_content(head)
+    if found is not None and found != expected:
+        wanted = f"not {expected.name}" if expected else "not text"
+        raise DataError(f"{path} holds {found.name}, {wanted}; {found.remedy}")
+
+
+def _json_in_another_form(path: Path, form: str | None, column: str) -> str:
+    if form == "lines":
+        return f"{path} holds JSON lines, not text; name it .jsonl, so that its column {column!r} is read"
+    expression = ".[]" if form == "array" else "."
+    return (
+        f"{path} holds one JSON {form} that spans lines, not one JSON object a line; convert it to JSON lines "
+        f"(jq -c '{expression}')"
+    )
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+def _decode(data: bytes, where: str, first_line: int = 1) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        raise DataError(
+            f"{where}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the text first "
+            "(iconv -t utf-8), or decompress it: .gz, .xz, .zst and .bz2 are known"
+        ) from error
+
+
+def _lines(path: Path, stream: IO[bytes]) -> Iterator[str]:
+    lines = iter(lambda: stream.readline(LARGEST_DOCUMENT_BYTES + 1), b"")
+    for number, line in enumerate(lines, 1):
+        if len(line) > LARGEST_DOCUMENT_BYTES:
+            raise too_long(f"{path}, line {number}")
+        text = _decode(line, str(path), number).rstrip("\r\n")
+        yield text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _text_documents(path: Path, stream: IO[bytes], split_by: SplitBy) -> Iterator[str]:
+    if split_by == "line":
+        for number, line in enumerate(_lines(path, stream), 1):
+            yield placed(line, f"{path}, line {number}")
+    elif split_by == "file":
+        data = stream.read(LARGEST_DOCUMENT_BYTES + 1)
+        if len(data) > LARGEST_DOCUMENT_BYTES:
+            raise too_long(str(path))
+        if data:
+            yield placed(_decode(data, str(path)).removeprefix("\ufeff"), str(path))
+    else:
+        yield from _groups_of_lines(path, stream)
+
+
+def _groups_of_lines(path: Path, stream: IO[bytes]) -> Iterator[str]:
+    """Yield what stands between blank lines; a group of millions of lines is joined bit by bit, to spare memory."""
+    joined: list[str] = []
+    group: list[str] = []
+    first = num_characters = 0
+    for number, line in enumerate(_lines(path, stream), 1):
+        if line.strip():
+            first = first if group or joined else number
+            group.append(line)
+            if len(group) == _LINES_AT_ONCE:
+                joined.append("\n".join(group))
+                group = []
+                num_characters += len(joined[-1])
+                if num_characters > LARGEST_DOCUMENT_BYTES:
+                    raise too_long(f"{path}, line {first}")
+        elif group or joined:
+            yield placed("\n".join([*joined, *group]), f"{path}, line {first}")
+            joined, group, num_characters = [], [], 0
+    if group or joined:
+        yield placed("\n".join([*joined, *group]), f"{path}, line {first}")
+
+
+def _json_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(path, stream), 1):
+        where = f"{path}, line {number}"
+        yield placed(_json_document(line, column, where), where) if line.strip() else ""
+
+
+def _json_document(text: str, column: str, where: str) -> str:
+    try:
+        record = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); expected one JSON object") from error
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where}: found a JSON {type(record).__name__}; expected an object with the key {column!r}; an "
+            "array becomes lines with jq -c '.[]'"
+        )
+    return _column_of(record, column, where)
+
+
+def _column_of(record: dict[str, Any], column: str, where: str) -> str:
+    if column not in record:
+        raise DataError(f"{where}: no column {column!r} among {sorted(record)}; name the text with --column")
+    text = record[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise DataError(f"{where}: column {column!r} holds {type(text).__name__}, not text; choose another --column")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: column {column!r} holds half a surrogate pair at {error.start}; repair it"
+        ) from error
+    return text
+
+
+def _parquet_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with seekable(path, stream) as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            if column not in table.schema_arrow.names:
+                names = sorted(table.schema_arrow.names)
+                raise DataError(f"{path}: no column {column!r} among {names}; name the text with --column")
+            first = 1
+            for batch in table.iter_batches(batch_size=128, columns=[column]):  # a row may be a book
+                for number, text in enumerate(batch.column(0).to_pylist(), first):
+                    where = f"{path}, row {number}"
+                    yield placed(_column_of({column: text}, column, where), where)
+                first += len(batch)
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} is damaged or not Parquet: {error}; fetch or make it again") from error
+
+
+def _tar_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
+    os.environ["WDS_SECURE"] = "1"  # before the import, which reads it; ours alone opens files below
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    with seekable(path, stream) as file:
+        num_members = check_archive(path, file)
+        file.seek(0)
+        try:
+            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
+                members = {name for name in sample if not name.startswith("__")}
+                num_members -= len(members)
+                where = f"{path}, sample {sample['__key__']!r}"
+                if "txt" in members:
+                    yield placed(_decode(sample["txt"], where), where)
+                elif "json" in members:
+                    yield placed(_json_document(_decode(sample["json"], where), column, where), where)
+                else:
+                    raise DataError(f"{where}: found {sorted(members)}; expected a .txt or .json member")
+        except (tarfile.TarError, ValueError) as error:
+            raise DataError(f"{path} is damaged or no WebDataset: {error.args[0]}; fetch or make it again") from error
+    if num_members:
+        raise DataError(f"{path}: {num_members} members are not named key.extension, as in a WebDataset; rename them")

@@ -1,0 +1,234 @@
+"""Fine-tune and score models from Python, and at the end of a run: the GLUE runner under bertdistiller's names.
+
+Enters: a model, or the configuration of a finished run. Leaves: scores in an output folder, a table, a section of the
+student's model card. The runner itself is `glue`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import ValidationError
+
+from scaledistill.config.schema import DistillConfig, EvaluationSettings, RunEvaluation
+from scaledistill.config.wording import explain
+from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, ConfigError, Problems, counted
+from scaledistill.glue.grid import GridResult, GridStoppedError, run_grid
+from scaledistill.glue.metrics import check_installed
+from scaledistill.glue.plan import (
+    MODEL_FILES,
+    check_lengths,
+    check_model,
+    check_room,
+    check_tasks,
+    flops_per_parameter,
+    grid_size,
+    positions,
+)
+from scaledistill.glue.read import read_split
+from scaledistill.glue.summary import column_title, summary_of
+from scaledistill.glue.tasks import TASKS
+from scaledistill.models.export import write_card_section
+from scaledistill.models.teacher import load_config, resolve_folder
+from scaledistill.run.folder import Status, StopRequest, failures_told
+
+if TYPE_CHECKING:
+    import pandas
+
+log = logging.getLogger(__name__)
+
+TEACHER = "teacher"
+EIGHT_TASKS = ("mnli", "qnli", "qqp", "rte", "sst2", "mrpc", "cola", "stsb")
+
+
+def evaluate(
+    model_name_or_path: str,
+    tasks: str | Sequence[str] = EIGHT_TASKS,
+    learning_rate: float | Sequence[float] = (1e-5, 3e-5, 5e-5),
+    epochs: int | Sequence[int] = (3, 5, 10),
+    output_dir: str | Path = "./evaluation_results",
+    per_device_train_batch_size: int = 32,
+    max_seq_length: int | None = None,
+    seed: int | Sequence[int] = (1, 2, 3),
+    data_dir: str | Path | None = None,
+    max_train_rows: int | None = None,
+    workers: int | None = None,
+    model_name: str | None = None,
+) -> GridResult:
+    """Fine-tune a model on each task with each learning rate, number of epochs and seed, and score it on the dev sets.
+
+    What is finished in `output_dir` is not run again, and other models' scores there stay. Cells that failed are in the
+    result's `failures`.
+
+    Args:
+        model_name_or_path: a folder or hub name, with its tokenizer.
+        tasks: some of "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "squad2".
+        max_seq_length: tokens; 128 unless said, 384 for SQuAD 2.0.
+        data_dir: folder with the tasks' original files; from the hub unless said.
+        workers: fine-tunings at a time; one per GPU unless said.
+        model_name: its name in tables; the last part of `model_name_or_path` unless said.
+
+    Raises:
+        ConfigError, DataError: model, data or settings cannot be used, or `output_dir` has scores of another model of
+            this name; nothing has run then.
+    """
+    try:
+        settings = EvaluationSettings(
+            tasks=[tasks] if isinstance(tasks, str) else list(tasks),
+            data_folder=None if data_dir is None else str(data_dir),
+            learning_rates=[learning_rate] if isinstance(learning_rate, (int, float)) else list(learning_rate),
+            epochs=[epochs] if isinstance(epochs, int) else list(epochs),
+            seeds=[seed] if isinstance(seed, int) else list(seed),
+            batch_size=per_device_train_batch_size,
+            max_length=max_seq_length,
+            max_train_rows=max_train_rows,
+        )
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error.errors(), {}, EvaluationSettings))) from error
+    name = model_name or Path(os.path.abspath(model_name_or_path)).name
+    return run_grid({name: model_name_or_path}, settings, Path(output_dir), workers=workers)
+
+
+def create_summary_table(
+    results_dir: str | Path,
+    save: bool = True,
+    output_file: str = "summary_table.csv",
+    include_average: bool = True,
+    round_decimals: int = 2,
+) -> pandas.DataFrame:
+    """Return the scores in a folder of `evaluate`: a row for each model, a column for each task and metric.
+
+    A score is the median over the seeds, with the hyper-parameters of the highest median, in percent as the metric
+    gives it: Matthews' correlation is not rescaled. The average is over the first metric of each task that all models
+    have, WNLI left out.
+
+    Raises:
+        DataError: not such a folder.
+    """
+    import pandas
+
+    summary = summary_of(Path(results_dir))
+    for note in summary.one_answer_notes():  # a table of bare numbers has no room for a mark
+        log.warning("%s", note)
+    rows = {}
+    for row in summary.rows:
+        rows[row.name] = {
+            column_title(column): row.scores[column].median for column in summary.columns if column in row.scores
+        }
+        if include_average and row.average is not None:
+            rows[row.name]["Average"] = row.average
+    table = pandas.DataFrame.from_dict(rows, orient="index").round(round_decimals)
+    if save:
+        table.to_csv(Path(results_dir) / output_file)
+    return table
+
+
+@dataclass(frozen=True)
+class PlannedEvaluation:
+    """What the evaluation at the end of a run will do."""
+
+    size: str
+    """How many fine-tunings, and of what."""
+    flops_per_parameter: float
+    """Of all fine-tunings of one model, per parameter of its encoder."""
+    teacher_parameters: int
+    """Of the teacher's encoder; 0 where it takes no part."""
+
+    def flops(self, student_parameters: int) -> float:
+        """Return the FLOPs of all fine-tunings, roughly, for a student whose encoder has so many parameters."""
+        return self.flops_per_parameter * (student_parameters + self.teacher_parameters)
+
+
+def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
+    """Check, before a run, that its evaluation can be: settings, data, the teacher where it takes part.
+
+    Raises:
+        ConfigError, DataError: with every problem found, a line each.
+    """
+    settings, teacher = _settings_of(config), config.teacher
+    problems = Problems()
+    if settings.probe:
+        data_folder = Path(settings.data_folder) if settings.data_folder else None
+        problems.attempt(read_split, TASKS[settings.probe], "dev", data_folder)
+        problems.attempt(check_installed)
+    tasks, data = check_tasks(settings, problems) if settings.tasks else ([], {})
+    [student] = config.students
+    if settings.include_teacher and not tasks and not problems.found:
+        problems.found.append(
+            ConfigError("include_teacher needs tasks to score the teacher on; name some, or leave it")
+        )
+    if settings.include_teacher and student == TEACHER:
+        problems.found.append(
+            ConfigError(f"include_teacher needs the name {TEACHER!r} in the tables; call the student otherwise")
+        )
+    whole_teacher = None
+    if settings.include_teacher and tasks:
+        whole_teacher = problems.attempt(lambda: check_model(TEACHER, _teacher_folder(config), tasks))
+    shape = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)  # the student's table is as long
+    check_lengths(f"the student {student}", positions(shape), data.values(), problems)
+    folder = problems.attempt(lambda: Path(_teacher_folder(config)))
+    if folder:  # the student has the teacher's tokenizer
+        check_room(f"the student {student}", folder, data.values(), problems)
+    for problem in problems.found:
+        problem.args = (f"evaluation: {problem}",)
+    problems.raise_all()
+    return PlannedEvaluation(
+        size=grid_size(2 if settings.include_teacher else 1, settings),
+        flops_per_parameter=flops_per_parameter(data.values(), settings),
+        teacher_parameters=whole_teacher.encoder_parameters if whole_teacher else 0,
+    )
+
+
+def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
+    """Score the exported student of a finished run, and write the scores into its model card. One rank calls this.
+
+    Args:
+        message: how the run ended.
+
+    Returns:
+        The state of the run now ("done", "stopped" or "failed"), as `status.json` has it, its exit code and message.
+
+    Raises:
+        ConfigError, DataError: see `run_grid`.
+        ValueError: the run has no `evaluation`.
+    """
+    folder, settings = Path(config.run.folder), _settings_of(config)
+    torch.cuda.empty_cache()  # for the processes that fine-tune
+    [name] = config.students
+    export, output = folder / "export" / name, folder / "evaluation"
+    status, answer = Status(folder, config.train.max_steps), "stopping; what is fine-tuned stays"
+    stop = StopRequest(folder, watch_file=True, speaks=True, max_hours=config.run.max_hours, answer=answer)
+    with stop.listening(), failures_told(status, of_settings=True):
+        status.write("evaluating", f"{message}; it is being fine-tuned and scored")
+        models = {name: str(export)} | ({TEACHER: _teacher_folder(config)} if settings.include_teacher else {})
+        try:
+            result = run_grid(models, settings, output, stop=stop.reason)
+        except GridStoppedError:
+            why = f"its evaluation was stopped ({stop.acknowledge()}); rerun the same command to resume"
+            end = ("stopped", EXIT_STOPPED, f"{message}; {why}")
+        else:
+            write_card_section(export, "Evaluation", result.summary.markdown())
+            end = ("done", EXIT_DONE, f"{message}; its scores are in {output}/summary.md")
+            if result.failures:
+                why = f"{counted(len(result.failures), 'fine-tuning')} failed, {output}/summary.md says why"
+                end = ("failed", EXIT_ENVIRONMENT, f"{message}; {why}")
+        state, exit_code, text = end
+        status.write(state, text, exit_code)
+    return end
+
+
+def _settings_of(config: DistillConfig) -> RunEvaluation:
+    if config.evaluation is None:
+        raise ValueError("the configuration has no evaluation block")
+    return config.evaluation
+
+
+def _teacher_folder(config: DistillConfig) -> str:
+    """Return the teacher's folder, with its tokenizer; from the hub, that of the revision that is distilled."""
+    return str(resolve_folder(config.teacher.model, config.teacher.revision, MODEL_FILES))

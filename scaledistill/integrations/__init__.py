@@ -1,0 +1,1 @@
+"""Distillation inside other libraries: `transformers.Trainer`."""

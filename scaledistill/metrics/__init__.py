@@ -1,0 +1,1 @@
+"""Figures of a run: their record, the stopwatch, experiment trackers, benchmarks."""

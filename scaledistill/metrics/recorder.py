@@ -1,0 +1,260 @@
+"""The record of a run: `metrics.jsonl` for machines, a display or lines for people, trackers, and `loss.png`.
+
+Enters: one row per logging step, as plain numbers. Leaves: files and the console. Only rank 0 makes a `Recorder`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from scaledistill.metrics.trackers import Trackers
+from scaledistill.storage.background import Background, ended
+
+log = logging.getLogger(__name__)
+
+ROW_SECONDS = 0.1
+"""A step waits for the disk this long, and not at all while it has not taken the rows before."""
+WORD_SECONDS = 30.0
+"""People hear of rows that wait for longer."""
+CLOSE_SECONDS = 30.0
+"""How long the end of a run waits for the disk."""
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a `metrics.jsonl`; a line that cannot be read, such as a last one cut short, is left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+class Recorder:
+    """Writes a run's figures wherever they go. Used as a context manager around the loop."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_steps: int,
+        resumed_at: int,
+        trackers: Iterable[str],
+        config: Mapping[str, Any],
+        project: str | None = None,
+        run_name: str | None = None,
+    ):
+        self._folder = folder
+        self._path = folder / "metrics.jsonl"
+        self._max_steps = max_steps
+        self._trackers = Trackers(trackers, folder, config, project=project, run_name=run_name)
+        kept = [row for row in read_rows(self._path) if row["step"] <= resumed_at]  # later ones are made again
+        partial = self._path.with_name(".metrics.jsonl")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(self._path)
+        self._file = self._path.open("a")
+        self._disk = Background("metrics.jsonl")
+        self._waiting: deque[tuple[float, Future[None]]] = deque()  # rows, with when each was made
+        self._has_warned = False
+        self._display = _Display(max_steps, resumed_at) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Recorder:
+        if self._display:
+            self._display.progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._display:
+            self._display.progress.stop()
+        closed = self._disk.submit(self._close)
+        try:
+            if ended(closed, CLOSE_SECONDS):
+                closed.result()
+            else:
+                log.warning(
+                    "%s: the record is not complete: the disk has not answered for %.0f s",
+                    *(self._folder, CLOSE_SECONDS),
+                )
+        finally:
+            self._trackers.finish()  # last: they may wait for a network
+
+    def advance(self, step: int) -> None:
+        """Move the display to a step."""
+        if self._display:
+            self._display.progress.update(self._display.task, completed=step)
+
+    def record(self, row: Mapping[str, Any], seconds_left: float | None = None) -> None:
+        """Write a logging step's row; a value that is not finite becomes null. `seconds_left` is for people only."""
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        self._waiting.append((time.monotonic(), self._disk.submit(self._write, clean, patience=ROW_SECONDS)))
+        self._warn_of_waiting()
+        self._trackers.log(
+            {key: value for key, value in clean.items() if key != "step" and value is not None}, step=row["step"]
+        )
+        if self._display:
+            self._display.show(clean)
+        else:
+            log.info("step %d/%d  %s", row["step"], self._max_steps, line(clean, seconds_left))
+
+    def _warn_of_waiting(self) -> None:
+        """Say once that the disk hangs, and again if it does so again."""
+        while self._waiting and self._waiting[0][1].done():
+            self._waiting.popleft()
+        if not self._waiting:
+            self._has_warned = False
+            return
+        seconds = time.monotonic() - self._waiting[0][0]
+        if seconds >= WORD_SECONDS and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%s: the disk has not answered for %.0f s; training goes on, and the rows are written when it does",
+                *(self._path, seconds),
+            )
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        """Be the thread."""
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:  # what the disk did not take stays in the buffer and goes with the next row
+            log.warning("%s: %s; training goes on", self._path, error.strerror)
+
+    def _close(self) -> None:
+        """Be the thread."""
+        try:
+            self._file.close()
+            draw_losses(self._folder)
+        except OSError as error:
+            log.warning("%s: the record is not complete: %s", self._folder, error.strerror)
+
+
+class Pace:
+    """How long a run takes, by the steps since its first row: what compiles has done so by then."""
+
+    def __init__(self, last_step: int) -> None:
+        self._last_step = last_step
+        self._since: tuple[int, float] | None = None
+
+    def seconds_left(self, step: int) -> float | None:
+        """Return the seconds that the steps after this one will take, validations and saves included, if known."""
+        now = time.monotonic()
+        first, start = self._since = self._since or (step, now)
+        if step in (first, self._last_step):
+            return None
+        return (now - start) / (step - first) * (self._last_step - step)
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """Return a row's figures for people, on one line."""
+    parts = ["loss " + ("not finite" if row["loss"] is None else f"{row['loss']:.4f}")]
+    if row.get("validation_loss") is not None:
+        parts.append(f"validation {row['validation_loss']:.4f}")
+    if row.get("probe/stsb_spearman") is not None:
+        parts.append(f"STS-B probe {row['probe/stsb_spearman']:.3f}")
+    if row.get("tokens_per_second") is not None:
+        parts.append(f"{short(row['tokens_per_second'])} tokens/s")
+    if row.get("mfu") is not None:
+        parts.append(f"MFU {row['mfu']:.0%}")
+    if row.get("data_wait_fraction") is not None:
+        parts.append(f"data wait {row['data_wait_fraction']:.1%}")
+    if row.get("memory_peak_bytes") is not None:
+        parts.append(f"memory {row['memory_peak_bytes'] / 1e9:.1f} GB")
+    return "  ".join(parts)
+
+
+def line(row: Mapping[str, Any], seconds_left: float | None = None) -> str:
+    """Return a row's figures for a log, which shows no bar: with the learning rate and the time that is left."""
+    parts = [summary(row)]
+    if row.get("lr") is not None:
+        parts.append(f"lr {row['lr']:.2e}")
+    if seconds_left is not None:
+        parts.append(f"{timedelta(seconds=round(seconds_left))} left")
+    return "  ".join(parts)
+
+
+def short(number: float) -> str:
+    """Return a number with three figures or so and a unit: 1.2M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+class _Bar(Progress):
+    """A bar, and the last row's figures on lines of their own: beside it, 80 columns would cut them."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.figures:
+            yield Text(self.figures)
+
+
+class _Display:
+    """A progress bar on the terminal, with the last row's figures below it."""
+
+    def __init__(self, max_steps: int, resumed_at: int) -> None:
+        self.progress = _Bar(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            expand=True,
+            refresh_per_second=4,
+            speed_estimate_period=120,
+        )
+        self.task = self.progress.add_task("distil", total=max_steps, completed=resumed_at)
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Move to a row; one with a validation loss also stays above the bar."""
+        self.progress.figures = line(row)
+        self.progress.update(self.task, completed=row["step"])
+        if row.get("validation_loss") is not None:
+            losses = {key: row[key] for key in ("loss", "validation_loss")}
+            self.progress.console.print(f"step {row['step']}  {summary(losses)}", highlight=False)
+
+
+def draw_losses(folder: Path) -> None:
+    """Draw `loss.png` from `metrics.jsonl`: training and validation loss by step."""
+    rows = read_rows(folder / "metrics.jsonl")
+    losses = [(row["step"], row["loss"]) for row in rows if row.get("loss")]
+    if not losses:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*zip(*losses, strict=True), color="#1f77b4", linewidth=1, label="training")
+    if validation := [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss")]:
+        axes.plot(*zip(*validation, strict=True), color="#d62728", marker="o", markersize=4, label="validation")
+    axes.set(xlabel="optimizer step", ylabel="relation loss", title=folder.name, yscale="log")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(ScalarFormatter())
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(folder / "loss.png")

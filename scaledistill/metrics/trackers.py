@@ -1,0 +1,195 @@
+"""Trackers of accelerate that get a run's figures: TensorBoard, W&B, MLflow, trackio and the others.
+
+Inputs: the run's folder and settings, then rows of figures. Outputs: what each tracker makes of them, and
+`trackers.json` in the run folder, by which a resumed run goes on in the same one. A tracker that fails is reported once
+and left out from then on: training does not depend on it. Only rank 0 makes `Trackers`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import netrc
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from configparser import ConfigParser, Error
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from scaledistill.errors import ConfigError
+from scaledistill.storage.files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+RECORD = "trackers.json"
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Check `logging.trackers`.
+
+    Raises:
+        ConfigError: accelerate has no such tracker, its package is not installed, or W&B has no key.
+    """
+    for name in names:
+        from accelerate import tracking  # seconds, that a run without trackers needn't spend
+
+        if name not in tracking.LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(tracking.LOGGER_TYPE_TO_CLASS))
+            raise ConfigError(f"logging.trackers: unknown tracker {name!r}; known: {known}")
+        built_in = tracking.LOGGER_TYPE_TO_CLASS[name].__module__ == tracking.__name__
+        available = [getattr(tracker, "value", tracker) for tracker in tracking.get_available_trackers()]
+        if built_in and name not in available:
+            raise ConfigError(f"logging.trackers: {name!r} is not installed; pip install it or remove it")
+        if built_in and name == "wandb" and not _has_wandb_key():
+            raise ConfigError(
+                "logging.trackers: 'wandb' has no API key; run `wandb login`, set WANDB_API_KEY, or set "
+                "WANDB_MODE=offline to keep the figures on this machine"
+            )
+
+
+def _has_wandb_key() -> bool:
+    """Return whether W&B has a key, or needs none: from its variables, its settings and netrc, where it looks too."""
+    given = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    if given or os.environ.get("RANK", "0") != "0":  # other ranks do not use it
+        return True
+    mode, host = os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_BASE_URL", "")
+    configured = Path(os.environ.get("WANDB_CONFIG_DIR") or Path("~/.config/wandb").expanduser())
+    for path in (configured / "settings", Path("wandb/settings")):  # what `wandb offline` and the like write
+        try:
+            settings = ConfigParser(interpolation=None)
+            settings.read_string(path.read_text())
+            mode = mode or settings.get("default", "mode", fallback="")
+            host = host or settings.get("default", "base_url", fallback="")
+        except (OSError, Error, UnicodeDecodeError):
+            continue
+    if mode in ("offline", "dryrun", "disabled") or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        return True
+    names = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
+    for name in names:
+        try:
+            if netrc.netrc(Path(name).expanduser()).authenticators(urlsplit(host).hostname or "api.wandb.ai"):
+                return True
+        except (OSError, netrc.NetrcParseError, RuntimeError):  # RuntimeError: no home folder
+            continue
+    return False
+
+
+class Trackers:
+    """The trackers of a run; a call never raises."""
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        folder: Path,
+        config: Mapping[str, Any],
+        *,
+        project: str | None = None,
+        run_name: str | None = None,
+    ) -> None:
+        """Start the trackers, each in the run that `trackers.json` names if there is one.
+
+        Raises:
+            ConfigError: see `check_trackers`.
+        """
+        names = list(names)
+        check_trackers(names)
+        self._folder = folder
+        self._project, self._run_name = project or folder.resolve().name, run_name or folder.resolve().name
+        self._is_named = run_name is not None
+        self._known = read_json(folder / RECORD) or {}
+        self._running: dict[str, Any] = {}
+        self._failed: dict[str, Any] = {}
+        for name in names:
+            self._attempt(name, "start", self._start, name, config)
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Give a step's figures to every tracker."""
+        for name, tracker in list(self._running.items()):
+            self._attempt(name, f"take the figures of step {step}", tracker.log, dict(values), step=step)
+
+    def finish(self) -> None:
+        """Close every tracker; the run's own files are to be closed before, as this may take long."""
+        for tracker in self._failed.values():  # it may hold files open; that it failed has been said
+            try:
+                tracker.finish()
+            except (Exception, SystemExit):  # noqa: BLE001 - any package's errors
+                continue
+        for name, tracker in list(self._running.items()):
+            self._attempt(name, "finish", tracker.finish)
+        self._running, self._failed = {}, {}
+
+    def _attempt(self, name: str, what: str, action: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        try:
+            action(*arguments, **options)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - any package's errors; some exit
+            reason = " ".join(str(error).split())[:300]
+            log.warning(
+                "logging.trackers: %s could not %s (%s: %s); the run goes on without it, metrics.jsonl has every "
+                "figure",
+                *(name, what, type(error).__name__, reason),
+            )
+            if tracker := self._running.pop(name, None):
+                self._failed[name] = tracker
+
+    def _start(self, name: str, config: Mapping[str, Any]) -> None:
+        from accelerate import tracking
+
+        known = tracking.LOGGER_TYPE_TO_CLASS[name]
+        # Only rank 0 comes here; accelerate's own rank check and its logger would need its runtime.
+        tracking.logger = _Messages(log, {})
+        cls = type(known.__name__, (known,), {"main_process_only": False})
+        accepted = inspect.signature(known.__init__).parameters.values()
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted)
+        named = {parameter.name for parameter in accepted}
+        options = self._options(name)
+        options = {key: value for key, value in options.items() if takes_any or key in named}
+        if known.requires_logging_directory:  # a folder in the run's own, as if it were a project
+            tracker = cls(self._run_name, logging_dir=str(self._folder), **options)
+        else:
+            tracker = cls(self._project, **options)
+        tracker.start()
+        self._running[name] = tracker
+        continued = name in self._known
+        self._remember(name, tracker, options)
+        if not continued:  # MLflow refuses a parameter that changes, such as a moved folder
+            tracker.store_init_configuration({"config": json.dumps(config)})
+
+    def _options(self, name: str) -> dict[str, Any]:
+        """Return what starts a tracker in a run of this name, or in the one that it had before."""
+        before = self._known.get(name)
+        own_names = {"wandb": "WANDB_NAME", "mlflow": "MLFLOW_RUN_NAME"}  # count where no setting says otherwise
+        run_name = os.environ.get(own_names.get(name, ""), "") if not self._is_named else ""
+        run_name = run_name or self._run_name
+        if name == "wandb":
+            identity = os.environ.get("WANDB_RUN_ID") or before or uuid.uuid4().hex[:16]
+            return {"id": identity, "resume": "allow", "name": run_name}
+        if name == "mlflow":
+            return {"run_id": before} if before else {"run_name": run_name}
+        if name == "trackio":
+            return {"name": before or self._run_name, "resume": "allow" if before else "never"}
+        return {}
+
+    def _remember(self, name: str, tracker: Any, options: Mapping[str, Any]) -> None:
+        """Write down by what a tracker's run is found again."""
+        if name == "wandb":
+            identity = options.get("id")
+        elif name == "mlflow":
+            identity = getattr(getattr(getattr(tracker, "active_run", None), "info", None), "run_id", None)
+        elif name == "trackio":  # a name that was taken is replaced by another
+            identity = getattr(getattr(tracker, "run", None), "name", None) or options.get("name")
+        else:
+            return
+        if identity:
+            self._known[name] = identity
+            write_json(self._folder / RECORD, self._known)
+
+
+class _Messages(logging.LoggerAdapter):
+    """What accelerate's trackers expect of their logger."""
+
+    def warning_once(self, message: str, *arguments: Any, **options: Any) -> None:
+        options.pop("main_process_only", None)
+        self.warning(message, *arguments, **options)

@@ -1,0 +1,1 @@
+"""A run's folder: who owns it, how the run stands, requests to stop."""

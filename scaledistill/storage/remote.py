@@ -1,0 +1,319 @@
+"""Files behind fsspec URLs: which URLs are allowed, small reads, changes, and a bounded, verified cache of whole files.
+
+Enters: URLs. Leaves: bytes and local paths. What a shard is, `data.manifest` knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from scaledistill.errors import ConfigError, DataError
+from scaledistill.storage.files import lock as lock_file
+
+logger = logging.getLogger(__name__)
+
+SCHEMES = ("s3", "gs", "hf", "https", "http", "memory")
+WRITABLE = ("s3", "gs", "memory")
+ATTEMPTS = 4
+BACKOFF_SECONDS = 0.5
+MOST_REMOVED = 1000
+DEFAULT_FOLDER = Path("~/.cache/scaledistill")
+DEFAULT_BYTES = 100_000_000_000
+
+Result = TypeVar("Result")
+
+
+def is_url(location: str) -> bool:
+    """Tell URLs from paths.
+
+    Raises: ConfigError for URLs that are not allowed: other schemes (`pipe:` runs a shell) and those chained by `::`.
+    """
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", location)
+    if scheme is None and "::" not in location:
+        return False
+    if scheme is None or "::" in location or scheme[1] not in SCHEMES or not location.startswith(f"{scheme[1]}://"):
+        allowed = ", ".join(f"{name}://" for name in SCHEMES)
+        raise ConfigError(f"data location {location!r}: not an allowed URL; expected a folder or one of {allowed}")
+    return True
+
+
+def read_bytes(url: str) -> bytes:
+    """Read a small file. Raises: DataError if it can't be read after some attempts."""
+    return _retry(url, lambda files, path: files.cat_file(path))
+
+
+def read_first(urls: Sequence[str]) -> tuple[str, bytes]:
+    """Read the first of some small files that exists; return its URL too.
+
+    Raises: DataError if none can be read, with what was wrong with the first.
+    """
+    failure: DataError | None = None
+    for url in urls:
+        try:
+            return url, read_bytes(url)
+        except DataError as error:
+            failure = failure or error
+            # Object stores answer "forbidden" for a file that is not there where listing is not allowed.
+            if not isinstance(error.__cause__, FileNotFoundError | PermissionError):
+                break
+    raise failure or DataError("no files to read")
+
+
+def sizes(folder_url: str) -> dict[str, int] | None:
+    """List the files of a folder with their sizes in bytes; None over HTTP, which has no listings."""
+    if folder_url.startswith("http"):
+        return None
+    listing = _retry(folder_url, lambda files, path: files.ls(path, detail=True))
+    return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in listing if entry["type"] == "file"}
+
+
+def change(url: str, action: Callable[[Any, str], Result]) -> Result:
+    """Return `action(filesystem, path)`, retried; it must do no harm when it is done again.
+
+    Raises: DataError if it fails.
+    """
+
+    def fresh(files: Any, path: str) -> Result:
+        files.invalidate_cache()  # listings, which others and we ourselves change
+        return action(files, path)
+
+    return _retry(url, fresh)
+
+
+def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
+    """Call `action(filesystem, path)` until it succeeds, at most ATTEMPTS times, waiting twice as long each time."""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
+        try:
+            files, path = fsspec.core.url_to_fs(url)
+            return action(files, path)
+        except ImportError as error:
+            raise DataError(f"{url}: its file system needs a package that is not installed: {error}") from error
+        except (FileNotFoundError, PermissionError) as error:
+            raise DataError(
+                f"{url}: {type(error).__name__}; check the URL, the access rights and that what wrote it finished"
+            ) from error
+        except Exception as error:  # noqa: BLE001 - every file system has its own errors; the last one is raised below
+            failure = error
+            logger.warning(
+                "%s: attempt %d of %d failed: %s: %s", url, attempt + 1, ATTEMPTS, type(error).__name__, error
+            )
+    raise DataError(
+        f"{url}: failed {ATTEMPTS} times, the last time with {type(failure).__name__}: {failure}"
+    ) from failure
+
+
+class ShardCache:
+    """Whole files of URLs, named by their sha256, in one folder of at most `limit_bytes`; the least recently used go.
+
+    Several processes of a host share the folder. A file is downloaded under a lock of its own, checked, then renamed.
+    The lock file's (sparse) size is the reservation of a download under way, so that the bound holds for all processes
+    together; it is removed when its holder is done, and one without a holder, which a killed process leaves, by whoever
+    comes across it. A file that is evicted while it is read stays readable, because it is open.
+    """
+
+    def __init__(self, folder: Path | None = None, limit_bytes: int = DEFAULT_BYTES) -> None:
+        self._folder = folder
+        self.limit_bytes = limit_bytes
+        self.keep: frozenset[str] = frozenset()
+        """The sha256 of files in use or fetched ahead, which are the last to be evicted."""
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder, made when it is first asked for: a run on local shards needs neither it nor a home.
+
+        Raises: ConfigError if it can't be made or written.
+        """
+        folder = self._folder or DEFAULT_FOLDER
+        try:
+            folder = folder.expanduser()
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: no HOME, and no home in the passwd file
+            raise ConfigError(
+                f"data.cache_folder={folder} can't be made: {error}; name a folder that this user may write"
+            ) from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(f"data.cache_folder={folder} can't be written; name a folder that this user may write")
+        return folder
+
+    def path(self, sha256: str) -> Path:
+        """Tell where a file's local copy is, or would be."""
+        return self.folder / f"{sha256}.tar"
+
+    def open(self, url: str, *, num_bytes: int, sha256: str) -> int:
+        """Return a file descriptor of the local copy, downloading it first if need be. The caller closes it.
+
+        Raises: ConfigError if it is larger than the cache; DataError if it can't be had or isn't as the manifest says.
+        """
+        if num_bytes > self.limit_bytes:
+            raise ConfigError(
+                f"data.cache_bytes={self.limit_bytes} is too small for one shard of {num_bytes} bytes; raise it"
+            )
+        descriptor = self._open(url, num_bytes, sha256, evict_kept=True)
+        if descriptor is None:
+            raise AssertionError("unreachable: there is always room once everything else is evicted")
+        return descriptor
+
+    def fetch(self, url: str, *, num_bytes: int, sha256: str) -> bool:
+        """Download a file ahead of its use, unless files to `keep` would have to go; return whether it is there.
+
+        Raises: DataError if it can't be had or isn't as the manifest says.
+        """
+        for name in self.keep:  # other processes, which don't know what is kept here, go by the last use
+            with contextlib.suppress(OSError):
+                os.utime(self.path(name))
+        descriptor = self._open(url, num_bytes, sha256, evict_kept=False)
+        if descriptor is not None:
+            os.close(descriptor)
+        return descriptor is not None
+
+    def _open(self, url: str, num_bytes: int, sha256: str, *, evict_kept: bool) -> int | None:
+        path = self.path(sha256)
+        with contextlib.suppress(FileNotFoundError):
+            return _open_used(path)
+        with _locked(path.with_suffix(".lock")) as lock:
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                return _open_used(path)
+            if lock_file(lock) == "locked":
+                _remove_partials(path)
+            if not self._reserve(lock, num_bytes, evict_kept=evict_kept):
+                return None
+            try:
+                return _download(url, path, num_bytes, sha256)
+            finally:
+                os.truncate(lock, 0)
+
+    def _reserve(self, lock: int, num_bytes: int, *, evict_kept: bool = True) -> bool:
+        """Make room and reserve it; return False if that would take files to keep."""
+        while True:
+            with _locked(self.folder / "cache.lock", remove=False):
+                locks = [(path, _size(path)) for path in self.folder.glob("*.lock") if path.name != "cache.lock"]
+                reserved = sum(_reserved_bytes(path) for path, size in locks if size)
+                files = sorted(
+                    (entry.stem in self.keep, entry.stat().st_mtime_ns, entry.stat().st_size, entry)
+                    for entry in self.folder.glob("*.tar")
+                )
+                used = reserved + sum(size for _, _, size, _ in files)
+                kept = reserved + sum(size for is_kept, _, size, _ in files if is_kept)
+                if not evict_kept and kept + num_bytes > self.limit_bytes:
+                    return False
+                while files and used + num_bytes > self.limit_bytes:
+                    _, _, size, oldest = files.pop(0)
+                    oldest.unlink()
+                    used -= size
+                if fits := used + num_bytes <= self.limit_bytes:
+                    os.truncate(lock, num_bytes)
+            for path, size in itertools.islice(locks, MOST_REMOVED):  # earlier versions left one a shard
+                if not size:
+                    _reserved_bytes(path)
+            if fits:
+                return True
+            time.sleep(0.05)  # downloads under way fill the cache; they end, and then their files can be evicted
+
+
+def _open_used(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # another user's file, in a cache that several share
+        os.utime(descriptor)  # the use that "least recently used" goes by
+    return descriptor
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, remove: bool = True) -> Iterator[int]:
+    """Hold a lock file, made if need be; at the end it is removed, unless `remove` is off."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            found = lock_file(lock, wait=True)
+            if found == "no locks" or _is_at(lock, path):
+                break
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # whoever held it has removed it: another one stands there by now, or none
+    try:
+        yield lock
+    finally:
+        if remove:
+            path.unlink(missing_ok=True)
+        os.close(lock)  # which unlocks it
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _reserved_bytes(path: Path) -> int:
+    """Read the reservation of a lock file; remove both where its process is gone, with what that had downloaded."""
+    try:
+        lock = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return 0
+    try:
+        found = lock_file(lock)
+        size = os.fstat(lock).st_size
+        if found == "locked" and _is_at(lock, path):
+            if size:
+                _remove_partials(path)
+            path.unlink(missing_ok=True)
+        return size if found == "in use" else 0  # without locks nobody can say whether its process still lives
+    finally:
+        os.close(lock)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _remove_partials(path: Path) -> None:
+    """Remove what killed processes had downloaded of a file; its lock is held."""
+    for partial in path.parent.glob(f"{path.stem}*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def _download(url: str, path: Path, num_bytes: int, sha256: str) -> int:
+    partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")  # two write it where nothing locks
+
+    def get(files: Any, remote_path: str) -> int:
+        files.get_file(remote_path, str(partial))
+        descriptor = os.open(partial, os.O_RDONLY)
+        found, digest = os.fstat(descriptor).st_size, _sha256(descriptor)
+        if (found, digest) == (num_bytes, sha256):
+            return descriptor
+        os.close(descriptor)
+        raise DataError(f"found {found} bytes with sha256 {digest}, the manifest says {num_bytes} and {sha256}")
+
+    try:
+        descriptor = _retry(url, get)
+        partial.rename(path)
+        return descriptor
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sha256(descriptor: int) -> str:
+    digest, offset = hashlib.sha256(), 0
+    while chunk := os.pread(descriptor, 1 << 22, offset):
+        digest.update(chunk)
+        offset += len(chunk)
+    return digest.hexdigest()

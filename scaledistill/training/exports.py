@@ -1,0 +1,187 @@
+"""What a run exports: the student in training, or that of any checkpoint, as a plain transformers model.
+
+Inputs: a configuration, and a student's full fp32 state or a run folder with checkpoints. Outputs: a folder in
+`<run.folder>/export`. Checkpoints are only read, so a run may be in progress. Not handled here: the files themselves
+(`models.export`), when a run exports (`train`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scaledistill.checkpoint import mirror
+from scaledistill.checkpoint.format import FOLDER, STATE, Checkpoint, folder_name, verify
+from scaledistill.config.load import parse_config
+from scaledistill.config.schema import DistillConfig
+from scaledistill.errors import ConfigError, DataError
+from scaledistill.metrics.recorder import read_rows
+from scaledistill.models.export import export_student
+from scaledistill.models.hub import names_resolved_once
+from scaledistill.models.student import exported
+from scaledistill.models.teacher import load_config
+from scaledistill.preflight.checks import student_shape
+from scaledistill.storage.files import disk_remedy
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the model card says of a run's student."""
+
+    step: int
+    teacher_sha256: str
+    data_sha256: str
+    losses: Mapping[str, str | None]
+    versions: Mapping[str, str]
+
+
+def write_student(
+    folder: Path,
+    config: DistillConfig,
+    model: Any,
+    weights: Mapping[str, Tensor],
+    facts: Facts,
+    check: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> None:
+    """Write a student as a plain transformers model with its model card, and read it back.
+
+    Args:
+        model: the model config of the student under training.
+        weights: every parameter of that model, fp32, on the CPU.
+        check: gets what was read back, before it replaces an older export; raises what keeps it from that.
+
+    Raises:
+        DataError: the disk did not take it, or what was read back differs.
+    """
+    [(name, spec)] = config.students.items()
+    train, data = config.train, config.data
+    student_config, state = exported(model, weights, spec.num_layers)
+    card: dict[str, object] = {
+        "teacher": f"`{config.teacher.model}`, layer {config.teacher.layer}",
+        "teacher weights (sha256)": facts.teacher_sha256,
+        "relations": f"{config.relation_heads(name)} heads, pairs {config.relations.pairs}",
+        "training data (sha256 of the manifest)": facts.data_sha256,
+        "tokens": f"{facts.step * train.global_batch_size * data.sequence_length:,}"
+        f" ({facts.step:,} steps of {train.global_batch_size} × {data.sequence_length})",
+        **{label: loss or "not measured" for label, loss in facts.losses.items()},
+        "init": spec.init,
+        "versions": ", ".join(f"{package} {number}" for package, number in facts.versions.items()),
+    }
+    try:
+        export_student(
+            folder,
+            student_config,
+            state,
+            tap=spec.tap,
+            tokenizer_source=config.teacher.model,
+            revision=config.teacher.revision,
+            card=card,
+            check=check,
+        )
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder}: the export could not be written: {error}; {disk_remedy(error)}") from None
+
+
+@names_resolved_once()
+def export_checkpoint(config: DistillConfig, wanted: int | str) -> Path:
+    """Export the student of a checkpoint to `<run.folder>/export/<student>-step-N`, and return that folder.
+
+    The checkpoint's own settings count; of `config` only where things lie: the run folder, the teacher.
+
+    Args:
+        wanted: a step that has a checkpoint, or "newest", the newest one that is not damaged.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or the teacher is another.
+        DataError: the checkpoint or the teacher's folder cannot be read, or the export cannot be written.
+    """
+    checkpoint = _find(config, wanted)
+    state = checkpoint.state
+    try:
+        settled = parse_config(state["config"])
+        step, teacher_sha256, data_sha256 = state["step"], state["teacher_sha256"], state["data"]["data_sha256"]
+        written_with = state["versions"]
+    except (KeyError, TypeError, ConfigError) as error:  # its hash holds: another version's
+        raise DataError(
+            f"{checkpoint.folder} was written by another version and cannot be exported: {error}; resume the run with "
+            "the version that wrote it"
+        ) from None
+    settled = settled.model_copy(
+        update={
+            "run": settled.run.model_copy(update={"folder": config.run.folder}),
+            "teacher": settled.teacher.model_copy(
+                update={key: getattr(config.teacher, key) for key in ("model", "revision", "trust_remote_code")}
+            ),
+        }
+    )
+    [name] = settled.students
+    teacher = settled.teacher
+    model = student_shape(settled, name, load_config(teacher.model, teacher.revision, teacher.trust_remote_code))
+    weights = checkpoint.tensors(f"{name}.weights")
+    folder = Path(config.run.folder) / "export" / f"{name}-step-{step}"
+    losses = _losses_at(Path(config.run.folder), step)
+    try:
+        write_student(folder, settled, model, weights, Facts(step, teacher_sha256, data_sha256, losses, written_with))
+    except ValueError as error:  # the shapes are the teacher's
+        raise ConfigError(
+            f"teacher.model={teacher.model!r} is not the one that {checkpoint.folder} was trained with: {error}; set "
+            f"it to {state['config']['teacher']['model']!r}, or where that lies now"
+        ) from None
+    return folder
+
+
+def _find(config: DistillConfig, wanted: int | str) -> Checkpoint:
+    root = Path(config.run.folder) / "checkpoints"
+    committed = sorted((path for path in root.glob("step-*") if FOLDER.fullmatch(path.name)), reverse=True)
+    if not committed:
+        raise ConfigError(f"run.folder={config.run.folder!r} has no checkpoints{_elsewhere(config)}")
+    steps = [int(path.name.removeprefix("step-")) for path in committed]
+    known = f"there {'is' if len(steps) == 1 else 'are'} {', '.join(map(str, sorted(steps)))}"
+    if wanted != "newest":
+        committed = [root / folder_name(int(wanted))]
+        if int(wanted) not in steps:
+            raise ConfigError(
+                f"--export {wanted}: {root} has no checkpoint of step {wanted}; {known} (checkpoint.every_steps and "
+                f"checkpoint.keep say which are kept){_elsewhere(config)}"
+            )
+    for folder in committed:
+        damage = verify(folder)
+        if damage is None:
+            try:
+                return Checkpoint(folder, json.loads((folder / STATE).read_text()))
+            except (OSError, ValueError) as error:
+                damage = str(error)
+        log.warning("checkpoint %s is damaged, or the run has removed it meanwhile (%s)", folder, damage)
+    raise DataError(f"--export {wanted}: no checkpoint in {root} can be used; {known}, see the warnings above")
+
+
+def _elsewhere(config: DistillConfig) -> str:
+    """Return which checkpoints lie at `checkpoint.remote`, which an export does not read."""
+    remote = config.checkpoint.remote
+    there = list(mirror.checkpoints(remote)) if remote else []
+    if not there:
+        return ""
+    return f"; {remote} has {', '.join(sorted(there))}: copy one to {Path(config.run.folder) / 'checkpoints'} first"
+
+
+def _losses_at(folder: Path, step: int) -> dict[str, str | None]:
+    """Return the losses that the record has of a step, or of the last one before it that has some."""
+    losses: dict[str, str | None] = {}
+    for label, key in (("validation loss", "validation_loss"), ("training loss", "loss")):
+        rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step and row.get(key) is not None]
+        if rows:
+            when = "" if rows[-1]["step"] == step else f" (at step {rows[-1]['step']:,})"
+            losses[label] = f"{rows[-1][key]:.4f}{when}"
+        elif key == "validation_loss":
+            losses[label] = None
+    return losses

@@ -1,0 +1,399 @@
+"""What a run holds while it lasts: teacher, student under its engine, data order, and where in it the run stands.
+
+Enters: a resolved configuration. Leaves: a `Session` at the step to go on from, its checkpoints and its exports.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from scaledistill import __version__
+from scaledistill.checkpoint.format import Checkpoint, newest_checkpoint
+from scaledistill.checkpoint.saver import Groups, Saver
+from scaledistill.config.schema import DistillConfig
+from scaledistill.data.order import SampleOrder
+from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
+from scaledistill.distributed.ranks import BF16_ON_CPU, Ranks, failing_together, gather_objects, reported_once
+from scaledistill.engines import Engine, EngineState, create_engine, shard_teacher
+from scaledistill.engines.deepspeed_block import zero_settings
+from scaledistill.errors import ConfigError
+from scaledistill.metrics.stopwatch import measured_matrix_rate, peak_flops
+from scaledistill.models.attention import use_varlen_attention
+from scaledistill.models.capture import blocks_of, build_encoder, capture_view, compile_blocks, forward_flops
+from scaledistill.models.student import build_student
+from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
+from scaledistill.preflight.checks import check_same_run, open_shards, other_run, student_shape
+from scaledistill.preflight.estimate import DTYPES, Estimate
+from scaledistill.preflight.fetching import fetch_weights
+from scaledistill.preflight.microbatch import choose, with_micro_batch
+from scaledistill.training.exports import Facts, write_student
+
+log = logging.getLogger(__name__)
+
+DataSets = tuple[ShardReader, ShardReader | None]
+"""The training rows and the held-out ones."""
+VERSIONED = ("torch", "transformers", "deepspeed", "safetensors")
+
+
+@dataclass
+class Student:
+    """A student under training."""
+
+    name: str
+    config: PretrainedConfig
+    engine: Engine
+    qkv_widths: tuple[int, int, int]
+    dropout: float
+    untrained: dict[str, Tensor]
+    """What the training view leaves out of the full model: the initialisation's weights, fp32, on the CPU."""
+    checkpoint_bytes: int
+    """Of its weights and moments."""
+
+
+@dataclass
+class Session:
+    """A run in progress; equal on all ranks where not said otherwise."""
+
+    config: DistillConfig
+    ranks: Ranks
+    teacher: Teacher
+    student: Student
+    shards: ShardReader
+    order: SampleOrder
+    held_out: ShardReader | None
+    flops_per_token: float
+    """What a step needs: the truncated teacher's forward, and the truncated student's three times."""
+    peak_flops: float
+    """In FLOP/s, of all devices: a data sheet's at 16 bits, or a quickly measured one in the teacher's precision."""
+    step: int = 0
+    skipped_steps: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
+    """"step", "validation_loss" and "yardstick" (see `validation_identity`) of the best export so far."""
+    last_validation: float | None = None
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        root, settings = Path(self.config.run.folder) / "checkpoints", self.config.checkpoint
+        self.saver = Saver(root, self.ranks, keep=settings.keep, remote=settings.remote)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per rank and optimizer step."""
+        return self.config.train.global_batch_size // (self.ranks.world_size * self.micro_batch_size)
+
+    @property
+    def micro_batch_size(self) -> int:
+        size = self.config.train.micro_batch_size
+        if not isinstance(size, int):
+            raise ValueError("the configuration is not resolved")
+        return size
+
+    def stream(self, step: int | None = None) -> ShardStream:
+        """Return this rank's micro-batches from a step on, the current one unless said."""
+        return ShardStream(
+            self.shards,
+            self.order,
+            global_batch_size=self.config.train.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            first_sample=(self.step if step is None else step) * self.config.train.global_batch_size,
+            prefetch_batches=self.config.data.prefetch_batches,
+            with_documents=self.config.data.attention == "document",
+            device=self.ranks.device,
+        )
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """Return this rank's share of the held-out rows; all ranks get the same number of batches."""
+        if self.held_out is None:
+            raise ConfigError("data.validation is not set; name a folder of held-out shards")
+        batches = iter_validation(
+            self.held_out,
+            rows=self.config.train.validation_rows,
+            micro_batch_size=self.micro_batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            with_documents=self.config.data.attention == "document",
+        )
+        return (batch.with_tensors(lambda tensor: tensor.to(self.ranks.device)) for batch in batches)
+
+    def validation_identity(self) -> str | None:
+        """Return what validation losses must share to be compared: the held-out rows."""
+        if self.held_out is None:
+            return None
+        return f"{self.config.train.validation_rows} rows of {self.held_out.manifest.sha256}"
+
+    def save(self) -> None:
+        """Gather a checkpoint of the current step; `saver` writes it and tells how that ended. Collective."""
+        self.saver.begin(self.step, self.student.checkpoint_bytes, self._gather)
+
+    def _gather(self) -> tuple[Groups, dict[str, Any]]:
+        student = self.student
+        state = student.engine.state()
+        groups = {
+            f"{student.name}.weights": {**student.untrained, **state.weights},
+            f"{student.name}.exp_avg": dict(state.exp_avg),
+            f"{student.name}.exp_avg_sq": dict(state.exp_avg_sq),
+        }
+        facts = {
+            "step": self.step,
+            "samples": self.step * self.config.train.global_batch_size,
+            "skipped_steps": self.skipped_steps,
+            "optimizer_steps": {student.name: state.optimizer_steps},
+            "loss_scaler": {student.name: dict(state.loss_scaler)},
+            "best": self.best,
+            "last_validation": self.last_validation,
+            "data": self.order.fingerprint(),
+            "teacher_sha256": self.teacher.sha256,
+            "config": self.config.model_dump(),
+            "world_size": self.ranks.world_size,
+            "versions": versions(),
+        }
+        return groups, facts
+
+    def export(
+        self,
+        folder_name: str,
+        losses: Mapping[str, float | None],
+        check: Callable[[PreTrainedModel], None] = lambda model: None,
+    ) -> Path:
+        """Write the full student as a plain transformers model, reload and compare it. Collective; rank 0 writes.
+
+        `check` gets the student that was read back, with what tap "extra" adds, before it replaces an older export.
+
+        Raises:
+            DataError: the disk did not take it, or what was read back differs.
+        """
+        folder = Path(self.config.run.folder) / "export" / folder_name
+        weights = self.student.engine.weights()
+        with failing_together():
+            if self.ranks.is_main:
+                self._write_export(folder, weights, losses, check)
+        return folder
+
+    def _write_export(
+        self,
+        folder: Path,
+        weights: Mapping[str, Tensor],
+        losses: Mapping[str, float | None],
+        check: Callable[[PreTrainedModel], None],
+    ) -> None:
+        student = self.student
+        whole = {**student.untrained, **weights}
+
+        def check_read_back(model: PreTrainedModel) -> None:
+            if self.config.students[student.name].tap == "extra":  # the export lacks the projection of the tap
+                tapped = build_encoder(student.config)
+                tapped.load_state_dict({**whole, **model.state_dict()})
+                model = tapped
+            model.config._attn_implementation = student.config._attn_implementation
+            check(model)
+
+        facts = Facts(
+            self.step,
+            self.teacher.sha256,
+            self.shards.manifest.sha256,
+            {label: None if loss is None else f"{loss:.4f}" for label, loss in losses.items()},
+            versions(),
+        )
+        write_student(folder, self.config, student.config, whole, facts, check_read_back)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    own = {"scaledistill": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in VERSIONED}
+
+
+def open_session(
+    config: DistillConfig,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    sized_by: Estimate | None = None,
+    opened: DataSets | None = None,
+) -> Session:
+    """Set up everything that a run needs, at the step of its newest good checkpoint if it is to resume. Collective.
+
+    `sized_by` is the estimate that predicted the micro-batch in `config`, where it is to be the most that fits; a run
+    that is resumed on as many ranks keeps the one that it had, and so its rounding. `opened` are the data sets, where
+    they are open already: a manifest may take seconds to read, and memory.
+
+    Raises:
+        ConfigError: the run that would be resumed had other settings, another teacher or other data.
+        DataError: data or models are not what the run needs.
+    """
+    data, teacher_settings = config.data, config.teacher
+    if ranks.is_main and ranks.device.type == "cpu" and config.train.precision == "bf16":
+        log.warning("%s", BF16_ON_CPU)
+    if ranks.is_main:
+        log.info("loading %s up to layer %d", teacher_settings.model, teacher_settings.layer)
+    fetch_weights(teacher_settings.model, teacher_settings.revision, ranks)
+    with failing_together():
+        shards, held_out = opened or _open_data(config)
+        if not config.train.validation_every_steps:
+            held_out = None
+        order = shards.order(seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows)
+        whole = teacher_settings.placement == "replicate"
+        encoder, stored = (_load_whole if whole else open_encoder)(
+            teacher_settings.model,
+            revision=teacher_settings.revision,
+            num_layers=teacher_settings.layer,
+            trust_remote_code=teacher_settings.trust_remote_code,
+        )
+    root, remote = Path(config.run.folder) / "checkpoints", config.checkpoint.remote
+    checkpoint = newest_checkpoint(root, ranks, remote) if resume else None
+    if checkpoint:
+        with reported_once(ranks):
+            check_same_run(checkpoint.state, config, order)
+    name = next(iter(config.students))
+    if not checkpoint:
+        fetch_weights(config.students[name].init, None, ranks)
+    with failing_together():
+        model = _create_student(config, name, encoder, stored, checkpoint)
+    flops = _flops_per_token(encoder, model, config)
+    teacher = _place_teacher(config, encoder, stored, ranks)
+    del encoder, stored
+    if data.attention == "document":
+        dropout = config.students[name].dropout
+        use_varlen_attention(teacher.config, ranks.device, DTYPES[config.teacher.dtype])
+        use_varlen_attention(model.config, ranks.device, DTYPES[config.train.precision], dropout=dropout)
+    # Where the micro-batch is still a prediction, each rank has its own.
+    _check_same_everywhere(with_micro_batch(config, "auto") if sized_by else config, teacher, order, ranks)
+    if checkpoint and sized_by and checkpoint.state["world_size"] == ranks.world_size:
+        config = with_micro_batch(config, checkpoint.state["config"]["train"]["micro_batch_size"])
+    elif sized_by:
+        view = capture_view(model, model.config.num_hidden_layers)
+        config = with_micro_batch(config, choose(config, name, teacher, view, sized_by, ranks))
+    if checkpoint:
+        with reported_once(ranks):
+            _check_same_teacher(checkpoint, config, teacher)
+    peak = peak_flops(ranks.device) or measured_matrix_rate(ranks.device, DTYPES[config.teacher.dtype])
+    if config.train.compile and not _gathered_by_hooks_within_blocks(config, teacher=True):
+        compile_blocks(teacher.view)
+    with reported_once(ranks):
+        student = _train_student(config, name, model, ranks)
+    session = Session(config, ranks, teacher, student, shards, order, held_out, flops, peak * ranks.world_size)
+    if checkpoint:
+        _restore(session, checkpoint)
+    return session
+
+
+def _open_data(config: DistillConfig) -> DataSets:
+    data = config.data
+    return open_shards(config, data.train), open_shards(config, data.validation) if data.validation else None
+
+
+def _load_whole(model: str, **options: Any) -> tuple[PreTrainedModel, None]:
+    return load_encoder(model, **options), None
+
+
+def _place_teacher(
+    config: DistillConfig, encoder: PreTrainedModel, stored: Mapping[str, Tensor] | None, ranks: Ranks
+) -> Teacher:
+    """Put the teacher where `teacher.placement` says. Collective where it is sharded."""
+    dtype, layer = DTYPES[config.teacher.dtype], config.teacher.layer
+    if stored is None:
+        return Teacher(encoder, layer, dtype=dtype).to(ranks.device)
+    return Teacher(encoder, layer, dtype=dtype, stored=stored, shard=partial(shard_teacher, config, ranks))
+
+
+def _gathered_by_hooks_within_blocks(config: DistillConfig, *, teacher: bool) -> bool:
+    """Whether ZeRO-3 gathers parameters by hooks within blocks, which cannot be compiled then."""
+    sharded = config.teacher.placement != "replicate" if teacher else zero_settings(config)[0] == 3
+    return sharded and config.engine.name == "deepspeed"
+
+
+def _create_student(
+    config: DistillConfig,
+    name: str,
+    encoder: PreTrainedModel,
+    stored: Mapping[str, Tensor] | None,
+    checkpoint: Checkpoint | None,
+) -> PreTrainedModel:
+    """Build the full student, with the checkpoint's weights or else those that `init` asks for."""
+    spec = config.students[name]
+    model = build_student(
+        encoder,
+        student_shape(config, name, encoder.config),
+        init="random" if checkpoint else spec.init,
+        layer_map=None if checkpoint else spec.layer_map,
+        tap=spec.tap,
+        capture_layer=config.teacher.layer,
+        seed=config.run.seed,
+        dropout=spec.dropout,
+        name=name,
+        stored=stored,
+    )
+    if checkpoint:
+        model.load_state_dict(checkpoint.tensors(f"{name}.weights"))
+    return model
+
+
+def _train_student(config: DistillConfig, name: str, model: PreTrainedModel, ranks: Ranks) -> Student:
+    """Cut the student's training view and hand it to an engine. Collective."""
+    view = capture_view(model, model.config.num_hidden_layers)
+    trained = {parameter_name for parameter_name, _ in view.named_parameters()}
+    untrained = {key: value.clone() for key, value in model.state_dict().items() if key not in trained}
+    num_bytes = sum(value.nbytes for value in model.state_dict().values())
+    num_bytes += 2 * sum(parameter.nbytes for parameter in view.parameters())
+    blocks = blocks_of(view)
+    engine = create_engine(config, view, blocks, ranks)  # its first step is of another shape: not to be compiled
+    if config.train.compile and not _gathered_by_hooks_within_blocks(config, teacher=False):
+        compile_blocks(view)
+    widths = cast(tuple[int, int, int], view.qkv_widths)
+    return Student(name, model.config, engine, widths, config.students[name].dropout, untrained, num_bytes)
+
+
+def _flops_per_token(encoder: PreTrainedModel, model: PreTrainedModel, config: DistillConfig) -> float:
+    length = config.data.sequence_length
+    teacher_view = capture_view(encoder, config.teacher.layer)
+    student_view = capture_view(model, model.config.num_hidden_layers)
+    return (forward_flops(teacher_view, length) + 3 * forward_flops(student_view, length)) / length
+
+
+def _check_same_everywhere(config: DistillConfig, teacher: Teacher, order: SampleOrder, ranks: Ranks) -> None:
+    """Refuse ranks that differ in settings, teacher or data: each reads its own files. Collective."""
+    facts = {"settings": config.model_dump(exclude={"data": {"train", "validation", "cache_folder"}, "logging": True})}
+    facts |= {"teacher.model": {"sha256": teacher.sha256}, "data.train": order.fingerprint()}
+    facts["settings"]["teacher"].pop("model")  # a path that may differ; its weights are compared
+    everyone = gather_objects(facts)
+    for rank, other in enumerate(everyone):
+        different = [name for name, value in other.items() if value != everyone[0][name]]
+        if different:
+            with reported_once(ranks):
+                raise ConfigError(
+                    f"rank {rank} has another {' and '.join(different)} than rank 0; give all nodes the same "
+                    "configuration file, hardware, teacher and shards"
+                )
+
+
+def _check_same_teacher(checkpoint: Checkpoint, config: DistillConfig, teacher: Teacher) -> None:
+    if checkpoint.state["teacher_sha256"] != teacher.sha256:
+        difference = f"teacher.model: the weights of {config.teacher.model} are not those that the run began with"
+        raise other_run(checkpoint.state, config, difference)
+
+
+def _restore(session: Session, checkpoint: Checkpoint) -> None:
+    name, state = session.student.name, checkpoint.state
+    session.student.engine.load_state(
+        EngineState(
+            weights=checkpoint.tensors(f"{name}.weights"),
+            exp_avg=checkpoint.tensors(f"{name}.exp_avg"),
+            exp_avg_sq=checkpoint.tensors(f"{name}.exp_avg_sq"),
+            optimizer_steps=state["optimizer_steps"][name],
+            loss_scaler=state["loss_scaler"][name],
+        )
+    )
+    session.step, session.skipped_steps = state["step"], state["skipped_steps"]
+    session.best, session.last_validation = state["best"], state["last_validation"]

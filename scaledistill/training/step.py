@@ -1,0 +1,249 @@
+"""One optimizer step, and the validation loss: where teacher, student, data and loss meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scaledistill.data.stream import Batch
+from scaledistill.distributed.ranks import all_reduce_sum, any_rank
+from scaledistill.errors import DataError
+from scaledistill.metrics.stopwatch import Stopwatch
+from scaledistill.models.capture import capture_view, split_qkv, view_inputs
+from scaledistill.relations import QKV, RelationLoss, relation_loss
+from scaledistill.training.session import Session
+
+STOP_CHECK_BATCHES = 4
+"""After so many batches of a validation the ranks agree on whether to stop: on a GPU, a wait for the device."""
+LOWER_RATE = "Lower train.learning_rate or lengthen train.warmup_steps"
+NOT_FINITE = {
+    "teacher": (
+        "the teacher's Q, K or V were",
+        'Set teacher.dtype to "bf16" or "fp32" if it is "fp16"; otherwise check the weights of teacher.model',
+    ),
+    "student": (
+        "the student's output was",
+        f'{LOWER_RATE}, or set train.precision to "bf16" or "fp32" if it is "fp16"',
+    ),
+    "loss": ("the loss, though neither model's output, was", LOWER_RATE),
+    "gradient": ("a gradient, though not the loss, was", f"{LOWER_RATE}, or lower train.max_grad_norm"),
+}
+"""By what was not finite in a skipped step: the words for it, and what to do about it."""
+
+
+PROBE_BATCHES = 2
+"""Micro-batches that an export is tried on."""
+PROBE_TOLERANCE = {torch.float32: (0.01, 1e-4), torch.bfloat16: (0.05, 1e-3), torch.float16: (0.05, 1e-3)}
+"""How far the loss of an export may be from the run's own on the same rows, relative and absolute, by the precision of
+the student's output. Both compute the same; kernels and their order of sums may differ, and compiled blocks round less
+often. Weights in the wrong places give tens of percent."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """An optimizer step, reduced over micro-batches and ranks: equal on every rank."""
+
+    losses: dict[str, float]
+    """"loss" (the weighted sum) and "loss/<student>/<pair>": means over the global batch."""
+    learning_rate: float
+    grad_norm: float | torch.Tensor
+    """Before clipping; on the device until it is recorded."""
+    skipped: bool
+    """The loss or a gradient was not finite: nothing was updated."""
+    stop_requested: bool
+    cause: str | None = None
+    """Of a skipped step, what first was not finite: "teacher", "student", "loss" or "gradient"."""
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int) -> float:
+    """Return the rate of a step, from 0: linear warm-up over `warmup_steps`, linear decay to 0 at `max_steps`."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * (max_steps - step) / (max_steps - warmup_steps)
+
+
+def train_step(
+    session: Session, stream: Iterator[Batch], stop_reason: Callable[[], str | None], watch: Stopwatch
+) -> StepResult:
+    """Make one optimizer step on the next global batch. Collective."""
+    student, ranks, train = session.student, session.ranks, session.config.train
+    pairs = list(session.config.relations.pairs)
+    sums = torch.zeros(2 + len(pairs), dtype=torch.float64, device=ranks.device)  # loss, pairs, stop requests
+    batches = []
+    for micro in range(session.accumulation):
+        with watch.phase("data wait"):
+            batch = next(stream)
+        batches.append(batch)
+        if student.dropout:
+            seed_dropout(session.config.run.seed, session.step, micro, ranks.rank)
+        loss = forward_loss(session, batch, watch)
+        # A loss that is not finite poisons the gradients: the engine then skips the step, on all ranks.
+        poison = torch.where(torch.isfinite(loss.total.detach()), 1.0, torch.nan)
+        with watch.phase("backward"):
+            student.engine.backward(loss.total * poison, last=micro + 1 == session.accumulation)
+        sums[:-1] += torch.stack([loss.total.detach(), *(loss.by_pair[pair].detach() for pair in pairs)])
+        del loss, poison  # what the loss's graph holds would stay through the next micro-batch's forward
+    rate = learning_rate(
+        session.step, peak=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
+    )
+    with watch.phase("optimizer"):
+        outcome = student.engine.step(rate)
+    sums[-1] = float(stop_reason() is not None)
+    *losses, stops = all_reduce_sum(sums).tolist()  # the step's one wait for the device that is ours
+    names = ["loss", *(f"loss/{student.name}/{pair}" for pair in pairs)]
+    means = [loss / (session.accumulation * ranks.world_size) for loss in losses]
+    session.step += 1
+    skipped = outcome.skipped or not math.isfinite(means[0])
+    cause = skip_cause(session, batches, loss_is_finite=math.isfinite(means[0])) if skipped else None
+    return StepResult(dict(zip(names, means, strict=True)), rate, outcome.grad_norm, skipped, stops > 0, cause)
+
+
+@torch.no_grad()
+def skip_cause(session: Session, batches: Iterable[Batch], *, loss_is_finite: bool) -> str:
+    """Run a skipped step's batches again and return what first was not finite, by any rank. Collective.
+
+    The weights are still those of the step, since it was skipped; so a step that goes well pays nothing for this.
+    """
+    student, ranks = session.student, session.ranks
+    student.engine.train_mode(False)
+    counts = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for batch in batches:
+        target, output_BTD = both_outputs(session, batch, Stopwatch())
+        found = split_qkv(output_BTD, student.qkv_widths)
+        counts += torch.stack([_count_not_finite(qkv, batch.mask_BT) for qkv in (target, found)])
+    student.engine.train_mode(True)
+    teacher, own = all_reduce_sum(counts).tolist()
+    if teacher:
+        return "teacher"
+    if own:
+        return "student"
+    return "gradient" if loss_is_finite else "loss"
+
+
+def _count_not_finite(qkv: QKV, mask_BT: Tensor | None) -> Tensor:
+    """Return the number of values on real tokens that are NaN or infinite, a float64 scalar on their device."""
+    count = torch.zeros((), dtype=torch.float64, device=qkv.q.device)
+    for values_BTD in qkv:
+        wrong_BT = (~values_BTD.isfinite()).sum(-1)
+        count += (wrong_BT if mask_BT is None else wrong_BT * mask_BT).sum()
+    return count
+
+
+def forward_loss(session: Session, batch: Batch, watch: Stopwatch) -> RelationLoss:
+    """Return the relation loss of a micro-batch: the teacher's Q, K and V against the student's."""
+    target, output_BTD = both_outputs(session, batch, watch)
+    with watch.phase("loss"):
+        return _relation_loss(session, batch, target, output_BTD)
+
+
+def both_outputs(session: Session, batch: Batch, watch: Stopwatch) -> tuple[QKV, Tensor]:
+    """Return the teacher's Q, K and V of a micro-batch, and the student's side by side, [B, T, D]."""
+    student, tokens = session.student, _tokens(batch)
+    with watch.phase("teacher"):
+        target = session.teacher(*tokens)
+    with watch.phase("student"):
+        return target, student.engine.forward(view_inputs(student.config, *tokens))
+
+
+def _tokens(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    return batch.input_ids_BT, batch.mask_BT, batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens
+
+
+def _relation_loss(session: Session, batch: Batch, target: QKV, output_BTD: Tensor) -> RelationLoss:
+    student, relations = session.student, session.config.relations
+    return relation_loss(
+        target,
+        split_qkv(output_BTD, student.qkv_widths),
+        num_heads=session.config.relation_heads(student.name),
+        pairs=relations.pairs,
+        mask_BT=batch.mask_BT,
+        segment_ids_BT=batch.segment_ids_BT,
+        backend=relations.backend,
+    )
+
+
+class ExportProbe:
+    """What the student under training computes on a few rows, for its export to be compared with.
+
+    The rows are the first of `data.validation` where there are any, else of the first training step.
+    """
+
+    @torch.no_grad()
+    def __init__(self, session: Session) -> None:
+        """Run teacher and student on the rows. Collective."""
+        self._session, engine = session, session.student.engine
+        engine.train_mode(False)
+        with ExitStack() as stack:
+            batches = session.validation_batches() if session.held_out else stack.enter_context(session.stream(0))
+            count = PROBE_BATCHES if session.held_out else min(PROBE_BATCHES, session.accumulation)
+            self._batches = list(islice(batches, count))
+        self._targets = [session.teacher(*_tokens(batch)) for batch in self._batches]
+        outputs = [engine.forward(view_inputs(session.student.config, *_tokens(batch))) for batch in self._batches]
+        self._dtype = outputs[0].dtype
+        self._loss = self._mean_loss(outputs)
+        engine.train_mode(True)
+
+    @torch.no_grad()
+    def check(self, model: PreTrainedModel) -> None:
+        """Compare the loss of an export that was loaded again, whole up to the student's tap. On one rank.
+
+        Raises:
+            DataError: it is further from the run's own than rounding can move it.
+        """
+        config, device = self._session.student.config, self._session.ranks.device
+        view = capture_view(model, config.num_hidden_layers).to(device, self._dtype).eval()
+        outputs = [view(**view_inputs(config, *_tokens(batch))).last_hidden_state for batch in self._batches]
+        loss = self._mean_loss(outputs)
+        relative, absolute = PROBE_TOLERANCE[self._dtype]
+        if not abs(loss - self._loss) <= relative * abs(self._loss) + absolute:
+            rows = "data.validation" if self._session.held_out else "data.train"
+            raise DataError(
+                f"the student's loss on rows of {rows} is {self._loss:.4f} in the run, but {loss:.4f} once exported "
+                f"and loaded again; expected equal losses within {relative:.0%}. The export was not put in place, and "
+                "the run's checkpoints may be wrong too: start over with other settings in `engine`, and report this"
+            )
+
+    def _mean_loss(self, outputs: list[torch.Tensor]) -> float:
+        compared = zip(self._batches, self._targets, outputs, strict=True)
+        return sum(float(_relation_loss(self._session, *each).total) for each in compared) / len(outputs)
+
+
+def seed_dropout(*numbers: int) -> None:
+    """Seed all randomness of a forward by where the run stands, so that nothing of it needs saving."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+@torch.no_grad()
+def validation_loss(
+    session: Session,
+    stop_reason: Callable[[], str | None] = lambda: None,
+    on_batch: Callable[[str], None] = lambda phase: None,
+) -> float | None:
+    """Return the mean loss of the held-out rows, whatever the number of ranks and the micro-batch. Collective.
+
+    None where a rank had a reason to stop meanwhile.
+    """
+    student, ranks = session.student, session.ranks
+    student.engine.train_mode(False)
+    stopped = False
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # Σ loss × rows, Σ rows
+    for number, batch in enumerate(session.validation_batches()):
+        on_batch("validation")
+        if number % STOP_CHECK_BATCHES == 0 and (stopped := any_rank(stop_reason() is not None, ranks.device)):
+            break
+        loss = forward_loss(session, batch, Stopwatch())
+        sums += torch.stack([loss.total.double() * batch.weight, torch.full_like(sums[0], batch.weight)])
+        del loss
+    student.engine.train_mode(True)
+    if stopped:
+        return None
+    loss_sum, rows = all_reduce_sum(sums).tolist()
+    return loss_sum / rows
