@@ -127,7 +127,9 @@ def test_settings_that_measure_nothing_are_refused(
     tree["train"] |= {"validation_every_steps": 0}
     with pytest.raises(ConfigError, match=r"evaluation\.probe='stsb' is measured at each validation"):
         parse_config(tree)
-    with pytest.raises(ConfigError, match="neither tasks nor a probe"):
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.tasks: not set; expected a list of at least one, or evaluation\.probe"
+    ):
         parse_config({**probed(make_tree, stsb), "evaluation": {"data_folder": str(stsb)}})
     tree = probed(make_tree, stsb)
     tree["evaluation"]["include_teacher"] = True

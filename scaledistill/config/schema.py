@@ -288,7 +288,8 @@ class DistillConfig(Settings):
         if bad := [name for name in self.students if not STUDENT_NAME.fullmatch(name)]:
             raise ValueError(f"students.{bad[0]}: a name has letters, digits, '-' and '_' only; it names a folder")
         if self.evaluation and not (self.evaluation.tasks or self.evaluation.probe):
-            raise ValueError("evaluation has neither tasks nor a probe; name some tasks, set probe, or leave it out")
+            found = "found [] (list, 0 entries)" if "tasks" in self.evaluation.model_fields_set else "not set"
+            raise ValueError(f"evaluation.tasks: {found}; expected a list of at least one, or evaluation.probe")
         if self.evaluation and self.evaluation.probe and not self.train.validation_every_steps:
             raise ValueError(
                 f"evaluation.probe={self.evaluation.probe!r} is measured at each validation, and "
