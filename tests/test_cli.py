@@ -65,7 +65,7 @@ def test_help_is_quick_and_says_what_counts(capsys: pytest.CaptureFixture[str]) 
     assert "local_rank" not in text
 
 
-@pytest.mark.parametrize("module", ["scaledistill", "scaledistill.cli.distill"])
+@pytest.mark.parametrize("module", ["scaledistill", "scaledistill.cli"])
 def test_the_package_runs_as_a_module(module: str, config_file: MakeFile) -> None:
     command = [sys.executable, "-m", module, "--config", str(config_file()), "--set", "train.max_steps=4321"]
     shown = subprocess.run([*command, "--print-config"], capture_output=True, text=True, check=True, cwd=ROOT)
