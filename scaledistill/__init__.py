@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from scaledistill.config.schema import DistillConfig as DistillConfig
     from scaledistill.integrations.datasets import prepare_dataset as prepare_dataset
     from scaledistill.integrations.transformers import MiniLMTrainer as MiniLMTrainer
-    from scaledistill.integrations.transformers import MiniLMTrainingArguments as MiniLMTrainingArguments
+    from scaledistill.integrations.transformers import (
+        MiniLMTrainingArguments as MiniLMTrainingArguments,
+    )
     from scaledistill.integrations.transformers import create_student as create_student
     from scaledistill.models.capture import capture_qkv as capture_qkv
     from scaledistill.relations import QKV as QKV

@@ -1,6 +1,7 @@
 """Errors that end a run with a stated exit code.
 
-A message names the setting, what was found, what was expected and the remedy. Anything else that is raised is a defect.
+A message names the setting, what was found, what was expected and the remedy. Anything else that is
+raised is a defect.
 """
 
 from __future__ import annotations
@@ -57,14 +58,18 @@ class Problems:
             return None
 
     def raise_all(self) -> None:
-        """Raise one error of the first one's kind with every message, each once, a line each; none if there is none."""
+        """Raise one error of the first one's kind with every message, each once, a line each; none
+        if there is none.
+        """
         if self.found:
             messages = dict.fromkeys(str(problem) for problem in self.found)
             raise type(self.found[0])("\n".join(messages)) from self.found[0]
 
 
 class PeerError(RuntimeError):
-    """A failure that rank 0 reports for all: this rank leaves with the same exit code and says nothing."""
+    """A failure that rank 0 reports for all: this rank leaves with the same exit code and says
+    nothing.
+    """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -1,4 +1,6 @@
-"""Fine-tuning and scoring from Python, under the names that bertdistiller's users know; see `glue.api`."""
+"""Fine-tuning and scoring from Python, under the names that bertdistiller's users know; see
+`glue.api`.
+"""
 
 from scaledistill.glue.api import create_summary_table, evaluate
 

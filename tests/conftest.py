@@ -16,8 +16,10 @@ from scaledistill.config.load import parse_config
 from scaledistill.config.schema import DistillConfig
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("SCALEDISTILL_CPU_BF16", "0")  # the same on every machine; `fast_bf16` tests both ways
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all that it starts, ignores it
+# The same on every machine; `fast_bf16` tests both ways.
+os.environ.setdefault("SCALEDISTILL_CPU_BF16", "0")
+# A shell's background job, and all that it starts, ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ENCODER_SIZES = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -48,7 +50,9 @@ def write_tiny_teacher(folder: Path) -> Path:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(specials + WORDS)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(specials + WORDS)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -78,7 +82,9 @@ def write_tiny_teacher(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
-    """About 400 training rows of 16 tokens, the last one padded, in `train`, and some in `validation`."""
+    """About 400 training rows of 16 tokens, the last one padded, in `train`, and some in
+    `validation`.
+    """
     return write_tiny_shards(tmp_path_factory.mktemp("shards"), tiny_teacher)
 
 
@@ -103,7 +109,9 @@ def write_tiny_shards(folder: Path, teacher: Path) -> Path:
 
 
 @pytest.fixture
-def tiny_config(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callable[..., DistillConfig]:
+def tiny_config(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> Callable[..., DistillConfig]:
     """Return a function that makes a run's configuration; keyword arguments override blocks."""
 
     def make(**blocks: dict[str, Any]) -> DistillConfig:
@@ -124,13 +132,22 @@ def config_file(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callab
     return make
 
 
-def tiny_tree(tmp_path: Path, model: Path, shards: Path, /, **blocks: dict[str, Any]) -> dict[str, Any]:
+def tiny_tree(
+    tmp_path: Path, model: Path, shards: Path, /, **blocks: dict[str, Any]
+) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "run": {"folder": str(tmp_path / "run"), "timeout_seconds": 60},
         "teacher": {"model": str(model), "layer": 3},
-        "students": {"l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "init": "teacher"}},
+        "students": {
+            "l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "init": "teacher"}
+        },
         "relations": {"num_heads": 4},
-        "data": {"train": str(shards / "train"), "sequence_length": 16, "num_lanes": 4, "window_rows": 32},
+        "data": {
+            "train": str(shards / "train"),
+            "sequence_length": 16,
+            "num_lanes": 4,
+            "window_rows": 32,
+        },
         "train": {
             "global_batch_size": 8,
             "max_steps": 6,

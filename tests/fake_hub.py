@@ -1,4 +1,6 @@
-"""A hub on this machine, as far as models are fetched from it, that keeps a record of what it was asked for."""
+"""A hub on this machine, as far as models are fetched from it, that keeps a record of what it was
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,17 @@ class FakeHub:
                 asked.append(f"{self.command} {path}")
                 if path == f"{api}/revision/main":
                     siblings = [{"rfilename": file} for file in files]
-                    self._answer(json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
+                    self._answer(
+                        json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode()
+                    )
                 elif path == f"{api}/tree/{COMMIT}":
                     entries = [
-                        {"type": "file", "path": file, "size": len(content), "oid": _digest(content)}
+                        {
+                            "type": "file",
+                            "path": file,
+                            "size": len(content),
+                            "oid": _digest(content),
+                        }
                         for file, content in files.items()
                     ]
                     self._answer(json.dumps(entries).encode())
@@ -47,7 +56,11 @@ class FakeHub:
 
             def _answer(self, content: bytes, code: int = 200) -> None:
                 self.send_response(code)
-                headers = {"Content-Length": len(content), "ETag": f'"{_digest(content)}"', "X-Repo-Commit": COMMIT}
+                headers = {
+                    "Content-Length": len(content),
+                    "ETag": f'"{_digest(content)}"',
+                    "X-Repo-Commit": COMMIT,
+                }
                 headers |= {"X-Error-Code": "RepoNotFound"} if code == 404 else {}
                 for header, value in headers.items():
                     self.send_header(header, str(value))
@@ -65,7 +78,12 @@ class FakeHub:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self._server.shutdown()
         self._server.server_close()
 
@@ -82,7 +100,9 @@ def use_hub(patch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
 
     patch.setenv("NO_PROXY", "127.0.0.1")
     patch.setattr(constants, "ENDPOINT", url)
-    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
 

@@ -1,6 +1,8 @@
-"""The GLUE runner with fine-tuning that takes no time: for tests of how processes are started, stopped and lost.
+"""The GLUE runner with fine-tuning that takes no time: for tests of how processes are started,
+stopped and lost.
 
-`glue_stub.py worker` is a worker; `glue_stub.py OPTION …` is the command line, whose workers are such.
+`glue_stub.py worker` is a worker; `glue_stub.py OPTION …` is the command line, whose workers are
+such.
 """
 
 from __future__ import annotations
@@ -24,10 +26,16 @@ def fine_tune(cell: Cell, *_: Any) -> tuple[dict[str, Any], list[dict[str, Any]]
     if cell.seed == 13:
         raise ValueError("unlucky")
     score = hashlib.sha256(cell.path(worker.Path()).name.encode()).digest()[0] / 3
-    scores = {metric: score / number for number, metric in enumerate(TASKS[cell.task].metrics, start=1)}
-    return {"scores": scores, "epochs": [], "train_rows": 40, "all_train_rows": 40, "seconds": 0.1}, [
-        {"id": "0", "prediction": score}
-    ]
+    scores = {
+        metric: score / number for number, metric in enumerate(TASKS[cell.task].metrics, start=1)
+    }
+    return {
+        "scores": scores,
+        "epochs": [],
+        "train_rows": 40,
+        "all_train_rows": 40,
+        "seconds": 0.1,
+    }, [{"id": "0", "prediction": score}]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Runs a function on one or more forked ranks, each a process of its own with torch and DeepSpeed already imported."""
+"""Runs a function on one or more forked ranks, each a process of its own with torch and DeepSpeed
+already imported.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 # The process that ranks are forked from finds `preload` by this; it does not get our sys.path.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+)
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["preload"])
 
@@ -31,10 +35,14 @@ class Job:
         self._results = context.Queue()
         port = free_port()
         # Ranks have the environment of the process that they are forked from, not this one's.
-        passed_on = {name: value for name, value in os.environ.items() if name.startswith("SCALEDISTILL_")}
+        passed_on = {
+            name: value for name, value in os.environ.items() if name.startswith("SCALEDISTILL_")
+        }
         self.processes = [
             context.Process(
-                target=_enter, args=(self._results, function, rank, world_size, port, passed_on, arguments), daemon=True
+                target=_enter,
+                args=(self._results, function, rank, world_size, port, passed_on, arguments),
+                daemon=True,
             )
             for rank in range(world_size)
         ]
@@ -56,11 +64,17 @@ class Job:
                 try:
                     rank, result, error = self._results.get(timeout=0.2)
                 except queue.Empty:
-                    dead = [p for r, p in enumerate(self.processes) if r not in results and p.exitcode not in (None, 0)]
+                    dead = [
+                        p
+                        for r, p in enumerate(self.processes)
+                        if r not in results and p.exitcode not in (None, 0)
+                    ]
                     if dead and time.monotonic() < deadline - 2:
                         deadline = time.monotonic() + 2  # its last words may be under way
                     if time.monotonic() > deadline:
-                        raise AssertionError(f"ranks ended or hung: {[p.exitcode for p in self.processes]}") from None
+                        raise AssertionError(
+                            f"ranks ended or hung: {[p.exitcode for p in self.processes]}"
+                        ) from None
                     continue
                 if error:
                     raise AssertionError(f"rank {rank} failed:\n{error}")
@@ -73,7 +87,9 @@ class Job:
         return [results[rank] for rank in range(len(self.processes))]
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120
+) -> list[Any]:
     """Run a function on forked ranks and return what each returned, by rank."""
     return Job(function, world_size, *arguments).wait(timeout)
 
@@ -88,8 +104,17 @@ def _enter(
     arguments: tuple[Any, ...],
 ) -> None:
     os.environ |= passed_on
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world_size)}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "OMP_NUM_THREADS": "1",
+    }
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
     import torch
 
     torch.set_num_threads(1)

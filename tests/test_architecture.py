@@ -29,14 +29,25 @@ THIRD_PARTIES: dict[str, set[str]] = {
 
 # Imported before the command line has said what it wants: quick, so nothing heavy at their top.
 LIGHT_AT_THE_TOP = {
-    *("__init__", "cli", "cli.distill", "config", "config.schema", "config.load", "config.hints", "config.wording"),
+    *(
+        "__init__",
+        "cli",
+        "cli.distill",
+        "config",
+        "config.schema",
+        "config.load",
+        "config.hints",
+        "config.wording",
+    ),
     *("errors", "data.prepare.text", "data.tokenizer", "data.prepare.make", "data.prepare.sources"),
     *("distributed.launcher", "glue.cell", "glue.command"),
 }
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Yield the dotted names that are imported anywhere under `tree`; of the package, without its name."""
+    """Yield the dotted names that are imported anywhere under `tree`; of the package, without its
+    name.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -47,7 +58,8 @@ def imports(tree: ast.AST) -> Iterator[str]:
             continue
         for name in names:
             if name.partition(".")[0] != PACKAGE.name:
-                yield from itertools.accumulate(name.split("."), "{}.{}".format)  # a package, and what is in it
+                # A package, and what is in it.
+                yield from itertools.accumulate(name.split("."), "{}.{}".format)
                 continue
             inner = name.partition(".")[2]
             while inner not in MODULES and inner:  # the module, not the name in it
@@ -63,8 +75,12 @@ def parse(name: str) -> ast.Module:
 def test_imports_of_third_parties(package: str) -> None:
     found = {name for name in MODULES if package in imports(parse(name))}
     allowed = THIRD_PARTIES[package]
-    assert {name for name in found if name not in allowed and name.rpartition(".")[0] not in allowed} == set()
-    assert all(any(name == row or name.startswith(row + ".") for name in found) for row in allowed), "table too wide"
+    assert {
+        name for name in found if name not in allowed and name.rpartition(".")[0] not in allowed
+    } == set()
+    assert all(
+        any(name == row or name.startswith(row + ".") for name in found) for row in allowed
+    ), "table too wide"
 
 
 @pytest.mark.parametrize("name", sorted(LIGHT_AT_THE_TOP))
@@ -77,14 +93,18 @@ def test_nothing_heavy_at_the_top(name: str) -> None:
 def test_only_the_command_line_starts_a_run() -> None:
     loop = "scaledistill:training.loop"
     assert {name for name in MODULES if loop in imports(parse(name))} == {"__init__", "cli.distill"}
-    lazily = [node for node in parse("__init__").body if isinstance(node, ast.Import | ast.ImportFrom)]
+    lazily = [
+        node for node in parse("__init__").body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     assert not any(loop == name for node in lazily for name in imports(node))
     for script in (*PACKAGE.parent.glob("launch/*.py"), *PACKAGE.parent.glob("tools/*.py")):
         assert loop not in imports(ast.parse(script.read_text())), script.name
 
 
 def test_few_names_lie_at_the_top() -> None:
-    """What users import, and the errors; everything else has a folder in the layers of pyproject.toml."""
+    """What users import, and the errors; everything else has a folder in the layers of
+    pyproject.toml.
+    """
     top = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert top == {"__main__", "errors", "evaluation", "trainer"}
 
@@ -93,13 +113,21 @@ def test_few_names_lie_at_the_top() -> None:
 def test_a_module_is_quiet(name: str) -> None:
     text = MODULES[name].read_text()
     tree = ast.parse(text)
-    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    called = {
+        node.func.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
     assert not called & {"print", "breakpoint", "eval", "exec"}
     assert not re.search(r"/(?:home|root|work|tmp|Users|mnt)/", text), "a path of some machine"
     assert ast.get_docstring(tree) or not tree.body, "a module says what enters and what leaves"
 
 
 def test_the_train_step_fits_on_one_screen() -> None:
-    [step] = [node for node in parse("training.step").body if isinstance(node, ast.FunctionDef) and node.name == "train_step"]
+    [step] = [
+        node
+        for node in parse("training.step").body
+        if isinstance(node, ast.FunctionDef) and node.name == "train_step"
+    ]
     assert step.end_lineno is not None
     assert step.end_lineno - step.lineno + 1 <= 45

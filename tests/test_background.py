@@ -79,6 +79,11 @@ print("leaving")
 def test_a_call_that_hangs_does_not_keep_a_process() -> None:
     root = Path(__file__).parent.parent
     child = subprocess.run(
-        [sys.executable, "-c", LEAVES], stdout=subprocess.PIPE, text=True, cwd=root, timeout=60, check=True
+        [sys.executable, "-c", LEAVES],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        timeout=60,
+        check=True,
     )
     assert child.stdout == "leaving\n"

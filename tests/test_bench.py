@@ -19,7 +19,10 @@ TOOLS = Path(__file__).parent.parent / "tools"
 TINY = (
     "teacher.layer=2",
     "relations.num_heads=4",
-    *(f"students.l6-h384.{size}" for size in ("num_layers=2", "hidden_size=16", "num_attention_heads=2")),
+    *(
+        f"students.l6-h384.{size}"
+        for size in ("num_layers=2", "hidden_size=16", "num_attention_heads=2")
+    ),
 )
 
 Figures = dict[str, dict[str, Any]]
@@ -27,7 +30,9 @@ Figures = dict[str, dict[str, Any]]
 
 @pytest.fixture
 def run_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, Figures]]:
-    """Return a function that runs a tool of ours in this process and returns its exit code and figures by name."""
+    """Return a function that runs a tool of ours in this process and returns its exit code and
+    figures by name.
+    """
 
     def run(name: str, *arguments: str) -> tuple[int, Figures]:
         file = tmp_path / "figures.json"
@@ -47,12 +52,15 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., t
 
 
 def peer_environment(folder: Path, versions: str, worker: str = "") -> Path:
-    """Make a folder that looks like bertdistiller's environment: its `python` tells `versions` and runs `worker`."""
+    """Make a folder that looks like bertdistiller's environment: its `python` tells `versions` and
+    runs `worker`.
+    """
     python = folder / "bin" / "python"
     python.parent.mkdir(parents=True)
     (folder / "worker.py").write_text(worker)
     python.write_text(
-        f'#!/bin/sh\nif [ "$1" = -c ]; then echo {versions}; else exec {sys.executable} {folder}/worker.py "$@"; fi\n'
+        f'#!/bin/sh\nif [ "$1" = -c ]; then echo {versions}; else exec {sys.executable} '
+        f'{folder}/worker.py "$@"; fi\n'
     )
     python.chmod(0o755)
     return folder
@@ -78,9 +86,14 @@ while True:
 
 
 def test_step_beside_a_peer(
-    run_tool: Callable[..., tuple[int, Figures]], tmp_path: Path, capfd: pytest.CaptureFixture[str], fast_bf16: bool
+    run_tool: Callable[..., tuple[int, Figures]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    fast_bf16: bool,
 ) -> None:
-    environment = peer_environment(tmp_path / "venv", f"0.1.1 {version('torch')} 4.57.6", PEER_WORKER)
+    environment = peer_environment(
+        tmp_path / "venv", f"0.1.1 {version('torch')} 4.57.6", PEER_WORKER
+    )
     markdown = tmp_path / "tables.md"
     sizes = ["--shape", "4x16", "--teacher", "3x32", "--rounds", "2"]
     sizes += [f"--set={override}" for override in TINY]
@@ -98,13 +111,22 @@ def test_step_beside_a_peer(
     }  # fmt: skip
     assert value("bertdistiller_peak_memory_bytes") == 1000
     assert value("peak_memory_bytes") > 1e8
-    assert value("speedup_vs_bertdistiller") == pytest.approx(value("tokens_per_second") / 64, rel=0.5)
+    assert value("speedup_vs_bertdistiller") == pytest.approx(
+        value("tokens_per_second") / 64, rel=0.5
+    )
     # Per token: a whole layer has 24 D² + 4 T D, Q/K/V alone 6 D²; the student's count three times.
     needed = (30 * 32**2 + 4 * 16 * 32) + 3 * (30 * 16**2 + 4 * 16 * 16)
     dtype = "bf16" if fast_bf16 else "fp32"  # the teacher's
     rate = figures[f"machine/matrix_rate_{dtype}"]["value"]
-    assert value("mfu") == value(f"mfu_{dtype}") == pytest.approx(needed * value("tokens_per_second") / rate)
-    shares = [value(f"{phase}_fraction") for phase in ("teacher", "student", "loss", "backward", "optimizer")]
+    assert (
+        value("mfu")
+        == value(f"mfu_{dtype}")
+        == pytest.approx(needed * value("tokens_per_second") / rate)
+    )
+    shares = [
+        value(f"{phase}_fraction")
+        for phase in ("teacher", "student", "loss", "backward", "optimizer")
+    ]
     assert min(shares) > 0
     assert sum(shares) + value("data_wait_fraction") < 1
     assert "| 4x16 | bertdistiller | 64 |" in markdown.read_text()
@@ -114,11 +136,16 @@ def test_step_beside_a_peer(
 @pytest.mark.parametrize(
     ("versions", "message"),
     [
-        ("0.1.0 2.0 4.57.6", "has bertdistiller, torch, transformers ['0.1.0', '2.0', '4.57.6']; expected 0.1.1"),
+        (
+            "0.1.0 2.0 4.57.6",
+            "has bertdistiller, torch, transformers ['0.1.0', '2.0', '4.57.6']; expected 0.1.1",
+        ),
         (None, "name its folder by --peer-venv, or measure without it: --no-peer"),
     ],
 )
-def test_no_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, versions: str | None, message: str) -> None:
+def test_no_peer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, versions: str | None, message: str
+) -> None:
     monkeypatch.syspath_prepend(str(TOOLS))
     bench_peer = importlib.import_module("bench_peer")
     folder = tmp_path / "venv"
@@ -131,7 +158,9 @@ def test_no_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, versions: str 
     assert message in str(error.value)
 
 
-def test_relations(run_tool: Callable[..., tuple[int, Figures]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_relations(
+    run_tool: Callable[..., tuple[int, Figures]], capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = ["--lengths", "8", "32", "--heads", "12", "64", "--tokens", "32"]
     code, figures = run_tool("bench_relations", *sizes, "--rounds", "2", "--max-map-bytes", "1e6")
     assert code == 0
@@ -139,7 +168,8 @@ def test_relations(run_tool: Callable[..., tuple[int, Figures]], capsys: pytest.
         assert figures[f"relations/{backend}/4x8/64/milliseconds"]["n"] == 2
         assert figures[f"relations/{backend}/4x8/12/error"]["value"] < 1e-5
     assert figures["relations/sdpa/4x8/speedup_vs_reference"]["unit"] == "x"
-    # The reference's maps are 4 x 12 x 8 x 8 floats; it holds some of them, and two gradients of the student at least.
+    # The reference's maps are 4 x 12 x 8 x 8 floats; it holds some of them, and two gradients of
+    # the student at least.
     held = figures["relations/reference/4x8/12/peak_memory_bytes"]["value"]
     gradient = 4 * 32 * 3 * 384
     assert gradient < held < 12 * (4 * 4 * 12 * 8 * 8 + gradient)
@@ -163,7 +193,9 @@ def test_runs_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
 
     runs = {"slow": lambda: run("slow", 3.0), "fast": lambda: run("fast", 1.0)}
     seconds = in_turn(runs, rounds=3, max_seconds=5, title="case")
-    assert order == ["slow", "fast", "slow", "fast", "fast"], "the slow one sits out the third round"
+    assert order == ["slow", "fast", "slow", "fast", "fast"], (
+        "the slow one sits out the third round"
+    )
     assert seconds == {"slow": [3.0, 3.0], "fast": [1.0, 1.0, 1.0]}
     assert ratios(seconds["slow"], seconds["fast"]) == [3.0, 3.0]
     assert "case, round 1 of 3: slow 3,000.0 ms, fast 1,000.0 ms" in capsys.readouterr().err
@@ -182,7 +214,9 @@ def test_a_report_keeps_medians() -> None:
     assert table.markdown() == "**title**\n\n| x | y |\n| --- | --- |\n| 1 | 2 |"
 
 
-def test_a_folder_for_the_figures_is_missed_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_for_the_figures_is_missed_early(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     parser = argparse.ArgumentParser()
     add_options(parser)
     with pytest.raises(SystemExit):
@@ -193,7 +227,9 @@ def test_a_folder_for_the_figures_is_missed_early(tmp_path: Path, capsys: pytest
 def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
     program = "import sys; print('why', file=sys.stderr); sys.exit(7)"
     with (
-        Worker("one", [sys.executable, "-c", program], log=tmp_path / "log", environment={}) as worker,
+        Worker(
+            "one", [sys.executable, "-c", program], log=tmp_path / "log", environment={}
+        ) as worker,
         pytest.raises(WorkerError, match=r"one ended with status 7:\nwhy"),
     ):
         worker.turn()

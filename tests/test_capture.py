@@ -1,4 +1,6 @@
-"""The captured Q/K/V is that of the whole model, bit for bit, and the view costs nothing above it."""
+"""The captured Q/K/V is that of the whole model, bit for bit, and the view costs nothing above
+it.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,10 @@ def snapshot(model: nn.Module) -> list[object]:
             type(module),
             module.training,
             [len(value) for key, value in vars(module).items() if key.endswith("_hooks")],
-            [(key, id(tensor), tensor.sum().item()) for key, tensor in module.named_parameters(recurse=False)],
+            [
+                (key, id(tensor), tensor.sum().item())
+                for key, tensor in module.named_parameters(recurse=False)
+            ],
             sorted(key for key in vars(module) if not key.startswith("__")),
         )
         for name, module in model.named_modules()
@@ -92,7 +97,9 @@ def hooked_qkv(model: PreTrainedModel, layer: int, **inputs: Tensor) -> list[Ten
     attention = model.base_model.encoder.layer[layer - 1].attention.self
     found: dict[str, Tensor] = {}
     handles = [
-        getattr(attention, name).register_forward_hook(lambda _m, _i, output, name=name: found.update({name: output}))
+        getattr(attention, name).register_forward_hook(
+            lambda _m, _i, output, name=name: found.update({name: output})
+        )
         for name in ("query", "key", "value")
     ]
     model(**inputs)
@@ -104,13 +111,21 @@ def hooked_qkv(model: PreTrainedModel, layer: int, **inputs: Tensor) -> list[Ten
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_bit_equal_to_hooks_on_the_whole_model(name: str, dtype: torch.dtype, attention: str) -> None:
+def test_bit_equal_to_hooks_on_the_whole_model(
+    name: str, dtype: torch.dtype, attention: str
+) -> None:
     model = encoder(CONFIGS[name]).to(dtype)
     model.set_attn_implementation(attention)
     with torch.no_grad():
         for layer, mask_BT in ((1, None), (3, None), (3, RIGHT), (4, LEFT_AND_INNER)):
-            ids_BT = IDS_BT if mask_BT is None else IDS_BT.masked_fill(~mask_BT, model.config.pad_token_id)
-            inputs = {"input_ids": ids_BT} | ({} if mask_BT is None else {"attention_mask": mask_BT.long()})
+            ids_BT = (
+                IDS_BT
+                if mask_BT is None
+                else IDS_BT.masked_fill(~mask_BT, model.config.pad_token_id)
+            )
+            inputs = {"input_ids": ids_BT} | (
+                {} if mask_BT is None else {"attention_mask": mask_BT.long()}
+            )
             expected = hooked_qkv(model, layer, **inputs)
             assert all(map(torch.equal, capture_qkv(model, layer, **inputs), expected))
             view = capture_view(model, layer)
@@ -119,11 +134,21 @@ def test_bit_equal_to_hooks_on_the_whole_model(name: str, dtype: torch.dtype, at
             assert hidden.dtype is dtype
 
 
-@pytest.mark.parametrize("model_class", [BertForMaskedLM, BertForSequenceClassification, ElectraForPreTraining])
+@pytest.mark.parametrize(
+    "model_class", [BertForMaskedLM, BertForSequenceClassification, ElectraForPreTraining]
+)
 def test_task_models(model_class: type[PreTrainedModel]) -> None:
     torch.manual_seed(0)
-    model = model_class(CONFIGS["electra" if model_class is ElectraForPreTraining else "bert"]).eval()
-    assert all(map(torch.equal, capture_qkv(model, 2, input_ids=IDS_BT), hooked_qkv(model, 2, input_ids=IDS_BT)))
+    model = model_class(
+        CONFIGS["electra" if model_class is ElectraForPreTraining else "bert"]
+    ).eval()
+    assert all(
+        map(
+            torch.equal,
+            capture_qkv(model, 2, input_ids=IDS_BT),
+            hooked_qkv(model, 2, input_ids=IDS_BT),
+        )
+    )
 
 
 def test_model_stays_as_it_was() -> None:
@@ -152,24 +177,37 @@ def test_view_shares_parameters_under_their_names() -> None:
     assert {name for name in whole if name not in shared} == {
         name
         for name in whole
-        if name.startswith(("encoder.layer.3", "pooler", "encoder.layer.2.")) and "layer.2.attention.self" not in name
+        if name.startswith(("encoder.layer.3", "pooler", "encoder.layer.2."))
+        and "layer.2.attention.self" not in name
     }
     assert view.qkv_widths == (48, 48, 48)
 
 
 def test_inputs_embeds(bert: PreTrainedModel) -> None:
     embeds = bert.embeddings.word_embeddings(IDS_BT)
-    assert all(map(torch.equal, capture_qkv(bert, 3, inputs_embeds=embeds), capture_qkv(bert, 3, input_ids=IDS_BT)))
+    assert all(
+        map(
+            torch.equal,
+            capture_qkv(bert, 3, inputs_embeds=embeds),
+            capture_qkv(bert, 3, input_ids=IDS_BT),
+        )
+    )
 
 
 def test_fully_padded_sequence_stays_finite(bert: PreTrainedModel) -> None:
     mask_BT = RIGHT.clone()
     mask_BT[2] = False
-    assert capture_view(bert, 3)(**view_inputs(bert.config, IDS_BT, mask_BT)).last_hidden_state.isfinite().all()
+    assert (
+        capture_view(bert, 3)(**view_inputs(bert.config, IDS_BT, mask_BT))
+        .last_hidden_state.isfinite()
+        .all()
+    )
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    model = encoder(BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+    model = encoder(
+        BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ).train()
     view = capture_view(model, 4)
 
     def gradients() -> list[Tensor]:
@@ -191,10 +229,13 @@ def test_compiles_without_graph_breaks(bert: PreTrainedModel) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own, hidden by it
+# Dynamo's own, hidden by it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @dynamo.patch(recompile_limit=1)
 def test_compiled_blocks() -> None:
-    """Equal blocks share a graph, in every shape, with and without mask and gradients, beyond Dynamo's own limit."""
+    """Equal blocks share a graph, in every shape, with and without mask and gradients, beyond
+    Dynamo's own limit.
+    """
     torch._dynamo.reset()
     counters.clear()
     config = BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -222,7 +263,9 @@ def test_compiled_blocks() -> None:
 
 
 def test_pre_norm_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row with input norm, final norm and narrower keys and values: what later architectures need."""
+    """A row with input norm, final norm and narrower keys and values: what later architectures
+    need.
+    """
     row = Architecture(
         blocks="layers",
         query="self_attn.q_proj",
@@ -248,7 +291,9 @@ def test_pre_norm_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bert_large_teacher_size() -> None:
-    config = BertConfig(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096)
+    config = BertConfig(
+        num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096
+    )
     model = build_encoder(config, device="meta")
     view = capture_view(model, 21)
     assert round(sum(parameter.numel() for parameter in view.parameters()) / 1e6) == 287
@@ -259,11 +304,18 @@ def test_nothing_above_the_projections_is_computed(bert: PreTrainedModel) -> Non
     num_tokens, width = 16, SIZES["hidden_size"]
     three = encoder(BertConfig(**{**SIZES, "num_hidden_layers": 3}))
     projections = 3 * 2 * num_tokens * width * width
-    assert forward_flops(capture_view(bert, 4), num_tokens) == forward_flops(three, num_tokens) + projections
+    assert (
+        forward_flops(capture_view(bert, 4), num_tokens)
+        == forward_flops(three, num_tokens) + projections
+    )
 
 
 def test_max_sequence_length() -> None:
-    assert [max_sequence_length(CONFIGS[name]) for name in ("bert", "roberta", "electra")] == [40, 38, 40]
+    assert [max_sequence_length(CONFIGS[name]) for name in ("bert", "roberta", "electra")] == [
+        40,
+        38,
+        40,
+    ]
     for name in ("bert", "roberta"):
         view = capture_view(encoder(CONFIGS[name]), 1)
         longest = max_sequence_length(CONFIGS[name])
@@ -273,17 +325,27 @@ def test_max_sequence_length() -> None:
 
 
 def test_refusals(bert: PreTrainedModel) -> None:
-    with pytest.raises(ConfigError, match=r"teacher.layer=30 is beyond the model's 24 layers; use 1 to 24"):
+    with pytest.raises(
+        ConfigError, match=r"teacher.layer=30 is beyond the model's 24 layers; use 1 to 24"
+    ):
         check_layer(30, 24)
     with pytest.raises(ConfigError, match="layer=0 is below the model's 4 layers; use 1 to 4"):
         capture_view(bert, 0)
     with pytest.raises(ConfigError, match="layer=5 is beyond the model's 4 layers"):
         capture_qkv(bert, 5, input_ids=IDS_BT)
-    distilbert = DistilBertModel(DistilBertConfig(vocab_size=97, dim=48, n_layers=1, n_heads=4, hidden_dim=64))
-    with pytest.raises(ConfigError, match="type 'distilbert', which is not supported; use a model of type bert, camem"):
+    distilbert = DistilBertModel(
+        DistilBertConfig(vocab_size=97, dim=48, n_layers=1, n_heads=4, hidden_dim=64)
+    )
+    with pytest.raises(
+        ConfigError,
+        match="type 'distilbert', which is not supported; use a model of type bert, camem",
+    ):
         capture_view(distilbert, 1)
     distilbert.config.model_type = "bert"
     with pytest.raises(ConfigError, match="calls itself 'bert' but is not built like one"):
         capture_view(distilbert, 1)
-    with pytest.raises(ValueError, match=r"widths \(48, 48, 48\) returned \(3, 17, 48\); expected a last size of 144"):
+    with pytest.raises(
+        ValueError,
+        match=r"widths \(48, 48, 48\) returned \(3, 17, 48\); expected a last size of 144",
+    ):
         split_qkv(bert(input_ids=IDS_BT).last_hidden_state, (48, 48, 48))

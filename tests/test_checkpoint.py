@@ -22,7 +22,8 @@ from scaledistill.errors import DataError, PeerError
 
 GROUPS = {
     "l2.weights": {
-        "matrix": torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).t(),  # not contiguous
+        # Not contiguous.
+        "matrix": torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).t(),
         "odd": torch.tensor([0.0, -0.0, 1e-45, 3e38, float("inf"), -float("inf")]),
         "step": torch.tensor(3),
     },
@@ -40,7 +41,14 @@ def ranks() -> Iterator[Ranks]:
 
 def save(root: Path, ranks: Ranks, step: int, *, keep: int = 9, groups: Any = GROUPS) -> str | None:
     saver = Saver(root, ranks, keep=keep)
-    saver.begin(step, 0, lambda: ({group: dict(tensors) for group, tensors in groups.items()}, {**STATE, "step": step}))
+    saver.begin(
+        step,
+        0,
+        lambda: (
+            {group: dict(tensors) for group, tensors in groups.items()},
+            {**STATE, "step": step},
+        ),
+    )
     outcome = saver.settle(wait=True)
     assert outcome is not None
     assert outcome.step == step
@@ -73,7 +81,12 @@ def test_a_folder_holds_safetensors_and_json_only(tmp_path: Path, ranks: Ranks) 
     save(tmp_path, ranks, 40)
     assert names(tmp_path) == ["step-000000040"]
     folder = tmp_path / "step-000000040"
-    assert names(folder) == ["l2.exp_avg.safetensors", "l2.weights.safetensors", "manifest.json", "state.json"]
+    assert names(folder) == [
+        "l2.exp_avg.safetensors",
+        "l2.weights.safetensors",
+        "manifest.json",
+        "state.json",
+    ]
 
 
 def flip(path: Path) -> None:
@@ -89,7 +102,9 @@ def cut(path: Path) -> None:
 def change_manifest(**changes: Any) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         manifest = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+        path.write_text(
+            json.dumps({key: value for key, value in manifest.items() if value is not None})
+        )
 
     return change
 
@@ -107,22 +122,54 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "state flipped": ("state.json", flip, "the sha256 of state.json differs"),
     "weights cut": (WEIGHTS, cut, f"{WEIGHTS} has "),
     "state cut": ("state.json", cut, "state.json has "),
-    "weights empty": (WEIGHTS, lambda path: path.write_bytes(b""), f"{WEIGHTS} has 0 bytes, expected "),
+    "weights empty": (
+        WEIGHTS,
+        lambda path: path.write_bytes(b""),
+        f"{WEIGHTS} has 0 bytes, expected ",
+    ),
     "weights missing": (WEIGHTS, Path.unlink, f"{WEIGHTS} is missing"),
     "state missing": ("state.json", Path.unlink, "state.json is missing"),
     "no manifest": ("manifest.json", Path.unlink, "manifest.json is unreadable: FileNotFoundError"),
-    "manifest empty": ("manifest.json", lambda path: path.write_bytes(b""), "manifest.json is unreadable: JSON"),
-    "manifest cut": ("manifest.json", lambda path: path.write_text(path.read_text()[:90]), "manifest.json is unread"),
+    "manifest empty": (
+        "manifest.json",
+        lambda path: path.write_bytes(b""),
+        "manifest.json is unreadable: JSON",
+    ),
+    "manifest cut": (
+        "manifest.json",
+        lambda path: path.write_text(path.read_text()[:90]),
+        "manifest.json is unread",
+    ),
     "manifest garbage": (
         "manifest.json",
         lambda path: path.write_bytes(b"\xff" * 90),
         "manifest.json is unreadable: U",
     ),
-    "manifest null": ("manifest.json", lambda path: path.write_text("null"), "manifest.json is unreadable: TypeError"),
-    "files a list": ("manifest.json", change_manifest(files=[]), "manifest.json is unreadable: AttributeError"),
-    "facts missing": ("manifest.json", change_manifest(files={WEIGHTS: {}}), "manifest.json is unreadable: KeyError"),
-    "no version": ("manifest.json", change_manifest(version=None), r"manifest.json is unreadable: KeyError('version')"),
-    "version 2": ("manifest.json", change_manifest(version=2), "manifest.json: written by another version: "),
+    "manifest null": (
+        "manifest.json",
+        lambda path: path.write_text("null"),
+        "manifest.json is unreadable: TypeError",
+    ),
+    "files a list": (
+        "manifest.json",
+        change_manifest(files=[]),
+        "manifest.json is unreadable: AttributeError",
+    ),
+    "facts missing": (
+        "manifest.json",
+        change_manifest(files={WEIGHTS: {}}),
+        "manifest.json is unreadable: KeyError",
+    ),
+    "no version": (
+        "manifest.json",
+        change_manifest(version=None),
+        r"manifest.json is unreadable: KeyError('version')",
+    ),
+    "version 2": (
+        "manifest.json",
+        change_manifest(version=2),
+        "manifest.json: written by another version: ",
+    ),
     "state not named": ("manifest.json", drop_state, "manifest.json does not name state.json"),
 }
 
@@ -143,15 +190,21 @@ def test_damage_is_found_and_the_one_before_wins(
     checkpoint = newest_checkpoint(tmp_path, ranks)
     assert checkpoint is not None
     assert checkpoint.state["step"] == 20
-    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    [warning] = [
+        record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
+    ]
     assert warning == f"checkpoint {newest} is damaged ({found}); falling back to the one before"
 
 
-def test_the_only_one_is_damaged(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_only_one_is_damaged(
+    tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path, ranks, 7)
     (tmp_path / "step-000000007" / "state.json").write_text("{}")
     assert newest_checkpoint(tmp_path, ranks) is None
-    assert caplog.messages[0].endswith("; there is none before it: the run starts from the beginning")
+    assert caplog.messages[0].endswith(
+        "; there is none before it: the run starts from the beginning"
+    )
 
 
 def test_every_bit_of_the_data_counts(tmp_path: Path, ranks: Ranks) -> None:
@@ -168,7 +221,9 @@ def test_every_bit_of_the_data_counts(tmp_path: Path, ranks: Ranks) -> None:
     assert verify(folder) is None
 
 
-def test_all_damaged_means_none(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_damaged_means_none(
+    tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
     for step in (20, 40):
         save(tmp_path, ranks, step)
         cut(tmp_path / f"step-{step:09d}" / WEIGHTS)
@@ -203,7 +258,9 @@ def test_keep(keep: int, tmp_path: Path, ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_damaged_later_ones_do_not_push_out_new_ones(keep: int, tmp_path: Path, ranks: Ranks) -> None:
+def test_damaged_later_ones_do_not_push_out_new_ones(
+    keep: int, tmp_path: Path, ranks: Ranks
+) -> None:
     for step in (80, 90):
         save(tmp_path, ranks, step, keep=keep)
     for folder in tmp_path.iterdir():
@@ -219,7 +276,12 @@ def test_damaged_later_ones_do_not_push_out_new_ones(keep: int, tmp_path: Path, 
 
 
 def test_the_same_step_again_replaces_it(tmp_path: Path, ranks: Ranks) -> None:
-    save(tmp_path, ranks, 20, groups={"l2.weights": {"matrix": torch.zeros(3)}, "stale": {"x": torch.zeros(1)}})
+    save(
+        tmp_path,
+        ranks,
+        20,
+        groups={"l2.weights": {"matrix": torch.zeros(3)}, "stale": {"x": torch.zeros(1)}},
+    )
     assert save(tmp_path, ranks, 20, groups={"l2.weights": {"matrix": torch.ones(3)}}) is None
     assert names(tmp_path) == ["step-000000020"]
     checkpoint = newest_checkpoint(tmp_path, ranks)
@@ -241,10 +303,16 @@ def largest_file(num_bytes: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("limit", "groups"),
-    [(4000, {"small": {"x": torch.zeros(1)}, "large": {"x": torch.zeros(2000)}}), (60, {}), (300, {"a": {}, "b": {}})],
+    [
+        (4000, {"small": {"x": torch.zeros(1)}, "large": {"x": torch.zeros(2000)}}),
+        (60, {}),
+        (300, {"a": {}, "b": {}}),
+    ],
     ids=["weights", "state", "manifest"],
 )
-def test_a_disk_that_takes_no_more(limit: int, groups: dict[str, Any], tmp_path: Path, ranks: Ranks) -> None:
+def test_a_disk_that_takes_no_more(
+    limit: int, groups: dict[str, Any], tmp_path: Path, ranks: Ranks
+) -> None:
     for step in (20, 40):
         save(tmp_path, ranks, step, keep=2)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -278,7 +346,8 @@ def on_two_ranks(root: Path) -> tuple[Any, ...]:
     from scaledistill.distributed.ranks import process_group
 
     with process_group(60) as ranks:
-        mine = GROUPS if ranks.is_main else {group: {} for group in GROUPS}  # only rank 0 holds tensors
+        # Only rank 0 holds tensors.
+        mine = GROUPS if ranks.is_main else {group: {} for group in GROUPS}
         errors = [save(root, ranks, step, keep=2, groups=mine) for step in (20, 40)]
         with largest_file(100) if ranks.is_main else contextlib.nullcontext():
             errors.append(save(root, ranks, 60, groups=mine))
@@ -303,4 +372,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert found == (20, bits(GROUPS["l2.weights"]["matrix"]))
     assert (first[2][:2], second[2][:2]) == (("DataError", 3), ("PeerError", 3))
     assert first[2][2].startswith("rank 1 on ")
-    assert "rank 0 reads it, rank 1 does not (No such file or directory); run.folder must be on" in first[2][2]
+    assert (
+        "rank 0 reads it, rank 1 does not (No such file or directory); run.folder must be on"
+        in first[2][2]
+    )

@@ -31,7 +31,11 @@ MakeFile = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what `main` sets up for a whole process: handlers, warning filters and variables."""
-    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES})
+    monkeypatch.setattr(
+        os,
+        "environ",
+        {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES},
+    )
     monkeypatch.setattr(cli, "REPORT_SECONDS", 0.0)
     package = logging.getLogger("scaledistill")
     before = package.handlers[:], package.propagate, package.level
@@ -46,7 +50,10 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 def distill(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "distill.py"), *arguments], capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "launch" / "distill.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -59,18 +66,40 @@ def test_help_is_quick_and_says_what_counts(capsys: pytest.CaptureFixture[str]) 
     assert (ended.returncode, ended.stderr) == (0, "")
     assert seconds < 5  # half a second on an idle machine; torch alone takes two
     text = " ".join(ended.stdout.split())
-    for part in ("--config FILE", "--set KEY=VALUE", "--print-config", "--validate", "--world-size N", "--dry-run N"):
+    for part in (
+        "--config FILE",
+        "--set KEY=VALUE",
+        "--print-config",
+        "--validate",
+        "--world-size N",
+        "--dry-run N",
+    ):
         assert part in text, part
-    assert "exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request" in text
+    assert (
+        "exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on "
+        "request" in text
+    )
     assert "local_rank" not in text
 
 
 @pytest.mark.parametrize("module", ["scaledistill", "scaledistill.cli"])
 def test_the_package_runs_as_a_module(module: str, config_file: MakeFile) -> None:
-    command = [sys.executable, "-m", module, "--config", str(config_file()), "--set", "train.max_steps=4321"]
-    shown = subprocess.run([*command, "--print-config"], capture_output=True, text=True, check=True, cwd=ROOT)
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        "--config",
+        str(config_file()),
+        "--set",
+        "train.max_steps=4321",
+    ]
+    shown = subprocess.run(
+        [*command, "--print-config"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert json.loads(shown.stdout)["train"]["max_steps"] == 4321
-    wrong = subprocess.run([*command, "--frsh"], capture_output=True, text=True, check=False, cwd=ROOT)
+    wrong = subprocess.run(
+        [*command, "--frsh"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert wrong.returncode == 2
     assert "unknown option --frsh; did you mean --fresh?" in wrong.stderr
     assert "RuntimeWarning" not in wrong.stderr
@@ -92,7 +121,11 @@ sys.stderr.write(" ".join(sorted(heavy & set(sys.modules))))
 def test_nothing_heavy_is_imported(option: str) -> None:
     arguments = ["--config", str(ROOT / "configs" / "large_to_l6.json"), option]
     ended = subprocess.run(
-        [sys.executable, "-c", HEAVY, *arguments], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", HEAVY, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     assert ended.stderr == ""
     assert ended.stdout
@@ -102,34 +135,73 @@ def test_nothing_heavy_is_imported(option: str) -> None:
     ("arguments", "message"),
     [
         (["--config", "x.json", "--frsh"], "unknown option --frsh; did you mean --fresh?"),
-        (["--config", "x.json", "--valid"], "unknown option --valid; did you mean --validate?"),  # no abbreviations
+        # No abbreviations.
+        (["--config", "x.json", "--valid"], "unknown option --valid; did you mean --validate?"),
         ([], "--config FILE is missing"),
         (["--confg", "x.json"], "unknown option --confg; did you mean --config?"),
-        (["--config", "x.json", "--dry-run", "0"], "--dry-run: found '0', expected a whole number from 1 up"),
+        (
+            ["--config", "x.json", "--dry-run", "0"],
+            "--dry-run: found '0', expected a whole number from 1 up",
+        ),
         (["--config", "x.json", "--validate", "--world-size", "-2"], "argument --world-size: "),
-        (["--config", "x.json", "--dry-run", "ten"], "argument --dry-run: found 'ten', expected a whole number"),
-        (["--config", "x.json", "--world-size", "7"], "--world-size is read only with --validate; the launcher sets"),
-        (["--config", "x.json", "--tokens-per-second", "7"], "--tokens-per-second is read only with --validate"),
-        (["--config", "x.json", "--resume"], "unknown option --resume; rerun the same command: it resumes"),
+        (
+            ["--config", "x.json", "--dry-run", "ten"],
+            "argument --dry-run: found 'ten', expected a whole number",
+        ),
+        (
+            ["--config", "x.json", "--world-size", "7"],
+            "--world-size is read only with --validate; the launcher sets",
+        ),
+        (
+            ["--config", "x.json", "--tokens-per-second", "7"],
+            "--tokens-per-second is read only with --validate",
+        ),
+        (
+            ["--config", "x.json", "--resume"],
+            "unknown option --resume; rerun the same command: it resumes",
+        ),
         (["x.json"], "unexpected argument 'x.json'; type --config x.json"),
         (
             ["--config", "x.json", "--validate", "--dry-run", "3"],
             "--validate and --dry-run do different things; give one",
         ),
-        (["--config", "x.json", "--profile", "2", "--dry-run", "3"], "--dry-run and --profile do different things"),
-        (["--config", "x.json", "--print-config", "--validate"], "--print-config and --validate do different things"),
-        (["--config", "x.json", "--export", "0", "--validate"], "--validate and --export do different things"),
-        (["--config", "x.json", "--export", "3", "--fresh"], "--fresh starts a run over, --export starts none"),
-        (["--config", "x.json", "--print-config", "--fresh"], "--fresh starts a run over, --print-config starts none"),
+        (
+            ["--config", "x.json", "--profile", "2", "--dry-run", "3"],
+            "--dry-run and --profile do different things",
+        ),
+        (
+            ["--config", "x.json", "--print-config", "--validate"],
+            "--print-config and --validate do different things",
+        ),
+        (
+            ["--config", "x.json", "--export", "0", "--validate"],
+            "--validate and --export do different things",
+        ),
+        (
+            ["--config", "x.json", "--export", "3", "--fresh"],
+            "--fresh starts a run over, --export starts none",
+        ),
+        (
+            ["--config", "x.json", "--print-config", "--fresh"],
+            "--fresh starts a run over, --print-config starts none",
+        ),
         (
             ["--config", "x.json", "--export", "best"],
             "is exported while a run lasts: see <run.folder>/export/<student>-best",
         ),
-        (["--config", "x.json", "--export", "x"], "found 'x', expected a step that has a checkpoint, or 'newest'"),
-        (["--config", "x.json", "--validate", "--device-memory-gb", "nan"], "found 'nan', expected a number above 0"),
+        (
+            ["--config", "x.json", "--export", "x"],
+            "found 'x', expected a step that has a checkpoint, or 'newest'",
+        ),
+        (
+            ["--config", "x.json", "--validate", "--device-memory-gb", "nan"],
+            "found 'nan', expected a number above 0",
+        ),
     ],
 )
-def test_misspelt_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_misspelt_options(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -137,8 +209,16 @@ def test_misspelt_options(arguments: list[str], message: str, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("name", ["quickstart", "large_to_l6"])
-def test_print_config_round_trips(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = ["--config", str(ROOT / "configs" / f"{name}.json"), "--set", "train.max_steps=4321", "--print-config"]
+def test_print_config_round_trips(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = [
+        "--config",
+        str(ROOT / "configs" / f"{name}.json"),
+        "--set",
+        "train.max_steps=4321",
+        "--print-config",
+    ]
     assert main(first) == 0
     printed = capsys.readouterr().out
     (tmp_path / "resolved.json").write_text(printed)
@@ -160,9 +240,15 @@ def test_only_rank_0_prints(config_file: MakeFile, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.max_steps"], "--set train.max_steps: expected KEY=VALUE, such as --set train.max_steps=100"),
+        (
+            ["train.max_steps"],
+            "--set train.max_steps: expected KEY=VALUE, such as --set train.max_steps=100",
+        ),
         (["train.max_stepz=3"], "train.max_stepz: unknown key; did you mean 'max_steps'?"),
-        (["train.max_steps=many"], 'train.max_steps: found "many" (str); expected a whole number above 0'),
+        (
+            ["train.max_steps=many"],
+            'train.max_steps: found "many" (str); expected a whole number above 0',
+        ),
         (
             ["train.learning_rate=Infinity"],
             "train.learning_rate: found Infinity (float); expected a finite number above 0",
@@ -183,10 +269,15 @@ def test_bad_overrides(
 
 def test_a_missing_file_is_a_configuration_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(ROOT / "configs" / "quikstart.json")]) == 2
-    assert re.search(r"quikstart\.json: no such file; did you mean \S+quickstart\.json\?", capsys.readouterr().err)
+    assert re.search(
+        r"quikstart\.json: no such file; did you mean \S+quickstart\.json\?",
+        capsys.readouterr().err,
+    )
 
 
-def test_validate_prints_the_plan(config_file: MakeFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_prints_the_plan(
+    config_file: MakeFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--config", str(config_file()), "--validate"]) == 0
     captured = capsys.readouterr()
     assert re.search(r"DeepSpeed ZeRO-2, 1 rank +\n", captured.out)
@@ -195,10 +286,15 @@ def test_validate_prints_the_plan(config_file: MakeFile, tmp_path: Path, capsys:
     assert not (tmp_path / "run").exists()
 
 
-def test_validate_plans_for_other_numbers_of_ranks(config_file: MakeFile, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_plans_for_other_numbers_of_ranks(
+    config_file: MakeFile, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--config", str(config_file()), "--validate", "--world-size"]
     assert main([*arguments, "7"]) == 2
-    assert "train.global_batch_size=8 is not divisible by 7 ranks; use 7 or 14" in capsys.readouterr().err
+    assert (
+        "train.global_batch_size=8 is not divisible by 7 ranks; use 7 or 14"
+        in capsys.readouterr().err
+    )
     assert main([*arguments, "4"]) == 0
     assert "DeepSpeed ZeRO-2, 4 ranks" in capsys.readouterr().out
     os.environ["WORLD_SIZE"] = "2"  # under a launcher
@@ -218,18 +314,24 @@ def test_validate_says_that_the_folder_is_in_use(
         assert main(["--config", str(config_file()), "--validate"]) == 2
         captured = capsys.readouterr()
         assert "DeepSpeed ZeRO-2, 1 rank" in captured.out
-        assert "in use by a running process (pid 17 on node1, running, step 3 of 6); this configuration" in captured.err
+        assert (
+            "in use by a running process (pid 17 on node1, running, step 3 of 6); this "
+            "configuration" in captured.err
+        )
     assert main(["--config", str(config_file()), "--validate"]) == 0
 
 
-def test_a_micro_batch_above_the_share_is_said(config_file: MakeFile, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_micro_batch_above_the_share_is_said(
+    config_file: MakeFile, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--config", str(config_file(train={"micro_batch_size": 8})), "--validate"]
     assert main(arguments) == 0
     assert "train.micro_batch_size" not in capsys.readouterr().out
     assert main([*arguments, "--world-size", "4"]) == 0
     words = " ".join(capsys.readouterr().out.split())
     assert (
-        "train.micro_batch_size=8 is more than a rank's share of train.global_batch_size=8 on 4 ranks: 2 is used; set "
+        "train.micro_batch_size=8 is more than a rank's share of train.global_batch_size=8 on 4 "
+        "ranks: 2 is used; set "
         'it to 2 or "auto"' in words
     )
 
@@ -248,7 +350,16 @@ def test_data_that_is_not_there(
 
 def test_debug_shows_where(config_file: MakeFile) -> None:
     with pytest.raises(doctor.ConfigError, match="num_heads=5"):
-        main(["--config", str(config_file()), "--set", "relations.num_heads=5", "--validate", "--debug"])
+        main(
+            [
+                "--config",
+                str(config_file()),
+                "--set",
+                "relations.num_heads=5",
+                "--validate",
+                "--debug",
+            ]
+        )
 
 
 @pytest.mark.parametrize(
@@ -280,7 +391,12 @@ def test_how_a_run_ended(
     monkeypatch.setattr(train, "distill", run)
     path = config_file()
     assert main(["--config", str(path), "--fresh", "--dry-run", "2", "--local_rank=0"]) == exit_code
-    assert asked == {"config": load_config(path), "fresh": True, "dry_run_steps": 2, "profile_steps": None}
+    assert asked == {
+        "config": load_config(path),
+        "fresh": True,
+        "dry_run_steps": 2,
+        "profile_steps": None,
+    }
     captured = capsys.readouterr()
     assert text in captured.err if text else captured.err == ""
 
@@ -326,7 +442,11 @@ def test_export_is_rank_0s(
     ],
 )
 def test_who_does_not_report_leaves_last(
-    ranks: tuple[str, str], fault: Any, waits: list[int], config_file: MakeFile, monkeypatch: pytest.MonkeyPatch
+    ranks: tuple[str, str],
+    fault: Any,
+    waits: list[int],
+    config_file: MakeFile,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def run(*_: Any, **__: Any) -> None:
         raise fault
@@ -352,11 +472,17 @@ def test_variables_of_a_launcher_that_are_no_numbers(
     os.environ[name] = "x"
     for options in (["--validate"], []):
         assert main(["--config", str(config_file()), *options]) == 2
-        assert f"ERROR the environment sets {name}='x', expected a whole number" in capsys.readouterr().err
+        assert (
+            f"ERROR the environment sets {name}='x', expected a whole number"
+            in capsys.readouterr().err
+        )
 
 
 def test_an_interrupt_says_what_there_is(
-    config_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config_file: MakeFile,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -364,7 +490,11 @@ def test_an_interrupt_says_what_there_is(
     monkeypatch.setattr(train, "distill", interrupted)
     command = ["--config", str(config_file())]
     for expected, options in (
-        ("interrupted; no checkpoint was saved yet: rerun the same command to start from the beginning", []),
+        (
+            "interrupted; no checkpoint was saved yet: rerun the same command to start from the "
+            "beginning",
+            [],
+        ),
         ("interrupted; rerun the same command to resume from the checkpoint of step 12", []),
         ("interrupted", ["--dry-run", "2"]),
     ):

@@ -35,36 +35,62 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("train.globl_batch_size", 8, r"^train\.globl_batch_size: unknown key; did you mean 'global_batch_size'\?$"),
-        ("students.l3.hiden_size", 8, r"^students\.l3\.hiden_size: unknown key; did you mean 'hidden_size'\?$"),
+        (
+            "train.globl_batch_size",
+            8,
+            r"^train\.globl_batch_size: unknown key; did you mean 'global_batch_size'\?$",
+        ),
+        (
+            "students.l3.hiden_size",
+            8,
+            r"^students\.l3\.hiden_size: unknown key; did you mean 'hidden_size'\?$",
+        ),
         ("traim", {}, r"^traim: unknown key; did you mean 'train'\?$"),
         ("engine.xyzzy", 1, r"^engine\.xyzzy: unknown key; known keys: name, deepspeed, fsdp$"),
-        ("train.max_steps", "ten", r'^train\.max_steps: found "ten" \(str\); expected a whole number above 0$'),
+        (
+            "train.max_steps",
+            "ten",
+            r'^train\.max_steps: found "ten" \(str\); expected a whole number above 0$',
+        ),
         ("train.max_steps", 1.5, r"^train\.max_steps: found 1\.5 \(float\)"),
         ("train.max_steps", True, r"^train\.max_steps: found true \(bool\)"),
-        ("train.max_steps", 0, r"^train\.max_steps: found 0 \(int\); expected a whole number above 0$"),
+        (
+            "train.max_steps",
+            0,
+            r"^train\.max_steps: found 0 \(int\); expected a whole number above 0$",
+        ),
         (
             "train.micro_batch_size",
             "all",
-            r"^train\.micro_batch_size: found \"all\" \(str\); expected a whole number above 0 or \"auto\"$",
+            r"^train\.micro_batch_size: found \"all\" \(str\); expected a whole number above 0 or "
+            r"\"auto\"$",
         ),
         (
             "train.compile",
             1,
-            r"^train\.compile: found 1 \(int\); expected true or false or \"auto\"; the default is \"auto\"$",
+            r"^train\.compile: found 1 \(int\); expected true or false or \"auto\"; the default is "
+            r"\"auto\"$",
         ),
         ("train.bool", 1, r"^train\.bool: unknown key"),
         ("train.warmup_steps", 11, r"warmup_steps=11 is more than max_steps=10"),
         ("train.validation_every_steps", 5, r"needs data\.validation, which is not set"),
         ("train.adam_betas", [0.9], r"^train\.adam_betas: found \[0\.9\]"),
-        ("train.micro_batch_size", 9, r"micro_batch_size=9 is more than global_batch_size=8; lower it, or set it to"),
+        (
+            "train.micro_batch_size",
+            9,
+            r"micro_batch_size=9 is more than global_batch_size=8; lower it, or set it to",
+        ),
         ("run", {}, r"^run\.folder: missing, a value is required$"),
         ("relations.pairs", {"qx": 1.0}, r"unknown pair 'qx', expected some of qq, qk"),
         ("relations.pairs", {"qq": 0.0}, r"no pair has a weight above 0"),
         ("students", {}, r"students has 0 entries"),
         ("students", {"a b": BASE["students"]["l3"]}, r"students\.a b: a name has letters"),
         ("students.l3.layer_map", [1, 2, 3], r"layer_map is read only with init='teacher'"),
-        ("engine.fsdp", {"ofload": True}, r"engine\.fsdp\.ofload: unknown key; did you mean 'cpu_offload'"),
+        (
+            "engine.fsdp",
+            {"ofload": True},
+            r"engine\.fsdp\.ofload: unknown key; did you mean 'cpu_offload'",
+        ),
     ],
 )
 def test_bad_setting_is_named(path: str, value: Any, message: str) -> None:
@@ -75,7 +101,9 @@ def test_bad_setting_is_named(path: str, value: Any, message: str) -> None:
 def test_layer_map_has_one_entry_per_layer() -> None:
     tree = changed("students.l3.layer_map", [1, 2])
     tree["students"]["l3"]["init"] = "teacher"
-    with pytest.raises(ConfigError, match="layer_map names 2 teacher layers, expected num_layers=3"):
+    with pytest.raises(
+        ConfigError, match="layer_map names 2 teacher layers, expected num_layers=3"
+    ):
         parse_config(tree)
 
 
@@ -108,7 +136,11 @@ def load_round_trip(config: DistillConfig) -> DistillConfig:
 def test_published_settings_of_large_to_l6() -> None:
     config = load_config(CONFIGS / "large_to_l6.json")
     train = config.train
-    assert (config.teacher.layer, config.relations.num_heads, config.data.sequence_length) == (21, 64, 512)
+    assert (config.teacher.layer, config.relations.num_heads, config.data.sequence_length) == (
+        21,
+        64,
+        512,
+    )
     assert (train.global_batch_size, train.max_steps, train.learning_rate, train.warmup_steps) == (
         256,
         400_000,
@@ -122,9 +154,19 @@ def test_overrides(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps(BASE))
     config = load_config(
-        path, ["train.max_steps=20", "teacher.model=org/name", "run.deterministic=true", "train.max_steps=30"]
+        path,
+        [
+            "train.max_steps=20",
+            "teacher.model=org/name",
+            "run.deterministic=true",
+            "train.max_steps=30",
+        ],
     )
-    assert (config.train.max_steps, config.teacher.model, config.run.deterministic) == (30, "org/name", True)
+    assert (config.train.max_steps, config.teacher.model, config.run.deterministic) == (
+        30,
+        "org/name",
+        True,
+    )
     with pytest.raises(ConfigError, match=r"--set train\.max_steps: expected KEY=VALUE"):
         load_config(path, ["train.max_steps"])
     with pytest.raises(ConfigError, match="'max_steps' is a value, not a block"):
@@ -135,7 +177,9 @@ def test_overrides(tmp_path: Path) -> None:
 
 def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "quickstart.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"quikstart\.json: no such file; did you mean .*quickstart\.json\?"):
+    with pytest.raises(
+        ConfigError, match=r"quikstart\.json: no such file; did you mean .*quickstart\.json\?"
+    ):
         load_config(tmp_path / "quikstart.json")
     with pytest.raises(ConfigError, match=r"not valid JSON: .* line 1"):
         load_config(tmp_path / "quickstart.json")
@@ -159,7 +203,11 @@ def test_bad_files(tmp_path: Path) -> None:
         ),
         ("x.json", '# mine\n{"run": {}}', "a comment ('# mine') in line 1"),
         ("x.json", '{"run": /* mine */ {}}', "a comment ('/* mine */ {}}') in line 1"),
-        ("x.json", '{"run": {\n  "folder": "x",\n}}', "a comma after the last entry in line 2; remove it"),
+        (
+            "x.json",
+            '{"run": {\n  "folder": "x",\n}}',
+            "a comma after the last entry in line 2; remove it",
+        ),
         ("x.json", '{"run": [1,\n 2, ]}', "a comma after the last entry in line 2; remove it"),
         (
             "x.json",
@@ -176,11 +224,17 @@ def test_bad_files(tmp_path: Path) -> None:
             "it is YAML, or something like it, in line 1; convert it: python -c 'import json",
         ),
         ("x.json", "run:\n  folder: x\n", "it is YAML, or something like it, in line 1"),
-        ("x.toml", '[run]\nfolder = "x"\n', "it is TOML, or something like it, in line 1; write it as JSON"),
+        (
+            "x.toml",
+            '[run]\nfolder = "x"\n',
+            "it is TOML, or something like it, in line 1; write it as JSON",
+        ),
         ("x.json", b"\xff\xfe{}", "not UTF-8 text"),
     ],
 )
-def test_what_is_wrong_with_a_file(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_file(
+    name: str, content: str | bytes, message: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / name)
@@ -207,23 +261,38 @@ def test_where_a_file_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]:
         with pytest.raises(ConfigError) as caught:
             load_config(given)
-        assert str(caught.value) == f"--config {given}: no such file in the working folder {tmp_path}; {where}"
-    with pytest.raises(ConfigError, match=r"found a folder, expected a JSON file; give a file in it: .*mine\.json$"):
+        assert (
+            str(caught.value)
+            == f"--config {given}: no such file in the working folder {tmp_path}; {where}"
+        )
+    with pytest.raises(
+        ConfigError, match=r"found a folder, expected a JSON file; give a file in it: .*mine\.json$"
+    ):
         load_config(tmp_path)
 
 
 def test_a_student_that_is_not_in_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(BASE))
-    with pytest.raises(ConfigError, match=r"there is no student 'l6' in the file; use students\.l3$"):
+    with pytest.raises(
+        ConfigError, match=r"there is no student 'l6' in the file; use students\.l3$"
+    ):
         load_config(tmp_path / "x.json", ["students.l6.hidden_size=8"])
-    assert load_config(tmp_path / "x.json", ["students.l3.hidden_size=8"]).students["l3"].hidden_size == 8
+    assert (
+        load_config(tmp_path / "x.json", ["students.l3.hidden_size=8"]).students["l3"].hidden_size
+        == 8
+    )
 
 
 def test_paths_that_lie_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     project, here = tmp_path / "project", tmp_path / "here"
-    for folder in (here, project / "configs", project / "shards" / "train", project / "runs" / "x" / "checkpoints"):
+    for folder in (
+        here,
+        project / "configs",
+        project / "shards" / "train",
+        project / "runs" / "x" / "checkpoints",
+    ):
         folder.mkdir(parents=True)
     path = project / "configs" / "x.json"
     tree = changed("data.train", "shards/train")
@@ -239,11 +308,12 @@ def test_paths_that_lie_elsewhere(
     with pytest.raises(ConfigError) as caught:
         check_paths(config, path)
     assert str(caught.value) == (
-        f"data.train='shards/train' is not in the working folder {here}, but in {project}; start the command there (cd "
-        f"{project}), or give the whole path, {project / 'shards' / 'train'}"
+        f"data.train='shards/train' is not in the working folder {here}, but in {project}; start "
+        f"the command there (cd {project}), or give the whole path, {project / 'shards' / 'train'}"
     )
     assert (
-        f"starts a new run in the working folder {here}; to resume the run in {project / 'runs' / 'x'}" in caplog.text
+        f"starts a new run in the working folder {here}; to resume the run in "
+        f"{project / 'runs' / 'x'}" in caplog.text
     )
 
 
@@ -257,7 +327,9 @@ def test_differing_keys_ignores_what_does_not_change_the_result() -> None:
         assert differing_keys(old, parse_config(changed(path, value)).model_dump()) == []
     new = parse_config(changed("train.learning_rate", 2e-3)).model_dump()
     assert differing_keys(old, new) == ["train.learning_rate: 0.001 -> 0.002"]
-    assert differing_keys(old, parse_config(changed("relations.pairs", {"vv": 1.0})).model_dump()) == [
+    assert differing_keys(
+        old, parse_config(changed("relations.pairs", {"vv": 1.0})).model_dump()
+    ) == [
         "relations.pairs.kk: 1.0 -> null",
         "relations.pairs.qq: 1.0 -> null",
     ]

@@ -1,4 +1,6 @@
-"""Keys of config.json that change nothing must not matter; those that change the encoder are refused by name."""
+"""Keys of config.json that change nothing must not matter; those that change the encoder are
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,13 @@ from scaledistill.errors import DataError
 from scaledistill.glue.finetune import _load_model
 from scaledistill.glue.tasks import TASKS
 from scaledistill.models.student import student_config
-from scaledistill.models.teacher import Teacher, check_weight_files, load_config, load_encoder, open_encoder
+from scaledistill.models.teacher import (
+    Teacher,
+    check_weight_files,
+    load_config,
+    load_encoder,
+    open_encoder,
+)
 from scaledistill.storage.files import set_default_mode
 
 IDS_BT = torch.arange(5, 21)[None]
@@ -48,26 +56,45 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def changed(source: Path, folder: Path, keys: dict, weights: dict | None = None) -> Path:
     config = json.loads((source / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | keys))
-    save_file(load_file(source / "model.safetensors") | (weights or {}), folder / "model.safetensors")
+    save_file(
+        load_file(source / "model.safetensors") | (weights or {}), folder / "model.safetensors"
+    )
     return folder
 
 
 @pytest.mark.parametrize(
     "keys",
     [
-        {"return_dict": False, "output_hidden_states": True, "output_attentions": True, "torchscript": True},
+        {
+            "return_dict": False,
+            "output_hidden_states": True,
+            "output_attentions": True,
+            "torchscript": True,
+        },
         {"gradient_checkpointing": True, "use_cache": False, "use_return_dict": True, "to_dict": 1},
         {"attn_implementation": "flash_attention_2", "_attn_implementation": "flash_attention_2"},
-        {"chunk_size_feed_forward": 3, "layer_norm_eps": "1e-12", "hidden_size": 48.0, "embedding_size": 7},
+        {
+            "chunk_size_feed_forward": 3,
+            "layer_norm_eps": "1e-12",
+            "hidden_size": 48.0,
+            "embedding_size": 7,
+        },
         {"problem_type": "ner", "id2label": {"0": "a"}, "num_labels": 9, "architectures": None},
-        {"transformers_version": 4, "pad_token_id": -1, "torch_dtype": "torch.float32", "dtype": None},
+        {
+            "transformers_version": 4,
+            "pad_token_id": -1,
+            "torch_dtype": "torch.float32",
+            "dtype": None,
+        },
     ],
 )
 def test_keys_that_change_nothing(keys: dict, bert: Path, tmp_path: Path) -> None:
     expected = Teacher(load_encoder(bert), 3)(IDS_BT)
     encoder = load_encoder(changed(bert, tmp_path, keys))
     assert all(map(torch.equal, Teacher(encoder, 3)(IDS_BT), expected))
-    student = student_config(encoder.config, num_layers=1, hidden_size=8, num_attention_heads=2).to_dict()
+    student = student_config(
+        encoder.config, num_layers=1, hidden_size=8, num_attention_heads=2
+    ).to_dict()
     assert student["return_dict"]
     assert not {"gradient_checkpointing", "torchscript", "embedding_size", "problem_type"} & {
         key for key, value in student.items() if value
@@ -77,12 +104,18 @@ def test_keys_that_change_nothing(keys: dict, bert: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key', which .* no longer"),
+        (
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type='relative_key', which .* no longer",
+        ),
         ({"is_decoder": True}, "is_decoder=True, which makes it a decoder"),
         ({"hidden_act": "GELU2"}, "hidden_act='GELU2', which transformers does not have; .* gelu"),
         ({"quantization_config": {"bits": 4}}, "is quantised .quantization_config"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads="),
-        ({"dtype": None, "torch_dtype": "float8_e4m3fn"}, "torch_dtype='float8_e4m3fn'; expected float16"),
+        (
+            {"dtype": None, "torch_dtype": "float8_e4m3fn"},
+            "torch_dtype='float8_e4m3fn'; expected float16",
+        ),
     ],
 )
 def test_keys_that_change_the_encoder(keys: dict, message: str, bert: Path, tmp_path: Path) -> None:
@@ -92,7 +125,10 @@ def test_keys_that_change_the_encoder(keys: dict, message: str, bert: Path, tmp_
 
 def test_roberta_counts_from_its_padding_token(tmp_path: Path) -> None:
     RobertaModel(RobertaConfig(**ENCODER_SIZES)).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="pad_token_id=null, but models of type 'roberta' count their positions from"):
+    with pytest.raises(
+        DataError,
+        match="pad_token_id=null, but models of type 'roberta' count their positions from",
+    ):
         load_config(changed(tmp_path, tmp_path, {"pad_token_id": None}))
 
 
@@ -101,42 +137,68 @@ def test_roberta_counts_from_its_padding_token(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("bert.encoder.layer.0.attention.self.distance_embedding.weight", "has relative positions"),
-        ("bert.encoder.layer.3.attention.self.query.lora_A.default.weight", "has adapters that are not merged"),
+        (
+            "bert.encoder.layer.3.attention.self.query.lora_A.default.weight",
+            "has adapters that are not merged",
+        ),
         ("prefix_encoder.embedding.weight", "has adapters that are not merged"),
         ("bert.encoder.layer.1.output.dense.weight_scale", "is quantised"),
-        ("bert.encoder.layer.4.output.dense.weight", "no place for: bert.encoder.layer.4.output.dense.weight"),
+        (
+            "bert.encoder.layer.4.output.dense.weight",
+            "no place for: bert.encoder.layer.4.output.dense.weight",
+        ),
         ("bert.embeddings.extra.weight", "no place for: bert.embeddings.extra.weight"),
     ],
 )
-def test_weights_that_the_encoder_does_not_read(load, name: str, message: str, bert: Path, tmp_path: Path) -> None:
+def test_weights_that_the_encoder_does_not_read(
+    load, name: str, message: str, bert: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=message):
         load(changed(bert, tmp_path, {}, {name: torch.ones(3, 3)}))
 
 
 @pytest.mark.parametrize("load", [load_encoder, open_encoder])
 def test_heads_and_old_buffers_are_no_fault(load, bert: Path, tmp_path: Path) -> None:
-    extra = {"bert.embeddings.position_ids": torch.arange(40)[None], "bert.pooler.dense.bias": torch.ones(48)}
+    extra = {
+        "bert.embeddings.position_ids": torch.arange(40)[None],
+        "bert.pooler.dense.bias": torch.ones(48),
+    }
     load(
         changed(
-            bert, tmp_path, {}, extra | {"cls.seq_relationship.bias": torch.ones(2), "linear.weight": torch.ones(3)}
+            bert,
+            tmp_path,
+            {},
+            extra | {"cls.seq_relationship.bias": torch.ones(2), "linear.weight": torch.ones(3)},
         )
     )
-    ElectraForPreTraining(ElectraConfig(**ENCODER_SIZES, embedding_size=24)).save_pretrained(tmp_path)
+    ElectraForPreTraining(ElectraConfig(**ENCODER_SIZES, embedding_size=24)).save_pretrained(
+        tmp_path
+    )
     load(tmp_path, num_layers=2)
 
 
 @pytest.mark.parametrize("load", [load_encoder, open_encoder])
-@pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["model.", "base_model.model.", "module.", "_orig_mod.", "module._orig_mod."]
+)
 def test_weights_saved_inside_a_wrapper(load, prefix: str, bert: Path, tmp_path: Path) -> None:
     weights = load_file(bert / "model.safetensors")
     changed(bert, tmp_path, {})
-    save_file({f"{prefix}{name}": tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
-    message = f"the names of its weights begin with '{prefix}'; save the model inside it with save_pretrained: model.mo"
+    save_file(
+        {f"{prefix}{name}": tensor for name, tensor in weights.items()},
+        tmp_path / "model.safetensors",
+    )
+    message = (
+        f"the names of its weights begin with '{prefix}'; save the model inside it with "
+        "save_pretrained: model.mo"
+    )
     with pytest.raises(DataError, match=f"was saved inside a wrapper: {message}"):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
+@pytest.mark.parametrize(
+    "wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"]
+)
 def test_blocks_in_a_wrapper(wrapper: str, bert: Path, tmp_path: Path) -> None:
     changed(bert, tmp_path, {})
     weights = {
@@ -144,7 +206,9 @@ def test_blocks_in_a_wrapper(wrapper: str, bert: Path, tmp_path: Path) -> None:
         for name, tensor in load_file(bert / "model.safetensors").items()
     }
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(DataError, match=f"was saved inside a wrapper: bert.encoder.layer.2.{wrapper}"):
+    with pytest.raises(
+        DataError, match=f"was saved inside a wrapper: bert.encoder.layer.2.{wrapper}"
+    ):
         load_encoder(tmp_path)
 
 
@@ -152,7 +216,9 @@ def test_blocks_in_a_wrapper(wrapper: str, bert: Path, tmp_path: Path) -> None:
 def test_integers_and_fp8_are_quantised(dtype: torch.dtype, bert: Path, tmp_path: Path) -> None:
     name = "bert.encoder.layer.1.output.dense.weight"
     weight = load_file(bert / "model.safetensors")[name].to(dtype)
-    with pytest.raises(DataError, match=f"is quantised: {name} is stored as .*8.*; give the model before"):
+    with pytest.raises(
+        DataError, match=f"is quantised: {name} is stored as .*8.*; give the model before"
+    ):
         load_encoder(changed(bert, tmp_path, {}, {name: weight}))
 
 
@@ -176,11 +242,16 @@ def test_heads_of_task_models_are_no_fault(config: Any, auto: Any, tmp_path: Pat
 
 def test_the_names_of_the_first_bert(bert: Path, tmp_path: Path) -> None:
     weights = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
         for name, tensor in load_file(bert / "model.safetensors").items()
     }
     weights |= {f"cls.seq_relationship.{name}": torch.ones(2, 48) for name in ("weight", "bias")}
-    weights |= {"cls.predictions.decoder.weight": torch.ones(97, 48), "bert.pooler.dense.weight": torch.ones(48, 48)}
+    weights |= {
+        "cls.predictions.decoder.weight": torch.ones(97, 48),
+        "bert.pooler.dense.weight": torch.ones(48, 48),
+    }
     changed(bert, tmp_path, {})
     save_file(weights, tmp_path / "model.safetensors")
     assert Teacher(load_encoder(tmp_path), 3).sha256 == Teacher(load_encoder(bert), 3).sha256
@@ -189,8 +260,12 @@ def test_the_names_of_the_first_bert(bert: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_without_its_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    save_file({"base_model.model.a.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(DataError, match=r"is an adapter without its model \(adapter_config.json\), .*; merge it"):
+    save_file(
+        {"base_model.model.a.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(
+        DataError, match=r"is an adapter without its model \(adapter_config.json\), .*; merge it"
+    ):
         load_config(tmp_path)
     with pytest.raises(DataError, match="is an adapter without its model"):
         check_weight_files(tmp_path, "m")
@@ -211,19 +286,30 @@ def test_weights_that_are_not_finite(bert: Path, tmp_path: Path) -> None:
         load_encoder(tmp_path)
     with pytest.raises(DataError, match=f"its weight {name} has values that are not finite"):
         dict(open_encoder(tmp_path)[1])
-    with pytest.raises(DataError, match=f"^model m: its weight bert.{name} has values that are not finite"):
+    with pytest.raises(
+        DataError, match=f"^model m: its weight bert.{name} has values that are not finite"
+    ):
         _load_model(tmp_path, TASKS["rte"], "m")
 
 
 def test_weights_that_overflow_in_the_dtype_of_the_teacher(bert: Path, tmp_path: Path) -> None:
     name = "bert.encoder.layer.0.output.dense.bias"
     folder = changed(bert, tmp_path, {}, {name: torch.full((48,), 1e5)})
-    message = r"output.dense.bias is finite in float32, but not in float16, which ends at 65504; set teacher.dtype"
+    message = (
+        r"output.dense.bias is finite in float32, but not in float16, which ends at 65504; set "
+        r"teacher.dtype"
+    )
     with pytest.raises(DataError, match=message):
         Teacher(load_encoder(folder), 3, dtype=torch.float16)
     encoder, stored = open_encoder(folder)
     with pytest.raises(DataError, match=message):
-        Teacher(encoder, 3, dtype=torch.float16, stored=stored, shard=lambda view, _, weights: (dict(weights), view)[1])
+        Teacher(
+            encoder,
+            3,
+            dtype=torch.float16,
+            stored=stored,
+            shard=lambda view, _, weights: (dict(weights), view)[1],
+        )
     Teacher(load_encoder(folder), 3, dtype=torch.bfloat16)
 
 
@@ -231,5 +317,7 @@ def test_a_private_file_gets_the_mode_of_a_new_one(tmp_path: Path) -> None:
     (tmp_path / "new").touch()
     save_file({"a": torch.ones(1)}, tmp_path / "weights")
     set_default_mode(tmp_path / "weights")
-    assert stat.S_IMODE((tmp_path / "weights").stat().st_mode) == stat.S_IMODE((tmp_path / "new").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "weights").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "new").stat().st_mode
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "weights"]

@@ -9,7 +9,10 @@ import pytest
 
 from scaledistill.data.prepare.content import binary_content, content_of, json_form
 
-LINES = [{"id": str(i), "url": "https://example.org", "text": "the {old} [river]\n\n" * (i + 1)} for i in range(9)]
+LINES = [
+    {"id": str(i), "url": "https://example.org", "text": "the {old} [river]\n\n" * (i + 1)}
+    for i in range(9)
+]
 JSON_LINES = "".join(json.dumps(line) + "\n" for line in LINES).encode()
 
 

@@ -25,15 +25,28 @@ from scaledistill.distributed.ranks import (
 )
 from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+LAUNCHER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """This process's environment without a launcher's variables; what is set in it is gone after the test."""
-    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key not in LAUNCHER})
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else the number of threads would change under the other tests
+    """This process's environment without a launcher's variables; what is set in it is gone after
+    the test.
+    """
+    monkeypatch.setattr(
+        os, "environ", {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    )
+    # Else the number of threads would change under the other tests.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     return os.environ  # type: ignore[return-value]
 
 
@@ -73,32 +86,48 @@ def test_the_group_ends_with_an_error(environment: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"RANK": "0"}, "the environment sets RANK but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start"),
+        (
+            {"RANK": "0"},
+            "the environment sets RANK but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; "
+            "start",
+        ),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
-            "the environment sets RANK, WORLD_SIZE, LOCAL_RANK but not MASTER_ADDR, MASTER_PORT; start the run with",
+            "the environment sets RANK, WORLD_SIZE, LOCAL_RANK but not MASTER_ADDR, MASTER_PORT; "
+            "start the run with",
         ),
-        ({"WORLD_SIZE": "2", "MASTER_PORT": "1"}, "sets WORLD_SIZE, MASTER_PORT but not RANK, LOCAL_RANK, MASTER_ADDR"),
+        (
+            {"WORLD_SIZE": "2", "MASTER_PORT": "1"},
+            "sets WORLD_SIZE, MASTER_PORT but not RANK, LOCAL_RANK, MASTER_ADDR",
+        ),
     ],
 )
-def test_incomplete_launcher(given: dict[str, str], message: str, environment: dict[str, str]) -> None:
+def test_incomplete_launcher(
+    given: dict[str, str], message: str, environment: dict[str, str]
+) -> None:
     environment.update(given)
     with pytest.raises(ConfigError, match=message), process_group(60):
         pytest.fail("a group was made")
 
 
 def test_more_ranks_than_gpus(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    environment.update({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"})
+    environment.update(
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with (
-        pytest.raises(ConfigError, match=r"local rank 3 has no GPU of its own: this process sees 2 .*; start"),
+        pytest.raises(
+            ConfigError, match=r"local rank 3 has no GPU of its own: this process sees 2 .*; start"
+        ),
         process_group(60),
     ):
         pytest.fail("a group was made")
 
 
-def test_threads_are_shared_among_the_ranks_here(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_shared_among_the_ranks_here(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     del environment["OMP_NUM_THREADS"]
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
@@ -116,8 +145,12 @@ def test_a_stated_precision_stays(precision: str) -> None:
     assert resolve_precision(precision, CPU) == precision
 
 
-@pytest.mark.parametrize(("amx", "avx512", "expected"), [(0, 0, "fp32"), (1, 0, "bf16"), (0, 1, "bf16")])
-def test_automatic_precision_on_a_cpu(amx: int, avx512: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"), [(0, 0, "fp32"), (1, 0, "bf16"), (0, 1, "bf16")]
+)
+def test_automatic_precision_on_a_cpu(
+    amx: int, avx512: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The teacher's; a student's is fp32 on every CPU."""
     monkeypatch.delenv(CPU_BF16_VARIABLE, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
@@ -132,34 +165,51 @@ def test_what_is_stated_of_a_cpu_counts(fast_bf16: bool, monkeypatch: pytest.Mon
     assert has_fast_bf16(CPU) is fast_bf16
     monkeypatch.setenv(CPU_BF16_VARIABLE, "yes")
     with pytest.raises(
-        ConfigError, match=r"^SCALEDISTILL_CPU_BF16='yes' in the environment; expected 0 or 1, or unset"
+        ConfigError,
+        match=r"^SCALEDISTILL_CPU_BF16='yes' in the environment; expected 0 or 1, or unset",
     ):
         has_fast_bf16(CPU)
 
 
 @pytest.mark.parametrize(
     ("setting", "precision", "expected"),
-    [("auto", "fp32", "fp32"), ("auto", "bf16", "bf16"), ("fp32", "bf16", "fp32"), ("bf16", "auto", "bf16")],
+    [
+        ("auto", "fp32", "fp32"),
+        ("auto", "bf16", "bf16"),
+        ("fp32", "bf16", "fp32"),
+        ("bf16", "auto", "bf16"),
+    ],
 )
-def test_a_stated_precision_is_the_teacher_s(setting: str, precision: str, expected: str, fast_bf16: bool) -> None:
+def test_a_stated_precision_is_the_teacher_s(
+    setting: str, precision: str, expected: str, fast_bf16: bool
+) -> None:
     assert resolve_teacher_dtype(setting, precision, CPU) == expected
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_automatic_precision_on_a_gpu(native: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_precision_on_a_gpu(
+    native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert resolve_precision("auto", torch.device("cuda")) == expected
     assert resolve_precision("fp16", torch.device("cuda")) == "fp16"
 
 
 def test_fp16_needs_a_gpu() -> None:
-    with pytest.raises(ConfigError, match=r"^train\.precision=fp16 needs a GPU, found only a CPU; use bf16 or fp32$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^train\.precision=fp16 needs a GPU, found only a CPU; use bf16 or fp32$",
+    ):
         resolve_precision("fp16", CPU)
-    with pytest.raises(ConfigError, match=r"^teacher\.dtype=fp16 needs a GPU, found only a CPU; use bf16 or fp32$"):
+    with pytest.raises(
+        ConfigError, match=r"^teacher\.dtype=fp16 needs a GPU, found only a CPU; use bf16 or fp32$"
+    ):
         resolve_teacher_dtype("fp16", "auto", CPU)
 
 
-@pytest.mark.parametrize("error", [ConfigError("no"), DataError("no"), DivergedError("no")], ids=type)
+@pytest.mark.parametrize(
+    "error", [ConfigError("no"), DataError("no"), DivergedError("no")], ids=type
+)
 def test_reported_once(error: ConfigError | DataError | DivergedError) -> None:
     with pytest.raises(type(error)) as first, reported_once(Ranks(0, 2, 0, CPU)):
         raise error
@@ -174,7 +224,9 @@ def test_reported_once(error: ConfigError | DataError | DivergedError) -> None:
 def on_two_ranks() -> dict[str, Any]:
     with process_group(60) as ranks:
 
-        def attempt(failing: set[int], kind: type[Exception] = DataError) -> tuple[str, str, int] | None:
+        def attempt(
+            failing: set[int], kind: type[Exception] = DataError
+        ) -> tuple[str, str, int] | None:
             try:
                 with failing_together():
                     if ranks.rank in failing:
@@ -184,7 +236,9 @@ def on_two_ranks() -> dict[str, Any]:
             return None
 
         return {
-            "sum": all_reduce_sum(torch.tensor([1.0, float(ranks.rank)], dtype=torch.float64)).tolist(),
+            "sum": all_reduce_sum(
+                torch.tensor([1.0, float(ranks.rank)], dtype=torch.float64)
+            ).tolist(),
             "broadcast": broadcast_object({"from": ranks.rank}),
             "gathered": gather_objects((ranks.rank, "x" * ranks.rank)),
             "none": attempt(set()),
@@ -212,7 +266,13 @@ def test_two_ranks() -> None:
     assert (first["both"][1], second["both"][0]) == ("rank 0 says no", "PeerError")
 
 
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+ALONE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
 
 
 def test_a_port_that_is_in_use(environment: dict[str, str]) -> None:
@@ -223,14 +283,17 @@ def test_a_port_that_is_in_use(environment: dict[str, str]) -> None:
         environment.update({**ALONE, "WORLD_SIZE": "2", "MASTER_PORT": str(port)})
         with (
             pytest.raises(
-                DataError, match=rf"^port {port} on \S+, where .* is in use by another process\. .* --master_port"
+                DataError,
+                match=rf"^port {port} on \S+, where .* is in use by another process\. .* --master_port",
             ),
             process_group(60),
         ):
             pytest.fail("a group was made")
 
 
-def test_a_rank_0_that_does_not_answer(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_0_that_does_not_answer(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pauses: list[float] = []
 
     def refused(*_: object, **__: object) -> None:
@@ -239,9 +302,13 @@ def test_a_rank_0_that_does_not_answer(environment: dict[str, str], monkeypatch:
     monkeypatch.setattr(dist, "init_process_group", refused)
     monkeypatch.setattr("scaledistill.distributed.ranks.time.sleep", pauses.append)
     for local_size, expected in (("2", [REPORT_SECONDS]), ("1", [])):
-        environment.update({**ALONE, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": local_size})
+        environment.update(
+            {**ALONE, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": local_size}
+        )
         with (
-            pytest.raises(DataError, match=r"^rank 1 on \S+ cannot meet .* at 127.0.0.1:29500 \(The client"),
+            pytest.raises(
+                DataError, match=r"^rank 1 on \S+ cannot meet .* at 127.0.0.1:29500 \(The client"
+            ),
             process_group(9),
         ):
             pytest.fail("a group was made")

@@ -108,23 +108,54 @@ SETTINGS: dict[str, tuple[dict[str, Any], int, str]] = {
         r"relations\.num_heads=32 does not divide the student l2's width 16; use .*",
     ),
     "relation heads of one student": (
-        {"students": {"l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "relation_heads": 5}}},
+        {
+            "students": {
+                "l2": {
+                    "num_layers": 2,
+                    "hidden_size": 16,
+                    "num_attention_heads": 2,
+                    "relation_heads": 5,
+                }
+            }
+        },
         1,
         r"students\.l2\.relation_heads=5 does not divide the teacher's width 32; use .*",
     ),
     "attention heads": (
         {"students": {"l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 3}}},
         1,
-        r"students\.l2\.num_attention_heads=3 does not divide students\.l2\.hidden_size=16; use 2 or 4",
+        r"students\.l2\.num_attention_heads=3 does not divide students\.l2\.hidden_size=16; use 2 "
+        r"or 4",
     ),
-    "layer": ({"teacher": {"layer": 5}}, 1, r"teacher\.layer=5 is beyond the model's 4 layers; use 1 to 4"),
+    "layer": (
+        {"teacher": {"layer": 5}},
+        1,
+        r"teacher\.layer=5 is beyond the model's 4 layers; use 1 to 4",
+    ),
     "more layers than the teacher": (
-        {"students": {"l2": {"num_layers": 4, "hidden_size": 16, "num_attention_heads": 2, "init": "teacher"}}},
+        {
+            "students": {
+                "l2": {
+                    "num_layers": 4,
+                    "hidden_size": 16,
+                    "num_attention_heads": 2,
+                    "init": "teacher",
+                }
+            }
+        },
         1,
         r"students\.l2\.num_layers=4 is more than the 3 teacher layers to start from; .*",
     ),
-    "batch and ranks": ({}, 3, r"train\.global_batch_size=8 is not divisible by 3 ranks; use 6 or 12"),
-    "more ranks than sequences": ({}, 16, r"train\.global_batch_size=8 is not divisible by 16 ranks; use 16"),
+    "batch and ranks": (
+        {},
+        3,
+        r"train\.global_batch_size=8 is not divisible by 3 ranks; use 6 or 12",
+    ),
+    "more ranks than sequences": (
+        {},
+        16,
+        r"train\.global_batch_size=8 is not divisible by 16 ranks; use 16",
+    ),
     "batch and micro-batch": (
         {"train": {"micro_batch_size": 3}},
         2,
@@ -134,20 +165,30 @@ SETTINGS: dict[str, tuple[dict[str, Any], int, str]] = {
     "rows of another length": (
         {"data": {"sequence_length": 32}},
         1,
-        r"data\.sequence_length=32, but the shards in data\.train=.*/train have rows of 16 tokens; set it to 16 or .*",
+        r"data\.sequence_length=32, but the shards in data\.train=.*/train have rows of 16 tokens; "
+        r"set it to 16 or .*",
     ),
     "positions": (
         {"data": {"sequence_length": 65}},
         1,
-        r"data\.sequence_length=65 is more than the 64 positions of teacher\.model=.*; make shards with at most 64",
+        r"data\.sequence_length=65 is more than the 64 positions of teacher\.model=.*; make shards "
+        r"with at most 64",
     ),
-    "precision": ({"train": {"precision": "fp16"}}, 1, r"train\.precision=fp16 needs a GPU, found only a CPU; .*"),
+    "precision": (
+        {"train": {"precision": "fp16"}},
+        1,
+        r"train\.precision=fp16 needs a GPU, found only a CPU; .*",
+    ),
     "engine": (
         {"engine": {"deepspeed": {"zero_optimization": {"stage": 4}}}},
         1,
         r"engine\.deepspeed\.zero_optimization\.stage: found 4, expected 1, 2 or 3; .*",
     ),
-    "tracker": ({"logging": {"trackers": ["wandbb"]}}, 1, r"logging\.trackers: unknown tracker 'wandbb'; known: .*"),
+    "tracker": (
+        {"logging": {"trackers": ["wandbb"]}},
+        1,
+        r"logging\.trackers: unknown tracker 'wandbb'; known: .*",
+    ),
 }
 
 
@@ -164,7 +205,9 @@ def cut(shards: Path) -> None:
 
 
 def equal(shards: Path) -> None:
-    """List the first shard twice, with everything else in the manifest in agreement, its own hash included."""
+    """List the first shard twice, with everything else in the manifest in agreement, its own hash
+    included.
+    """
     manifest = json.loads((shards / "shards.manifest").read_text())
     first = manifest["shards"][0]
     shutil.copy(shards / first["file"], shards / "shard-000002.tar")
@@ -178,11 +221,13 @@ def equal(shards: Path) -> None:
 SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (
         cut,
-        r"shards .*/train \(host .*\): shard-000001\.tar has \d+ bytes, expected \d+; .* copy it again .*",
+        r"shards .*/train \(host .*\): shard-000001\.tar has \d+ bytes, expected \d+; .* copy it "
+        r"again .*",
     ),
     "zero-byte": (
         lambda shards: (shards / "shard-000000.tar").write_bytes(b""),
-        r"shards .*/train \(host .*\): shard-000000\.tar has 0 bytes, expected \d+; .*tools/check_shards\.py.*",
+        r"shards .*/train \(host .*\): shard-000000\.tar has 0 bytes, expected \d+; "
+        r".*tools/check_shards\.py.*",
     ),
     "missing": (
         lambda shards: (shards / "shard-000000.tar").unlink(),
@@ -190,20 +235,27 @@ SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "two equal": (
         equal,
-        r".*shards\.manifest: .*two equal shards, shard-000000\.tar and shard-000002\.tar \(same sha256\): rows .*",
+        r".*shards\.manifest: .*two equal shards, shard-000000\.tar and shard-000002\.tar \(same "
+        r"sha256\): rows .*",
     ),
     "no manifest": (
         lambda shards: (shards / "shards.manifest").unlink(),
-        r".*/train has no shards\.manifest: not \(or not completely copied\) shards; make them with .*",
+        r".*/train has no shards\.manifest: not \(or not completely copied\) shards; make them "
+        r"with .*",
     ),
     "changed manifest": (
         lambda shards: change_json(shards / "shards.manifest", largest_id=1),
-        r".*shards\.manifest was changed or damaged after it was written: its sha256 does not match; .*",
+        r".*shards\.manifest was changed or damaged after it was written: its sha256 does not "
+        r"match; .*",
     ),
-    "no folder": (shutil.rmtree, r"no such folder: .*/train; expected a folder made by tools/make_shards\.py"),
+    "no folder": (
+        shutil.rmtree,
+        r"no such folder: .*/train; expected a folder made by tools/make_shards\.py",
+    ),
     "unknown tokens": (
         lambda shards: change_manifest(shards, count_all_as_unknown),
-        r".*/train: 100\.0% of its tokens are unknown to the tokenizer, more than 5\.0%: the tokenizer does not .*",
+        r".*/train: 100\.0% of its tokens are unknown to the tokenizer, more than 5\.0%: the "
+        r"tokenizer does not .*",
     ),
 }
 
@@ -228,12 +280,19 @@ def test_unknown_tokens_that_were_accepted_are_reported(
     change_manifest(shards, lambda content: content["source"].update(max_unknown_fraction=1))
     doctor.check(tiny_config(data={"train": str(shards)}), 1, CPU)
     [record] = [record for record in caplog.records if "unknown" in record.getMessage()]
-    assert record.getMessage().startswith(f"data.train: {shards}: 100.0% of its tokens are unknown to the tokenizer")
+    assert record.getMessage().startswith(
+        f"data.train: {shards}: 100.0% of its tokens are unknown to the tokenizer"
+    )
 
 
 def swap_words(teacher: Path) -> None:
     path = teacher / "tokenizer.json"
-    path.write_text(path.read_text().replace('"w001"', '"other"').replace('"w002"', '"w001"').replace("other", "w002"))
+    path.write_text(
+        path.read_text()
+        .replace('"w001"', '"other"')
+        .replace('"w002"', '"w001"')
+        .replace("other", "w002")
+    )
 
 
 def pickle_only(folder: Path) -> None:
@@ -244,36 +303,45 @@ MODELS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "ids": (
         lambda folder: change_json(folder / "config.json", vocab_size=150),
         DataError,
-        r"data\.train=.* holds token id 199, beyond the vocabulary of teacher\.model=.* \(ids 0 to 149\); make the .*",
+        r"data\.train=.* holds token id 199, beyond the vocabulary of teacher\.model=.* \(ids 0 to "
+        r"149\); make the .*",
     ),
     "tokenizer": (
         swap_words,
         DataError,
-        r"data\.train=.* was made with the tokenizer .* \(sha256 [0-9a-f]{12}…\), teacher\.model=.* has another "
+        r"data\.train=.* was made with the tokenizer .* \(sha256 [0-9a-f]{12}…\), "
+        r"teacher\.model=.* has another "
         r"\(sha256 [0-9a-f]{12}…\); make the shards again with --tokenizer .*",
     ),
     "pickled": (
         pickle_only,
         DataError,
-        r"teacher\.model='.*' has pickled weights only \(pytorch_model\.bin\), .*; expected model\.safetensors\. .*"
-        r"save_pretrained\(new_folder\), and copy the tokenizer there as well \(tokenizer\*, vocab\*, .*\)",
+        r"teacher\.model='.*' has pickled weights only \(pytorch_model\.bin\), .*; expected "
+        r"model\.safetensors\. .*"
+        r"save_pretrained\(new_folder\), and copy the tokenizer there as well \(tokenizer\*, "
+        r"vocab\*, .*\)",
     ),
     "no tokenizer": (
         lambda folder: (folder / "tokenizer.json").unlink(),
         DataError,
-        r"tokenizer '.*' cannot be loaded: .* has none of tokenizer\.json, vocab\.txt, .*; expected tokenizer\.json .*",
+        r"tokenizer '.*' cannot be loaded: .* has none of tokenizer\.json, vocab\.txt, .*; "
+        r"expected tokenizer\.json .*",
     ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
         DataError,
-        r"teacher\.model='.*' lacks model\.safetensors; give a folder with all of its safetensors files",
+        r"teacher\.model='.*' lacks model\.safetensors; give a folder with all of its safetensors "
+        r"files",
     ),
     "code of its own": (
         lambda folder: change_json(
-            folder / "config.json", model_type="novel", auto_map={"AutoModel": "modeling.Novel", "AutoConfig": "m.C"}
+            folder / "config.json",
+            model_type="novel",
+            auto_map={"AutoModel": "modeling.Novel", "AutoConfig": "m.C"},
         ),
         ConfigError,
-        r"teacher\.model='.*' runs only with Python code of its own, which is refused; .*\.trust_remote_code=true",
+        r"teacher\.model='.*' runs only with Python code of its own, which is refused; "
+        r".*\.trust_remote_code=true",
     ),
     "no config": (
         lambda folder: (folder / "config.json").unlink(),
@@ -294,47 +362,70 @@ def test_bad_teachers(case: str, tiny_config: MakeConfig, teacher: Path) -> None
 def test_missing_model(tiny_config: MakeConfig) -> None:
     [line] = problems_of(tiny_config(teacher={"model": "./no/such/model"}), DataError)
     assert line == (
-        "teacher.model='./no/such/model': no such folder; give a model's folder or its hub name (looked for in the "
-        f"working folder {Path.cwd()})"
+        "teacher.model='./no/such/model': no such folder; give a model's folder or its hub name "
+        f"(looked for in the working folder {Path.cwd()})"
     )
 
 
 @pytest.mark.parametrize("setting", ["teacher.model", "students.l2.init"])
 def test_weights_that_nothing_reads(setting: str, tiny_config: MakeConfig, teacher: Path) -> None:
     path = teacher / "model.safetensors"
-    save_file(load_file(path) | {"encoder.layer.0.attention.self.query.lora_A.weight": torch.ones(2, 2)}, path)
-    student = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    save_file(
+        load_file(path) | {"encoder.layer.0.attention.self.query.lora_A.weight": torch.ones(2, 2)},
+        path,
+    )
+    student = {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     changes: dict[str, Any] = {"teacher": {"model": str(teacher)}}
     if setting != "teacher.model":
         changes = {"students": {"l2": {**student, "init": str(teacher)}}}
     [line] = problems_of(tiny_config(**changes), DataError)
-    assert line.startswith(f"{setting}={str(teacher)!r} has adapters that are not merged into its weights: encoder."), (
-        line
-    )
+    assert line.startswith(
+        f"{setting}={str(teacher)!r} has adapters that are not merged into its weights: encoder."
+    ), line
 
 
 def test_first_weights_that_are_pickled(tiny_config: MakeConfig, teacher: Path) -> None:
     pickle_only(teacher)
-    student = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    student = {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     [line] = problems_of(tiny_config(students={"l2": {**student, "init": str(teacher)}}), DataError)
-    assert re.match(r"students\.l2\.init='.*' has pickled weights only \(pytorch_model\.bin\)", line), line
+    assert re.match(
+        r"students\.l2\.init='.*' has pickled weights only \(pytorch_model\.bin\)", line
+    ), line
 
 
 def test_too_few_rows_for_the_lanes(tiny_config: MakeConfig) -> None:
     [line] = problems_of(tiny_config(data={"num_lanes": 4000}), DataError)
-    assert re.fullmatch(r"\d+ rows don't fill data\.num_lanes=4000 lanes; lower it or add data", line), line
+    assert re.fullmatch(
+        r"\d+ rows don't fill data\.num_lanes=4000 lanes; lower it or add data", line
+    ), line
 
 
-def test_disk_too_small(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_too_small(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
-    config = tiny_config(run={"folder": str(tmp_path / "not" / "there" / "yet")}, checkpoint={"keep": 4})
+    config = tiny_config(
+        run={"folder": str(tmp_path / "not" / "there" / "yet")}, checkpoint={"keep": 4}
+    )
     needed = 5 * doctor.check(config, 1, CPU).estimate.checkpoint_bytes
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=needed - 1))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=needed - 1)
+    )
     [line] = problems_of(config, DataError)
     assert asked == [tmp_path]
     assert line == (
-        f"run.folder={tmp_path}/not/there/yet: 0.0 GB free, 0.0 GB needed for checkpoint.keep=4 checkpoints and one in "
-        "the making; free some space or set another folder"
+        f"run.folder={tmp_path}/not/there/yet: 0.0 GB free, 0.0 GB needed for checkpoint.keep=4 "
+        "checkpoints and one in the making; free some space or set another folder"
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
     assert doctor.check(config, 1, CPU).free_disk_bytes == needed
@@ -343,7 +434,10 @@ def test_disk_too_small(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: py
 def test_run_folder_that_is_a_file(tiny_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     [line] = problems_of(tiny_config(run={"folder": str(tmp_path / "file" / "run")}), DataError)
-    assert line == f"run.folder={tmp_path}/file/run: {tmp_path}/file is not a folder to write to; set another folder"
+    assert (
+        line
+        == f"run.folder={tmp_path}/file/run: {tmp_path}/file is not a folder to write to; set another folder"
+    )
 
 
 def test_all_problems_at_once(tiny_config: MakeConfig, shards: Path, teacher: Path) -> None:
@@ -384,12 +478,20 @@ def write_hollow_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def large_tree(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
-    """A folder shaped like BERT-large, whose weights take no space, and small shards of 512 tokens."""
+    """A folder shaped like BERT-large, whose weights take no space, and small shards of 512
+    tokens.
+    """
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("large")
-    shutil.copytree(tiny_teacher, folder / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    config = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    shutil.copytree(
+        tiny_teacher,
+        folder / "model",
+        ignore=shutil.ignore_patterns("*.safetensors", "config.json"),
+    )
+    config = BertConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    )
     config.save_pretrained(folder / "model")
     with torch.device("meta"):
         weights = BertModel(config).state_dict()
@@ -406,7 +508,9 @@ def large_tree(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> 
     return folder
 
 
-def test_the_plan_of_bert_large_takes_seconds(large_tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_of_bert_large_takes_seconds(
+    large_tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     places = {
         "teacher.model": large_tree / "model",
         "data.train": large_tree / "shards" / "train",
@@ -417,7 +521,14 @@ def test_the_plan_of_bert_large_takes_seconds(large_tree: Path, capsys: pytest.C
     config = ROOT / "configs" / "large_to_l6.json"
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     ended = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "distill.py"), "--validate", "--config", str(config), *overrides],
+        [
+            sys.executable,
+            str(ROOT / "launch" / "distill.py"),
+            "--validate",
+            "--config",
+            str(config),
+            *overrides,
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -426,7 +537,9 @@ def test_the_plan_of_bert_large_takes_seconds(large_tree: Path, capsys: pytest.C
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     busy_seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     with capsys.disabled():
-        sys.stdout.write(f"\n--validate of BERT-large: {seconds:.1f} s, {busy_seconds:.1f} s of them computing\n")
+        sys.stdout.write(
+            f"\n--validate of BERT-large: {seconds:.1f} s, {busy_seconds:.1f} s of them computing\n"
+        )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert busy_seconds < 20  # 10 s are promised; a busy machine stretches them
     plan = " ".join(ended.stdout.split())
@@ -462,7 +575,9 @@ def state_of(config: DistillConfig, step: int, order: Any) -> dict[str, Any]:
 def test_max_steps_may_change_where_no_step_was_made_otherwise(
     step: int, before: int, now: int, goes_on: bool, tiny_config: MakeConfig
 ) -> None:
-    old, new = (tiny_config(train={"max_steps": steps, "warmup_steps": 5}) for steps in (before, now))
+    old, new = (
+        tiny_config(train={"max_steps": steps, "warmup_steps": 5}) for steps in (before, now)
+    )
     order = doctor.check(new, 1, CPU).order
     if goes_on:
         doctor.check_same_run(state_of(old, step, order), new, order)
@@ -471,9 +586,10 @@ def test_max_steps_may_change_where_no_step_was_made_otherwise(
         doctor.check_same_run(state_of(old, step, order), new, order)
     folder = new.run.folder
     assert str(caught.value) == (
-        f"{folder} holds a run at step {step} with other settings: train.max_steps: {before} -> {now}. The learning "
-        "rate decays to 0 at train.max_steps, so that the steps made after train.warmup_steps=5 had another one. Set "
-        f"train.max_steps={before} to go on; to train longer, start a new run from its student: another run.folder and "
+        f"{folder} holds a run at step {step} with other settings: train.max_steps: {before} -> "
+        f"{now}. The learning rate decays to 0 at train.max_steps, so that the steps made after "
+        f"train.warmup_steps=5 had another one. Set train.max_steps={before} to go on; to train "
+        "longer, start a new run from its student: another run.folder and "
         f"students.l2.init={folder}/export/l2-step-{step} (write it with --export newest)"
     )
 
@@ -485,23 +601,29 @@ def test_a_finished_run_is_continued_from_its_export(tiny_config: MakeConfig) ->
     with pytest.raises(ConfigError, match=r"and students\.l2\.init=.*/run/export/l2$"):
         doctor.check_same_run(state_of(old, 10, order), new, order)
     other = new.model_copy(update={"train": new.train.model_copy(update={"learning_rate": 1.0})})
-    with pytest.raises(ConfigError, match=r"learning_rate: 0\.001 -> 1\.0; train\.max_steps: 10 -> 20\. Restore"):
+    with pytest.raises(
+        ConfigError, match=r"learning_rate: 0\.001 -> 1\.0; train\.max_steps: 10 -> 20\. Restore"
+    ):
         doctor.check_same_run(state_of(old, 10, order), other, order)
 
 
 def test_another_order_is_named_once(tiny_config: MakeConfig) -> None:
     old, new = tiny_config(data={"window_rows": 32}), tiny_config(data={"window_rows": 16})
     before, now = (doctor.check(config, 1, CPU).order for config in (old, new))
-    with pytest.raises(ConfigError, match=r"with other settings: data\.window_rows: 32 -> 16\. Restore them"):
+    with pytest.raises(
+        ConfigError, match=r"with other settings: data\.window_rows: 32 -> 16\. Restore them"
+    ):
         doctor.check_same_run(state_of(old, 3, before), new, now)
     other = {**state_of(new, 3, now), "data": {**now.fingerprint(), "data_sha256": "0"}}
-    with pytest.raises(ConfigError, match=r"with other settings: data\.train: data_sha256 0 -> \w+\. Restore them"):
+    with pytest.raises(
+        ConfigError, match=r"with other settings: data\.train: data_sha256 0 -> \w+\. Restore them"
+    ):
         doctor.check_same_run(other, new, now)
 
 
 def test_relative_data_that_is_nowhere(tiny_config: MakeConfig) -> None:
     [line] = problems_of(tiny_config(data={"train": "no/shards"}), DataError)
     assert line == (
-        "data.train: no such folder: no/shards; expected a folder made by tools/make_shards.py (looked for in the "
-        f"working folder {Path.cwd()})"
+        "data.train: no such folder: no/shards; expected a folder made by tools/make_shards.py "
+        f"(looked for in the working folder {Path.cwd()})"
     )

@@ -54,21 +54,35 @@ def run(codes: list[str]) -> dict[str, Any]:
 
 
 def run_readme(folder: Path) -> tuple[float, bool, str]:
-    """Run README's blocks in a folder; return the loss, whether the student got a gradient, how the run ended."""
+    """Run README's blocks in a folder; return the loss, whether the student got a gradient, how the
+    run ended.
+    """
     os.chdir(folder)
     session = run(blocks(ROOT / "README.md", "python"))
     gradient = session["student"].get_input_embeddings().weight.grad
     return session["loss"].total.item(), gradient is not None, session["result"].state
 
 
-def test_the_readme_s_python(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_s_python(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a folder as `make quickstart` leaves it, with smaller models."""
     from scaledistill.data.prepare.make import make_shards
     from scaledistill.data.prepare.text import load_tokenizer
 
     monkeypatch.chdir(tmp_path)
-    teacher = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 768}
-    student = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 64}
+    teacher = {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 768,
+    }
+    student = {
+        "hidden_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "intermediate_size": 64,
+    }
     write_encoder(Path("models/all-MiniLM-L6-v2"), tiny_teacher, **teacher)
     write_encoder(Path("runs/quickstart/export/l3-h192"), tiny_teacher, **student)
     make_shards(
@@ -83,10 +97,16 @@ def test_the_readme_s_python(tmp_path: Path, tiny_teacher: Path, monkeypatch: py
     Path("configs").symlink_to(ROOT / "configs")
     [(loss, has_gradient, state)] = run_ranks(run_readme, 1, tmp_path)
     assert loss > 0
-    assert (has_gradient, state, Path("runs/from-python/export/l3-h192").is_dir()) == (True, "done", True)
+    assert (has_gradient, state, Path("runs/from-python/export/l3-h192").is_dir()) == (
+        True,
+        "done",
+        True,
+    )
 
 
-def test_migrating_s_python(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_migrating_s_python(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With local folders in place of the hub's, and one step of the 400,000."""
     import datasets
     from transformers import TrainerCallback, trainer
@@ -101,10 +121,17 @@ def test_migrating_s_python(tmp_path: Path, tiny_teacher: Path, monkeypatch: pyt
         if name == "wikimedia/wikipedia":
             return datasets.Dataset.from_dict({"title": ["t"] * 300, "text": ["w001 w002"] * 300})
         columns = {"mnli": ("premise", "hypothesis"), "rte": ("sentence1", "sentence2")}[config]
-        return datasets.Dataset.from_dict({column: ["w001 w002"] * 4 for column in columns} | {"label": [0, 1, 1, 0]})
+        return datasets.Dataset.from_dict(
+            {column: ["w001 w002"] * 4 for column in columns} | {"label": [0, 1, 1, 0]}
+        )
 
     monkeypatch.chdir(tmp_path)
-    sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 1536}
+    sizes = {
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    }
     write_encoder(Path("google-bert/bert-base-uncased"), tiny_teacher, **sizes)
     monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, StopEarly])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -116,19 +143,26 @@ def test_migrating_s_python(tmp_path: Path, tiny_teacher: Path, monkeypatch: pyt
 
 
 def shell_commands() -> Iterator[Any]:
-    """Yield the commands of ours in the pages' shell blocks, with the options that stand for others left out."""
+    """Yield the commands of ours in the pages' shell blocks, with the options that stand for others
+    left out.
+    """
     for page in PAGES:
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 for tool in ("launch/distill.py", "tools/make_shards.py", "tools/glue.py"):
                     if tool in words and "…" not in words:
-                        yield pytest.param(tool, words[words.index(tool) + 1 :], id=f"{page.stem}: {line[:60]}")
+                        yield pytest.param(
+                            tool, words[words.index(tool) + 1 :], id=f"{page.stem}: {line[:60]}"
+                        )
 
 
 @pytest.mark.parametrize(("tool", "arguments"), list(shell_commands()))
 def test_shell_commands_are_understood(
-    tool: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tool: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import make_shards
 

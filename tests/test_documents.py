@@ -1,4 +1,6 @@
-"""Packed documents neither attend to each other nor count their positions on: each gives what it gives alone."""
+"""Packed documents neither attend to each other nor count their positions on: each gives what it
+gives alone.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,13 @@ from scaledistill.data.stream import Batch, iter_validation
 from scaledistill.errors import ConfigError
 from scaledistill.models import attention
 from scaledistill.models.attention import VARLEN, use_varlen_attention, varlen_attention_available
-from scaledistill.models.capture import build_encoder, capture_view, compile_blocks, split_qkv, view_inputs
+from scaledistill.models.capture import (
+    build_encoder,
+    capture_view,
+    compile_blocks,
+    split_qkv,
+    view_inputs,
+)
 from scaledistill.models.teacher import Teacher
 from scaledistill.relations import relation_loss
 
@@ -46,17 +54,30 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "camembert": CamembertConfig(**SIZES),
     "electra": ElectraConfig(**SIZES, embedding_size=32),
 }
-OF_ROBERTA = set(itertools.product(["xlm-roberta", "camembert"], ["eager", VARLEN]))  # RoBERTa's code once more
+# RoBERTa's code once more.
+OF_ROBERTA = set(itertools.product(["xlm-roberta", "camembert"], ["eager", VARLEN]))
 T = 17
-DOCUMENTS = [[(0, 5), (5, 17)], [(2, 9), (9, 10), (12, 17)], [], [(0, 17)], [(0, 3), (3, 7), (7, 8), (8, 15)]]
+DOCUMENTS = [
+    [(0, 5), (5, 17)],
+    [(2, 9), (9, 10), (12, 17)],
+    [],
+    [(0, 17)],
+    [(0, 3), (3, 7), (7, 8), (8, 15)],
+]
 SPANS = [(row, *span) for row, spans in enumerate(DOCUMENTS) for span in spans]
 
 
 def batch_of(folder: Path, spans: list[tuple[int, int, int]]) -> Batch:
     """Five rows as training gets them."""
-    ids = torch.randint(5, 97, (5, T), generator=torch.Generator().manual_seed(0)).to(torch.int32).numpy()
+    ids = (
+        torch.randint(5, 97, (5, T), generator=torch.Generator().manual_seed(0))
+        .to(torch.int32)
+        .numpy()
+    )
     tokenizer = {"name": "test", "sha256": "0" * 64}
-    with ShardWriter(folder, sequence_length=T, vocab_size=97, tokenizer=tokenizer, pad_token_id=0) as writer:
+    with ShardWriter(
+        folder, sequence_length=T, vocab_size=97, tokenizer=tokenizer, pad_token_id=0
+    ) as writer:
         writer.write(ids, torch.tensor(spans).numpy())
     (batch,) = iter_validation(ShardReader(folder), rows=5, micro_batch_size=5, with_documents=True)
     return batch
@@ -85,7 +106,9 @@ def exact_varlen(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """What `varlen_attn` computes, traceable: every token sees the tokens between the same two ends, [N, H, E]."""
+    """What `varlen_attn` computes, traceable: every token sees the tokens between the same two
+    ends, [N, H, E].
+    """
     assert cu_seq_q is cu_seq_k
     assert cu_seq_q.dtype is torch.int32
     assert max_q == max_k == T
@@ -105,7 +128,9 @@ def student_view(config: PreTrainedConfig, **sizes: int) -> nn.Module:
 
 def run(view: nn.Module, batch: Batch) -> Tensor:
     documents = (batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens)
-    return view(**view_inputs(view.config, batch.input_ids_BT, batch.mask_BT, *documents)).last_hidden_state
+    return view(
+        **view_inputs(view.config, batch.input_ids_BT, batch.mask_BT, *documents)
+    ).last_hidden_state
 
 
 def alone(view: nn.Module, batch: Batch) -> Iterator[tuple[int, int, int, Tensor]]:
@@ -117,7 +142,10 @@ def alone(view: nn.Module, batch: Batch) -> Iterator[tuple[int, int, int, Tensor
 def gradients(view: nn.Module, loss: Tensor) -> list[Tensor]:
     view.zero_grad()
     loss.backward()
-    return [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in view.parameters()]
+    return [
+        torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for weight in view.parameters()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -128,13 +156,22 @@ def gradients(view: nn.Module, loss: Tensor) -> list[Tensor]:
     ],
 )
 @pytest.mark.usefixtures("varlen")
-def test_packed_documents_give_what_they_give_alone(name: str, implementation: str, batch: Batch) -> None:
+def test_packed_documents_give_what_they_give_alone(
+    name: str, implementation: str, batch: Batch
+) -> None:
     config = copy.deepcopy(CONFIGS[name])
     config._attn_implementation = implementation
     torch.manual_seed(0)
     teacher = Teacher(build_encoder(config), 4)
     found = torch.cat(
-        teacher(batch.input_ids_BT, batch.mask_BT, batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens), -1
+        teacher(
+            batch.input_ids_BT,
+            batch.mask_BT,
+            batch.segment_ids_BT,
+            batch.position_ids_BT,
+            batch.cu_seqlens,
+        ),
+        -1,
     )
     assert found.isfinite().all()
     for row, start, end, expected in alone(teacher.view, batch):
@@ -142,7 +179,9 @@ def test_packed_documents_give_what_they_give_alone(name: str, implementation: s
 
     view = student_view(config)
     packed = run(view, batch)
-    weights_BTD = torch.randn(packed.shape, generator=torch.Generator().manual_seed(2)) / packed.numel()
+    weights_BTD = (
+        torch.randn(packed.shape, generator=torch.Generator().manual_seed(2)) / packed.numel()
+    )
     expected_loss = torch.zeros(())
     for row, start, end, expected in alone(view, batch):
         torch.testing.assert_close(packed[row, start:end], expected, rtol=0, atol=1e-5)
@@ -158,7 +197,11 @@ def test_whole_rows_differ(batch: Batch) -> None:
     view = student_view(CONFIGS["bert"])
     rows = view(**view_inputs(view.config, batch.input_ids_BT, batch.mask_BT)).last_hidden_state
     difference_BT = (rows - run(view, batch)).abs().amax(-1)
-    assert all(difference_BT[row, start:end].min() > 0.01 for row, start, end in SPANS if (start, end) != (0, T))
+    assert all(
+        difference_BT[row, start:end].min() > 0.01
+        for row, start, end in SPANS
+        if (start, end) != (0, T)
+    )
     torch.testing.assert_close(difference_BT[3], torch.zeros(T), rtol=0, atol=1e-5)
 
 
@@ -187,7 +230,9 @@ def test_loss_is_the_same_under_reference_and_sdpa(batch: Batch) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", VARLEN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_value_is_looked_at(dtype: torch.dtype, implementation: str, batch: Batch) -> None:
-    """Meta tensors have none: on a GPU nothing would wait. Under VARLEN this is the real operator with its checks."""
+    """Meta tensors have none: on a GPU nothing would wait. Under VARLEN this is the real operator
+    with its checks.
+    """
     config = copy.deepcopy(CONFIGS["roberta"])
     config._attn_implementation = implementation
     view = capture_view(build_encoder(config, device="meta").to(dtype), 4)
@@ -196,7 +241,9 @@ def test_no_value_is_looked_at(dtype: torch.dtype, implementation: str, batch: B
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_masks_of_eager_attention_keep_the_dtype_and_hide_all(dtype: torch.dtype, batch: Batch) -> None:
+def test_masks_of_eager_attention_keep_the_dtype_and_hide_all(
+    dtype: torch.dtype, batch: Batch
+) -> None:
     config = copy.deepcopy(CONFIGS["bert"])
     view = capture_view(build_encoder(config).to(dtype), 4)
     sdpa = run(view, batch)
@@ -213,7 +260,10 @@ def test_rows_without_documents_go_on_as_under_sdpa(batch: Batch, tmp_path: Path
     inputs = (
         {"input_ids_BT": batch.input_ids_BT},
         {"input_ids_BT": batch.input_ids_BT, "mask_BT": batch.mask_BT},
-        {name: getattr(batch, name) for name in ("input_ids_BT", "segment_ids_BT", "position_ids_BT")},
+        {
+            name: getattr(batch, name)
+            for name in ("input_ids_BT", "segment_ids_BT", "position_ids_BT")
+        },
     )
     expected = [view(**view_inputs(view.config, **each)).last_hidden_state for each in inputs]
     view.config.save_pretrained(tmp_path / "before")
@@ -222,7 +272,9 @@ def test_rows_without_documents_go_on_as_under_sdpa(batch: Batch, tmp_path: Path
     for each, hidden in zip(inputs, expected, strict=True):
         assert torch.equal(view(**view_inputs(view.config, **each)).last_hidden_state, hidden)
     view.config.save_pretrained(tmp_path / "after")
-    assert (tmp_path / "before/config.json").read_text() == (tmp_path / "after/config.json").read_text()
+    assert (tmp_path / "before/config.json").read_text() == (
+        tmp_path / "after/config.json"
+    ).read_text()
 
 
 def test_where_varlen_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +301,8 @@ def test_refusals(batch: Batch) -> None:
         view_inputs(config, batch.input_ids_BT, segment_ids_BT=batch.segment_ids_BT)
     config._attn_implementation = "flex_attention"
     with pytest.raises(
-        ConfigError, match=r"data.attention='document' works with .* eager, found 'flex_attention'; leave"
+        ConfigError,
+        match=r"data.attention='document' works with .* eager, found 'flex_attention'; leave",
     ):
         view_inputs(config, batch.input_ids_BT, None, batch.segment_ids_BT, batch.position_ids_BT)
 
@@ -262,12 +315,20 @@ def compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own, hidden by it
+# Dynamo's own, hidden by it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("implementation", ["sdpa", VARLEN])
 @pytest.mark.usefixtures("varlen", "compiler")
-def test_equal_blocks_share_one_compiled_graph(implementation: str, batch: Batch, tmp_path: Path) -> None:
-    """Two graphs, a block's and the captured one's, for one depth and another, and for other documents."""
-    other = batch_of(tmp_path / "rows", [(row, start, end) for row in range(5) for start, end in ((0, 9), (9, T))])
+def test_equal_blocks_share_one_compiled_graph(
+    implementation: str, batch: Batch, tmp_path: Path
+) -> None:
+    """Two graphs, a block's and the captured one's, for one depth and another, and for other
+    documents.
+    """
+    other = batch_of(
+        tmp_path / "rows",
+        [(row, start, end) for row in range(5) for start, end in ((0, 9), (9, T))],
+    )
     config = copy.deepcopy(CONFIGS["roberta"])
     config._attn_implementation = implementation
     for num_layers in (2, 5):

@@ -1,4 +1,6 @@
-"""A run goes on where ranks, engine, stage, offload or micro-batch have changed: the same samples and losses."""
+"""A run goes on where ranks, engine, stage, offload or micro-batch have changed: the same samples
+and losses.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from scaledistill.config.load import parse_config
 from scaledistill.metrics.recorder import read_rows
 
 STEPS = 24
-TRAIN = {"global_batch_size": 12, "max_steps": STEPS, "learning_rate": 1e-3, "warmup_steps": 2, "precision": "fp32"}
+TRAIN = {
+    "global_batch_size": 12,
+    "max_steps": STEPS,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "precision": "fp32",
+}
 
 
 def run_leg(tree: dict[str, Any], last_step: int) -> list[list[int]]:
@@ -45,11 +53,17 @@ def run_leg(tree: dict[str, Any], last_step: int) -> list[list[int]]:
     return samples[:-1]
 
 
-def run(tree: dict[str, Any], legs: list[tuple[int, int, dict[str, Any], dict[str, Any]]]) -> tuple[list[float], Any]:
-    """Run leg by leg, each with ranks, last step, engine and settings of its own; return losses and samples by step."""
+def run(
+    tree: dict[str, Any], legs: list[tuple[int, int, dict[str, Any], dict[str, Any]]]
+) -> tuple[list[float], Any]:
+    """Run leg by leg, each with ranks, last step, engine and settings of its own; return losses and
+    samples by step.
+    """
     samples: list[list[int]] = []
     for world_size, last_step, engine, settings in legs:
-        leg = {**tree, "engine": engine} | {name: {**tree[name], **block} for name, block in settings.items()}
+        leg = {**tree, "engine": engine} | {
+            name: {**tree[name], **block} for name, block in settings.items()
+        }
         by_rank = run_ranks(run_leg, world_size, leg, last_step)
         samples += [sorted(itertools.chain(*step)) for step in zip(*by_rank, strict=True)]
     rows = read_rows(Path(tree["run"]["folder"]) / "metrics.jsonl")
@@ -68,7 +82,12 @@ def test_ranks_and_engines_change_mid_epoch(tmp_path, tiny_teacher, tiny_shards)
     legs: list[tuple[int, int, dict[str, Any], dict[str, Any]]] = [
         (1, 5, ENGINES["zero2-offload"], {"train": {"micro_batch_size": 4}}),
         (2, 10, ENGINES["zero3"], {"teacher": {"placement": "shard"}}),
-        (2, 14, ENGINES["fsdp-offload"], {"train": {"micro_batch_size": 3}, "teacher": {"placement": "offload"}}),
+        (
+            2,
+            14,
+            ENGINES["fsdp-offload"],
+            {"train": {"micro_batch_size": 3}, "teacher": {"placement": "offload"}},
+        ),
         (1, 19, ENGINES["fsdp"], {}),
         (2, STEPS, ENGINES["zero1"], {"train": {"micro_batch_size": 2}}),
     ]

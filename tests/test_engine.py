@@ -33,7 +33,10 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2-offload": zero(2, offload_optimizer=ON_HOST),
     "zero3-offload": zero(3, offload_optimizer=ON_HOST, offload_param=ON_HOST),
     "fsdp": {"name": "fsdp"},
-    "fsdp-offload": {"name": "fsdp", "fsdp": {"cpu_offload": True, "activation_checkpointing": True}},
+    "fsdp-offload": {
+        "name": "fsdp",
+        "fsdp": {"cpu_offload": True, "activation_checkpointing": True},
+    },
 }
 
 
@@ -53,7 +56,10 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
             session = open_session(config, ranks, resume=False)
             with session.stream() as stream:
                 assert isinstance(stream, ShardStream)
-                steps = [train_step(session, stream, lambda: None, Stopwatch()) for _ in range(config.train.max_steps)]
+                steps = [
+                    train_step(session, stream, lambda: None, Stopwatch())
+                    for _ in range(config.train.max_steps)
+                ]
             losses.append([step.losses["loss"] for step in steps])
     return losses
 
@@ -76,8 +82,14 @@ def test_all_engines_agree(
     later: float,
 ) -> None:
     train = {"global_batch_size": 8, "micro_batch_size": 4, "max_steps": 5, "learning_rate": 1e-3}
-    blocks: dict[str, Any] = {"train": {**train, "precision": precision}, "teacher": {"dtype": "fp32"}}
-    trees = [tiny_tree(tmp_path, tiny_teacher, tiny_shards, engine=engine, **blocks) for engine in ENGINES.values()]
+    blocks: dict[str, Any] = {
+        "train": {**train, "precision": precision},
+        "teacher": {"dtype": "fp32"},
+    }
+    trees = [
+        tiny_tree(tmp_path, tiny_teacher, tiny_shards, engine=engine, **blocks)
+        for engine in ENGINES.values()
+    ]
     runs = {
         (world_size, name): losses
         for world_size in world_sizes
@@ -115,12 +127,18 @@ def test_every_group_has_the_run_s_timeout(
 ) -> None:
     placement = "replicate" if name == "zero1" else "shard"
     blocks = {"engine": ENGINES[name], "teacher": {"placement": placement, "dtype": "fp32"}}
-    seconds = run_ranks(timeouts_of_groups, 2, tiny_tree(tmp_path, tiny_teacher, tiny_shards, **blocks), 71)[0]
+    seconds = run_ranks(
+        timeouts_of_groups, 2, tiny_tree(tmp_path, tiny_teacher, tiny_shards, **blocks), 71
+    )[0]
     assert seconds == [71.0] * num_groups  # the job's, DeepSpeed's, and one that someone else makes
 
 
-def bytes_held_after(trees: list[dict[str, Any]], in_own_group: bool) -> list[tuple[int, int, list[str]]]:
-    """Make each configuration's run; return what tensors hold at its last step and after it, and whose they are."""
+def bytes_held_after(
+    trees: list[dict[str, Any]], in_own_group: bool
+) -> list[tuple[int, int, list[str]]]:
+    """Make each configuration's run; return what tensors hold at its last step and after it, and
+    whose they are.
+    """
     from contextlib import nullcontext
 
     from scaledistill.distributed.ranks import process_group
@@ -130,7 +148,9 @@ def bytes_held_after(trees: list[dict[str, Any]], in_own_group: bool) -> list[tu
         return [held for held in gc.get_objects() if issubclass(type(held), torch.Tensor)]
 
     def held_bytes() -> int:
-        storages = {held.untyped_storage()._cdata: held.untyped_storage().nbytes() for held in tensors()}
+        storages = {
+            held.untyped_storage()._cdata: held.untyped_storage().nbytes() for held in tensors()
+        }
         return sum(storages.values())
 
     during = 0
@@ -147,8 +167,17 @@ def bytes_held_after(trees: list[dict[str, Any]], in_own_group: bool) -> list[tu
         before = held_bytes()
         for tree in trees:
             assert train.distill(parse_config(tree), fresh=True).state == "done"
-            names = ("DeepSpeedEngine", "FsdpEngine", "Teacher", "Session", "BertModel", "FSDPBertModel")
-            alive = [type(held).__name__ for held in gc.get_objects() if type(held).__name__ in names]
+            names = (
+                "DeepSpeedEngine",
+                "FsdpEngine",
+                "Teacher",
+                "Session",
+                "BertModel",
+                "FSDPBertModel",
+            )
+            alive = [
+                type(held).__name__ for held in gc.get_objects() if type(held).__name__ in names
+            ]
             ends.append((during - before, held_bytes() - before, alive))
             assert torch.nn.functional.linear is linear
     return ends
@@ -163,17 +192,30 @@ def bytes_held_after(trees: list[dict[str, Any]], in_own_group: bool) -> list[tu
     ],
 )
 def test_runs_leave_nothing_in_memory(
-    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path, world_size: int, runs: list[tuple[str, str]]
+    tmp_path: Path,
+    tiny_teacher: Path,
+    tiny_shards: Path,
+    world_size: int,
+    runs: list[tuple[str, str]],
 ) -> None:
     train = {"global_batch_size": 8, "max_steps": 2, "warmup_steps": 0}
     trees = []
     for name, precision in runs:
         placement = "shard" if name in ("zero3", "zero3-offload", "fsdp") else "replicate"
         blocks = {"engine": ENGINES[name], "teacher": {"placement": placement, "dtype": "fp32"}}
-        trees.append(tiny_tree(tmp_path, tiny_teacher, tiny_shards, train={**train, "precision": precision}, **blocks))
+        trees.append(
+            tiny_tree(
+                tmp_path,
+                tiny_teacher,
+                tiny_shards,
+                train={**train, "precision": precision},
+                **blocks,
+            )
+        )
     for during, after, alive in run_ranks(bytes_held_after, world_size, trees, world_size > 1)[0]:
         assert during > 50_000
-        assert (after < 200, alive) == (True, [])  # the ranks of FSDP's mesh, which stands as long as its group
+        # The ranks of FSDP's mesh, which stands as long as its group.
+        assert (after < 200, alive) == (True, [])
 
 
 class Collectives(TorchDispatchMode):
@@ -201,7 +243,9 @@ class Collectives(TorchDispatchMode):
 
 
 def gradient_collectives(trees: list[dict[str, Any]]) -> list[list[tuple[bool, torch.dtype, int]]]:
-    """Return the collectives of one step of each configuration, those of single numbers left out."""
+    """Return the collectives of one step of each configuration, those of single numbers left
+    out.
+    """
     from scaledistill.distributed.ranks import process_group
     from scaledistill.metrics.stopwatch import Stopwatch
     from scaledistill.preflight import checks as doctor
@@ -219,11 +263,14 @@ def gradient_collectives(trees: list[dict[str, Any]]) -> list[list[tuple[bool, t
                 Collectives(monkeypatch) as collectives,
             ):
                 train_step(session, stream, lambda: None, Stopwatch())
-            found.append([call for call in collectives.calls if call[2] > 5])  # losses and stop requests: 5 numbers
+            # Losses and stop requests: 5 numbers.
+            found.append([call for call in collectives.calls if call[2] > 5])
     return found
 
 
-def test_gradients_travel_in_fp32_during_the_backward(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> None:
+def test_gradients_travel_in_fp32_during_the_backward(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> None:
     """In two micro-batches of a bf16 student, under the default engine and the others."""
     train = {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": 2, "precision": "bf16"}
     engines: dict[str, dict[str, Any]] = {
@@ -231,11 +278,20 @@ def test_gradients_travel_in_fp32_during_the_backward(tmp_path: Path, tiny_teach
         "zero3": zero(3, reduce_bucket_size=1000),
         "fsdp": {"name": "fsdp"},
         "zero1": zero(1, reduce_bucket_size=1000),
-        "stated": {"deepspeed": {"zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}},
+        "stated": {
+            "deepspeed": {"zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}
+        },
     }
     assert EngineSettings().deepspeed == {"zero_optimization": {"stage": 2}}
     trees = [
-        tiny_tree(tmp_path, tiny_teacher, tiny_shards, engine=engine, train=train, teacher={"dtype": "fp32"})
+        tiny_tree(
+            tmp_path,
+            tiny_teacher,
+            tiny_shards,
+            engine=engine,
+            train=train,
+            teacher={"dtype": "fp32"},
+        )
         for engine in engines.values()
     ]
     calls = dict(zip(engines, run_ranks(gradient_collectives, 2, trees)[0], strict=True))
@@ -273,7 +329,9 @@ def block_of(**deepspeed: Any) -> DistillConfig:
 
 
 def test_what_deepspeed_would_guess_is_written_out() -> None:
-    given = block_of(bf16={"enabled": "auto"}, zero_optimization={"stage": 3, "reduce_bucket_size": "auto"})
+    given = block_of(
+        bf16={"enabled": "auto"}, zero_optimization={"stage": 3, "reduce_bucket_size": "auto"}
+    )
     before = copy.deepcopy(given.engine.deepspeed)
     block = resolve_block(given, world_size=2)
     assert block["bf16"]["enabled"] is True
@@ -297,22 +355,44 @@ def test_what_deepspeed_would_guess_is_written_out() -> None:
             {"train_batch_size": 8},
             r"engine\.deepspeed\.train_batch_size: not allowed here; set train\.global_batch_size",
         ),
-        ({"gradient_accumulation_steps": 8}, r"gradient_accumulation_steps: not allowed here; it follows from"),
-        ({"optimizer": {}}, r"engine\.deepspeed\.optimizer: not allowed here; the optimizer is AdamW"),
-        ({"scheduler": {}}, r"engine\.deepspeed\.scheduler: not allowed here; the learning rate is a function"),
-        ({"zero_optimization": {"stage": 0}}, r"zero_optimization\.stage: found 0, expected 1, 2 or 3"),
+        (
+            {"gradient_accumulation_steps": 8},
+            r"gradient_accumulation_steps: not allowed here; it follows from",
+        ),
+        (
+            {"optimizer": {}},
+            r"engine\.deepspeed\.optimizer: not allowed here; the optimizer is AdamW",
+        ),
+        (
+            {"scheduler": {}},
+            r"engine\.deepspeed\.scheduler: not allowed here; the learning rate is a function",
+        ),
+        (
+            {"zero_optimization": {"stage": 0}},
+            r"zero_optimization\.stage: found 0, expected 1, 2 or 3",
+        ),
         ({"zero_optimization": {}}, r"zero_optimization\.stage: found None, expected 1, 2 or 3"),
-        ({"gradient_clipping": 0.5}, r"gradient_clipping: found 0\.5, expected 1\.0 by train\.max_grad_norm"),
-        ({"fp16": {"enabled": True}}, r"fp16\.enabled: found True, expected False by train\.precision"),
+        (
+            {"gradient_clipping": 0.5},
+            r"gradient_clipping: found 0\.5, expected 1\.0 by train\.max_grad_norm",
+        ),
+        (
+            {"fp16": {"enabled": True}},
+            r"fp16\.enabled: found True, expected False by train\.precision",
+        ),
         (
             {"zero_optimization": {"stage": 1, "reduce_bucket_sise": 1000}},
-            r"zero_optimization\.reduce_bucket_sise: unknown key; did you mean 'reduce_bucket_size'",
+            r"zero_optimization\.reduce_bucket_sise: unknown key; did you mean "
+            r"'reduce_bucket_size'",
         ),
         (
             {"zero_optimization": {"stage": 1, "offload_optimizer": {"devic": "cpu"}}},
             r"offload_optimizer\.devic: unknown key; did you mean 'device'",
         ),
-        ({"bf16": {"check_grad_overflow": False}}, r"bf16\.check_grad_overflow: found False, expected True"),
+        (
+            {"bf16": {"check_grad_overflow": False}},
+            r"bf16\.check_grad_overflow: found False, expected True",
+        ),
         (
             {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
             r"zero_optimization\.compute_grad_norm: found False, expected True",
@@ -320,36 +400,83 @@ def test_what_deepspeed_would_guess_is_written_out() -> None:
         ({"bf16": True}, r"engine\.deepspeed\.bf16: found True, expected a block"),
         ({"bf16": "auto"}, r"engine\.deepspeed\.bf16: found 'auto', expected a block"),
         ({"data_types": None}, r"engine\.deepspeed\.data_types: found None, expected a block"),
-        ({"aio": {"block_size": 1048576}}, r"engine\.deepspeed\.aio: not allowed here; it is read for device='nvme'"),
-        ({"compile": {"deepcompile": True}}, r"engine\.deepspeed\.compile: not allowed here; set train\.compile"),
-        ({"communication_data_type": "int8"}, r"communication_data_type: found 'int8', expected 'fp32', 'bf16' or"),
-        ({"communication_data_type": ["fp32"]}, r"communication_data_type: found \['fp32'\], expected 'fp32'"),
-        ({"prescale_gradients": True}, r"prescale_gradients: found True, expected False; ZeRO's stages 2 and 3 cannot"),
-        ({"gradient_predivide_factor": 0}, r"gradient_predivide_factor: found 0, expected 1\.0; .*; remove the key"),
-        ({"steps_per_print": 0}, r"steps_per_print: found 0, expected null or a whole number, 1 or more"),
+        (
+            {"aio": {"block_size": 1048576}},
+            r"engine\.deepspeed\.aio: not allowed here; it is read for device='nvme'",
+        ),
+        (
+            {"compile": {"deepcompile": True}},
+            r"engine\.deepspeed\.compile: not allowed here; set train\.compile",
+        ),
+        (
+            {"communication_data_type": "int8"},
+            r"communication_data_type: found 'int8', expected 'fp32', 'bf16' or",
+        ),
+        (
+            {"communication_data_type": ["fp32"]},
+            r"communication_data_type: found \['fp32'\], expected 'fp32'",
+        ),
+        (
+            {"prescale_gradients": True},
+            r"prescale_gradients: found True, expected False; ZeRO's stages 2 and 3 cannot",
+        ),
+        (
+            {"gradient_predivide_factor": 0},
+            r"gradient_predivide_factor: found 0, expected 1\.0; .*; remove the key",
+        ),
+        (
+            {"steps_per_print": 0},
+            r"steps_per_print: found 0, expected null or a whole number, 1 or more",
+        ),
         ({"gradient_clipping": True}, r"gradient_clipping: found True, expected a number"),
-        ({"bf16": {"bf16_master_weights_and_grads": True}}, r"found True, expected False; master weights and moments"),
-        ({"bf16": {"enable": True}}, r"engine\.deepspeed\.bf16\.enable: unknown key; did you mean 'enabled'"),
-        ({"fp16": {"loss_scale_window": 0}}, r"fp16\.loss_scale_window: found 0, expected a whole number, 1 or more"),
-        ({"fp16": {"min_loss_scale": True}}, r"fp16\.min_loss_scale: found True, expected a whole number, 1 or more"),
-        ({"fp16": {"loss_scale": -1}}, r"fp16\.loss_scale: found -1, expected a number, 0 \(dynamic\) or more"),
+        (
+            {"bf16": {"bf16_master_weights_and_grads": True}},
+            r"found True, expected False; master weights and moments",
+        ),
+        (
+            {"bf16": {"enable": True}},
+            r"engine\.deepspeed\.bf16\.enable: unknown key; did you mean 'enabled'",
+        ),
+        (
+            {"fp16": {"loss_scale_window": 0}},
+            r"fp16\.loss_scale_window: found 0, expected a whole number, 1 or more",
+        ),
+        (
+            {"fp16": {"min_loss_scale": True}},
+            r"fp16\.min_loss_scale: found True, expected a whole number, 1 or more",
+        ),
+        (
+            {"fp16": {"loss_scale": -1}},
+            r"fp16\.loss_scale: found -1, expected a number, 0 \(dynamic\) or more",
+        ),
         (
             {"data_types": {"grad_accum_dtype": "bf16"}},
             r"grad_accum_dtype: found 'bf16', expected 'fp32'; gradients are",
         ),
         (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "nvme_path": "/nvme"}}},
-            r"offload_optimizer\.nvme_path: found '/nvme', expected None; it is read for device='nvme' only",
+            {
+                "zero_optimization": {
+                    "stage": 2,
+                    "offload_optimizer": {"device": "cpu", "nvme_path": "/nvme"},
+                }
+            },
+            r"offload_optimizer\.nvme_path: found '/nvme', expected None; it is read for "
+            r"device='nvme' only",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_param": True}},
-            r"zero_optimization\.offload_param: found True, expected a block such as \{'device': 'cpu'\}",
+            r"zero_optimization\.offload_param: found True, expected a block such as \{'device': "
+            r"'cpu'\}",
         ),
         (
             {"communication_data_type": "fp64"},
-            r"communication_data_type: found 'fp64', expected 'fp32', 'bf16' or 'fp16'; remove it to take 'fp32'",
+            r"communication_data_type: found 'fp64', expected 'fp32', 'bf16' or 'fp16'; remove it "
+            r"to take 'fp32'",
         ),
-        ({"communication_data_type": "auto"}, r"communication_data_type='auto': DeepSpeed does not resolve it"),
+        (
+            {"communication_data_type": "auto"},
+            r"communication_data_type='auto': DeepSpeed does not resolve it",
+        ),
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
             r"offload_param\.device='cpu' needs zero_optimization\.stage=3, found 2",
@@ -360,7 +487,8 @@ def test_what_deepspeed_would_guess_is_written_out() -> None:
         ),
         (
             {"zero_optimization": {"stage": 1, "reduce_bucket_size": "large"}},
-            r"reduce_bucket_size: found 'large', expected a whole number, 1 or more; remove it to take 5000000",
+            r"reduce_bucket_size: found 'large', expected a whole number, 1 or more; remove it to "
+            r"take 5000000",
         ),
     ],
 )
@@ -372,12 +500,24 @@ def test_bad_blocks_are_refused(block: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("round_robin_gradients", True, "expected False; DeepSpeed then takes weights for one another"),
+        (
+            "round_robin_gradients",
+            True,
+            "expected False; DeepSpeed then takes weights for one another",
+        ),
         ("parameter_alignment", True, "expected False; it pads the flat buffers"),
         ("contiguous_gradients", False, "expected True; gradients that are reduced one by one"),
-        ("sub_group_size", 0, "expected a whole number, 1 or more; correct the value or remove the key"),
+        (
+            "sub_group_size",
+            0,
+            "expected a whole number, 1 or more; correct the value or remove the key",
+        ),
         ("allgather_bucket_size", -1, "expected a whole number, 1 or more; correct"),
-        ("reduce_bucket_size", 1.5, "expected a whole number, 1 or more; remove it to take 5000000"),
+        (
+            "reduce_bucket_size",
+            1.5,
+            "expected a whole number, 1 or more; remove it to take 5000000",
+        ),
         ("stage3_max_live_parameters", float("inf"), "expected a whole number, 0 or more; correct"),
         ("stage3_prefetch_bucket_size", None, "expected a whole number, 0 or more; correct"),
         ("overlap_comm", "yes", "expected true, false or null; correct"),
@@ -385,33 +525,51 @@ def test_bad_blocks_are_refused(block: dict[str, Any], message: str) -> None:
         ("zero_hpz_partition_size", 2, "expected 1; a second partition of the weights"),
         ("zero_quantized_weights", True, "expected False; what is quantized on the way"),
         ("zero_quantized_gradients", True, "expected False; what is quantized on the way"),
-        ("elastic_checkpoint", True, "expected False; DeepSpeed's checkpoints are not used; remove the key"),
+        (
+            "elastic_checkpoint",
+            True,
+            "expected False; DeepSpeed's checkpoints are not used; remove the key",
+        ),
         ("cpu_offload", True, "expected None; DeepSpeed has replaced it by offload_optimizer="),
         ("zenflow", {"topk_ratio": 0.1}, "expected None; it updates some weights steps later"),
-        ("leaf_module", {"classes": ["BertLayer"]}, "expected None; blocks are gathered part by part"),
+        (
+            "leaf_module",
+            {"classes": ["BertLayer"]},
+            "expected None; blocks are gathered part by part",
+        ),
         ("mics_shard_size", 2, "not allowed here; DeepSpeed has removed it"),
         ("offload_optimizer.ratio", 0.5, "expected 1.0; a part of the moments cannot be offloaded"),
-        ("offload_optimizer.super_offload", True, "expected False; it steps by DeepSpeed's CPU optimizer"),
+        (
+            "offload_optimizer.super_offload",
+            True,
+            "expected False; it steps by DeepSpeed's CPU optimizer",
+        ),
         ("offload_optimizer.pin_memory", "no", "expected true or false; correct"),
         ("offload_optimizer.device", ["cpu"], "expected 'cpu' or 'none'; NVMe is not supported"),
         ("offload_param.max_in_cpu", 5, "expected 1000000000; it is read for device='nvme' only"),
     ],
 )
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_zero_cannot_do_here_is_refused(stage: int, key: str, value: Any, message: str) -> None:
+def test_what_zero_cannot_do_here_is_refused(
+    stage: int, key: str, value: Any, message: str
+) -> None:
     block, _, name = key.rpartition(".")
     settings = {block: {name: value}} if block else {key: value}
     found = "" if "not allowed" in message else f"found {value!r}, "
     with pytest.raises(ConfigError) as error:
         resolve_block(block_of(zero_optimization={"stage": stage, **settings}), world_size=2)
-    assert str(error.value).startswith(f"engine.deepspeed.zero_optimization.{key}: {found}{message}")
+    assert str(error.value).startswith(
+        f"engine.deepspeed.zero_optimization.{key}: {found}{message}"
+    )
 
 
 def test_defaults_may_be_written_out_and_sizes_as_floats() -> None:
     examples = {"round_robin_gradients": False, "contiguous_gradients": True, "sub_group_size": 1e9}
     offload = {"device": "cpu", "pin_memory": True, "buffer_count": 4, "fast_init": False}
     zero_block = {"stage": 3, **examples, "offload_optimizer": offload, "offload_param": None}
-    block = resolve_block(block_of(zero_optimization=zero_block, prescale_gradients=False), world_size=2)
+    block = resolve_block(
+        block_of(zero_optimization=zero_block, prescale_gradients=False), world_size=2
+    )
     assert block["zero_optimization"]["sub_group_size"] == 1_000_000_000
     assert isinstance(block["zero_optimization"]["sub_group_size"], int)
 
@@ -434,7 +592,9 @@ def refused_by_deepspeed(tree: dict[str, Any]) -> str:
     return "accepted"
 
 
-def test_deepspeed_s_own_check_is_a_config_error(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> None:
+def test_deepspeed_s_own_check_is_a_config_error(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> None:
     tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, engine=ENGINES["zero1"])
     [message] = run_ranks(refused_by_deepspeed, 1, tree)
     assert message.startswith(
@@ -442,7 +602,8 @@ def test_deepspeed_s_own_check_is_a_config_error(tmp_path: Path, tiny_teacher: P
     )
 
 
-# Every key of the block with more than one value, by the stages that read it, with other values than DeepSpeed's.
+# Every key of the block with more than one value, by the stages that read it, with other values
+# than DeepSpeed's.
 VARIED: list[tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]] = [
     ((1, 2), {"allgather_bucket_size": 1000}, {}),
     ((1, 2), {"allgather_partitions": False}, {}),
@@ -453,23 +614,54 @@ VARIED: list[tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]] = [
     ((1, 2, 3), {"enable_sanity_checks": True, "log_trace_cache_warnings": True}, {}),
     ((1, 2, 3), {"offload_optimizer": {"device": "cpu", "pin_memory": False}}, {}),
     ((1, 2, 3), {}, {"communication_data_type": "fp32", "zero_allow_untested_optimizer": True}),
-    ((1, 2, 3), {}, {"steps_per_print": 1, "wall_clock_breakdown": True, "memory_breakdown": True, "dump_state": True}),
+    (
+        (1, 2, 3),
+        {},
+        {
+            "steps_per_print": 1,
+            "wall_clock_breakdown": True,
+            "memory_breakdown": True,
+            "dump_state": True,
+        },
+    ),
     ((3,), {"memory_efficient_linear": False}, {}),
     ((3,), {"sub_group_size": 700}, {}),
     ((3,), {"offload_param": {"device": "cpu", "pin_memory": False}}, {}),
     ((3,), {"stage3_allgather_sequential": True}, {}),
     ((3,), {"stage3_use_all_reduce_for_fetch_params": True}, {}),
-    ((3,), {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}, {}),
-    ((3,), {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}, {}),
-    ((3,), {"stage3_param_persistence_threshold": 10**6, "stage3_model_persistence_threshold": 10**4}, {}),
+    (
+        (3,),
+        {
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        },
+        {},
+    ),
+    (
+        (3,),
+        {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        {},
+    ),
+    (
+        (3,),
+        {"stage3_param_persistence_threshold": 10**6, "stage3_model_persistence_threshold": 10**4},
+        {},
+    ),
 ]
 
 
-def losses_carried_over(trees: list[dict[str, Any]]) -> list[tuple[list[float], list[float], list[float]]]:
-    """Return for each configuration the losses of steps 3 and 4: its own, and after its state has moved on.
+def losses_carried_over(
+    trees: list[dict[str, Any]],
+) -> list[tuple[list[float], list[float], list[float]]]:
+    """Return for each configuration the losses of steps 3 and 4: its own, and after its state has
+    moved on.
 
-    The second are of a plain engine (the first configuration's) that goes on from it, as an export or another engine
-    does; the third of an engine of its own kind that does.
+    The second are of a plain engine (the first configuration's) that goes on from it, as an export
+    or another engine does; the third of an engine of its own kind that does.
     """
     from scaledistill.distributed.ranks import broadcast_object, process_group
     from scaledistill.metrics.stopwatch import Stopwatch
@@ -486,7 +678,10 @@ def losses_carried_over(trees: list[dict[str, Any]]) -> list[tuple[list[float], 
 
         def steps(session: Any) -> list[float]:
             with session.stream() as stream:
-                return [train_step(session, stream, lambda: None, Stopwatch()).losses["loss"] for _ in range(2)]
+                return [
+                    train_step(session, stream, lambda: None, Stopwatch()).losses["loss"]
+                    for _ in range(2)
+                ]
 
         def moved(tree: dict[str, Any], export: Path, state: Any) -> list[float]:
             session = opened(tree, init=str(export))
@@ -500,7 +695,9 @@ def losses_carried_over(trees: list[dict[str, Any]]) -> list[tuple[list[float], 
             steps(session)
             export = session.export("moved", {})
             state = broadcast_object(session.student.engine.state())
-            ends.append((steps(session), moved(trees[0], export, state), moved(tree, export, state)))
+            ends.append(
+                (steps(session), moved(trees[0], export, state), moved(tree, export, state))
+            )
     return ends
 
 
@@ -510,13 +707,25 @@ def losses_carried_over(trees: list[dict[str, Any]]) -> list[tuple[list[float], 
 def test_every_allowed_key_keeps_weights_and_moments_in_their_places(
     tmp_path: Path, tiny_teacher: Path, tiny_shards: Path, stage: int, precision: str
 ) -> None:
-    train = {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": 40, "learning_rate": 1e-2, "warmup_steps": 0}
-    blocks: dict[str, Any] = {"train": {**train, "precision": precision}, "teacher": {"dtype": "fp32"}}
+    train = {
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "max_steps": 40,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+    }
+    blocks: dict[str, Any] = {
+        "train": {**train, "precision": precision},
+        "teacher": {"dtype": "fp32"},
+    }
     engines = [zero(stage)]
     for stages, zero_settings, settings in VARIED:
         if stage in stages:
             engines.append({"deepspeed": {**zero(stage, **zero_settings)["deepspeed"], **settings}})
-    trees = [tiny_tree(tmp_path, tiny_teacher, tiny_shards, engine=engine, **blocks) for engine in engines]
+    trees = [
+        tiny_tree(tmp_path, tiny_teacher, tiny_shards, engine=engine, **blocks)
+        for engine in engines
+    ]
     ends = run_ranks(losses_carried_over, 2, trees, timeout=600)[0]
     expected, tolerance = ends[0][0], 1e-4 if precision == "fp32" else 2e-2
     for engine, (own, by_plain, by_its_kind) in zip(engines, ends, strict=True):
@@ -531,9 +740,21 @@ def test_the_matrix_has_every_key_that_may_vary() -> None:
     varied: set[str] = set()
     for _, zero_settings, settings in VARIED:
         varied |= {*zero_settings, *settings}
-    free = [key for key, check in {**block.TOP_KEYS, **block.ZERO_KEYS}.items() if "; remove the key" not in check[2]]
+    free = [
+        key
+        for key, check in {**block.TOP_KEYS, **block.ZERO_KEYS}.items()
+        if "; remove the key" not in check[2]
+    ]
     # The blocks themselves, what `train` settles, and the stage.
-    settled = {"zero_optimization", "bf16", "fp16", "data_types", "gradient_clipping", "compute_grad_norm", "stage"}
+    settled = {
+        "zero_optimization",
+        "bf16",
+        "fp16",
+        "data_types",
+        "gradient_clipping",
+        "compute_grad_norm",
+        "stage",
+    }
     assert set(free) - settled == varied
 
 
@@ -544,11 +765,21 @@ def test_the_loss_scaler_s_state_is_json() -> None:
 
     from scaledistill.engines.deepspeed import scaler_state
 
-    settings = {"scale_window": 1000, "min_scale": 1.0, "delayed_shift": 2, "consecutive_hysteresis": False}
+    settings = {
+        "scale_window": 1000,
+        "min_scale": 1.0,
+        "delayed_shift": 2,
+        "consecutive_hysteresis": False,
+    }
     scaler = DynamicLossScaler(init_scale=2.0**16, **settings)
     scaler.cur_iter, scaler.last_overflow_iter = 7, 5
     state = json.loads(json.dumps(scaler_state(scaler)))
-    assert state == {"cur_scale": 2.0**16, "cur_iter": 7, "last_overflow_iter": 5, "cur_hysteresis": 2}
+    assert state == {
+        "cur_scale": 2.0**16,
+        "cur_iter": 7,
+        "last_overflow_iter": 5,
+        "cur_hysteresis": 2,
+    }
 
 
 def test_the_known_zero_keys_are_deepspeed_s() -> None:

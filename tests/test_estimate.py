@@ -28,7 +28,9 @@ LARGER = {"larger": {"num_layers": 3, "hidden_size": 96, "num_attention_heads": 
 def estimate_of(config: DistillConfig, world_size: int = 1, device_type: str = "cpu") -> Estimate:
     config = doctor.resolve(config, world_size, CPU)
     teacher = load_config(config.teacher.model)
-    return estimate(config, "l2", teacher, doctor.student_shape(config, "l2", teacher), world_size, device_type)
+    return estimate(
+        config, "l2", teacher, doctor.student_shape(config, "l2", teacher), world_size, device_type
+    )
 
 
 def count(module: torch.nn.Module) -> int:
@@ -36,17 +38,23 @@ def count(module: torch.nn.Module) -> int:
 
 
 def test_parameters_are_those_of_real_models(tiny_config: Callable[..., DistillConfig]) -> None:
-    config = tiny_config(students={"l2": {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 3}})
+    config = tiny_config(
+        students={"l2": {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 3}}
+    )
     facts = estimate_of(config)
     teacher = Teacher(load_encoder(config.teacher.model, num_layers=3), 3)
     student = build_encoder(
-        student_config(load_config(config.teacher.model), num_layers=2, hidden_size=48, num_attention_heads=3)
+        student_config(
+            load_config(config.teacher.model), num_layers=2, hidden_size=48, num_attention_heads=3
+        )
     )
     view = capture_view(student, 2)
     assert facts.teacher_parameters == teacher.num_parameters
     assert facts.student_parameters == count(student)
     assert facts.trained_parameters == count(view)
-    assert count(view) == count(student) - (48 * 48 + 48 + 2 * 48) - (48 * 192 + 192 + 192 * 48 + 48 + 2 * 48)
+    assert count(view) == count(student) - (48 * 48 + 48 + 2 * 48) - (
+        48 * 192 + 192 + 192 * 48 + 48 + 2 * 48
+    )
     teacher_flops, student_flops = forward_flops(teacher.view, 16), 3 * forward_flops(view, 16)
     assert facts.flops_per_token == (teacher_flops + student_flops) / 16
     assert facts.teacher_flops_fraction == teacher_flops / (teacher_flops + student_flops)
@@ -71,29 +79,39 @@ def test_bytes_per_trained_parameter_on_four_ranks(
     tiny_config: Callable[..., DistillConfig],
 ) -> None:
     config = tiny_config(
-        train={"precision": "bf16"}, engine={"deepspeed": {"zero_optimization": zero}}, teacher={"dtype": "fp32"}
+        train={"precision": "bf16"},
+        engine={"deepspeed": {"zero_optimization": zero}},
+        teacher={"dtype": "fp32"},
     )
     facts = estimate_of(config, world_size=4, device_type="cuda")
     trained = facts.trained_parameters
-    assert facts.weights_and_gradients_bytes == pytest.approx((weights + gradients) * trained, abs=2)
+    assert facts.weights_and_gradients_bytes == pytest.approx(
+        (weights + gradients) * trained, abs=2
+    )
     assert facts.optimizer_bytes == pytest.approx(optimizer * trained, abs=2)
     assert facts.optimizer_on_host is on_host
     assert facts.teacher_bytes == 4 * facts.teacher_parameters
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
-def test_flops_are_those_of_the_whole_view(layer: int, tiny_config: Callable[..., DistillConfig]) -> None:
+def test_flops_are_those_of_the_whole_view(
+    layer: int, tiny_config: Callable[..., DistillConfig]
+) -> None:
     student = {"l2": {"num_layers": 5, "hidden_size": 16, "num_attention_heads": 2}}
     config = tiny_config(teacher={"layer": layer}, students=student)
     teacher = capture_view(build_encoder(load_config(config.teacher.model), device="meta"), layer)
     shape = doctor.student_shape(config, "l2", load_config(config.teacher.model))
-    flops = forward_flops(teacher, 16) + 3 * forward_flops(capture_view(build_encoder(shape), 5), 16)
+    flops = forward_flops(teacher, 16) + 3 * forward_flops(
+        capture_view(build_encoder(shape), 5), 16
+    )
     assert estimate_of(config).flops_per_token == flops / 16
 
 
 def test_where_a_teacher_s_bytes_lie(tiny_config: Callable[..., DistillConfig]) -> None:
     def facts(device_type: str, placement: str, world_size: int = 4) -> Estimate:
-        config = tiny_config(teacher={"placement": placement, "dtype": "fp32"}, train={"precision": "bf16"})
+        config = tiny_config(
+            teacher={"placement": placement, "dtype": "fp32"}, train={"precision": "bf16"}
+        )
         return estimate_of(config, world_size=world_size, device_type=device_type)
 
     view = Teacher(load_encoder(tiny_config().teacher.model, num_layers=3), 3).view
@@ -103,7 +121,8 @@ def test_where_a_teacher_s_bytes_lie(tiny_config: Callable[..., DistillConfig]) 
     part = whole // 4
     expected = {"replicate": (whole, 0), "shard": (part + gathered, 0), "offload": (gathered, part)}
     assert gpu.placements == expected
-    assert facts("cpu", "replicate").placements["offload"] == (part + gathered, 0)  # there is one memory only
+    # There is one memory only.
+    assert facts("cpu", "replicate").placements["offload"] == (part + gathered, 0)
     for placement, (on_device, _) in expected.items():
         assert facts("cuda", placement).teacher_bytes == on_device
     assert facts("cuda", "shard", 8).teacher_bytes == whole // 8 + gathered
@@ -125,7 +144,11 @@ def test_fsdp_memory(tiny_config: Callable[..., DistillConfig]) -> None:
 
 def test_host_memory_holds_what_was_offloaded(tiny_config: Callable[..., DistillConfig]) -> None:
     offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    config = tiny_config(engine={"deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 10, **offload}}})
+    config = tiny_config(
+        engine={
+            "deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 10, **offload}}
+        }
+    )
     gpu, host = (estimate_of(config, device_type=device_type) for device_type in ("cuda", "cpu"))
     trained = gpu.trained_parameters
     assert gpu.engine_bytes == 2 * 10 * 4 + 4 * trained  # two buckets; the weights, gathered
@@ -143,23 +166,31 @@ def test_gradient_buckets(tiny_config: Callable[..., DistillConfig]) -> None:
 
     trained = estimate_of(tiny_config()).trained_parameters
     assert engine_bytes("cuda", reduce_bucket_size=10**6, overlap_comm=True) == 8 * 10**6
-    assert engine_bytes("cpu", reduce_bucket_size=10**6, overlap_comm=False) == 4 * trained  # never touched pages
+    # Never touched pages.
+    assert engine_bytes("cpu", reduce_bucket_size=10**6, overlap_comm=False) == 4 * trained
 
 
-def test_relation_memory_grows_as_the_backends_do(tiny_config: Callable[..., DistillConfig]) -> None:
+def test_relation_memory_grows_as_the_backends_do(
+    tiny_config: Callable[..., DistillConfig],
+) -> None:
     def relation_bytes(backend: str, sequence_length: int) -> int:
-        config = tiny_config(relations={"backend": "reference"}, data={"sequence_length": sequence_length})
+        config = tiny_config(
+            relations={"backend": "reference"}, data={"sequence_length": sequence_length}
+        )
         settled = doctor.resolve(config, 1, CPU)
         relations = config.relations.model_copy(update={"backend": backend})
         teacher = load_config(config.teacher.model)
         student = doctor.student_shape(config, "l2", teacher)
-        return estimate(settled.model_copy(update={"relations": relations}), "l2", teacher, student, 1).relation_bytes
+        return estimate(
+            settled.model_copy(update={"relations": relations}), "l2", teacher, student, 1
+        ).relation_bytes
 
     gradients = 8 * 3 * 16 * 4  # sequences; q, k, v of width 16 in fp32
     maps = 8 * 3 * 4 * 4  # sequences, pairs, relation heads, in fp32
     assert 2 < relation_bytes("reference", 64) / (64 * 64 * maps) < 5
     assert relation_bytes("sdpa", 64) == pytest.approx(64 * gradients, abs=8)
-    assert relation_bytes("triton", 64) == pytest.approx(64 * 4 * maps, abs=8)  # of both models' rows: sums, factors
+    # Of both models' rows: sums, factors.
+    assert relation_bytes("triton", 64) == pytest.approx(64 * 4 * maps, abs=8)
 
 
 @pytest.mark.parametrize(
@@ -171,10 +202,16 @@ def test_relation_memory_grows_as_the_backends_do(tiny_config: Callable[..., Dis
     ],
 )
 def test_activations_are_those_that_a_step_allocates(
-    backend: str, attention: str, dropout: float, precision: str, tiny_config: Callable[..., DistillConfig]
+    backend: str,
+    attention: str,
+    dropout: float,
+    precision: str,
+    tiny_config: Callable[..., DistillConfig],
 ) -> None:
     config = tiny_config(
-        students={"l2": {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "dropout": dropout}},
+        students={
+            "l2": {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "dropout": dropout}
+        },
         relations={"backend": backend},
         data={"attention": attention, "sequence_length": 32},
         train={"precision": precision},
@@ -183,8 +220,12 @@ def test_activations_are_those_that_a_step_allocates(
     facts = estimate_of(config)
     config = doctor.resolve(config, 1, CPU)
     encoder = load_encoder(config.teacher.model, num_layers=3)
-    student = build_student(encoder, doctor.student_shape(config, "l2", encoder.config), dropout=dropout)
-    trial = Trial(config, "l2", Teacher(encoder, 3, dtype=DTYPES[precision]), capture_view(student, 3), CPU, 0)
+    student = build_student(
+        encoder, doctor.student_shape(config, "l2", encoder.config), dropout=dropout
+    )
+    trial = Trial(
+        config, "l2", Teacher(encoder, 3, dtype=DTYPES[precision]), capture_view(student, 3), CPU, 0
+    )
     trial(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trial(sequences)
@@ -196,13 +237,19 @@ def test_activations_are_those_that_a_step_allocates(
 
 def allocation_peak(profiler: profile) -> int:
     """Return the peak of what was allocated under the profiler."""
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    held = np.cumsum(
+        [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    )
     return int(held.max())
 
 
 def peak_of_a_run(sequences: int, length: int) -> tuple[int, int]:
-    """Make two steps of BERT-base → 6×384 under DeepSpeed; return the memory it took, and what was expected."""
+    """Make two steps of BERT-base → 6×384 under DeepSpeed; return the memory it took, and what was
+    expected.
+    """
     from transformers import BertConfig
 
     from scaledistill.distributed.ranks import process_group
@@ -212,12 +259,17 @@ def peak_of_a_run(sequences: int, length: int) -> tuple[int, int]:
     from scaledistill.relations import relation_loss
 
     def memory_bytes(field: str) -> int:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
         return int(status[field].split()[0]) * 1024
 
     tree = tiny_tree(Path(), Path("model"), Path("shards"))
     tree["students"] = {"l6": {"num_layers": 6, "hidden_size": 384, "num_attention_heads": 12}}
-    tree |= {"teacher": {"model": "model", "layer": 12, "dtype": "fp32"}, "relations": {"num_heads": 48}}
+    tree |= {
+        "teacher": {"model": "model", "layer": 12, "dtype": "fp32"},
+        "relations": {"num_heads": 48},
+    }
     tree["data"] |= {"sequence_length": length}
     tree["train"] |= {"global_batch_size": 2 * sequences, "micro_batch_size": sequences}
     with process_group(60) as ranks:
@@ -259,10 +311,14 @@ def save_once(tree: dict[str, Any]) -> tuple[int, Estimate]:
         session = open_session(plan.config, ranks, resume=False)
         session.save()
         assert session.saver.settle(wait=True) == Outcome(0, None)
-    return sum(path.stat().st_size for path in Path(plan.config.run.folder).rglob("*") if path.is_file()), plan.estimate
+    return sum(
+        path.stat().st_size for path in Path(plan.config.run.folder).rglob("*") if path.is_file()
+    ), plan.estimate
 
 
-def test_checkpoint_is_as_large_as_planned(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> None:
+def test_checkpoint_is_as_large_as_planned(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> None:
     tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards)
     [(found, facts)] = run_ranks(save_once, 1, tree | {"students": LARGER})
     assert facts.checkpoint_bytes > 3_000_000

@@ -37,8 +37,12 @@ def glue_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for task in ("RTE", "CoLA"):
             (folder / task).mkdir(exist_ok=True)
         names = ("entailment", "not_entailment")
-        lines = [f"{i}\t{one}\t{other}\t{names[label]}" for i, (one, other, label) in enumerate(rows)]
-        (folder / "RTE" / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *lines]) + "\n")
+        lines = [
+            f"{i}\t{one}\t{other}\t{names[label]}" for i, (one, other, label) in enumerate(rows)
+        ]
+        (folder / "RTE" / f"{split}.tsv").write_text(
+            "\n".join(["index\tsentence1\tsentence2\tlabel", *lines]) + "\n"
+        )
         lines = [f"s\t{label}\t\t{one}" for one, _, label in rows]
         (folder / "CoLA" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     return folder
@@ -52,7 +56,12 @@ def make_tree(
 
     def make(**changes: Any) -> dict[str, Any]:
         tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards)
-        evaluation = {"tasks": ["rte"], "data_folder": str(glue_folder), "learning_rates": [1e-3], "epochs": [1]}
+        evaluation = {
+            "tasks": ["rte"],
+            "data_folder": str(glue_folder),
+            "learning_rates": [1e-3],
+            "epochs": [1],
+        }
         tree["evaluation"] = {**evaluation, "seeds": [1], "max_length": 16, **changes}
         return tree
 
@@ -73,20 +82,32 @@ def test_a_run_ends_with_its_scores(make_tree: Callable[..., dict[str, Any]]) ->
     assert "| l2 |" in card
     cells = {path: path.stat().st_mtime_ns for path in folder.glob("evaluation/cells/*/*/*.json")}
     assert len(cells) == 2
-    assert run_ranks(distil, 1, tree)[0][0] == "done"  # exports again; the same weights have their scores
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("evaluation/cells/*/*/*.json")} == cells
+    # Exports again; the same weights have their scores.
+    assert run_ranks(distil, 1, tree)[0][0] == "done"
+    assert {
+        path: path.stat().st_mtime_ns for path in folder.glob("evaluation/cells/*/*/*.json")
+    } == cells
     assert (folder / "export" / "l2" / "README.md").read_text().count("## Evaluation") == 1
 
 
-def test_an_evaluation_that_cannot_be_is_told_before_the_run(make_tree: Callable[..., dict[str, Any]]) -> None:
+def test_an_evaluation_that_cannot_be_is_told_before_the_run(
+    make_tree: Callable[..., dict[str, Any]],
+) -> None:
     for changes, message in (
         ({"tasks": ["rtee"]}, "unknown task 'rtee', expected some of .* did you mean rte"),
         ({"tasks": ["mrpc"]}, "has no folder for MRPC"),
         (
-            {"seeds": [1, 2, 1], "max_length": 600, "include_teacher": True, "students": {"teacher": {}}},
+            {
+                "seeds": [1, 2, 1],
+                "max_length": 600,
+                "include_teacher": True,
+                "students": {"teacher": {}},
+            },
             "evaluation: seeds has 1 more than once; name it once\n"
-            "evaluation: include_teacher needs the name 'teacher' in the tables; call the student otherwise\n"
-            r"evaluation: max_length=600 \(RTE\) is more than the \d+ positions of the student teacher; set max_length",
+            "evaluation: include_teacher needs the name 'teacher' in the tables; call the student "
+            "otherwise\n"
+            r"evaluation: max_length=600 \(RTE\) is more than the \d+ positions of the student "
+            r"teacher; set max_length",
         ),
     ):
         students = changes.pop("students", {})
@@ -98,7 +119,8 @@ def test_an_evaluation_that_cannot_be_is_told_before_the_run(make_tree: Callable
         assert re.search(message, text)
         assert not (Path(tree["run"]["folder"]) / "metrics.jsonl").exists()
     with pytest.raises(
-        ConfigError, match=r"evaluation: max_length=1 \(RTE\) leaves no room for text: .* the student l2"
+        ConfigError,
+        match=r"evaluation: max_length=1 \(RTE\) leaves no room for text: .* the student l2",
     ):
         check_evaluation(parse_config(make_tree(max_length=1)))
     with pytest.raises(ConfigError, match=r"evaluation\.task\b.*tasks"):
@@ -119,7 +141,9 @@ def test_an_evaluation_stops_and_goes_on(make_tree: Callable[..., dict[str, Any]
 
 
 def stop_and_go_on(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return `status.json` after an evaluation that is stopped, one that goes on, and one that cannot be."""
+    """Return `status.json` after an evaluation that is stopped, one that goes on, and one that
+    cannot be.
+    """
     config, folder = parse_config(tree), Path(tree["run"]["folder"])
     result = train.distill(parse_config({**tree, "evaluation": None}))
     (folder / "STOP").touch()
@@ -138,21 +162,37 @@ def test_evaluate_and_its_table(
     tmp_path: Path, tiny_teacher: Path, glue_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "COMMAND", glue_stub.COMMAND)
-    given: dict[str, Any] = {"data_dir": glue_folder, "output_dir": tmp_path / "out", "max_seq_length": 16}
+    given: dict[str, Any] = {
+        "data_dir": glue_folder,
+        "output_dir": tmp_path / "out",
+        "max_seq_length": 16,
+    }
     result = evaluate(str(tiny_teacher), ["rte", "cola"], 1e-3, 1, seed=[1, 2], **given)
     assert (len(result.finished), result.failures) == (4, {})
     table = create_summary_table(tmp_path / "out")
     assert list(table.columns) == ["CoLA matthews", "RTE accuracy", "Average"]
     [row] = table.index
     assert row == tiny_teacher.name
-    assert table.loc[row, "Average"] == pytest.approx((table.loc[row].iloc[0] + table.loc[row].iloc[1]) / 2, abs=0.01)
-    assert (tmp_path / "out" / "summary_table.csv").read_text().startswith(",CoLA matthews,RTE accuracy,Average\n")
-    assert list(create_summary_table(tmp_path / "out", save=False, include_average=False).columns)[-1] == "RTE accuracy"
+    assert table.loc[row, "Average"] == pytest.approx(
+        (table.loc[row].iloc[0] + table.loc[row].iloc[1]) / 2, abs=0.01
+    )
+    assert (
+        (tmp_path / "out" / "summary_table.csv")
+        .read_text()
+        .startswith(",CoLA matthews,RTE accuracy,Average\n")
+    )
+    assert (
+        list(create_summary_table(tmp_path / "out", save=False, include_average=False).columns)[-1]
+        == "RTE accuracy"
+    )
     with pytest.raises(ConfigError, match=r"epochs.*found 0"):
         evaluate(str(tiny_teacher), "rte", epochs=0, **given)
     other = shutil.copytree(tiny_teacher, tmp_path / "other" / tiny_teacher.name)
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
-    with pytest.raises(ConfigError, match=r"has scores of another model .*; give .* a name of its own, or set another"):
+    with pytest.raises(
+        ConfigError,
+        match=r"has scores of another model .*; give .* a name of its own, or set another",
+    ):
         evaluate(str(other), "rte", 1e-3, 1, seed=[1], **given)
     evaluate(str(other), "rte", 1e-3, 1, seed=[1, 2], model_name="other", **given)
     assert list(create_summary_table(tmp_path / "out").index) == [tiny_teacher.name, "other"]
@@ -161,13 +201,17 @@ def test_evaluate_and_its_table(
 
 
 def test_the_plan_says_how_many_fine_tunings(make_tree: Callable[..., dict[str, Any]]) -> None:
-    tree = make_tree(include_teacher=True, tasks=["rte", "cola"], learning_rates=[1e-3, 2e-3], seeds=[1, 2, 3])
+    tree = make_tree(
+        include_teacher=True, tasks=["rte", "cola"], learning_rates=[1e-3, 2e-3], seeds=[1, 2, 3]
+    )
     size = "24 fine-tunings (2 models × 2 tasks × 2 learning rates × 1 epoch count × 3 seeds)"
     planned = check_evaluation(parse_config(tree))
     assert planned.size == size
     assert planned.flops(1000) > planned.flops(0) > 0
     alone = check_evaluation(parse_config(make_tree()))
-    assert alone.size == "1 fine-tuning (1 model × 1 task × 1 learning rate × 1 epoch count × 1 seed)"
+    assert (
+        alone.size == "1 fine-tuning (1 model × 1 task × 1 learning rate × 1 epoch count × 1 seed)"
+    )
     assert alone.flops(0) == 0
     twice = check_evaluation(parse_config(make_tree(seeds=[1, 2])))
     assert twice.flops_per_parameter == 2 * alone.flops_per_parameter
@@ -177,5 +221,7 @@ def test_the_plan_says_how_many_fine_tunings(make_tree: Callable[..., dict[str, 
     console.print(plan_table(plan))
     text = console.file.getvalue()
     assert re.search(
-        r"evaluation +24 fine-tunings \(.*\), about \d+ s on this machine \(estimated from the FLOPs\)", text
+        r"evaluation +24 fine-tunings \(.*\), about \d+ s on this machine \(estimated from the "
+        r"FLOPs\)",
+        text,
     )

@@ -20,7 +20,9 @@ from scaledistill.training.exports import export_checkpoint
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_shards: Path) -> dict[str, Any]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_shards: Path
+) -> dict[str, Any]:
     """The settings of a run of two ranks under ZeRO-3, with checkpoints of steps 4, 8 and 10."""
     tree = tiny_tree(
         tmp_path_factory.mktemp("finished"),
@@ -61,13 +63,18 @@ def test_a_checkpoint_that_several_ranks_wrote(run: DistillConfig) -> None:
     check_export(folder, checkpoints(run) / "step-000000008" / "l2.weights.safetensors")
     assert {path: path.stat().st_mtime_ns for path in checkpoints(run).rglob("*")} == before
     card, end = card_of(folder), card_of(folder.with_name("l2"))
-    rows = [json.loads(line) for line in (Path(run.run.folder) / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (Path(run.run.folder) / "metrics.jsonl").read_text().splitlines()
+    ]
     [row] = [row for row in rows if row["step"] == 8]
     assert card["tokens"] == "1,024 (8 steps of 8 × 16)"
     assert card["validation loss"] == f"{row['validation_loss']:.4f}"
     assert card["training loss"] == f"{row['loss']:.4f}"
     different = {"tokens", "validation loss", "training loss"}
-    assert {key: card[key] for key in card.keys() - different} == {key: end[key] for key in end.keys() - different}
+    assert {key: card[key] for key in card.keys() - different} == {
+        key: end[key] for key in end.keys() - different
+    }
 
 
 def test_the_newest_is_what_the_run_itself_exported(run: DistillConfig) -> None:
@@ -81,7 +88,9 @@ def test_the_newest_is_what_the_run_itself_exported(run: DistillConfig) -> None:
 
 def test_losses_that_were_measured_before(run: DistillConfig) -> None:
     path = Path(run.run.folder) / "metrics.jsonl"
-    path.write_text('{"step": 2, "loss": 0.5, "validation_loss": 0.75}\n{"step": 3, "loss": 0.25}\n')
+    path.write_text(
+        '{"step": 2, "loss": 0.5, "validation_loss": 0.75}\n{"step": 3, "loss": 0.25}\n'
+    )
     card = card_of(export_checkpoint(run, 4))
     assert card["validation loss"] == "0.7500 (at step 2)"
     assert card["training loss"] == "0.2500 (at step 3)"
@@ -91,7 +100,9 @@ def test_losses_that_were_measured_before(run: DistillConfig) -> None:
     assert "training loss" not in card
 
 
-def test_the_checkpoints_own_settings_count(run: DistillConfig, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_the_checkpoints_own_settings_count(
+    run: DistillConfig, tiny_teacher: Path, tmp_path: Path
+) -> None:
     moved = Path(shutil.copytree(tiny_teacher, tmp_path / "moved"))
     tree = run.model_dump()
     tree["teacher"]["model"] = str(moved)
@@ -100,13 +111,19 @@ def test_the_checkpoints_own_settings_count(run: DistillConfig, tiny_teacher: Pa
     check_export(folder, checkpoints(run) / "step-000000008" / "l2.weights.safetensors")
     change = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**change, "vocab_size": 300}))
-    with pytest.raises(ConfigError, match=r"^teacher\.model='.*/moved' is not the one that .*step-000000008 was "):
+    with pytest.raises(
+        ConfigError, match=r"^teacher\.model='.*/moved' is not the one that .*step-000000008 was "
+    ):
         export_checkpoint(parse_config(tree), 8)
 
 
 def test_a_checkpoint_that_is_not_there(run: DistillConfig, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"^--export 5: .*/checkpoints has no checkpoint of step 5; there are 4, 8, 10 \(checkpoint\."
+        ConfigError,
+        match=(
+            r"^--export 5: .*/checkpoints has no checkpoint of step 5; there are 4, 8, 10 "
+            r"\(checkpoint\."
+        ),
     ):
         export_checkpoint(run, 5)
     shutil.copytree(checkpoints(run), tmp_path / "remote")
@@ -115,27 +132,47 @@ def test_a_checkpoint_that_is_not_there(run: DistillConfig, tmp_path: Path) -> N
         export_checkpoint(run, "newest")
     tree = run.model_dump()
     tree["checkpoint"]["remote"] = str(tmp_path / "remote")
-    with pytest.raises(ConfigError, match=r"no checkpoints; .*/remote has step-000000004, .*: copy one to .* first$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no checkpoints; .*/remote has step-000000004, .*: copy one to .* first$",
+    ):
         export_checkpoint(parse_config(tree), "newest")
 
 
 def test_a_damaged_checkpoint(run: DistillConfig, caplog: pytest.LogCaptureFixture) -> None:
     for step in (8, 10):
         (checkpoints(run) / f"step-{step:09d}" / "l2.weights.safetensors").write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"^--export 8: no checkpoint in .* can be used; there are 4, 8, 10, see"):
+    with pytest.raises(
+        DataError, match=r"^--export 8: no checkpoint in .* can be used; there are 4, 8, 10, see"
+    ):
         export_checkpoint(run, 8)
     assert export_checkpoint(run, "newest").name == "l2-step-4"
-    assert "step-000000010 is damaged, or the run has removed it meanwhile (l2.weights.safetensors has" in caplog.text
+    assert (
+        "step-000000010 is damaged, or the run has removed it meanwhile (l2.weights.safetensors has"
+        in caplog.text
+    )
 
 
 def test_the_extra_tap_is_left_out(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> None:
-    students = {"l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "tap": "extra"}}
+    students = {
+        "l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "tap": "extra"}
+    }
     engine = {"name": "fsdp"}
-    tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, students=students, train={"max_steps": 2}, engine=engine)
+    tree = tiny_tree(
+        tmp_path,
+        tiny_teacher,
+        tiny_shards,
+        students=students,
+        train={"max_steps": 2},
+        engine=engine,
+    )
     assert run_ranks(distil, 1, tree)[0][:2] == ("done", 0)
     folder = export_checkpoint(parse_config(tree), "newest")
     own = load_file(folder.with_name("l2") / "model.safetensors")
     written = load_file(folder / "model.safetensors")
     assert own.keys() == written.keys()
     assert all(torch.equal(own[name], written[name]) for name in own)
-    assert "None: the loss was taken from a query, key and value projection" in (folder / "README.md").read_text()
+    assert (
+        "None: the loss was taken from a query, key and value projection"
+        in (folder / "README.md").read_text()
+    )

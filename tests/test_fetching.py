@@ -46,13 +46,17 @@ def distil_from_hub(trees: list[dict[str, Any]], url: str, cache: Path) -> list[
         return ends
 
 
-def test_one_rank_asks_for_all(make_tree: Callable[..., dict[str, Any]], tiny_teacher: Path, tmp_path: Path) -> None:
+def test_one_rank_asks_for_all(
+    make_tree: Callable[..., dict[str, Any]], tiny_teacher: Path, tmp_path: Path
+) -> None:
     steps = {"train": {"max_steps": 2, "validation_every_steps": 0}}
     whole = make_tree("whole", teacher={"model": NAME}, **steps)
     again = make_tree("again", teacher={"model": NAME}, **steps)
     missing = make_tree("missing", teacher={"model": "some-org/no-such-model"}, **steps)
     with FakeHub(NAME, tiny_teacher) as hub:
-        first, second = run_ranks(distil_from_hub, 2, [whole, again, missing], hub.url, tmp_path / "cache")
+        first, second = run_ranks(
+            distil_from_hub, 2, [whole, again, missing], hub.url, tmp_path / "cache"
+        )
         asked = Counter(hub.take())
     assert [end[0][:2] for end in first[:2]] == [("done", 0)] * 2
     assert [calls for _, calls in first] == [[None, COMMIT], [None, COMMIT], [None]]
@@ -78,7 +82,10 @@ def test_one_rank_asks_for_all(make_tree: Callable[..., dict[str, Any]], tiny_te
 
 
 def test_a_check_asks_once_and_fetches_no_weights(
-    make_tree: Callable[..., dict[str, Any]], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_tree: Callable[..., dict[str, Any]],
+    tiny_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = parse_config(make_tree(teacher={"model": NAME}))
     with FakeHub(NAME, tiny_teacher) as hub:
@@ -91,6 +98,7 @@ def test_a_check_asks_once_and_fetches_no_weights(
         assert REVISION in hub.take(), "the next check asks again: the branch may have moved"
     doctor.check(config, 1, CPU)  # without a network, from the cache
     with pytest.raises(
-        DataError, match=r"teacher.model='some-org/other' is not a folder, and the hub gave no such mod"
+        DataError,
+        match=r"teacher.model='some-org/other' is not a folder, and the hub gave no such mod",
     ):
         doctor.check(parse_config(make_tree(teacher={"model": "some-org/other"})), 1, CPU)

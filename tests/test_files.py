@@ -14,7 +14,9 @@ from scaledistill.errors import ConfigError, DataError
 from scaledistill.storage import files
 
 
-def failing(number: int, only: Callable[[int], bool] = lambda descriptor: True) -> Callable[..., None]:
+def failing(
+    number: int, only: Callable[[int], bool] = lambda descriptor: True
+) -> Callable[..., None]:
     """Return a system call on a descriptor that fails with an errno; on others it does nothing."""
 
     def call(descriptor: int, *rest: int) -> None:
@@ -45,13 +47,15 @@ def test_a_file_system_without_locks(
         assert files.lock(file.fileno(), wait=True) == "no locks"
     [message] = caplog.messages
     assert message == (
-        f"this file system has no file locks ({os.strerror(number)}): going on without; start nothing else that writes "
-        "to the same folder"
+        f"this file system has no file locks ({os.strerror(number)}): going on without; start "
+        "nothing else that writes to the same folder"
     )
 
 
 @pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
-def test_a_lock_that_another_process_holds(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_another_process_holds(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(number))
     with (
         pytest.raises(ConfigError, match=r"^output=.* is in use by another process; wait"),
@@ -75,7 +79,9 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES])
+@pytest.mark.parametrize(
+    "number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES]
+)
 def test_a_folder_that_cannot_be_flushed(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,11 +98,15 @@ def test_a_file_system_that_cannot_flush_files(
     for number in range(2):
         files.write_json(tmp_path / "x.json", {"a": number})
     [message] = caplog.messages
-    assert message.startswith("this file system cannot flush files to the disk (Invalid argument): going on without;")
+    assert message.startswith(
+        "this file system cannot flush files to the disk (Invalid argument): going on without;"
+    )
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("only", [is_folder, lambda descriptor: not is_folder(descriptor)], ids=["folder", "file"])
+@pytest.mark.parametrize(
+    "only", [is_folder, lambda descriptor: not is_folder(descriptor)], ids=["folder", "file"]
+)
 def test_what_a_disk_refuses_stays_an_error(
     number: int, only: Callable[[int], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +122,8 @@ def test_what_a_disk_refuses_stays_an_error(
         (OSError(errno.EDQUOT, "x"), "free some space, or have the quota raised"),
         (OSError(errno.EROFS, "x"), "check who may write there, or name another folder"),
         (OSError(errno.EIO, "x"), "check the disk, or name another folder"),
-        (DataError("I/O error: No space left on device (os error 28)"), "free some space"),  # as safetensors says it
+        # As safetensors says it.
+        (DataError("I/O error: No space left on device (os error 28)"), "free some space"),
     ],
 )
 def test_space_is_the_remedy_for_full_disks_alone(error: Exception, remedy: str) -> None:

@@ -56,17 +56,28 @@ def write_glue(folder: Path, rows: int = 24) -> Path:
 
     for split, count in (("train", rows), ("dev", rows // 2)):
         write("CoLA", split, "", [f"src\t{row % 2}\t\t{text()}" for row in range(count)])
-        pairs = [f"{row}\t1\t2\t3\t4\t5\t6\t{text()}\t{text()}\t{row % 11 / 2}" for row in range(count)]
+        pairs = [
+            f"{row}\t1\t2\t3\t4\t5\t6\t{text()}\t{text()}\t{row % 11 / 2}" for row in range(count)
+        ]
         write("STS-B", split, PAIR.format(label="score"), pairs)
         questions = []
         for row in range(count):
             answer = {"text": (context := text(20))[:9], "answer_start": 0}
-            asked = {"id": f"q{row}", "question": text(3), "answers": [answer], "is_impossible": row % 2 == 1}
+            asked = {
+                "id": f"q{row}",
+                "question": text(3),
+                "answers": [answer],
+                "is_impossible": row % 2 == 1,
+            }
             questions.append({"context": context, "qas": [asked]})
-        (folder / f"{split}-v2.0.json").write_text(json.dumps({"data": [{"paragraphs": questions}]}))
+        (folder / f"{split}-v2.0.json").write_text(
+            json.dumps({"data": [{"paragraphs": questions}]})
+        )
     for split in ("train", "dev_matched", "dev_mismatched"):
         labels = ("entailment", "neutral", "contradiction")
-        pairs = [f"{row}\t1\t2\t3\t4\t5\t6\t{text()}\t{text()}\t{labels[row % 3]}" for row in range(rows)]
+        pairs = [
+            f"{row}\t1\t2\t3\t4\t5\t6\t{text()}\t{text()}\t{labels[row % 3]}" for row in range(rows)
+        ]
         write("MNLI", split, PAIR.format(label="gold_label"), pairs)
     return folder
 
@@ -83,7 +94,9 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     shutil.copytree(tiny_teacher, folder, dirs_exist_ok=True)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
@@ -105,7 +118,9 @@ def settings(data: Path, **changes: Any) -> EvaluationSettings:
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory, model: Path, broken: Path, data: Path) -> GridResult:
+def result(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, broken: Path, data: Path
+) -> GridResult:
     """A real grid with a model that fails, in one worker of one thread."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grid_module, "_share", lambda *_: Share(None, 1))
@@ -120,10 +135,21 @@ def test_a_grid_gives_the_table(result: GridResult) -> None:
     assert "| tiny | 0.0 M |" in text
     assert "| CoLA matthews | STS-B pearson |" in text
     assert (result.output / "summary.png").stat().st_size > 5000
-    names = ["cola/matthews", "stsb/pearson", "stsb/spearman", "mnli/accuracy_m", "mnli/accuracy_mm"]
+    names = [
+        "cola/matthews",
+        "stsb/pearson",
+        "stsb/spearman",
+        "mnli/accuracy_m",
+        "mnli/accuracy_mm",
+    ]
     names += ["squad2/f1", "squad2/exact"]
-    figures = [figure["name"] for figure in result.summary.figures() if "one answer" not in figure["name"]]
-    assert figures == [*(f"tiny/{name}" for name in names), *(f"majority class/{name}" for name in names)]
+    figures = [
+        figure["name"] for figure in result.summary.figures() if "one answer" not in figure["name"]
+    ]
+    assert figures == [
+        *(f"tiny/{name}" for name in names),
+        *(f"majority class/{name}" for name in names),
+    ]
     assert result.summary.majority["cola/matthews"] == 0
     assert result.summary.majority["mnli/accuracy_m"] == pytest.approx(100 / 3)
     assert "| majority class |" in text
@@ -134,7 +160,10 @@ def test_a_failed_cell_is_shown_and_stops_no_other(result: GridResult) -> None:
     cell, error = next(iter(result.failures.items()))
     assert "model broken lacks weights that are needed: " in error
     assert "encoder.layer.2.output.dense.weight" in error
-    assert "Traceback" in json.loads(cell.path(result.output).with_suffix(".error").read_text())["details"]
+    assert (
+        "Traceback"
+        in json.loads(cell.path(result.output).with_suffix(".error").read_text())["details"]
+    )
     text = (result.output / "summary.md").read_text()
     assert "**Not finished: 8 cells**" in text
     assert "- broken cola 0.001 × 2 seed 1: model broken lacks weights" in text
@@ -168,10 +197,19 @@ def predictions(cell: Cell, output: Path) -> list[dict[str, Any]]:
 def test_predictions_stand_beside_the_record(result: GridResult) -> None:
     by_task = {cell.task: predictions(cell, result.output) for cell in result.finished}
     assert [row["id"] for row in by_task["cola"]] == [str(row) for row in range(12)]
-    assert by_task["cola"][3]["prediction"] == max(range(2), key=by_task["cola"][3]["logits"].__getitem__)
+    assert by_task["cola"][3]["prediction"] == max(
+        range(2), key=by_task["cola"][3]["logits"].__getitem__
+    )
     assert isinstance(by_task["stsb"][0]["prediction"], float)
-    assert [row["split"] for row in by_task["mnli"]] == ["dev_matched"] * 24 + ["dev_mismatched"] * 24
-    assert by_task["squad2"][1] | {"prediction": ""} == {"split": "dev", "id": "q1", "answers": [], "prediction": ""}
+    assert [row["split"] for row in by_task["mnli"]] == ["dev_matched"] * 24 + [
+        "dev_mismatched"
+    ] * 24
+    assert by_task["squad2"][1] | {"prediction": ""} == {
+        "split": "dev",
+        "id": "q1",
+        "answers": [],
+        "prediction": "",
+    }
 
 
 def test_the_same_cell_gives_the_same_scores_and_divergence_fails(
@@ -189,7 +227,9 @@ def test_the_same_cell_gives_the_same_scores_and_divergence_fails(
     [error] = again.failures.values()
     assert "scores" not in mine["epochs"][0]
     each = run_grid(
-        {"tiny": str(model)}, settings(data, seeds=[2], tasks=["cola"], scores_each_epoch=True), tmp_path / "each"
+        {"tiny": str(model)},
+        settings(data, seeds=[2], tasks=["cola"], scores_each_epoch=True),
+        tmp_path / "each",
     )
     detailed = read_record(each.finished[0], tmp_path / "each")
     assert detailed is not None
@@ -201,7 +241,11 @@ def test_the_same_cell_gives_the_same_scores_and_divergence_fails(
 
 
 def contents(output: Path) -> dict[Path, tuple[int, bytes]]:
-    files = [path for path in (output / "cells").rglob("*") if path.is_file() and not path.name.startswith(".")]
+    files = [
+        path
+        for path in (output / "cells").rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    ]
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
@@ -222,7 +266,9 @@ def test_what_is_finished_is_not_run_again(
 
 
 @pytest.mark.parametrize("damage", ["record", "digit", "predictions", "gone"])
-def test_what_is_damaged_counts_as_unfinished(result: GridResult, tmp_path: Path, damage: str) -> None:
+def test_what_is_damaged_counts_as_unfinished(
+    result: GridResult, tmp_path: Path, damage: str
+) -> None:
     cell = result.finished[0]
     record = cell.path(tmp_path)
     shutil.copytree(cell.path(result.output).parent, record.parent)
@@ -258,7 +304,9 @@ def test_a_subset_is_always_the_same() -> None:
 
 
 def test_more_workers_than_there_is_room_for() -> None:
-    with pytest.raises(ConfigError, match=r"workers=1000, expected 1 to \d+: the machine has \d+ (cores|GPUs)"):
+    with pytest.raises(
+        ConfigError, match=r"workers=1000, expected 1 to \d+: the machine has \d+ (cores|GPUs)"
+    ):
         check_workers(1000)
 
 
@@ -300,7 +348,9 @@ def test_a_worker_that_cannot_start_ends_the_grid(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_module, "COMMAND", ("sh", "-c", "echo no such thing >&2; exit 1"))
-    with pytest.raises(DataError, match="a worker process ended before it was ready, exit status 1:\nno such thing"):
+    with pytest.raises(
+        DataError, match="a worker process ended before it was ready, exit status 1:\nno such thing"
+    ):
         run_grid({"tiny": str(model)}, settings(data), tmp_path)
 
 
@@ -318,11 +368,18 @@ def is_running(pid: int) -> bool:
 def test_interrupted_twice_it_ends_with_the_same_numbers(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By Ctrl-C and by SIGKILL; nothing that was finished is run again, and no process is left behind."""
+    """By Ctrl-C and by SIGKILL; nothing that was finished is run again, and no process is left
+    behind.
+    """
     monkeypatch.setattr(worker_module, "COMMAND", glue_stub.COMMAND)
     whole = run_grid({"tiny": str(model)}, settings(data, **STUB), tmp_path / "whole")
     output = tmp_path / "out"
-    options = {"model": f"tiny={model}", "data-dir": data, "tasks": "cola,stsb", "learning-rates": "1e-3,2e-3"}
+    options = {
+        "model": f"tiny={model}",
+        "data-dir": data,
+        "tasks": "cola,stsb",
+        "learning-rates": "1e-3,2e-3",
+    }
     options |= {"epochs": 2, "seeds": "1,2", "batch-size": 8, "max-length": 24, "output": output}
     arguments = ["--group-by-length", *(f"--{name}={value}" for name, value in options.items())]
     command = [sys.executable, glue_stub.__file__, *arguments]
@@ -335,7 +392,9 @@ def test_interrupted_twice_it_ends_with_the_same_numbers(
             text=True,
             env=os.environ | {"GLUE_STUB_SECONDS": "1"},
         )
-        while len(list(output.glob("cells/*/*/*.json"))) <= len(kept) / 2 and process.poll() is None:
+        while (
+            len(list(output.glob("cells/*/*/*.json"))) <= len(kept) / 2 and process.poll() is None
+        ):
             time.sleep(0.01)
         time.sleep(random.uniform(0, 0.8))
         workers = children(process.pid)
@@ -344,7 +403,10 @@ def test_interrupted_twice_it_ends_with_the_same_numbers(
         assert len(workers) == 1, words
         if kill == signal.SIGINT:
             assert process.returncode == 130, words
-            assert f"glue: interrupted; what is finished stays in {output}; rerun the same command to resume" in words
+            assert (
+                f"glue: interrupted; what is finished stays in {output}; rerun the same command to "
+                "resume" in words
+            )
             assert not is_running(workers[0])
         deadline = time.monotonic() + 10
         while is_running(workers[0]) and time.monotonic() < deadline:
@@ -353,7 +415,11 @@ def test_interrupted_twice_it_ends_with_the_same_numbers(
         now = contents(output)
         assert all(now[path] == content for path, content in kept.items())
         records = {str(path).removesuffix(".json") for path in now if path.suffix == ".json"}
-        kept = {path: content for path, content in now.items() if str(path).partition(".json")[0] in records}
+        kept = {
+            path: content
+            for path, content in now.items()
+            if str(path).partition(".json")[0] in records
+        }
         assert len(kept) < 16, "interrupted too late"
     workers_at_a_time = min(2, len(os.sched_getaffinity(0)))
     last = run_grid({"tiny": str(model)}, settings(data, **STUB), output, workers=workers_at_a_time)
@@ -362,5 +428,8 @@ def test_interrupted_twice_it_ends_with_the_same_numbers(
     assert len(after) == 16
     assert last.summary.figures() == whole.summary.figures()
     assert [path.name for path in output.rglob(".*")] == [".lock"]
-    with locked(output, "output"), pytest.raises(ConfigError, match=r"in use by another process; .* another output"):
+    with (
+        locked(output, "output"),
+        pytest.raises(ConfigError, match=r"in use by another process; .* another output"),
+    ):
         run_grid({"tiny": str(model)}, settings(data, **STUB), output)

@@ -27,7 +27,9 @@ def f1(found: np.ndarray, labels: np.ndarray) -> float:
 
 
 def matthews(found: np.ndarray, labels: np.ndarray) -> float:
-    [[tn, fn], [fp, tp]] = [[np.sum((found == f) & (labels == t), dtype=float) for t in (0, 1)] for f in (0, 1)]
+    [[tn, fn], [fp, tp]] = [
+        [np.sum((found == f) & (labels == t), dtype=float) for t in (0, 1)] for f in (0, 1)
+    ]
     return float((tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
 
 
@@ -38,7 +40,9 @@ def pearson(found: np.ndarray, labels: np.ndarray) -> float:
 
 def spearman(found: np.ndarray, labels: np.ndarray) -> float:
     def ranks(values: np.ndarray) -> np.ndarray:  # ties get their mean rank
-        return np.array([np.sum(values < value) + (np.sum(values == value) + 1) / 2 for value in values])
+        return np.array(
+            [np.sum(values < value) + (np.sum(values == value) + 1) / 2 for value in values]
+        )
 
     return pearson(ranks(found), ranks(labels))
 
@@ -67,7 +71,9 @@ def test_random_predictions(name: str) -> None:
             labels = generator.choice(
                 len(task.labels), N, p=[0.3, *[0.7 / (len(task.labels) - 1)] * len(task.labels[1:])]
             )
-            predictions = np.where(generator.random(N) < 0.4, generator.integers(0, len(task.labels), N), labels)
+            predictions = np.where(
+                generator.random(N) < 0.4, generator.integers(0, len(task.labels), N), labels
+            )
         own = scores(task, split, predictions, labels)
         found |= own
         expected |= {metric: 100 * FORMULAS[metric](predictions, labels) for metric in own}
@@ -77,7 +83,9 @@ def test_random_predictions(name: str) -> None:
 
 def test_by_hand() -> None:
     found, labels = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
-    assert scores(TASKS["mrpc"], "dev", found, labels) == pytest.approx({"f1": 200 / 3, "accuracy": 60})
+    assert scores(TASKS["mrpc"], "dev", found, labels) == pytest.approx(
+        {"f1": 200 / 3, "accuracy": 60}
+    )
     assert scores(TASKS["cola"], "dev", found, labels) == pytest.approx({"matthews": 100 / 6})
     opposite = scores(TASKS["stsb"], "dev", np.array([3.0, 2.0, 1.0]), np.array([1.0, 2.0, 3.0]))
     assert opposite == pytest.approx({"pearson": -100, "spearman": -100})
@@ -100,7 +108,9 @@ def test_missing_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         return imported(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DataError, match=r"need scikit-learn and scipy .* pip install 'scaledistill\[eval\]'"):
+    with pytest.raises(
+        DataError, match=r"need scikit-learn and scipy .* pip install 'scaledistill\[eval\]'"
+    ):
         scores(TASKS["cola"], "dev", np.ones(2), np.ones(2))
 
 
@@ -119,18 +129,23 @@ def test_published_rows_fit_the_tables() -> None:
     ("task", "train", "dev", "expected"),
     [
         ("mrpc", [1, 1, 0], [1, 1, 1, 0], {"f1": 600 / 7, "accuracy": 75.0}),
-        ("mrpc", [0, 0, 1], [1, 1, 1, 0], {"f1": 0.0, "accuracy": 25.0}),  # the training set's majority, not dev's
+        # The training set's majority, not dev's.
+        ("mrpc", [0, 0, 1], [1, 1, 1, 0], {"f1": 0.0, "accuracy": 25.0}),
         ("cola", [1, 0, 1], [1, 0, 1, 1], {"matthews": 0.0}),
         ("rte", [0, 1], [0, 0, 1, 1, 1], {"accuracy": 40.0}),  # at a tie the first class
         ("stsb", [0.0, 5.0, 2.5], [1.0, 2.0, 3.0], {"pearson": 0.0, "spearman": 0.0}),
     ],
 )
-def test_the_majority_class(task: str, train: list[Any], dev: list[Any], expected: dict[str, float]) -> None:
+def test_the_majority_class(
+    task: str, train: list[Any], dev: list[Any], expected: dict[str, float]
+) -> None:
     assert majority_scores(TASKS[task], "dev", train, dev) == pytest.approx(expected)
 
 
 def test_the_majority_class_of_a_task_with_two_dev_sets() -> None:
-    assert majority_scores(TASKS["mnli"], "dev_mismatched", [2, 2, 0], [2, 2, 1, 0]) == {"accuracy_mm": 50.0}
+    assert majority_scores(TASKS["mnli"], "dev_mismatched", [2, 2, 0], [2, 2, 1, 0]) == {
+        "accuracy_mm": 50.0
+    }
 
 
 @pytest.mark.parametrize(

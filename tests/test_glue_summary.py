@@ -18,28 +18,45 @@ from scaledistill.storage.files import write_json
 CONDITIONS = Conditions("d", 128, 32, 0.1, 0.01, False, None)
 
 
-def cell(task: str = "rte", rate: float = 1e-5, epochs: int = 3, seed: int = 1, model: str = "m") -> Cell:
+def cell(
+    task: str = "rte", rate: float = 1e-5, epochs: int = 3, seed: int = 1, model: str = "m"
+) -> Cell:
     return Cell(model, "s", task, rate, epochs, seed, CONDITIONS)
 
 
-def scored(values: dict[tuple[float, int], list[float | None]]) -> tuple[list[Cell], dict[Cell, dict[str, float]]]:
+def scored(
+    values: dict[tuple[float, int], list[float | None]],
+) -> tuple[list[Cell], dict[Cell, dict[str, float]]]:
     """Cells and their accuracy by learning rate and epochs, a seed each; None: not finished."""
-    cells = {cell(rate=r, epochs=e, seed=s): value for (r, e), row in values.items() for s, value in enumerate(row)}
-    return list(cells), {one: {"accuracy": value} for one, value in cells.items() if value is not None}
+    cells = {
+        cell(rate=r, epochs=e, seed=s): value
+        for (r, e), row in values.items()
+        for s, value in enumerate(row)
+    }
+    return list(cells), {
+        one: {"accuracy": value} for one, value in cells.items() if value is not None
+    }
 
 
 @pytest.mark.parametrize(
     ("values", "taken"),
     [
-        ({(1e-5, 3): [60, 61, 90], (2e-5, 3): [62, 63, 64]}, (2e-5, 3)),  # the median, neither the mean nor the best
-        ({(2e-5, 3): [60, 61, 62], (1e-5, 5): [60, 61, 62]}, (1e-5, 5)),  # a tie: the lower learning rate
+        # The median, neither the mean nor the best.
+        ({(1e-5, 3): [60, 61, 90], (2e-5, 3): [62, 63, 64]}, (2e-5, 3)),
+        # A tie: the lower learning rate.
+        ({(2e-5, 3): [60, 61, 62], (1e-5, 5): [60, 61, 62]}, (1e-5, 5)),
         ({(1e-5, 5): [60, 61, 62], (1e-5, 3): [60, 61, 62]}, (1e-5, 3)),  # then fewer epochs
-        ({(1e-5, 3): [60, 61, 62], (2e-5, 3): [90, None, 91]}, (1e-5, 3)),  # not those that lack a seed
-        ({(1e-5, 3): [60, 61, 62], (2e-5, 3): [64]}, (1e-5, 3)),  # not those that another grid tried with fewer
-        ({(1e-5, 3): [60, None, None], (2e-5, 3): [50, None, 51]}, (2e-5, 3)),  # but where all do, those with most
+        # Not those that lack a seed.
+        ({(1e-5, 3): [60, 61, 62], (2e-5, 3): [90, None, 91]}, (1e-5, 3)),
+        # Not those that another grid tried with fewer.
+        ({(1e-5, 3): [60, 61, 62], (2e-5, 3): [64]}, (1e-5, 3)),
+        # But where all do, those with most.
+        ({(1e-5, 3): [60, None, None], (2e-5, 3): [50, None, 51]}, (2e-5, 3)),
     ],
 )
-def test_the_best_by_the_median(values: dict[tuple[float, int], list[float | None]], taken: tuple[float, int]) -> None:
+def test_the_best_by_the_median(
+    values: dict[tuple[float, int], list[float | None]], taken: tuple[float, int]
+) -> None:
     choice = choose(*scored(values))
     assert choice is not None
     assert (choice.learning_rate, choice.epochs) == taken
@@ -49,7 +66,9 @@ def test_the_best_by_the_median(values: dict[tuple[float, int], list[float | Non
 
 def test_the_first_metric_decides() -> None:
     low, high = cell("mrpc", 1e-5), cell("mrpc", 2e-5)
-    choice = choose([low, high], {low: {"f1": 80, "accuracy": 90}, high: {"f1": 81, "accuracy": 70}})
+    choice = choose(
+        [low, high], {low: {"f1": 80, "accuracy": 90}, high: {"f1": 81, "accuracy": 70}}
+    )
     assert choice is not None
     assert choice.scores["accuracy"].median == 70
 
@@ -60,7 +79,9 @@ def test_nothing_finished() -> None:
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    """Two models, four tasks, two seeds; of the second model one RTE cell failed and MRPC did not run."""
+    """Two models, four tasks, two seeds; of the second model one RTE cell failed and MRPC did not
+    run.
+    """
     made: list[Cell] = []
     for model, base in (("teacher", 80.0), ("student-1", 70.0)):
         for task in ("cola", "mrpc", "rte", "wnli"):
@@ -68,11 +89,20 @@ def output(tmp_path: Path) -> Path:
                 made.append(one := cell(task, seed=seed, model=model))
                 if model == "student-1" and (task == "mrpc" or (task == "rte" and seed == 2)):
                     continue
-                scores = {metric: base + seed + number for number, metric in enumerate(TASKS[task].metrics)}
-                write_record(one, tmp_path, {"scores": scores, "train_rows": 24, "all_train_rows": 48}, [])
-    write_error(cell("rte", seed=2, model="student-1"), tmp_path, "out of memory\nmore", "Traceback …")
+                scores = {
+                    metric: base + seed + number
+                    for number, metric in enumerate(TASKS[task].metrics)
+                }
+                write_record(
+                    one, tmp_path, {"scores": scores, "train_rows": 24, "all_train_rows": 48}, []
+                )
+    write_error(
+        cell("rte", seed=2, model="student-1"), tmp_path, "out of memory\nmore", "Traceback …"
+    )
     models = {name: {"path": name, "parameters": 22_713_216} for name in ("teacher", "student-1")}
-    write_json(tmp_path / GRID, {"quick": False, "models": models, "cells": [asdict(one) for one in made]})
+    write_json(
+        tmp_path / GRID, {"quick": False, "models": models, "cells": [asdict(one) for one in made]}
+    )
     return tmp_path
 
 
@@ -80,11 +110,17 @@ def test_the_tables(output: Path) -> None:
     text = summary_of(output).markdown()
     assert "**Dev scores, %: median over the seeds ± half the range, n = 2**" in text
     assert (
-        "| model | parameters | CoLA matthews | MRPC f1 | MRPC accuracy | RTE accuracy | WNLI accuracy | average |"
+        "| model | parameters | CoLA matthews | MRPC f1 | MRPC accuracy | RTE accuracy | WNLI "
+        "accuracy | average |" in text
+    )
+    assert (
+        "| teacher | 22.7 M | 81.5 ±0.5 | 81.5 ±0.5 | 82.5 ±0.5 | 81.5 ±0.5 | 81.5 ±0.5 | 81.5 |"
         in text
     )
-    assert "| teacher | 22.7 M | 81.5 ±0.5 | 81.5 ±0.5 | 82.5 ±0.5 | 81.5 ±0.5 | 81.5 ±0.5 | 81.5 |" in text
-    assert "| student-1 | 22.7 M | 71.5 ±0.5 | none finished | none finished | 71.0 ±0.0 (1 of 2) |" in text
+    assert (
+        "| student-1 | 22.7 M | 71.5 ±0.5 | none finished | none finished | 71.0 ±0.0 (1 of 2) |"
+        in text
+    )
     assert "- Average: over CoLA matthews, RTE accuracy; never WNLI, by custom." in text
     assert "**Not finished: 3 cells**" in text
     assert "- student-1 rte 1e-05 × 3 seed 2: out of memory\n" in text
@@ -97,7 +133,12 @@ def test_the_choice_is_shown_where_there_was_one(output: Path) -> None:
     grid = json.loads((output / GRID).read_text())
     others = [cell("cola", rate=2e-5, seed=seed, model="teacher") for seed in (1, 2)]
     for other in others:
-        write_record(other, output, {"scores": {"matthews": 99.0}, "train_rows": 24, "all_train_rows": 48}, [])
+        write_record(
+            other,
+            output,
+            {"scores": {"matthews": 99.0}, "train_rows": 24, "all_train_rows": 48},
+            [],
+        )
     write_json(output / GRID, grid | {"cells": [*grid["cells"], *map(asdict, others)]})
     assert "| teacher | 2e-05 × 3 (2) | 1e-05 × 3 (1) |" in summary_of(output).markdown()
 
@@ -116,9 +157,14 @@ def test_published_numbers_are_marked_and_never_averaged(output: Path) -> None:
     summary = summary_of(output, published=True)
     text = summary.markdown()
     assert "| BERT-base → 6×768 (published) | 66.0 M | 52.5 | 88.9 | – | 72.1 | – | – |" in text
-    assert "- Published, with other hyper-parameters, seeds and selection: BERT-base → 6×768 (unilm), " in text
+    assert (
+        "- Published, with other hyper-parameters, seeds and selection: BERT-base → 6×768 (unilm), "
+        in text
+    )
     assert summary.averaged == ["cola/matthews", "rte/accuracy"]
-    assert not any("unilm" in figure["name"] or "BERT" in figure["name"] for figure in summary.figures())
+    assert not any(
+        "unilm" in figure["name"] or "BERT" in figure["name"] for figure in summary.figures()
+    )
     assert not any("RoBERTa" in row.name for row in summary.rows), "they have none of these columns"
 
 
@@ -130,13 +176,23 @@ def test_conditions_are_said(output: Path) -> None:
         write_record(
             made,
             output,
-            {"scores": dict.fromkeys(TASKS[made.task].metrics, 50.0), "train_rows": 24, "all_train_rows": 48},
+            {
+                "scores": dict.fromkeys(TASKS[made.task].metrics, 50.0),
+                "train_rows": 24,
+                "all_train_rows": 48,
+            },
             [],
         )
     write_json(output / GRID, grid | {"quick": True})
     text = summary_of(output).markdown()
-    assert "- A quick look: few hyper-parameters and rows; not to be compared with published numbers." in text
-    assert "- At most 24 training rows a task, the same ones for all (cut: CoLA, MRPC, RTE, WNLI)." in text
+    assert (
+        "- A quick look: few hyper-parameters and rows; not to be compared with published numbers."
+        in text
+    )
+    assert (
+        "- At most 24 training rows a task, the same ones for all (cut: CoLA, MRPC, RTE, WNLI)."
+        in text
+    )
 
 
 def test_files(output: Path) -> None:
@@ -174,7 +230,9 @@ def test_nothing_at_all(output: Path) -> None:
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no grid.json; expected a folder that a GLUE grid was written to"):
+    with pytest.raises(
+        DataError, match=r"has no grid.json; expected a folder that a GLUE grid was written to"
+    ):
         summary_of(tmp_path)
 
 
@@ -184,7 +242,9 @@ def test_an_empty_summary_has_no_figures() -> None:
 
 @pytest.fixture
 def collapsed(tmp_path: Path) -> Path:
-    """A teacher that has learned MRPC and STS-B; a student of which seeds answer the same to everything."""
+    """A teacher that has learned MRPC and STS-B; a student of which seeds answer the same to
+    everything.
+    """
     made: list[Cell] = []
     majority = {"mrpc": {"f1": 81.2, "accuracy": 68.4}, "stsb": {"pearson": 0.0, "spearman": 0.0}}
     answers = {("mrpc", 1): "equivalent", ("mrpc", 2): "equivalent", ("stsb", 2): "2.7"}
@@ -198,7 +258,9 @@ def collapsed(tmp_path: Path) -> Path:
                 record |= {"only_answer": answer, "majority_scores": scores}
                 write_record(one, tmp_path, record, [])
     models = {name: {"path": name, "parameters": 1_000_000} for name in ("teacher", "student")}
-    write_json(tmp_path / GRID, {"quick": False, "models": models, "cells": [asdict(one) for one in made]})
+    write_json(
+        tmp_path / GRID, {"quick": False, "models": models, "cells": [asdict(one) for one in made]}
+    )
     return tmp_path
 
 
@@ -210,13 +272,16 @@ def test_one_answer_for_all_is_no_score(collapsed: Path) -> None:
     assert f"| student | 1.0 M | {marked} |" in text
     assert "| majority class |  | 81.2 | 68.4 | 0.0 | 0.0 | 40.6 |" in text
     assert (
-        "- student on MRPC: 2 of 2 seeds predict equivalent for every dev example. Such scores say nothing about the "
-        "model; compare them with those of the majority class.\n"
+        "- student on MRPC: 2 of 2 seeds predict equivalent for every dev example. Such scores say "
+        "nothing about the model; compare them with those of the majority class.\n"
     ) in text
     assert "- student on STS-B: 1 of 2 seeds predict 2.7 for every dev example." in text
     assert "teacher on" not in text
     assert "- Majority class: always predicting the most common label of the training set" in text
-    figures = {figure["name"]: (figure["value"], figure["unit"], figure["n"]) for figure in summary.figures()}
+    figures = {
+        figure["name"]: (figure["value"], figure["unit"], figure["n"])
+        for figure in summary.figures()
+    }
     assert figures["student/mrpc/one answer only"] == (2, "seeds", 2)
     assert figures["student/stsb/one answer only"] == (1, "seeds", 2)
     assert figures["majority class/mrpc/f1"] == (81.2, "%", 1)
@@ -232,15 +297,35 @@ def test_one_answer_for_all_is_marked_in_the_files(collapsed: Path) -> None:
     assert rows["student", "mrpc", "f1"]["majority_class"] == "81.2"
     assert rows["teacher", "mrpc", "f1"]["one_answer_seeds"] == "0"
     whole = json.loads((collapsed / "summary.json").read_text())
-    assert whole["majority"] == {"mrpc/f1": 81.2, "mrpc/accuracy": 68.4, "stsb/pearson": 0.0, "stsb/spearman": 0.0}
-    assert [choice["only_answers"] for choice in whole["choices"]] == [[], [], ["equivalent"] * 2, ["2.7"]]
+    assert whole["majority"] == {
+        "mrpc/f1": 81.2,
+        "mrpc/accuracy": 68.4,
+        "stsb/pearson": 0.0,
+        "stsb/spearman": 0.0,
+    }
+    assert [choice["only_answers"] for choice in whole["choices"]] == [
+        [],
+        [],
+        ["equivalent"] * 2,
+        ["2.7"],
+    ]
 
 
 def test_records_of_earlier_versions_are_marked_by_their_predictions(output: Path) -> None:
     one = cell("cola", seed=1, model="teacher")
-    predictions = [{"split": "dev", "id": str(row), "label": row % 2, "prediction": 1} for row in range(6)]
-    write_record(one, output, {"scores": {"matthews": 0.0}, "train_rows": 24, "all_train_rows": 48}, predictions)
+    predictions = [
+        {"split": "dev", "id": str(row), "label": row % 2, "prediction": 1} for row in range(6)
+    ]
+    write_record(
+        one,
+        output,
+        {"scores": {"matthews": 0.0}, "train_rows": 24, "all_train_rows": 48},
+        predictions,
+    )
     summary = summary_of(output)
-    assert "- teacher on CoLA: 1 of 2 seeds predict acceptable for every dev example." in summary.markdown()
+    assert (
+        "- teacher on CoLA: 1 of 2 seeds predict acceptable for every dev example."
+        in summary.markdown()
+    )
     assert summary.majority == {}
     assert "majority" not in summary.tables()[0].markdown()

@@ -1,4 +1,6 @@
-"""tools/glue.py: options, what is wrong with models and data said before anything runs, --list, --json, exit codes."""
+"""tools/glue.py: options, what is wrong with models and data said before anything runs, --list,
+--json, exit codes.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,31 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> Run:  # noqa: F811
+def run(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any  # noqa: F811
+) -> Run:
     """Run the tool with a stub of fine-tuning; keywords add or, with None, remove options."""
     monkeypatch.setattr(worker_module, "COMMAND", glue_stub.COMMAND)
     monkeypatch.setattr("signal.signal", lambda *_: None)
 
     def call(*flags: str, **changes: Any) -> tuple[int, str, str]:
-        options: dict[str, Any] = {"model": f"tiny={model}", "tasks": "cola,stsb", "data_dir": data, "epochs": 1}
-        options |= {"learning_rates": "1e-3", "seeds": "1,2", "max_length": 24, "output": tmp_path / "out"} | changes
-        given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+        options: dict[str, Any] = {
+            "model": f"tiny={model}",
+            "tasks": "cola,stsb",
+            "data_dir": data,
+            "epochs": 1,
+        }
+        options |= {
+            "learning_rates": "1e-3",
+            "seeds": "1,2",
+            "max_length": 24,
+            "output": tmp_path / "out",
+        } | changes
+        given = [
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in options.items()
+            if value is not None
+        ]
         try:
             code = main([*given, *flags])
         except SystemExit as left:
@@ -52,7 +70,9 @@ def copy(folder: Path, target: Path, *without: str) -> Path:
 def test_a_grid_with_a_failing_cell(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Cells go on after one that fails in a way that nobody thought of; --json is the same from run to run."""
+    """Cells go on after one that fails in a way that nobody thought of; --json is the same from run
+    to run.
+    """
     code, out, err = run("--published", seeds="13,1,2", json=tmp_path / "a.json")
     assert code == 3
     assert "tiny cola 0.001 × 1 seed 13  failed: ValueError: unlucky" in err
@@ -77,7 +97,10 @@ def test_list_runs_nothing(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("--list")
     assert code == 0
     assert "4 fine-tunings (1 model × 2 tasks × 1 learning rate × 1 epoch count × 2 seeds)" in out
-    assert re.search(r"4 of 4 cells to run, one at a time: about \d+ s \(estimated: FLOPs at half of the matrix", out)
+    assert re.search(
+        r"4 of 4 cells to run, one at a time: about \d+ s \(estimated: FLOPs at half of the matrix",
+        out,
+    )
     assert not (tmp_path / "out").exists()
     assert run(seeds="1")[0] == 0
     code, out, _ = run("--list")
@@ -89,48 +112,100 @@ def test_quick_settings_give_way_to_what_is_said(run: Run, tmp_path: Path) -> No
     code, out, _ = run("--quick", learning_rates=None, seeds=None, epochs=3)
     assert code == 0
     assert "A quick look" in out
-    assert "Learning rates 0.0001; epochs 3; seeds 1; batch size 32, rows of similar length together." in out
+    assert (
+        "Learning rates 0.0001; epochs 3; seeds 1; batch size 32, rows of similar length together."
+        in out
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
-        ({}, ["--learning-rate=1e-3"], "glue: unknown option --learning-rate=1e-3; did you mean --learning-rates?"),
+        (
+            {},
+            ["--learning-rate=1e-3"],
+            "glue: unknown option --learning-rate=1e-3; did you mean --learning-rates?",
+        ),
         ({}, ["cola"], "glue: unknown argument cola"),
         ({"model": None}, [], "glue: --model is missing"),
         ({"tasks": None}, [], "glue: --tasks is missing"),
         ({"tasks": "cola,SST-2"}, [], "unknown task 'SST-2', expected some of cola, "),
         ({"tasks": "cola,SST-2"}, [], "did you mean sst2?"),
         ({"tasks": ","}, [], "--tasks: found []"),
-        ({"epochs": "3,five"}, [], "argument --epochs: found '3,five', expected whole numbers, separated by commas"),
+        (
+            {"epochs": "3,five"},
+            [],
+            "argument --epochs: found '3,five', expected whole numbers, separated by commas",
+        ),
         ({"epochs": "3,0"}, [], "--epochs: found 0 (int); expected a whole number above 0"),
-        ({"learning_rates": "1e-3,0.001"}, [], "--learning-rates has 0.001 more than once; name it once"),
-        ({"max_length": "65"}, [], "--max-length 65 (CoLA) is more than the 64 positions of model tiny"),
+        (
+            {"learning_rates": "1e-3,0.001"},
+            [],
+            "--learning-rates has 0.001 more than once; name it once",
+        ),
+        (
+            {"max_length": "65"},
+            [],
+            "--max-length 65 (CoLA) is more than the 64 positions of model tiny",
+        ),
         ({"workers": "1000"}, [], "--workers 1000, expected 1 to "),
         ({"json": "nowhere/x.json"}, [], "--json nowhere/x.json: no folder nowhere; make it first"),
         (
             {"max_length": 2},
             [],
-            "--max-length 2 (CoLA) leaves no room for text: the tokenizer of model tiny adds 2 tokens",
+            "--max-length 2 (CoLA) leaves no room for text: the tokenizer of model tiny adds 2 "
+            "tokens",
         ),
-        ({"max_length": 4}, [], "--max-length 4 (STS-B) leaves no room for text: the tokenizer of model tiny adds 3 "),
+        (
+            {"max_length": 4},
+            [],
+            "--max-length 4 (STS-B) leaves no room for text: the tokenizer of model tiny adds 3 ",
+        ),
         ({"max_length": 4}, [], "tokens to a pair; set --max-length to 5 or more (128 is usual)"),
-        ({"tasks": "cola stsb"}, [], "tasks: 'cola stsb' is no task; write cola,stsb on the command line"),
-        ({"tasks": "all"}, [], "tasks: 'all' is no task; name them all: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte"),
-        ({}, ["--tasks", "rte"], "--tasks is given twice; give all values at once, separated by commas"),
+        (
+            {"tasks": "cola stsb"},
+            [],
+            "tasks: 'cola stsb' is no task; write cola,stsb on the command line",
+        ),
+        (
+            {"tasks": "all"},
+            [],
+            "tasks: 'all' is no task; name them all: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte",
+        ),
+        (
+            {},
+            ["--tasks", "rte"],
+            "--tasks is given twice; give all values at once, separated by commas",
+        ),
         (
             {"tasks": None},
             ["--tasks", "rte", "mrpc"],
             "unknown argument mrpc; separate values by commas: --tasks rte,mrpc",
         ),
-        ({"seeds": None}, ["--seeds=1", "2", "3"], "unknown argument 2; separate values by commas: --seeds 1,2,3"),
-        ({"seeds": "1 2"}, [], "argument --seeds: found '1 2', expected 1,2: whole numbers, separated by commas"),
+        (
+            {"seeds": None},
+            ["--seeds=1", "2", "3"],
+            "unknown argument 2; separate values by commas: --seeds 1,2,3",
+        ),
+        (
+            {"seeds": "1 2"},
+            [],
+            "argument --seeds: found '1 2', expected 1,2: whole numbers, separated by commas",
+        ),
         ({}, ["--model", "a", "b"], "unknown argument b; repeat the option: --model a --model b"),
         ({}, ["--task_name", "rte"], "unknown option --task_name; did you mean --tasks?"),
-        ({}, ["--num_train_epochs=3"], "unknown option --num_train_epochs=3; did you mean --epochs?"),
+        (
+            {},
+            ["--num_train_epochs=3"],
+            "unknown option --num_train_epochs=3; did you mean --epochs?",
+        ),
         ({}, ["--output_dir=x"], "unknown option --output_dir=x; did you mean --output?"),
         ({"model": "x="}, [], "--model 'x=': expected a folder or hub name after '='"),
-        ({}, ["--speed"], "the speed is measured on 128 tokens, more than the 64 positions of model tiny"),
+        (
+            {},
+            ["--speed"],
+            "the speed is measured on 128 tokens, more than the 64 positions of model tiny",
+        ),
     ],
 )
 def test_wrong_options(run: Run, changes: dict[str, Any], flags: list[str], message: str) -> None:
@@ -144,13 +219,18 @@ def test_questions_are_measured_before_anything_runs(run: Run) -> None:
     code, out, err = run("--list", tasks="squad2", max_length=8)
     assert (code, out) == (3, "")
     assert (
-        "glue: --max-length 8 leaves too little room beside the longest question of SQuAD 2.0; set --max-length" in err
+        "glue: --max-length 8 leaves too little room beside the longest question of SQuAD 2.0; set "
+        "--max-length" in err
     )
 
 
 def test_names_of_models() -> None:
     arguments = ["x=runs/lr=1e-4/export", "runs/lr=1e-4/l6", "hub/name"]
-    assert named_models(arguments) == {"x": "runs/lr=1e-4/export", "l6": "runs/lr=1e-4/l6", "name": "hub/name"}
+    assert named_models(arguments) == {
+        "x": "runs/lr=1e-4/export",
+        "l6": "runs/lr=1e-4/l6",
+        "name": "hub/name",
+    }
     with pytest.raises(ConfigError, match="expected a folder or hub name after '='"):
         named_models(["x="])
 
@@ -168,7 +248,9 @@ def test_two_models_of_one_name(run: Run, model: Path) -> None:  # noqa: F811
     assert "give one as --model NAME=" in err
 
 
-def test_every_wrong_model_and_task_is_named_at_once(run: Run, model: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_every_wrong_model_and_task_is_named_at_once(
+    run: Run, model: Path, data: Path, tmp_path: Path  # noqa: F811
+) -> None:
     untokenized = copy(model, tmp_path / "untokenized", "tokenizer*", "special*")
     bare = copy(model, tmp_path / "bare", "config.json")
     pickled = copy(model, tmp_path / "pickled", "model.safetensors")
@@ -178,12 +260,23 @@ def test_every_wrong_model_and_task_is_named_at_once(run: Run, model: Path, data
     larger = copy(model, tmp_path / "larger")
     config = json.loads((larger / "config.json").read_text())
     (larger / "config.json").write_text(json.dumps(config | {"vocab_size": 150}))
-    models = [untokenized, bare, pickled, cut, larger, tmp_path / "untokenised", tmp_path / "w rong"]
-    code, out, err = run(*(f"--model={folder}" for folder in models), tasks="cola,rte", output=tmp_path / "out")
+    models = [
+        untokenized,
+        bare,
+        pickled,
+        cut,
+        larger,
+        tmp_path / "untokenised",
+        tmp_path / "w rong",
+    ]
+    code, out, err = run(
+        *(f"--model={folder}" for folder in models), tasks="cola,rte", output=tmp_path / "out"
+    )
     assert code in (2, 3)
     assert not out
     for expected in (
-        "model untokenized=.* has no tokenizer; copy tokenizer.json and tokenizer_config.json there from the model",
+        "model untokenized=.* has no tokenizer; copy tokenizer.json and tokenizer_config.json "
+        "there from the model",
         "model bare=.* has no config.json; give the folder that save_pretrained wrote",
         r"model pickled=.* has pickled weights only \(pytorch_model.bin\)",
         r"model cut=.*: model.safetensors cannot be read \(.*\); fetch the model again",
@@ -192,7 +285,9 @@ def test_every_wrong_model_and_task_is_named_at_once(run: Run, model: Path, data
         "model name 'w rong': expected letters, digits",
         r"has no folder for RTE \(found: CoLA, MNLI, STS-B\)",
     ):
-        assert re.search("^glue: " + expected if "model" in expected else expected, err, re.MULTILINE), (expected, err)
+        assert re.search(
+            "^glue: " + expected if "model" in expected else expected, err, re.MULTILINE
+        ), (expected, err)
     assert not (tmp_path / "out").exists()
 
 
@@ -202,10 +297,16 @@ def test_every_wrong_model_and_task_is_named_at_once(run: Run, model: Path, data
         ("dev.tsv", "", "dev.tsv has no examples; fetch CoLA again"),
         ("train.tsv", "src\t1\tsentence\n", r"train.tsv:1: found 3 columns, expected 4"),
         ("dev.tsv", "src\t1\t\ta b\nsrc\t2\t\tb\n", r"dev.tsv:2: label '2', expected 0 or 1"),
-        ("dev.tsv", None, "has neither dev.tsv nor dev.tsv.gz; fetch CoLA again, or leave the task out"),
+        (
+            "dev.tsv",
+            None,
+            "has neither dev.tsv nor dev.tsv.gz; fetch CoLA again, or leave the task out",
+        ),
     ],
 )
-def test_wrong_data(run: Run, data: Path, tmp_path: Path, file: str, content: str | None, message: str) -> None:  # noqa: F811
+def test_wrong_data(
+    run: Run, data: Path, tmp_path: Path, file: str, content: str | None, message: str  # noqa: F811
+) -> None:
     folder = copy(data, tmp_path / "glue")
     (folder / "CoLA" / file).unlink()
     if content is not None:
@@ -215,24 +316,32 @@ def test_wrong_data(run: Run, data: Path, tmp_path: Path, file: str, content: st
     assert re.search(message, err)
 
 
-def test_the_speed_of_models(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_speed_of_models(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
     monkeypatch.setattr(speed_module, "TOKENS", 16)
     monkeypatch.setattr(speed_module, "ROUND_SECONDS", 0.0)
     code, out, _ = run("--speed", f"--model=other={model}", seeds="1")
     assert code == 0
     assert "Speed of the encoders, 16 tokens, float32, CPU, " in out
-    figures = {figure["name"]: figure for figure in json.loads((tmp_path / "out/speed.json").read_text())}
+    figures = {
+        figure["name"]: figure for figure in json.loads((tmp_path / "out/speed.json").read_text())
+    }
     assert figures["tiny/speedup/batch-1"]["value"] == 1
     assert figures["other/parameters"]["value"] == sum(
         weight.numel() for weight in load_file(model / "model.safetensors").values()
     )
-    assert {figure["n"] for name, figure in figures.items() if "batch" in name} == {speed_module.ROUNDS}
+    assert {figure["n"] for name, figure in figures.items() if "batch" in name} == {
+        speed_module.ROUNDS
+    }
     assert "| other |" in (tmp_path / "out/speed.md").read_text()
 
 
 def test_it_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "scaledistill.glue.command", "--bogus"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent
+    )
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("glue: unknown option --bogus")
 
@@ -242,12 +351,18 @@ def test_folders_near_a_model_name_it(run: Run, model: Path, tmp_path: Path) -> 
     (run_folder / "checkpoints" / "step-3").mkdir(parents=True)
     (run_folder / "metrics.jsonl").touch()
     _, _, err = run(model=run_folder)
-    assert "is the folder of a run that has exported no model yet; finish it, then give its export/<student>" in err
+    assert (
+        "is the folder of a run that has exported no model yet; finish it, then give its "
+        "export/<student>" in err
+    )
     exported = copy(model, run_folder / "export" / "l2")
     for given, what in (
         (run_folder, f"is a run's folder, not a model's folder; give {exported}\n"),
         (run_folder / "export", f"holds models, not a model's folder; give {exported}\n"),
-        (run_folder / "checkpoints" / "step-3", f"is in a run, not a model's folder; give {exported}\n"),
+        (
+            run_folder / "checkpoints" / "step-3",
+            f"is in a run, not a model's folder; give {exported}\n",
+        ),
         (exported / "model.safetensors", f"is a file; give its folder, {exported}\n"),
     ):
         code, _, err = run(model=given)
@@ -260,11 +375,15 @@ def test_folders_near_the_data_name_it(run: Run, data: Path, tmp_path: Path) -> 
     inner = copy(data, tmp_path / "outer" / "glue_data")
     for given, what in (
         (data / "CoLA", f"is the folder of one task; give the folder that it is in, {data}\n"),
-        (data / "CoLA" / "train.tsv", f"give the one that has a folder for each task; for CoLA that is {data}\n"),
+        (
+            data / "CoLA" / "train.tsv",
+            f"give the one that has a folder for each task; for CoLA that is {data}\n",
+        ),
         (tmp_path / "outer", f"has the tasks one level deeper; give {inner}\n"),
         (
             tmp_path / "outter",
-            f"is not a folder; give the one that has a folder for each task; did you mean {tmp_path}",
+            "is not a folder; give the one that has a folder for each task; did you mean "
+            f"{tmp_path}",
         ),
     ):
         code, _, err = run(tasks="cola", data_dir=given)

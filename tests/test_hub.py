@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from scaledistill.models.hub import UnavailableError, known_models, learn, model_folder, names_resolved_once
+from scaledistill.models.hub import (
+    UnavailableError,
+    known_models,
+    learn,
+    model_folder,
+    names_resolved_once,
+)
 
 
 class Branch:
@@ -31,7 +37,9 @@ def offline(revision: str | None) -> str:
     raise OSError("no route to the hub")
 
 
-def folder_of(download: Callable[[str | None], str], *patterns: str, revision: str | None = None) -> Path:
+def folder_of(
+    download: Callable[[str | None], str], *patterns: str, revision: str | None = None
+) -> Path:
     return model_folder("some/model", revision, patterns, download)
 
 
@@ -92,7 +100,9 @@ def test_another_rank_learns_what_is_known(branch: Branch, tmp_path: Path) -> No
     folder.rmdir()
     with names_resolved_once():
         learn(known)
-        assert folder_of(branch.download, "config.json") != folder, "a folder that this rank does not see"
+        assert folder_of(branch.download, "config.json") != folder, (
+            "a folder that this rank does not see"
+        )
 
 
 def test_a_folder_that_is_no_commit_s(tmp_path: Path) -> None:
@@ -103,5 +113,9 @@ def test_a_folder_that_is_no_commit_s(tmp_path: Path) -> None:
         return str(tmp_path)
 
     with names_resolved_once():
-        assert folder_of(download, "a", revision="v2") == folder_of(download, "b", revision="v2") == tmp_path
+        assert (
+            folder_of(download, "a", revision="v2")
+            == folder_of(download, "b", revision="v2")
+            == tmp_path
+        )
     assert asked == ["v2", "v2"]

@@ -38,16 +38,34 @@ LAUNCHERS = {
 
 def start(launcher: str, *arguments: object) -> subprocess.Popen[str]:
     words = [word.format(port=free_port()) for word in LAUNCHERS[launcher]]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    command = [str(BIN / words[0]), *words[1:], str(ROOT / "launch" / "distill.py"), *map(str, arguments)]
+    command = [
+        str(BIN / words[0]),
+        *words[1:],
+        str(ROOT / "launch" / "distill.py"),
+        *map(str, arguments),
+    ]
     return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
 
 
 @pytest.mark.parametrize(
-    "launcher", [name if name == "deepspeed" else pytest.param(name, marks=pytest.mark.full) for name in LAUNCHERS]
+    "launcher",
+    [
+        name if name == "deepspeed" else pytest.param(name, marks=pytest.mark.full)
+        for name in LAUNCHERS
+    ],
 )
 def test_a_run_under(launcher: str, config_file: Callable[..., Path], tmp_path: Path) -> None:
     process = start(launcher, "--config", config_file(), "--set", "train.max_steps=4")
@@ -60,26 +78,37 @@ def test_a_run_under(launcher: str, config_file: Callable[..., Path], tmp_path: 
     assert len(told) == 1, "rank 0 alone speaks"
     if launcher == "accelerate":
         assert "accelerate launch was asked for several" not in output + errors
-    ranks = 2 if launcher in ("deepspeed", "torchrun") else 1  # accelerate starts CPU ranks by MPI only
-    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000000004" / "state.json").read_text())
+    # Accelerate starts CPU ranks by MPI only.
+    ranks = 2 if launcher in ("deepspeed", "torchrun") else 1
+    state = json.loads(
+        (tmp_path / "run" / "checkpoints" / "step-000000004" / "state.json").read_text()
+    )
     assert state["world_size"] == ranks
 
 
 def test_a_mistake_is_told_once_under_deepspeed(config_file: Callable[..., Path]) -> None:
     process = start("deepspeed", "--config", config_file(), "--set", "train.max_stepz=4")
     output, errors = process.communicate(timeout=60)
-    told = [line for line in (output + errors).splitlines() if "train.max_stepz: unknown key" in line]
+    told = [
+        line for line in (output + errors).splitlines() if "train.max_stepz: unknown key" in line
+    ]
     assert len(told) == 1
     assert process.returncode == 2
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("fault", ["data.train=./nowhere", "train.max_stepz=4"])
-def test_a_failure_is_told_once_under_torchrun(fault: str, config_file: Callable[..., Path]) -> None:
+def test_a_failure_is_told_once_under_torchrun(
+    fault: str, config_file: Callable[..., Path]
+) -> None:
     """The rank that does not report must not make torchrun end the one that does."""
     process = start("torchrun", "--config", config_file(), "--set", fault)
     output, errors = process.communicate(timeout=120)
-    told = [line for line in (output + errors).splitlines() if re.search("no such folder: nowhere|unknown key", line)]
+    told = [
+        line
+        for line in (output + errors).splitlines()
+        if re.search("no such folder: nowhere|unknown key", line)
+    ]
     assert len(told) == 1
     assert process.returncode == 1
 
@@ -90,7 +119,13 @@ def test_a_port_in_use_is_one_line_under_deepspeed(config_file: Callable[..., Pa
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        LAUNCHERS["deepspeed-busy"] = ["deepspeed", "--num_accelerators", "2", "--master_port", str(port)]
+        LAUNCHERS["deepspeed-busy"] = [
+            "deepspeed",
+            "--num_accelerators",
+            "2",
+            "--master_port",
+            str(port),
+        ]
         process = start("deepspeed-busy", "--config", config_file())
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 3
@@ -99,7 +134,9 @@ def test_a_port_in_use_is_one_line_under_deepspeed(config_file: Callable[..., Pa
 
 
 @pytest.mark.full
-def test_torchrun_does_not_restart_a_stopped_run(config_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_torchrun_does_not_restart_a_stopped_run(
+    config_file: Callable[..., Path], tmp_path: Path
+) -> None:
     LAUNCHERS["torchrun-restarts"] = [*LAUNCHERS["torchrun"], "--max-restarts", "2"]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "STOP").touch()
@@ -126,4 +163,6 @@ def test_ctrl_c_under_deepspeed_saves(config_file: Callable[..., Path], tmp_path
         time.sleep(0.2)
     ended = json.loads(status.read_text())
     assert ended["state"] == "stopped"
-    assert (tmp_path / "run" / "checkpoints" / f"step-{ended['step']:09d}" / "manifest.json").exists()
+    assert (
+        tmp_path / "run" / "checkpoints" / f"step-{ended['step']:09d}" / "manifest.json"
+    ).exists()

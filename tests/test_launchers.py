@@ -1,4 +1,6 @@
-"""The launchers, with stand-ins on PATH for what one machine lacks, and on two network namespaces."""
+"""The launchers, with stand-ins on PATH for what one machine lacks, and on two network
+namespaces.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,26 @@ def put(folder: Path, name: str, body: str) -> None:
 
 
 def environment(first: Path | None = None, **variables: object) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     path = os.pathsep.join(map(str, filter(None, [first, BIN, os.environ["PATH"]])))
-    return kept | {"PATH": path, "OMP_NUM_THREADS": "1"} | {key: str(value) for key, value in variables.items()}
+    return (
+        kept
+        | {"PATH": path, "OMP_NUM_THREADS": "1"}
+        | {key: str(value) for key, value in variables.items()}
+    )
 
 
-def run(script: str, *arguments: object, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    script: str, *arguments: object, cwd: Path = ROOT, **options: Any
+) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(LAUNCH / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=150, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=cwd, timeout=150, **options
+    )
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -61,12 +75,17 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
     if not shellcheck:
         pytest.skip("needs shellcheck")
     ended = subprocess.run(
-        [shellcheck, "-x", "-P", "SCRIPTDIR", "-P", str(ROOT), str(script)], capture_output=True, text=True, check=False
+        [shellcheck, "-x", "-P", "SCRIPTDIR", "-P", str(ROOT), str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.stdout == ""
 
 
-@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name != "common.sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if path.name != "common.sh"], ids=lambda path: path.name
+)
 def test_help_tells_every_variable(script: Path) -> None:
     ended = run(script.name, "--help")
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -80,7 +99,11 @@ def known_keys(given: Any, known: Any, path: str = "") -> Iterator[str]:
     """Yield where `known`, what the models made of `given`, has lost or changed something."""
     if isinstance(given, dict):
         for key, value in given.items():
-            yield from known_keys(value, known.get(key), f"{path}.{key}") if key in known else [f"{path}.{key}"]
+            yield from (
+                known_keys(value, known.get(key), f"{path}.{key}")
+                if key in known
+                else [f"{path}.{key}"]
+            )
     elif isinstance(given, list):
         for number, (one, other) in enumerate(zip(given, known, strict=True)):
             yield from known_keys(one, other, f"{path}[{number}]")
@@ -97,8 +120,13 @@ def test_the_train_job_is_what_kubeflow_takes() -> None:
     ):
         assert list(known_keys(document, model.from_dict(document).to_dict())) == []
     spec = job["spec"]
-    assert all((ROOT / path).exists() for path in (spec["trainer"]["command"][1], spec["trainer"]["args"][1]))
-    pod = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert all(
+        (ROOT / path).exists()
+        for path in (spec["trainer"]["command"][1], spec["trainer"]["args"][1])
+    )
+    pod = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0][
+        "template"
+    ]["spec"]
     [volume, _] = pod["template"]["spec"]["volumes"]
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
 
@@ -109,7 +137,10 @@ def test_the_train_job_is_what_kubeflow_takes() -> None:
 @pytest.mark.full
 def test_node_and_single_gpu(config_file: MakeFile, tmp_path: Path) -> None:
     config = config_file()
-    for script, variables, ranks in (("node.sh", {"NUM_PROCESSES": 2}, 2), ("single_gpu.sh", {}, 1)):
+    for script, variables, ranks in (
+        ("node.sh", {"NUM_PROCESSES": 2}, 2),
+        ("single_gpu.sh", {}, 1),
+    ):
         ended = run(script, "--config", config, "--fresh", env=environment(**variables))
         assert ended.returncode == 0, ended.stdout + ended.stderr
         state = tmp_path / "run" / "checkpoints" / "step-000000006" / "state.json"
@@ -119,7 +150,14 @@ def test_node_and_single_gpu(config_file: MakeFile, tmp_path: Path) -> None:
 @pytest.mark.full
 def test_ctrl_c_under_node_sh(config_file: MakeFile, tmp_path: Path) -> None:
     """It returns once the ranks have saved, and shows no traceback of DeepSpeed's launcher."""
-    words = ["bash", str(LAUNCH / "node.sh"), "--config", str(config_file()), "--set", "train.max_steps=100000"]
+    words = [
+        "bash",
+        str(LAUNCH / "node.sh"),
+        "--config",
+        str(config_file()),
+        "--set",
+        "train.max_steps=100000",
+    ]
     process = subprocess.Popen(
         words,
         env=environment(NUM_PROCESSES=2),
@@ -135,8 +173,12 @@ def test_ctrl_c_under_node_sh(config_file: MakeFile, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert status(tmp_path / "run")["state"] == "stopped"
     assert "Traceback" not in output
-    assert "got SIGINT: saving a checkpoint and stopping; press Ctrl-C again to quit at once" in output
-    assert re.search(r"stopped after step \d+ \(got SIGINT\); rerun the same command to resume", output)
+    assert (
+        "got SIGINT: saving a checkpoint and stopping; press Ctrl-C again to quit at once" in output
+    )
+    assert re.search(
+        r"stopped after step \d+ \(got SIGINT\); rerun the same command to resume", output
+    )
 
 
 def test_a_port_of_the_meeting_that_is_in_use(stand_ins: Path) -> None:
@@ -145,12 +187,18 @@ def test_a_port_of_the_meeting_that_is_in_use(stand_ins: Path) -> None:
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        ended = run("torchrun_multi_node.sh", env=environment(stand_ins, HEAD_ADDRESS="127.0.0.1", MASTER_PORT=port))
+        ended = run(
+            "torchrun_multi_node.sh",
+            env=environment(stand_ins, HEAD_ADDRESS="127.0.0.1", MASTER_PORT=port),
+        )
     assert ended.stdout == "started\n", "another node of the job may hold it"
     assert ended.stderr.startswith(
         f"torchrun_multi_node.sh: port {port} of this machine is in use; unless another node"
     )
-    ended = run("torchrun_multi_node.sh", env=environment(stand_ins, HEAD_ADDRESS="127.0.0.1", MASTER_PORT=port))
+    ended = run(
+        "torchrun_multi_node.sh",
+        env=environment(stand_ins, HEAD_ADDRESS="127.0.0.1", MASTER_PORT=port),
+    )
     assert (ended.stdout, ended.stderr) == ("started\n", "")
 
 
@@ -169,9 +217,15 @@ wait
 
 @pytest.mark.parametrize("runs", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_a_hostfile(stand_ins: Path, config_file: MakeFile, tmp_path: Path, runs: bool) -> None:
-    """Two hosts of one rank, as pdsh would start them; the stand-in starts both here, or only tells."""
+    """Two hosts of one rank, as pdsh would start them; the stand-in starts both here, or only
+    tells.
+    """
     put(stand_ins, "pdsh", PDSH)
-    put(stand_ins, "ssh", 'printf "%s\\n" "$@" >>"$LOG.ssh"\n[[ ${*: -1} == -I ]] && echo 127.0.0.1 || echo head\n')
+    put(
+        stand_ins,
+        "ssh",
+        'printf "%s\\n" "$@" >>"$LOG.ssh"\n[[ ${*: -1} == -I ]] && echo 127.0.0.1 || echo head\n',
+    )
     (tmp_path / "hostfile").write_text("head slots=1\nother slots=1\n")
     log = tmp_path / "pdsh.log"
     variables = environment(stand_ins, LOG=log, HOSTFILE=tmp_path / "hostfile", NCCL_DEBUG="WARN")
@@ -201,8 +255,12 @@ def test_a_hostfile_that_is_not_there(stand_ins: Path, tmp_path: Path) -> None:
 
 def test_torchrun_is_told_who_is_the_head(stand_ins: Path) -> None:
     put(stand_ins, "torchrun", 'printf "%s\\n" "$@"\n')
-    here = environment(stand_ins, HEAD_ADDRESS="127.0.0.1", NUM_NODES="2:4", NUM_PROCESSES=3, MASTER_PORT=1234)
-    words = run("torchrun_multi_node.sh", "--config", "c.json", "--set", "a=b c", env=here).stdout.splitlines()
+    here = environment(
+        stand_ins, HEAD_ADDRESS="127.0.0.1", NUM_NODES="2:4", NUM_PROCESSES=3, MASTER_PORT=1234
+    )
+    words = run(
+        "torchrun_multi_node.sh", "--config", "c.json", "--set", "a=b c", env=here
+    ).stdout.splitlines()
     assert words[-4:] == ["--config", "c.json", "--set", "a=b c"]
     options = dict(zip(words[:-5:2], words[1:-5:2], strict=True))
     assert options["--nnodes"] == "2:4"
@@ -211,7 +269,13 @@ def test_torchrun_is_told_who_is_the_head(stand_ins: Path) -> None:
     assert options["--rdzv-endpoint"] == "127.0.0.1:1234"
     assert options["--rdzv-conf"] == "is_host=true"
     assert options["--local-addr"] == "127.0.0.1"
-    pod = environment(stand_ins, PET_MASTER_ADDR="192.0.2.1", PET_MASTER_PORT=29500, PET_NNODES=2, LOCAL_ADDRESS="x")
+    pod = environment(
+        stand_ins,
+        PET_MASTER_ADDR="192.0.2.1",
+        PET_MASTER_PORT=29500,
+        PET_NNODES=2,
+        LOCAL_ADDRESS="x",
+    )
     found = run("torchrun_multi_node.sh", env=pod)
     if "can't be reached" not in found.stderr:  # a machine without any network
         words = found.stdout.splitlines()
@@ -222,13 +286,17 @@ def test_torchrun_is_told_who_is_the_head(stand_ins: Path) -> None:
 def test_torchrun_without_a_head() -> None:
     ended = run("torchrun_multi_node.sh", "--config", "c.json", env=environment(HEAD_ADDRESS=""))
     assert ended.returncode == 2
-    assert ended.stderr.startswith("torchrun_multi_node.sh: HEAD_ADDRESS is not set; give the name or address")
+    assert ended.stderr.startswith(
+        "torchrun_multi_node.sh: HEAD_ADDRESS is not set; give the name or address"
+    )
 
 
 def test_torchrun_says_that_it_waits_for_the_head_s_name() -> None:
     words = ["bash", str(LAUNCH / "torchrun_multi_node.sh"), "--config", "c.json"]
     options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(words, env=environment(HEAD_ADDRESS="head.invalid"), **options) as process:
+    with subprocess.Popen(
+        words, env=environment(HEAD_ADDRESS="head.invalid"), **options
+    ) as process:
         assert process.stderr
         said = process.stderr.readline()
         os.killpg(process.pid, signal.SIGKILL)
@@ -253,14 +321,23 @@ class Slurm:
         put(stand_ins, "scontrol", SCONTROL)
         self.log, self._stand_ins, self._tmp_path = tmp_path / "slurm.log", stand_ins, tmp_path
 
-    def start(self, config: Path, *arguments: str, restarts: int = 0, **variables: object) -> subprocess.Popen[str]:
+    def start(
+        self, config: Path, *arguments: str, restarts: int = 0, **variables: object
+    ) -> subprocess.Popen[str]:
         shutil.copy(LAUNCH / "slurm.sbatch", self._tmp_path / "slurm_script")  # Slurm runs a copy
-        job = {"SLURM_JOB_ID": 4711, "SLURM_JOB_NUM_NODES": 1, "SLURM_SUBMIT_DIR": ROOT, "LOG": self.log}
+        job = {
+            "SLURM_JOB_ID": 4711,
+            "SLURM_JOB_NUM_NODES": 1,
+            "SLURM_SUBMIT_DIR": ROOT,
+            "LOG": self.log,
+        }
         if restarts:
             job["SLURM_RESTART_COUNT"] = restarts
         return subprocess.Popen(
             ["bash", str(self._tmp_path / "slurm_script"), "--config", str(config), *arguments],
-            env=environment(self._stand_ins, **(job | {"NUM_PROCESSES": 2, "MIN_FREE_GB": 0, **variables})),
+            env=environment(
+                self._stand_ins, **(job | {"NUM_PROCESSES": 2, "MIN_FREE_GB": 0, **variables})
+            ),
             cwd=self._tmp_path,
             text=True,
             stdout=subprocess.PIPE,
@@ -285,7 +362,8 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 90) ->
         time.sleep(0.1)
 
 
-# A run of five steps, 0.2 s each, as far as status.json and the STOP file show it; fails at FAIL_AT.
+# A run of five steps, 0.2 s each, as far as status.json and the STOP file show it; fails at
+# FAIL_AT.
 TORCHRUN = """echo "$@" >>"$LOG.torchrun"
 python - "$FOLDER" <<'PYTHON'
 import json, os, pathlib, sys, time
@@ -311,13 +389,17 @@ PYTHON
 """
 
 
-def test_slurm_decides_by_status_json(stand_ins: Path, slurm: Slurm, config_file: MakeFile, tmp_path: Path) -> None:
+def test_slurm_decides_by_status_json(
+    stand_ins: Path, slurm: Slurm, config_file: MakeFile, tmp_path: Path
+) -> None:
     put(stand_ins, "torchrun", TORCHRUN)
     folder, config = tmp_path / "run", config_file()
     again = ["requeue 4711"]
 
     def job(restarts: int = 0, **variables: object) -> str:
-        output, _ = slurm.start(config, "--fresh", restarts=restarts, FOLDER=folder, READY=1, **variables).communicate()
+        output, _ = slurm.start(
+            config, "--fresh", restarts=restarts, FOLDER=folder, READY=1, **variables
+        ).communicate()
         return output
 
     broken = job(FAIL_AT=0, FAIL_CODE=3)
@@ -326,7 +408,9 @@ def test_slurm_decides_by_status_json(stand_ins: Path, slurm: Slurm, config_file
     assert "queued again: it broke after step 2" in job(FAIL_AT=2, FAIL_CODE=3)
     assert slurm.requeued() == again
     capped = job(restarts=50, FAIL_AT=3, FAIL_CODE=3)
-    assert "queued again 50 times already (MAX_REQUEUES); sbatch the same command to go on" in capped
+    assert (
+        "queued again 50 times already (MAX_REQUEUES); sbatch the same command to go on" in capped
+    )
     assert "status.json: failed, step 4" in job(FAIL_AT=4, FAIL_CODE=2)
     (folder / "STOP").touch()
     assert "status.json: stopped, step 5" in job()  # by a person
@@ -347,8 +431,13 @@ def test_slurm_needs_every_node_ready(slurm: Slurm, config_file: MakeFile) -> No
 
 
 @pytest.mark.full
-def test_slurm_signal_checkpoint_requeue_resume_done(slurm: Slurm, config_file: MakeFile, tmp_path: Path) -> None:
-    folder, config = tmp_path / "run", config_file(train={"max_steps": 400}, checkpoint={"every_steps": 0})
+def test_slurm_signal_checkpoint_requeue_resume_done(
+    slurm: Slurm, config_file: MakeFile, tmp_path: Path
+) -> None:
+    folder, config = (
+        tmp_path / "run",
+        config_file(train={"max_steps": 400}, checkpoint={"every_steps": 0}),
+    )
     metrics = folder / "metrics.jsonl"
     job = slurm.start(config)
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, "no steps")
@@ -374,7 +463,10 @@ class TwoHosts:
 
     def __init__(self) -> None:
         tag = uuid.uuid4().hex[:6]
-        self.names, self.links = [f"sd-{tag}-{end}" for end in "ab"], [f"sd{tag}{end}" for end in "ab"]
+        self.names, self.links = (
+            [f"sd-{tag}-{end}" for end in "ab"],
+            [f"sd{tag}{end}" for end in "ab"],
+        )
         self.addresses = ["10.213.0.1", "10.213.0.2"]
 
     def open(self) -> None:
@@ -399,7 +491,18 @@ class TwoHosts:
         return [
             subprocess.Popen(
                 [
-                    *("ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name),
+                    *(
+                        "ip",
+                        "netns",
+                        "exec",
+                        name,
+                        "unshare",
+                        "--uts",
+                        "sh",
+                        "-c",
+                        'hostname "$0" && exec "$@"',
+                        name,
+                    ),
                     *("bash", str(LAUNCH / "torchrun_multi_node.sh"), *map(str, arguments)),
                 ],
                 env=environment(
@@ -453,7 +556,9 @@ def test_two_hosts_lose_a_rank(two_hosts: TwoHosts, config_file: MakeFile, tmp_p
     )
     folder = tmp_path / "run"
     hosts = two_hosts.start("--config", config, MAX_RESTARTS=2)
-    wait_for(lambda: len(list(folder.glob("checkpoints/step-*/manifest.json"))) > 0, "no checkpoint")
+    wait_for(
+        lambda: len(list(folder.glob("checkpoints/step-*/manifest.json"))) > 0, "no checkpoint"
+    )
     pgrep = ["pgrep", "-P", str(hosts[1].pid), "-f", "launch/distill.py"]
     [rank] = subprocess.run(pgrep, capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(rank), signal.SIGKILL)
@@ -471,7 +576,9 @@ def test_two_hosts_lose_their_link(
 ) -> None:
     limits = {"timeout_seconds": 20, "lost_rank_seconds": 5}
     config = config_file(
-        run={"folder": str(tmp_path / "run"), **limits}, train={"max_steps": 120}, checkpoint={"every_steps": 20}
+        run={"folder": str(tmp_path / "run"), **limits},
+        train={"max_steps": 120},
+        checkpoint={"every_steps": 20},
     )
     whole = [
         host.communicate(timeout=240)[0]
@@ -480,17 +587,24 @@ def test_two_hosts_lose_their_link(
     assert status(tmp_path / "whole")["state"] == "done", "\n".join(whole)
     folder = tmp_path / "run"
     hosts = two_hosts.start("--config", config)
-    wait_for(lambda: len(list(folder.glob("checkpoints/step-*/manifest.json"))) > 0, "no checkpoint")
+    wait_for(
+        lambda: len(list(folder.glob("checkpoints/step-*/manifest.json"))) > 0, "no checkpoint"
+    )
     begin = time.monotonic()
     two_hosts.cut()
     told = [host.communicate(timeout=180)[0] for host in hosts]
     seconds = time.monotonic() - begin
     with capsys.disabled():
-        sys.stdout.write(f"\nlink cut: both hosts ended after {seconds:.1f} s\n{told[0]}\n=====\n{told[1]}\n")
+        sys.stdout.write(
+            f"\nlink cut: both hosts ended after {seconds:.1f} s\n{told[0]}\n=====\n{told[1]}\n"
+        )
     assert all(host.returncode for host in hosts)
     first, second = two_hosts.names
     assert f"ERROR rank 1 on {second} is lost: not heard of for " in told[0]
-    assert f"[rank 1] ERROR rank 0 on {first}, which holds the job's store, does not answer any more" in told[1]
+    assert (
+        f"[rank 1] ERROR rank 0 on {first}, which holds the job's store, does not answer any more"
+        in told[1]
+    )
     assert status(folder)["state"] == "failed"
     two_hosts.close()
     two_hosts.open()

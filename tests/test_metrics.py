@@ -19,9 +19,16 @@ from scaledistill.metrics import recorder as metrics
 from scaledistill.metrics.recorder import Pace, Recorder, draw_losses, line, read_rows, summary
 
 
-def recorder(folder: Path, *, resumed_at: int = 0, trackers: tuple[str, ...] = (), **names: str) -> Recorder:
+def recorder(
+    folder: Path, *, resumed_at: int = 0, trackers: tuple[str, ...] = (), **names: str
+) -> Recorder:
     return Recorder(
-        folder, max_steps=10, resumed_at=resumed_at, trackers=trackers, config={"run": {"seed": 1}}, **names
+        folder,
+        max_steps=10,
+        resumed_at=resumed_at,
+        trackers=trackers,
+        config={"run": {"seed": 1}},
+        **names,
     )
 
 
@@ -39,12 +46,20 @@ def test_rows_are_on_the_disk_at_once(tmp_path: Path, caplog: pytest.LogCaptureF
         for step in (1, 2):
             record.record(row(step, grad_norm=1 / 3))
             assert read_rows(tmp_path / "metrics.jsonl")[-1] == row(step, grad_norm=1 / 3)
-    assert [entry.getMessage() for entry in caplog.records] == ["step 1/10  loss 8.0000", "step 2/10  loss 4.0000"]
+    assert [entry.getMessage() for entry in caplog.records] == [
+        "step 1/10  loss 8.0000",
+        "step 2/10  loss 4.0000",
+    ]
     assert (tmp_path / "loss.png").is_file()
 
 
 def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
-    values = {"loss": float("nan"), "grad_norm": float("inf"), "lr": -float("inf"), "skipped_steps": 1}
+    values = {
+        "loss": float("nan"),
+        "grad_norm": float("inf"),
+        "lr": -float("inf"),
+        "skipped_steps": 1,
+    }
     with recorder(tmp_path) as record:
         record.record({"step": 1, **values})
     [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -70,7 +85,9 @@ def test_a_new_run_starts_an_empty_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "end", ['{"step": 3, "lo', '{"step": 3', "\0" * 30, "\n"], ids=["value", "brace", "zeros", "empty line"]
+    "end",
+    ['{"step": 3, "lo', '{"step": 3', "\0" * 30, "\n"],
+    ids=["value", "brace", "zeros", "empty line"],
 )
 def test_a_last_line_that_was_cut(end: str, tmp_path: Path) -> None:
     write_rows(tmp_path, row(1), row(2))
@@ -134,7 +151,10 @@ def test_a_disk_that_hangs_does_not_hold_up_a_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(metrics, "WORD_SECONDS", 0.3)
-    told = "metrics.jsonl: the disk has not answered for 0 s; training goes on, and the rows are written when it does"
+    told = (
+        "metrics.jsonl: the disk has not answered for 0 s; training goes on, and the rows are "
+        "written when it does"
+    )
     with recorder(tmp_path) as record:
         for first in (2, 102):
             record.record(row(first - 1))
@@ -161,7 +181,9 @@ def test_a_disk_that_hangs_at_the_end(
         record.record(row(1))
         record._file = file = Hanging(record._file)  # type: ignore[assignment]
         record.record(row(2))
-    assert warnings(caplog) == [f"{tmp_path}: the record is not complete: the disk has not answered for 0 s"]
+    assert warnings(caplog) == [
+        f"{tmp_path}: the record is not complete: the disk has not answered for 0 s"
+    ]
     file.answers.set()
     record._waiting[-1][1].result(60)
     assert read_rows(tmp_path / "metrics.jsonl") == [row(1), row(2)]
@@ -193,7 +215,8 @@ def test_trackers_see_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 "memory_peak_bytes": 45_600_000_000,
                 "lr": 1e-3,
             },
-            "loss 2.0000  validation 1.5000  12.3k tokens/s  MFU 42%  data wait 1.2%  memory 45.6 GB",
+            "loss 2.0000  validation 1.5000  12.3k tokens/s  MFU 42%  data wait 1.2%  memory 45.6 "
+            "GB",
         ),
         ({"loss": 1.0, "tokens_per_second": 999.4}, "loss 1.0000  999 tokens/s"),
         ({"loss": 1.0, "tokens_per_second": 2.5e6}, "loss 1.0000  2.5M tokens/s"),
@@ -225,7 +248,9 @@ def test_the_log_says_how_long_it_takes(tmp_path: Path, caplog: pytest.LogCaptur
     assert caplog.messages == ["step 4/10  loss 2.0000  lr 1.00e-03  0:01:00 left"]
 
 
-def test_the_display_cuts_nothing_at_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_display_cuts_nothing_at_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     screen = io.StringIO()
     screen.isatty = lambda: True  # type: ignore[method-assign]
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}.items():
@@ -241,7 +266,9 @@ def test_the_display_cuts_nothing_at_80_columns(tmp_path: Path, monkeypatch: pyt
         "memory_peak_bytes": 40e9,
         "lr": 6e-4,
     }
-    with Recorder(tmp_path, max_steps=400_000, resumed_at=100_000, trackers=(), config={}) as record:
+    with Recorder(
+        tmp_path, max_steps=400_000, resumed_at=100_000, trackers=(), config={}
+    ) as record:
         record.record(figures)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert max(len(each) for each in re.split(r"[\r\n]+", text)) <= 80
@@ -255,7 +282,9 @@ def test_the_display_cuts_nothing_at_80_columns(tmp_path: Path, monkeypatch: pyt
 def test_loss_png(tmp_path: Path) -> None:
     folder = tmp_path / "a_run"
     folder.mkdir()
-    rows = [row(step, validation_loss=9.0 / step if step % 10 == 0 else None) for step in range(1, 41)]
+    rows = [
+        row(step, validation_loss=9.0 / step if step % 10 == 0 else None) for step in range(1, 41)
+    ]
     rows[4]["loss"] = None  # a skipped step
     write_rows(folder, *rows)
     draw_losses(folder)

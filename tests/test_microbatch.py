@@ -55,7 +55,9 @@ def test_the_largest_is_found_in_few_trials(most: int, first: int | None) -> Non
         return size <= most
 
     sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-    assert largest_that_fits(sizes, fits, first=first, found="") == max(size for size in sizes if size <= most)
+    assert largest_that_fits(sizes, fits, first=first, found="") == max(
+        size for size in sizes if size <= most
+    )
     assert len(asked) == len(set(asked)) <= 5
     assert first not in sizes or asked[0] == first
 
@@ -64,7 +66,9 @@ def test_nothing_fits() -> None:
     with pytest.raises(ConfigError) as error:
         largest_that_fits([2, 4], lambda size: False, first=4, found="a step was tried on cuda:0")
     message = str(error.value)
-    assert message.startswith("train.micro_batch_size='auto': not even 2 fits in memory (a step was tried on cuda:0); ")
+    assert message.startswith(
+        "train.micro_batch_size='auto': not even 2 fits in memory (a step was tried on cuda:0); "
+    )
     assert "data.sequence_length" in message
     assert "engine.deepspeed.zero_optimization.offload_optimizer={'device': 'cpu'}" in message
 
@@ -82,7 +86,8 @@ def test_prediction_fills_the_limit(tiny_config: Callable[..., DistillConfig]) -
     assert at(facts.memory_bytes(8) / (1 - MARGIN_FRACTION) - 2) == 6
     assert at(1000 * GB, world_size=4) == 12
     with pytest.raises(
-        ConfigError, match=r"not even 1 fits in memory \(needs 0\.35 GB, 0\.09 GB are free for each rank"
+        ConfigError,
+        match=r"not even 1 fits in memory \(needs 0\.35 GB, 0\.09 GB are free for each rank",
     ):
         at(0.1 * GB)
 
@@ -95,7 +100,9 @@ def test_running_out_of_memory_is_an_answer_other_errors_are_not() -> None:
         return attempt
 
     assert fits(lambda size: None, 4)
-    assert not fits(failing_with(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), 4)
+    assert not fits(
+        failing_with(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), 4
+    )
     assert not fits(failing_with(RuntimeError("Triton Error [CUDA]: out of memory")), 4)
     with pytest.raises(RuntimeError, match="device-side assert"):
         fits(failing_with(RuntimeError("CUDA error: device-side assert triggered")), 4)
@@ -110,24 +117,36 @@ def test_a_trial_makes_a_step_and_leaves_the_student_alone(
     student = build_student(encoder, doctor.student_shape(config, "l2", encoder.config))
     view = capture_view(student, 2)
     before = {name: parameter.clone() for name, parameter in view.named_parameters()}
-    trial = Trial(config, "l2", Teacher(encoder, 3, dtype=torch.bfloat16), view, CPU, held_bytes=1000)
+    trial = Trial(
+        config, "l2", Teacher(encoder, 3, dtype=torch.bfloat16), view, CPU, held_bytes=1000
+    )
     trial(6)
     copies = dict(trial._student.named_parameters())
     assert all(
-        parameter.grad is None and torch.equal(parameter, before[name]) for name, parameter in view.named_parameters()
+        parameter.grad is None and torch.equal(parameter, before[name])
+        for name, parameter in view.named_parameters()
     )
     assert all(copy.grad is not None and copy.dtype == torch.bfloat16 for copy in copies.values())
     sizes = []
-    monkeypatch.setattr(Teacher, "forward", lambda self, input_ids_BT, **_: sizes.append(input_ids_BT.shape) or 1 / 0)
+    monkeypatch.setattr(
+        Teacher,
+        "forward",
+        lambda self, input_ids_BT, **_: sizes.append(input_ids_BT.shape) or 1 / 0,
+    )
     with pytest.raises(ZeroDivisionError):
         trial(5)
     assert sizes == [(5, 16)]
     assert all(copy.grad is None for copy in copies.values())
 
 
-def test_batches_that_are_tried_have_all_that_a_run_may_bring(tiny_config: Callable[..., DistillConfig]) -> None:
+def test_batches_that_are_tried_have_all_that_a_run_may_bring(
+    tiny_config: Callable[..., DistillConfig],
+) -> None:
     row = batch_arguments(tiny_config(), 2)
-    assert {key: tuple(value.shape) for key, value in row.items()} == {"input_ids_BT": (2, 16), "mask_BT": (2, 16)}
+    assert {key: tuple(value.shape) for key, value in row.items()} == {
+        "input_ids_BT": (2, 16),
+        "mask_BT": (2, 16),
+    }
     documents = batch_arguments(tiny_config(data={"attention": "document"}), 2)
     assert documents["cu_seqlens"].tolist() == [0, 16, 32]
     assert documents["position_ids_BT"][1].tolist() == list(range(16))
@@ -153,11 +172,17 @@ def choose_with(tree: dict[str, Any], *most: tuple[int, int]) -> list[int | str]
         return [chosen(limits[ranks.rank]) for limits in most]
 
 
-def test_ranks_agree_on_what_fits_everywhere(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> None:
-    tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, train={"global_batch_size": 32, "micro_batch_size": 2})
+def test_ranks_agree_on_what_fits_everywhere(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> None:
+    tree = tiny_tree(
+        tmp_path, tiny_teacher, tiny_shards, train={"global_batch_size": 32, "micro_batch_size": 2}
+    )
     main, other = run_ranks(choose_with, 2, tree, (100, 9), (3, 100), (100, 0))
     assert main[:2] == other[:2] == [8, 2]
-    assert re.match(r"ConfigError: rank 1 on .*: train.micro_batch_size='auto': not even 1 fits", main[2])
+    assert re.match(
+        r"ConfigError: rank 1 on .*: train.micro_batch_size='auto': not even 1 fits", main[2]
+    )
     assert "(a step was tried on cpu)" in main[2]
     assert other[2].startswith("PeerError: train.micro_batch_size='auto': not even 1 fits")
 
@@ -178,7 +203,10 @@ def write_files(root: Path, files: dict[str, object]) -> None:
 
 
 def test_free_memory_of_the_host_and_of_its_cgroups(tmp_path: Path) -> None:
-    write_files(tmp_path, {"proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 32000000 kB\nHugePages_Total: 0"})
+    write_files(
+        tmp_path,
+        {"proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 32000000 kB\nHugePages_Total: 0"},
+    )
     assert free_bytes(CPU, 1, tmp_path) == 32_768_000_000
     assert free_bytes(CPU, 4, tmp_path) == 8_192_000_000
     write_files(
@@ -192,9 +220,15 @@ def test_free_memory_of_the_host_and_of_its_cgroups(tmp_path: Path) -> None:
         },
     )
     assert free_bytes(CPU, 1, tmp_path) == 8 * GB  # the limit of the group above
-    v1 = {"limit_in_bytes": 10 * GB, "usage_in_bytes": 6 * GB, "stat": f"cache 1\ntotal_inactive_file {2 * GB}"}
+    v1 = {
+        "limit_in_bytes": 10 * GB,
+        "usage_in_bytes": 6 * GB,
+        "stat": f"cache 1\ntotal_inactive_file {2 * GB}",
+    }
     write_files(tmp_path, {"proc/self/cgroup": "5:cpu,memory:/not/visible/here\n1:cpu:/\n0::/"})
-    write_files(tmp_path, {f"sys/fs/cgroup/memory/memory.{name}": value for name, value in v1.items()})
+    write_files(
+        tmp_path, {f"sys/fs/cgroup/memory/memory.{name}": value for name, value in v1.items()}
+    )
     assert free_bytes(CPU, 2, tmp_path) == 3 * GB
 
 
@@ -203,7 +237,9 @@ def test_free_memory_here() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_takes_what_was_chosen_and_no_more(tiny_config: Callable[..., DistillConfig]) -> None:
+def test_the_gpu_takes_what_was_chosen_and_no_more(
+    tiny_config: Callable[..., DistillConfig],
+) -> None:
     from scaledistill.distributed.ranks import process_group
 
     with process_group(60) as ranks:
@@ -214,7 +250,9 @@ def test_the_gpu_takes_what_was_chosen_and_no_more(tiny_config: Callable[..., Di
         facts = estimate(config, "l2", teacher.config, student.config, 1, "cuda")
         free, total = torch.cuda.mem_get_info(ranks.device)
         left = facts.state_bytes - facts.teacher_bytes + 200 * facts.activation_bytes_per_sequence
-        filler = torch.empty(free - int(MARGIN_FRACTION * total) - left, dtype=torch.uint8, device=ranks.device)
+        filler = torch.empty(
+            free - int(MARGIN_FRACTION * total) - left, dtype=torch.uint8, device=ranks.device
+        )
         size = choose(config, "l2", teacher, capture_view(student, 2), facts, ranks)
         assert 32 <= size <= 512
         del filler

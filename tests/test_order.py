@@ -61,7 +61,9 @@ def test_random_access_equals_reading_in_order() -> None:
     samples_N = np.arange(5 * order.rows_per_epoch)
     shard_N, row_N = order.locate(samples_N)
     shuffled_N = np.random.default_rng(0).permutation(samples_N)
-    np.testing.assert_array_equal(order.locate(shuffled_N), (shard_N[shuffled_N], row_N[shuffled_N]))
+    np.testing.assert_array_equal(
+        order.locate(shuffled_N), (shard_N[shuffled_N], row_N[shuffled_N])
+    )
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -77,7 +79,8 @@ def test_a_lane_reads_one_window_of_consecutive_places_at_a_time() -> None:
     for lane in range(4):
         rows = row_N[lane::4]
         assert (rows // 125 == lane).all()
-        ends = [0, *range(4 * (lane + 1), 125, 16), 125]  # the first window has (lane + 1) / 4 of 16 rows
+        # The first window has (lane + 1) / 4 of 16 rows.
+        ends = [0, *range(4 * (lane + 1), 125, 16), 125]
         for first, end in pairwise(ends):
             assert sorted(rows[first:end]) == list(range(lane * 125 + first, lane * 125 + end))
 
@@ -102,7 +105,9 @@ def test_every_window_has_a_permutation_of_its_own() -> None:
 
 
 def test_order_mixes_about_as_well_as_uniform_sampling() -> None:
-    """Batches of 256 out of 64 shards: the number of distinct shards in a batch, against drawing rows uniformly."""
+    """Batches of 256 out of 64 shards: the number of distinct shards in a batch, against drawing
+    rows uniformly.
+    """
     order = SampleOrder([4096] * 64, seed=0)
     shard_N, _ = order.locate(np.arange(256 * 200))
     ours = np.mean([len(set(batch)) for batch in shard_N.reshape(-1, 256).tolist()])
@@ -117,7 +122,11 @@ def test_order_mixes_about_as_well_as_uniform_sampling() -> None:
         ({"seed": 2**63}, ConfigError, "run.seed=9223372036854775808"),
         ({"seed": 0, "num_lanes": 0}, ConfigError, "data.num_lanes=0"),
         ({"seed": 0, "window_rows": 0}, ConfigError, "data.window_rows=0; expected at least 1"),
-        ({"seed": 0, "num_lanes": 11}, DataError, "10 rows don't fill data.num_lanes=11 lanes; lower it"),
+        (
+            {"seed": 0, "num_lanes": 11},
+            DataError,
+            "10 rows don't fill data.num_lanes=11 lanes; lower it",
+        ),
     ],
 )
 def test_bad_settings(settings: dict[str, int], error: type[Exception], message: str) -> None:
@@ -140,7 +149,9 @@ def test_fingerprint_tells_orders_apart() -> None:
 
 
 def test_1024_ranks_take_the_batches_of_one() -> None:
-    """100 steps over several epochs, each rank asking for its own slots alone, as on a machine of its own."""
+    """100 steps over several epochs, each rank asking for its own slots alone, as on a machine of
+    its own.
+    """
     B, W, steps = 2048, 1024, 100
     shard_rows = [501, 733, 640] * 20
     order = SampleOrder(shard_rows, seed=5, num_lanes=32, window_rows=512)
@@ -163,9 +174,16 @@ def test_a_stream_of_1024_ranks_has_the_slots_of_its_rank(rank: int, tiny_shards
     def batches(own: int, world_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
         micro = B // world_size
         with ShardStream(
-            reader, order, global_batch_size=B, micro_batch_size=micro, rank=own, world_size=world_size
+            reader,
+            order,
+            global_batch_size=B,
+            micro_batch_size=micro,
+            rank=own,
+            world_size=world_size,
         ) as stream:
-            return [(batch.samples_B, batch.input_ids_BT.numpy()) for batch in islice(stream, steps)]
+            return [
+                (batch.samples_B, batch.input_ids_BT.numpy()) for batch in islice(stream, steps)
+            ]
 
     for (own_N, own_ids), (all_N, all_ids) in zip(batches(rank, W), batches(0, 1), strict=True):
         np.testing.assert_array_equal(own_N, all_N[rank::W])
@@ -193,5 +211,9 @@ def test_the_shards_of_a_window_and_the_next_are_those_that_are_read(
             due, following = order.shards_around(lane, epoch, first, len(offsets))
             assert list(dict.fromkeys(read[at:end])) == due
             last = read[end - 1]
-            rest = [place for place in range(end, len(places)) if read[place] != last or places[place][0] != epoch]
+            rest = [
+                place
+                for place in range(end, len(places))
+                if read[place] != last or places[place][0] != epoch
+            ]
             assert read[rest[0]] == following

@@ -25,16 +25,20 @@ def test_wheel_and_source_archive(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     for name in ("scaledistill", "tests"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(
+            ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
     subprocess.run([sys.executable, "-c", BUILD, output], cwd=tree, check=True, capture_output=True)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "scaledistill").rglob("*.py")}
 
     [wheel] = output.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == modules | {"scaledistill/py.typed"}  # types of ours are for type checkers of others too
+    # Types of ours are for type checkers of others too.
+    assert names == modules | {"scaledistill/py.typed"}
 
     [archive] = output.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         inside = {name.partition("/")[2] for name in tar.getnames()}
     assert inside >= modules | {"scaledistill/py.typed", "pyproject.toml", "README.md", "LICENSE"}
-    assert not [name for name in inside if name.startswith("tests")]  # they need files that are not packaged
+    # They need files that are not packaged.
+    assert not [name for name in inside if name.startswith("tests")]

@@ -1,4 +1,6 @@
-"""Teachers in parts: the same Q, K and V and hash as whole ones, never whole on a rank, the same training."""
+"""Teachers in parts: the same Q, K and V and hash as whole ones, never whole on a rank, the same
+training.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,11 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
     "fsdp": {"name": "fsdp"},
 }
-FSDP_OPTIONS = {"cpu_offload": True, "activation_checkpointing": True, "reshard_after_forward": False}
+FSDP_OPTIONS = {
+    "cpu_offload": True,
+    "activation_checkpointing": True,
+    "reshard_after_forward": False,
+}
 PLACEMENTS = ("replicate", "shard", "offload")
 LAYERS = 8
 IDS = torch.arange(24).view(2, 12)
@@ -44,15 +50,23 @@ def deep_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def storages(tensors: Iterator[Tensor]) -> int:
     """Return the bytes that tensors hold, on the meta device none; shared ones count once."""
-    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x.device.type != "meta"}
+    held = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for x in tensors
+        if x.device.type != "meta"
+    }
     return sum(size for address, size in held.items() if address)
 
 
 def parameter_bytes(view: nn.Module) -> tuple[int, int]:
-    """Return the bytes of a sharded view's parameters on this rank: its parts, and what is gathered now."""
+    """Return the bytes of a sharded view's parameters on this rank: its parts, and what is gathered
+    now.
+    """
     from torch.distributed.tensor import DTensor
 
-    state = {id(p): p for module in view.modules() for p in module._parameters.values() if p is not None}
+    state = {
+        id(p): p for module in view.modules() for p in module._parameters.values() if p is not None
+    }
     parts, whole = [], []
     for parameter in state.values():
         if isinstance(parameter, DTensor):
@@ -66,7 +80,9 @@ def parameter_bytes(view: nn.Module) -> tuple[int, int]:
 
 
 class Watched(dict[str, Tensor]):
-    """Stored weights; measures a view before each is read, when those before it should have been dropped."""
+    """Stored weights; measures a view before each is read, when those before it should have been
+    dropped.
+    """
 
     def __init__(self, stored: Mapping[str, Tensor]) -> None:
         self.stored, self.view, self.peak = stored, nn.Module(), 0
@@ -77,7 +93,9 @@ class Watched(dict[str, Tensor]):
 
 
 def place(folder: Path, trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Place a teacher on this rank and run it, for each configuration; return output, hash, and the bytes held."""
+    """Place a teacher on this rank and run it, for each configuration; return output, hash, and the
+    bytes held.
+    """
     from scaledistill.distributed.ranks import process_group
     from scaledistill.engines import shard_teacher
 
@@ -87,7 +105,9 @@ def place(folder: Path, trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
             encoder, stored = open_encoder(folder)
             watched = Watched(stored)
 
-            def shard(view: nn.Module, *rest: Any, tree: Any = tree, watched: Watched = watched) -> nn.Module:
+            def shard(
+                view: nn.Module, *rest: Any, tree: Any = tree, watched: Watched = watched
+            ) -> nn.Module:
                 watched.view = view
                 return shard_teacher(parse_config(tree), ranks, view, *rest)
 
@@ -103,18 +123,31 @@ def place(folder: Path, trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for _ in range(3):  # ZeRO-3 learns what to gather ahead from the first
                 output = teacher(IDS)
             parts, left = parameter_bytes(watched.view)
-            result = {"qkv": [x.numpy() for x in output], "sha256": teacher.sha256, "parts": parts, "left": left}
+            result = {
+                "qkv": [x.numpy() for x in output],
+                "sha256": teacher.sha256,
+                "parts": parts,
+                "left": left,
+            }
             results.append({**result, "loading": watched.peak, "running": max(running)})
     return results
 
 
 def test_no_rank_ever_holds_a_sharded_teacher(deep_teacher, tmp_path, tiny_shards) -> None:
     whole = Teacher(load_encoder(deep_teacher), LAYERS)
-    total, *blocks = (sum(p.numel() * 4 for p in x.parameters()) for x in (whole.view, *blocks_of(whole.view)))
+    total, *blocks = (
+        sum(p.numel() * 4 for p in x.parameters()) for x in (whole.view, *blocks_of(whole.view))
+    )
     embeddings = total - sum(blocks)
     cases = list(itertools.product(("zero1", "fsdp"), ("shard", "offload")))
     trees = [
-        tiny_tree(tmp_path, deep_teacher, tiny_shards, engine=ENGINES[engine], teacher={"placement": placement})
+        tiny_tree(
+            tmp_path,
+            deep_teacher,
+            tiny_shards,
+            engine=ENGINES[engine],
+            teacher={"placement": placement},
+        )
         for engine, placement in cases
     ]
     for results in run_ranks(place, 2, deep_teacher, trees):
@@ -142,16 +175,27 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
             config = doctor.check(parse_config(tree), ranks.world_size, ranks.device).config
             session = open_session(config, ranks, resume=False)
             with session.stream() as stream:
-                steps = [train_step(session, stream, lambda: None, Stopwatch()) for _ in range(config.train.max_steps)]
+                steps = [
+                    train_step(session, stream, lambda: None, Stopwatch())
+                    for _ in range(config.train.max_steps)
+                ]
             losses.append([step.losses["loss"] for step in steps])
     return losses
 
 
 def agree(cases: list[tuple[str, str]], tmp_path: Path, teacher: Path, shards: Path) -> None:
-    train = {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": 10, "learning_rate": 1e-3, "precision": "fp32"}
+    train = {
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "max_steps": 10,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+    }
 
     def tree(engine: dict[str, Any], placement: str) -> dict[str, Any]:
-        return tiny_tree(tmp_path, teacher, shards, train=train, teacher={"placement": placement}, engine=engine)
+        return tiny_tree(
+            tmp_path, teacher, shards, train=train, teacher={"placement": placement}, engine=engine
+        )
 
     trees = [tree(ENGINES[engine], placement) for engine, placement in cases]
     trees.append(tree({"name": "fsdp", "fsdp": FSDP_OPTIONS}, "offload"))
@@ -182,7 +226,8 @@ def test_all_engines_and_placements_agree(tmp_path, tiny_teacher, tiny_shards) -
 def test_stored_weights_are_those_of_a_loaded_model(model_type, tmp_path) -> None:
     sizes = ENCODER_SIZES | ({"embedding_size": 24} if model_type == "electra" else {})
     config = AutoConfig.for_model(model_type, **sizes)
-    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path, max_shard_size="20KB")  # with a prefix, a head
+    # With a prefix, a head.
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     for num_layers in (None, 2):
         whole = load_encoder(tmp_path, num_layers=num_layers)
@@ -198,23 +243,33 @@ def test_stored_weights_are_those_of_a_loaded_model(model_type, tmp_path) -> Non
 @pytest.mark.parametrize("stated", [None, "bfloat16"])
 def test_stored_weights_have_the_dtype_of_a_loaded_model(stated, tiny_teacher, tmp_path) -> None:
     config = json.loads((tiny_teacher / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": stated, "torch_dtype": stated}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "dtype": stated, "torch_dtype": stated})
+    )
     weights = {name: x.half() for name, x in load_file(tiny_teacher / "model.safetensors").items()}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     _, stored = open_encoder(tmp_path)
-    assert stored.dtype == load_encoder(tmp_path).dtype == {None: torch.float16, "bfloat16": torch.bfloat16}[stated]
+    assert (
+        stored.dtype
+        == load_encoder(tmp_path).dtype
+        == {None: torch.float16, "bfloat16": torch.bfloat16}[stated]
+    )
 
 
 def test_the_first_names_of_layer_norms(tiny_teacher, tmp_path) -> None:
     weights = load_file(tiny_teacher / "model.safetensors")
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     for new, name in old.items():
-        weights = {f"bert.{key.removeprefix('bert.').replace(new, name)}": x for key, x in weights.items()}
+        weights = {
+            f"bert.{key.removeprefix('bert.').replace(new, name)}": x for key, x in weights.items()
+        }
     assert any("gamma" in key for key in weights)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((tiny_teacher / "config.json").read_text())
     _, stored = open_encoder(tmp_path)
-    assert all(torch.equal(stored[name], x) for name, x in load_encoder(tiny_teacher).state_dict().items())
+    assert all(
+        torch.equal(stored[name], x) for name, x in load_encoder(tiny_teacher).state_dict().items()
+    )
 
 
 def lacking(weights: dict[str, Tensor]) -> None:
@@ -230,7 +285,8 @@ def test_incomplete_weights_are_refused(load, tiny_teacher, tmp_path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((tiny_teacher / "config.json").read_text())
     message = (
-        r"lacks weights that are needed: encoder\.layer\.1\.output\.dense\.bias \(not in the file\), "
+        r"lacks weights that are needed: encoder\.layer\.1\.output\.dense\.bias \(not in the "
+        r"file\), "
         r"embeddings\.LayerNorm\.weight \(file: \[5\], config: \[32\]\); give a complete model"
     )
     with pytest.raises(DataError, match=message):
@@ -241,5 +297,7 @@ def test_a_cut_file_is_refused(tiny_teacher, tmp_path) -> None:
     content = (tiny_teacher / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-9])
     (tmp_path / "config.json").write_text((tiny_teacher / "config.json").read_text())
-    with pytest.raises(DataError, match=r"model\.safetensors cannot be read \(.*\); fetch the model again"):
+    with pytest.raises(
+        DataError, match=r"model\.safetensors cannot be read \(.*\); fetch the model again"
+    ):
         open_encoder(tmp_path)

@@ -25,19 +25,37 @@ TRAINED, TEACHER = 1000, 500
 @pytest.mark.parametrize(
     ("engine", "placement", "expected"),
     [  # 4 ranks, 3 micro-batches, bf16: three quarters of a tensor in a ring
-        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "replicate", {"weights": 1500, "gradients": 6000}),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "replicate", {"weights": 1500, "gradients": 18000}),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "replicate", {"weights": 9000, "gradients": 9000}),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 1}}},
+            "replicate",
+            {"weights": 1500, "gradients": 6000},
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2}}},
+            "replicate",
+            {"weights": 1500, "gradients": 18000},
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3}}},
+            "replicate",
+            {"weights": 9000, "gradients": 9000},
+        ),
         (
             {"deepspeed": {"zero_optimization": {"stage": 1}, "communication_data_type": "bf16"}},
             "shard",
             {"weights": 1500, "gradients": 3000, "teacher": 2250},
         ),
         ({"name": "fsdp"}, "offload", {"weights": 9000, "gradients": 3000, "teacher": 2250}),
-        ({"name": "fsdp", "fsdp": {"reshard_after_forward": False}}, "replicate", {"weights": 4500, "gradients": 3000}),
+        (
+            {"name": "fsdp", "fsdp": {"reshard_after_forward": False}},
+            "replicate",
+            {"weights": 4500, "gradients": 3000},
+        ),
     ],
 )
-def test_traffic(engine: dict[str, Any], placement: str, expected: dict[str, float], tiny_config: MakeConfig) -> None:
+def test_traffic(
+    engine: dict[str, Any], placement: str, expected: dict[str, float], tiny_config: MakeConfig
+) -> None:
     config = tiny_config(
         engine=engine,
         teacher={"placement": placement, "dtype": "bf16"},
@@ -54,9 +72,13 @@ def test_reads_are_those_of_the_order(world_size: int, tiny_config: MakeConfig) 
     order = SampleOrder([4096] * 9, seed=1, num_lanes=8, window_rows=1024)
     blocks = SimpleNamespace(block_rows=(64,) * 64)
     manifest = SimpleNamespace(shards=[blocks] * 9, row_bytes=100)
-    shards = SimpleNamespace(manifest=manifest, blocks_around=lambda shard, row: range(row // 64, row // 64 + 1))
+    shards = SimpleNamespace(
+        manifest=manifest, blocks_around=lambda shard, row: range(row // 64, row // 64 + 1)
+    )
     config = tiny_config(train={"global_batch_size": 96})
-    found = plan.reads(cast(Any, SimpleNamespace(shards=shards, order=order, config=config, world_size=world_size)))
+    found = plan.reads(
+        cast(Any, SimpleNamespace(shards=shards, order=order, config=config, world_size=world_size))
+    )
     samples_N = np.arange(order.rows_per_epoch)
     shard_N, row_N = order.locate(samples_N)
     lane_N, window_N, _ = order.split(samples_N)
@@ -67,7 +89,8 @@ def test_reads_are_those_of_the_order(world_size: int, tiny_config: MakeConfig) 
         lanes = len(set(lane_N[own]))
     assert found.lanes == lanes
     steps = order.rows_per_epoch / 96
-    assert found.reads_per_step * steps * world_size == pytest.approx(counted, rel=0.1)  # blocks cut by windows
+    # Blocks cut by windows.
+    assert found.reads_per_step * steps * world_size == pytest.approx(counted, rel=0.1)
     assert found.times_over == pytest.approx(counted * 64 / order.rows_per_epoch, rel=0.1)
 
 
@@ -82,7 +105,9 @@ def planned(config: DistillConfig, world_size: int, width: int = 120, **options:
 
 
 def test_a_plan_for_1024_ranks(tiny_config: MakeConfig) -> None:
-    config = tiny_config(train={"global_batch_size": 2048, "max_steps": 3600}, teacher={"placement": "shard"})
+    config = tiny_config(
+        train={"global_batch_size": 2048, "max_steps": 3600}, teacher={"placement": "shard"}
+    )
     text = planned(config, 1024, tokens_per_second=64, memory_bytes=48_000_000_000)
     words = " ".join(text.split())
     for part in (
@@ -111,14 +136,16 @@ def test_a_single_rank_sends_nothing_and_is_not_warned(tiny_config: MakeConfig) 
 def test_a_window_of_a_whole_lane(tiny_config: MakeConfig) -> None:
     found = doctor.check(tiny_config(data={"window_rows": 10_000}), 1, CPU)
     assert plan.warnings_of(found) == [
-        f"data.window_rows (10000) is at least the rows per lane ({found.order.rows_per_lane}), so all lanes read at "
-        "the same step; lower it or data.num_lanes"
+        f"data.window_rows (10000) is at least the rows per lane ({found.order.rows_per_lane}), so "
+        "all lanes read at the same step; lower it or data.num_lanes"
     ]
 
 
 def test_what_does_not_fit(tiny_config: MakeConfig) -> None:
     found = doctor.check(tiny_config(), 2, CPU)
-    facts = dataclasses.replace(found.estimate, placements={"replicate": (10**10, 0), "shard": (10**9, 0)})
+    facts = dataclasses.replace(
+        found.estimate, placements={"replicate": (10**10, 0), "shard": (10**9, 0)}
+    )
     console = Console(width=120)
     with console.capture() as capture:
         console.print(plan.placement_table(dataclasses.replace(found, estimate=facts), 5 * 10**9))
@@ -133,30 +160,47 @@ def test_a_run_says_what_it_is_about_to_do(tiny_config: MakeConfig) -> None:
     rows = found.order.rows_per_epoch
     assert plan.start_summary(found, "cpu", step=0, last_step=500) == [
         "student l2: 10,848 parameters in its export, of which 8,384 parameters train",
-        f"teacher {config.teacher.model}, up to layer 3: 28,832 parameters, fp32, placement replicate",
+        f"teacher {config.teacher.model}, up to layer 3: 28,832 parameters, fp32, placement "
+        "replicate",
         "batch: 3 ranks × 2 × 4 micro-batches = 24 sequences of 16, 384 tokens a step",
         f"steps: 500, 192.0k tokens in all, {500 * 24 / rows:.1f} epochs of {rows} rows",
         "engine: DeepSpeed ZeRO-2, fp32 on cpu, compile off, relations by sdpa",
         f"paths: run {config.run.folder}, training data {config.data.train}",
     ]
     *_, last = plan.start_summary(found, "cpu", step=499, last_step=500)
-    assert last == f"resumed from {config.run.folder}/checkpoints/step-000000499: 1 step of 500 left"
+    assert (
+        last == f"resumed from {config.run.folder}/checkpoints/step-000000499: 1 step of 500 left"
+    )
 
 
 def test_a_micro_batch_above_a_ranks_share_is_said_at_the_start(tiny_config: MakeConfig) -> None:
     found = doctor.check(tiny_config(train={"micro_batch_size": 4}), 8, CPU)
-    [note] = [line for line in plan.start_summary(found, "cpu", step=0, last_step=6) if line.startswith("note: ")]
+    [note] = [
+        line
+        for line in plan.start_summary(found, "cpu", step=0, last_step=6)
+        if line.startswith("note: ")
+    ]
     assert note == (
-        "note: train.micro_batch_size=4 is more than a rank's share of train.global_batch_size=8 on 8 ranks: 1 is "
+        "note: train.micro_batch_size=4 is more than a rank's share of train.global_batch_size=8 "
+        "on 8 ranks: 1 is "
         'used; set it to 1 or "auto", or raise train.global_batch_size'
     )
-    assert "batch: 8 ranks × 1 × 1 micro-batch = 8" in plan.start_summary(found, "cpu", step=0, last_step=6)[2]
+    assert (
+        "batch: 8 ranks × 1 × 1 micro-batch = 8"
+        in plan.start_summary(found, "cpu", step=0, last_step=6)[2]
+    )
     assert plan.warnings_of(found)[0] == note.removeprefix("note: ")
 
 
-@pytest.mark.parametrize(("precision", "warned"), [("bf16", True), ("auto", False), ("fp32", False)])
-def test_bf16_on_a_cpu(precision: str, warned: bool, fast_bf16: bool, tiny_config: MakeConfig) -> None:
+@pytest.mark.parametrize(
+    ("precision", "warned"), [("bf16", True), ("auto", False), ("fp32", False)]
+)
+def test_bf16_on_a_cpu(
+    precision: str, warned: bool, fast_bf16: bool, tiny_config: MakeConfig
+) -> None:
     config = tiny_config(train={"precision": precision})
     text = " ".join(planned(config, 1).split())
-    assert ("train.precision=bf16 on a CPU: PyTorch adds the gradients of LayerNorms" in text) is warned
+    assert (
+        "train.precision=bf16 on a CPU: PyTorch adds the gradients of LayerNorms" in text
+    ) is warned
     assert "train.precision=bf16" not in planned(config, 1, memory_bytes=48_000_000_000)

@@ -39,7 +39,11 @@ def die(item: int) -> int:
 
 def test_a_killed_worker_is_an_error_not_a_hang() -> None:
     with pytest.raises(
-        DataError, match=r"a worker process \(of 1\) was killed, .* each may take 0.6 GB; use fewer --workers, or"
+        DataError,
+        match=(
+            r"a worker process \(of 1\) was killed, .* each may take 0.6 GB; use fewer --workers, "
+            r"or"
+        ),
     ):
         list(parallel_map(die, range(10), workers=1))
 
@@ -51,10 +55,13 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
         "from scaledistill.data.prepare.pool import parallel_map\n"
         "def pid(item): return os.getpid()\n"
         "if __name__ == '__main__':\n"
-        "    for value in parallel_map(pid, itertools.count(), workers=1): print(value, flush=True)\n"
+        "    for value in parallel_map(pid, itertools.count(), workers=1): print(value, "
+        "flush=True)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     worker = int(process.stdout.readline())
     process.kill()
@@ -67,9 +74,16 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
 
 def test_installed_docs_in_parallel(tmp_path: Path) -> None:
     for i in range(70):
-        (tmp_path / f"m{i:02}.py").write_text(f'"""Module number {i} of a package of many modules with docstrings."""')
+        (tmp_path / f"m{i:02}.py").write_text(
+            f'"""Module number {i} of a package of many modules with docstrings."""'
+        )
     expected = list(installed_docs(folders=[tmp_path]))
     assert len(expected) == 70
     assert (
-        list(installed_docs(lambda function, items: parallel_map(function, items, workers=1), [tmp_path])) == expected
+        list(
+            installed_docs(
+                lambda function, items: parallel_map(function, items, workers=1), [tmp_path]
+            )
+        )
+        == expected
     )

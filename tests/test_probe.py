@@ -23,8 +23,15 @@ from scaledistill.glue.command import main, parse
 from scaledistill.glue.probe import SimilarityProbe
 from scaledistill.preflight.checks import check
 
-DATA = Path(os.environ.get("SCALEDISTILL_TEST_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
-PAIRS = [(f"w{i % 9:03} w{i % 23:03}", f"w{(3 * i) % 11:03} w{i % 23:03} w{i % 5:03}", i % 6) for i in range(100)]
+DATA = Path(
+    os.environ.get(
+        "SCALEDISTILL_TEST_DATA", Path(__file__).parent.parent.parent / "shared" / "data"
+    )
+)
+PAIRS = [
+    (f"w{i % 9:03} w{i % 23:03}", f"w{(3 * i) % 11:03} w{i % 23:03} w{i % 5:03}", i % 6)
+    for i in range(100)
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,30 +40,43 @@ def stsb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("glue")
     (folder / "STS-B").mkdir()
     head = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
-    rows = [f"{i}\tg\tf\ty\to\ts\ts\t{one}\t{other}\t{label:.3f}" for i, (one, other, label) in enumerate(PAIRS)]
+    rows = [
+        f"{i}\tg\tf\ty\to\ts\ts\t{one}\t{other}\t{label:.3f}"
+        for i, (one, other, label) in enumerate(PAIRS)
+    ]
     (folder / "STS-B" / "dev.tsv").write_text("\n".join([head, *rows]) + "\n")
     return folder
 
 
 def by_hand(folder: Path, layer: int) -> float:
     """Return the score computed sentence by sentence, without batches or padding."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModel.from_pretrained(folder).eval(),
+    )
 
     def vector(text: str) -> torch.Tensor:
         with torch.no_grad():
             out = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
         return out.hidden_states[layer][0].mean(0)
 
-    cosines = [torch.cosine_similarity(vector(one), vector(other), dim=0).item() for one, other, _ in PAIRS]
+    cosines = [
+        torch.cosine_similarity(vector(one), vector(other), dim=0).item() for one, other, _ in PAIRS
+    ]
     return float(spearmanr([label for *_, label in PAIRS], cosines).statistic)
 
 
-def test_the_score_is_that_of_single_sentences(tiny_teacher: Path, stsb: Path, tmp_path: Path) -> None:
+def test_the_score_is_that_of_single_sentences(
+    tiny_teacher: Path, stsb: Path, tmp_path: Path
+) -> None:
     figures = tmp_path / "figures.json"
     arguments = ["--probe", "stsb", "--model", f"tiny={tiny_teacher}", "--data-dir", str(stsb)]
     assert main([*arguments, "--json", str(figures)]) == 0
     last, below = json.loads(figures.read_text())
-    assert last["name"], below["name"] == ("tiny/probe/stsb_spearman", "tiny/probe/stsb_spearman_below")
+    assert last["name"], below["name"] == (
+        "tiny/probe/stsb_spearman",
+        "tiny/probe/stsb_spearman_below",
+    )
     assert last["n"] == below["n"] == len(PAIRS)
     assert last["value"] == pytest.approx(by_hand(tiny_teacher, -1), abs=2e-3)
     assert below["value"] == pytest.approx(by_hand(tiny_teacher, -2), abs=2e-3)
@@ -98,13 +118,17 @@ def probed(config: Callable[..., dict[str, Any]], stsb: Path, **blocks: Any) -> 
 
 
 @pytest.fixture
-def make_tree(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callable[..., dict[str, Any]]:
+def make_tree(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> Callable[..., dict[str, Any]]:
     from conftest import tiny_tree
 
     return lambda **blocks: tiny_tree(tmp_path, tiny_teacher, tiny_shards, **blocks)
 
 
-def test_a_run_records_what_its_export_scores(make_tree: Callable[..., dict[str, Any]], stsb: Path) -> None:
+def test_a_run_records_what_its_export_scores(
+    make_tree: Callable[..., dict[str, Any]], stsb: Path
+) -> None:
     from ranks import run_ranks
 
     tree = probed(make_tree, stsb)
@@ -115,9 +139,13 @@ def test_a_run_records_what_its_export_scores(make_tree: Callable[..., dict[str,
     assert all("probe/stsb_spearman" in row and "probe/stsb_spearman_below" in row for row in rows)
     [name] = tree["students"]
     export = Path(tree["run"]["folder"]) / "export" / name
-    scores = SimilarityProbe(load_tokenizer(export), stsb).score(AutoModel.from_pretrained(export).eval())
+    scores = SimilarityProbe(load_tokenizer(export), stsb).score(
+        AutoModel.from_pretrained(export).eval()
+    )
     assert scores["stsb_spearman"] == pytest.approx(rows[-1]["probe/stsb_spearman"], abs=2e-3)
-    assert scores["stsb_spearman_below"] == pytest.approx(rows[-1]["probe/stsb_spearman_below"], abs=2e-3)
+    assert scores["stsb_spearman_below"] == pytest.approx(
+        rows[-1]["probe/stsb_spearman_below"], abs=2e-3
+    )
 
 
 def test_settings_that_measure_nothing_are_refused(
@@ -125,10 +153,13 @@ def test_settings_that_measure_nothing_are_refused(
 ) -> None:
     tree = probed(make_tree, stsb)
     tree["train"] |= {"validation_every_steps": 0}
-    with pytest.raises(ConfigError, match=r"evaluation\.probe='stsb' is measured at each validation"):
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.probe='stsb' is measured at each validation"
+    ):
         parse_config(tree)
     with pytest.raises(
-        ConfigError, match=r"evaluation\.tasks: not set; expected a list of at least one, or evaluation\.probe"
+        ConfigError,
+        match=r"evaluation\.tasks: not set; expected a list of at least one, or evaluation\.probe",
     ):
         parse_config({**probed(make_tree, stsb), "evaluation": {"data_folder": str(stsb)}})
     tree = probed(make_tree, stsb)

@@ -28,7 +28,11 @@ def test_profile_of_a_run(tiny_config) -> None:
     table = (folder / "profile" / "table.txt").read_text()
     assert all(f" {phase} " in table for phase in (*PHASES, "rest", "aten::addmm"))
     with gzip.open(folder / "profile" / "trace-rank0.json.gz") as file:
-        names = [event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation"]
+        names = [
+            event["name"]
+            for event in json.load(file)["traceEvents"]
+            if event.get("cat") == "user_annotation"
+        ]
     assert {phase: names.count(phase) for phase in PHASES} == {
         **dict.fromkeys(PHASES, 2 * 2),  # steps × micro-batches
         "optimizer": 2,
@@ -39,9 +43,15 @@ def test_phases_and_the_rest_make_up_the_step() -> None:
     table = phase_table(Lap(2.0, {"teacher": 1.5, "loss": 0.25}), steps=4)
     assert table.title == "a step: 500.0 ms"
     rows = [list(column.cells) for column in table.columns]
-    assert rows == [["teacher", "loss", "rest"], ["375.00", "62.50", "62.50"], ["75.0%", "12.5%", "12.5%"]]
+    assert rows == [
+        ["teacher", "loss", "rest"],
+        ["375.00", "62.50", "62.50"],
+        ["75.0%", "12.5%", "12.5%"],
+    ]
 
 
 def test_more_steps_than_the_run_has(tiny_config) -> None:
-    with pytest.raises(ConfigError, match=r"--profile 4 and 3 steps to warm up are more than train.max_steps=6"):
+    with pytest.raises(
+        ConfigError, match=r"--profile 4 and 3 steps to warm up are more than train.max_steps=6"
+    ):
         distill(tiny_config(), profile_steps=4)

@@ -65,7 +65,9 @@ def test_two_files_of_one_cell_are_refused(tmp_path: Path) -> None:
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     """A lab whose data are not read."""
     monkeypatch.setattr(Lab, "_inputs", {"teacher": "t", "train": "d", "validation": "v"})
-    monkeypatch.setattr(Lab, "_glue_conditions", {task: {"data_sha256": task} for task in SMALL.glue.tasks})
+    monkeypatch.setattr(
+        Lab, "_glue_conditions", {task: {"data_sha256": task} for task in SMALL.glue.tasks}
+    )
     lab = Lab.__new__(Lab)
     lab.folder, lab.results, lab.tier = tmp_path / "runs", Results(tmp_path / "results"), SMALL
     lab.config, lab._text = json.loads(quality_cells.CONFIG.read_text()), []
@@ -92,7 +94,9 @@ def test_settings_decide_where_a_cell_s_work_lies(lab: Lab) -> None:
 
 
 def make_jobs(results: Results, done: list[str], interrupted: list[str]) -> list[Job]:
-    """Return three jobs of two cells; each name in `interrupted` is taken off it by Ctrl-C after its first cell."""
+    """Return three jobs of two cells; each name in `interrupted` is taken off it by Ctrl-C after
+    its first cell.
+    """
 
     def make(number: int) -> Job:
         cells = tuple(Cell(f"models/{number}{letter}", {"number": number}, 60.0) for letter in "ab")
@@ -120,9 +124,22 @@ def test_interrupted_twice_it_ends_with_the_same_and_redoes_nothing(
     monkeypatch.setattr(
         quality,
         "Lab",
-        lambda folder, results, *rest: SimpleNamespace(jobs=lambda: make_jobs(results, done, interrupted)),
+        lambda folder, results, *rest: SimpleNamespace(
+            jobs=lambda: make_jobs(results, done, interrupted)
+        ),
     )
-    words = ["quality.py", "run", "--tier", "small", "--text", "t", "--held-out", "h", "--data-dir", "d"]
+    words = [
+        "quality.py",
+        "run",
+        "--tier",
+        "small",
+        "--text",
+        "t",
+        "--held-out",
+        "h",
+        "--data-dir",
+        "d",
+    ]
     monkeypatch.setattr(sys, "argv", [*words, "--results", str(tmp_path)])
     assert quality.main() == 130
     assert "rerun the same command to resume" in capsys.readouterr().err
@@ -149,13 +166,26 @@ def test_a_job_that_measures_nothing_is_an_error(
     monkeypatch.setattr(quality, "make_shards", lambda options: None)
     monkeypatch.setattr(quality, "at_idle_priority", lambda: None)
     monkeypatch.setattr(quality, "Lab", lambda *arguments: SimpleNamespace(jobs=lambda: [job]))
-    words = ["quality.py", "run", "--tier", "small", "--text", "t", "--held-out", "h", "--data-dir", "d"]
+    words = [
+        "quality.py",
+        "run",
+        "--tier",
+        "small",
+        "--text",
+        "t",
+        "--held-out",
+        "h",
+        "--data-dir",
+        "d",
+    ]
     monkeypatch.setattr(sys, "argv", [*words, "--results", str(tmp_path)])
     assert quality.main() == 3
     assert "models/a was not measured" in capsys.readouterr().err
 
 
-def test_the_full_tier_is_told_as_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_full_tier_is_told_as_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["quality.py", "run", "--tier", "full"])
     assert quality.main() == 0
     text = capsys.readouterr().out
@@ -163,8 +193,8 @@ def test_the_full_tier_is_told_as_commands(monkeypatch: pytest.MonkeyPatch, caps
     [student] = config["students"]
     assert f"{config['run']['folder']}/export/{student}" in text
     assert (
-        f"--tokenizer {config['teacher']['model']} --sequence-length {config['data']['sequence_length']}"
-        in " ".join(text.replace("\\\n", "").split())
+        f"--tokenizer {config['teacher']['model']} --sequence-length "
+        f"{config['data']['sequence_length']}" in " ".join(text.replace("\\\n", "").split())
     )
 
 
@@ -184,11 +214,18 @@ def test_a_difference_counts_where_the_seeds_are_apart() -> None:
 
 def test_shares_of_the_teacher() -> None:
     values = {"teacher": 80.0, "teacher-init": 72.0, "teacher-init-undistilled": 60.0}
-    rows = [row(name, [values[name]]) if name in values else Row(name, None, {}, None) for name in MODELS]
+    rows = [
+        row(name, [values[name]]) if name in values else Row(name, None, {}, None)
+        for name in MODELS
+    ]
     table = quality_report.comparison(Summary([COLUMN], [COLUMN], rows, [], [], []))
     assert table.rows[0] == ["teacher-init against teacher-init-undistilled", "+12.0", "+12.0", ""]
     shares = {line[0]: line[-1] for line in table.rows[-len(MODELS) :]}
-    assert (shares["teacher"], shares["teacher-init"], shares["bertdistiller"]) == ("100.0%", "90.0%", "missing")
+    assert (shares["teacher"], shares["teacher-init"], shares["bertdistiller"]) == (
+        "100.0%",
+        "90.0%",
+        "missing",
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,10 +238,15 @@ def test_shares_of_the_teacher() -> None:
         ([0.150, 0.151], [0.75, 0.76], "missing"),
     ],
 )
-def test_what_an_ablation_says_of_the_default(losses: list[float], probes: list[float], conclusion: str) -> None:
+def test_what_an_ablation_says_of_the_default(
+    losses: list[float], probes: list[float], conclusion: str
+) -> None:
     def runs(losses: list[float], probes: list[float]) -> list[dict[str, float]]:
         pairs = zip(losses, probes, strict=True)
-        return [{"R48": loss, "stsb_spearman": 0.1, "stsb_spearman_below": probe} for loss, probe in pairs]
+        return [
+            {"R48": loss, "stsb_spearman": 0.1, "stsb_spearman_below": probe}
+            for loss, probe in pairs
+        ]
 
     base = runs([0.100, 0.101, 0.099], [0.70, 0.71, 0.69])
     assert quality_report.conclude("random", runs(losses, probes), base).endswith(conclusion)
@@ -215,21 +257,42 @@ def document(tmp_path: Path) -> Path:
     path = tmp_path / "quality.md"
     names = ("state", "glue", "compared", "probe", "ablations")
     path.write_text(
-        "before\n" + "".join(f"<!-- {name} -->\nstale\n<!-- end {name} -->\n" for name in names) + "after\n"
+        "before\n"
+        + "".join(f"<!-- {name} -->\nstale\n<!-- end {name} -->\n" for name in names)
+        + "after\n"
     )
     return path
 
 
-def put_glue(results: Results, name: str, task: str, seed: int, score: float, **settings: Any) -> None:
+def put_glue(
+    results: Results, name: str, task: str, seed: int, score: float, **settings: Any
+) -> None:
     metrics = dict.fromkeys(TASKS[task].metrics, score)
-    result = {"scores": metrics, "majority_scores": dict.fromkeys(metrics, 50.0), "only_answer": None}
-    kept = {"model": "m", "task": task, "seed": seed, "learning_rate": 1e-4, "epochs": 3, **settings}
+    result = {
+        "scores": metrics,
+        "majority_scores": dict.fromkeys(metrics, 50.0),
+        "only_answer": None,
+    }
+    kept = {
+        "model": "m",
+        "task": task,
+        "seed": seed,
+        "learning_rate": 1e-4,
+        "epochs": 3,
+        **settings,
+    }
     results.put(f"glue/{name}/{task}-seed{seed}", kept, result, 3600.0)
 
 
 def test_the_report_is_made_of_the_results(tmp_path: Path, document: Path) -> None:
     results = Results(tmp_path / "results")
-    assert quality_report.write_report(results, document) == ["state", "glue", "compared", "probe", "ablations"]
+    assert quality_report.write_report(results, document) == [
+        "state",
+        "glue",
+        "compared",
+        "probe",
+        "ablations",
+    ]
     assert f"all {len(quality_report.expected_cells())} cells are missing" in document.read_text()
     for task in SMALL.glue.tasks:
         for seed, score in enumerate((70.0, 71.0, 72.0), 1):
@@ -239,9 +302,18 @@ def test_the_report_is_made_of_the_results(tmp_path: Path, document: Path) -> No
     for number, name in enumerate(ABLATIONS):
         for seed in SMALL.seeds:
             losses = {"12": 0.2, "48": 0.1 + 0.01 * number + 0.001 * seed}
-            results.put(f"ablations/{name}-seed{seed}", {}, {"probe": scores, "held_out_loss": losses}, 60)
-    point = {"tokens": 100, "validation_loss": 0.5, "probe/stsb_spearman": 0.6, "probe/stsb_spearman_below": 0.6}
-    results.put("models/teacher-init", {}, {"probe": scores, "held_out_loss": losses, "curve": [point]}, 60)
+            results.put(
+                f"ablations/{name}-seed{seed}", {}, {"probe": scores, "held_out_loss": losses}, 60
+            )
+    point = {
+        "tokens": 100,
+        "validation_loss": 0.5,
+        "probe/stsb_spearman": 0.6,
+        "probe/stsb_spearman_below": 0.6,
+    }
+    results.put(
+        "models/teacher-init", {}, {"probe": scores, "held_out_loss": losses, "curve": [point]}, 60
+    )
     quality_report.write_report(Results(tmp_path / "results"), document)
     text = document.read_text()
     assert text.startswith("before\n<!-- state -->\n\n")
@@ -256,7 +328,10 @@ def test_the_report_is_made_of_the_results(tmp_path: Path, document: Path) -> No
     assert "| teacher | missing | missing | missing | missing |" in text
     [base] = [line for line in text.splitlines() if line.startswith("| base |")]
     losses = "0.2000 (0.2000–0.2000) | 0.1020 (0.1010–0.1030)"
-    assert base == f"| base | 3 | {losses} | 0.671 (0.671–0.671) | 0.702 (0.702–0.702) | the defaults |"
+    assert (
+        base
+        == f"| base | 3 | {losses} | 0.671 (0.671–0.671) | 0.702 (0.702–0.702) | the defaults |"
+    )
     for name in ("glue", "curves", "ablations"):
         assert (tmp_path / "quality" / f"{name}.png").stat().st_size > 5000
     document.write_text("no marks")

@@ -1,4 +1,5 @@
-"""The relation loss: `reference` against explicit loops, `sdpa` against `reference`, gradients, memory, messages.
+"""The relation loss: `reference` against explicit loops, `sdpa` against `reference`, gradients,
+memory, messages.
 
 Legend: B sequences, T tokens, D width, R relation heads, E width per relation head.
 """
@@ -30,10 +31,17 @@ BACKENDS = ["reference", "sdpa"]  # those of a CPU; `triton` has a file of its o
 PAIRS = {"qq": 1.0, "kk": 0.5, "vv": 2.0, "qk": 0.25}
 
 
-def random_qkv(B: int, T: int, widths: int | tuple[int, int, int], seed: int, **options: Any) -> QKV:
+def random_qkv(
+    B: int, T: int, widths: int | tuple[int, int, int], seed: int, **options: Any
+) -> QKV:
     widths = (widths,) * 3 if isinstance(widths, int) else widths
     generator = torch.Generator().manual_seed(seed)
-    return QKV(*(torch.randn(B, T, D, generator=generator, dtype=torch.float64).to(**options) for D in widths))
+    return QKV(
+        *(
+            torch.randn(B, T, D, generator=generator, dtype=torch.float64).to(**options)
+            for D in widths
+        )
+    )
 
 
 def with_grad(qkv: QKV) -> QKV:
@@ -43,14 +51,17 @@ def with_grad(qkv: QKV) -> QKV:
 def grads_of(loss: RelationLoss, student: QKV) -> list[Tensor]:
     return [
         torch.zeros_like(x) if g is None else g
-        for x, g in zip(student, torch.autograd.grad(loss.total, student, allow_unused=True), strict=True)
+        for x, g in zip(
+            student, torch.autograd.grad(loss.total, student, allow_unused=True), strict=True
+        )
     ]
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
     """The largest over q, k, v of |found - expected| / |expected|, in float64."""
     return max(
-        ((f.double() - e.double()).norm() / e.double().norm()).item() for f, e in zip(found, expected, strict=True)
+        ((f.double() - e.double()).norm() / e.double().norm()).item()
+        for f, e in zip(found, expected, strict=True)
     )
 
 
@@ -69,7 +80,10 @@ def loop_loss(
         rows, cols = (getattr(qkv, letter)[b].tolist() for letter in pair)
         E = len(rows[0]) // num_heads
         here = slice(head * E, (head + 1) * E)
-        scores = [sum(x * y for x, y in zip(rows[i][here], cols[j][here], strict=True)) / math.sqrt(E) for j in columns]
+        scores = [
+            sum(x * y for x, y in zip(rows[i][here], cols[j][here], strict=True)) / math.sqrt(E)
+            for j in columns
+        ]
         log_sum = math.log(math.fsum(math.exp(score) for score in scores))
         return [score - log_sum for score in scores]
 
@@ -81,7 +95,9 @@ def loop_loss(
                 columns = [
                     j
                     for j in range(len(real))
-                    if real[j] and (segments is None or segments[b][i] == segments[b][j]) and (j <= i or not causal)
+                    if real[j]
+                    and (segments is None or segments[b][i] == segments[b][j])
+                    and (j <= i or not causal)
                 ]
                 if real[i]:
                     log_p = log_softmax_row(teacher, b, head, i, columns)
@@ -93,7 +109,13 @@ def loop_loss(
 
 # Left, right and inner padding, none, and nothing but padding; T is odd.
 MASK = [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 1, 1, 0, 1], [1] * 7, [0] * 7]
-SEGMENTS = [[3, 3, 3, 3, 5, 5, 5], [0, 0, 1, 1, 1, 2, 2], [1, 1, 1, 1, 1, 1, 2], [4, 4, 9, 4, 4, 9, 9], [0] * 7]
+SEGMENTS = [
+    [3, 3, 3, 3, 5, 5, 5],
+    [0, 0, 1, 1, 1, 2, 2],
+    [1, 1, 1, 1, 1, 1, 2],
+    [4, 4, 9, 4, 4, 9, 9],
+    [0] * 7,
+]
 CASES = {
     "plain": {},
     "one-head": {"R": 1},
@@ -102,7 +124,12 @@ CASES = {
     "segments": {"segments": True},
     "causal": {"causal": True},
     "everything": {"mask": True, "segments": True, "causal": True},
-    "grouped-query": {"mask": True, "teacher": (12, 6, 6), "student": (6, 12, 12), "pairs": {"qq": 1.0, "vk": 3.0}},
+    "grouped-query": {
+        "mask": True,
+        "teacher": (12, 6, 6),
+        "student": (6, 12, 12),
+        "pairs": {"qq": 1.0, "vk": 3.0},
+    },
 }
 
 
@@ -133,7 +160,9 @@ def test_reference_equals_loops(case: dict[str, Any]) -> None:
     segments = SEGMENTS if case.get("segments") else None
     total = 0.0
     for pair, weight in options["pairs"].items():
-        expected = loop_loss(teacher, student, options["num_heads"], pair, mask, segments, options["causal"])
+        expected = loop_loss(
+            teacher, student, options["num_heads"], pair, mask, segments, options["causal"]
+        )
         assert loss.by_pair[pair].item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
         total += weight * expected
     assert loss.total.item() == pytest.approx(total, rel=1e-12)
@@ -149,13 +178,19 @@ def test_sdpa_equals_reference_in_float64(
         monkeypatch.setattr(sdpa, "_TILE_ROWS", tile[0])
         monkeypatch.setattr(sdpa, "TILE_SCORES", tile[1])
     teacher, student, options = make_case(**case)
-    expected, found = (relation_loss(teacher, student, **options, backend=b) for b in ("reference", "sdpa"))
+    expected, found = (
+        relation_loss(teacher, student, **options, backend=b) for b in ("reference", "sdpa")
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(grads_of(found, student), grads_of(expected, student), rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(
+        grads_of(found, student), grads_of(expected, student), rtol=1e-10, atol=1e-15
+    )
 
 
 def test_hand_computed() -> None:
-    """Uniform teacher rows; student rows softmax(1, 0) and uniform: KL = ln(1 + e) - 1/2 - ln 2 and 0."""
+    """Uniform teacher rows; student rows softmax(1, 0) and uniform: KL = ln(1 + e) - 1/2 - ln 2 and
+    0.
+    """
     teacher = QKV(*(torch.zeros(1, 2, 1) for _ in range(3)))
     student = QKV(*(torch.tensor([[[1.0], [0.0]]]) for _ in range(3)))
     for backend in BACKENDS:
@@ -173,10 +208,15 @@ def test_gradcheck(backend: str) -> None:
         mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]])
 
         def total(*qkv: Tensor, teacher: QKV = teacher, **options: Any) -> Tensor:
-            return relation_loss(teacher, QKV(*qkv), num_heads=2, pairs=PAIRS, backend=backend, **options).total
+            return relation_loss(
+                teacher, QKV(*qkv), num_heads=2, pairs=PAIRS, backend=backend, **options
+            ).total
 
         def checked(
-            *qkv: Tensor, causal: bool = causal, segments: Tensor | None = segments, mask: Tensor = mask
+            *qkv: Tensor,
+            causal: bool = causal,
+            segments: Tensor | None = segments,
+            mask: Tensor = mask,
         ) -> Tensor:
             return total(*qkv, mask_BT=mask, segment_ids_BT=segments, causal=causal)
 
@@ -185,14 +225,19 @@ def test_gradcheck(backend: str) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("B", "T", "R", "teacher_width", "student_width"), [(2, 301, 8, 128, 48), (3, 64, 64, 1024, 384)]
+    ("B", "T", "R", "teacher_width", "student_width"),
+    [(2, 301, 8, 128, 48), (3, 64, 64, 1024, 384)],
 )
-def test_sdpa_tolerance_in_fp32(B: int, T: int, R: int, teacher_width: int, student_width: int, causal: bool) -> None:
+def test_sdpa_tolerance_in_fp32(
+    B: int, T: int, R: int, teacher_width: int, student_width: int, causal: bool
+) -> None:
     teacher = random_qkv(B, T, teacher_width, 0, dtype=torch.float32)
     student = with_grad(random_qkv(B, T, student_width, 1, dtype=torch.float32))
     mask = torch.rand(B, T, generator=torch.Generator().manual_seed(2)) < 0.8
     expected, found = (
-        relation_loss(teacher, student, num_heads=R, pairs=PAIRS, mask_BT=mask, causal=causal, backend=backend)
+        relation_loss(
+            teacher, student, num_heads=R, pairs=PAIRS, mask_BT=mask, causal=causal, backend=backend
+        )
         for backend in ("reference", "sdpa")
     )
     assert found.total.dtype == torch.float32
@@ -202,12 +247,18 @@ def test_sdpa_tolerance_in_fp32(B: int, T: int, R: int, teacher_width: int, stud
 
 @pytest.mark.parametrize("student_dtype", [torch.bfloat16, torch.float32])
 def test_sdpa_tolerance_from_bf16(student_dtype: torch.dtype) -> None:
-    """The expectation is the reference in float64 on the same bf16 numbers, near the end of a training."""
+    """The expectation is the reference in float64 on the same bf16 numbers, near the end of a
+    training.
+    """
     exact = random_qkv(2, 128, 128, 0)
     noise = random_qkv(2, 128, 128, 1)
     teacher = QKV(*(x.to(torch.bfloat16) for x in exact))
-    student = with_grad(QKV(*((x + 0.14 * y).to(student_dtype) for x, y in zip(exact, noise, strict=True))))
-    found = relation_loss(teacher, student, num_heads=8, pairs={"qq": 1.0, "kk": 1.0, "vv": 1.0}, backend="sdpa")
+    student = with_grad(
+        QKV(*((x + 0.14 * y).to(student_dtype) for x, y in zip(exact, noise, strict=True)))
+    )
+    found = relation_loss(
+        teacher, student, num_heads=8, pairs={"qq": 1.0, "kk": 1.0, "vv": 1.0}, backend="sdpa"
+    )
     wide = with_grad(QKV(*(x.double() for x in student)))
     expected = relation_loss(
         QKV(*(x.double() for x in teacher)),
@@ -235,7 +286,9 @@ def test_student_equal_to_teacher_gives_zero(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_changes_nothing(backend: str) -> None:
-    """Padded tokens may hold anything, even NaN, and get no gradient; an empty sequence counts in the mean."""
+    """Padded tokens may hold anything, even NaN, and get no gradient; an empty sequence counts in
+    the mean.
+    """
     teacher, student = random_qkv(1, 9, 8, 0), with_grad(random_qkv(1, 9, 4, 1))
     alone = relation_loss(teacher, student, num_heads=2, pairs=PAIRS, backend=backend)
 
@@ -248,7 +301,9 @@ def test_padding_changes_nothing(backend: str) -> None:
     wide_student = with_grad(padded(student))
     mask = torch.zeros(2, 13, dtype=torch.int64)
     mask[0, 3:12] = 1
-    loss = relation_loss(padded(teacher), wide_student, num_heads=2, pairs=PAIRS, mask_BT=mask, backend=backend)
+    loss = relation_loss(
+        padded(teacher), wide_student, num_heads=2, pairs=PAIRS, mask_BT=mask, backend=backend
+    )
     torch.testing.assert_close(2 * loss.total, alone.total)
     for wide, inner in zip(grads_of(loss, wide_student), grads_of(alone, student), strict=True):
         torch.testing.assert_close(2 * wide[0, 3:12], inner[0])
@@ -275,7 +330,9 @@ def test_large_scores_stay_finite(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_contract(backend: str) -> None:
-    """Only the total carries a gradient, scaled by what is above it, to the student alone; weight 0 only reports."""
+    """Only the total carries a gradient, scaled by what is above it, to the student alone; weight 0
+    only reports.
+    """
     teacher, student = with_grad(random_qkv(2, 5, 8, 0)), with_grad(random_qkv(2, 5, 4, 1))
     pairs = {"qq": 2.0, "vv": 0.0}
     loss = relation_loss(teacher, student, num_heads=2, pairs=pairs, backend=backend)
@@ -297,14 +354,18 @@ def test_gradient_contract(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_slices_of_one_tensor_under_autocast(backend: str) -> None:
-    """Q/K/V as a captured block returns them, strided, in a bf16 autocast region: still float32 mathematics."""
+    """Q/K/V as a captured block returns them, strided, in a bf16 autocast region: still float32
+    mathematics.
+    """
     teacher = random_qkv(2, 21, 32, 0, dtype=torch.float32)
     student = random_qkv(2, 21, 16, 1, dtype=torch.float32)
     joined = torch.cat(student, dim=-1).requires_grad_()
     plain = with_grad(student)
     expected = relation_loss(teacher, plain, num_heads=4, pairs=PAIRS, backend="reference")
     with torch.autocast("cpu", torch.bfloat16):
-        loss = relation_loss(teacher, QKV(*joined.split(16, -1)), num_heads=4, pairs=PAIRS, backend=backend)
+        loss = relation_loss(
+            teacher, QKV(*joined.split(16, -1)), num_heads=4, pairs=PAIRS, backend=backend
+        )
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     (grad,) = torch.autograd.grad(loss.total, joined)
     assert relative_error([grad], [torch.cat(grads_of(expected, plain), dim=-1)]) < 1e-5
@@ -313,14 +374,23 @@ def test_slices_of_one_tensor_under_autocast(backend: str) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sequences_laid_end_to_end(backend: str, causal: bool) -> None:
-    """Equal to the padded batch of the same sequences, of which one is empty; tokens after the last may be NaN."""
-    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    """Equal to the padded batch of the same sequences, of which one is empty; tokens after the last
+    may be NaN.
+    """
+    mask = torch.tensor(
+        [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool
+    )
     teacher, student = random_qkv(4, 5, 8, 0), with_grad(random_qkv(4, 5, 4, 1))
     options: dict[str, Any] = {"num_heads": 2, "pairs": PAIRS, "causal": causal, "backend": backend}
     expected = relation_loss(teacher, student, mask_BT=mask, **options)
 
     def flat(qkv: QKV) -> QKV:
-        return QKV(*(torch.cat([x[mask].detach(), x.new_full((2, x.shape[2]), torch.nan)])[None] for x in qkv))
+        return QKV(
+            *(
+                torch.cat([x[mask].detach(), x.new_full((2, x.shape[2]), torch.nan)])[None]
+                for x in qkv
+            )
+        )
 
     laid = with_grad(flat(student))
     found = relation_loss(flat(teacher), laid, cu_seqlens=torch.tensor([0, 3, 3, 8, 9]), **options)
@@ -352,10 +422,16 @@ print(json.dumps({"sdpa": step(4, 512, "sdpa", "qq", "kk", "vv"), "reference": s
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from Linux"
+)
 def test_sdpa_memory() -> None:
-    """Peak of forward + backward beyond the inputs; reference, for time, gets half the batch and one pair of three."""
-    run = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
+    """Peak of forward + backward beyond the inputs; reference, for time, gets half the batch and
+    one pair of three.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True
+    )
     peak_bytes = json.loads(run.stdout)
     assert peak_bytes["sdpa"] * 8 < peak_bytes["reference"], peak_bytes
 
@@ -365,8 +441,12 @@ def test_sdpa_keeps_nothing_of_size_t_squared() -> None:
     for T in (64, 128):
         teacher, student = random_qkv(1, T, 8, 0), with_grad(random_qkv(1, T, 4, 1))
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
-            relation_loss(teacher, student, num_heads=2, pairs=PAIRS, segment_ids_BT=torch.zeros(1, T).long())
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
+        ):
+            relation_loss(
+                teacher, student, num_heads=2, pairs=PAIRS, segment_ids_BT=torch.zeros(1, T).long()
+            )
         kept[T] = sum(sizes)
     assert kept == {64: 64 * 12, 128: 128 * 12}
 
@@ -387,16 +467,29 @@ def bad_call(**changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 3}, "relations.num_heads=3 does not divide the teacher's width 8; use 2 or 4"),
-        ({"student": random_qkv(2, 5, (6, 4, 4), 1), "num_heads": 4}, "does not divide the student's q width 6; use 2"),
+        (
+            {"num_heads": 3},
+            "relations.num_heads=3 does not divide the teacher's width 8; use 2 or 4",
+        ),
+        (
+            {"student": random_qkv(2, 5, (6, 4, 4), 1), "num_heads": 4},
+            "does not divide the student's q width 6; use 2",
+        ),
         (
             {"teacher": random_qkv(2, 5, (8, 4, 4), 1), "pairs": {"qk": 1.0}},
-            "relations.pairs: 'qk' needs q and k of equal width, but the teacher's are 8 and 4; leave 'qk' out",
+            "relations.pairs: 'qk' needs q and k of equal width, but the teacher's are 8 and 4; "
+            "leave 'qk' out",
         ),
         ({"pairs": {}}, "relations.pairs is empty; name at least one pair"),
-        ({"pairs": {"qo": 1.0}}, "relations.pairs has 'qo'; a pair is two of the letters q, k and v"),
+        (
+            {"pairs": {"qo": 1.0}},
+            "relations.pairs has 'qo'; a pair is two of the letters q, k and v",
+        ),
         ({"pairs": {"q": 1.0}}, "relations.pairs has 'q'; a pair is two of the letters"),
-        ({"pairs": {"qq": -1.0}}, "relations.pairs.qq=-1.0; a weight is a finite number, 0 or more"),
+        (
+            {"pairs": {"qq": -1.0}},
+            "relations.pairs.qq=-1.0; a weight is a finite number, 0 or more",
+        ),
         ({"pairs": {"qq": math.nan}}, "relations.pairs.qq=nan; a weight is a finite number"),
         ({"pairs": {"qq": 0.0}}, "relations.pairs has only zero weights"),
         (
@@ -411,7 +504,10 @@ def bad_call(**changes: Any) -> None:
             {"student": random_qkv(2, 5, 4, 1, dtype=torch.int64)},
             "student.q is torch.int64 on cpu; expected a floating",
         ),
-        ({"mask_BT": torch.ones(2, 5)}, "mask_BT is torch.float32 of shape [2, 5] on cpu; expected bool or integers"),
+        (
+            {"mask_BT": torch.ones(2, 5)},
+            "mask_BT is torch.float32 of shape [2, 5] on cpu; expected bool or integers",
+        ),
         (
             {"mask_BT": torch.ones(5).bool()},
             "mask_BT is torch.bool of shape [5] on cpu; expected bool or integers of shape",
@@ -424,14 +520,18 @@ def bad_call(**changes: Any) -> None:
             {"cu_seqlens": torch.tensor([0, 5]), "mask_BT": torch.ones(2, 5).bool()},
             "cu_seqlens says which tokens see each other; leave mask_BT and segment_ids_BT out",
         ),
-        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens has shape [2] on cpu, Q/K/V have B = 2; expected [S + 1]"),
+        (
+            {"cu_seqlens": torch.tensor([0, 5])},
+            "cu_seqlens has shape [2] on cpu, Q/K/V have B = 2; expected [S + 1]",
+        ),
         (
             {**ONE_ROW, "cu_seqlens": torch.tensor([0.0, 5.0])},
             "cu_seqlens is torch.float32; expected int32 or int64",
         ),
         (
             {**ONE_ROW, "cu_seqlens": torch.tensor([0, 4, 6])},
-            "cu_seqlens goes from 0 to 6; expected bounds that ascend from 0 to at most 5, the tokens",
+            "cu_seqlens goes from 0 to 6; expected bounds that ascend from 0 to at most 5, the "
+            "tokens",
         ),
         (
             {**ONE_ROW, "cu_seqlens": torch.tensor([0, 4, 3])},
@@ -459,15 +559,20 @@ def test_settings_checked_without_tensors() -> None:
     check_relation_heads(64, widths)
     with pytest.raises(ValueError) as error:
         check_relation_heads(48, widths)
-    assert str(error.value) == "relations.num_heads=48 does not divide the teacher's width 1024; use 32 or 64"
+    assert (
+        str(error.value)
+        == "relations.num_heads=48 does not divide the teacher's width 1024; use 32 or 64"
+    )
     with pytest.raises(
-        ValueError, match=r"relations\.num_heads=256 does not divide the student l6's width 384; use 128"
+        ValueError,
+        match=r"relations\.num_heads=256 does not divide the student l6's width 384; use 128",
     ):
         check_relation_heads(256, widths)
     grouped = {"teacher": {"q": 1024, "k": 256, "v": 256}, "student": 384}
     check_relation_heads(128, grouped)
     with pytest.raises(
-        ValueError, match=r"students\.s\.relation_heads=96 .* the teacher's q width 1024; use 64 or 128"
+        ValueError,
+        match=r"students\.s\.relation_heads=96 .* the teacher's q width 1024; use 64 or 128",
     ):
         check_relation_heads(96, grouped, setting="students.s.relation_heads")
     check_relation_heads(12, {"teacher": {"q": 1024, "k": 768, "v": 768}}, ["kv"])
@@ -476,6 +581,8 @@ def test_settings_checked_without_tensors() -> None:
 
 def test_auto_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     for installed, on_gpu in ((True, "triton"), (False, "reference")):
-        monkeypatch.setattr("scaledistill.relations._triton_installed", lambda installed=installed: installed)
+        monkeypatch.setattr(
+            "scaledistill.relations._triton_installed", lambda installed=installed: installed
+        )
         assert resolve_backend("auto", "cpu") == "sdpa"
         assert resolve_backend("auto", "cuda") == on_gpu

@@ -47,18 +47,31 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def read_all(shards: ShardReader) -> np.ndarray:
     """Read block by block, so that every shard is opened often."""
     blocks = [
-        (shard, block) for shard, entry in enumerate(shards.manifest.shards) for block in range(len(entry.block_rows))
+        (shard, block)
+        for shard, entry in enumerate(shards.manifest.shards)
+        for block in range(len(entry.block_rows))
     ]
-    return np.concatenate([shards.read(shard, range(block, block + 1))[0][1] for shard, block in blocks])
+    return np.concatenate(
+        [shards.read(shard, range(block, block + 1))[0][1] for shard, block in blocks]
+    )
 
 
 @pytest.mark.parametrize(
     "url",
-    ["pipe:cat x", "file:///shards", "ftp://host/x", "s3://a::memory://b", "simplecache::s3://a", "s3:a", "S3://a"],
+    [
+        "pipe:cat x",
+        "file:///shards",
+        "ftp://host/x",
+        "s3://a::memory://b",
+        "simplecache::s3://a",
+        "s3:a",
+        "S3://a",
+    ],
 )
 def test_refused_urls(url: str) -> None:
     with pytest.raises(
-        ConfigError, match="not an allowed URL; expected a folder or one of s3://, gs://, hf://, https://"
+        ConfigError,
+        match="not an allowed URL; expected a folder or one of s3://, gs://, hf://, https://",
     ):
         ShardReader(url)
 
@@ -99,7 +112,8 @@ def test_remote_shards_are_checked_at_open(memory_url: str, tmp_path: Path) -> N
         ShardReader(memory_url, cache=ShardCache(tmp_path))
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])  # S3's where listing is not allowed
+# S3's where listing is not allowed.
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
 def test_sets_of_earlier_versions_are_read(
     memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
 ) -> None:
@@ -114,7 +128,9 @@ def test_sets_of_earlier_versions_are_read(
         return cat_file(self, path, **options)
 
     monkeypatch.setattr(type(files), "cat_file", cat)
-    np.testing.assert_array_equal(read_all(ShardReader(memory_url, cache=ShardCache(tmp_path))), IDS_NT)
+    np.testing.assert_array_equal(
+        read_all(ShardReader(memory_url, cache=ShardCache(tmp_path))), IDS_NT
+    )
     assert asked == ["shards.manifest", "manifest.json"], "one request more"
 
 
@@ -136,29 +152,39 @@ def test_a_damaged_cached_copy_is_named(memory_url: str, tmp_path: Path) -> None
     data = bytearray(damaged.read_bytes())
     data[shards.manifest.shards[0].ids_offset[0]] ^= 1
     damaged.write_bytes(data)
-    with pytest.raises(DataError, match=rf"shard-000000.tar, block 0: .*cached copy {damaged}: delete it"):
+    with pytest.raises(
+        DataError, match=rf"shard-000000.tar, block 0: .*cached copy {damaged}: delete it"
+    ):
         read_all(shards)
 
 
-def test_cache_stays_within_its_bound_and_drops_the_least_recently_used(memory_url: str, tmp_path: Path) -> None:
+def test_cache_stays_within_its_bound_and_drops_the_least_recently_used(
+    memory_url: str, tmp_path: Path
+) -> None:
     shards = ShardReader(memory_url, cache=ShardCache(tmp_path)).manifest.shards
     cache = ShardCache(tmp_path, limit_bytes=3 * shards[0].bytes)
 
     def use(number: int) -> None:
         entry = shards[number]
-        os.close(cache.open(f"{memory_url}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256))
+        os.close(
+            cache.open(f"{memory_url}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256)
+        )
         time.sleep(0.01)  # modification times must differ
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= cache.limit_bytes
 
     for number in (0, 1, 2, 0, 3, 0, 4):
         use(number)
-    assert {path.stem for path in tmp_path.glob("*.tar")} == {shards[number].sha256 for number in (0, 3, 4)}
+    assert {path.stem for path in tmp_path.glob("*.tar")} == {
+        shards[number].sha256 for number in (0, 3, 4)
+    }
 
 
 def test_cache_too_small(memory_url: str, tmp_path: Path) -> None:
     shards = ShardReader(memory_url, cache=ShardCache(tmp_path, limit_bytes=100))
     with pytest.raises(ConfigError, match=r"data.cache_bytes=100 is less than .* data.num_lanes=6"):
-        ShardStream(shards, shards.order(seed=0, num_lanes=6), global_batch_size=8, micro_batch_size=8)
+        ShardStream(
+            shards, shards.order(seed=0, num_lanes=6), global_batch_size=8, micro_batch_size=8
+        )
     with pytest.raises(ConfigError, match=r"data.cache_bytes=100 is too small for one shard"):
         shards.read(0, range(1))
 
@@ -203,7 +229,9 @@ def test_a_lock_file_that_is_removed_never_lets_two_in(tmp_path: Path) -> None:
 
 
 class Slow:
-    """Downloads of the memory file system that take their time; what was fetched, by which thread."""
+    """Downloads of the memory file system that take their time; what was fetched, by which
+    thread.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
         self.fetched: list[tuple[str, str]] = []
@@ -229,7 +257,9 @@ def test_shards_are_fetched_before_they_are_due(
     shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
     order = shards.order(seed=0, num_lanes=2, window_rows=40)
     start = time.perf_counter()
-    with ShardStream(shards, order, global_batch_size=10, micro_batch_size=10, prefetch_batches=1) as stream:
+    with ShardStream(
+        shards, order, global_batch_size=10, micro_batch_size=10, prefetch_batches=1
+    ) as stream:
         rows = [next(stream).input_ids_BT]
         assert time.perf_counter() - start < 0.39, "the first shards of both lanes at once"
         waits = []
@@ -245,7 +275,10 @@ def test_shards_are_fetched_before_they_are_due(
 
 
 def test_what_is_fetched_ahead_stays_within_the_cache_and_evicts_nothing_in_use(
-    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    memory_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     slow = Slow(monkeypatch, 0.0)
     entries = ShardReader(memory_url, cache=ShardCache(tmp_path / "other")).manifest.shards
@@ -256,19 +289,28 @@ def test_what_is_fetched_ahead_stays_within_the_cache_and_evicts_nothing_in_use(
         cache = ShardCache(tmp_path / str(limit), limit_bytes=limit * largest)
         shards = ShardReader(memory_url, cache=cache)
         order = shards.order(seed=0, num_lanes=2, window_rows=40)
-        with ShardStream(shards, order, global_batch_size=10, micro_batch_size=10, prefetch_batches=1) as stream:
+        with ShardStream(
+            shards, order, global_batch_size=10, micro_batch_size=10, prefetch_batches=1
+        ) as stream:
             for _ in range(order.rows_per_epoch // 10):
                 next(stream)
                 time.sleep(0.002)
                 sizes = remote.sizes(f"file://{cache.folder}") or {}
-                assert sum(size for name, size in sizes.items() if name.endswith(".tar")) <= cache.limit_bytes
+                assert (
+                    sum(size for name, size in sizes.items() if name.endswith(".tar"))
+                    <= cache.limit_bytes
+                )
         assert caplog.text.count("data.cache_bytes=") == warnings
     assert f"set it to {4 * largest} or more" not in caplog.text
     names = [name for name, _ in slow.fetched]
-    assert len(names) <= len(entries) + 3, "a shard that two lanes share, and the first ones of the next epoch"
+    assert len(names) <= len(entries) + 3, (
+        "a shard that two lanes share, and the first ones of the next epoch"
+    )
 
 
-def test_an_error_of_fetching_ahead_comes_where_the_shard_is_read(memory_url: str, tmp_path: Path) -> None:
+def test_an_error_of_fetching_ahead_comes_where_the_shard_is_read(
+    memory_url: str, tmp_path: Path
+) -> None:
     files = fsspec.filesystem("memory")
     shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
     order = shards.order(seed=0, num_lanes=1, window_rows=40)
@@ -306,12 +348,18 @@ def test_validation_fetches_the_next_shard_too(
         assert batch.weight == 10
         time.sleep(0.02)
     assert threading.active_count() == before
-    assert sorted(slow.fetched) == [(f"shard-00000{number}.tar", "fetch-ahead") for number in (0, 1)]
+    assert sorted(slow.fetched) == [
+        (f"shard-00000{number}.tar", "fetch-ahead") for number in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
 def test_a_cache_without_locks(
-    number: int, memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    number: int,
+    memory_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def flock(*_: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -332,7 +380,8 @@ def test_local_shards_need_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("HOME", "/proc/nowhere")
     cache = ShardCache()
     with pytest.raises(
-        ConfigError, match=r"^data\.cache_folder=/proc/nowhere/\S+ can't be made: .*; name a folder that"
+        ConfigError,
+        match=r"^data\.cache_folder=/proc/nowhere/\S+ can't be made: .*; name a folder that",
     ):
         cache.path("0")
 
@@ -341,7 +390,8 @@ def test_local_shards_need_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     monkeypatch.setattr(Path, "expanduser", no_home)
     with pytest.raises(
-        ConfigError, match=r"^data\.cache_folder=~/\.cache/scaledistill can't be made: Could not determine"
+        ConfigError,
+        match=r"^data\.cache_folder=~/\.cache/scaledistill can't be made: Could not determine",
     ):
         ShardCache().path("0")
 
@@ -382,13 +432,19 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture
 def server(folder: Path) -> Iterator[http.server.ThreadingHTTPServer]:
     Handler.sent, Handler.broken, Handler.delay_seconds = Counter(), [], 0.0
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as running:
-        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Handler, directory=str(folder))
+    ) as running:
+        threading.Thread(
+            target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         yield running
         running.shutdown()
 
 
-def test_http_with_faults(folder: Path, server: http.server.ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_http_with_faults(
+    folder: Path, server: http.server.ThreadingHTTPServer, tmp_path: Path
+) -> None:
     Handler.broken = ["status", "cut", "", "cut"]
     shards = ShardReader(f"http://127.0.0.1:{server.server_port}/", cache=ShardCache(tmp_path))
     np.testing.assert_array_equal(read_all(shards), IDS_NT)
@@ -418,4 +474,6 @@ def test_processes_share_a_cache(server: http.server.ThreadingHTTPServer, tmp_pa
     processes = [subprocess.Popen(command, env=environment) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     downloads = {name: count for name, count in Handler.sent.items() if name.endswith(".tar")}
-    assert downloads == {shard.file: 1 for shard in ShardReader(url, cache=ShardCache(tmp_path)).manifest.shards}
+    assert downloads == {
+        shard.file: 1 for shard in ShardReader(url, cache=ShardCache(tmp_path)).manifest.shards
+    }

@@ -58,13 +58,18 @@ def test_status_says_everything(tmp_path: Path) -> None:
     assert names(tmp_path) == ["status.json"]
 
 
-def test_status_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     status = Status(tmp_path, max_steps=10)
     status.write("running", "first")
     seen = []
-    monkeypatch.setattr(files, "sync", lambda path: seen.append((path.name, status_of(tmp_path)["message"])))
+    monkeypatch.setattr(
+        files, "sync", lambda path: seen.append((path.name, status_of(tmp_path)["message"]))
+    )
     status.write("running", "second")
-    assert [message for _, message in seen] == ["first", "second"]  # on the disk before and after it is put in place
+    # On the disk before and after it is put in place.
+    assert [message for _, message in seen] == ["first", "second"]
     with largest_file(20), pytest.raises(OSError, match="File too large"):
         status.write("running", "third")
     assert status_of(tmp_path)["message"] == "second"
@@ -80,7 +85,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "state", "exit_code", "message"), ERRORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    ("error", "state", "exit_code", "message"), ERRORS, ids=lambda value: type(value).__name__
+)
 def test_an_error_is_written_down(
     error: BaseException, state: str, exit_code: int, message: str, tmp_path: Path, ranks: Ranks
 ) -> None:
@@ -92,10 +99,17 @@ def test_an_error_is_written_down(
     with pytest.raises(type(error)):
         run()
     found = status_of(tmp_path / "run")
-    assert [found[key] for key in ("state", "exit_code", "message", "step")] == [state, exit_code, message, 3]
+    assert [found[key] for key in ("state", "exit_code", "message", "step")] == [
+        state,
+        exit_code,
+        message,
+        3,
+    ]
 
 
-def test_a_full_disk_does_not_hide_the_error(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_does_not_hide_the_error(
+    tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
     with (
         pytest.raises(DataError, match="no space for checkpoints"),
         largest_file(20),
@@ -162,7 +176,9 @@ def test_the_end_stands_last_though_the_disk_hangs(
     assert disk.states == ["running", "running", how, "evaluating"]
 
 
-def test_a_full_disk_is_told_though_nobody_waits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_is_told_though_nobody_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     status = Status(tmp_path, max_steps=10)
     with largest_file(20):
         status.write_soon("running", "training")
@@ -215,7 +231,8 @@ def test_a_folder_has_one_owner(fresh: bool, tmp_path: Path, ranks: Ranks) -> No
         with pytest.raises(ConfigError) as caught, owned(folder, 10, ranks, fresh=fresh):
             pytest.fail("the folder was held")
         assert str(caught.value) == (
-            f"run.folder='{folder}' is in use by another process; wait for it, or set another run.folder"
+            f"run.folder='{folder}' is in use by another process; wait for it, or set another "
+            "run.folder"
         )
         assert names(tmp_path) == ["run"]
         assert names(folder) == [".lock"]
@@ -226,7 +243,9 @@ def test_a_folder_has_one_owner(fresh: bool, tmp_path: Path, ranks: Ranks) -> No
         status.write("running", "now it is ours")
 
 
-def test_fresh_keeps_what_was_there(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+def test_fresh_keeps_what_was_there(
+    tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     folder = tmp_path / "run"
     for number in range(3):
@@ -290,12 +309,16 @@ def test_a_thread_listens_to_no_signals(tmp_path: Path, caplog: pytest.LogCaptur
     thread.join(60)
     assert seen == [*before, f"found {tmp_path / 'STOP'}"]
     assert caplog.messages == [
-        f"not in the main thread: signals do not stop this run, use {tmp_path / 'STOP'} or run.max_hours"
+        f"not in the main thread: signals do not stop this run, use {tmp_path / 'STOP'} or "
+        "run.max_hours"
     ]
 
 
 def test_what_a_signal_is_answered_by(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for number, again in ((signal.SIGUSR1, ""), (signal.SIGINT, "; press Ctrl-C again to quit at once")):
+    for number, again in (
+        (signal.SIGUSR1, ""),
+        (signal.SIGINT, "; press Ctrl-C again to quit at once"),
+    ):
         stop = StopRequest(tmp_path, watch_file=False, speaks=True)
         with stop.listening():
             stop.answer = "saving"
@@ -318,7 +341,9 @@ sys.stdout.write(stop.acknowledge())
 
 def test_a_signal_from_another_process(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
-    child = subprocess.Popen([sys.executable, "-c", LOOP, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=root)
+    child = subprocess.Popen(
+        [sys.executable, "-c", LOOP, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=root
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     child.send_signal(signal.SIGUSR1)
@@ -327,7 +352,10 @@ def test_a_signal_from_another_process(tmp_path: Path) -> None:
 
 
 def test_the_stop_file(tmp_path: Path) -> None:
-    stop, elsewhere = StopRequest(tmp_path, watch_file=True), StopRequest(tmp_path, watch_file=False)
+    stop, elsewhere = (
+        StopRequest(tmp_path, watch_file=True),
+        StopRequest(tmp_path, watch_file=False),
+    )
     assert stop.reason() is None
     (tmp_path / "STOP").touch()
     assert stop.reason() == f"found {tmp_path / 'STOP'}"
@@ -339,7 +367,9 @@ def test_the_stop_file(tmp_path: Path) -> None:
 
 
 class HangingFolder:
-    """Paths named `name` below `folder` do not answer while it is up; each call to `action` is counted."""
+    """Paths named `name` below `folder` do not answer while it is up; each call to `action` is
+    counted.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, action: str, name: str) -> None:
         real = getattr(Path, action)
@@ -367,7 +397,9 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.01)
 
 
-def test_a_folder_that_hangs_does_not_hold_up_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_hangs_does_not_hold_up_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = HangingFolder(monkeypatch, "exists", "STOP")
     (tmp_path / "STOP").touch()
     stop = StopRequest(tmp_path, watch_file=True)
@@ -390,7 +422,9 @@ def test_a_folder_that_hangs_does_not_hold_up_a_step(tmp_path: Path, monkeypatch
     assert names(tmp_path) == []
 
 
-def test_a_slow_folder_is_not_waited_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_folder_is_not_waited_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = Path.exists
     monkeypatch.setattr(Path, "exists", lambda path: time.sleep(0.1) or real(path))
     stop = StopRequest(tmp_path, watch_file=True)
@@ -404,7 +438,9 @@ def test_a_slow_folder_is_not_waited_for_again(tmp_path: Path, monkeypatch: pyte
     wait_until(lambda: stop.reason() is None)
 
 
-def test_a_folder_that_cannot_be_read_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_read_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stale(path: Path) -> bool:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
@@ -428,7 +464,8 @@ def test_a_stop_file_that_stays(
         patch.setattr(Path, "unlink", refused)
         assert stop.acknowledge() == f"found {tmp_path / 'STOP'}"
     assert caplog.messages == [
-        f"{tmp_path / 'STOP'} cannot be removed: Read-only file system; remove it before you rerun the command"
+        f"{tmp_path / 'STOP'} cannot be removed: Read-only file system; remove it before you rerun "
+        "the command"
     ]
 
 

@@ -64,9 +64,15 @@ def save(saver: Saver, step: int) -> str | None:
 def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
     dtypes = [dtype for dtype in checkpoint.DTYPES if dtype is not torch.bool]
     tensors = {f"{dtype}": torch.arange(5).to(dtype) for dtype in dtypes}
-    tensors |= {"flags": torch.tensor([True, False]), "none": torch.zeros(0, 3), "é": torch.tensor(1.5)}
+    tensors |= {
+        "flags": torch.tensor([True, False]),
+        "none": torch.zeros(0, 3),
+        "é": torch.tensor(1.5),
+    }
     tensors |= GROUPS["l2.weights"]
-    reference_save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs")
+    reference_save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs"
+    )
     write_group(tmp_path / "ours", tensors)
     assert not tensors
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -89,7 +95,9 @@ def test_tensors_are_freed_one_by_one(tmp_path: Path, monkeypatch: pytest.Monkey
     assert seen[-1] <= 1
 
 
-def test_what_the_disk_gives_back_is_compared(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_disk_gives_back_is_compared(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_state = checkpoint.write_state
 
     def rotten(path: Path, state: str) -> str:
@@ -124,7 +132,9 @@ class Gate:
         self._open.set()
 
 
-def test_one_save_is_in_flight_at_most(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_save_is_in_flight_at_most(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = Gate(monkeypatch, "write_group")
     saver = Saver(tmp_path, ranks, keep=2)
     assert saver.settle(wait=True) is None
@@ -158,7 +168,8 @@ def test_a_disk_that_hangs_is_told(
     assert saver.settle(wait=True) == Outcome(10, None)
     words = [record.getMessage() for record in caplog.records]
     told = re.compile(
-        rf"waiting for the checkpoint of step 10 since \d+ s; is {re.escape(str(tmp_path))} slow, or gone\?"
+        rf"waiting for the checkpoint of step 10 since \d+ s; is {re.escape(str(tmp_path))} slow, "
+        r"or gone\?"
     )
     assert all(told.fullmatch(word) for word in words), words
     assert 2 <= len(words) <= (time.monotonic() - start) / 0.1
@@ -191,8 +202,8 @@ def test_no_room(tmp_path: Path, ranks: Ranks) -> None:
     assert outcome is not None
     assert outcome.error is not None
     assert (
-        f" MB free, {(2 * free + saving.SPARE_BYTES) / 1e6:,.1f} MB needed ({tmp_path / 'checkpoints'})"
-        in outcome.error
+        f" MB free, {(2 * free + saving.SPARE_BYTES) / 1e6:,.1f} MB needed "
+        f"({tmp_path / 'checkpoints'})" in outcome.error
     )
     assert not gathered
     assert list((tmp_path / "checkpoints").iterdir()) == []
@@ -209,7 +220,10 @@ def test_a_folder_that_hangs_does_not_hold_up_the_ranks(
     assert save(saver, 20) is None
     assert time.monotonic() - start < 30
     answers.set()
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000010", "step-000000020"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "step-000000010",
+        "step-000000020",
+    ]
 
 
 def test_what_nobody_expected_is_a_failed_save(
@@ -310,7 +324,9 @@ def test_damaged_and_unfinished_copies_are_not_taken(
     found = newest_checkpoint(tmp_path / "elsewhere", ranks, place)
     assert found is not None
     assert found.state["step"] == 10
-    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    [warning] = [
+        record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
+    ]
     assert warning == (
         f"checkpoint {place}/step-000000020 is damaged (the sha256 of state.json differs); falling "
         "back to the one before"
@@ -344,10 +360,15 @@ def test_an_upload_that_fails_keeps_the_save(
     assert mirror.checkpoints(place) == []
 
 
-@pytest.mark.parametrize("place", ["https://host/run", "hf://datasets/a/b", "pipe:cat", "file:///run", "s3://a::b://c"])
+@pytest.mark.parametrize(
+    "place", ["https://host/run", "hf://datasets/a/b", "pipe:cat", "file:///run", "s3://a::b://c"]
+)
 def test_places_that_cannot_be_written(place: str) -> None:
     for function in (mirror.check, mirror.set_aside):
-        with pytest.raises(ConfigError, match="cannot hold checkpoints; use one of s3://, gs://, memory:// or a fold"):
+        with pytest.raises(
+            ConfigError,
+            match="cannot hold checkpoints; use one of s3://, gs://, memory:// or a fold",
+        ):
             function(place)
 
 
@@ -357,7 +378,9 @@ def test_a_place_that_refuses(tmp_path: Path) -> None:
         mirror.check(str(tmp_path / "file"))
 
 
-def distil_beside_slow_writes(tree: dict[str, Any], beside: int) -> tuple[Any, list[tuple[float, float]], list[float]]:
+def distil_beside_slow_writes(
+    tree: dict[str, Any], beside: int
+) -> tuple[Any, list[tuple[float, float]], list[float]]:
     """Run with writes that last for `beside` steps, or a minute where training waits for them.
 
     Returns:
@@ -390,7 +413,9 @@ def distil_beside_slow_writes(tree: dict[str, Any], beside: int) -> tuple[Any, l
     return distil(tree), writes, steps
 
 
-def test_training_goes_on_beside_a_write(make_tree: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_training_goes_on_beside_a_write(
+    make_tree: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     """And what is written is what was gathered, whatever training has done to the student since."""
     blocks = {"train": {**LONG, "max_steps": 24}, "checkpoint": {"every_steps": 9, "keep": 9}}
     beside, alone = make_tree("beside", **blocks), make_tree("alone", **blocks)
@@ -402,16 +427,25 @@ def test_training_goes_on_beside_a_write(make_tree: Callable[..., dict[str, Any]
     run_ranks(distil, 2, alone)
     assert losses_of(beside) == losses_of(alone)
     for step in (9, 18, 24):
-        folders = [Path(tree["run"]["folder"]) / "checkpoints" / f"step-{step:09d}" for tree in (beside, alone)]
-        found, expected = (json.loads((folder / "manifest.json").read_text())["files"] for folder in folders)
+        folders = [
+            Path(tree["run"]["folder"]) / "checkpoints" / f"step-{step:09d}"
+            for tree in (beside, alone)
+        ]
+        found, expected = (
+            json.loads((folder / "manifest.json").read_text())["files"] for folder in folders
+        )
         for name in ("l2.weights", "l2.exp_avg", "l2.exp_avg_sq"):
             assert found[f"{name}.safetensors"] == expected[f"{name}.safetensors"]
 
 
-def test_a_run_goes_on_from_its_copy(make_tree: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_run_goes_on_from_its_copy(
+    make_tree: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     place = str(tmp_path / "copies")
     whole = make_tree("whole", checkpoint={"every_steps": 3})
-    begun = make_tree("begun", checkpoint={"every_steps": 3, "remote": place}, train={"max_steps": 6})
+    begun = make_tree(
+        "begun", checkpoint={"every_steps": 3, "remote": place}, train={"max_steps": 6}
+    )
     elsewhere = make_tree("elsewhere", checkpoint={"every_steps": 3, "remote": place})
     run_ranks(distil_all, 1, [whole, begun])
     shutil.rmtree(Path(place) / "step-000000006")  # the end did not get there

@@ -17,7 +17,9 @@ from scaledistill.preflight.microbatch import MARGIN_FRACTION
 
 
 @pytest.fixture
-def make_tree(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callable[..., dict[str, Any]]:
+def make_tree(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> Callable[..., dict[str, Any]]:
     def make(**blocks: dict[str, Any]) -> dict[str, Any]:
         return tiny_tree(tmp_path, tiny_teacher, tiny_shards, **blocks)
 
@@ -25,31 +27,42 @@ def make_tree(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callable
 
 
 def distil_with_room_for(sizes_by_rank: list[int], tree: dict[str, Any]) -> tuple[str, int, int]:
-    """Run where each rank has memory for so many sequences; return state, step and predicted micro-batch."""
+    """Run where each rank has memory for so many sequences; return state, step and predicted
+    micro-batch.
+    """
     from scaledistill.distributed.ranks import process_group
     from scaledistill.training.loop import distill
 
     config = parse_config(tree)
     with process_group(60) as ranks:
-        plain = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": None})})
+        plain = config.model_copy(
+            update={"train": config.train.model_copy(update={"micro_batch_size": None})}
+        )
         facts = doctor.check(plain, ranks.world_size, ranks.device, writes=False).estimate
         size = sizes_by_rank[ranks.rank]
         between = (facts.memory_bytes(size) + facts.memory_bytes(size + 1)) / 2
         doctor.free_bytes = lambda device, ranks_on_node: int(between / (1 - MARGIN_FRACTION))
-        predicted = doctor.check(config, ranks.world_size, ranks.device, writes=False).config.train.micro_batch_size
+        predicted = doctor.check(
+            config, ranks.world_size, ranks.device, writes=False
+        ).config.train.micro_batch_size
         result = distill(config)
     return result.state, result.step, int(predicted or 0)
 
 
 def micro_batch_of(tree: dict[str, Any]) -> int:
-    return json.loads((Path(tree["run"]["folder"]) / "config.json").read_text())["train"]["micro_batch_size"]
+    return json.loads((Path(tree["run"]["folder"]) / "config.json").read_text())["train"][
+        "micro_batch_size"
+    ]
 
 
-def test_the_largest_micro_batch_that_fits_all_ranks(make_tree: Callable[..., dict[str, Any]]) -> None:
+def test_the_largest_micro_batch_that_fits_all_ranks(
+    make_tree: Callable[..., dict[str, Any]],
+) -> None:
     train = {"global_batch_size": 16, "max_steps": 2, "warmup_steps": 0, "micro_batch_size": "auto"}
     tree = make_tree(train=train)
     ends = run_ranks(distil_with_room_for, 2, [8, 3], tree)
-    assert ends == [("done", 2, 8), ("done", 2, 2)]  # of the divisors of 8 each predicts its own; the smallest is taken
+    # Of the divisors of 8 each predicts its own; the smallest is taken.
+    assert ends == [("done", 2, 8), ("done", 2, 2)]
     assert micro_batch_of(tree) == 2
     assert run_ranks(distil_with_room_for, 2, [8, 8], tree)[0] == ("done", 2, 8)
     assert micro_batch_of(tree) == 2  # a resumed run keeps what it had, and so its rounding
@@ -62,7 +75,10 @@ def losses_of_run(tree: dict[str, Any]) -> list[float]:
     if os.environ["RANK"] != "0":
         return []
     rows = read_rows(Path(tree["run"]["folder"]) / "metrics.jsonl")
-    assert all(row["mfu"] > 0 and 0 < row["teacher_fraction"] < 1 and 0 < row["optimizer_fraction"] < 1 for row in rows)
+    assert all(
+        row["mfu"] > 0 and 0 < row["teacher_fraction"] < 1 and 0 < row["optimizer_fraction"] < 1
+        for row in rows
+    )
     return [row[key] for row in rows for key in ("loss", "validation_loss") if key in row]
 
 
@@ -84,14 +100,18 @@ def test_documents_are_kept_apart_on_any_number_of_ranks(
 
 
 def dtypes_of(tree: dict[str, Any]) -> tuple[set[str], set[str], list[float]]:
-    """Make a step; return the dtypes of the teacher's Q/K/V, of the student's parameters and gradients, the losses."""
+    """Make a step; return the dtypes of the teacher's Q/K/V, of the student's parameters and
+    gradients, the losses.
+    """
     from scaledistill.distributed.ranks import process_group
     from scaledistill.metrics.stopwatch import Stopwatch
     from scaledistill.training.session import open_session
     from scaledistill.training.step import train_step
 
     with process_group(60) as ranks:
-        session = open_session(doctor.check(parse_config(tree), 1, ranks.device).config, ranks, resume=False)
+        session = open_session(
+            doctor.check(parse_config(tree), 1, ranks.device).config, ranks, resume=False
+        )
         teacher: set[str] = set()
         student: set[str] = set()
         session.teacher.view.register_forward_hook(
@@ -101,11 +121,16 @@ def dtypes_of(tree: dict[str, Any]) -> tuple[set[str], set[str], list[float]]:
             student.add(str(parameter.dtype))
             parameter.register_hook(lambda grad: student.add(str(grad.dtype)))
         with session.stream() as stream:
-            losses = [train_step(session, stream, lambda: None, Stopwatch()).losses["loss"] for _ in range(3)]
+            losses = [
+                train_step(session, stream, lambda: None, Stopwatch()).losses["loss"]
+                for _ in range(3)
+            ]
     return teacher, student, losses
 
 
-def test_a_student_is_fp32_on_every_cpu(make_tree: Callable[..., dict[str, Any]], fast_bf16: bool) -> None:
+def test_a_student_is_fp32_on_every_cpu(
+    make_tree: Callable[..., dict[str, Any]], fast_bf16: bool
+) -> None:
     [(teacher, student, losses)] = run_ranks(dtypes_of, 1, make_tree(train={"precision": "auto"}))
     assert teacher == {"torch.bfloat16" if fast_bf16 else "torch.float32"}
     assert student == {"torch.float32"}
@@ -114,7 +139,9 @@ def test_a_student_is_fp32_on_every_cpu(make_tree: Callable[..., dict[str, Any]]
 
 
 def manifests_of(tree: dict[str, Any]) -> tuple[int, list[int]]:
-    """Make a run; return how often manifests were read, and the rows of those that stand in memory at its last step."""
+    """Make a run; return how often manifests were read, and the rows of those that stand in memory
+    at its last step.
+    """
     import gc
 
     from scaledistill.data.manifest import Manifest
@@ -138,8 +165,15 @@ def manifests_of(tree: dict[str, Any]) -> tuple[int, list[int]]:
     return reads, alive
 
 
-def test_a_manifest_is_read_once_and_kept_once(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> None:
-    validates = {"validation_every_steps": 2, "validation_rows": 8, "max_steps": 2, "global_batch_size": 8}
+def test_a_manifest_is_read_once_and_kept_once(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> None:
+    validates = {
+        "validation_every_steps": 2,
+        "validation_rows": 8,
+        "max_steps": 2,
+        "global_batch_size": 8,
+    }
     held_out = {"validation": str(tiny_shards / "validation")}
     tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, train=validates, data=held_out)
     for reads, alive in run_ranks(manifests_of, 2, tree):

@@ -40,7 +40,9 @@ SETTINGS: dict[str, Any] = {
 def make_rows() -> tuple[np.ndarray, np.ndarray]:
     """Rows whose content tells their number; every seventh ends in padding."""
     ids_NT = np.arange(ROWS * T).reshape(ROWS, T) % 2999 + 1
-    documents = [(row, *span) for row in range(ROWS) for span in ((0, 5), (5, 12 if row % 7 == 0 else T))]
+    documents = [
+        (row, *span) for row in range(ROWS) for span in ((0, 5), (5, 12 if row % 7 == 0 else T))
+    ]
     ids_NT[::7, 12:] = 0
     return ids_NT, np.array(documents)
 
@@ -68,7 +70,10 @@ def test_same_rows_give_same_bytes_however_they_are_cut(tmp_path: Path) -> None:
     first = write(tmp_path / "a")
     second = write(tmp_path / "b", cuts=(1, 1, 9, 80, 149))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert sorted(contents(tmp_path / "a")) == [*(f"shard-00000{n}.tar" for n in range(3)), "shards.manifest"]
+    assert sorted(contents(tmp_path / "a")) == [
+        *(f"shard-00000{n}.tar" for n in range(3)),
+        "shards.manifest",
+    ]
     assert first.sha256 == second.sha256 == Manifest.load(tmp_path / "b").sha256
 
 
@@ -89,18 +94,23 @@ def test_webdataset_reads_the_tars(shards: Path, monkeypatch: pytest.MonkeyPatch
 
     urls = [str(path) for path in sorted(shards.glob("*.tar"))]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves the files to the garbage collector
+        # Webdataset leaves the files to the garbage collector.
+        warnings.simplefilter("ignore", ResourceWarning)
         samples = list(webdataset.WebDataset(urls, shardshuffle=False))
         gc.collect()
     assert [sample["__key__"] for sample in samples] == [f"{block:09d}" for block in range(19)]
-    ids_NT = np.concatenate([np.frombuffer(sample["u16"], "<u2").reshape(-1, T) for sample in samples])
+    ids_NT = np.concatenate(
+        [np.frombuffer(sample["u16"], "<u2").reshape(-1, T) for sample in samples]
+    )
     np.testing.assert_array_equal(ids_NT, make_rows()[0])
     documents = np.frombuffer(samples[1]["documents.u16"], "<u2").reshape(-1, 3)
     np.testing.assert_array_equal(documents, make_rows()[1][16:32] - [[8, 0, 0]])
 
 
 def test_datasets_finds_the_tars_and_not_the_manifest(tmp_path: Path) -> None:
-    """One tar a folder: datasets goes by the commonest suffix that it knows, and one .json would be as common."""
+    """One tar a folder: datasets goes by the commonest suffix that it knows, and one .json would be
+    as common.
+    """
     import datasets
 
     for name in ("train", "validation"):
@@ -143,7 +153,10 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
     with ShardWriter(tmp_path / "shards", **SETTINGS) as writer:
         writer.write(*make_rows())
         shutil.copytree(tmp_path / "shards", left)
-    assert sorted(contents(left)) == [".partial-lock", *(f".partial-shard-00000{n}.tar" for n in range(3))]
+    assert sorted(contents(left)) == [
+        ".partial-lock",
+        *(f".partial-shard-00000{n}.tar" for n in range(3)),
+    ]
     with pytest.raises(DataError, match="make_shards was interrupted; run it again"):
         Manifest.load(left)
     write(left)
@@ -171,7 +184,10 @@ def test_overwriting_a_set_of_an_earlier_version_leaves_one_manifest(shards: Pat
     with pytest.raises(DataError, match=r"holds manifest\.json already.*use overwrite=True"):
         write(shards)
     write(shards, overwrite=True)
-    assert sorted(contents(shards)) == [*(f"shard-00000{n}.tar" for n in range(3)), "shards.manifest"]
+    assert sorted(contents(shards)) == [
+        *(f"shard-00000{n}.tar" for n in range(3)),
+        "shards.manifest",
+    ]
 
 
 def test_two_writers_of_one_folder(tmp_path: Path) -> None:
@@ -210,17 +226,23 @@ def test_bad_settings(tmp_path: Path, settings: dict[str, Any], message: str) ->
         (np.zeros((2, T), int), [(1, 0, 4), (0, 0, 4)], "don't ascend"),
     ],
 )
-def test_bad_rows(tmp_path: Path, ids: np.ndarray, documents: list[tuple[int, ...]], message: str) -> None:
+def test_bad_rows(
+    tmp_path: Path, ids: np.ndarray, documents: list[tuple[int, ...]], message: str
+) -> None:
     with pytest.raises(DataError, match=message), ShardWriter(tmp_path, **SETTINGS) as writer:
         writer.write(ids, np.array(documents, int).reshape(-1, 3))
 
 
-def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object], rehash: bool = True) -> None:
+def change_manifest(
+    folder: Path, change: Callable[[dict[str, Any]], object], rehash: bool = True
+) -> None:
     path = folder / "shards.manifest"
     content = json.loads(path.read_text())
     stated = content.pop("sha256")
     change(content)
-    path.write_text(json.dumps({"sha256": _content_sha256(content) if rehash else stated, **content}))
+    path.write_text(
+        json.dumps({"sha256": _content_sha256(content) if rehash else stated, **content})
+    )
 
 
 def test_missing_manifest(shards: Path) -> None:
@@ -249,8 +271,21 @@ def write_pinned(folder: Path) -> Manifest:
         "documents_bytes": [18, 12],
         "documents_crc32": [7, 8],
     }
-    header = {"sequence_length": 16, "dtype": "u16", "vocab_size": 99, "largest_id": 98, "rows": 5, "tokens": 80}
-    header |= {"documents": 5, "padded_rows": 0, "tokenizer": TOKENIZER, "pad_token_id": 0, "source": {"kind": "é"}}
+    header = {
+        "sequence_length": 16,
+        "dtype": "u16",
+        "vocab_size": 99,
+        "largest_id": 98,
+        "rows": 5,
+        "tokens": 80,
+    }
+    header |= {
+        "documents": 5,
+        "padded_rows": 0,
+        "tokenizer": TOKENIZER,
+        "pad_token_id": 0,
+        "source": {"kind": "é"},
+    }
     content = {"format": "scaledistill-shards", "version": 1, **header, "shards": [shard]}
     stated = "5592f5e86572a6e76bfa92869ece7d29e0a33c547d9ec022671da419741992bc"
     (folder / "manifest.json").write_text(json.dumps({"sha256": stated, **content}))
@@ -270,7 +305,9 @@ FORMS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compact": lambda content: json.dumps(content, separators=(",", ":")),
     "sorted": lambda content: json.dumps(content, sort_keys=True),
     "shards first": lambda content: json.dumps({"shards": content.pop("shards"), **content}),
-    "shards in the source": lambda content: json.dumps(content).replace('"name": "test"', '"name": "te\\u0073t"'),
+    "shards in the source": lambda content: json.dumps(content).replace(
+        '"name": "test"', '"name": "te\\u0073t"'
+    ),
 }
 
 
@@ -290,9 +327,13 @@ def test_any_form_of_json_is_the_same_data(
     assert found.dump() == expected.dump()
 
 
-def test_a_large_manifest_is_read_without_an_object_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_manifest_is_read_without_an_object_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A thousandth of 1.05 G rows: memory and time per block are what counts."""
-    with ShardWriter(tmp_path, **{**SETTINGS, "rows_per_block": 1, "rows_per_shard": 250}) as writer:
+    with ShardWriter(
+        tmp_path, **{**SETTINGS, "rows_per_block": 1, "rows_per_shard": 250}
+    ) as writer:
         rows = 4000
         documents = np.stack([np.arange(rows), np.zeros(rows, int), np.full(rows, T)], 1)
         writer.write(np.tile(np.arange(rows)[:, None] % 2999, T), documents)
@@ -309,7 +350,9 @@ def test_a_large_manifest_is_read_without_an_object_a_number(tmp_path: Path, mon
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"format": "other"}'])
 def test_damaged_manifest(shards: Path, text: bytes) -> None:
     (shards / "shards.manifest").write_bytes(text)
-    with pytest.raises(DataError, match=r"(not a JSON object|reads .*scaledistill-shards).*make_shards"):
+    with pytest.raises(
+        DataError, match=r"(not a JSON object|reads .*scaledistill-shards).*make_shards"
+    ):
         Manifest.load(shards)
 
 
@@ -329,27 +372,53 @@ def first_shard(**values: Any) -> Callable[[dict[str, Any]], object]:
         (lambda content: content.update(version=2), "'version': 2.*reads.*'version': 1"),
         (lambda content: content.update(rows=151), "rows is 151, but the shards hold 150"),
         (lambda content: content.update(documents=1), "documents is 1, but the shards hold 300"),
-        (lambda content: content.update(tokens=ROWS * T), "0 positions of padding cannot lie in padded_rows=22"),
-        (lambda content: content.update(vocab_size=100), "largest_id=.* is not below vocab_size=100"),
+        (
+            lambda content: content.update(tokens=ROWS * T),
+            "0 positions of padding cannot lie in padded_rows=22",
+        ),
+        (
+            lambda content: content.update(vocab_size=100),
+            "largest_id=.* is not below vocab_size=100",
+        ),
         (lambda content: content.update(rows="150"), "rows: Input should be a valid integer"),
         (lambda content: content.update(colour="red"), "colour: Extra inputs are not permitted"),
         (lambda content: content["tokenizer"].pop("sha256"), r"tokenizer lacks \['sha256'\]"),
-        (lambda content: content["shards"].append(content["shards"][0]), "two equal shards, shard-000000.tar"),
-        (lambda content: content["shards"][1].update(sha256=content["shards"][0]["sha256"]), "same sha256"),
-        (lambda content: content["shards"][0]["ids_crc32"].pop(), r"shard-000000.tar: .* lengths \[7, 8\]"),
+        (
+            lambda content: content["shards"].append(content["shards"][0]),
+            "two equal shards, shard-000000.tar",
+        ),
+        (
+            lambda content: content["shards"][1].update(sha256=content["shards"][0]["sha256"]),
+            "same sha256",
+        ),
+        (
+            lambda content: content["shards"][0]["ids_crc32"].pop(),
+            r"shard-000000.tar: .* lengths \[7, 8\]",
+        ),
         (first_shard(file="../other.tar"), "shards.0.file: String should match pattern"),
-        (first_shard(block_rows=[8, 8, 8, 8, 8, 8, 8, -8]), "shards.0.block_rows: .*a list of whole numbers from 0"),
-        (first_shard(ids_crc32=[2**63] * 8), "shards.0.ids_crc32: .*whole numbers from 0 to 2.63 - 1"),
+        (
+            first_shard(block_rows=[8, 8, 8, 8, 8, 8, 8, -8]),
+            "shards.0.block_rows: .*a list of whole numbers from 0",
+        ),
+        (
+            first_shard(ids_crc32=[2**63] * 8),
+            "shards.0.ids_crc32: .*whole numbers from 0 to 2.63 - 1",
+        ),
         (first_shard(documents_crc32="1"), "shards.0.documents_crc32: .*a list of whole numbers"),
         (first_shard(block_rows=[]), r"its lists of blocks have lengths \[0, 8\]"),
         (first_shard(documents_offset=[512] + [2**62] * 7), "members overlap or are out of order"),
-        (lambda content: content["shards"][2].update(block_rows=[8, 8, 0]), "blocks of 0 to 8 rows; expected 1 to"),
+        (
+            lambda content: content["shards"][2].update(block_rows=[8, 8, 0]),
+            "blocks of 0 to 8 rows; expected 1 to",
+        ),
         (first_shard(rows=63), "shard-000000.tar: rows is 63, but its blocks hold 64"),
         (first_shard(bytes=3000), "its last block ends at byte .*, beyond its 3000 bytes"),
         (first_shard(ids_offset=[1024] * 8), "members overlap or are out of order"),
     ],
 )
-def test_inconsistent_manifest(shards: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+def test_inconsistent_manifest(
+    shards: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
     change_manifest(shards, change)
     with pytest.raises(DataError, match=message):
         Manifest.load(shards)
@@ -362,22 +431,40 @@ def flip(path: Path, byte: int, bit: int = 0) -> None:
 
 
 BREAK: dict[str, tuple[Callable[[Path, Any], object], str]] = {
-    "truncated": (lambda path, _: os.truncate(path, 5000), "shard-000001.tar: 5000 bytes, expected"),
+    "truncated": (
+        lambda path, _: os.truncate(path, 5000),
+        "shard-000001.tar: 5000 bytes, expected",
+    ),
     "zero bytes": (lambda path, _: path.write_bytes(b""), "shard-000001.tar: 0 bytes, expected"),
-    "not a tar": (lambda path, shard: path.write_bytes(b"x" * shard.bytes), "shard-000001.tar: not a tar file"),
-    "ids": (lambda path, shard: flip(path, shard.ids_offset[3] + 5), "shard-000001.tar, block 3: its token ids are"),
+    "not a tar": (
+        lambda path, shard: path.write_bytes(b"x" * shard.bytes),
+        "shard-000001.tar: not a tar file",
+    ),
+    "ids": (
+        lambda path, shard: flip(path, shard.ids_offset[3] + 5),
+        "shard-000001.tar, block 3: its token ids are",
+    ),
     "documents": (
         lambda path, shard: flip(path, shard.documents_offset[2]),
         "shard-000001.tar, block 2: its document boundaries are damaged",
     ),
-    "header": (lambda path, shard: flip(path, shard.ids_offset[4] - 512), "shard-000001.tar, block 4: tar member 9 is"),
-    "padding": (lambda path, shard: flip(path, shard.bytes - 1), "shard-000001.tar: sha256 .*, expected sha256"),
+    "header": (
+        lambda path, shard: flip(path, shard.ids_offset[4] - 512),
+        "shard-000001.tar, block 4: tar member 9 is",
+    ),
+    "padding": (
+        lambda path, shard: flip(path, shard.bytes - 1),
+        "shard-000001.tar: sha256 .*, expected sha256",
+    ),
     "missing": (lambda path, _: path.unlink(), "shard-000001.tar: can't be read"),
     "copy": (
         lambda path, _: path.write_bytes(path.with_name("shard-000000.tar").read_bytes()),
         "shard-000001.tar: a copy of shard-000000.tar",
     ),
-    "extra": (lambda path, _: path.with_name("more.tar").touch(), "more.tar: lies in the folder but is not in"),
+    "extra": (
+        lambda path, _: path.with_name("more.tar").touch(),
+        "more.tar: lies in the folder but is not in",
+    ),
 }
 
 
@@ -432,7 +519,8 @@ def test_a_set_of_unknown_tokens_is_a_problem(shards: Path) -> None:
     assert Manifest.load(shards).unknown_problem() is None  # not counted
     change_manifest(shards, unknown(0.5))
     found = (
-        "shards.manifest: 50.0% of its tokens are unknown to the tokenizer, more than 5.0%: the tokenizer does not fit"
+        "shards.manifest: 50.0% of its tokens are unknown to the tokenizer, more than 5.0%: the "
+        "tokenizer does not fit"
     )
     assert any(problem.startswith(found) for problem in verify(shards))
     checked = check_shards(shards)
@@ -453,7 +541,9 @@ def test_verify_counts_unknown_tokens(shards: Path) -> None:
 def check_shards(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     tool = Path(__file__).parents[1] / "tools" / "check_shards.py"
     environment = {**os.environ, "PYTHONPATH": str(tool.parents[1]), "COLUMNS": "80"}
-    return subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, tool, *arguments], capture_output=True, text=True, env=environment
+    )
 
 
 def test_check_shards_tool(shards: Path, tmp_path: Path) -> None:
@@ -461,11 +551,19 @@ def test_check_shards_tool(shards: Path, tmp_path: Path) -> None:
     assert (good.returncode, good.stderr) == (0, "")
     data = Manifest.load(shards).sha256
     for shown in (
-        *(f"tokenizer: test (sha256 {'ab' * 32})\n", f"sha256 of the data: {data}\n", "2,312", "3.67%"),
+        *(
+            f"tokenizer: test (sha256 {'ab' * 32})\n",
+            f"sha256 of the data: {data}\n",
+            "2,312",
+            "3.67%",
+        ),
         *("document pieces (stored boundaries)", "tokens with [CLS] and [SEP]"),
     ):
         assert shown in good.stdout
-    figures = {entry["name"]: entry["value"] for entry in json.loads((tmp_path / "figures.json").read_text())}
+    figures = {
+        entry["name"]: entry["value"]
+        for entry in json.loads((tmp_path / "figures.json").read_text())
+    }
     assert (figures["shards/rows"], figures["shards/problems"]) == (ROWS, 0)
     flip(shards / "shard-000000.tar", 600)
     bad = check_shards(shards)
@@ -475,7 +573,10 @@ def test_check_shards_tool(shards: Path, tmp_path: Path) -> None:
     (shards / "shards.manifest").rename(shards / "manifest.json")  # as earlier versions named it
     (shards / "more.tar").touch()
     old = check_shards(shards)
-    assert (old.returncode, "ERROR more.tar: lies in the folder but is not in manifest.json; a" in old.stdout) == (
+    assert (
+        old.returncode,
+        "ERROR more.tar: lies in the folder but is not in manifest.json; a" in old.stdout,
+    ) == (
         3,
         True,
     )

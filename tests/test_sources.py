@@ -1,4 +1,6 @@
-"""Text sources: every format and compression gives the same documents; damage is an error that names file and line."""
+"""Text sources: every format and compression gives the same documents; damage is an error that
+names file and line.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ import zstandard
 
 from scaledistill.data.prepare.compression import ReadProgress
 from scaledistill.data.prepare.docstrings import installed_docs
-from scaledistill.data.prepare.sources import dataset_documents, expand, file_documents, webdataset_documents
+from scaledistill.data.prepare.sources import (
+    dataset_documents,
+    expand,
+    file_documents,
+    webdataset_documents,
+)
 from scaledistill.errors import DataError
 
 DOCUMENTS = ["first line\nsecond — line", "日本語", "last"]
@@ -56,7 +63,8 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-# --- what is read ---------------------------------------------------------------------------------------------------
+# --- what is read
+#
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -98,24 +106,42 @@ def test_columns_and_empty_values(tmp_path: Path) -> None:
 
 
 def test_webdataset_members(tmp_path: Path) -> None:
-    members = {"__meta__": b"x", "a.txt": b"one", "a.json": b"{}", "b.JSON": b'{"body": "two"}', "c/d.cls": b"1"}
+    members = {
+        "__meta__": b"x",
+        "a.txt": b"one",
+        "a.json": b"{}",
+        "b.JSON": b'{"body": "two"}',
+        "c/d.cls": b"1",
+    }
     path = write(tmp_path / "a.tar", tar_bytes({**members, "c/d.txt": b"three"}))
     assert list(webdataset_documents([path], column="body")) == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_datasets_folder(tmp_path: Path, kind: str) -> None:
-    data = {"jsonl": json_lines(DOCUMENTS, "body"), "parquet": parquet_bytes({"body": list(DOCUMENTS)})}[kind]
+    data = {
+        "jsonl": json_lines(DOCUMENTS, "body"),
+        "parquet": parquet_bytes({"body": list(DOCUMENTS)}),
+    }[kind]
     write(tmp_path / f"train.{kind}", data)
-    assert list(dataset_documents(str(tmp_path), config=None, split="train", column="body")) == DOCUMENTS
-    with pytest.raises(DataError, match=r"row 1: no column 'text' among .*'body'.*; name the text with --column"):
+    assert (
+        list(dataset_documents(str(tmp_path), config=None, split="train", column="body"))
+        == DOCUMENTS
+    )
+    with pytest.raises(
+        DataError, match=r"row 1: no column 'text' among .*'body'.*; name the text with --column"
+    ):
         list(dataset_documents(str(tmp_path), config=None, split="train"))
-    with pytest.raises(DataError, match=r"split 'test' cannot be read: .*; check --dataset, --dataset-config"):
+    with pytest.raises(
+        DataError, match=r"split 'test' cannot be read: .*; check --dataset, --dataset-config"
+    ):
         list(dataset_documents(str(tmp_path), config=None, split="test"))
 
 
 def test_a_missing_dataset() -> None:
-    with pytest.raises(DataError, match=r"data set './nowhere', config 'en', split 'train' cannot be read"):
+    with pytest.raises(
+        DataError, match=r"data set './nowhere', config 'en', split 'train' cannot be read"
+    ):
         list(dataset_documents("./nowhere", config="en", split="train"))
 
 
@@ -128,7 +154,10 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # put back afterwards
-    with pytest.raises(DataError, match=r"'wikitextt', .* is neither a local folder nor cached, and the Hub cannot be"):
+    with pytest.raises(
+        DataError,
+        match=r"'wikitextt', .* is neither a local folder nor cached, and the Hub cannot be",
+    ):
         list(dataset_documents("wikitextt", config=None, split="train"))
 
 
@@ -137,8 +166,14 @@ def test_installed_docs(tmp_path: Path) -> None:
     second = "The second docstring, which stands in a class inside a class."
     third = "The third one documents a method, and stands in two modules."
     files = {
-        "b/z.py": f'"""{first}"""\nclass A:\n class B:\n  """{second}"""\n  async def c(self):\n   """{third}"""\n',
-        "b/a.py": f'def f():\n  """{third}"""\n  x = """{first} No docstring."""\n  def g():\n    """{second}"""\n',
+        "b/z.py": (
+            f'"""{first}"""\nclass A:\n class B:\n  """{second}"""\n  async def c(self):\n   '
+            f'"""{third}"""\n'
+        ),
+        "b/a.py": (
+            f'def f():\n  """{third}"""\n  x = """{first} No docstring."""\n  def g():\n    '
+            f'"""{second}"""\n'
+        ),
         "b/short.py": '"""Too short."""\n',
         "b/table.py": '"""1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20"""\n',
         "b/german.py": '"""Größere Änderungen gehören üblicherweise ins Änderungsprotokoll."""\n',
@@ -171,9 +206,17 @@ def test_json_lines_without_a_suffix(tmp_path: Path, caplog: pytest.LogCaptureFi
     ]
     paths.append(write(tmp_path / "part-00000", "\ufeff\n".encode() + json_lines(["one"])))
     assert list(file_documents(paths)) == DOCUMENTS * len(COMPRESS) + ["", "one"]
-    assert caplog.text.count("wiki_00 holds JSON lines: the text is column 'text', here and in other files") == 1
+    assert (
+        caplog.text.count(
+            "wiki_00 holds JSON lines: the text is column 'text', here and in other files"
+        )
+        == 1
+    )
     assert len(caplog.records) == 1
-    fails(file_documents(paths, column="body"), r"wiki_00, line 1: no column 'body' among \['id', 'text'\]; name the")
+    fails(
+        file_documents(paths, column="body"),
+        r"wiki_00, line 1: no column 'body' among \['id', 'text'\]; name the",
+    )
     damaged = json_lines(["one", "two", "three"]).replace(b'two"', b"two")
     fails(file_documents([write(tmp_path / "part-00001", damaged)]), "part-00001, line 2: not JSON")
 
@@ -181,19 +224,26 @@ def test_json_lines_without_a_suffix(tmp_path: Path, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst", ".bz2"])
 def test_a_datasets_folder_of_compressed_files(tmp_path: Path, compression: str) -> None:
     """fsspec's readers would stop, without a word, at padding, damage or a cut."""
-    first, second = (COMPRESS[compression](json_lines(documents)) for documents in (DOCUMENTS, DOCUMENTS[::-1]))
+    first, second = (
+        COMPRESS[compression](json_lines(documents)) for documents in (DOCUMENTS, DOCUMENTS[::-1])
+    )
     padding = bytes(4) if compression in (".gz", ".xz") else b""
     path = write(tmp_path / f"train.jsonl{compression}", first + padding + second)
-    assert list(dataset_documents(str(tmp_path), config=None, split="train")) == DOCUMENTS + DOCUMENTS[::-1]
+    assert (
+        list(dataset_documents(str(tmp_path), config=None, split="train"))
+        == DOCUMENTS + DOCUMENTS[::-1]
+    )
     for bad in (first + b"X" + second[1:], first + second[:-1], first + b"garbage"):
         path.write_bytes(bad)
         fails(
             dataset_documents(str(tmp_path), config=None, split="train"),
-            r"data set .* split 'train': one of its files is damaged or cut short: .*; fetch or compress it again",
+            r"data set .* split 'train': one of its files is damaged or cut short: .*; fetch or "
+            r"compress it again",
         )
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused
+# ------------------------------------------------------------------------------------------------
 
 
 def fails(documents: Iterator[str], message: str) -> None:
@@ -206,17 +256,34 @@ def test_expanding_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("b.txt", "a.txt", "c[1].txt", "sub/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    assert [str(path) for path in expand(["sub/d.txt", "[ab].txt"])] == ["sub/d.txt", "a.txt", "b.txt"]
+    assert [str(path) for path in expand(["sub/d.txt", "[ab].txt"])] == [
+        "sub/d.txt",
+        "a.txt",
+        "b.txt",
+    ]
     assert [str(path) for path in expand(["**/d*", "c[1].txt"])] == ["sub/d.txt", "c[1].txt"]
     (tmp_path / "gone.txt").symlink_to("nowhere")
     for patterns, message in (
-        (["nowhere.txt"], r"input file 'nowhere.txt' does not exist \(looked in .*\); check the path"),
+        (
+            ["nowhere.txt"],
+            r"input file 'nowhere.txt' does not exist \(looked in .*\); check the path",
+        ),
         (["*.md"], r"input pattern '\*.md' matches no file"),
-        (["[ab].*", "gone.txt"], r"input file 'gone.txt' is a link to 'nowhere', which does not exist"),
-        (["*.txt"], r"input file 'gone.txt' is a link to 'nowhere', which does not exist; mend or remove the link"),
+        (
+            ["[ab].*", "gone.txt"],
+            r"input file 'gone.txt' is a link to 'nowhere', which does not exist",
+        ),
+        (
+            ["*.txt"],
+            r"input file 'gone.txt' is a link to 'nowhere', which does not exist; mend or remove "
+            r"the link",
+        ),
         (["sub"], r"input 'sub' is a folder; give files or a pattern such as 'sub/\*\*/\*.txt'"),
         (["a.txt", "./a.txt"], r"input file a.txt is given twice"),
-        (["pipe:cat a.txt"], r"input 'pipe:cat a.txt' is a URL or a command; expected a local file"),
+        (
+            ["pipe:cat a.txt"],
+            r"input 'pipe:cat a.txt' is a URL or a command; expected a local file",
+        ),
         (["s3://b/a.txt"], r"is a URL or a command"),
     ):
         with pytest.raises(DataError, match=message):
@@ -232,23 +299,64 @@ def test_expanding_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "a.txt holds JSON lines, not text; name it .jsonl, so that its column 'text' is",
         ),
         ("a.md", json_lines(["one"], "body"), "a.md holds JSON lines, not text; name it .jsonl"),
-        ("a", b'[\n {\n  "text": "one"\n }\n]\n', r"a holds one JSON array that spans lines, .* \(jq -c '.\[\]'\)"),
-        ("a.json", b'[{"text": "one"}, {"text": "two"}]', r"a.json holds one JSON array .* \(jq -c '.\[\]'\)"),
-        ("a.jsonl", b'{\n "text": "one"\n}\n', r"a.jsonl holds one JSON object that spans lines, .* \(jq -c '.'\)"),
-        ("a.json", b"<!DOCTYPE html>", "a.json holds an HTML page, not text; extract its text first; if it should be"),
+        (
+            "a",
+            b'[\n {\n  "text": "one"\n }\n]\n',
+            r"a holds one JSON array that spans lines, .* \(jq -c '.\[\]'\)",
+        ),
+        (
+            "a.json",
+            b'[{"text": "one"}, {"text": "two"}]',
+            r"a.json holds one JSON array .* \(jq -c '.\[\]'\)",
+        ),
+        (
+            "a.jsonl",
+            b'{\n "text": "one"\n}\n',
+            r"a.jsonl holds one JSON object that spans lines, .* \(jq -c '.'\)",
+        ),
+        (
+            "a.json",
+            b"<!DOCTYPE html>",
+            "a.json holds an HTML page, not text; extract its text first; if it should be",
+        ),
         ("a.txt", b'<?xml version="1.0"?>', "a.txt holds XML, not text; extract its text first"),
-        ("wiki_00", b'<doc id="1" url="', "wiki_00 holds the <doc> form of wikiextractor, not text; run wikiextractor"),
-        ("a", parquet_bytes({"text": ["one"]}), "a holds a Parquet table, not text; name it .parquet"),
-        ("a.jsonl", parquet_bytes({"text": ["one"]}), "a.jsonl holds a Parquet table, not text; name it .parquet"),
+        (
+            "wiki_00",
+            b'<doc id="1" url="',
+            "wiki_00 holds the <doc> form of wikiextractor, not text; run wikiextractor",
+        ),
+        (
+            "a",
+            parquet_bytes({"text": ["one"]}),
+            "a holds a Parquet table, not text; name it .parquet",
+        ),
+        (
+            "a.jsonl",
+            parquet_bytes({"text": ["one"]}),
+            "a.jsonl holds a Parquet table, not text; name it .parquet",
+        ),
         (
             "a.txt",
             tar_bytes({"a.txt": b"one"}),
             "a.txt holds a tar archive, not text; read WebDataset text shards with",
         ),
-        ("a.parquet", tar_bytes({"a.txt": b"one"}), "a.parquet holds a tar archive, not a Parquet table; read WebD"),
+        (
+            "a.parquet",
+            tar_bytes({"a.txt": b"one"}),
+            "a.parquet holds a tar archive, not a Parquet table; read WebD",
+        ),
         ("a", b"%PDF-1.4", "a holds a PDF document, not text; extract its text first"),
-        ("a", b"text\0\1\2", "a holds 1 NUL bytes among its first 7, as binary data or UTF-16 text do, not text; conv"),
-        ("a.txt", "text".encode("utf-16"), "a.txt holds UTF-16 text, not text; convert it first .iconv -f utf-16"),
+        (
+            "a",
+            b"text\0\1\2",
+            "a holds 1 NUL bytes among its first 7, as binary data or UTF-16 text do, not text; "
+            "conv",
+        ),
+        (
+            "a.txt",
+            "text".encode("utf-16"),
+            "a.txt holds UTF-16 text, not text; convert it first .iconv -f utf-16",
+        ),
         (
             "a.txt",
             gzip.compress(b"text", mtime=0),
@@ -261,7 +369,9 @@ def test_expanding_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ),
     ],
 )
-def test_content_that_is_not_what_the_name_says(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+def test_content_that_is_not_what_the_name_says(
+    tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
     fails(file_documents([write(tmp_path / name, data)]), message)
     if not data.startswith(b"\x1f\x8b"):
         fails(
@@ -272,22 +382,35 @@ def test_content_that_is_not_what_the_name_says(tmp_path: Path, name: str, data:
 
 def test_archives_that_are_none(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar", gzip.compress(tar_bytes({"a.txt": b"one"})))
-    fails(webdataset_documents([path]), "a.tar holds gzip data, which its suffix does not say; give it the suffix .gz")
+    fails(
+        webdataset_documents([path]),
+        "a.tar holds gzip data, which its suffix does not say; give it the suffix .gz",
+    )
     write(path, parquet_bytes({"text": ["one"]}))
-    fails(webdataset_documents([path]), "a.tar holds a Parquet table, not a tar archive; name it .parquet")
+    fails(
+        webdataset_documents([path]),
+        "a.tar holds a Parquet table, not a tar archive; name it .parquet",
+    )
     tgz = write(tmp_path / "a.tgz", gzip.compress(tar_bytes({"a.txt": b"one"})) + b"garbage")
-    fails(webdataset_documents([tgz]), "a.tgz is damaged or cut short: b'garbag' follows gzip member 1")
+    fails(
+        webdataset_documents([tgz]),
+        "a.tgz is damaged or cut short: b'garbag' follows gzip member 1",
+    )
 
 
 def test_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They come whole, whatever the number of their lines, and know their line; the longest are refused."""
+    """They come whole, whatever the number of their lines, and know their line; the longest are
+    refused.
+    """
     monkeypatch.setattr("scaledistill.data.prepare.sources._LINES_AT_ONCE", 7)
     for count in (6, 7, 8, 20, 21):
         lines = [f"line {i}" for i in range(count)]
         path = write(tmp_path / "a.txt", ("\n\n" + "\n".join(lines) + "\n\nlast").encode())
         assert list(file_documents([path])) == ["\n".join(lines), "last"]
     monkeypatch.setattr("scaledistill.data.prepare.longtext.LONG_CHARACTERS", 20)
-    found = list(file_documents([path, write(tmp_path / "b.jsonl", json_lines(["short", "long " * 20]))]))
+    found = list(
+        file_documents([path, write(tmp_path / "b.jsonl", json_lines(["short", "long " * 20]))])
+    )
     assert [getattr(document, "where", None) for document in found] == [
         f"{path}, line 3",
         None,
@@ -295,11 +418,15 @@ def test_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         f"{tmp_path}/b.jsonl, line 2",
     ]
     monkeypatch.setattr("scaledistill.data.prepare.sources.LARGEST_DOCUMENT_BYTES", 60)
-    message = "one document of more than 1,024 MiB, the most that is read; if the lines of the file .* --documents line"
+    message = (
+        "one document of more than 1,024 MiB, the most that is read; if the lines of the file .* "
+        "--documents line"
+    )
     fails(file_documents([path]), f"a.txt, line 3: {message}")
     fails(file_documents([path], split_by="file"), f"a.txt: {message}")
     fails(
-        file_documents([write(tmp_path / "c.jsonl", json_lines(["one", "long " * 20]))]), f"c.jsonl, line 2: {message}"
+        file_documents([write(tmp_path / "c.jsonl", json_lines(["one", "long " * 20]))]),
+        f"c.jsonl, line 2: {message}",
     )
     assert len(list(file_documents([path], split_by="line"))) == 25
 
@@ -307,10 +434,16 @@ def test_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_bad_utf8_names_the_line(tmp_path: Path) -> None:
     bad = b"good\n\ngoed\n" + "schön\n".encode("latin-1")
     message = r"bad.*, line 4: byte 0xf6 is not UTF-8; convert the text first"
-    for path in (write(tmp_path / "bad.txt", bad), write(tmp_path / "bad.txt.gz", gzip.compress(bad))):
+    for path in (
+        write(tmp_path / "bad.txt", bad),
+        write(tmp_path / "bad.txt.gz", gzip.compress(bad)),
+    ):
         fails(file_documents([path]), message)
         fails(file_documents([path], split_by="file"), message)
-    fails(file_documents([write(tmp_path / "bad.jsonl", b'{"text": "\xff"}')]), r"bad.jsonl, line 1: byte 0xff")
+    fails(
+        file_documents([write(tmp_path / "bad.jsonl", b'{"text": "\xff"}')]),
+        r"bad.jsonl, line 1: byte 0xff",
+    )
     tar = write(tmp_path / "bad.tar", tar_bytes({"7.txt": b"a\n\xff"}))
     fails(webdataset_documents([tar]), r"bad.tar, sample '7', line 2: byte 0xff is not UTF-8")
 
@@ -323,19 +456,30 @@ def test_broken_compression(tmp_path: Path, compression: str) -> None:
     for bad in (data[:-1], data[: len(data) // 2], data[:1]):
         fails(file_documents([write(tmp_path / f"a.txt{compression}", bad)]), message)
     misnamed = write(tmp_path / f"a.txt{compression}", b"plain text, misnamed")
-    fails(file_documents([misnamed]), r"is no \w+ file: it begins with b'plain text, misn'; fetch it again, or give it")
+    fails(
+        file_documents([misnamed]),
+        r"is no \w+ file: it begins with b'plain text, misn'; fetch it again, or give it",
+    )
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 0x10
     if compression != ".zst":  # zstd's checksum is optional, and off in this file
-        fails(file_documents([write(tmp_path / f"b.txt{compression}", bytes(flipped))]), rf"{message}|is not UTF-8")
+        fails(
+            file_documents([write(tmp_path / f"b.txt{compression}", bytes(flipped))]),
+            rf"{message}|is not UTF-8",
+        )
 
 
 def test_empty_and_wrong_files(tmp_path: Path) -> None:
     empty = write(tmp_path / "empty.txt", b"")
     for split_by in ("blank-line", "line", "file"):
-        fails(file_documents([empty], split_by=split_by), r"empty.txt holds no document; leave it out")
+        fails(
+            file_documents([empty], split_by=split_by), r"empty.txt holds no document; leave it out"
+        )
     fails(file_documents([write(tmp_path / "blank.txt", b"\n \n")]), "blank.txt holds no document")
-    fails(file_documents([write(tmp_path / "no.parquet", parquet_bytes({"text": []}))]), "holds no document")
+    fails(
+        file_documents([write(tmp_path / "no.parquet", parquet_bytes({"text": []}))]),
+        "holds no document",
+    )
     fails(webdataset_documents([write(tmp_path / "no.tar", tar_bytes({}))]), "holds no document")
 
 
@@ -345,11 +489,16 @@ def test_empty_and_wrong_files(tmp_path: Path) -> None:
         ("a.tar.gz", "a.tar.gz is a tar archive; read WebDataset text shards with --wds"),
         (
             "a.csv",
-            r"a.csv: unknown suffix '.csv'; expected .txt, .text, .md or none \(text\), .jsonl, .* name it .txt if",
+            r"a.csv: unknown suffix '.csv'; expected .txt, .text, .md or none \(text\), .jsonl, .* "
+            r"name it .txt if",
         ),
         ("a.csv.xz", r"a.csv.xz: unknown suffix '.csv'"),
         ("a.txt.lz4", r"unknown suffix '.lz4'; .* each plain or .gz, .xz, .zst, .bz2"),
-        ("a.txt.lzma", r"a.txt.lzma is named as data in the legacy .lzma format, which is not read; .* xz -dc FILE \|"),
+        (
+            "a.txt.lzma",
+            r"a.txt.lzma is named as data in the legacy .lzma format, which is not read; .* xz -dc "
+            r"FILE \|",
+        ),
     ],
 )
 def test_unknown_kinds_are_refused_at_once(tmp_path: Path, name: str, message: str) -> None:
@@ -365,26 +514,41 @@ def test_unknown_kinds_are_refused_at_once(tmp_path: Path, name: str, message: s
         (b'{"text": "cut', r"a.jsonl, line 2: not JSON \(.*\); expected one JSON object"),
         (
             b'["text"]',
-            r"line 2: found a JSON list; expected an object with the key 'text'; an array becomes lines with",
+            r"line 2: found a JSON list; expected an object with the key 'text'; an array becomes "
+            r"lines with",
         ),
-        (b'{"body": 1, "id": 2}', r"line 2: no column 'text' among \['body', 'id'\]; name the text with --column"),
+        (
+            b'{"body": 1, "id": 2}',
+            r"line 2: no column 'text' among \['body', 'id'\]; name the text with --column",
+        ),
         (b'{"text": 7}', r"line 2: column 'text' holds int, not text; choose another --column"),
         (b'{"text": "\\ud800"}', r"line 2: column 'text' holds half a surrogate pair at 0"),
     ],
 )
 def test_bad_json_lines(tmp_path: Path, line: bytes, message: str) -> None:
-    fails(file_documents([write(tmp_path / "a.jsonl", b'{"text": "good"}\n' + line + b"\n")]), message)
+    fails(
+        file_documents([write(tmp_path / "a.jsonl", b'{"text": "good"}\n' + line + b"\n")]), message
+    )
     sample = write(tmp_path / "a.tar", tar_bytes({"k.json": line}))
-    fails(webdataset_documents([sample]), message.replace("a.jsonl, ", "").replace("line 2", "a.tar, sample 'k'"))
+    fails(
+        webdataset_documents([sample]),
+        message.replace("a.jsonl, ", "").replace("line 2", "a.tar, sample 'k'"),
+    )
 
 
 def test_bad_parquet(tmp_path: Path) -> None:
     good = parquet_bytes({"body": ["x" * 1000], "id": [1]})
     path = write(tmp_path / "a.parquet", good)
-    fails(file_documents([path]), r"a.parquet: no column 'text' among \['body', 'id'\]; name the text with --column")
+    fails(
+        file_documents([path]),
+        r"a.parquet: no column 'text' among \['body', 'id'\]; name the text with --column",
+    )
     fails(file_documents([path], column="id"), r"a.parquet, row 1: column 'id' holds int, not text")
     for bad in (b"", b"text", good[:-20], good[:40] + bytes(20) + good[60:]):
-        fails(file_documents([write(path, bad)], column="body"), r"a.parquet is damaged or not Parquet: ")
+        fails(
+            file_documents([write(path, bad)], column="body"),
+            r"a.parquet is damaged or not Parquet: ",
+        )
 
 
 def test_samples_without_text(tmp_path: Path) -> None:
@@ -397,13 +561,18 @@ def test_samples_without_text(tmp_path: Path) -> None:
         webdataset_documents([write(path, tar_bytes({"a.txt": b"x", "README": b"1"}))]),
         r"a.tar: 1 members are not named key.extension, as in a WebDataset",
     )
-    fails(webdataset_documents([write(path, tar_bytes({"a.txt": b"x"}) * 2)]), "another archive, at byte 1024, after 1")
+    fails(
+        webdataset_documents([write(path, tar_bytes({"a.txt": b"x"}) * 2)]),
+        "another archive, at byte 1024, after 1",
+    )
     members = tar_bytes({"a.txt": b"x", "b.txt": b"y"}).replace(b"b.txt", b"a.txt")
     fails(webdataset_documents([write(path, members)]), r"a.tar: .*damaged|a.tar is damaged")
 
 
 def test_damaged_tars_are_never_read_in_part(tmp_path: Path) -> None:
-    """Cut at every block, and one bit of every header flipped: webdataset alone would end quietly at most of them."""
+    """Cut at every block, and one bit of every header flipped: webdataset alone would end quietly
+    at most of them.
+    """
     texts = [f"document {i} ".encode() * 60 for i in range(6)]
     data = tar_bytes({f"{i}.txt": text for i, text in enumerate(texts)})
     end = data.rindex(b"document") // 512 * 512 + 512

@@ -68,7 +68,9 @@ def test_stopwatch_tells_phases_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_matrix_rate_counts_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(100))
-    monkeypatch.setattr("scaledistill.metrics.stopwatch.time.perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr(
+        "scaledistill.metrics.stopwatch.time.perf_counter", lambda: float(next(now))
+    )
     assert measured_matrix_rate(torch.device("cpu"), torch.float32, size=4) == 2 * 4 * 4 * 16
 
 

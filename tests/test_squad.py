@@ -16,7 +16,13 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 from scaledistill.errors import DataError
 from scaledistill.glue.plan import _check_tokenizer
 from scaledistill.glue.read import Answers, Examples
-from scaledistill.glue.squad import add_positions, best_answers, majority_squad_scores, make_features, squad_scores
+from scaledistill.glue.squad import (
+    add_positions,
+    best_answers,
+    majority_squad_scores,
+    make_features,
+    squad_scores,
+)
 from scaledistill.glue.tasks import find_tasks
 
 CONTEXT = " ".join(f"word{i}" for i in range(60))
@@ -28,9 +34,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
+    )
 
 
 def example(*answers: str) -> Examples:
@@ -40,7 +50,9 @@ def example(*answers: str) -> Examples:
 
 @pytest.mark.parametrize("max_length", [24, 80])
 @pytest.mark.parametrize("answer", ["word0", "word17 word18", "word59", None])
-def test_the_answer_comes_back(tokenizer: PreTrainedTokenizerFast, answer: str | None, max_length: int) -> None:
+def test_the_answer_comes_back(
+    tokenizer: PreTrainedTokenizerFast, answer: str | None, max_length: int
+) -> None:
     examples = example(*([answer] if answer else []))
     features, origins = make_features(tokenizer, examples, [0], max_length)
     add_positions(features, origins, examples)
@@ -53,7 +65,8 @@ def test_the_answer_comes_back(tokenizer: PreTrainedTokenizerFast, answer: str |
         logits.append(scores)
     holding = [feature for feature in features if feature["start_positions"] != 0]
     assert bool(holding) == (answer is not None)
-    # A feature without the answer says "none" as loudly as the other says where: only the lowest such score counts.
+    # A feature without the answer says "none" as loudly as the other says where: only the lowest
+    # such score counts.
     for scores, feature in zip(logits, features, strict=True):
         if answer and feature["start_positions"] == 0:
             scores[:, 0] = 0
@@ -73,7 +86,8 @@ def test_a_question_that_leaves_no_room(tokenizer: PreTrainedTokenizerFast) -> N
     for question, least in (("who? " * 10, 36), ("who? " * 200, 532)):
         examples = Examples(["q"], [(question, CONTEXT)], [Answers((), ())], "")
         with pytest.raises(
-            DataError, match=rf"max_length={least // 2} leaves too little room .* max_length to {least} or"
+            DataError,
+            match=rf"max_length={least // 2} leaves too little room .* max_length to {least} or",
         ):
             make_features(tokenizer, examples, [0], least // 2)
         assert make_features(tokenizer, examples, [0], least)[0]
@@ -84,19 +98,24 @@ def test_what_is_no_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     features, origins = make_features(tokenizer, examples, [0], 80)
     logits = np.zeros((2, len(features[0]["input_ids"])), np.float32)
     assert best_answers(origins, [logits], examples) == [""]  # not better than [CLS]
-    logits[0, 30], logits[1, 20] = 9, 9  # ends before it starts: each with [CLS]-like others gives less
+    # Ends before it starts: each with [CLS]-like others gives less.
+    logits[0, 30], logits[1, 20] = 9, 9
     found = best_answers(origins, [logits], examples)[0]
     assert found.count(" ") < 30
     logits[:] = 0
     logits[0, 5], logits[1, 50] = 9, 9  # longer than an answer may be
-    assert best_answers(origins, [logits], examples)[0] != CONTEXT[: CONTEXT.index("word46")].strip()
+    assert (
+        best_answers(origins, [logits], examples)[0] != CONTEXT[: CONTEXT.index("word46")].strip()
+    )
     logits[:] = 0
     logits[:, 1] = 9  # in the question
     assert best_answers(origins, [logits], examples) == [""]
 
 
 def independent(found: str, golden: list[str]) -> tuple[float, float]:
-    """SQuAD's rules again: words lower-case, without punctuation and articles; the best of the given answers."""
+    """SQuAD's rules again: words lower-case, without punctuation and articles; the best of the
+    given answers.
+    """
 
     def plain(text: str) -> str:
         text = "".join(letter for letter in text.lower() if letter not in set(string.punctuation))
@@ -109,7 +128,11 @@ def independent(found: str, golden: list[str]) -> tuple[float, float]:
         if not one or not other:
             return float(one == other)
         same = sum(min(count, Counter(other)[word]) for word, count in Counter(one).items())
-        return 0.0 if not same else 2 * (same / len(one)) * (same / len(other)) / (same / len(one) + same / len(other))
+        return (
+            0.0
+            if not same
+            else 2 * (same / len(one)) * (same / len(other)) / (same / len(one) + same / len(other))
+        )
 
     return max(map(overlap, golden)), max(float(plain(found) == plain(answer)) for answer in golden)
 
@@ -131,7 +154,12 @@ def test_scores_of_random_answers() -> None:
 
 
 def test_scores_by_hand() -> None:
-    labels = [Answers(("the Cat", "dog"), (0, 0)), Answers((), ()), Answers(("big mat",), (0,)), Answers((), ())]
+    labels = [
+        Answers(("the Cat", "dog"), (0, 0)),
+        Answers((), ()),
+        Answers(("big mat",), (0,)),
+        Answers((), ()),
+    ]
     examples = Examples([""] * 4, [("", "")] * 4, labels, "")
     assert squad_scores(["cat!", "", "mat", "mat"], examples) == pytest.approx(
         {"f1": 25 * (1 + 1 + 2 / 3 + 0), "exact": 50}
@@ -143,7 +171,8 @@ def test_a_tokenizer_without_cls_is_refused_before_work_begins(tmp_path: Path) -
     config = BertConfig(vocab_size=100)
     _check_tokenizer(folder, config, "model m", find_tasks(["rte"]))
     with pytest.raises(
-        DataError, match=r"^model m: its tokenizer has no cls_token, which stands for no answer in SQuAD"
+        DataError,
+        match=r"^model m: its tokenizer has no cls_token, which stands for no answer in SQuAD",
     ):
         _check_tokenizer(folder, config, "model m", find_tasks(["rte", "squad2"]))
 

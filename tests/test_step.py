@@ -43,14 +43,20 @@ class HostReads(TorchFunctionMode):
         self.by_owner: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        by_mask = func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
+        by_mask = (
+            func is Tensor.__getitem__
+            and isinstance(args[1], Tensor)
+            and args[1].dtype == torch.bool
+        )
         if func in READS or by_mask:
             frame = sys._getframe(1)
             while "/torch/" in frame.f_code.co_filename and frame.f_back:
                 frame = frame.f_back
             owners = ("deepspeed", "transformers")
             file = frame.f_code.co_filename
-            owner = next((name for name in owners if f"/{name}/" in file and PACKAGE not in file), "ours")
+            owner = next(
+                (name for name in owners if f"/{name}/" in file and PACKAGE not in file), "ours"
+            )
             self.by_owner[owner] += 1
         return func(*args, **(kwargs or {}))
 
@@ -69,11 +75,15 @@ def reads_of_steps(tree: dict[str, Any]) -> list[dict[str, int]]:
 
 
 def alive_at_forwards(tree: dict[str, Any]) -> list[int]:
-    """Return how many Q/K/V of earlier micro-batches, and their losses, live when the teacher begins with the next."""
+    """Return how many Q/K/V of earlier micro-batches, and their losses, live when the teacher
+    begins with the next.
+    """
     alive: list[int] = []
     references: list[weakref.ref[Any]] = []
     with process_group(60) as ranks:
-        session = open_session(doctor.check(parse_config(tree), 1, ranks.device).config, ranks, resume=False)
+        session = open_session(
+            doctor.check(parse_config(tree), 1, ranks.device).config, ranks, resume=False
+        )
         teacher, compute = session.teacher.forward, step_module.relation_loss
 
         def watched(*arguments: Any) -> Any:
@@ -109,7 +119,9 @@ def test_a_micro_batch_is_gone_before_the_next(tiny_config, tiny_shards: Path, e
 @pytest.mark.parametrize("attention", ["row", "document"])
 def test_one_wait_for_the_device_per_step(tiny_config, attention: str) -> None:
     config = tiny_config(
-        train={"micro_batch_size": 2}, relations={"backend": "reference"}, data={"attention": attention}
+        train={"micro_batch_size": 2},
+        relations={"backend": "reference"},
+        data={"attention": attention},
     )
     [steps] = run_ranks(reads_of_steps, 1, config.model_dump())
     assert len(steps) == 3
@@ -156,10 +168,14 @@ def compiles_of_run(tree: dict[str, Any]) -> tuple[list[int], list[float]]:
     torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
     assert compiled_after.pop() == 6, "the run's stance outlived it"
     rows = read_rows(Path(tree["run"]["folder"]) / "metrics.jsonl")
-    return compiled_after, [row[key] for row in rows for key in ("loss", "validation_loss") if key in row]
+    return compiled_after, [
+        row[key] for row in rows for key in ("loss", "validation_loss") if key in row
+    ]
 
 
-def test_nothing_is_compiled_after_the_first_steps(tiny_config, tiny_shards, tmp_path: Path) -> None:
+def test_nothing_is_compiled_after_the_first_steps(
+    tiny_config, tiny_shards, tmp_path: Path
+) -> None:
     def run(compile: bool) -> tuple[list[int], list[float]]:
         config = tiny_config(
             run={"folder": str(tmp_path / f"compiled-{compile}")},
@@ -169,7 +185,8 @@ def test_nothing_is_compiled_after_the_first_steps(tiny_config, tiny_shards, tmp
         return run_ranks(compiles_of_run, 1, config.model_dump())[0]
 
     compiled_after, losses = run(compile=True)
-    # Equal blocks share a graph: a whole block and a captured one, of the teacher and of the student.
+    # Equal blocks share a graph: a whole block and a captured one, of the teacher and of the
+    # student.
     assert compiled_after == [0, 0, 0, 0]
     plain = run(compile=False)
     assert plain[0] == []

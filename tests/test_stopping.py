@@ -20,7 +20,9 @@ from scaledistill.run.folder import StopRequest, job_seconds
 __all__ = ["make_tree"]
 
 
-def stop_at_awkward_times(validating: dict[str, Any], starting: dict[str, Any]) -> list[tuple[str, int, str]]:
+def stop_at_awkward_times(
+    validating: dict[str, Any], starting: dict[str, Any]
+) -> list[tuple[str, int, str]]:
     """Run twice; rank 1 gets a signal in its second batch of a validation, then while it loads."""
     from scaledistill.distributed.ranks import process_group
     from scaledistill.training import loop as train
@@ -49,18 +51,30 @@ def stop_at_awkward_times(validating: dict[str, Any], starting: dict[str, Any]) 
         return [*ends, distil(starting), ("batches", batches, "")]
 
 
-def test_stops_while_validating_and_while_starting(make_tree: Callable[..., dict[str, Any]], tiny_shards: Path) -> None:
+def test_stops_while_validating_and_while_starting(
+    make_tree: Callable[..., dict[str, Any]], tiny_shards: Path
+) -> None:
     blocks: dict[str, Any] = {
         "data": {"validation": str(tiny_shards / "validation")},
-        "train": {**LONG, "micro_batch_size": 1, "validation_every_steps": 2, "validation_rows": 40},
+        "train": {
+            **LONG,
+            "micro_batch_size": 1,
+            "validation_every_steps": 2,
+            "validation_rows": 40,
+        },
     }
     validating, starting = make_tree("validating", **blocks), make_tree("starting", **blocks)
-    for validated, started, (_, batches, _) in run_ranks(stop_at_awkward_times, 2, validating, starting):
+    for validated, started, (_, batches, _) in run_ranks(
+        stop_at_awkward_times, 2, validating, starting
+    ):
         assert (validated[:2], started[:2]) == (("stopped", 75), ("stopped", 75))
         assert batches == 4, "of 20: the ranks agree every four"
     status = status_of(validating)
     assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, 2)
-    assert status["message"] == "stopped after step 2 (another rank was asked to); rerun the same command to resume"
+    assert (
+        status["message"]
+        == "stopped after step 2 (another rank was asked to); rerun the same command to resume"
+    )
     folder = Path(validating["run"]["folder"])
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000000002"]
     assert [row["step"] for row in rows_of(validating)] == [1, 2]
@@ -74,7 +88,9 @@ def test_the_job_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     now = [100.0]
     monkeypatch.setattr(runfolder, "job_seconds", lambda: 3590.0)
     monkeypatch.setattr(runfolder.time, "monotonic", lambda: now[0])
-    stop, forever = (StopRequest(tmp_path, watch_file=False, max_hours=hours) for hours in (1, None))
+    stop, forever = (
+        StopRequest(tmp_path, watch_file=False, max_hours=hours) for hours in (1, None)
+    )
     assert stop.reason() is None
     now[0] += 10.5
     assert stop.reason() == "run.max_hours=1 are over"

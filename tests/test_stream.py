@@ -26,7 +26,9 @@ IDS_NT = np.arange(ROWS * T).reshape(ROWS, T)
 
 
 def documents_of(row: int) -> list[tuple[int, int]]:
-    """One or two documents; in every fiftieth row padding behind, in front and between, or nothing else."""
+    """One or two documents; in every fiftieth row padding behind, in front and between, or nothing
+    else.
+    """
     if row % 50 == 3:
         return [[(0, 2), (2, 6)], [(1, 3), (4, 6)], [(5, 6)], []][row // 50 % 4]
     return [(0, 2), (2, T)] if row % 3 else [(0, T)]
@@ -41,7 +43,11 @@ def described(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
             segments[place, start:end] = number
             positions[place, start:end] = torch.arange(end - start)
     flat = segments.flatten().tolist()
-    return segments, positions, [at for at in range(len(flat)) if at % T == 0 or flat[at] != flat[at - 1]]
+    return (
+        segments,
+        positions,
+        [at for at in range(len(flat)) if at % T == 0 or flat[at] != flat[at - 1]],
+    )
 
 
 def write(folder: Path, vocab_size: int = 5000) -> Path:
@@ -101,23 +107,30 @@ def expected_rows(shards: ShardReader, first: int, count: int, **settings: int) 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12, 24])
-def test_global_batches_are_the_same_for_all_numbers_of_ranks(folder: Path, world_size: int) -> None:
+def test_global_batches_are_the_same_for_all_numbers_of_ranks(
+    folder: Path, world_size: int
+) -> None:
     steps = 25  # two epochs and a bit: 10.3 steps each
     share = B // world_size
     global_SB = np.empty((steps, B), np.int64)
     for rank in range(world_size):
         micro = 2 if share % 2 == 0 and rank % 2 else 1  # the micro-batch changes nothing either
-        batches = take(ShardReader(folder), steps, rank=rank, world_size=world_size, micro_batch_size=micro)
+        batches = take(
+            ShardReader(folder), steps, rank=rank, world_size=world_size, micro_batch_size=micro
+        )
         global_SB[:, rank::world_size] = np.reshape(rows_of(batches), (steps, share))
         samples_N = np.concatenate([batch.samples_B for batch in batches])
         np.testing.assert_array_equal(
-            samples_N.reshape(steps, share), np.arange(steps * B).reshape(steps, B)[:, rank::world_size]
+            samples_N.reshape(steps, share),
+            np.arange(steps * B).reshape(steps, B)[:, rank::world_size],
         )
     assert global_SB.ravel().tolist() == expected_rows(ShardReader(folder), 0, steps * B)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (5, 6)])
-def test_resume_is_exact_at_every_step_of_an_epoch(folder: Path, rank: int, world_size: int) -> None:
+def test_resume_is_exact_at_every_step_of_an_epoch(
+    folder: Path, rank: int, world_size: int
+) -> None:
     shards = ShardReader(folder)
     ranks = {"rank": rank, "world_size": world_size, "micro_batch_size": 4}
     through = take(shards, 14, **ranks)
@@ -187,33 +200,47 @@ def test_masks_and_documents(folder: Path) -> None:
     assert 5 <= masked <= 10
     plain = take(ShardReader(folder), 11, micro_batch_size=12)
     assert sum(batch.mask_BT is not None for batch in plain) == masked
-    assert {(batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens) for batch in plain} == {(None, None, None)}
+    assert {(batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens) for batch in plain} == {
+        (None, None, None)
+    }
 
 
 def test_with_tensors_changes_every_tensor_and_nothing_else(folder: Path) -> None:
     batch = take(ShardReader(folder), 1, micro_batch_size=B, with_documents=True)[0]
     assert batch.mask_BT is not None
     moved = batch.with_tensors(lambda tensor: tensor.to("meta"))
-    tensors = {name for name, value in vars(moved).items() if isinstance(value, torch.Tensor) and value.is_meta}
+    tensors = {
+        name
+        for name, value in vars(moved).items()
+        if isinstance(value, torch.Tensor) and value.is_meta
+    }
     assert tensors == {"input_ids_BT", "mask_BT", "segment_ids_BT", "position_ids_BT", "cu_seqlens"}
     assert moved.samples_B is batch.samples_B
     assert (moved.cursor, moved.weight) == (B, B)
 
 
 @pytest.mark.parametrize(("rows", "micro_batch_size"), [(100, 8), (37, 5), (10_000, 32), (1, 4)])
-def test_validation_does_not_depend_on_world_size(folder: Path, rows: int, micro_batch_size: int) -> None:
+def test_validation_does_not_depend_on_world_size(
+    folder: Path, rows: int, micro_batch_size: int
+) -> None:
     shards = ShardReader(folder)
     total = min(rows, ROWS)
     mean = IDS_NT[:total].mean(axis=1).mean()
     for world_size in (1, 2, 3, 8):
-        settings: dict[str, Any] = {"rows": rows, "micro_batch_size": micro_batch_size, "world_size": world_size}
+        settings: dict[str, Any] = {
+            "rows": rows,
+            "micro_batch_size": micro_batch_size,
+            "world_size": world_size,
+        }
         ranks = [list(iter_validation(shards, rank=rank, **settings)) for rank in range(world_size)]
         assert len({len(batches) for batches in ranks}) == 1
         batches = [batch for step in zip(*ranks, strict=True) for batch in step]
         assert rows_of([batch for batch in batches if batch.weight]) == list(range(total))
         assert all(batch.weight in (0, len(batch.input_ids_BT)) for batch in batches)
         weighted = sum(batch.weight * batch.input_ids_BT.double().mean() for batch in batches)
-        torch.testing.assert_close(weighted / sum(batch.weight for batch in batches), torch.tensor(mean).double())
+        torch.testing.assert_close(
+            weighted / sum(batch.weight for batch in batches), torch.tensor(mean).double()
+        )
 
 
 def test_validation_masks_and_documents(folder: Path) -> None:
@@ -236,7 +263,8 @@ def test_validation_masks_and_documents(folder: Path) -> None:
     [
         (
             {"micro_batch_size": 5},
-            "train.global_batch_size=48 is not a multiple of 1 ranks × train.micro_batch_size=5; use 50",
+            "train.global_batch_size=48 is not a multiple of 1 ranks × train.micro_batch_size=5; "
+            "use 50",
         ),
         ({"world_size": 5}, "global_batch_size=48 is not a multiple of 5 ranks"),
         ({"first_sample": 50}, "data cursor 50 is not a multiple of train.global_batch_size=48"),
@@ -257,7 +285,9 @@ def test_order_of_other_shards(folder: Path) -> None:
 def test_reads_that_come_short_are_completed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As FUSE, some network file systems and reads above 2 GiB do."""
     shards, pread = ShardReader(folder), os.pread
-    monkeypatch.setattr(os, "pread", lambda descriptor, size, at: pread(descriptor, -(-size // 3), at))
+    monkeypatch.setattr(
+        os, "pread", lambda descriptor, size, at: pread(descriptor, -(-size // 3), at)
+    )
     assert rows_of(take(shards, 11)) == expected_rows(shards, 0, 11 * B)
 
 
@@ -304,13 +334,22 @@ def test_broken_shards_are_found_at_open(tmp_path: Path, case: str) -> None:
 
 
 BROKEN_LATER: dict[str, tuple[Callable[[Path, Any], object], str]] = {
-    "ids": (lambda path, shard: flip(path, shard.ids_offset[6] + 9), "block 6: its token ids are damaged"),
+    "ids": (
+        lambda path, shard: flip(path, shard.ids_offset[6] + 9),
+        "block 6: its token ids are damaged",
+    ),
     "documents": (
         lambda path, shard: flip(path, shard.documents_offset[6]),
         "block 6: its document boundaries are damaged",
     ),
-    "truncated": (lambda path, shard: os.truncate(path, shard.ids_offset[6]), "block 6: the file ends early"),
-    "not a tar": (lambda path, shard: path.write_bytes(b"x" * shard.bytes), "block [0-7]: its token ids are damaged"),
+    "truncated": (
+        lambda path, shard: os.truncate(path, shard.ids_offset[6]),
+        "block 6: the file ends early",
+    ),
+    "not a tar": (
+        lambda path, shard: path.write_bytes(b"x" * shard.bytes),
+        "block [0-7]: its token ids are damaged",
+    ),
     "missing": (lambda path, _: path.unlink(), "block [0-7] can't be read"),
     "copy": (
         lambda path, _: path.write_bytes(path.with_name("shard-000000.tar").read_bytes()),
@@ -320,7 +359,9 @@ BROKEN_LATER: dict[str, tuple[Callable[[Path, Any], object], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN_LATER)
-def test_blocks_that_break_during_the_run_are_found_and_not_handed_out(tmp_path: Path, case: str) -> None:
+def test_blocks_that_break_during_the_run_are_found_and_not_handed_out(
+    tmp_path: Path, case: str
+) -> None:
     shards = ShardReader(write(tmp_path), rank=1)
     damage, message = BROKEN_LATER[case]
     damage(tmp_path / "shard-000002.tar", shards.manifest.shards[2])
@@ -334,7 +375,9 @@ def test_blocks_that_break_during_the_run_are_found_and_not_handed_out(tmp_path:
     assert not set(rows_of(seen)) & set(bad)
 
 
-def test_a_rank_that_leaves_the_look_at_the_files_to_another(tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_rank_that_leaves_the_look_at_the_files_to_another(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
     shutil.copytree(tiny_shards / "train", tmp_path / "train")
     (tmp_path / "train" / "shard-000000.tar").unlink()
     reader = ShardReader(tmp_path / "train", check_sizes=False)

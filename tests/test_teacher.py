@@ -27,7 +27,13 @@ from transformers import (
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.models import teacher as teacher_module
 from scaledistill.models.capture import build_encoder, capture_qkv
-from scaledistill.models.teacher import Teacher, load_config, load_encoder, resolve_folder, weights_sha256
+from scaledistill.models.teacher import (
+    Teacher,
+    load_config,
+    load_encoder,
+    resolve_folder,
+    weights_sha256,
+)
 
 IDS_BT = torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(0))
 
@@ -63,7 +69,13 @@ def test_loads_only_the_first_layers_and_names_the_head_once(
     names = {name for name in whole.state_dict() if "layer.3." not in name}
     assert set(encoder.state_dict()) == names
     with torch.no_grad():
-        assert all(map(torch.equal, capture_qkv(encoder, 3, input_ids=IDS_BT), capture_qkv(whole, 3, input_ids=IDS_BT)))
+        assert all(
+            map(
+                torch.equal,
+                capture_qkv(encoder, 3, input_ids=IDS_BT),
+                capture_qkv(whole, 3, input_ids=IDS_BT),
+            )
+        )
 
 
 def test_sharded_files_and_dtype(saved: Path, tmp_path: Path) -> None:
@@ -75,13 +87,17 @@ def test_sharded_files_and_dtype(saved: Path, tmp_path: Path) -> None:
     assert weights_sha256(encoder) == weights_sha256(one_file)
     missing = sorted(tmp_path.glob("model-*.safetensors"))[1]
     missing.unlink()
-    with pytest.raises(DataError, match=f"lacks {missing.name}; give a folder with all of its safetensors files"):
+    with pytest.raises(
+        DataError, match=f"lacks {missing.name}; give a folder with all of its safetensors files"
+    ):
         load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["electra", "roberta"])
 def test_other_architectures(kind: str, tmp_path: Path) -> None:
-    config = ElectraConfig(**SIZES, embedding_size=32) if kind == "electra" else RobertaConfig(**SIZES)
+    config = (
+        ElectraConfig(**SIZES, embedding_size=32) if kind == "electra" else RobertaConfig(**SIZES)
+    )
     model = build_encoder(config).eval()
     model.save_pretrained(tmp_path)
     teacher = Teacher(load_encoder(tmp_path, num_layers=2), 2)
@@ -101,7 +117,9 @@ def test_frozen_whatever_happens(saved: Path) -> None:
 
 def test_dtype_of_the_run(saved: Path) -> None:
     teacher = Teacher(load_encoder(saved, num_layers=3), 3, dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in (*teacher(IDS_BT), *teacher.parameters())} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in (*teacher(IDS_BT), *teacher.parameters())} == {
+        torch.bfloat16
+    }
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
@@ -122,7 +140,9 @@ def test_padding_changes_nothing_for_real_tokens(kind: str) -> None:
     padded = teacher(ids_BT, mask_BT)
     for expected, found in zip(short, padded, strict=True):
         torch.testing.assert_close(found[:, :length], expected, rtol=0, atol=2e-6)
-    for expected, found in zip(short, teacher(IDS_BT[:, :length], mask_BT[:, :length]), strict=True):
+    for expected, found in zip(
+        short, teacher(IDS_BT[:, :length], mask_BT[:, :length]), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
@@ -131,7 +151,8 @@ def test_sha256_is_that_of_the_weights_in_use(saved: Path, copied: Path) -> None
     assert Teacher(load_encoder(saved), 3, dtype=torch.bfloat16).sha256 == sha256
     assert Teacher(load_encoder(saved, num_layers=2), 2).sha256 != sha256
     weights = load_file(copied / "model.safetensors")
-    weights["bert.encoder.layer.2.output.dense.weight"][0, 0] += 1  # above the projections: not in use
+    # Above the projections: not in use.
+    weights["bert.encoder.layer.2.output.dense.weight"][0, 0] += 1
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
     assert Teacher(load_encoder(copied, num_layers=3), 3).sha256 == sha256
     weights["bert.encoder.layer.2.attention.self.value.bias"][0] += 1
@@ -143,15 +164,21 @@ def test_missing_and_mismatched_weights(copied: Path) -> None:
     weights = load_file(copied / "model.safetensors")
     name = "bert.encoder.layer.1.attention.self.key.weight"
     save_file(
-        {key: value for key, value in weights.items() if key != name}, copied / "model.safetensors", {"format": "pt"}
+        {key: value for key, value in weights.items() if key != name},
+        copied / "model.safetensors",
+        {"format": "pt"},
     )
     with pytest.raises(
-        DataError, match=r"lacks weights that are needed: encoder.layer.1.attention.self.key.weight \(not in"
+        DataError,
+        match=r"lacks weights that are needed: encoder.layer.1.attention.self.key.weight \(not in",
     ):
         load_encoder(copied)
     load_encoder(copied, num_layers=1)
     save_file(weights | {name: torch.zeros(48, 32)}, copied / "model.safetensors", {"format": "pt"})
-    with pytest.raises(DataError, match=r"layer.1.attention.self.key.weight \(file: \[48, 32\], config: \[48, 48\]\)"):
+    with pytest.raises(
+        DataError,
+        match=r"layer.1.attention.self.key.weight \(file: \[48, 32\], config: \[48, 48\]\)",
+    ):
         load_encoder(copied)
 
 
@@ -160,18 +187,29 @@ def test_pickled_and_damaged_files(copied: Path) -> None:
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
-        DataError, match=r"teacher.model='.*': model.safetensors cannot be read \(.*\); fetch the model"
+        DataError,
+        match=r"teacher.model='.*': model.safetensors cannot be read \(.*\); fetch the model",
     ):
         load_encoder(copied)
     weights.rename(copied / "pytorch_model.bin")
     with pytest.raises(
-        DataError, match=r"has pickled weights only \(pytorch_model.bin\), .* expected model.safetensors. .* convert"
+        DataError,
+        match=(
+            r"has pickled weights only \(pytorch_model.bin\), .* expected model.safetensors. .* "
+            r"convert"
+        ),
     ):
         load_encoder(copied)
     index = copied / "model.safetensors.index.json"
     for content, message in (
-        ({"weight_map": {"a": "pytorch_model.bin"}}, "names 'pytorch_model.bin'; expected safetensors files"),
-        ({"weight_map": {"a": "../model.safetensors"}}, "names '../model.safetensors'; expected safetensors files"),
+        (
+            {"weight_map": {"a": "pytorch_model.bin"}},
+            "names 'pytorch_model.bin'; expected safetensors files",
+        ),
+        (
+            {"weight_map": {"a": "../model.safetensors"}},
+            "names '../model.safetensors'; expected safetensors files",
+        ),
         ({}, "model.safetensors.index.json is not a weight index"),
     ):
         index.write_text(json.dumps(content))
@@ -184,21 +222,36 @@ def test_pickled_and_damaged_files(copied: Path) -> None:
 
 
 def test_layer_beyond_the_model(saved: Path) -> None:
-    with pytest.raises(ConfigError, match=r"teacher.layer=30 is beyond the model's 4 layers; use 1 to 4"):
+    with pytest.raises(
+        ConfigError, match=r"teacher.layer=30 is beyond the model's 4 layers; use 1 to 4"
+    ):
         load_encoder(saved, num_layers=30)
 
 
 def test_config_refusals(saved: Path, tmp_path: Path) -> None:
     assert load_config(saved).num_hidden_layers == 4
     with pytest.raises(
-        DataError, match=r"teacher.model='.*' has no config.json; give the folder that save_pretrained wrote"
+        DataError,
+        match=r"teacher.model='.*' has no config.json; give the folder that save_pretrained wrote",
     ):
         load_config(tmp_path)
     for content, error, message in (
-        ("{", DataError, r"teacher.model='.*': its config.json cannot be used \(.*not a valid JSON"),
-        ('{"model_type": "bert", "hidden_size": "wide"}', DataError, "cannot be used .*hidden_size"),
+        (
+            "{",
+            DataError,
+            r"teacher.model='.*': its config.json cannot be used \(.*not a valid JSON",
+        ),
+        (
+            '{"model_type": "bert", "hidden_size": "wide"}',
+            DataError,
+            "cannot be used .*hidden_size",
+        ),
         ("{}", DataError, "cannot be used .*model_type"),
-        ('{"model_type": "new", "auto_map": {"AutoConfig": "a.B"}}', ConfigError, "set teacher.trust_remote_code=true"),
+        (
+            '{"model_type": "new", "auto_map": {"AutoConfig": "a.B"}}',
+            ConfigError,
+            "set teacher.trust_remote_code=true",
+        ),
         (
             json.dumps(DistilBertConfig().to_dict()),
             ConfigError,
@@ -210,14 +263,20 @@ def test_config_refusals(saved: Path, tmp_path: Path) -> None:
             load_config(tmp_path)
 
 
-def test_remote_code_is_run_only_when_trusted(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_remote_code_is_run_only_when_trusted(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     monkeypatch.setattr("sys.path", [*sys.path])
     config = json.loads((copied / "config.json").read_text())
     config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.CustomConfig"}}
     (copied / "config.json").write_text(json.dumps(config))
     (copied / "code.py").write_text("raise RuntimeError('the code of the model ran')\n")
-    with pytest.raises(ConfigError, match="runs only with Python code of its own, which is refused"):
+    with pytest.raises(
+        ConfigError, match="runs only with Python code of its own, which is refused"
+    ):
         load_config(copied)
     with pytest.raises(DataError, match="the code of the model ran"):
         load_config(copied, trust_remote_code=True)
@@ -226,7 +285,9 @@ def test_remote_code_is_run_only_when_trusted(copied: Path, tmp_path: Path, monk
 def test_hub_names(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, str | None, list[str]]] = []
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str], cache_dir: str | None) -> str:
+    def download(
+        name: str, *, revision: str | None, allow_patterns: list[str], cache_dir: str | None
+    ) -> str:
         calls.append((name, revision, allow_patterns))
         return str(saved)
 
@@ -240,7 +301,8 @@ def test_hub_names(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(teacher_module, "snapshot_download", offline)
     with pytest.raises(
-        DataError, match=r"teacher.model='some/model' is not a folder, and the hub gave .*'v2' \(Got: Conn"
+        DataError,
+        match=r"teacher.model='some/model' is not a folder, and the hub gave .*'v2' \(Got: Conn",
     ):
         load_config("some/model", "v2")
 
@@ -248,12 +310,15 @@ def test_hub_names(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_folder() -> None:
     looked = re.escape(f"(looked for in the working folder {Path.cwd()})")
     with pytest.raises(
-        DataError, match=rf"teacher.model='./no/such/folder': no such folder; give a model's .* {looked}"
+        DataError,
+        match=rf"teacher.model='./no/such/folder': no such folder; give a model's .* {looked}",
     ):
         resolve_folder("./no/such/folder", None, ["config.json"])
 
 
-@pytest.mark.parametrize("name", ["./modls/first", "models/sub/frist", "../{here}/models/fist", "~/models/first/x/.."])
+@pytest.mark.parametrize(
+    "name", ["./modls/first", "models/sub/frist", "../{here}/models/fist", "~/models/first/x/.."]
+)
 def test_a_misspelt_folder_is_not_looked_for_on_the_hub(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,16 +328,23 @@ def test_a_misspelt_folder_is_not_looked_for_on_the_hub(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(teacher_module, "snapshot_download", None)
     name = name.format(here=tmp_path.name)
-    with pytest.raises(DataError, match=rf"model='{name}': no such folder; (did you mean .*first\?|give a model's)"):
+    with pytest.raises(
+        DataError, match=rf"model='{name}': no such folder; (did you mean .*first\?|give a model's)"
+    ):
         resolve_folder(name, None, ["config.json"])
 
 
-def test_a_name_of_two_parts_is_asked_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_of_two_parts_is_asked_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def offline(name: str, **_: object) -> str:
         raise LocalEntryNotFoundError("no network")
 
     (tmp_path / "models" / "first").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(teacher_module, "snapshot_download", offline)
-    with pytest.raises(DataError, match=r"no such model \(no network\); did you mean the folder models/first\? Other"):
+    with pytest.raises(
+        DataError,
+        match=r"no such model \(no network\); did you mean the folder models/first\? Other",
+    ):
         resolve_folder("models/frist", None, ["config.json"])

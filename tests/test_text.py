@@ -22,12 +22,32 @@ from scaledistill.data.prepare.text import (
 )
 from scaledistill.errors import ConfigError, DataError
 
-WORDS = ["alpha", "beta", "gamma", "delta", "one", "two", "[", "]", "cl", "##s", "sep", "##ta", "al", ".", ","]
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "one",
+    "two",
+    "[",
+    "]",
+    "cl",
+    "##s",
+    "sep",
+    "##ta",
+    "al",
+    ".",
+    ",",
+]
 
 
 def save_tokenizer(folder: Path, words: list[str] = WORDS, **special: str | None) -> Path:
-    """Save a small BERT tokenizer; like all-MiniLM-L6-v2's its own file cuts and pads, here to 8 tokens."""
-    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    """Save a small BERT tokenizer; like all-MiniLM-L6-v2's its own file cuts and pads, here to 8
+    tokens.
+    """
+    vocabulary = {
+        token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
+    }
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -51,7 +71,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     return Vocabulary.of(tokenizer)
 
 
-# --- tokenizer ------------------------------------------------------------------------------------------------------
+# --- tokenizer
+#
 
 
 def test_loading_switches_truncation_and_padding_off(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -60,7 +81,9 @@ def test_loading_switches_truncation_and_padding_off(tokenizer: PreTrainedTokeni
     assert len(tokenizer.backend_tokenizer.encode("one " * 50).ids) == 52
 
 
-def test_fingerprint_ignores_cutting_and_changes_nothing(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_fingerprint_ignores_cutting_and_changes_nothing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     expected = tokenizer_fingerprint(tokenizer)
     cutting = PreTrainedTokenizerFast.from_pretrained(save_tokenizer(tmp_path))
     cutting.backend_tokenizer.enable_truncation(3)
@@ -70,12 +93,16 @@ def test_fingerprint_ignores_cutting_and_changes_nothing(tokenizer: PreTrainedTo
 
 
 @pytest.mark.parametrize(
-    "change", [{"words": WORDS[::-1]}, {"words": [*WORDS, "more"]}, {"mask": None}], ids=["order", "more", "special"]
+    "change",
+    [{"words": WORDS[::-1]}, {"words": [*WORDS, "more"]}, {"mask": None}],
+    ids=["order", "more", "special"],
 )
 def test_fingerprint_tells_tokenizers_apart(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    assert tokenizer_fingerprint(load_tokenizer(save_tokenizer(tmp_path, **change))) != tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(
+        load_tokenizer(save_tokenizer(tmp_path, **change))
+    ) != tokenizer_fingerprint(tokenizer)
 
 
 def test_fingerprint_sees_rules_beside_the_vocabulary(tmp_path: Path) -> None:
@@ -88,17 +115,22 @@ def test_fingerprint_sees_rules_beside_the_vocabulary(tmp_path: Path) -> None:
 
 def test_bad_tokenizers_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"tokenizer '.*nowhere': no such folder; expected a folder with tokenizer.json"
+        DataError,
+        match=r"tokenizer '.*nowhere': no such folder; expected a folder with tokenizer.json",
     ):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"tokenizer '.*' cannot be loaded: .*; expected tokenizer.json and its"):
+    with pytest.raises(
+        DataError, match=r"tokenizer '.*' cannot be loaded: .*; expected tokenizer.json and its"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
 
 
-def test_a_name_is_looked_up_on_the_hub_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_looked_up_on_the_hub_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
 
     def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
@@ -111,15 +143,24 @@ def test_a_name_is_looked_up_on_the_hub_once(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "all-MiniLM-L6-v2").mkdir(parents=True)
     assert load_tokenizer("models/cached").name_or_path == "models/cached"
-    found = r"the Hub gave none at revision 'v1' \(no route to the Hub\); did you mean models/all-M.*2\?"
-    with pytest.raises(DataError, match=f"tokenizer 'models/all-MiniLM': no such folder, and {found}"):
+    found = (
+        r"the Hub gave none at revision 'v1' \(no route to the Hub\); did you mean "
+        r"models/all-M.*2\?"
+    )
+    with pytest.raises(
+        DataError, match=f"tokenizer 'models/all-MiniLM': no such folder, and {found}"
+    ):
         load_tokenizer("models/all-MiniLM", "v1")
     with pytest.raises(
-        DataError, match=r"gave none \(no route to the Hub\); expected a folder with tokenizer.json, or a"
+        DataError,
+        match=r"gave none \(no route to the Hub\); expected a folder with tokenizer.json, or a",
     ):
         load_tokenizer("bert-large")
     assert calls == ["models/cached", "models/all-MiniLM", "bert-large"]
-    with pytest.raises(DataError, match=r"'./models/all-MiniLM': no such folder; did you mean models/all-MiniLM-L6-v2"):
+    with pytest.raises(
+        DataError,
+        match=r"'./models/all-MiniLM': no such folder; did you mean models/all-MiniLM-L6-v2",
+    ):
         load_tokenizer("./models/all-MiniLM")
 
 
@@ -141,7 +182,8 @@ def test_roberta_names_and_large_vocabularies(tmp_path: Path) -> None:
     assert not {5, 6, 7} & set(ids.tolist())
 
 
-# --- encoder --------------------------------------------------------------------------------------------------------
+# --- encoder
+#
 
 
 def test_special_tokens_in_a_text_stay_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -174,7 +216,9 @@ def test_text_that_a_vocabulary_cannot_hold_is_named(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(save_tokenizer(tmp_path))
     tokenizer.backend_tokenizer.model = models.WordLevel({"one": 0}, unk_token="[GONE]")
     lacking = TextEncoder(tokenizer)
-    with pytest.raises(DataError, match=r"cannot encode this text \(WordLevel error: Missing \[UNK\] token"):
+    with pytest.raises(
+        DataError, match=r"cannot encode this text \(WordLevel error: Missing \[UNK\] token"
+    ):
         lacking(["two"])
 
 
@@ -184,7 +228,8 @@ def test_unknown_words_are_shown(tokenizer: PreTrainedTokenizerFast) -> None:
     assert unknown_words(tokenizer, texts, most=1) == ["Xylophone"]
 
 
-# --- packer ---------------------------------------------------------------------------------------------------------
+# --- packer
+#
 
 
 class Rows:
@@ -205,7 +250,11 @@ class Rows:
 
     def text(self) -> list[int]:
         """The tokens of all pieces without their [CLS] and [SEP]."""
-        return [token for row, start, end in self.pieces for token in self.ids[row, start + 1 : end - 1].tolist()]
+        return [
+            token
+            for row, start, end in self.pieces
+            for token in self.ids[row, start + 1 : end - 1].tolist()
+        ]
 
 
 def pack(
@@ -220,7 +269,8 @@ def pack(
 
 
 def test_a_case_by_hand(vocabulary: Vocabulary) -> None:
-    # 8 positions: 5 tokens leave one position, which cannot hold a piece; 8 tokens go on in the next row.
+    # 8 positions: 5 tokens leave one position, which cannot hold a piece; 8 tokens go on in the
+    # next row.
     written, packer = pack([[11, 12, 13, 14, 15], [21] * 8, [31]], vocabulary, 8, "pad")
     assert written.ids.tolist() == [
         [2, 11, 12, 13, 14, 15, 3, 0],
@@ -229,7 +279,13 @@ def test_a_case_by_hand(vocabulary: Vocabulary) -> None:
     ]
     assert written.pieces == [(0, 0, 7), (1, 0, 8), (2, 0, 4), (2, 4, 7)]
     counts = packer.counts
-    assert (counts.documents, counts.rows, counts.tokens, counts.padding, counts.dropped_tokens) == (3, 3, 14, 2, 0)
+    assert (
+        counts.documents,
+        counts.rows,
+        counts.tokens,
+        counts.padding,
+        counts.dropped_tokens,
+    ) == (3, 3, 14, 2, 0)
 
 
 @pytest.mark.parametrize("case", range(60))
@@ -237,7 +293,10 @@ def test_packing_loses_nothing(vocabulary: Vocabulary, case: int) -> None:
     rng = random.Random(case)
     length = rng.choice([3, 4, 5, 8, 17, 64])
     longest = rng.choice([1, 4, 3 * length])
-    documents = [[rng.randrange(5, 20) for _ in range(rng.randrange(longest + 1))] for _ in range(rng.randrange(1, 60))]
+    documents = [
+        [rng.randrange(5, 20) for _ in range(rng.randrange(longest + 1))]
+        for _ in range(rng.randrange(1, 60))
+    ]
     documents.append([7])
     corpus = [token for document in documents for token in document]
     written, packer = pack(documents, vocabulary, length, "pad", rows=rng.choice([1, 3, 256]))
@@ -253,9 +312,12 @@ def test_packing_loses_nothing(vocabulary: Vocabulary, case: int) -> None:
     assert covered.max() == 1
     assert (ids_NT[covered == 0] == vocabulary.pad_id).all()
     assert counts.padding == (covered == 0).sum()
-    assert (covered[:-1] == 0).sum(axis=1).max(initial=0) <= 2  # only the last row may have more padding
+    # Only the last row may have more padding.
+    assert (covered[:-1] == 0).sum(axis=1).max(initial=0) <= 2
 
-    kept, packer = pack(documents, vocabulary, length, "drop") if len(ids_NT) > 1 else (written, packer)
+    kept, packer = (
+        pack(documents, vocabulary, length, "drop") if len(ids_NT) > 1 else (written, packer)
+    )
     text = kept.text()
     assert text == corpus[: len(text)]
     assert len(text) + packer.counts.dropped_tokens == len(corpus)
@@ -266,13 +328,18 @@ def test_packing_loses_nothing(vocabulary: Vocabulary, case: int) -> None:
 def test_a_document_in_parts_is_packed_like_the_whole(vocabulary: Vocabulary, case: int) -> None:
     rng = random.Random(case)
     length = rng.choice([3, 4, 5, 8, 17])
-    documents = [[rng.randrange(5, 20) for _ in range(rng.randrange(4 * length))] for _ in range(20)]
+    documents = [
+        [rng.randrange(5, 20) for _ in range(rng.randrange(4 * length))] for _ in range(20)
+    ]
     expected, expected_packer = pack(documents, vocabulary, length, "drop")
     written = Rows()
     packer = Packer(written, vocabulary, length, rows_per_write=4)
     for document in documents:
         cuts = sorted(rng.randrange(len(document) + 1) for _ in range(3))
-        parts = [document[first:end] for first, end in zip([0, *cuts], [*cuts, len(document)], strict=True)]
+        parts = [
+            document[first:end]
+            for first, end in zip([0, *cuts], [*cuts, len(document)], strict=True)
+        ]
         for number, part in enumerate(parts, 1):
             packer.add(np.array(part, vocabulary.dtype), is_end=number == len(parts))
     packer.finish("drop")
@@ -294,10 +361,13 @@ def test_dropping_the_last_row(vocabulary: Vocabulary) -> None:
     written, packer = pack([[5] * 6, [6, 7]], vocabulary, 8, "drop")
     assert written.ids.tolist() == [[2, 5, 5, 5, 5, 5, 5, 3]]
     assert (packer.counts.rows, packer.counts.tokens, packer.counts.dropped_tokens) == (1, 6, 2)
-    written, packer = pack([[5] * 4], vocabulary, 8, "drop")  # two positions free: as full as a row gets
+    # Two positions free: as full as a row gets.
+    written, packer = pack([[5] * 4], vocabulary, 8, "drop")
     assert (packer.counts.rows, packer.counts.padding, packer.counts.dropped_tokens) == (1, 2, 0)
 
 
 def test_rows_too_short_are_refused(vocabulary: Vocabulary) -> None:
-    with pytest.raises(ConfigError, match=r"sequence_length=2 holds no \[CLS\] token \[SEP\]; use 3 or more"):
+    with pytest.raises(
+        ConfigError, match=r"sequence_length=2 holds no \[CLS\] token \[SEP\]; use 3 or more"
+    ):
         Packer(Rows(), vocabulary, 2)

@@ -1,4 +1,6 @@
-"""Loading tokenizers: the ids are those of tokenizer.json, and what cannot be used is refused with a reason."""
+"""Loading tokenizers: the ids are those of tokenizer.json, and what cannot be used is refused with
+a reason.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from scaledistill.data.prepare.text import TextEncoder, Vocabulary, tokenizer_fi
 from scaledistill.data.tokenizer import PROBES, gives_same_ids, load_tokenizer
 from scaledistill.errors import DataError
 
-# Cased words beside lower-case ones, letters with accents, a CJK character, a word with its punctuation.
+# Cased words beside lower-case ones, letters with accents, a CJK character, a word with its
+# punctuation.
 RICH = [
     *WORDS,
     "The",
@@ -43,13 +46,23 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
 def bert_folder(folder: Path, tokenizer_class: str = "BertTokenizer", **config: Any) -> Path:
     """Save a tokenizer as one of a class that transformers rebuilds from the vocabulary."""
     save_tokenizer(folder, RICH)
-    edit(folder / "tokenizer_config.json", lambda found: found.update(tokenizer_class=tokenizer_class))
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "type_vocab_size": 2} | config))
+    edit(
+        folder / "tokenizer_config.json",
+        lambda found: found.update(tokenizer_class=tokenizer_class),
+    )
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "bert", "type_vocab_size": 2} | config)
+    )
     return folder
 
 
 def lower(on: bool, **rules: Any) -> Callable[[Any], object]:
-    normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None}
+    normalizer = {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "strip_accents": None,
+    }
     return lambda content: content.update(normalizer=normalizer | {"lowercase": on} | rules)
 
 
@@ -71,7 +84,9 @@ RULES: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("tokenizer_class", ["BertTokenizer", "DistilBertTokenizerFast"])
-def test_the_ids_are_those_of_tokenizer_json(tmp_path: Path, rule: str, tokenizer_class: str) -> None:
+def test_the_ids_are_those_of_tokenizer_json(
+    tmp_path: Path, rule: str, tokenizer_class: str
+) -> None:
     folder = bert_folder(tmp_path / "model", tokenizer_class)
     edit(folder / "tokenizer.json", RULES[rule])
     truth = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -81,7 +96,10 @@ def test_the_ids_are_those_of_tokenizer_json(tmp_path: Path, rule: str, tokenize
     texts = [*PROBES, "The caf\u00e9 Alpha, \u5317\u5317 quick\u00e9 don't"]
     for text in texts:
         assert tokenizer(text)["input_ids"] == truth.encode(text).ids
-        assert TextEncoder(tokenizer)([text]).ids_n.tolist() == truth.encode(text, add_special_tokens=False).ids
+        assert (
+            TextEncoder(tokenizer)([text]).ids_n.tolist()
+            == truth.encode(text, add_special_tokens=False).ids
+        )
     assert tokenizer.get_vocab() == truth.get_vocab()
     assert (tokenizer.cls_token, tokenizer.mask_token_id) == ("[CLS]", 4)
     assert "token_type_ids" in tokenizer.model_input_names
@@ -93,15 +111,23 @@ def test_the_ids_are_those_of_tokenizer_json(tmp_path: Path, rule: str, tokenize
 
 
 @pytest.mark.parametrize("add_prefix_space", [False, True])
-def test_a_byte_level_tokenizer_is_that_of_tokenizer_json(tmp_path: Path, add_prefix_space: bool) -> None:
+def test_a_byte_level_tokenizer_is_that_of_tokenizer_json(
+    tmp_path: Path, add_prefix_space: bool
+) -> None:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
     made.train_from_iterator(["the old green river"] * 9, trainer)
-    made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=add_prefix_space)
-    names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), special, strict=True))
+    made.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), add_prefix_space=add_prefix_space
+    )
+    names = dict(
+        zip(
+            ("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), special, strict=True
+        )
+    )
     PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(tmp_path)
     changed(tokenizer_class="RobertaTokenizer")(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "roberta", "type_vocab_size": 1}')
@@ -110,12 +136,20 @@ def test_a_byte_level_tokenizer_is_that_of_tokenizer_json(tmp_path: Path, add_pr
         assert tokenizer(text)["input_ids"] == made.encode(text).ids
     assert list(tokenizer("one", "two")) == ["input_ids", "attention_mask"]
     vocabulary = Vocabulary.of(tokenizer)
-    assert (vocabulary.cls_id, vocabulary.pad_id, vocabulary.sep_id, vocabulary.unk_id) == (0, 1, 2, None)
+    assert (vocabulary.cls_id, vocabulary.pad_id, vocabulary.sep_id, vocabulary.unk_id) == (
+        0,
+        1,
+        2,
+        None,
+    )
 
 
-def test_a_difference_is_reported_once_where_text_shows_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_difference_is_reported_once_where_text_shows_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = bert_folder(tmp_path)
-    edit(folder / "tokenizer.json", lambda content: content.update(post_processor=None))  # the class's is taken
+    # The class's is taken.
+    edit(folder / "tokenizer.json", lambda content: content.update(post_processor=None))
     tokenizer = load_tokenizer(folder)
     assert type(tokenizer).__name__ == "BertTokenizer"
     assert tokenizer("one", "two")["token_type_ids"] == [0, 0, 0, 1, 1]
@@ -124,7 +158,10 @@ def test_a_difference_is_reported_once_where_text_shows_it(tmp_path: Path, caplo
     for _ in range(2):
         load_tokenizer(folder)
     [record] = caplog.records
-    assert "transformers rebuilds it as BertTokenizer, which reads \"The Quick BROWN fox doesn't" in record.getMessage()
+    assert (
+        "transformers rebuilds it as BertTokenizer, which reads \"The Quick BROWN fox doesn't"
+        in record.getMessage()
+    )
     assert record.getMessage().endswith("tokenizer.json; tokenizer.json is used")
 
 
@@ -155,7 +192,9 @@ def test_a_vocabulary_file_alone_is_enough(tmp_path: Path) -> None:
 def files(**contents: Any) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         for name, content in contents.items():
-            (folder / name.replace("__", ".")).write_text(content if isinstance(content, str) else json.dumps(content))
+            (folder / name.replace("__", ".")).write_text(
+                content if isinstance(content, str) else json.dumps(content)
+            )
 
     return write
 
@@ -166,7 +205,9 @@ def changed(**keys: Any) -> Callable[[Path], None]:
 
 def without(*tokens: str) -> Callable[[Path], None]:
     def change(content: Any) -> None:
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in tokens]
+        content["added_tokens"] = [
+            token for token in content["added_tokens"] if token["content"] not in tokens
+        ]
         for token in tokens:
             del content["model"]["vocab"][token]
 
@@ -197,25 +238,45 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         "used: it has no tokens but .*, so that all text would be unknown",
     ),
     "no merges": (
-        bare({"model_type": "roberta"}, vocab__json={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4}),
+        bare(
+            {"model_type": "roberta"},
+            vocab__json={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4},
+        ),
         "cannot be (used|loaded): ",
     ),
-    "config a list": (files(tokenizer_config__json=[]), "loaded: its tokenizer_config.json is not a JSON object"),
-    "definition a string": (files(tokenizer__json='"text"'), "loaded: its tokenizer.json is not a JSON object"),
+    "config a list": (
+        files(tokenizer_config__json=[]),
+        "loaded: its tokenizer_config.json is not a JSON object",
+    ),
+    "definition a string": (
+        files(tokenizer__json='"text"'),
+        "loaded: its tokenizer.json is not a JSON object",
+    ),
     "definition empty": (files(tokenizer__json={}), "loaded: "),
     "length a string": (
         changed(model_max_length="512"),
         "used: model_max_length in its .* is '512'; expected a number",
     ),
-    "added tokens as strings": (changed(added_tokens_decoder={"0": "[PAD]"}), "loaded: Found a <class 'str'>"),
+    "added tokens as strings": (
+        changed(added_tokens_decoder={"0": "[PAD]"}),
+        "loaded: Found a <class 'str'>",
+    ),
     "added tokens a list": (changed(added_tokens_decoder=["[PAD]"]), "loaded: "),
     "special token a number": (changed(cls_token=7), "loaded: "),
     "padding side": (changed(padding_side="both"), "loaded: Padding side should be"),
-    "no UNK": (without("[UNK]"), r"loaded: WordPiece error: Missing \[UNK\] token from the vocabulary"),
-    "no CLS": (without("[CLS]"), r"used: its cls_token '\[CLS\]' is not in its vocabulary; name the one that is"),
+    "no UNK": (
+        without("[UNK]"),
+        r"loaded: WordPiece error: Missing \[UNK\] token from the vocabulary",
+    ),
+    "no CLS": (
+        without("[CLS]"),
+        r"used: its cls_token '\[CLS\]' is not in its vocabulary; name the one that is",
+    ),
     "no SEP": (without("[SEP]"), r"used: its sep_token '\[SEP\]' is not in its vocabulary"),
     "model of a newer tokenizers": (
-        lambda folder: edit(folder / "tokenizer.json", lambda content: content["model"].update(type="FancyPiece")),
+        lambda folder: edit(
+            folder / "tokenizer.json", lambda content: content["model"].update(type="FancyPiece")
+        ),
         "loaded: data did not match any variant",
     ),
 }
@@ -240,7 +301,8 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path, case: str) -> None:
         ({"type_vocab_size": 1}, False),
         ({"type_vocab_size": 0, "model_type": "deberta-v2"}, False),
         ({"type_vocab_size": None}, True),  # as BERT's default
-        ({"type_vocab_size": None, "model_type": "distilbert"}, None),  # its config does not say: the class decides
+        # Its config does not say: the class decides.
+        ({"type_vocab_size": None, "model_type": "distilbert"}, None),
     ],
 )
 @pytest.mark.parametrize("tokenizer_class", ["BertTokenizer", "PreTrainedTokenizerFast"])
@@ -256,7 +318,9 @@ def test_segment_ids_are_given_by_the_model(
     assert ("token_type_ids" in tokenizer("one", "two")) == expected
     assert ("token_type_ids" in tokenizer.model_input_names) == expected
     tokenizer.save_pretrained(tmp_path / "export")
-    assert ("token_type_ids" in AutoTokenizer.from_pretrained(tmp_path / "export")("one", "two")) == expected
+    assert (
+        "token_type_ids" in AutoTokenizer.from_pretrained(tmp_path / "export")("one", "two")
+    ) == expected
 
 
 def test_the_unknown_token_is_the_one_of_the_model(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from scaledistill.storage.files import read_json
 
 def test_unknown_tracker() -> None:
     check_trackers([])
-    with pytest.raises(ConfigError, match=r"^logging\.trackers: unknown tracker 'tensorbord'; known: aim, .*wandb$"):
+    with pytest.raises(
+        ConfigError, match=r"^logging\.trackers: unknown tracker 'tensorbord'; known: aim, .*wandb$"
+    ):
         check_trackers(["tensorbord"])
 
 
@@ -27,7 +29,8 @@ def test_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     monkeypatch.setattr(tracking, "get_available_trackers", list)
     with pytest.raises(
-        ConfigError, match=r"^logging\.trackers: 'wandb' is not installed; pip install it or remove it$"
+        ConfigError,
+        match=r"^logging\.trackers: 'wandb' is not installed; pip install it or remove it$",
     ):
         recorder(tmp_path, trackers=("wandb",))
 
@@ -74,7 +77,10 @@ def test_tensorboard(tmp_path: Path) -> None:
             record.record(row(step))
     accumulated = EventAccumulator(str(tmp_path / tmp_path.name))
     accumulated.Reload()
-    assert [(event.step, event.value) for event in accumulated.Scalars("loss")] == [(1, 8.0), (2, 4.0)]
+    assert [(event.step, event.value) for event in accumulated.Scalars("loss")] == [
+        (1, 8.0),
+        (2, 4.0),
+    ]
 
 
 class Calls(list[Any]):
@@ -83,7 +89,9 @@ class Calls(list[Any]):
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
-    """Return a function that registers a tracker under a name, as accelerate's are, failing in some of its methods."""
+    """Return a function that registers a tracker under a name, as accelerate's are, failing in some
+    of its methods.
+    """
     from accelerate import tracking
 
     def register(name: str, *failing: str, error: BaseException | None = None) -> Calls:
@@ -166,7 +174,13 @@ def test_the_record_is_closed_before_a_tracker_that_takes_its_time(
 def test_wandb_goes_on_in_the_same_run(fake: Callable[..., Calls], tmp_path: Path) -> None:
     calls = fake("wandb")
     for resumed_at in (0, 4):
-        with recorder(tmp_path, resumed_at=resumed_at, trackers=("wandb",), project="students", run_name="first"):
+        with recorder(
+            tmp_path,
+            resumed_at=resumed_at,
+            trackers=("wandb",),
+            project="students",
+            run_name="first",
+        ):
             pass
     (_, project, options), (_, again, later) = (call for call in calls if call[0] == "new")
     assert (project, again) == ("students", "students")
@@ -203,7 +217,11 @@ def test_names_that_the_environment_gives(
     ],
 )
 def test_others_go_on_in_the_same_run(
-    name: str, first: dict[str, str], then: dict[str, str], fake: Callable[..., Calls], tmp_path: Path
+    name: str,
+    first: dict[str, str],
+    then: dict[str, str],
+    fake: Callable[..., Calls],
+    tmp_path: Path,
 ) -> None:
     calls = fake(name)
     for resumed_at in (0, 4):
@@ -212,12 +230,16 @@ def test_others_go_on_in_the_same_run(
     assert [call[2] for call in calls if call[0] == "new"] == [first, then]
 
 
-def test_tensorboard_goes_on_in_its_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensorboard_goes_on_in_its_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("tensorboard", reason="the extra 'tracking' is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for step in (1, 2):
-        with recorder(tmp_path, resumed_at=step - 1, trackers=("tensorboard",), run_name="mine") as record:
+        with recorder(
+            tmp_path, resumed_at=step - 1, trackers=("tensorboard",), run_name="mine"
+        ) as record:
             record.record(row(step))
     accumulated = EventAccumulator(str(tmp_path / "mine"))
     accumulated.Reload()
@@ -225,7 +247,9 @@ def test_tensorboard_goes_on_in_its_folder(tmp_path: Path, caplog: pytest.LogCap
     assert [found for found in caplog.records if found.levelno >= logging.WARNING] == []
 
 
-def test_tensorboard_without_a_folder_to_write_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensorboard_without_a_folder_to_write_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("tensorboard", reason="the extra 'tracking' is not installed")
     (tmp_path / tmp_path.name).write_text("a file where its folder should be")
     with recorder(tmp_path, trackers=("tensorboard",)) as record:
@@ -246,7 +270,9 @@ def bare_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_wandb_without_a_key(bare_home: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'wandb' has no API key; run `wandb login`, set WANDB_API_KEY, or set "):
+    with pytest.raises(
+        ConfigError, match=r"'wandb' has no API key; run `wandb login`, set WANDB_API_KEY, or set "
+    ):
         check_trackers(["wandb"])
     (bare_home / ".netrc").write_text("machine example.org login user password key\n")
     (bare_home / ".netrc").chmod(0o600)
@@ -261,7 +287,9 @@ def test_wandb_without_a_key(bare_home: Path) -> None:
     [{"WANDB_API_KEY": "k"}, {"WANDB_MODE": "offline"}, {"WANDB_MODE": "disabled"}, {"RANK": "1"}],
     ids=str,
 )
-def test_wandb_with_a_key_or_without_need_of_one(bare_home: Path, variables: dict[str, str]) -> None:
+def test_wandb_with_a_key_or_without_need_of_one(
+    bare_home: Path, variables: dict[str, str]
+) -> None:
     os.environ.update(variables)
     check_trackers(["wandb"])
 

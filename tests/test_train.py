@@ -26,11 +26,19 @@ from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
 from scaledistill.metrics.recorder import read_rows
 from scaledistill.training.step import learning_rate
 
-LONG = {"global_batch_size": 8, "max_steps": 30, "learning_rate": 1e-3, "warmup_steps": 2, "precision": "fp32"}
+LONG = {
+    "global_batch_size": 8,
+    "max_steps": 30,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "precision": "fp32",
+}
 
 
 @pytest.fixture
-def make_tree(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callable[..., dict[str, Any]]:
+def make_tree(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> Callable[..., dict[str, Any]]:
     """Return a function that makes the configuration of a run in `tmp_path / name`."""
 
     def make(name: str = "run", **blocks: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +50,9 @@ def make_tree(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> Callable
 
 
 def distil(tree: dict[str, Any], **options: Any) -> tuple[str, int, str]:
-    """Run `distill` in this rank; return how it ended, the exit code and the message, also of an error."""
+    """Run `distill` in this rank; return how it ended, the exit code and the message, also of an
+    error.
+    """
     from scaledistill.training.loop import distill
 
     try:
@@ -60,7 +70,9 @@ def distil_all(trees: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
 
 
 def distil_and_die(tree: dict[str, Any], step: int) -> None:
-    """Run until rank 1 has made `step` steps, then kill it; what the other rank makes of that is not looked at."""
+    """Run until rank 1 has made `step` steps, then kill it; what the other rank makes of that is
+    not looked at.
+    """
     from scaledistill.training.loop import Bookkeeper
 
     after_step = Bookkeeper.after_step
@@ -110,7 +122,13 @@ def test_learning_rate_is_a_function_of_the_step() -> None:
 def test_a_whole_run(make_tree: Callable[..., dict[str, Any]], tiny_shards: Path) -> None:
     tree = make_tree(
         data={"validation": str(tiny_shards / "validation")},
-        train={**LONG, "max_steps": 20, "learning_rate": 1e-2, "validation_every_steps": 8, "validation_rows": 13},
+        train={
+            **LONG,
+            "max_steps": 20,
+            "learning_rate": 1e-2,
+            "validation_every_steps": 8,
+            "validation_rows": 13,
+        },
         checkpoint={"every_steps": 5, "keep": 2},
         logging={"every_steps": 5},
     )
@@ -119,25 +137,44 @@ def test_a_whole_run(make_tree: Callable[..., dict[str, Any]], tiny_shards: Path
     assert [row["step"] for row in rows] == [1, 5, 8, 10, 15, 16, 20]
     assert [row["step"] for row in rows if "validation_loss" in row] == [8, 16, 20]
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
-    assert rows[0]["loss"] == pytest.approx(sum(rows[0][f"loss/l2/{pair}"] for pair in ("qq", "kk", "vv")), rel=1e-6)
+    assert rows[0]["loss"] == pytest.approx(
+        sum(rows[0][f"loss/l2/{pair}"] for pair in ("qq", "kk", "vv")), rel=1e-6
+    )
     assert status_of(tree)["state"] == "done"
     assert status_of(tree)["exit_code"] == 0
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000000015", "step-000000020"]
-    assert parse_config(json.loads((folder / "config.json").read_text())).train.micro_batch_size == 4
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "step-000000015",
+        "step-000000020",
+    ]
+    assert (
+        parse_config(json.loads((folder / "config.json").read_text())).train.micro_batch_size == 4
+    )
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    best = min((row for row in rows if "validation_loss" in row), key=lambda row: row["validation_loss"])
+    best = min(
+        (row for row in rows if "validation_loss" in row), key=lambda row: row["validation_loss"]
+    )
     state = json.loads((folder / "checkpoints" / "step-000000020" / "state.json").read_text())
-    assert (state["best"]["step"], state["best"]["validation_loss"]) == (best["step"], best["validation_loss"])
+    assert (state["best"]["step"], state["best"]["validation_loss"]) == (
+        best["step"],
+        best["validation_loss"],
+    )
     assert (folder / "export" / "l2-best" / "model.safetensors").exists()
     # The same command again has nothing to do.
     before = losses_of(tree)
-    assert run_ranks(distil, 1, {**tree, "train": {**tree["train"], "micro_batch_size": 4}})[0][:2] == ("done", 0)
+    assert run_ranks(distil, 1, {**tree, "train": {**tree["train"], "micro_batch_size": 4}})[0][
+        :2
+    ] == ("done", 0)
     assert losses_of(tree) == before
-    check_export(folder / "export" / "l2", folder / "checkpoints" / "step-000000020" / "l2.weights.safetensors")
+    check_export(
+        folder / "export" / "l2",
+        folder / "checkpoints" / "step-000000020" / "l2.weights.safetensors",
+    )
 
 
 def distil_from_memory(tree: dict[str, Any], umask: int) -> tuple[str, int, str]:
-    """Copy the shards to memory, as to a bucket, and run on them through the cache under `umask`."""
+    """Copy the shards to memory, as to a bucket, and run on them through the cache under
+    `umask`.
+    """
     import fsspec
 
     os.umask(umask)
@@ -153,7 +190,10 @@ def test_all_that_is_written_follows_the_umask(
 ) -> None:
     tree = make_tree(
         "out/run",
-        data={"train": str(tmp_path / "out" / "shards"), "cache_folder": str(tmp_path / "out" / "cache")},
+        data={
+            "train": str(tmp_path / "out" / "shards"),
+            "cache_folder": str(tmp_path / "out" / "cache"),
+        },
         train={**LONG, "max_steps": 4, "validation_every_steps": 2, "validation_rows": 9},
         checkpoint={"every_steps": 2},
     )
@@ -165,7 +205,15 @@ def test_all_that_is_written_follows_the_umask(
     assert run_ranks(distil_from_memory, 1, tree, umask)[0][:2] == ("done", 0)
     written = list((tmp_path / "out").rglob("*"))
     names = {path.name for path in written}
-    assert {"state.json", "metrics.jsonl", "loss.png", "status.json", "l2-best", "l2", "config.json"} <= names
+    assert {
+        "state.json",
+        "metrics.jsonl",
+        "loss.png",
+        "status.json",
+        "l2-best",
+        "l2",
+        "config.json",
+    } <= names
     assert sum(path.suffix == ".safetensors" for path in written) >= 4
     assert any(path.is_file() for path in (tmp_path / "out" / "cache").rglob("*"))
     wrong = {
@@ -218,21 +266,32 @@ def test_killed_runs_resume_bit_for_bit(
     assert run_ranks(distil, 2, killed)[0][0] == "done"
     assert len(losses_of(killed)) == LONG["max_steps"]
     assert losses_of(killed) == losses_of(whole)
-    ends = [Path(tree["run"]["folder"]) / "checkpoints" / "step-000000030" for tree in (whole, killed)]
+    ends = [
+        Path(tree["run"]["folder"]) / "checkpoints" / "step-000000030" for tree in (whole, killed)
+    ]
     for group in ("weights", "exp_avg", "exp_avg_sq"):
         first, second = (load_file(end / f"l2.{group}.safetensors") for end in ends)
         assert all(torch.equal(first[name], second[name]) for name in first), group
 
 
-def test_max_steps_may_grow_while_the_rate_warms_up(make_tree: Callable[..., dict[str, Any]]) -> None:
+def test_max_steps_may_grow_while_the_rate_warms_up(
+    make_tree: Callable[..., dict[str, Any]],
+) -> None:
     long = {**LONG, "warmup_steps": 4, "max_steps": 8}
-    whole, grown = make_tree("whole", train=long), make_tree("grown", train={**long, "max_steps": 4})
+    whole, grown = (
+        make_tree("whole", train=long),
+        make_tree("grown", train={**long, "max_steps": 4}),
+    )
     ends = run_ranks(
-        distil_all, 1, [whole, grown, {**grown, "train": long}, {**grown, "train": {**long, "max_steps": 9}}]
+        distil_all,
+        1,
+        [whole, grown, {**grown, "train": long}, {**grown, "train": {**long, "max_steps": 9}}],
     )
     assert [state for state, *_ in ends[0][:3]] == ["done"] * 3
     assert losses_of(grown) == losses_of(whole)
-    assert "train.max_steps: 8 -> 9. The learning rate decays to 0 at train.max_steps" in ends[0][3][2]
+    assert (
+        "train.max_steps: 8 -> 9. The learning rate decays to 0 at train.max_steps" in ends[0][3][2]
+    )
 
 
 def test_dropout_resumes_bit_for_bit(make_tree: Callable[..., dict[str, Any]]) -> None:
@@ -244,7 +303,9 @@ def test_dropout_resumes_bit_for_bit(make_tree: Callable[..., dict[str, Any]]) -
     assert [step for step, _ in losses_of(stopped)] == [1, 2, 3, 4]
     run_ranks(distil, 1, stopped)
     assert losses_of(stopped) == losses_of(whole)
-    plain = make_tree("plain", checkpoint={"every_steps": 3}, students={"l2": {**student["l2"], "dropout": 0.0}})
+    plain = make_tree(
+        "plain", checkpoint={"every_steps": 3}, students={"l2": {**student["l2"], "dropout": 0.0}}
+    )
     run_ranks(distil, 1, plain)
     assert losses_of(plain) != losses_of(whole)
 
@@ -261,8 +322,17 @@ def distil_with_misplaced_weights(tree: dict[str, Any]) -> tuple[str, int, str]:
 def test_an_export_that_computes_something_else_fails_the_run(
     make_tree: Callable[..., dict[str, Any]], tiny_shards: Path, rows: str, tap: str
 ) -> None:
-    student = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "init": "teacher", "tap": tap}
-    blocks: dict[str, Any] = {"students": {"l2": student}, "train": {**LONG, "max_steps": 3, "learning_rate": 1e-2}}
+    student = {
+        "num_layers": 2,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "init": "teacher",
+        "tap": tap,
+    }
+    blocks: dict[str, Any] = {
+        "students": {"l2": student},
+        "train": {**LONG, "max_steps": 3, "learning_rate": 1e-2},
+    }
     if rows == "validation":
         blocks["data"] = {"validation": str(tiny_shards / "validation")}
         blocks["train"] |= {"validation_every_steps": 2, "validation_rows": 11}
@@ -271,20 +341,36 @@ def test_an_export_that_computes_something_else_fails_the_run(
     export = Path(tree["run"]["folder"]) / "export" / "l2" / "model.safetensors"
     before = export.read_bytes()
     shutil.rmtree(Path(tree["run"]["folder"]) / "checkpoints")
-    tree["engine"] = {"deepspeed": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}}
+    tree["engine"] = {
+        "deepspeed": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    }
     (state, code, message), (other, _, _) = run_ranks(distil_with_misplaced_weights, 2, tree)
     assert (state, code, other) == ("DataError", 3, "PeerError")
     assert re.match(
-        rf"the student's loss on rows of data\.{rows} is 0\.\d{{4}} in the run, but 0\.\d{{4}} once", message
+        rf"the student's loss on rows of data\.{rows} is 0\.\d{{4}} in the run, but 0\.\d{{4}} "
+        r"once",
+        message,
     )
     assert "expected equal losses within 1%. The export was not put in place" in message
     assert export.read_bytes() == before
-    assert json.loads((Path(tree["run"]["folder"]) / "status.json").read_text())["state"] == "failed"
+    assert (
+        json.loads((Path(tree["run"]["folder"]) / "status.json").read_text())["state"] == "failed"
+    )
 
 
-def test_the_extra_tap_trains_every_block_and_is_not_exported(make_tree: Callable[..., dict[str, Any]]) -> None:
+def test_the_extra_tap_trains_every_block_and_is_not_exported(
+    make_tree: Callable[..., dict[str, Any]],
+) -> None:
     def student(tap: str) -> dict[str, Any]:
-        return {"l2": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "init": "teacher", "tap": tap}}
+        return {
+            "l2": {
+                "num_layers": 2,
+                "hidden_size": 16,
+                "num_attention_heads": 2,
+                "init": "teacher",
+                "tap": tap,
+            }
+        }
 
     def export_of(tree: dict[str, Any]) -> dict[str, torch.Tensor]:
         return load_file(Path(tree["run"]["folder"]) / "export" / "l2" / "model.safetensors")
@@ -305,7 +391,9 @@ def test_the_extra_tap_trains_every_block_and_is_not_exported(make_tree: Callabl
     assert top
     assert not any(torch.equal(found[name], start[name]) for name in top)
     model, info = AutoModel.from_pretrained(
-        Path(whole["run"]["folder"]) / "export" / "l2", add_pooling_layer=False, output_loading_info=True
+        Path(whole["run"]["folder"]) / "export" / "l2",
+        add_pooling_layer=False,
+        output_loading_info=True,
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -314,7 +402,9 @@ def test_the_extra_tap_trains_every_block_and_is_not_exported(make_tree: Callabl
     assert "projection after the last layer, which is not part of this" in card
 
 
-def stop_after(tree: dict[str, Any], step: int, signal_number: int = signal.SIGTERM) -> tuple[str, int, str]:
+def stop_after(
+    tree: dict[str, Any], step: int, signal_number: int = signal.SIGTERM
+) -> tuple[str, int, str]:
     """Run, and have the last rank get a signal once `step` steps are made."""
     from scaledistill.training.loop import Bookkeeper
 
@@ -322,7 +412,10 @@ def stop_after(tree: dict[str, Any], step: int, signal_number: int = signal.SIGT
 
     def signalled(self: Bookkeeper, result: Any) -> None:
         after_step(self, result)
-        if self._session.step == step and self._session.ranks.rank == self._session.ranks.world_size - 1:
+        if (
+            self._session.step == step
+            and self._session.ranks.rank == self._session.ranks.world_size - 1
+        ):
             os.kill(os.getpid(), signal_number)
 
     Bookkeeper.after_step = signalled  # type: ignore[method-assign]
@@ -330,7 +423,9 @@ def stop_after(tree: dict[str, Any], step: int, signal_number: int = signal.SIGT
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1", "STOP"])
-def test_stop_requests_end_all_ranks_with_a_checkpoint(make_tree: Callable[..., dict[str, Any]], how: str) -> None:
+def test_stop_requests_end_all_ranks_with_a_checkpoint(
+    make_tree: Callable[..., dict[str, Any]], how: str
+) -> None:
     tree = make_tree(train={**LONG, "max_steps": 12}, checkpoint={"every_steps": 100})
     folder = Path(tree["run"]["folder"])
     if how == "STOP":
@@ -341,15 +436,21 @@ def test_stop_requests_end_all_ranks_with_a_checkpoint(make_tree: Callable[..., 
         ends = run_ranks(stop_after, 2, tree, 5, getattr(signal, how))
     assert [end[:2] for end in ends] == [("stopped", 75)] * 2
     step = 0 if how == "STOP" else 6
-    assert (status_of(tree)["state"], status_of(tree)["exit_code"], status_of(tree)["step"]) == ("stopped", 75, step)
-    assert [path.name for path in folder.glob("checkpoints/*")] == [f"step-{step:09d}"][: how != "STOP"]
+    assert (status_of(tree)["state"], status_of(tree)["exit_code"], status_of(tree)["step"]) == (
+        "stopped",
+        75,
+        step,
+    )
+    assert [path.name for path in folder.glob("checkpoints/*")] == [f"step-{step:09d}"][
+        : how != "STOP"
+    ]
     assert run_ranks(distil, 2, tree)[0][0] == "done"
     assert [step for step, _ in losses_of(tree)] == list(range(1, 13))
 
 
 def distil_while_the_disk_hangs(tree: dict[str, Any]) -> tuple[Any, list[int], str]:
-    """Run with a disk that takes neither rows nor states in steps 3 to 9, nor says whether there is a STOP file; return
-    how it ended, the rows on the disk when step 9 was made, and the state then.
+    """Run with a disk that takes neither rows nor states in steps 3 to 9, nor says whether there is
+    a STOP file; return how it ended, the rows on the disk when step 9 was made, and the state then.
     """
     import threading
 
@@ -359,7 +460,11 @@ def distil_while_the_disk_hangs(tree: dict[str, Any]) -> tuple[Any, list[int], s
 
     answers, seen = threading.Event(), []
     answers.set()
-    after_step, write, write_json = Bookkeeper.after_step, metrics.Recorder._write, runfolder.write_json
+    after_step, write, write_json = (
+        Bookkeeper.after_step,
+        metrics.Recorder._write,
+        runfolder.write_json,
+    )
     exists = Path.exists
 
     def written(self: Any, row: Any) -> None:
@@ -391,11 +496,15 @@ def test_steps_go_on_while_the_disk_hangs(make_tree: Callable[..., dict[str, Any
     tree = make_tree(train={**LONG, "max_steps": 12}, checkpoint={"every_steps": 100})
     end, rows, state = run_ranks(distil_while_the_disk_hangs, 1, tree)[0]
     assert (end, rows, state) == (("done", 0), [1, 2], "running")
-    assert [step for step, _ in losses_of(tree)] == list(range(1, 13)), "no row is lost, and all are in order"
+    assert [step for step, _ in losses_of(tree)] == list(range(1, 13)), (
+        "no row is lost, and all are in order"
+    )
     assert (status_of(tree)["state"], status_of(tree)["step"]) == ("done", 12)
 
 
-def distil_with_bad_loss(tree: dict[str, Any], first: int, last: int, value: float) -> tuple[str, int, str]:
+def distil_with_bad_loss(
+    tree: dict[str, Any], first: int, last: int, value: float
+) -> tuple[str, int, str]:
     """Run with a loss of `value` on the last rank in the steps from `first` to `last`."""
     from scaledistill.training import step as step_module
 
@@ -428,11 +537,18 @@ def distil_all_with_bad_loss(trees: list[dict[str, Any]]) -> list[tuple[str, int
 @pytest.mark.parametrize(
     "precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)]
 )  # fmt: skip
-def test_every_engine_recovers_from_a_skipped_step(make_tree: Callable[..., dict[str, Any]], precision: str) -> None:
+def test_every_engine_recovers_from_a_skipped_step(
+    make_tree: Callable[..., dict[str, Any]], precision: str
+) -> None:
     trees = [
         make_tree(
             f"{name}-{accumulation}",
-            train={**LONG, "max_steps": 5, "micro_batch_size": 8 // accumulation, "precision": precision},
+            train={
+                **LONG,
+                "max_steps": 5,
+                "micro_batch_size": 8 // accumulation,
+                "precision": precision,
+            },
             engine=engine,
         )
         for name, engine in ENGINES.items()
@@ -446,7 +562,9 @@ def test_every_engine_recovers_from_a_skipped_step(make_tree: Callable[..., dict
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_losses_are_skipped_on_all_ranks(make_tree: Callable[..., dict[str, Any]], value: float) -> None:
+def test_non_finite_losses_are_skipped_on_all_ranks(
+    make_tree: Callable[..., dict[str, Any]], value: float
+) -> None:
     tree = make_tree(checkpoint={"every_steps": 1, "keep": 9})
     assert run_ranks(distil_with_bad_loss, 2, tree, 3, 4, value)[0][:2] == ("done", 0)
     rows = rows_of(tree)
@@ -455,23 +573,40 @@ def test_non_finite_losses_are_skipped_on_all_ranks(make_tree: Callable[..., dic
     folders = sorted((Path(tree["run"]["folder"]) / "checkpoints").iterdir())
     word = "embeddings.word_embeddings.weight"
     weights = [load_file(folder / "l2.weights.safetensors")[word] for folder in folders]
-    assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == [False, True, True, False, False]
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
     assert json.loads((folders[-1] / "state.json").read_text())["optimizer_steps"] == {"l2": 4}
 
 
 def test_too_many_non_finite_losses_end_the_run(make_tree: Callable[..., dict[str, Any]]) -> None:
-    tree = make_tree(train={**LONG, "max_skipped_steps": 2}, checkpoint={"every_steps": 3}, run={"timeout_seconds": 60})
+    tree = make_tree(
+        train={**LONG, "max_skipped_steps": 2},
+        checkpoint={"every_steps": 3},
+        run={"timeout_seconds": 60},
+    )
     [(kind, code, message)] = run_ranks(distil_with_bad_loss, 1, tree, 5, 99, float("nan"))
     assert (kind, code) == ("DivergedError", 4)
-    assert "3 steps in a row had a non-finite loss or gradient, the last on samples 48 to 55" in message
+    assert (
+        "3 steps in a row had a non-finite loss or gradient, the last on samples 48 to 55"
+        in message
+    )
     assert "train.max_skipped_steps=2" in message
     assert "where the loss, though neither model's output, was not finite" in message
-    assert message.endswith("Lower train.learning_rate or lengthen train.warmup_steps; the last checkpoint is step 6")
+    assert message.endswith(
+        "Lower train.learning_rate or lengthen train.warmup_steps; the last checkpoint is step 6"
+    )
     assert (status_of(tree)["state"], status_of(tree)["exit_code"]) == ("diverged", 4)
 
 
 def distil_with_bad_values(tree: dict[str, Any], where: str) -> tuple[str, int, str]:
-    """Run with a NaN on the last rank from the first step on: in an output, or in a gradient behind the loss."""
+    """Run with a NaN on the last rank from the first step on: in an output, or in a gradient behind
+    the loss.
+    """
     from scaledistill.training import step as step_module
 
     both_outputs = step_module.both_outputs
@@ -495,9 +630,21 @@ def distil_with_bad_values(tree: dict[str, Any], where: str) -> tuple[str, int, 
 @pytest.mark.parametrize(
     ("where", "words", "remedy"),
     [
-        ("teacher", "the teacher's Q, K or V were not finite", "; otherwise check the weights of teacher.model"),
-        ("student", "the student's output was not finite", 'or set train.precision to "bf16" or "fp32"'),
-        ("gradient", "a gradient, though not the loss, was not finite", "or lower train.max_grad_norm"),
+        (
+            "teacher",
+            "the teacher's Q, K or V were not finite",
+            "; otherwise check the weights of teacher.model",
+        ),
+        (
+            "student",
+            "the student's output was not finite",
+            'or set train.precision to "bf16" or "fp32"',
+        ),
+        (
+            "gradient",
+            "a gradient, though not the loss, was not finite",
+            "or lower train.max_grad_norm",
+        ),
     ],
 )
 def test_a_skipped_step_names_what_was_not_finite(
@@ -520,7 +667,8 @@ def distil_on_a_full_disk(tree: dict[str, Any], failing_saves: list[int]) -> tup
 
     def begin_and_wait(self: Saver, *arguments: Any) -> None:
         begin(self, *arguments)
-        assert self._ended.wait(20)  # so that the step at which it is known does not depend on the machine's load
+        # So that the step at which it is known does not depend on the machine's load.
+        assert self._ended.wait(20)
 
     def full(path: Path, tensors: Any) -> str:
         nonlocal saves
@@ -546,8 +694,13 @@ def test_a_disk_that_stays_full_ends_the_run(make_tree: Callable[..., dict[str, 
     tree = make_tree(train=LONG, checkpoint={"every_steps": 10, "max_failed_saves": 1})
     kind, code, message = run_ranks(distil_on_a_full_disk, 1, tree, list(range(2, 99)))[0]
     assert (kind, code) == ("DataError", 3)
-    assert message.startswith("the checkpoint of step 21 could not be saved: No space left on device (")
-    assert "checkpoint.max_failed_saves=1 allows no more. Free some space; rerun the same command to resume " in message
+    assert message.startswith(
+        "the checkpoint of step 21 could not be saved: No space left on device ("
+    )
+    assert (
+        "checkpoint.max_failed_saves=1 allows no more. Free some space; rerun the same command to "
+        "resume " in message
+    )
     assert message.endswith("to resume from the checkpoint of step 10")
     root = Path(tree["run"]["folder"]) / "checkpoints"
     assert [path.name for path in root.iterdir()] == ["step-000000010"]
@@ -621,8 +774,12 @@ def test_another_run_is_not_continued(
     model.embeddings.word_embeddings.weight.data[7, 7] += 1
     model.save_pretrained(other_teacher)
     refused = {
-        "train.learning_rate: 0.001 -> 0.002": make_tree(train={**tree["train"], "learning_rate": 2e-3}),
-        "students.l2.num_layers: 2 -> 3": make_tree(students={"l2": {**tree["students"]["l2"], "num_layers": 3}}),
+        "train.learning_rate: 0.001 -> 0.002": make_tree(
+            train={**tree["train"], "learning_rate": 2e-3}
+        ),
+        "students.l2.num_layers: 2 -> 3": make_tree(
+            students={"l2": {**tree["students"]["l2"], "num_layers": 3}}
+        ),
         "students.other.num_layers: null -> 2": make_tree_with_student(make_tree, "other"),
         "data.window_rows: 32 -> 16": make_tree(data={"window_rows": 16}),
         "data.train: data_sha256": make_tree(data={"train": str(tiny_shards / "validation")}),
@@ -635,7 +792,9 @@ def test_another_run_is_not_continued(
         assert "use --fresh to start over" in message
     assert status_of(tree)["state"] == "done"
     free = make_tree(
-        checkpoint={"every_steps": 2}, logging={"every_steps": 3}, train={**tree["train"], "micro_batch_size": 2}
+        checkpoint={"every_steps": 2},
+        logging={"every_steps": 3},
+        train={**tree["train"], "micro_batch_size": 2},
     )
     assert run_ranks(distil, 1, free)[0][0] == "done"
 
@@ -662,11 +821,15 @@ def test_a_dry_run_writes_nothing(make_tree: Callable[..., dict[str, Any]], tmp_
     tree = make_tree()
     assert run_ranks(dry_run, 2, tree)[0] == ("dry run", 0, "2 steps made, nothing written")
     assert not Path(tree["run"]["folder"]).exists()
-    [end] = run_ranks(dry_run, 1, make_tree(train={**tree["train"], "max_steps": 1, "warmup_steps": 1}))
+    [end] = run_ranks(
+        dry_run, 1, make_tree(train={**tree["train"], "max_steps": 1, "warmup_steps": 1})
+    )
     assert end == ("ConfigError", 2, "--dry-run 2 is more than train.max_steps=1; make fewer steps")
 
 
-def test_a_standing_file_where_the_run_belongs(make_tree: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_standing_file_where_the_run_belongs(
+    make_tree: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     tree = make_tree()
     holder = Job(hold_folder, 1, tree["run"]["folder"])
     while not (Path(tree["run"]["folder"]) / ".lock").exists():

@@ -1,4 +1,6 @@
-"""The Trainer with bertdistiller's names: the same losses, the same scripts, and the Trainer's own ways of running."""
+"""The Trainer with bertdistiller's names: the same losses, the same scripts, and the Trainer's own
+ways of running.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from ranks import free_port, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, TrainerCallback
 
-from scaledistill import MiniLMTrainer, MiniLMTrainingArguments, create_student, prepare_dataset, relation_loss
+from scaledistill import (
+    MiniLMTrainer,
+    MiniLMTrainingArguments,
+    create_student,
+    prepare_dataset,
+    relation_loss,
+)
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.integrations.transformers import _passed_on, named_relations
 from scaledistill.models.capture import capture_qkv
@@ -50,26 +58,37 @@ def arguments(folder: Path, **changes: Any) -> MiniLMTrainingArguments:
 
 def models() -> tuple[BertModel, BertModel]:
     """Return the recorded teacher and student."""
-    return BertModel.from_pretrained(RECORDED / "teacher"), BertModel.from_pretrained(RECORDED / "student")
+    return BertModel.from_pretrained(RECORDED / "teacher"), BertModel.from_pretrained(
+        RECORDED / "student"
+    )
 
 
 def train(folder: Path, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
-    """Train the recorded student; return its losses, its weights at the end, and what evaluating it then gives."""
+    """Train the recorded student; return its losses, its weights at the end, and what evaluating it
+    then gives.
+    """
     teacher, student = models()
     trainer = MiniLMTrainer(
         model=student,
         teacher_model=teacher,
         args=arguments(folder, logging_steps=1, per_device_eval_batch_size=6, **changes),
         train_dataset=record.examples(),
-        eval_dataset=record.examples()[:12],  # Trainer's mean over ranks is exact where batches are full
+        # Trainer's mean over ranks is exact where batches are full.
+        eval_dataset=record.examples()[:12],
         data_collator=record.collate,
     )
     trainer.train(resume_from_checkpoint=resume)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     evaluated = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(folder / "saved"))
-    weights = {name: tensor.numpy().copy() for name, tensor in student.state_dict().items()}  # to another process
-    return {"losses": losses, "weights": weights, "evaluated": evaluated, "gradients": gradients_of(student)}
+    # To another process.
+    weights = {name: tensor.numpy().copy() for name, tensor in student.state_dict().items()}
+    return {
+        "losses": losses,
+        "weights": weights,
+        "evaluated": evaluated,
+        "gradients": gradients_of(student),
+    }
 
 
 def gradients_of(student: torch.nn.Module) -> list[str]:
@@ -90,7 +109,9 @@ def test_the_same_losses_as_bertdistiller(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, abs=1e-5, rel=0)
 
 
-def test_the_quick_start_of_bertdistiller(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quick_start_of_bertdistiller(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoTokenizer, trainer
 
     class StopEarly(TrainerCallback):
@@ -99,8 +120,15 @@ def test_the_quick_start_of_bertdistiller(tmp_path: Path, tiny_teacher: Path, mo
 
     monkeypatch.chdir(tmp_path)
     folder = Path("google-bert/bert-base-uncased")  # a hub name, and here a folder
-    sizes = {"vocab_size": 200, "hidden_size": 48, "num_attention_heads": 12, "intermediate_size": 48}
-    BertModel(BertConfig(**sizes, num_hidden_layers=12, max_position_embeddings=32)).save_pretrained(folder)
+    sizes = {
+        "vocab_size": 200,
+        "hidden_size": 48,
+        "num_attention_heads": 12,
+        "intermediate_size": 48,
+    }
+    BertModel(
+        BertConfig(**sizes, num_hidden_layers=12, max_position_embeddings=32)
+    ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_teacher).save_pretrained(folder)
     monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, StopEarly])
     script = runpy.run_path(str(PEER / "quickstart.py"))
@@ -108,7 +136,11 @@ def test_the_quick_start_of_bertdistiller(tmp_path: Path, tiny_teacher: Path, mo
     student = AutoModel.from_pretrained("distilled-model")
     assert (student.config.num_hidden_layers, student.config.hidden_size) == (6, 384)
     trained = script["student"].state_dict()
-    assert all(torch.equal(trained[name], tensor) for name, tensor in student.state_dict().items() if name in trained)
+    assert all(
+        torch.equal(trained[name], tensor)
+        for name, tensor in student.state_dict().items()
+        if name in trained
+    )
 
 
 def test_evaluation_is_the_relation_loss_without_gradient(tmp_path: Path) -> None:
@@ -123,12 +155,21 @@ def test_evaluation_is_the_relation_loss_without_gradient(tmp_path: Path) -> Non
     losses = []
     for row in record.examples()[:10]:
         inputs = record.collate([row])
-        pair = [capture_qkv(model.eval(), layer, **inputs) for model, layer in ((teacher, 3), (student, 2))]
+        pair = [
+            capture_qkv(model.eval(), layer, **inputs)
+            for model, layer in ((teacher, 3), (student, 2))
+        ]
         pairs = {"qq": 1.0, "kk": 0.5, "qv": 2.0}
-        losses.append(relation_loss(*pair, num_heads=6, pairs=pairs, mask_BT=inputs["attention_mask"]).total.item())
+        losses.append(
+            relation_loss(
+                *pair, num_heads=6, pairs=pairs, mask_BT=inputs["attention_mask"]
+            ).total.item()
+        )
     assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / 10, rel=1e-5)
     assert not gradients_of(student)
-    loss, found = trainer.compute_loss(trainer.model, record.collate(record.examples()[:3]), return_outputs=True)
+    loss, found = trainer.compute_loss(
+        trainer.model, record.collate(record.examples()[:3]), return_outputs=True
+    )
     assert loss.requires_grad
     assert found.q.shape[-1] == 12
 
@@ -140,7 +181,10 @@ def test_padding_may_stand_anywhere(tmp_path: Path) -> None:
     positions = (rows["attention_mask"].cumsum(1) - 1).clamp(min=0)
     expected = trainer.compute_loss(trainer.model.eval(), rows | {"position_ids": positions})
     order = rows["attention_mask"].argsort(dim=1, stable=True)  # padding first
-    shifted = {name: tensor.gather(1, order) for name, tensor in (rows | {"position_ids": positions}).items()}
+    shifted = {
+        name: tensor.gather(1, order)
+        for name, tensor in (rows | {"position_ids": positions}).items()
+    }
     assert not torch.equal(shifted["input_ids"], rows["input_ids"])
     found = trainer.compute_loss(trainer.model, shifted | {"labels": torch.zeros(5)})
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -153,7 +197,11 @@ def test_the_student_is_trained_in_place_and_saved_whole(one_process: dict[str, 
     _, info = AutoModel.from_pretrained(one_process["folder"] / "saved", output_loading_info=True)
     assert not info["missing_keys"]
     unchanged = {name for name in after if torch.equal(after[name], before[name])}
-    above = {name for name in after if name.startswith(("pooler", "encoder.layer.1")) and ".self." not in name}
+    above = {
+        name
+        for name in after
+        if name.startswith(("pooler", "encoder.layer.1")) and ".self." not in name
+    }
     assert above <= unchanged
     assert unchanged - above <= {"embeddings.position_ids", "embeddings.token_type_ids"}
     assert one_process["losses"][-1] < one_process["losses"][0]
@@ -202,7 +250,8 @@ def weights_of(result: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def weights_apart(found: dict[str, Any], expected: dict[str, Any]) -> float:
-    # What shifts all scores of a row alike has rounding for a gradient: the first block's key bias, and v's in "qv".
+    # What shifts all scores of a row alike has rounding for a gradient: the first block's key bias,
+    # and v's in "qv".
     shifts = ("layer.0.attention.self.key.bias", "layer.1.attention.self.value.bias")
     names = [name for name in expected["weights"] if not name.endswith(shifts)]
     ours, theirs = weights_of(found), weights_of(expected)
@@ -213,7 +262,8 @@ ZERO = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
-    "zero_allow_untested_optimizer": True,  # Trainer's own: DeepSpeed's decays biases and LayerNorms too
+    # Trainer's own: DeepSpeed's decays biases and LayerNorms too.
+    "zero_allow_untested_optimizer": True,
 }
 
 
@@ -228,7 +278,13 @@ def train_ranked(folder: Path, how: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "how", ["ddp", "zero2", pytest.param("zero3", marks=pytest.mark.full), pytest.param("fsdp", marks=pytest.mark.full)]
+    "how",
+    [
+        "ddp",
+        "zero2",
+        pytest.param("zero3", marks=pytest.mark.full),
+        pytest.param("fsdp", marks=pytest.mark.full),
+    ],
 )
 def test_two_ranks_equal_one_process(one_process: dict[str, Any], tmp_path: Path, how: str) -> None:
     results = run_ranks(train_ranked, 2, tmp_path, how)
@@ -236,7 +292,12 @@ def test_two_ranks_equal_one_process(one_process: dict[str, Any], tmp_path: Path
     assert results[0]["evaluated"] == pytest.approx(one_process["evaluated"], rel=1e-4)
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == one_process["weights"].keys()
-    assert weights_apart({"weights": {name: tensor.numpy() for name, tensor in saved.items()}}, one_process) < 1e-5
+    assert (
+        weights_apart(
+            {"weights": {name: tensor.numpy() for name, tensor in saved.items()}}, one_process
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.full
@@ -259,7 +320,12 @@ def test_under_torchrun(one_process: dict[str, Any], tmp_path: Path) -> None:
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     saved = load_file(tmp_path / "saved" / "model.safetensors")
-    assert weights_apart({"weights": {name: tensor.numpy() for name, tensor in saved.items()}}, one_process) < 1e-5
+    assert (
+        weights_apart(
+            {"weights": {name: tensor.numpy() for name, tensor in saved.items()}}, one_process
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -297,8 +363,12 @@ def test_mistakes(tmp_path: Path) -> None:
             MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path, **change))
     with pytest.raises(ConfigError, match="needs model, the student, and args"):
         MiniLMTrainer(teacher_model=teacher)
-    other = BertModel(BertConfig(vocab_size=61, hidden_size=12, num_attention_heads=2, num_hidden_layers=2))
-    with pytest.raises(ConfigError, match="the teacher has 60 tokens, the student 61: both read the same ids"):
+    other = BertModel(
+        BertConfig(vocab_size=61, hidden_size=12, num_attention_heads=2, num_hidden_layers=2)
+    )
+    with pytest.raises(
+        ConfigError, match="the teacher has 60 tokens, the student 61: both read the same ids"
+    ):
         MiniLMTrainer(model=other, teacher_model=teacher, args=arguments(tmp_path))
 
 
@@ -306,16 +376,23 @@ def test_mistakes(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite(which: str, tmp_path: Path) -> None:
     teacher, student = models()
     broken = teacher if which == "teacher_model" else student
-    name, weight = next((name, weight) for name, weight in broken.named_parameters() if "query.weight" in name)
+    name, weight = next(
+        (name, weight) for name, weight in broken.named_parameters() if "query.weight" in name
+    )
     weight.data[0, 0] = float("nan")
-    with pytest.raises(DataError, match=f"^{which}: its weight {name} has values that are not finite"):
+    with pytest.raises(
+        DataError, match=f"^{which}: its weight {name} has values that are not finite"
+    ):
         MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path))
 
 
 def test_create_student(tmp_path: Path) -> None:
     teacher, _ = models()
     made = arguments(tmp_path, student_hidden_size=8)
-    by_name, by_model = (create_student(one, made, use_teacher_weights=True) for one in (RECORDED / "teacher", teacher))
+    by_name, by_model = (
+        create_student(one, made, use_teacher_weights=True)
+        for one in (RECORDED / "teacher", teacher)
+    )
     assert all(map(torch.equal, by_name.state_dict().values(), by_model.state_dict().values()))
     assert torch.equal(
         by_name.state_dict()["embeddings.word_embeddings.weight"],
@@ -326,12 +403,21 @@ def test_create_student(tmp_path: Path) -> None:
     assert student.training
     assert student.embeddings.dropout.p == 0.3
     assert (student.config.num_hidden_layers, student.config.intermediate_size) == (2, 32)
-    with pytest.raises(ConfigError, match=r"student's intermediate_size=48 is more than .* use_teacher_weights=False"):
+    with pytest.raises(
+        ConfigError,
+        match=r"student's intermediate_size=48 is more than .* use_teacher_weights=False",
+    ):
         create_student(teacher, arguments(tmp_path), use_teacher_weights=True)
 
 
 def task_model() -> BertForMaskedLM:
-    config = BertConfig(vocab_size=60, hidden_size=12, num_attention_heads=2, num_hidden_layers=2, intermediate_size=8)
+    config = BertConfig(
+        vocab_size=60,
+        hidden_size=12,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        intermediate_size=8,
+    )
     return BertForMaskedLM(config)
 
 
@@ -355,7 +441,9 @@ def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     return all(torch.equal(tensor, others[name]) for name, tensor in first.state_dict().items())
 
 
-def test_create_student_takes_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_student_takes_the_hub_s_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
 
     def download(name: str, **options: Any) -> str:
@@ -375,25 +463,38 @@ def test_a_task_model_is_saved_with_its_head(tmp_path: Path) -> None:
     train_task_model(tmp_path, student).save_model(str(tmp_path / "saved"))
     assert equal(BertForMaskedLM.from_pretrained(tmp_path / "saved"), student)
     assert not torch.equal(
-        student.bert.embeddings.word_embeddings.weight, before.bert.embeddings.word_embeddings.weight
+        student.bert.embeddings.word_embeddings.weight,
+        before.bert.embeddings.word_embeddings.weight,
     )
 
 
 def test_a_checkpoint_gives_back_the_whole_student(tmp_path: Path) -> None:
     first, second, third = task_model(), task_model(), task_model()
-    assert not torch.equal(first.cls.predictions.transform.dense.weight, second.cls.predictions.transform.dense.weight)
+    assert not torch.equal(
+        first.cls.predictions.transform.dense.weight, second.cls.predictions.transform.dense.weight
+    )
     train_task_model(tmp_path, first, max_steps=3, save_strategy="steps", save_steps=2)
-    train_task_model(tmp_path / "again", second, resume=tmp_path / "checkpoint-2", max_steps=3, save_steps=2)
+    train_task_model(
+        tmp_path / "again", second, resume=tmp_path / "checkpoint-2", max_steps=3, save_steps=2
+    )
     assert equal(first, second)
     saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # the first
+    # The first.
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+    }
     train_task_model(tmp_path / "best", third, **saving, **best)
     assert equal(third, BertForMaskedLM.from_pretrained(tmp_path / "best" / "checkpoint-1"))
     assert not equal(third, BertForMaskedLM.from_pretrained(tmp_path / "best" / "checkpoint-2"))
     (tmp_path / "checkpoint-2" / "model.safetensors").write_bytes(
         (RECORDED / "student" / "model.safetensors").read_bytes()
     )
-    with pytest.raises(DataError, match=r"model\.safetensors is not a checkpoint of this student: .*bert\.embeddings"):
+    with pytest.raises(
+        DataError,
+        match=r"model\.safetensors is not a checkpoint of this student: .*bert\.embeddings",
+    ):
         train_task_model(tmp_path, task_model(), resume=tmp_path / "checkpoint-2", save_steps=2)
 
 
@@ -430,7 +531,12 @@ def test_models_made_after_the_arguments_and_bf16(tmp_path: Path, how: str) -> N
 
 def train_in_documented_order(folder: Path, how: str) -> dict[str, Any]:
     """Arguments, then the student, then the trainer with the teacher's name."""
-    changes: dict[str, Any] = {"max_steps": 3, "warmup_steps": 0, "student_hidden_size": 8, "num_relation_heads": 4}
+    changes: dict[str, Any] = {
+        "max_steps": 3,
+        "warmup_steps": 0,
+        "student_hidden_size": 8,
+        "num_relation_heads": 4,
+    }
     if how != "one":
         stage = {"stage": int(how[-1]), "stage3_gather_16bit_weights_on_model_save": True}
         stage |= {"stage3_param_persistence_threshold": 0} if how == "zero3" else {}
@@ -465,10 +571,15 @@ def test_prepare_dataset(tiny_teacher: Path) -> None:
     assert sorted(map(len, rows["input_ids"])) == [4, 4, 8]
     assert isinstance(rows[0]["input_ids"], torch.Tensor)
     assert set(rows.column_names) >= {"input_ids", "attention_mask"}
-    with pytest.raises(ConfigError, match="column 'body' is not in the data set; it has text, number"):
+    with pytest.raises(
+        ConfigError, match="column 'body' is not in the data set; it has text, number"
+    ):
         prepare_dataset([(texts, "body")], tokenizer, max_seq_len=8)
     empty = BertTokenizer()  # what transformers makes of a folder without tokenizer files
-    with pytest.raises(DataError, match=r"has no tokens but .*: its files were missing when it was loaded; copy them"):
+    with pytest.raises(
+        DataError,
+        match=r"has no tokens but .*: its files were missing when it was loaded; copy them",
+    ):
         prepare_dataset([texts], empty, max_seq_len=8)
     with pytest.raises(DataError, match=r"column 'text' has rows without text \(None\)"):
         prepare_dataset([Dataset.from_dict({"text": ["w001", None]})], tokenizer, max_seq_len=8)
@@ -482,7 +593,11 @@ def test_prepare_dataset_takes_the_tokenizer_s_own_options(tiny_teacher: Path) -
     texts = Dataset.from_dict({"text": ["w001 w002", "w003 " * 30]})
 
     def lengths(data: Any, **options: Any) -> list[int]:
-        return sorted(map(len, prepare_dataset([data], tokenizer, 8, tokenization_kwargs=options)["input_ids"]))
+        return sorted(
+            map(
+                len, prepare_dataset([data], tokenizer, 8, tokenization_kwargs=options)["input_ids"]
+            )
+        )
 
     assert lengths(texts, truncation="longest_first", max_length=8) == [4, 8]
     assert lengths(texts, truncation=False) == [4, 32]
@@ -506,18 +621,29 @@ def test_prepare_dataset_says_what_it_cannot_use(tiny_teacher: Path) -> None:
         "max_seq_len=8, but tokenization_kwargs has max_length=16; give the length as max_seq_len",
         max_length=16,
     )
-    refused([texts], "return_tensors='pt', but rows differ in length here; leave it out", return_tensors="pt")
     refused(
-        [DatasetDict(train=texts, test=texts)], r"the splits train, test; give one of them, such as data\['train'\]"
+        [texts],
+        "return_tensors='pt', but rows differ in length here; leave it out",
+        return_tensors="pt",
+    )
+    refused(
+        [DatasetDict(train=texts, test=texts)],
+        r"the splits train, test; give one of them, such as data\['train'\]",
     )
     refused([texts.to_iterable_dataset()], "a streamed data set.*make_shards.py --dataset NAME")
     refused(texts, r"datasets is a Dataset; expected a list of data sets: write datasets=\[data\]")
     refused([], "datasets is empty")
     refused([["w001"]], "datasets has a list; expected datasets.Dataset objects")
-    refused([(texts, "number")], r"column 'number' holds int \(5\); expected text, or lists of texts")
+    refused(
+        [(texts, "number")], r"column 'number' holds int \(5\); expected text, or lists of texts"
+    )
     refused([(texts, "numbers")], r"column 'numbers' holds list \(\[1, 2\]\); expected text")
     for length in (2, 0, 8.0, True):
-        refused([texts], f"max_seq_len={length!r}; expected a whole number above the 2 special tokens", length=length)
+        refused(
+            [texts],
+            f"max_seq_len={length!r}; expected a whole number above the 2 special tokens",
+            length=length,
+        )
 
 
 def test_batches_without_a_mask(tmp_path: Path) -> None:
@@ -525,14 +651,21 @@ def test_batches_without_a_mask(tmp_path: Path) -> None:
     trainer = MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path))
     trainer.model.eval()
     ids = torch.arange(5, 29).view(2, 12)
-    whole = trainer.compute_loss(trainer.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    assert trainer.compute_loss(trainer.model, {"input_ids": ids}).item() == pytest.approx(whole.item(), rel=1e-6)
+    whole = trainer.compute_loss(
+        trainer.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    )
+    assert trainer.compute_loss(trainer.model, {"input_ids": ids}).item() == pytest.approx(
+        whole.item(), rel=1e-6
+    )
     ids[0, -1] = student.config.pad_token_id
     with pytest.raises(
-        ConfigError, match=r"no attention_mask, but their input_ids hold the padding token 0; use a data_c"
+        ConfigError,
+        match=r"no attention_mask, but their input_ids hold the padding token 0; use a data_c",
     ):
         trainer.compute_loss(trainer.model, {"input_ids": ids})
-    with pytest.raises(ConfigError, match="batches have no input_ids, only labels, text; tokenise the data set"):
+    with pytest.raises(
+        ConfigError, match="batches have no input_ids, only labels, text; tokenise the data set"
+    ):
         trainer.compute_loss(trainer.model, {"labels": ids, "text": ids})
 
 
@@ -546,13 +679,16 @@ def test_batches_without_a_mask(tmp_path: Path) -> None:
         ({}, 0),
     ],
 )
-def test_warmup_ratio_means_what_it_did(tmp_path: Path, settings: dict[str, float], expected: int) -> None:
+def test_warmup_ratio_means_what_it_did(
+    tmp_path: Path, settings: dict[str, float], expected: int
+) -> None:
     assert arguments(tmp_path, **{"warmup_steps": 0, **settings}).get_warmup_steps(100) == expected
 
 
 def test_a_warmup_ratio_of_steps(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"warmup_ratio=4000; expected a share of the steps from 0 to 1.*use warmup_steps"
+        ConfigError,
+        match=r"warmup_ratio=4000; expected a share of the steps from 0 to 1.*use warmup_steps",
     ):
         arguments(tmp_path, warmup_ratio=4000)
 
@@ -578,7 +714,9 @@ def test_bertdistiller_beside_us(tmp_path: Path) -> None:
     except PeerError as error:
         pytest.skip(f"bertdistiller cannot be had here: {error}")
     subprocess.run([python, PEER / "record.py", tmp_path], check=True, capture_output=True)
-    teacher, student = (BertModel.from_pretrained(tmp_path / name) for name in ("teacher", "student"))
+    teacher, student = (
+        BertModel.from_pretrained(tmp_path / name) for name in ("teacher", "student")
+    )
     found = record.losses_of(MiniLMTrainer, arguments(tmp_path / "ours"), teacher, student)
     expected = json.loads((tmp_path / "losses.json").read_text())["losses"]
     assert math.isfinite(sum(expected))

@@ -1,4 +1,5 @@
-"""The fused kernels against `reference`: on a GPU where there is one, else in Triton's interpreter on the CPU.
+"""The fused kernels against `reference`: on a GPU where there is one, else in Triton's interpreter
+on the CPU.
 
 Legend: B sequences, T tokens, D width, R relation heads, E width per relation head.
 """
@@ -31,7 +32,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 with pytest.MonkeyPatch.context() as environment:
     if not CUDA:
-        # What TRITON_INTERPRET decides, it decides when a function is decorated. Other tests may have imported Triton.
+        # What TRITON_INTERPRET decides, it decides when a function is decorated. Other tests may
+        # have imported Triton.
         environment.setenv("TRITON_INTERPRET", "1")
         importlib.reload(tl.standard)
         importlib.reload(tl)
@@ -39,7 +41,9 @@ with pytest.MonkeyPatch.context() as environment:
     from scaledistill.relations import triton_kernels
 
 # Entries that are dropped may overflow: scores of tokens that don't see each other.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)
 R = 2
 LENGTHS = [1, 7, 64, 100, 129]
 WIDTHS = {"16/6": (16, 6), "64/24": (64, 24), "4/4": (4, 4), "24/64": (24, 64), "6/16": (6, 16)}
@@ -49,7 +53,16 @@ PAIRS = {
     "both ways": {"qk": 0.5, "kq": 3.0, "qq": 1.0},
     "zero weight": {"kk": 0.0, "vq": 2.0, "qv": 0.0, "kq": 0.0},
 }
-VISIBILITIES = ["all", "right", "left", "holes", "empty", "documents", "unordered documents", "end to end"]
+VISIBILITIES = [
+    "all",
+    "right",
+    "left",
+    "holes",
+    "empty",
+    "documents",
+    "unordered documents",
+    "end to end",
+]
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "fp16": (torch.float16, torch.float16),
@@ -66,8 +79,9 @@ AXES: dict[str, list[Any]] = {
     "causal": [False, True],
     "layout": ["tensors", "slices", "strided"],
 }
-# Relative errors of the student's gradients, as norms, against float64 on the same numbers: sums of float32 products,
-# or S − P and the result rounded to the student's dtype, half an ulp each (2^-12, 2^-9).
+# Relative errors of the student's gradients, as norms, against float64 on the same numbers: sums of
+# float32 products, or S − P and the result rounded to the student's dtype, half an ulp each (2^-12,
+# 2^-9).
 GRAD_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # Of the losses: cancellation between float32 numbers as large as the scores, summed over rows.
 LOSS_TOLERANCE = 1e-5
@@ -75,19 +89,27 @@ LOSS_TOLERANCE = 1e-5
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the backend run on the CPU, three times faster than Triton's interpreter does by itself."""
+    """Let the backend run on the CPU, three times faster than Triton's interpreter does by
+    itself.
+    """
     if CUDA:
         return
     from triton.runtime import interpreter
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     # Two tiles at most: fewer, larger steps.
-    monkeypatch.setattr(fused, "candidates", lambda *of: [Launch(64 if of[-1] <= 128 else 128, 1, 1)])
+    monkeypatch.setattr(
+        fused, "candidates", lambda *of: [Launch(64 if of[-1] <= 128 else 128, 1, 1)]
+    )
     # Once a launch is enough to patch the language: it does so again at each call of a function.
     monkeypatch.setattr(triton_kernels, "core", tl.core, raising=False)
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", lambda self, *args: self.rewrite()(*args))
+    monkeypatch.setattr(
+        interpreter.InterpretedFunction, "__call__", lambda self, *args: self.rewrite()(*args)
+    )
     builder = interpreter.interpreter_builder
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+    monkeypatch.setattr(
+        builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False)
+    )
 
 
 def covering(axes: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
@@ -103,7 +125,10 @@ def covering(axes: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
             for name, values in axes.items():
                 if name not in case:
                     case[name] = max(
-                        values, key=lambda x, name=name: sum(frozenset({(name, x), c}) in missing for c in case.items())
+                        values,
+                        key=lambda x, name=name: sum(
+                            frozenset({(name, x), c}) in missing for c in case.items()
+                        ),
                     )
             missing -= {frozenset(two) for two in itertools.combinations(case.items(), 2)}
             yield {name: case[name] for name in axes}
@@ -125,7 +150,9 @@ def visible(visibility: str, T: int) -> tuple[int, dict[str, Tensor]]:
         "holes": {"mask_BT": torch.rand(2, T, generator=generator) < 0.6},
         "empty": {"mask_BT": mask & torch.tensor([[False], [True]])},
         "documents": {"segment_ids_BT": documents, "mask_BT": mask},
-        "unordered documents": {"segment_ids_BT": documents[:, torch.randperm(T, generator=generator)]},
+        "unordered documents": {
+            "segment_ids_BT": documents[:, torch.randperm(T, generator=generator)]
+        },
     }[visibility]
 
 
@@ -151,7 +178,14 @@ def laid_out(joined: Tensor, layout: str) -> QKV:
 
 
 def check(
-    T: int, visibility: str, widths: str, pairs: str, dtypes: str, causal: bool, layout: str, scale: float = 1.0
+    T: int,
+    visibility: str,
+    widths: str,
+    pairs: str,
+    dtypes: str,
+    causal: bool,
+    layout: str,
+    scale: float = 1.0,
 ) -> None:
     B, arguments = visible(visibility, T)
     nan_BT = padding(B, T, arguments)
@@ -166,9 +200,14 @@ def check(
     student = (scale * tokens(B, T, student_E, student_dtype, nan_BT, 1)).requires_grad_()
     exact_student = student.detach().double().requires_grad_()
     expected = relation_loss(
-        laid_out(teacher.double(), layout), laid_out(exact_student, layout), **options, backend="reference"
+        laid_out(teacher.double(), layout),
+        laid_out(exact_student, layout),
+        **options,
+        backend="reference",
     )
-    found = relation_loss(laid_out(teacher, layout), laid_out(student, layout), **options, backend="triton")
+    found = relation_loss(
+        laid_out(teacher, layout), laid_out(student, layout), **options, backend="triton"
+    )
     torch.testing.assert_close(
         (found.total, found.by_pair),
         (expected.total, expected.by_pair),
@@ -184,7 +223,9 @@ def check(
     assert error <= GRAD_TOLERANCE[student_dtype] * scale**2 * expected_grad.norm() + 1e-9
 
 
-@pytest.mark.parametrize("case", list(covering(AXES)), ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.parametrize(
+    "case", list(covering(AXES)), ids=lambda case: "-".join(map(str, case.values()))
+)
 def test_kernels_equal_reference(case: dict[str, Any]) -> None:
     check(**case)
 
@@ -210,14 +251,17 @@ def test_tiles_that_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     padded = fused._tokens(keys_BT.where(keys_BT == 1, -1), torch.ones(1, 65), 16)
     assert (padded.end_BG - padded.first_BG).clamp(min=0).tolist() == [[0, 2, 2, 0, 0]]
     check(65, "documents", "16/6", "mixed", "fp32", False, "slices")
-    check(48, "all", "16/6", "mixed", "fp32", True, "slices")  # causal, with whole tiles in the future
+    # Causal, with whole tiles in the future.
+    check(48, "all", "16/6", "mixed", "fp32", True, "slices")
 
 
 def test_two_runs_are_bit_equal() -> None:
     teacher = tokens(2, 100, 16, torch.float16, torch.zeros(2, 100, dtype=torch.bool), 0)
     runs = []
     for _ in range(2):
-        student = tokens(2, 100, 6, torch.float16, torch.zeros(2, 100, dtype=torch.bool), 1).requires_grad_()
+        student = tokens(
+            2, 100, 6, torch.float16, torch.zeros(2, 100, dtype=torch.bool), 1
+        ).requires_grad_()
         loss = relation_loss(
             laid_out(teacher, "slices"),
             laid_out(student, "slices"),
@@ -236,19 +280,28 @@ ONE_WAY_AND_BOTH = [{"qq": 1.0, "qk": 0.5, "kq": 2.0}, {"qk": 1.0}, {"kq": 2.0}]
 @pytest.mark.parametrize("pairs", ONE_WAY_AND_BOTH, ids="-".join)
 @pytest.mark.parametrize("causal", [False, True])
 def test_normalisers_far_apart(causal: bool, pairs: dict[str, float]) -> None:
-    """Heads of which one's normalisers span 200 nats, where a product of factors would overflow, and one's few."""
+    """Heads of which one's normalisers span 200 nats, where a product of factors would overflow,
+    and one's few.
+    """
     ramp_T = torch.linspace(0.1, 10, 40)
     scale_TD = torch.cat([ramp_T[:, None].expand(40, 8), torch.full((40, 8), 0.5)], dim=1)
-    x = [torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(seed)) * scale_TD for seed in range(4)]
+    x = [
+        torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(seed)) * scale_TD
+        for seed in range(4)
+    ]
     normalisers_T = (x[0][0, :, :8] @ x[0][0, :, :8].T / 8**0.5).logsumexp(-1)
     assert normalisers_T.max() - normalisers_T.min() > 200
     teacher = QKV(x[0].to(DEVICE), x[1].to(DEVICE), x[1].to(DEVICE))
     student = QKV(*(y.to(DEVICE).requires_grad_() for y in (x[2], x[3], x[3])))
     exact = QKV(*(y.detach().double().requires_grad_() for y in student))
     options: dict[str, Any] = {"num_heads": 2, "pairs": pairs, "causal": causal}
-    expected = relation_loss(QKV(*(y.double() for y in teacher)), exact, **options, backend="reference")
+    expected = relation_loss(
+        QKV(*(y.double() for y in teacher)), exact, **options, backend="reference"
+    )
     found = relation_loss(teacher, student, **options, backend="triton")
-    torch.testing.assert_close(found.by_pair, expected.by_pair, rtol=1e-4, atol=0, check_dtype=False)
+    torch.testing.assert_close(
+        found.by_pair, expected.by_pair, rtol=1e-4, atol=0, check_dtype=False
+    )
     letters = sorted(set("".join(pairs)))
     for y, z in zip(
         torch.autograd.grad(found.total, [getattr(student, letter) for letter in letters]),
@@ -266,15 +319,24 @@ HIDING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["triton", pytest.param("sdpa", marks=pytest.mark.skipif(CUDA, reason="a GPU"))])
+@pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("sdpa", marks=pytest.mark.skipif(CUDA, reason="a GPU"))]
+)
 @pytest.mark.parametrize("pairs", [{"qk": 1.0}, {"kq": 1.0}, {"vk": 0.5, "qk": 1.0}], ids="-".join)
 @pytest.mark.parametrize("hiding", HIDING)
 def test_hidden_scores_do_not_count(hiding: str, pairs: dict[str, float], backend: str) -> None:
-    """The last token's key meets all queries but its own: 2^outlier times what a row's normaliser holds."""
-    arguments = {name: x if isinstance(x, bool) else x.to(DEVICE) for name, x in HIDING[hiding].items()}
+    """The last token's key meets all queries but its own: 2^outlier times what a row's normaliser
+    holds.
+    """
+    arguments = {
+        name: x if isinstance(x, bool) else x.to(DEVICE) for name, x in HIDING[hiding].items()
+    }
     options: dict[str, Any] = {"num_heads": 2, "pairs": pairs, **arguments}
     for outlier in (60.0, 90.0, 200.0):
-        x = [torch.randn(1, 24, 16, generator=torch.Generator().manual_seed(seed)) / 2 for seed in range(6)]
+        x = [
+            torch.randn(1, 24, 16, generator=torch.Generator().manual_seed(seed)) / 2
+            for seed in range(6)
+        ]
         for query, key in (x[:2], x[3:5]):
             query[..., 0] = 3.0
             query[:, -1] = 0.0
@@ -286,9 +348,13 @@ def test_hidden_scores_do_not_count(hiding: str, pairs: dict[str, float], backen
         teacher = QKV(*(y.to(DEVICE) for y in x[:3]))
         student = QKV(*(y.to(DEVICE).requires_grad_() for y in x[3:]))
         exact = QKV(*(y.detach().double().requires_grad_() for y in student))
-        expected = relation_loss(QKV(*(y.double() for y in teacher)), exact, **options, backend="reference")
+        expected = relation_loss(
+            QKV(*(y.double() for y in teacher)), exact, **options, backend="reference"
+        )
         found = relation_loss(teacher, student, **options, backend=backend)
-        torch.testing.assert_close(found.by_pair, expected.by_pair, rtol=1e-4, atol=1e-6, check_dtype=False)
+        torch.testing.assert_close(
+            found.by_pair, expected.by_pair, rtol=1e-4, atol=1e-6, check_dtype=False
+        )
         letters = sorted(set("".join(pairs)))
         for y, z in zip(
             torch.autograd.grad(found.total, [getattr(student, letter) for letter in letters]),
@@ -302,7 +368,9 @@ def test_the_backward_frees_what_the_loss_holds() -> None:
     teacher = QKV(*(torch.randn(1, 5, 8).to(DEVICE) for _ in range(3)))
     student = torch.randn(1, 5, 24, device=DEVICE, requires_grad=True)
     held = weakref.ref(teacher.q.untyped_storage())
-    loss = relation_loss(teacher, laid_out(student * 1, "slices"), num_heads=2, pairs={"qq": 1.0}, backend="triton")
+    loss = relation_loss(
+        teacher, laid_out(student * 1, "slices"), num_heads=2, pairs={"qq": 1.0}, backend="triton"
+    )
     del teacher
     assert held() is not None
     loss.total.backward()
@@ -321,7 +389,11 @@ def test_widths_that_differ_by_letter() -> None:
     grads = {}
     for backend in ("reference", "triton"):
         loss = relation_loss(
-            teacher, student, num_heads=R, pairs={"vk": 3.0, "qq": 1.0, "kk": 0.5, "kv": 0.0}, backend=backend
+            teacher,
+            student,
+            num_heads=R,
+            pairs={"vk": 3.0, "qq": 1.0, "kk": 0.5, "kv": 0.0},
+            backend=backend,
         )
         grads[backend] = loss, torch.autograd.grad(loss.total, (student.q, student.v))
     torch.testing.assert_close(grads["triton"], grads["reference"], rtol=1e-4, atol=1e-6)
@@ -330,7 +402,9 @@ def test_widths_that_differ_by_letter() -> None:
     assert not silent.total.requires_grad
 
 
-@pytest.mark.parametrize(("dtype", "D"), [(torch.float64, 8), (torch.float32, 2 * R * fused.MAX_HEAD_WIDTH)])
+@pytest.mark.parametrize(
+    ("dtype", "D"), [(torch.float64, 8), (torch.float32, 2 * R * fused.MAX_HEAD_WIDTH)]
+)
 def test_what_the_kernels_leave_to_reference(dtype: torch.dtype, D: int) -> None:
     x = torch.randn(1, 5, D, dtype=dtype, device=DEVICE)
     teacher, student = QKV(x, x, x), QKV(2 * x, x, x)
@@ -358,7 +432,9 @@ def test_winners_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         timed.append(launch)
         return {among[0]: 2.0, among[2]: 1.0}.get(launch, math.inf)
 
-    def winners(hardware: str = "one", file: Path = tmp_path / "cache" / "launches.json") -> Winners:
+    def winners(
+        hardware: str = "one", file: Path = tmp_path / "cache" / "launches.json"
+    ) -> Winners:
         return Winners(file, hardware)
 
     first = winners()
@@ -370,19 +446,29 @@ def test_winners_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     winners().choose("other key", among, seconds)
     assert timed == among * 3
     kept = json.loads((tmp_path / "cache" / "launches.json").read_text())
-    assert {hardware: list(keys) for hardware, keys in kept.items()} == {"one": ["key", "other key"], "two": ["key"]}
+    assert {hardware: list(keys) for hardware, keys in kept.items()} == {
+        "one": ["key", "other key"],
+        "two": ["key"],
+    }
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / "launches.json"]
 
     assert winners().choose("nothing runs", among, lambda _: math.inf) == among[0]
-    assert winners().choose("key", among[:2], seconds) == among[0], "a launch that is no longer in the table"
+    assert winners().choose("key", among[:2], seconds) == among[0], (
+        "a launch that is no longer in the table"
+    )
     (tmp_path / "cache" / "launches.json").write_text("{")
     assert winners().choose("key", among, seconds) == among[2]
-    assert winners(file=tmp_path / "cache" / "launches.json" / "below").choose("key", among, seconds) == among[2]
+    assert (
+        winners(file=tmp_path / "cache" / "launches.json" / "below").choose("key", among, seconds)
+        == among[2]
+    )
     assert "kernel launches are measured again in the next run" in caplog.text
 
 
 def test_candidates_suit_the_length() -> None:
-    for kernel, width, in_float32 in itertools.product(("forward", "backward"), (4, 16, 64, 128), (False, True)):
+    for kernel, width, in_float32 in itertools.product(
+        ("forward", "backward"), (4, 16, 64, 128), (False, True)
+    ):
         assert candidates(kernel, width, in_float32, 512)
         assert {launch.block for launch in candidates(kernel, width, in_float32, 7)} <= {16, 32}
 
@@ -429,7 +515,9 @@ print(json.dumps(found))
 
 
 def compiled(capability: int, cases: list[Any], folder: Path) -> list[dict[str, Any]]:
-    """Compile the backend's launches as it makes them, without a GPU, and return what the kernels use."""
+    """Compile the backend's launches as it makes them, without a GPU, and return what the kernels
+    use.
+    """
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-W", "error", "-c", COMPILE_SCRIPT, json.dumps([capability, cases])]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -475,7 +563,10 @@ def test_nothing_waits_for_the_gpu() -> None:
             torch.cuda.set_sync_debug_mode(mode)
             try:
                 student = x.detach().clone().requires_grad_()
-                told: list[dict[str, Any]] = [{"mask_BT": mask, "segment_ids_BT": mask.int()}, {"cu_seqlens": bounds}]
+                told: list[dict[str, Any]] = [
+                    {"mask_BT": mask, "segment_ids_BT": mask.int()},
+                    {"cu_seqlens": bounds},
+                ]
                 for arguments in told:
                     one = slice(None) if "mask_BT" in arguments else slice(1)
                     relation_loss(

@@ -23,7 +23,9 @@ from scaledistill.distributed.watchdog import Beat, Unchanged, Watchdog
 from scaledistill.errors import DataError, PeerError
 from scaledistill.run.resume_hint import resume_hint
 
-LOST_PEER = RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+LOST_PEER = RuntimeError(
+    "[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"
+)
 
 
 class Clock:
@@ -34,12 +36,20 @@ class Clock:
 
 
 class Ranked(Watchdog):
-    """A rank's watchdog without its threads: `go_round` calls `_round`. While one waits, the living ones beat."""
+    """A rank's watchdog without its threads: `go_round` calls `_round`. While one waits, the living
+    ones beat.
+    """
 
     living: list[Ranked]
 
     def __init__(
-        self, rank: int, world_size: int, store: dist.Store, folder: Path, clock: Clock, **limits: int
+        self,
+        rank: int,
+        world_size: int,
+        store: dist.Store,
+        folder: Path,
+        clock: Clock,
+        **limits: int,
     ) -> None:
         self.ended: list[int] = []
         self.told: list[str] = []
@@ -47,7 +57,9 @@ class Ranked(Watchdog):
         limits = {"lost_rank_seconds": 10, "timeout_seconds": 60} | limits
         settings = RunSettings(folder=str(folder), **limits)
         hint = partial(resume_hint, folder)
-        super().__init__(ranks, settings, store=store, clock=clock, leave=self.ended.append, resume_hint=hint)
+        super().__init__(
+            ranks, settings, store=store, clock=clock, leave=self.ended.append, resume_hint=hint
+        )
         self.tell = self.told.append
         self._over.wait = self._wait  # type: ignore[method-assign,assignment]
 
@@ -68,7 +80,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def make(tmp_path: Path, clock: Clock) -> Callable[..., list[Ranked]]:
     store = dist.HashStore()
-    return lambda number, **limits: [Ranked(rank, number, store, tmp_path, clock, **limits) for rank in range(number)]
+    return lambda number, **limits: [
+        Ranked(rank, number, store, tmp_path, clock, **limits) for rank in range(number)
+    ]
 
 
 def go_round(dogs: list[Ranked], clock: Clock, seconds: float, moving: bool = True) -> None:
@@ -96,7 +110,10 @@ def test_unchanged(clock: Clock) -> None:
 
 
 def test_a_silent_rank_is_named_by_its_neighbour(
-    make: Callable[..., list[Ranked]], clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make: Callable[..., list[Ranked]],
+    clock: Clock,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     dogs = make(3)
     (tmp_path / "checkpoints" / "step-000000005").mkdir(parents=True)
@@ -114,9 +131,9 @@ def test_a_silent_rank_is_named_by_its_neighbour(
     assert dogs[0].ended == [3]
     host = os.uname().nodename
     message = (
-        f"rank 2 on {host} is lost: not heard of for 10 s (run.lost_rank_seconds=10): killed, stopped, or the machine "
-        "or its network is gone; last seen at step 7, 'teacher'; rerun the same command to resume from the checkpoint "
-        "of step 5"
+        f"rank 2 on {host} is lost: not heard of for 10 s (run.lost_rank_seconds=10): killed, "
+        "stopped, or the machine or its network is gone; last seen at step 7, 'teacher'; rerun the "
+        "same command to resume from the checkpoint of step 5"
     )
     assert (dogs[0].told, dogs[1].told) == ([message], []), "the lowest rank that is left speaks"
     assert [record.message for record in caplog.records] == [message]
@@ -152,7 +169,9 @@ def test_a_rank_that_is_done_is_not_lost(make: Callable[..., list[Ranked]], cloc
     assert not dogs[0].ended
 
 
-def test_a_stall_names_who_is_behind(make: Callable[..., list[Ranked]], clock: Clock, tmp_path: Path) -> None:
+def test_a_stall_names_who_is_behind(
+    make: Callable[..., list[Ranked]], clock: Clock, tmp_path: Path
+) -> None:
     dogs = make(3, timeout_seconds=30)
     go_round(dogs, clock, 2)
     for dog in (dogs[0], dogs[2]):
@@ -161,17 +180,23 @@ def test_a_stall_names_who_is_behind(make: Callable[..., list[Ranked]], clock: C
     assert not any(dog.ended for dog in dogs)
     go_round(dogs, clock, 4, moving=False)
     assert dogs[0].told == [
-        f"no progress for 30 s (run.timeout_seconds=30): rank 1 on {os.uname().nodename} stands at step 7, 'teacher'; "
-        f"what the ranks were doing is in {tmp_path / 'stacks'}; no checkpoint was saved yet: rerun the same command "
-        "to start from the beginning"
+        f"no progress for 30 s (run.timeout_seconds=30): rank 1 on {os.uname().nodename} stands at "
+        f"step 7, 'teacher'; what the ranks were doing is in {tmp_path / 'stacks'}; no checkpoint "
+        "was saved yet: rerun the same command to start from the beginning"
     ]
     for dog in dogs[1:]:
         dog._round()
         assert dog.ended == [3]
-    assert {path.name for path in (tmp_path / "stacks").iterdir()} == {"rank-0.txt", "rank-1.txt", "rank-2.txt"}
+    assert {path.name for path in (tmp_path / "stacks").iterdir()} == {
+        "rank-0.txt",
+        "rank-1.txt",
+        "rank-2.txt",
+    }
 
 
-def test_a_rank_that_works_while_others_wait_is_no_stall(make: Callable[..., list[Ranked]], clock: Clock) -> None:
+def test_a_rank_that_works_while_others_wait_is_no_stall(
+    make: Callable[..., list[Ranked]], clock: Clock
+) -> None:
     dogs = make(2, timeout_seconds=30)
     for _ in range(100):
         dogs[1].at("student")
@@ -188,7 +213,9 @@ def test_all_stand_at_one_place(make: Callable[..., list[Ranked]], clock: Clock)
 
 
 @pytest.mark.parametrize("left", ["failed", ""])
-def test_a_collective_that_lost_a_peer(left: str, make: Callable[..., list[Ranked]], clock: Clock) -> None:
+def test_a_collective_that_lost_a_peer(
+    left: str, make: Callable[..., list[Ranked]], clock: Clock
+) -> None:
     dogs = make(3)
     go_round(dogs, clock, 2)
     dogs[0]._left = left
@@ -200,8 +227,8 @@ def test_a_collective_that_lost_a_peer(left: str, make: Callable[..., list[Ranke
         dog._round()
         assert not dog.ended, "its main thread ends it"
     message = (
-        f"rank 0 on {os.uname().nodename} is lost: it ended or was killed; last seen at step 7, 'teacher'; no "
-        "checkpoint was saved yet: rerun the same command to start from the beginning"
+        f"rank 0 on {os.uname().nodename} is lost: it ended or was killed; last seen at step 7, "
+        "'teacher'; no checkpoint was saved yet: rerun the same command to start from the beginning"
     )
     with pytest.raises(DataError, match=message), dogs[1].naming_lost_ranks():
         raise LOST_PEER
@@ -209,7 +236,9 @@ def test_a_collective_that_lost_a_peer(left: str, make: Callable[..., list[Ranke
         raise LOST_PEER
 
 
-def test_an_error_of_a_collective_with_all_ranks_there(make: Callable[..., list[Ranked]], clock: Clock) -> None:
+def test_an_error_of_a_collective_with_all_ranks_there(
+    make: Callable[..., list[Ranked]], clock: Clock
+) -> None:
     dogs = make(2)
     go_round(dogs, clock, 2)
     dogs[0]._asked.set()
@@ -243,9 +272,10 @@ def test_a_store_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         assert ended.wait(10)
     assert time.monotonic() - started < 4
     assert caplog.messages == [
-        f"rank 0 on {os.uname().nodename}, which holds the job's store, does not answer any more (run.lost_rank_seconds"
-        "=1): killed, stopped, or the machine or its network is gone; this rank was at step 5, 'backward'; no "
-        "checkpoint was saved yet: rerun the same command to start from the beginning"
+        f"rank 0 on {os.uname().nodename}, which holds the job's store, does not answer any more "
+        "(run.lost_rank_seconds=1): killed, stopped, or the machine or its network is gone; this "
+        "rank was at step 5, 'backward'; no checkpoint was saved yet: rerun the same command to "
+        "start from the beginning"
     ]
 
 
@@ -285,7 +315,8 @@ def distil_in_folder(tree: dict[str, Any], folder: Path) -> None:
     [
         (signal.SIGSTOP, 0),
         (signal.SIGKILL, 1),
-        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.full),  # a case of the fault suite's short form too
+        # A case of the fault suite's short form too.
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.full),
     ],
 )
 def test_a_rank_is_hit(
@@ -298,7 +329,10 @@ def test_a_rank_is_hit(
     hit, other = job.processes[rank], job.processes[1 - rank]
     try:
         deadline = time.monotonic() + 60
-        while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 3:
+        while (
+            not (folder / "metrics.jsonl").exists()
+            or len((folder / "metrics.jsonl").read_text().splitlines()) < 3
+        ):
             assert time.monotonic() < deadline, (tmp_path / "words-0").read_text()
             time.sleep(0.05)
         os.kill(int((tmp_path / f"pid-{rank}").read_text()), number)

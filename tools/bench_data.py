@@ -1,4 +1,6 @@
-"""Measure how fast one process reads shards: order, block reads, crc, gather, conversion to int64, prefetch thread."""
+"""Measure how fast one process reads shards: order, block reads, crc, gather, conversion to int64,
+prefetch thread.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,26 @@ SEQUENCE_LENGTHS = (128, 512)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--tokens", type=int, default=2**27, help="tokens of the synthetic shards (default: %(default)s)"
+        "--tokens",
+        type=int,
+        default=2**27,
+        help="tokens of the synthetic shards (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch-tokens", type=int, default=2**15, help="tokens of a micro-batch (default: %(default)s)"
+        "--batch-tokens",
+        type=int,
+        default=2**15,
+        help="tokens of a micro-batch (default: %(default)s)",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="epochs measured, each by a new reader (default: 5)")
-    parser.add_argument("--folder", type=Path, help="make the temporary shards here: the disk to measure")
-    parser.add_argument("--warm", action="store_true", help="leave the files in the page cache between the repeats")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="epochs measured, each by a new reader (default: 5)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="make the temporary shards here: the disk to measure"
+    )
+    parser.add_argument(
+        "--warm", action="store_true", help="leave the files in the page cache between the repeats"
+    )
     add_options(parser)
     return parser.parse_args()
 
@@ -41,8 +55,12 @@ def main() -> int:
         tokenizer = {"name": "synthetic", "sha256": "0" * 64}
         generator = np.random.default_rng(0)
         rows = 16_384
-        spans = [(row, start, end) for row in range(rows) for start, end in ((0, T // 3), (T // 3, T))]
-        with ShardWriter(folder, sequence_length=T, vocab_size=30_522, tokenizer=tokenizer, pad_token_id=0) as writer:
+        spans = [
+            (row, start, end) for row in range(rows) for start, end in ((0, T // 3), (T // 3, T))
+        ]
+        with ShardWriter(
+            folder, sequence_length=T, vocab_size=30_522, tokenizer=tokenizer, pad_token_id=0
+        ) as writer:
             for _ in range(max(1, options.tokens // T // rows)):
                 writer.write(generator.integers(0, 30_522, (rows, T), np.uint16), np.array(spans))
         return writer.close()
@@ -65,7 +83,8 @@ def main() -> int:
 
     report = Report()
     table = report.table(
-        "Reading shards, one process, whole epochs", ("tokens per row", "tokens/s", "lowest", "highest")
+        "Reading shards, one process, whole epochs",
+        ("tokens per row", "tokens/s", "lowest", "highest"),
     )
     for T in SEQUENCE_LENGTHS:
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -77,7 +96,9 @@ def main() -> int:
                     forget(folder)
                 rates.append(read_epoch(folder, T))
         median = report.add(f"data/{T}/tokens_per_second", rates, "tokens/s")
-        table.rows.append((str(T), *(f"{rate / 1e6:.1f} M" for rate in (median, min(rates), max(rates)))))
+        table.rows.append(
+            (str(T), *(f"{rate / 1e6:.1f} M" for rate in (median, min(rates), max(rates))))
+        )
     report.publish(options)
     return 0
 

@@ -1,7 +1,9 @@
-"""bertdistiller for tools/bench_step.py: its virtual environment, and, run inside it, its own trainer as a worker.
+"""bertdistiller for tools/bench_step.py: its virtual environment, and, run inside it, its own
+trainer as a worker.
 
-It needs transformers < 5, hence the environment. The worker is its `MiniLMTrainer` under `Trainer.train` with nothing
-logged or saved; one turn is one pass of that loop, from fetching the batch to behind the optimizer's step.
+It needs transformers < 5, hence the environment. The worker is its `MiniLMTrainer` under
+`Trainer.train` with nothing logged or saved; one turn is one pass of that loop, from fetching the
+batch to behind the optimizer's step.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from typing import Any
 VERSION = "0.1.1"
 VARIANTS = {"bertdistiller": False, "bertdistiller_bf16": True}
 """By the name in the figures: whether it runs under bf16 autocast."""
-QUERY = "from importlib.metadata import version as v; print(*map(v, ('bertdistiller', 'torch', 'transformers')))"
+QUERY = (
+    "from importlib.metadata import version as v; print(*map(v, ('bertdistiller', 'torch', "
+    "'transformers')))"
+)
 
 
 class PeerError(RuntimeError):
@@ -37,28 +42,34 @@ def default_environment() -> Path:
 
 
 def ready_python(folder: Path) -> Path:
-    """Return the interpreter of the virtual environment in `folder`, made or completed first where it has to be.
+    """Return the interpreter of the virtual environment in `folder`, made or completed first where
+    it has to be.
 
     Raises:
         PeerError: it cannot be had, or holds other versions.
     """
     python = folder / "bin" / "python"
     if _versions(python) is None:
-        print(f"installing bertdistiller {VERSION} and torch {our_torch()} into {folder}: minutes", file=sys.stderr)
+        print(
+            f"installing bertdistiller {VERSION} and torch {our_torch()} into {folder}: minutes",
+            file=sys.stderr,
+        )
         wanted = [f"bertdistiller=={VERSION}", f"torch=={our_torch()}", "transformers<5"]
         _install([sys.executable, "-m", "venv", str(folder)])
         _install([str(python), "-m", "pip", "install", "--quiet", *wanted])
     found = _versions(python)
     if found is None or found[:2] != [VERSION, our_torch()] or int(found[2].partition(".")[0]) >= 5:
         raise PeerError(
-            f"{folder} has bertdistiller, torch, transformers {found}; expected {VERSION}, {our_torch()} and one below "
-            "5; remove it, or name another folder by --peer-venv"
+            f"{folder} has bertdistiller, torch, transformers {found}; expected {VERSION}, "
+            f"{our_torch()} and one below 5; remove it, or name another folder by --peer-venv"
         )
     return python
 
 
 def _versions(python: Path) -> list[str] | None:
-    """Return the versions of bertdistiller, torch (without its build) and transformers; None where one is missing."""
+    """Return the versions of bertdistiller, torch (without its build) and transformers; None where
+    one is missing.
+    """
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         done = subprocess.run([python, "-c", QUERY], capture_output=True, text=True, check=True)
         return [word.partition("+")[0] for word in done.stdout.split()]
@@ -70,8 +81,9 @@ def _install(command: list[str]) -> None:
     if done.returncode:
         words = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise PeerError(
-            f"no environment for bertdistiller: {' '.join(command)}: {words[-1] if words else 'failed'}. Make one "
-            "where there is a package index and name its folder by --peer-venv, or measure without it: --no-peer"
+            f"no environment for bertdistiller: {' '.join(command)}: "
+            f"{words[-1] if words else 'failed'}. Make one where there is a package index and name "
+            "its folder by --peer-venv, or measure without it: --no-peer"
         )
 
 
@@ -93,7 +105,9 @@ def train(spec: dict[str, Any], turns: Any) -> None:
     class Trainer(MiniLMTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             # On GPUs bf16=True alone leaves the teacher and the loss in fp32.
-            with torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16, enabled=spec["arguments"]["bf16"]):
+            with torch.autocast(
+                "cuda" if on_gpu else "cpu", torch.bfloat16, enabled=spec["arguments"]["bf16"]
+            ):
                 loss = super().compute_loss(*args, **kwargs)
             losses.append(loss.detach())
             return loss
@@ -114,7 +128,11 @@ def train(spec: dict[str, Any], turns: Any) -> None:
                 if on_gpu
                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
             )
-            turns.answer(seconds=seconds, loss=torch.stack(losses).float().mean().item(), peak_memory_bytes=peak)
+            turns.answer(
+                seconds=seconds,
+                loss=torch.stack(losses).float().mean().item(),
+                peak_memory_bytes=peak,
+            )
             losses.clear()
             self.await_turn()
 
@@ -123,7 +141,8 @@ def train(spec: dict[str, Any], turns: Any) -> None:
             self.start = time.perf_counter()
 
     teacher = AutoModel.from_pretrained(spec["teacher"])
-    teacher.config.architectures = ["BertForMaskedLM"]  # the one name that it takes, for the same encoder
+    # The one name that it takes, for the same encoder.
+    teacher.config.architectures = ["BertForMaskedLM"]
     arguments = MiniLMTrainingArguments(
         **spec["arguments"],
         relations={(a, b): weight for a, b, weight in spec["relations"]},
@@ -136,12 +155,17 @@ def train(spec: dict[str, Any], turns: Any) -> None:
     )
     student = AutoModel.from_pretrained(spec["student"])
     Trainer(
-        model=student, teacher_model=teacher, args=arguments, train_dataset=rows, callbacks=[OneStepPerTurn()]
+        model=student,
+        teacher_model=teacher,
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[OneStepPerTurn()],
     ).train()
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parent.parent))  # last: this environment's packages come first
+    # Last: this environment's packages come first.
+    sys.path.append(str(Path(__file__).parent.parent))
     from scaledistill.metrics.benchmark import Turns
 
     train(json.loads(Path(sys.argv[1]).read_text()), Turns())

@@ -1,9 +1,13 @@
-"""Measure the relation loss alone, forward and backward: time, peak memory and error of each backend.
+"""Measure the relation loss alone, forward and backward: time, peak memory and error of each
+backend.
 
-Teachers are as wide as they come with so many relation heads: 1024 with 64, 768 with 12 and 48; the student's width is
-384. Q, K and V are slices of one random tensor, as models give them. A step has the same number of tokens at all
-lengths, one sequence at least. Backends take turns; the ratios are those of 64 heads. The error is against `reference`
-in float64, of loss and gradients, on one sequence and two heads (heads are independent) at whole length.
+Teachers are as wide as they come with so many relation heads: 1024 with 64, 768 with 12 and 48; the
+student's width is
+384. Q, K and V are slices of one random tensor, as models give them. A step has the same number of
+     tokens at all
+lengths, one sequence at least. Backends take turns; the ratios are those of 64 heads. The error is
+against `reference` in float64, of loss and gradients, on one sequence and two heads (heads are
+independent) at whole length.
 """
 
 from __future__ import annotations
@@ -31,16 +35,26 @@ REFERENCE_MAPS = 10
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 1024, 2048], metavar="T")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[128, 512, 1024, 2048], metavar="T"
+    )
     parser.add_argument("--heads", type=int, nargs="+", default=[12, 48, 64], metavar="R")
-    parser.add_argument("--tokens", type=int, metavar="N", help="tokens of a step (default: 1024, on a GPU 16384)")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="tokens of a step (default: 1024, on a GPU 16384)"
+    )
     parser.add_argument(
         "--backends", nargs="+", metavar="NAME",
         help="of reference, compiled_reference (torch.compile), sdpa, triton (default: those that run here; on a CPU "
         "without compiled_reference)",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of Q, K, V (default: fp32, on a GPU bf16)")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="of Q, K, V (default: fp32, on a GPU bf16)",
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--max-seconds", type=float, default=15, metavar="S",
@@ -56,7 +70,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, that measures memory on CPUs, tells when it starts
+    # The profiler, that measures memory on CPUs, tells when it starts.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
     import torch
 
@@ -69,7 +84,9 @@ def main() -> int:
         options.dtype or ("bf16" if gpu else "fp32")
     ]
     tokens = options.tokens or (16_384 if gpu else 1024)
-    backends = options.backends or (["reference", "compiled_reference", "triton"] if gpu else ["reference", "sdpa"])
+    backends = options.backends or (
+        ["reference", "compiled_reference", "triton"] if gpu else ["reference", "sdpa"]
+    )
     limit = options.max_map_bytes or (0.8 * torch.cuda.mem_get_info()[0] if gpu else 4e9)
     result = Result(backends, str(dtype).removeprefix("torch."))
     for T in options.lengths:
@@ -103,7 +120,9 @@ class Case:
         torch.manual_seed(0)
         self._num_heads, self._device = R, device
         widths = (768 if R in (12, 48) else 16 * R, STUDENT_WIDTH)
-        self._teacher, self._student = (torch.randn(B, T, 3 * width, device=device, dtype=dtype) for width in widths)
+        self._teacher, self._student = (
+            torch.randn(B, T, 3 * width, device=device, dtype=dtype) for width in widths
+        )
 
     def seconds(self, backend: str) -> float:
         """Return what a forward and backward takes."""
@@ -114,30 +133,44 @@ class Case:
         return time.perf_counter() - start
 
     def peak_memory_bytes(self, backend: str) -> int:
-        """Return the most that a forward and backward holds beside its inputs, as PyTorch's allocators see it."""
+        """Return the most that a forward and backward holds beside its inputs, as PyTorch's
+        allocators see it.
+        """
         import torch
 
         if self._device.type == "cuda":
-            self._loss_and_grad(backend, self._teacher, self._student, self._num_heads)  # compiles, tunes
+            # Compiles, tunes.
+            self._loss_and_grad(backend, self._teacher, self._student, self._num_heads)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             self._loss_and_grad(backend, self._teacher, self._student, self._num_heads)
             return torch.cuda.max_memory_allocated() - before
         with torch.profiler.profile(profile_memory=True) as profile:
             self._loss_and_grad(backend, self._teacher, self._student, self._num_heads)
-        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        events = [
+            event
+            for event in profile.profiler.kineto_results.events()
+            if event.name() == "[memory]"
+        ]
         changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
         return max(itertools.accumulate(changes))
 
     def error(self, backend: str) -> float:
-        """Return the relative error of the loss or the largest one of the gradients, whichever is more."""
+        """Return the relative error of the loss or the largest one of the gradients, whichever is
+        more.
+        """
         teacher, student = (
             x.unflatten(-1, (3, self._num_heads, -1))[:1, :, :, :ERROR_HEADS].flatten(2)
             for x in (self._teacher, self._student)
         )
         loss, grad = self._loss_and_grad(backend, teacher, student, ERROR_HEADS)
-        true_loss, true_grad = self._loss_and_grad("reference", teacher.double(), student.double(), ERROR_HEADS)
-        errors = (loss - true_loss).abs() / true_loss, (grad - true_grad).abs().max() / true_grad.abs().max()
+        true_loss, true_grad = self._loss_and_grad(
+            "reference", teacher.double(), student.double(), ERROR_HEADS
+        )
+        errors = (
+            (loss - true_loss).abs() / true_loss,
+            (grad - true_grad).abs().max() / true_grad.abs().max(),
+        )
         return max(error.item() for error in errors)
 
     def _loss_and_grad(
@@ -164,10 +197,21 @@ class Result:
     def __init__(self, backends: Sequence[str], dtype: str) -> None:
         self.report = Report()
         self._backends = backends
-        columns = ("sequences x tokens", "heads", "backend", "time", "peak memory", "error", "rounds")
-        self._cases = self.report.table(f"Relation loss, forward and backward, {dtype}, medians", columns)
+        columns = (
+            "sequences x tokens",
+            "heads",
+            "backend",
+            "time",
+            "peak memory",
+            "error",
+            "rounds",
+        )
+        self._cases = self.report.table(
+            f"Relation loss, forward and backward, {dtype}, medians", columns
+        )
         self._ratios = self.report.table(
-            f"Side by side, {RATIO_HEADS} heads", ("sequences x tokens", "backend", "against", "speed", "memory")
+            f"Side by side, {RATIO_HEADS} heads",
+            ("sequences x tokens", "backend", "against", "speed", "memory"),
         )
 
     def add(
@@ -178,25 +222,41 @@ class Result:
         memory: Mapping[str, int],
         errors: Mapping[str, float],
     ) -> None:
-        """Add a case: what each backend took, by its name; a backend that is not there was left out."""
+        """Add a case: what each backend took, by its name; a backend that is not there was left
+        out.
+        """
         for name in self._backends:
             row = [shape, str(num_heads), name]
             if name not in seconds:
                 self._cases.rows.append([*row, "left out", "maps too large", "", ""])
                 continue
             prefix = f"relations/{name}/{shape}/{num_heads}"
-            ms = self.report.add(f"{prefix}/milliseconds", [1000 * each for each in seconds[name]], "ms")
+            ms = self.report.add(
+                f"{prefix}/milliseconds", [1000 * each for each in seconds[name]], "ms"
+            )
             peak = self.report.add(f"{prefix}/peak_memory_bytes", memory[name], "bytes")
             error = self.report.add(f"{prefix}/error", errors[name], "fraction")
             self._cases.rows.append(
-                [*row, f"{ms:,.1f} ms", f"{peak / 1e6:,.1f} MB", f"{error:.1e}", str(len(seconds[name]))]
+                [
+                    *row,
+                    f"{ms:,.1f} ms",
+                    f"{peak / 1e6:,.1f} MB",
+                    f"{error:.1e}",
+                    str(len(seconds[name])),
+                ]
             )
         for name, base in itertools.product(seconds, seconds) if num_heads == RATIO_HEADS else ():
             if base.endswith("reference") and not name.endswith("reference"):
                 prefix = f"relations/{name}/{shape}"
-                speedup = self.report.add(f"{prefix}/speedup_vs_{base}", ratios(seconds[base], seconds[name]), "x")
-                saving = self.report.add(f"{prefix}/memory_vs_{base}", memory[base] / memory[name], "x")
-                self._ratios.rows.append([shape, name, base, f"{speedup:.1f}x as fast", f"{saving:.1f}x less"])
+                speedup = self.report.add(
+                    f"{prefix}/speedup_vs_{base}", ratios(seconds[base], seconds[name]), "x"
+                )
+                saving = self.report.add(
+                    f"{prefix}/memory_vs_{base}", memory[base] / memory[name], "x"
+                )
+                self._ratios.rows.append(
+                    [shape, name, base, f"{speedup:.1f}x as fast", f"{saving:.1f}x less"]
+                )
 
 
 if __name__ == "__main__":

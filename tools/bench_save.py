@@ -1,7 +1,8 @@
-"""Measure what a checkpoint costs the training loop: the pause, steps beside the write against steps without, memory.
+"""Measure what a checkpoint costs the training loop: the pause, steps beside the write against
+steps without, memory.
 
-The real loop on random models of the configuration's student and a teacher of `--teacher` layers and width, with saves
-every few steps. Exit code 1 if a pause is longer than a step.
+The real loop on random models of the configuration's student and a teacher of `--teacher` layers
+and width, with saves every few steps. Exit code 1 if a pause is longer than a step.
 """
 
 from __future__ import annotations
@@ -24,18 +25,37 @@ TOOLS = Path(__file__).parent
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=_shape, default=(8, 128), metavar="BxT", help="sequences x tokens of a step")
-    parser.add_argument(
-        "--teacher", type=_shape, default=(24, 1024), metavar="LxD", help="layers x width (default: 24x1024)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=TOOLS.parent / "configs" / "large_to_l6.json", metavar="FILE")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a setting"
+        "--shape", type=_shape, default=(8, 128), metavar="BxT", help="sequences x tokens of a step"
+    )
+    parser.add_argument(
+        "--teacher",
+        type=_shape,
+        default=(24, 1024),
+        metavar="LxD",
+        help="layers x width (default: 24x1024)",
+    )
+    parser.add_argument(
+        "--config", type=Path, default=TOOLS.parent / "configs" / "large_to_l6.json", metavar="FILE"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a setting",
     )
     parser.add_argument("--saves", type=int, default=3, help="saves measured (default: 3)")
-    parser.add_argument("--every", type=int, default=4, help="steps from one save to the next (default: 4)")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="make models, shards and checkpoints here")
+    parser.add_argument(
+        "--every", type=int, default=4, help="steps from one save to the next (default: 4)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="make models, shards and checkpoints here"
+    )
     add_options(parser)
     options = parser.parse_args()
     options.shapes, options.teacher_dtype, options.precision = [options.shape], "auto", "auto"
@@ -63,7 +83,9 @@ def main() -> int:
                 (median, min(values), max(values))]  # fmt: skip
         table.rows.append((figure.replace("_", " "), *told))
     report.publish(options)
-    pause, step = (statistics.median(figures[name][1]) for name in ("pause_seconds", "step_seconds"))
+    pause, step = (
+        statistics.median(figures[name][1]) for name in ("pause_seconds", "step_seconds")
+    )
     return int(pause > step)
 
 
@@ -75,7 +97,9 @@ def measure(config: Any, saves: int, every: int) -> dict[str, tuple[str, list[fl
     from scaledistill.training.session import open_session
     from scaledistill.training.step import train_step
 
-    found: dict[str, list[float]] = {name: [] for name in ("pause", "write", "beside", "without", "growth")}
+    found: dict[str, list[float]] = {
+        name: [] for name in ("pause", "write", "beside", "without", "growth")
+    }
     with process_group(config.run.timeout_seconds) as ranks:
         session = open_session(resolve(config, ranks.world_size, ranks.device), ranks, resume=False)
         watch, memory = Stopwatch(ranks.device), Memory()

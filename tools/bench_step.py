@@ -1,9 +1,11 @@
-"""Measure a whole optimizer step: data, teacher, student, loss, backward, clipping, AdamW; beside bertdistiller's.
+"""Measure a whole optimizer step: data, teacher, student, loss, backward, clipping, AdamW; beside
+bertdistiller's.
 
-Teacher and student have random weights, of BERT-large's shape and of that in the configuration. Both sides start from
-the same files and get the same tokens in the same order; each is a process of its own, and they step in turn.
-bertdistiller runs in a virtual environment that this tool makes, as shipped (fp32) and under bf16 autocast. Exit code 3
-if it could not be measured: the figures of ours are there all the same.
+Teacher and student have random weights, of BERT-large's shape and of that in the configuration.
+Both sides start from the same files and get the same tokens in the same order; each is a process of
+its own, and they step in turn. bertdistiller runs in a virtual environment that this tool makes, as
+shipped (fp32) and under bf16 autocast. Exit code 3 if it could not be measured: the figures of ours
+are there all the same.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 from bench_peer import VARIANTS, PeerError, default_environment, ready_python
 
-from scaledistill.metrics.benchmark import Report, Turns, Worker, WorkerError, add_options, in_turn, ratios
+from scaledistill.metrics.benchmark import (
+    Report,
+    Turns,
+    Worker,
+    WorkerError,
+    add_options,
+    in_turn,
+    ratios,
+)
 
 if TYPE_CHECKING:
     from scaledistill.config.schema import DistillConfig
@@ -33,7 +43,9 @@ DATA_STEPS = 16
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     def option(name: str, text: str, **settings: Any) -> None:
         parser.add_argument(name, help=text, **settings)
@@ -46,9 +58,25 @@ def parse_arguments() -> argparse.Namespace:
            default=TOOLS.parent / "configs" / "large_to_l6.json", metavar="FILE")  # fmt: skip
     option("--set", "override one of them; repeatable", action="append", default=[], metavar="KEY=VALUE",
            dest="overrides")  # fmt: skip
-    option("--teacher-dtype", "ours: precision of the teacher (default: %(default)s)", default="auto", metavar="DTYPE")
-    option("--precision", "ours: precision of the student (default: %(default)s)", default="auto", metavar="DTYPE")
-    option("--warmup", "steps of each side that do not count (default: %(default)s)", type=int, default=2, metavar="N")
+    option(
+        "--teacher-dtype",
+        "ours: precision of the teacher (default: %(default)s)",
+        default="auto",
+        metavar="DTYPE",
+    )
+    option(
+        "--precision",
+        "ours: precision of the student (default: %(default)s)",
+        default="auto",
+        metavar="DTYPE",
+    )
+    option(
+        "--warmup",
+        "steps of each side that do not count (default: %(default)s)",
+        type=int,
+        default=2,
+        metavar="N",
+    )
     option("--rounds", "rounds that count (default: 5, on a GPU 20)", type=int, metavar="N")
     option("--max-seconds", "a side whose steps of a shape add up to this sits out further rounds (default: 120)",
            type=float, default=120, metavar="S")  # fmt: skip
@@ -83,11 +111,14 @@ def main() -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out
+        # DeepSpeed warns where it has to find that out.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     options.shapes = options.shapes or ([(256, 128), (256, 512)] if gpu else [(8, 128), (2, 512)])
     options.rounds = options.rounds or (20 if gpu else 5)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    result = Result({name: measured_matrix_rate(device, dtype) for name, dtype in dtypes.items()}, PHASES)
+    result = Result(
+        {name: measured_matrix_rate(device, dtype) for name, dtype in dtypes.items()}, PHASES
+    )
     problems: list[str] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder, python = Path(name), None
@@ -129,12 +160,18 @@ def configure(options: argparse.Namespace, folder: Path, shape: tuple[int, int])
         "train.global_batch_size": B,
         "train.precision": options.precision,
     }
-    micro = f"train.micro_batch_size={min(B, 32)}"  # the presets' 32 would be refused for a smaller batch
-    return load_config(options.config, [micro, *options.overrides, *(f"{key}={value}" for key, value in ours.items())])
+    # The presets' 32 would be refused for a smaller batch.
+    micro = f"train.micro_batch_size={min(B, 32)}"
+    return load_config(
+        options.config,
+        [micro, *options.overrides, *(f"{key}={value}" for key, value in ours.items())],
+    )
 
 
 def write_models(options: argparse.Namespace, folder: Path) -> None:
-    """Write a random teacher and a random student. Without dropout: bertdistiller would apply it, ours does not."""
+    """Write a random teacher and a random student. Without dropout: bertdistiller would apply it,
+    ours does not.
+    """
     import torch
     from transformers import BertConfig
 
@@ -162,28 +199,46 @@ def write_models(options: argparse.Namespace, folder: Path) -> None:
 
 
 def write_rows(config: DistillConfig, tokens_file: Path) -> None:
-    """Write shards of random tokens, and the same rows in the order of our steps for bertdistiller."""
+    """Write shards of random tokens, and the same rows in the order of our steps for
+    bertdistiller.
+    """
     import numpy as np
 
     from scaledistill.data.shards import ShardWriter
     from scaledistill.data.stream import ShardReader, ShardStream
 
-    folder, B, T = Path(config.data.train), config.train.global_batch_size, config.data.sequence_length
+    folder, B, T = (
+        Path(config.data.train),
+        config.train.global_batch_size,
+        config.data.sequence_length,
+    )
     tokenizer = {"name": "synthetic", "sha256": "0" * 64}
     rows = B * DATA_STEPS
     ids_NT = np.random.default_rng(0).integers(0, VOCABULARY, (rows, T), np.uint16)
     documents = np.array([(row, 0, T) for row in range(rows)])
     with ShardWriter(
-        folder, sequence_length=T, vocab_size=VOCABULARY, tokenizer=tokenizer, pad_token_id=0, overwrite=True
+        folder,
+        sequence_length=T,
+        vocab_size=VOCABULARY,
+        tokenizer=tokenizer,
+        pad_token_id=0,
+        overwrite=True,
     ) as writer:
         writer.write(ids_NT, documents)
     shards = ShardReader(folder)
-    order = shards.order(seed=config.run.seed, num_lanes=config.data.num_lanes, window_rows=config.data.window_rows)
+    order = shards.order(
+        seed=config.run.seed, num_lanes=config.data.num_lanes, window_rows=config.data.window_rows
+    )
     with ShardStream(shards, order, global_batch_size=B, micro_batch_size=B) as stream:
-        np.save(tokens_file, np.concatenate([next(stream).input_ids_BT.numpy() for _ in range(DATA_STEPS)]))
+        np.save(
+            tokens_file,
+            np.concatenate([next(stream).input_ids_BT.numpy() for _ in range(DATA_STEPS)]),
+        )
 
 
-def peer_settings(options: argparse.Namespace, config: DistillConfig, folder: Path, bf16: bool) -> dict[str, Any]:
+def peer_settings(
+    options: argparse.Namespace, config: DistillConfig, folder: Path, bf16: bool
+) -> dict[str, Any]:
     """Return what bertdistiller is told: the same run in its words."""
     [(name, student)], train = config.students.items(), config.train
     micro = min(options.peer_micro_batch or train.global_batch_size, train.global_batch_size)
@@ -205,9 +260,17 @@ def peer_settings(options: argparse.Namespace, config: DistillConfig, folder: Pa
         "adam_epsilon": train.adam_epsilon,
         "max_grad_norm": train.max_grad_norm,
     }
-    relations = [(*("qkv".index(letter) + 1 for letter in pair), w) for pair, w in config.relations.pairs.items()]
+    relations = [
+        (*("qkv".index(letter) + 1 for letter in pair), w)
+        for pair, w in config.relations.pairs.items()
+    ]
     models = {name: str(folder / name) for name in ("teacher", "student")}
-    return {**models, "tokens": str(folder / "tokens.npy"), "arguments": arguments, "relations": relations}
+    return {
+        **models,
+        "tokens": str(folder / "tokens.npy"),
+        "arguments": arguments,
+        "relations": relations,
+    }
 
 
 class Side:
@@ -226,16 +289,27 @@ class Side:
 
 
 def measure(
-    options: argparse.Namespace, shape: tuple[int, int], folder: Path, python: Path | None, problems: list[str]
+    options: argparse.Namespace,
+    shape: tuple[int, int],
+    folder: Path,
+    python: Path | None,
+    problems: list[str],
 ) -> dict[str, Side]:
-    """Let all sides step in turn. A peer that fails in its first step is left out, and `problems` says why."""
+    """Let all sides step in turn. A peer that fails in its first step is left out, and `problems`
+    says why.
+    """
     config = configure(options, folder, shape)
     write_rows(config, folder / "tokens.npy")
     settings: dict[str, Any] = {"ours": config.model_dump()}
     if python:
-        settings |= {name: peer_settings(options, config, folder, bf16) for name, bf16 in VARIANTS.items()}
-    environment = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), **os.environ}  # as many threads for all
-    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        settings |= {
+            name: peer_settings(options, config, folder, bf16) for name, bf16 in VARIANTS.items()
+        }
+    # As many threads for all.
+    environment = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), **os.environ}
+    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(
+        ","
+    )[0]
     title = f"{shape[0]}x{shape[1]}"
     sides: dict[str, Side] = {}
     with ExitStack() as stack:
@@ -243,9 +317,15 @@ def measure(
             file = folder / f"{name}.json"
             file.write_text(json.dumps(content))
             print(f"{title}: starting {name}", file=sys.stderr)
-            command = [sys.executable, __file__, "--worker"] if name == "ours" else [str(python), "-E", PEER_SCRIPT]
+            command = (
+                [sys.executable, __file__, "--worker"]
+                if name == "ours"
+                else [str(python), "-E", PEER_SCRIPT]
+            )
             log = folder / f"{name}.log"
-            worker = Worker(f"{title} {name}", [*command, str(file)], log=log, environment=environment)
+            worker = Worker(
+                f"{title} {name}", [*command, str(file)], log=log, environment=environment
+            )
             side = Side(stack.enter_context(worker))
             try:
                 side.step()
@@ -255,7 +335,12 @@ def measure(
                     raise
                 problems.append(str(error))
         runs = {name: side.step for name, side in sides.items()}
-        in_turn(runs, rounds=options.warmup - 1, max_seconds=options.max_seconds, title=f"{title} warm-up")
+        in_turn(
+            runs,
+            rounds=options.warmup - 1,
+            max_seconds=options.max_seconds,
+            title=f"{title} warm-up",
+        )
         seconds = in_turn(runs, rounds=options.rounds, max_seconds=options.max_seconds, title=title)
         for name, side in sides.items():
             side.seconds = seconds[name]
@@ -272,7 +357,8 @@ class Result:
             self.report.add(f"machine/matrix_rate_{dtype}", rate, "FLOP/s")
         shape = "sequences x tokens"
         self._sides = self.report.table(
-            "Whole optimizer step, medians", (shape, "side", "tokens/s", "ours as fast", "peak memory", "rounds")
+            "Whole optimizer step, medians",
+            (shape, "side", "tokens/s", "ours as fast", "peak memory", "rounds"),
         )
         rates = [f"{dtype}: {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in matrix_rates.items()]
         self._machine = self.report.table(
@@ -292,14 +378,25 @@ class Result:
             prefix = "" if side is ours else f"{name}_"
             rates = [shape[0] * shape[1] / seconds for seconds in side.seconds]
             rate = figure(f"{prefix}tokens_per_second", rates, "tokens/s")
-            peak = figure(f"{prefix}peak_memory_bytes", side.answers[-1]["peak_memory_bytes"], "bytes")
+            peak = figure(
+                f"{prefix}peak_memory_bytes", side.answers[-1]["peak_memory_bytes"], "bytes"
+            )
             speedup = ""
             if side is not ours:
-                speedup = f"{figure(f'speedup_vs_{name}', ratios(side.seconds, ours.seconds), 'x'):.2f}x"
+                speedup = (
+                    f"{figure(f'speedup_vs_{name}', ratios(side.seconds, ours.seconds), 'x'):.2f}x"
+                )
                 losses = [answers[0]["loss"] for answers in (ours.answers, side.answers)]
                 figure(f"loss_difference_to_{name}", abs(losses[0] / losses[1] - 1), "fraction")
             self._sides.rows.append(
-                (label, name, f"{rate:,.0f}", speedup, f"{peak / 1e9:.2f} GB", str(len(side.seconds)))
+                (
+                    label,
+                    name,
+                    f"{rate:,.0f}",
+                    speedup,
+                    f"{peak / 1e9:.2f} GB",
+                    str(len(side.seconds)),
+                )
             )
         told = ours.answers[-1]
         dtype, needed = told["teacher_dtype"], told["flops_per_token"]
@@ -308,11 +405,18 @@ class Result:
         if dtype in mfu:
             figure("mfu", mfu[dtype], "fraction")
         shares = [f"{figure(f'mfu_{of}', values, 'fraction'):.1%}" for of, values in mfu.items()]
-        self._machine.rows.append((label, f"{dtype}, {told['precision']}", f"{needed / 1e9:.3f}", *shares))
+        self._machine.rows.append(
+            (label, f"{dtype}, {told['precision']}", f"{needed / 1e9:.3f}", *shares)
+        )
         shares = []
         for phase in told["phases"]:
-            values = [answer["phases"][phase] / answer["seconds"] for answer in ours.answers[-len(ours.seconds) :]]
-            shares.append(f"{figure(f'{phase}_fraction'.replace(' ', '_'), values, 'fraction'):.1%}")
+            values = [
+                answer["phases"][phase] / answer["seconds"]
+                for answer in ours.answers[-len(ours.seconds) :]
+            ]
+            shares.append(
+                f"{figure(f'{phase}_fraction'.replace(' ', '_'), values, 'fraction'):.1%}"
+            )
         self._phases.rows.append((label, *shares))
 
 

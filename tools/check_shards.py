@@ -1,4 +1,5 @@
-"""Check a folder of shards against its manifest (sizes, sha256, tar, crc32, ids, documents); print what it holds.
+"""Check a folder of shards against its manifest (sizes, sha256, tar, crc32, ids, documents); print
+what it holds.
 
 Exit code 0 if everything holds, 3 if not.
 """
@@ -17,8 +18,14 @@ LABELS = {  # make_shards counts documents of the input and tokens of text
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder with shards.manifest and the tars, as made by make_shards.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="folder with shards.manifest and the tars, as made by make_shards.py",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     return parser.parse_args()
 
@@ -53,7 +60,11 @@ def main() -> int:
         ("tokens", manifest.tokens, "tokens with [CLS] and [SEP]"),
         ("documents", manifest.documents, "document pieces"),
         ("padded_rows", manifest.padded_rows, "rows"),
-        ("padding_fraction", 1 - manifest.tokens / (manifest.rows * manifest.sequence_length), "fraction"),
+        (
+            "padding_fraction",
+            1 - manifest.tokens / (manifest.rows * manifest.sequence_length),
+            "fraction",
+        ),
         ("vocab_size", manifest.vocab_size, "ids"),
         ("largest_id", manifest.largest_id, "id"),
         ("problems", len(problems), "problems"),
@@ -70,14 +81,19 @@ def main() -> int:
     console.print(f"tokenizer: {tokenizer}\nsha256 of the data: {manifest.sha256}", markup=False)
     if unknown is None:
         console.print("unknown tokens: not counted when these shards were made")
-    elif (warning := manifest.unknown_problem(MAX_UNKNOWN_FRACTION)) and not manifest.unknown_problem():
+    elif (
+        warning := manifest.unknown_problem(MAX_UNKNOWN_FRACTION)
+    ) and not manifest.unknown_problem():
         console.print(f"WARNING {warning}", markup=False)  # accepted when the shards were made
     for problem in problems:
         console.print(f"ERROR {problem}", markup=False)
     if problems:
         console.print("Copy these shards again, or make them again with tools/make_shards.py.")
     if options.json:
-        rows = [{"name": f"shards/{name}", "value": value, "unit": unit, "n": 1} for name, value, unit in figures]
+        rows = [
+            {"name": f"shards/{name}", "value": value, "unit": unit, "n": 1}
+            for name, value, unit in figures
+        ]
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return EXIT_ENVIRONMENT if problems else EXIT_DONE
 

@@ -2,8 +2,8 @@
 
 Example: python tools/make_shards.py books/*.txt.xz --tokenizer bert-large-uncased --output shards
 
-Writes OUTPUT/train and, with a held-out fraction, OUTPUT/validation. Exit codes: 0 done, 2 wrong options, 3 wrong input
-or environment, 130 interrupted.
+Writes OUTPUT/train and, with a held-out fraction, OUTPUT/validation. Exit codes: 0 done, 2 wrong
+options, 3 wrong input or environment, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -43,34 +43,62 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; wrong options end the process with code 2."""
-    parser = _Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     source = parser.add_argument_group("input, one of")
     source.add_argument(
-        "inputs", nargs="*", help="text, JSON-lines and Parquet files or globs, plain or .gz .xz .zst .bz2"
+        "inputs",
+        nargs="*",
+        help="text, JSON-lines and Parquet files or globs, plain or .gz .xz .zst .bz2",
     )
     source.add_argument(
-        "--wds", nargs="+", metavar="TAR", help="WebDataset text shards (.txt or .json members) or globs"
+        "--wds",
+        nargs="+",
+        metavar="TAR",
+        help="WebDataset text shards (.txt or .json members) or globs",
     )
     source.add_argument(
-        "--dataset", metavar="NAME", help="a data set of the datasets library: Hub name or local folder"
+        "--dataset",
+        metavar="NAME",
+        help="a data set of the datasets library: Hub name or local folder",
     )
-    source.add_argument("--installed-docs", action="store_true", help="the docstrings of the installed packages")
+    source.add_argument(
+        "--installed-docs", action="store_true", help="the docstrings of the installed packages"
+    )
     source.add_argument(
         "--documents",
         choices=("blank-line", "line", "file"),
         default="blank-line",
-        help="what a document is in a text file: between blank lines, a line, the file (default: %(default)s)",
+        help=(
+            "what a document is in a text file: between blank lines, a line, the file (default: "
+            "%(default)s)"
+        ),
     )
     source.add_argument(
-        "--column", default="text", help="what holds the text in JSON, Parquet, data sets (default: %(default)s)"
+        "--column",
+        default="text",
+        help="what holds the text in JSON, Parquet, data sets (default: %(default)s)",
     )
     source.add_argument("--dataset-config", metavar="NAME", help="configuration of --dataset")
-    source.add_argument("--split", default="train", help="split of --dataset (default: %(default)s)")
+    source.add_argument(
+        "--split", default="train", help="split of --dataset (default: %(default)s)"
+    )
     packing = parser.add_argument_group("tokens and rows")
-    packing.add_argument("--tokenizer", required=True, help="folder or Hub name; must be the teacher's")
-    packing.add_argument("--tokenizer-revision", metavar="REV", help="commit or tag of a Hub tokenizer")
     packing.add_argument(
-        "--sequence-length", type=int, default=512, metavar="T", help="positions of a row (default: %(default)s)"
+        "--tokenizer", required=True, help="folder or Hub name; must be the teacher's"
+    )
+    packing.add_argument(
+        "--tokenizer-revision", metavar="REV", help="commit or tag of a Hub tokenizer"
+    )
+    packing.add_argument(
+        "--sequence-length",
+        type=int,
+        default=512,
+        metavar="T",
+        help="positions of a row (default: %(default)s)",
     )
     packing.add_argument(
         "--last-row",
@@ -79,13 +107,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="what becomes of the last, partial row (default: %(default)s)",
     )
     packing.add_argument("--max-documents", type=int, metavar="N", help="stop after N documents")
-    packing.add_argument("--max-tokens", type=int, metavar="N", help="stop after the document that reaches N tokens")
+    packing.add_argument(
+        "--max-tokens", type=int, metavar="N", help="stop after the document that reaches N tokens"
+    )
     packing.add_argument(
         "--max-unknown-fraction",
         type=float,
         default=0.05,
         metavar="F",
-        help="refuse text of which more tokens are unknown to the tokenizer; 1 accepts any (default: %(default)s)",
+        help=(
+            "refuse text of which more tokens are unknown to the tokenizer; 1 accepts any "
+            "(default: %(default)s)"
+        ),
     )
     split = parser.add_argument_group("held-out documents")
     split.add_argument(
@@ -95,11 +128,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="F",
         help="share of documents for OUTPUT/validation (default: none)",
     )
-    split.add_argument("--held-out-max-documents", type=int, metavar="N", help="hold out N different documents at most")
-    split.add_argument("--seed", type=int, default=0, help="of the choice of held-out documents (default: %(default)s)")
+    split.add_argument(
+        "--held-out-max-documents",
+        type=int,
+        metavar="N",
+        help="hold out N different documents at most",
+    )
+    split.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the choice of held-out documents (default: %(default)s)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="gets train/ and, if held out, validation/"
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="gets train/ and, if held out, validation/",
     )
     output.add_argument(
         "--rows-per-shard",
@@ -109,7 +156,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a multiple of 256, or less than 256 (default: %(default)s)",
     )
     output.add_argument(
-        "--overwrite", action="store_true", help="replace the shards in DIR once the new ones are finished"
+        "--overwrite",
+        action="store_true",
+        help="replace the shards in DIR once the new ones are finished",
     )
     output.add_argument(
         "--workers",
@@ -117,7 +166,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="tokenising processes; the result does not depend on it (default: all cores)",
     )
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the figures as a list of name, value, unit, n")
+    output.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the figures as a list of name, value, unit, n",
+    )
 
     arguments = sys.argv[1:] if arguments is None else arguments
     known = [option for action in parser._actions for option in action.option_strings]
@@ -128,11 +182,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     given = [bool(options.inputs), bool(options.wds), bool(options.dataset), options.installed_docs]
     if sum(given) != 1:
-        parser.error(f"found {sum(given)} kinds of input; give one of: files, --wds, --dataset, --installed-docs")
+        parser.error(
+            f"found {sum(given)} kinds of input; give one of: files, --wds, --dataset, "
+            "--installed-docs"
+        )
     return options
 
 
-def open_source(options: argparse.Namespace, progress: ReadProgress) -> tuple[Iterator[str], dict[str, object]]:
+def open_source(
+    options: argparse.Namespace, progress: ReadProgress
+) -> tuple[Iterator[str], dict[str, object]]:
     """Return the documents and, for the manifests, what they are."""
     from scaledistill.data.prepare import docstrings, pool, sources
 
@@ -149,8 +208,15 @@ def open_source(options: argparse.Namespace, progress: ReadProgress) -> tuple[It
     if options.wds:
         documents = sources.webdataset_documents(paths, column=column, progress=progress)
         return documents, {"kind": "webdataset", "column": column, "files": files}
-    documents = sources.file_documents(paths, column=column, split_by=options.documents, progress=progress)
-    return documents, {"kind": "files", "column": column, "documents": options.documents, "files": files}
+    documents = sources.file_documents(
+        paths, column=column, split_by=options.documents, progress=progress
+    )
+    return documents, {
+        "kind": "files",
+        "column": column,
+        "documents": options.documents,
+        "files": files,
+    }
 
 
 class Display:
@@ -162,7 +228,11 @@ class Display:
         self._read, self._options, self._console = read, options, console
         columns = ("{task.description}", progress.BarColumn(), progress.TaskProgressColumn())
         self.bar = progress.Progress(
-            *columns, progress.TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True
+            *columns,
+            progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
         )
         self._task = self.bar.add_task("reading", total=None)
         self._next_line = time.monotonic() + LINE_SECONDS
@@ -192,7 +262,11 @@ def print_summary(console: Console, report: ShardReport, output: Path) -> None:
     """Print what was made and the next command."""
     from rich.table import Table
 
-    table = Table("", *report.splits, title=f"{counted(report.documents, 'document')} in {report.seconds:.1f} s")
+    table = Table(
+        "",
+        *report.splits,
+        title=f"{counted(report.documents, 'document')} in {report.seconds:.1f} s",
+    )
     rows = {
         "documents": "documents",
         "rows": "rows",
@@ -203,33 +277,44 @@ def print_summary(console: Console, report: ShardReport, output: Path) -> None:
     }
     for label, field in rows.items():
         table.add_row(label, *(f"{getattr(counts, field):,}" for counts in report.splits.values()))
-    table.add_row("unknown share", *(f"{counts.unknown_fraction:.2%}" for counts in report.splits.values()))
+    table.add_row(
+        "unknown share", *(f"{counts.unknown_fraction:.2%}" for counts in report.splits.values())
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
     check = f"{_interpreter()} {_shown(Path(__file__).with_name('check_shards.py'))}"
     checks = " && ".join(f"{check} {shlex.quote(str(output / split))}" for split in report.splits)
     text = (
-        f"{counted(report.empty_documents, 'empty document')}, {report.tokens_per_second:,.0f} tokens/s\nnext: {checks}"
+        f"{counted(report.empty_documents, 'empty document')}, {report.tokens_per_second:,.0f} "
+        f"tokens/s\nnext: {checks}"
     )
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _interpreter() -> str:
-    """How to call this interpreter: `python` where that is it, else its path (unresolved: links make environments)."""
+    """How to call this interpreter: `python` where that is it, else its path (unresolved: links
+    make environments).
+    """
     found, this = shutil.which("python"), Path(sys.executable)
-    is_this = found is not None and Path(found).parent == this.parent and os.path.samefile(found, this)
+    is_this = (
+        found is not None and Path(found).parent == this.parent and os.path.samefile(found, this)
+    )
     return "python" if is_this else _shown(this)
 
 
 def _shown(path: Path) -> str:
     """A path for the shell, relative where it lies in the working folder."""
     path = Path(os.path.abspath(path))
-    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+    return shlex.quote(
+        str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    )
 
 
 def in_options(message: str, options: argparse.Namespace) -> str:
-    """Say a message of the package with this tool's options: `max_tokens=0` becomes `--max-tokens 0`."""
+    """Say a message of the package with this tool's options: `max_tokens=0` becomes `--max-tokens
+    0`.
+    """
 
     def option(found: re.Match[str]) -> str:
         name, assigned = found.groups()
@@ -256,8 +341,9 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.tokenizer, options.tokenizer_revision)
     if options.sequence_length > tokenizer.model_max_length:
         print(
-            f"make_shards: warning: --sequence-length {options.sequence_length} is more than the tokenizer's "
-            f"model_max_length {tokenizer.model_max_length}; check that the teacher has as many positions",
+            f"make_shards: warning: --sequence-length {options.sequence_length} is more than the "
+            f"tokenizer's model_max_length {tokenizer.model_max_length}; check that the teacher "
+            "has as many positions",
             file=sys.stderr,
         )
     display = Display(Console(stderr=True), read, options)
@@ -289,10 +375,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and return the exit code."""
     options = parse(arguments)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
+        # A scheduler's stop cleans up like Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scaledistill").setLevel(logging.INFO)
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what fails in the end is told here
+    # Its retries; what fails in the end is told here.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         from scaledistill.errors import EXIT_ENVIRONMENT, ConfigError, DataError
 

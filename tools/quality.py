@@ -1,7 +1,8 @@
-"""The experiments of docs/quality.md: distil students, make those that they are compared with, measure, report.
+"""The experiments of docs/quality.md: distil students, make those that they are compared with,
+measure, report.
 
-`run` works through what has no result yet, at idle priority beside other work, and goes on by the same command;
-`report` writes docs/quality.md from the results in docs/quality/results.
+`run` works through what has no result yet, at idle priority beside other work, and goes on by the
+same command; `report` writes docs/quality.md from the results in docs/quality/results.
 
 Example: python tools/quality.py run --tier small --text corpus/wiki_en_train.txt.xz \\
            --held-out corpus/wiki_en_heldout.txt.xz --data-dir glue
@@ -40,7 +41,8 @@ The tier "full" is MiniLMv2's published recipe: it takes GPUs for days, so it is
 
 def main() -> int:
     options = parse_arguments()
-    for number in (signal.SIGINT, signal.SIGTERM):  # a job in a shell's background begins with SIGINT ignored
+    # A job in a shell's background begins with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
         return int(options.run(options) or 0)
@@ -53,22 +55,47 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="work through what has no result yet")
     run.set_defaults(run=work)
-    run.add_argument("--tier", choices=("small", "full"), required=True, help="hours of two cores, or days of GPUs")
-    run.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="to distil on, as make_shards.py takes it")
+    run.add_argument(
+        "--tier",
+        choices=("small", "full"),
+        required=True,
+        help="hours of two cores, or days of GPUs",
+    )
+    run.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="to distil on, as make_shards.py takes it",
+    )
     run.add_argument("--held-out", type=Path, metavar="FILE", help="text that no student sees")
     run.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the GLUE files")
-    run.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of the work (default: %(default)s)")
-    run.add_argument("--list", action="store_true", help="say what is left and how long it will take, and leave")
+    run.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/quality"),
+        help="of the work (default: %(default)s)",
+    )
+    run.add_argument(
+        "--list", action="store_true", help="say what is left and how long it will take, and leave"
+    )
     tell = commands.add_parser("report", help="write docs/quality.md from the results")
     tell.set_defaults(run=report)
-    tell.add_argument("--document", type=Path, default=ROOT / "docs" / "quality.md", help="(default: %(default)s)")
+    tell.add_argument(
+        "--document", type=Path, default=ROOT / "docs" / "quality.md", help="(default: %(default)s)"
+    )
     for command in (run, tell):
         command.add_argument(
-            "--results", type=Path, default=ROOT / "docs" / "quality" / "results", help="(default: %(default)s)"
+            "--results",
+            type=Path,
+            default=ROOT / "docs" / "quality" / "results",
+            help="(default: %(default)s)",
         )
     options = parser.parse_args()
     if options.run is work and options.tier == "small":
@@ -90,7 +117,10 @@ def work(options: argparse.Namespace) -> None:
     jobs = lab.jobs()
     cells = [cell for job in jobs for cell in job.cells]
     left = [cell for cell in cells if results.get(cell.name, cell.settings) is None]
-    print(f"{len(cells) - len(left)} of {counted(len(cells), 'cell')} finished; {_left(left, 1.0)}", flush=True)
+    print(
+        f"{len(cells) - len(left)} of {counted(len(cells), 'cell')} finished; {_left(left, 1.0)}",
+        flush=True,
+    )
     if options.list:
         for cell in left:
             print(f"  {cell.name}  about {duration(cell.seconds)}")
@@ -100,7 +130,10 @@ def work(options: argparse.Namespace) -> None:
         waiting = unfinished(job, results)
         if not waiting:
             continue
-        print(f"{waiting[0].name}{f' and {len(waiting) - 1} more' if waiting[1:] else ''} …", flush=True)
+        print(
+            f"{waiting[0].name}{f' and {len(waiting) - 1} more' if waiting[1:] else ''} …",
+            flush=True,
+        )
         start = time.monotonic()
         job.run(waiting)
         if unmade := unfinished(job, results):
@@ -109,12 +142,18 @@ def work(options: argparse.Namespace) -> None:
         estimated += sum(cell.seconds for cell in waiting)
         left = [cell for cell in left if cell not in waiting]
         taken = duration(time.monotonic() - start)
-        print(f"{len(cells) - len(left)}/{len(cells)}  took {taken}; {_left(left, spent / estimated)}", flush=True)
+        print(
+            f"{len(cells) - len(left)}/{len(cells)}  took {taken}; "
+            f"{_left(left, spent / estimated)}",
+            flush=True,
+        )
     print("all cells are finished; next: python tools/quality.py report")
 
 
 def at_idle_priority() -> None:
-    """Take only what processor time nobody else wants; the commands started from here inherit it."""
+    """Take only what processor time nobody else wants; the commands started from here inherit
+    it.
+    """
     os.nice(19)
     with suppress(OSError):  # not every kernel or container lets us
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -129,7 +168,10 @@ def _left(cells: list[Cell], pace: float) -> str:
     """Say how much is left, at so many real seconds for an estimated one."""
     if not cells:
         return "nothing is left"
-    return f"{counted(len(cells), 'cell')} left, about {duration(pace * sum(cell.seconds for cell in cells))}"
+    return (
+        f"{counted(len(cells), 'cell')} left, about "
+        f"{duration(pace * sum(cell.seconds for cell in cells))}"
+    )
 
 
 def make_shards(options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """The experiments of docs/quality.md: what they are, in which order, and how each is made.
 
-Enters: a tier, the data, the teacher. Leaves: jobs in the order in which they make the report useful, each with its
-cells; a job measures those of its cells that have no result yet. Where results lie is left to `quality_results`.
+Enters: a tier, the data, the teacher. Leaves: jobs in the order in which they make the report
+useful, each with its cells; a job measures those of its cells that have no result yet. Where
+results lie is left to `quality_results`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,13 @@ HELD_OUT_HEADS = (12, 48)
 HELD_OUT_ROWS = 512
 WARMUP_FRACTION = 0.1
 MODELS = (
-    *("teacher", "teacher-init-undistilled", "teacher-init", "random-init-undistilled", "random-init"),
+    *(
+        "teacher",
+        "teacher-init-undistilled",
+        "teacher-init",
+        "random-init-undistilled",
+        "random-init",
+    ),
     *("tap-extra", PEER),
 )
 """In the order in which they are made and stand in the tables."""
@@ -85,7 +92,8 @@ SMALL = Tier(
         scores_each_epoch=True,
     ),
 )
-# Seconds on two cores of an AMD EPYC with AVX2: what is left is estimated from these, and from the pace so far.
+# Seconds on two cores of an AMD EPYC with AVX2: what is left is estimated from these, and from the
+# pace so far.
 SECONDS_PER_MILLION = {"ours": 390.0, "peer": 800.0}
 SECONDS_AROUND_A_RUN = 60.0
 SECONDS_OF_FINE_TUNING = {"cola": 25.0, "sst2": 25.0, "mrpc": 60.0, "stsb": 45.0, "rte": 80.0}
@@ -114,7 +122,9 @@ class Job:
 class Lab:
     """Where everything lies: runs in progress in `folder`, finished cells in `results`."""
 
-    def __init__(self, folder: Path, results: Results, tier: Tier, text: list[Path], glue_data: Path) -> None:
+    def __init__(
+        self, folder: Path, results: Results, tier: Tier, text: list[Path], glue_data: Path
+    ) -> None:
         """Open data and teacher.
 
         Raises:
@@ -125,7 +135,9 @@ class Lab:
         self._text, self._glue_data = text, glue_data
         self._teacher = Path(self.config["teacher"]["model"])
         if not (self._teacher / "config.json").is_file():
-            raise DataError(f"{self._teacher} is no model; `make quickstart` puts the teacher there")
+            raise DataError(
+                f"{self._teacher} is no model; `make quickstart` puts the teacher there"
+            )
         for path in (*text, glue_data):
             if not path.exists():
                 raise ConfigError(f"{path} does not exist; docs/quality.md says what it has to be")
@@ -136,7 +148,10 @@ class Lab:
     def _inputs(self) -> dict[str, str]:
         from scaledistill.data.stream import ShardReader
 
-        data = {name: ShardReader(self.config["data"][name]).manifest.sha256 for name in ("train", "validation")}
+        data = {
+            name: ShardReader(self.config["data"][name]).manifest.sha256
+            for name in ("train", "validation")
+        }
         return {"teacher": sha256_of(self._teacher / "model.safetensors"), **data}
 
     @cached_property
@@ -152,7 +167,11 @@ class Lab:
 
     def jobs(self) -> list[Job]:
         """Return everything that the tier wants, finished or not, in order."""
-        jobs = [job for name in MODELS for job in (self._model_job(name), self._glue_job(name, self.tier.seeds[0]))]
+        jobs = [
+            job
+            for name in MODELS
+            for job in (self._model_job(name), self._glue_job(name, self.tier.seeds[0]))
+        ]
         for seed in self.tier.seeds:
             if seed != self.tier.seeds[0]:
                 jobs += [self._glue_job(name, seed) for name in MODELS]
@@ -172,7 +191,10 @@ class Lab:
         return Job((cell,), run)
 
     def _model_cell(self, name: str) -> Cell:
-        tokens, settings = self.tier.student_tokens, {"inputs": self._inputs, "held_out_rows": HELD_OUT_ROWS}
+        tokens, settings = (
+            self.tier.student_tokens,
+            {"inputs": self._inputs, "held_out_rows": HELD_OUT_ROWS},
+        )
         million = tokens / 1e6
         if name == TEACHER:
             return Cell(f"models/{name}", settings, SECONDS_AROUND_A_RUN / 2)
@@ -181,10 +203,20 @@ class Lab:
             settings |= {"init": UNDISTILLED[name], "seed": 1}
             return Cell(f"models/{name}", settings, SECONDS_AROUND_A_RUN / 2)
         if name == PEER:
-            settings |= {"tokens": tokens, "peer": self._peer_spec(), "text": sorted(map(sha256_of, self._text))}
-            return Cell(f"models/{name}", settings, SECONDS_AROUND_A_RUN + million * SECONDS_PER_MILLION["peer"])
+            settings |= {
+                "tokens": tokens,
+                "peer": self._peer_spec(),
+                "text": sorted(map(sha256_of, self._text)),
+            }
+            return Cell(
+                f"models/{name}",
+                settings,
+                SECONDS_AROUND_A_RUN + million * SECONDS_PER_MILLION["peer"],
+            )
         settings |= {"tokens": tokens, **self._run_settings(tokens, 1, STUDENTS[name])}
-        return Cell(f"models/{name}", settings, SECONDS_AROUND_A_RUN + million * SECONDS_PER_MILLION["ours"])
+        return Cell(
+            f"models/{name}", settings, SECONDS_AROUND_A_RUN + million * SECONDS_PER_MILLION["ours"]
+        )
 
     def _folder_of(self, cell: Cell) -> Path:
         """Return where a cell's work lies: with other settings it is another folder."""
@@ -192,7 +224,11 @@ class Lab:
 
     def _export_of(self, name: str) -> Path:
         """Return where a model lies, or will."""
-        return self._teacher if name == TEACHER else self._folder_of(self._model_cell(name)) / "export" / NAME
+        return (
+            self._teacher
+            if name == TEACHER
+            else self._folder_of(self._model_cell(name)) / "export" / NAME
+        )
 
     def _make(self, name: str) -> dict[str, Any]:
         """Make a model, or go on with it; return what is told of its training."""
@@ -208,12 +244,16 @@ class Lab:
 
     def _run_settings(self, tokens: int, seed: int, changes: Mapping[str, Any]) -> dict[str, Any]:
         train = self.config["train"]
-        steps = math.ceil(tokens / (train["global_batch_size"] * self.config["data"]["sequence_length"]))
+        steps = math.ceil(
+            tokens / (train["global_batch_size"] * self.config["data"]["sequence_length"])
+        )
         overrides = {
             "run.seed": seed,
             "train.max_steps": steps,
             "train.warmup_steps": int(WARMUP_FRACTION * steps),
-            "train.validation_every_steps": math.ceil(steps / (8 if tokens == self.tier.student_tokens else 2)),
+            "train.validation_every_steps": math.ceil(
+                steps / (8 if tokens == self.tier.student_tokens else 2)
+            ),
             **{f"students.{NAME}.{key}": value for key, value in changes.items()},
         }
         return {"overrides": overrides, "relations": self.config["relations"], "train": train}
@@ -226,22 +266,36 @@ class Lab:
             "evaluation.probe": "stsb",
             "evaluation.data_folder": str(self._glue_data),
         }
-        words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in wanted.items()]
+        words = [
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in wanted.items()
+        ]
         command = [sys.executable, str(LAUNCH), "--config", str(CONFIG)]
         self._call([*command, *(part for word in words for part in ("--set", word))], folder)
-        rows = [row for row in read_rows(folder / "metrics.jsonl") if row.get("validation_loss") is not None]
+        rows = [
+            row
+            for row in read_rows(folder / "metrics.jsonl")
+            if row.get("validation_loss") is not None
+        ]
         tokens = self.config["train"]["global_batch_size"] * self.config["data"]["sequence_length"]
         keys = ("validation_loss", "probe/stsb_spearman", "probe/stsb_spearman_below")
-        curve = [{"tokens": row["step"] * tokens, **{key: row[key] for key in keys}} for row in rows]
+        curve = [
+            {"tokens": row["step"] * tokens, **{key: row[key] for key in keys}} for row in rows
+        ]
         return {"curve": curve, "steps": overrides["train.max_steps"]}
 
     def _call(self, command: list[str], folder: Path) -> None:
-        """Run a command, its words in `<folder>.log`; a request to stop is passed on, and waited for."""
+        """Run a command, its words in `<folder>.log`; a request to stop is passed on, and waited
+        for.
+        """
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = folder.with_name(f"{folder.name}.log")
         with path.open("a") as log:
-            environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin take from others' work
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            # Threads that spin take from others' work.
+            environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
             try:
                 code = process.wait()
             except BaseException:
@@ -262,13 +316,19 @@ class Lab:
 
         teacher, spec = load_encoder(self._teacher), self.config["students"][NAME]
         sizes = {key: spec[key] for key in ("num_layers", "hidden_size", "num_attention_heads")}
-        student = build_student(teacher, student_config(teacher.config, **sizes), init=UNDISTILLED[name], seed=1)
+        student = build_student(
+            teacher, student_config(teacher.config, **sizes), init=UNDISTILLED[name], seed=1
+        )
         export_student(
             self._export_of(name),
             student.config,
             student.state_dict(),
             tokenizer_source=self._teacher,
-            card={"teacher": str(self._teacher), "tokens": "0: not distilled", "init": UNDISTILLED[name]},
+            card={
+                "teacher": str(self._teacher),
+                "tokens": "0: not distilled",
+                "init": UNDISTILLED[name],
+            },
         )
 
     def _peer_spec(self) -> dict[str, Any]:
@@ -280,7 +340,9 @@ class Lab:
             "learning_rate": config["train"]["learning_rate"],
             "warmup_fraction": WARMUP_FRACTION,
             "teacher_layer": config["teacher"]["layer"],
-            "student": {key: spec[key] for key in ("num_layers", "hidden_size", "num_attention_heads")},
+            "student": {
+                key: spec[key] for key in ("num_layers", "hidden_size", "num_attention_heads")
+            },
             "relation_heads": config["relations"]["num_heads"],
         }
 
@@ -295,12 +357,17 @@ class Lab:
         folder.mkdir(parents=True, exist_ok=True)
         paths = {"teacher": self._teacher, "output": export, "scratch": folder / "trainer"}
         spec = {key: str(path.resolve()) for key, path in paths.items()} | self._peer_spec()
-        write_json(folder / "spec.json", spec | {"text": [str(path.resolve()) for path in self._text]})
+        write_json(
+            folder / "spec.json", spec | {"text": [str(path.resolve()) for path in self._text]}
+        )
         worker = Path(__file__).with_name("quality_peer.py")
         self._call([str(python), str(worker), str(folder / "spec.json")], folder)
         facts = read_json(export / "facts.json")
         if facts is None:
-            raise DataError(f"{export}/facts.json cannot be read; delete {export} and run the same command again")
+            raise DataError(
+                f"{export}/facts.json cannot be read; delete {export} and run the same command "
+                "again"
+            )
         return {key: facts[key] for key in ("steps", "tokens", "rows", "mean_tokens_per_row")}
 
     def _measure(self, name: str, export: Path) -> dict[str, Any]:
@@ -310,13 +377,18 @@ class Lab:
 
         model = load_encoder(export)
         scores = SimilarityProbe(load_tokenizer(export), self._glue_data).score(model)
-        found: dict[str, Any] = {"probe": scores, "weights_sha256": sha256_of(export / "model.safetensors")}
+        found: dict[str, Any] = {
+            "probe": scores,
+            "weights_sha256": sha256_of(export / "model.safetensors"),
+        }
         if name != TEACHER and "tap-extra" not in name:  # that tap has no Q, K, V in the export
             found["held_out_loss"] = self._held_out_loss(model)
         return found
 
     def _held_out_loss(self, model: Any) -> dict[str, float]:
-        """Return the mean relation loss of held-out rows by relation heads: the same measure for all students."""
+        """Return the mean relation loss of held-out rows by relation heads: the same measure for
+        all students.
+        """
         import torch
 
         from scaledistill.data.stream import ShardReader, iter_validation
@@ -331,9 +403,13 @@ class Lab:
         with torch.no_grad():
             for batch in iter_validation(held_out, rows=HELD_OUT_ROWS, micro_batch_size=64):
                 target = teacher(batch.input_ids_BT, batch.mask_BT)
-                qkv = capture_qkv(model, layer, input_ids=batch.input_ids_BT, attention_mask=batch.mask_BT)
+                qkv = capture_qkv(
+                    model, layer, input_ids=batch.input_ids_BT, attention_mask=batch.mask_BT
+                )
                 for heads in HELD_OUT_HEADS:
-                    loss = relation_loss(target, qkv, num_heads=heads, pairs=pairs, mask_BT=batch.mask_BT)
+                    loss = relation_loss(
+                        target, qkv, num_heads=heads, pairs=pairs, mask_BT=batch.mask_BT
+                    )
                     sums[heads] += loss.total.item() * batch.weight / HELD_OUT_ROWS
         return {str(heads): loss for heads, loss in sums.items()}
 
@@ -397,12 +473,22 @@ class Lab:
             if update.state == "finished" and (record := read_record(update.cell, output)):
                 cell = cells[update.cell.task]
                 if self.results.get(cell.name, cell.settings) is None:
-                    keys = ("scores", "majority_scores", "only_answer", "epochs", "train_rows", "dev_rows")
+                    keys = (
+                        "scores",
+                        "majority_scores",
+                        "only_answer",
+                        "epochs",
+                        "train_rows",
+                        "dev_rows",
+                    )
                     self.results.put(
                         cell.name,
                         cell.settings,
                         {key: record[key] for key in keys}
-                        | {"precision": record["precision"], "model_sha256": update.cell.model_sha256},
+                        | {
+                            "precision": record["precision"],
+                            "model_sha256": update.cell.model_sha256,
+                        },
                         record["seconds"],
                     )
                     print(f"  {cell.name}  {update.text}", flush=True)

@@ -1,8 +1,10 @@
-"""bertdistiller's student for tools/quality.py: its own code on plain text, run inside its own environment.
+"""bertdistiller's student for tools/quality.py: its own code on plain text, run inside its own
+environment.
 
-Text as `load_dataset("text")` gives it, a line (a paragraph) an example, truncated by its `prepare_dataset`; its own
-`create_student` with the teacher's weights, its own trainer, with the batch, learning rate and schedule of ours. It
-takes as many steps as the given number of real tokens needs. Resumes from the Trainer's own checkpoints.
+Text as `load_dataset("text")` gives it, a line (a paragraph) an example, truncated by its
+`prepare_dataset`; its own `create_student` with the teacher's weights, its own trainer, with the
+batch, learning rate and schedule of ours. It takes as many steps as the given number of real tokens
+needs. Resumes from the Trainer's own checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def main(spec: dict[str, Any]) -> None:
         return
     set_seed(1)
     tokenizer = AutoTokenizer.from_pretrained(spec["teacher"])
-    text = load_dataset("text", data_files=spec["text"], split="train").filter(lambda row: bool(row["text"].strip()))
+    text = load_dataset("text", data_files=spec["text"], split="train").filter(
+        lambda row: bool(row["text"].strip())
+    )
     rows = prepare_dataset([text], tokenizer, max_seq_len=spec["sequence_length"])
     lengths = torch.tensor([len(ids) for ids in rows.with_format(None)["input_ids"]])
     steps = -(-spec["tokens"] // int(lengths.double().mean() * spec["batch_size"]))
@@ -51,7 +55,8 @@ def main(spec: dict[str, Any]) -> None:
         seed=1,
     )
     teacher = AutoModel.from_pretrained(spec["teacher"])
-    teacher.config.architectures = ["BertForMaskedLM"]  # the one name that it takes, for the same encoder
+    # The one name that it takes, for the same encoder.
+    teacher.config.architectures = ["BertForMaskedLM"]
     student = create_student(spec["teacher"], arguments, use_teacher_weights=True)
     trainer = MiniLMTrainer(
         args=arguments,

@@ -1,7 +1,9 @@
-"""Tables and pictures of docs/quality.md from the results of tools/quality.py, and from nothing else.
+"""Tables and pictures of docs/quality.md from the results of tools/quality.py, and from nothing
+else.
 
-Enters: result files. Leaves: the tables in the document, between the marks that name them, and pictures beside it. A
-difference counts where all seeds of one side are above all of the other, or by Welch's test.
+Enters: result files. Leaves: the tables in the document, between the marks that name them, and
+pictures beside it. A difference counts where all seeds of one side are above all of the other, or
+by Welch's test.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ def write_report(results: Results, document: Path) -> list[str]:
     """Write every table and picture, and return the names of the tables.
 
     Raises:
-        DataError: the document lacks the marks of a table, or results that stand in one table had other conditions.
+        DataError: the document lacks the marks of a table, or results that stand in one table had
+            other conditions.
     """
     pictures = document.with_suffix("")
     pictures.mkdir(exist_ok=True)
@@ -69,7 +72,9 @@ def write_report(results: Results, document: Path) -> list[str]:
     for name, table in tables.items():
         parts = re.split(f"(<!-- (?:end )?{name} -->)", text)
         if len(parts) != 5:
-            raise DataError(f"{document} has {len(parts) // 2} marks for the table {name!r}; expected a pair")
+            raise DataError(
+                f"{document} has {len(parts) // 2} marks for the table {name!r}; expected a pair"
+            )
         parts[2] = f"\n\n{table.strip()}\n\n"
         text = "".join(parts)
     document.write_text(text)
@@ -78,7 +83,12 @@ def write_report(results: Results, document: Path) -> list[str]:
 
 def expected_cells() -> list[str]:
     """Return the names of all cells of the tier, in the order of the tables."""
-    glue = [f"glue/{name}/{task}-seed{seed}" for name in MODELS for task in SMALL.glue.tasks for seed in SMALL.seeds]
+    glue = [
+        f"glue/{name}/{task}-seed{seed}"
+        for name in MODELS
+        for task in SMALL.glue.tasks
+        for seed in SMALL.seeds
+    ]
     ablations = [f"ablations/{name}-seed{seed}" for name in ABLATIONS for seed in SMALL.seeds]
     return [*(f"models/{name}" for name in MODELS), *glue, *ablations]
 
@@ -93,8 +103,9 @@ def state(results: Results) -> str:
     where = sorted({record["hardware"] for record in found})
     commits = sorted({record["commit"] for record in found})
     lines = [
-        f"{len(found)} of {counted(len(names), 'cell')} are finished; together they took {hours:.1f} hours at idle "
-        f"priority, on {'; '.join(where)}, with {counted(len(commits), 'version')} of the code ({', '.join(commits)})."
+        f"{len(found)} of {counted(len(names), 'cell')} are finished; together they took "
+        f"{hours:.1f} hours at idle priority, on {'; '.join(where)}, with "
+        f"{counted(len(commits), 'version')} of the code ({', '.join(commits)})."
     ]
     if absent := [name for name in names if not results.record(name)]:
         lines += ["", f"Missing: {', '.join(absent)}."]
@@ -114,7 +125,10 @@ def summary_from(results: Results) -> Summary:
             if not records:
                 continue
             found = [record["result"] for record in records]
-            by_metric = {metric: Score.of([one["scores"][metric] for one in found]) for metric in TASKS[task].metrics}
+            by_metric = {
+                metric: Score.of([one["scores"][metric] for one in found])
+                for metric in TASKS[task].metrics
+            }
             scores |= {f"{task}/{metric}": score for metric, score in by_metric.items()}
             only = tuple(one["only_answer"] for one in found if one["only_answer"] is not None)
             settings = records[0]["settings"]
@@ -124,13 +138,20 @@ def summary_from(results: Results) -> Summary:
                     n=len(found), planned=len(SMALL.seeds), tried=1, only_answers=only,
                 )
             )  # fmt: skip
-            majority |= {f"{task}/{metric}": value for metric, value in found[0]["majority_scores"].items()}
+            majority |= {
+                f"{task}/{metric}": value for metric, value in found[0]["majority_scores"].items()
+            }
         rows.append(Row(name, None, scores, average=None))
     present = [column for column in columns if any(column in row.scores for row in rows)]
     firsts = [f"{task}/{TASKS[task].metrics[0]}" for task in SMALL.glue.tasks]
     averaged = [column for column in firsts if column in present]
     rows = [
-        Row(row.name, None, row.scores, statistics.fmean(row.scores[column].median for column in averaged))
+        Row(
+            row.name,
+            None,
+            row.scores,
+            statistics.fmean(row.scores[column].median for column in averaged),
+        )
         if averaged and all(column in row.scores for column in averaged)
         else row
         for row in rows
@@ -138,28 +159,38 @@ def summary_from(results: Results) -> Summary:
     glue = SMALL.glue
     rate, epochs = glue.learning_rates[0], glue.epochs[0]
     conditions = [
-        f"Learning rate {rate:g}, {epochs} epochs, batch {glue.batch_size}, the same {glue.max_train_rows:,} training "
-        "rows of each task for all, rows of similar length together, fp32."
+        f"Learning rate {rate:g}, {epochs} epochs, batch {glue.batch_size}, the same "
+        f"{glue.max_train_rows:,} training rows of each task for all, rows of similar length "
+        "together, fp32."
     ]
     return Summary(present, averaged, rows, choices, [], conditions, majority)
 
 
 def _of_task(results: Results, name: str, task: str) -> list[dict[str, Any]]:
-    """Return the records of a model's seeds on a task; all models must have been fine-tuned under equal conditions."""
+    """Return the records of a model's seeds on a task; all models must have been fine-tuned under
+    equal conditions.
+    """
     cells = [f"glue/{name}/{task}-seed{seed}" for seed in SMALL.seeds]
     records = [record for cell in cells if (record := results.record(cell))]
-    every = [results.record(f"glue/{other}/{task}-seed{seed}") for other in MODELS for seed in SMALL.seeds]
+    every = [
+        results.record(f"glue/{other}/{task}-seed{seed}")
+        for other in MODELS
+        for seed in SMALL.seeds
+    ]
     kinds = {str({**record["settings"], "model": None, "seed": None}) for record in every if record}
     if len(kinds) > 1:
         raise DataError(
-            f"the results of {TASKS[task].title} were measured under {len(kinds)} different settings, and do not "
-            "belong in one table; run `quality.py run` again, which measures the old ones anew"
+            f"the results of {TASKS[task].title} were measured under {len(kinds)} different "
+            "settings, and do not belong in one table; run `quality.py run` again, which measures "
+            "the old ones anew"
         )
     return records
 
 
 def comparison(summary: Summary) -> Table:
-    """Return the differences between pairs of models, and each one's share of the teacher's average."""
+    """Return the differences between pairs of models, and each one's share of the teacher's
+    average.
+    """
     rows = {row.name: row for row in summary.rows}
     table = Table(
         "Differences of the medians; bold where every seed of one is above every seed of the other",
@@ -177,7 +208,9 @@ def comparison(summary: Summary) -> Table:
 
 
 def difference(ours: Row, theirs: Row, column: str) -> str:
-    """Return the difference of two medians, bold where the ranges are apart; a single seed has no range."""
+    """Return the difference of two medians, bold where the ranges are apart; a single seed has no
+    range.
+    """
     if column not in ours.scores or column not in theirs.scores:
         return MISSING
     one, other = ours.scores[column], theirs.scores[column]
@@ -193,10 +226,17 @@ def _gap(ours: Row, theirs: Row) -> str:
 
 
 def probe_table(results: Results) -> Table:
-    """Return what each model is before any fine-tuning: the probe, and the held-out relation loss."""
+    """Return what each model is before any fine-tuning: the probe, and the held-out relation
+    loss.
+    """
     table = Table(
         "Without fine-tuning: Spearman on STS-B dev, and the held-out relation loss",
-        ["model", "last block", "block below", *(f"loss, {heads} relation heads" for heads in HELD_OUT_HEADS)],
+        [
+            "model",
+            "last block",
+            "block below",
+            *(f"loss, {heads} relation heads" for heads in HELD_OUT_HEADS),
+        ],
     )
     for name in MODELS:
         record = results.record(f"models/{name}")
@@ -206,7 +246,9 @@ def probe_table(results: Results) -> Table:
         found = record["result"]
         losses = found.get("held_out_loss", {})
         cells = [f"{losses[str(heads)]:.4f}" if losses else "–" for heads in HELD_OUT_HEADS]
-        table.rows.append([name, f"{found['probe'][LAST]:.3f}", f"{found['probe'][BELOW]:.3f}", *cells])
+        table.rows.append(
+            [name, f"{found['probe'][LAST]:.3f}", f"{found['probe'][BELOW]:.3f}", *cells]
+        )
     return table
 
 
@@ -217,23 +259,33 @@ def ablations_from(results: Results) -> dict[str, list[dict[str, float]]]:
         for seed in SMALL.seeds:
             if record := results.record(f"ablations/{name}-seed{seed}"):
                 result = record["result"]
-                losses = {f"R{heads}": loss for heads, loss in result.get("held_out_loss", {}).items()}
+                losses = {
+                    f"R{heads}": loss for heads, loss in result.get("held_out_loss", {}).items()
+                }
                 runs.append({**losses, LAST: result["probe"][LAST], BELOW: result["probe"][BELOW]})
     return found
 
 
 def ablation_table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
-    """Return median (lowest to highest) of each figure by variant, and what follows for the default."""
+    """Return median (lowest to highest) of each figure by variant, and what follows for the
+    default.
+    """
     columns = {f"R{heads}": f"loss, {heads} relation heads" for heads in HELD_OUT_HEADS}
     columns |= {LAST: "probe, last block", BELOW: "probe, block below"}
     table = Table(
-        "Short runs: median over distillation seeds (lowest to highest); against base by Welch's test",
+        "Short runs: median over distillation seeds (lowest to highest); against base by Welch's "
+        "test",
         ["variant", "n", *columns.values(), "conclusion"],
     )
     for name, found in runs.items():
-        cells = [_range([run[key] for run in found if key in run], 3 if key in (LAST, BELOW) else 4) for key in columns]
+        cells = [
+            _range([run[key] for run in found if key in run], 3 if key in (LAST, BELOW) else 4)
+            for key in columns
+        ]
         conclusion = "the defaults" if name == "base" else conclude(name, found, runs["base"])
-        table.rows.append([name, str(len(found)), *(cells if found else [MISSING] * len(columns)), conclusion])
+        table.rows.append(
+            [name, str(len(found)), *(cells if found else [MISSING] * len(columns)), conclusion]
+        )
     return table
 
 
@@ -244,10 +296,13 @@ def _range(values: Sequence[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({low}–{high})"
 
 
-def conclude(name: str, ours: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]]) -> str:
+def conclude(
+    name: str, ours: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]]
+) -> str:
     """Say what a variant's figures against the default's mean for the default.
 
-    Compared are the held-out loss at the most relation heads, where both have it, and the better block's probe.
+    Compared are the held-out loss at the most relation heads, where both have it, and the better
+    block's probe.
     """
     if min(len(ours), len(base)) < len(SMALL.seeds):
         return MISSING
@@ -255,7 +310,11 @@ def conclude(name: str, ours: Sequence[Mapping[str, float]], base: Sequence[Mapp
     texts = []
     top = f"R{max(HELD_OUT_HEADS)}"
     for label, better, values in (
-        ("loss", -1, [[run[top] for run in side] if top in side[0] else [] for side in (ours, base)]),
+        (
+            "loss",
+            -1,
+            [[run[top] for run in side] if top in side[0] else [] for side in (ours, base)],
+        ),
         ("probe", 1, [[max(run[LAST], run[BELOW]) for run in side] for side in (ours, base)]),
     ):
         if not all(values):
@@ -282,7 +341,9 @@ def _welch(ours: Sequence[float], others: Sequence[float]) -> tuple[float, float
 
 
 def draw_curves(results: Results, path: Path) -> None:
-    """Draw, by tokens, each student's held-out loss and probe while it was distilled; the teacher's probe dashed."""
+    """Draw, by tokens, each student's held-out loss and probe while it was distilled; the teacher's
+    probe dashed.
+    """
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
@@ -292,10 +353,16 @@ def draw_curves(results: Results, path: Path) -> None:
             curve = record["result"]["curve"]
             for key, axes in zip(keys, panels, strict=True):
                 tokens = [point["tokens"] / 1e6 for point in curve]
-                axes.plot(tokens, [point[key] for point in curve], "o-", color=COLORS[number], label=name)
+                axes.plot(
+                    tokens, [point[key] for point in curve], "o-", color=COLORS[number], label=name
+                )
     if teacher := results.record(f"models/{TEACHER}"):
-        panels[1].axhline(teacher["result"]["probe"][LAST], color="black", linestyle="--", label=TEACHER)
-    for axes, label in zip(panels, ("held-out relation loss at its own tap", "STS-B dev, Spearman"), strict=True):
+        panels[1].axhline(
+            teacher["result"]["probe"][LAST], color="black", linestyle="--", label=TEACHER
+        )
+    for axes, label in zip(
+        panels, ("held-out relation loss at its own tap", "STS-B dev, Spearman"), strict=True
+    ):
         axes.set(xlabel="million tokens", ylabel=label)
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -310,7 +377,10 @@ def draw_ablations(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     top = max(HELD_OUT_HEADS)
-    measures: Iterable[tuple[str, str]] = ((f"R{top}", f"held-out relation loss, {top} heads"), (LAST, "STS-B probe"))
+    measures: Iterable[tuple[str, str]] = (
+        (f"R{top}", f"held-out relation loss, {top} heads"),
+        (LAST, "STS-B probe"),
+    )
     for (key, label), axes in zip(measures, panels, strict=True):
         for number, variant in enumerate(names):
             values = [run[key] for run in runs[variant] if key in run]

@@ -1,7 +1,8 @@
 """Finished cells of the experiments in tools/quality.py: a small JSON file each, kept in git.
 
-Enters: what a cell is, what was measured, where. Leaves: `<folder>/<cell>.<hash>.json`. The hash in the name is of the
-file's bytes, so that a file changed by hand is noticed; the report reads nothing else.
+Enters: what a cell is, what was measured, where. Leaves: `<folder>/<cell>.<hash>.json`. The hash in
+the name is of the file's bytes, so that a file changed by hand is noticed; the report reads nothing
+else.
 """
 
 from __future__ import annotations
@@ -37,15 +38,21 @@ class Results:
             name, _, digest = path.relative_to(folder).with_suffix("").as_posix().rpartition(".")
             if digest != _digest(content):
                 raise DataError(
-                    f"{path} is not what was measured: its content has the hash {_digest(content)}, its name says "
-                    f"{digest}; bring the file back from git, or delete it and measure the cell again"
+                    f"{path} is not what was measured: its content has the hash "
+                    f"{_digest(content)}, its name says {digest}; bring the file back from git, or "
+                    "delete it and measure the cell again"
                 )
             if name in self._paths:
-                raise DataError(f"{path} and {self._paths[name]} are of one cell; delete the one that does not count")
+                raise DataError(
+                    f"{path} and {self._paths[name]} are of one cell; delete the one that does not "
+                    "count"
+                )
             self._found[name], self._paths[name] = json.loads(content), path
 
     def get(self, cell: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return what was measured of a cell with these settings; None where that is still to be done."""
+        """Return what was measured of a cell with these settings; None where that is still to be
+        done.
+        """
         found = self._found.get(cell)
         return found["result"] if found and found["settings"] == _plain(settings) else None
 
@@ -53,7 +60,9 @@ class Results:
         """Return the whole file of a cell, whatever its settings."""
         return self._found.get(cell)
 
-    def put(self, cell: str, settings: Mapping[str, Any], result: Mapping[str, Any], seconds: float) -> Path:
+    def put(
+        self, cell: str, settings: Mapping[str, Any], result: Mapping[str, Any], seconds: float
+    ) -> Path:
         """Write a finished cell, in place of one with other settings, and return the file."""
         record = {
             "cell": cell,

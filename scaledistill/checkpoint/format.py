@@ -1,10 +1,11 @@
-"""Checkpoints: folders of safetensors and one JSON, committed atomically, verified on load, the newest good one wins.
+"""Checkpoints: folders of safetensors and one JSON, committed atomically, verified on load, the
+newest good one wins.
 
-Enters: named groups of tensors and a JSON-able state. Leaves: the same, bit for bit. What they mean is left to others,
-the thread that writes them to `saving`, copies elsewhere to `mirror`.
+Enters: named groups of tensors and a JSON-able state. Leaves: the same, bit for bit. What they mean
+is left to others, the thread that writes them to `saving`, copies elsewhere to `mirror`.
 
-The stages of a save, in this order: `write_group` for each group, `write_state`, `read_back`, `write_manifest`,
-`commit`, `prune`. Nothing that was committed before is touched until `commit`.
+The stages of a save, in this order: `write_group` for each group, `write_state`, `read_back`,
+`write_manifest`, `commit`, `prune`. Nothing that was committed before is touched until `commit`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ FORMAT = {"format": "scaledistill-checkpoint", "version": 1}
 MANIFEST, STATE = "manifest.json", "state.json"
 FOLDER = re.compile(r"step-(\d{9})")
 CHUNK_BYTES = 1 << 22
-FALLING_BACK, NONE_LEFT = "falling back to the one before", "there is none before it: the run starts from the beginning"
+FALLING_BACK, NONE_LEFT = (
+    "falling back to the one before",
+    "there is none before it: the run starts from the beginning",
+)
 # In the order of safetensors, which puts the last ones first in a file.
 DTYPES = {
     torch.bool: "BOOL",
@@ -68,7 +72,9 @@ class Checkpoint:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:  # its hash holds: somebody else's file
-            raise DataError(f"{path} cannot be used ({error}); remove {self.folder} to go on from before it") from None
+            raise DataError(
+                f"{path} cannot be used ({error}); remove {self.folder} to go on from before it"
+            ) from None
 
 
 def folder_name(step: int) -> str:
@@ -76,11 +82,14 @@ def folder_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def write_checkpoint(root: Path, step: int, groups: dict[str, dict[str, Tensor]], state: str, *, keep: int) -> Path:
+def write_checkpoint(
+    root: Path, step: int, groups: dict[str, dict[str, Tensor]], state: str, *, keep: int
+) -> Path:
     """Commit a checkpoint, then drop all but the `keep` newest up to this step; return its folder.
 
     Args:
-        groups: tensors on the CPU; emptied on the way, so that each is freed as soon as it is written.
+        groups: tensors on the CPU; emptied on the way, so that each is freed as soon as it is
+            written.
         state: JSON.
 
     Raises:
@@ -108,7 +117,8 @@ def write_checkpoint(root: Path, step: int, groups: dict[str, dict[str, Tensor]]
 
 
 def write_group(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write tensors as safetensors' own `save_file` does, but without a copy of them all; return the file's sha256.
+    """Write tensors as safetensors' own `save_file` does, but without a copy of them all; return
+    the file's sha256.
 
     `tensors` is emptied on the way.
     """
@@ -118,7 +128,11 @@ def write_group(path: Path, tensors: dict[str, Tensor]) -> str:
     for name in names:
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -145,11 +159,14 @@ def write_state(path: Path, state: str) -> str:
 
 
 def read_back(partial: Path, digests: Mapping[str, str]) -> None:
-    """Flush the files to the disk, and compare what it gives back with what was written. Raises: OSError."""
+    """Flush the files to the disk, and compare what it gives back with what was written. Raises:
+    OSError.
+    """
     for name, digest in digests.items():
         path = partial / name
         sync(path)
-        with path.open("rb") as file, suppress(OSError):  # from the disk, not from the page cache, where that can be
+        # From the disk, not from the page cache, where that can be.
+        with path.open("rb") as file, suppress(OSError):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if sha256_of(path) != digest:
             raise OSError(errno.EIO, "what the disk gives back is not what was written", str(path))
@@ -157,7 +174,10 @@ def read_back(partial: Path, digests: Mapping[str, str]) -> None:
 
 def write_manifest(partial: Path, digests: Mapping[str, str]) -> None:
     """Write sizes and hashes, which makes a folder a checkpoint."""
-    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": digests[name]} for name in sorted(digests)}
+    files = {
+        name: {"bytes": (partial / name).stat().st_size, "sha256": digests[name]}
+        for name in sorted(digests)
+    }
     write_json(partial / MANIFEST, {**FORMAT, "files": files})
 
 
@@ -173,13 +193,15 @@ def commit(partial: Path, folder: Path) -> None:
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints up to this one."""
-    # A later one is damaged, or this step would not have been made again: it must not push this one out.
+    # A later one is damaged, or this step would not have been made again: it must not push this one
+    # out.
     for old in [path for path in _committed(folder.parent) if path.name <= folder.name][keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def newest_checkpoint(root: Path, ranks: Ranks, remote: str | None = None) -> Checkpoint | None:
-    """Return the newest checkpoint whose sizes and hashes hold; each damaged one is named in a warning. Collective.
+    """Return the newest checkpoint whose sizes and hashes hold; each damaged one is named in a
+    warning. Collective.
 
     Where the folder `remote` has a newer good one, that is fetched first.
 
@@ -200,12 +222,13 @@ def newest_checkpoint(root: Path, ranks: Ranks, remote: str | None = None) -> Ch
             state = json.loads((folder / STATE).read_text())
         except OSError as error:
             raise DataError(
-                f"checkpoint {folder}: rank 0 reads it, rank {ranks.rank} does not ({error.strerror}); run.folder must "
-                "be on a file system that all ranks share"
+                f"checkpoint {folder}: rank 0 reads it, rank {ranks.rank} does not "
+                f"({error.strerror}); run.folder must be on a file system that all ranks share"
             ) from None
         except (ValueError, RecursionError) as error:  # its hash holds: somebody else's file
             raise DataError(
-                f"{folder / STATE} cannot be used ({error}); remove {folder} to go on from before it"
+                f"{folder / STATE} cannot be used ({error}); remove {folder} to go on from before "
+                "it"
             ) from None
     return Checkpoint(folder, state)
 
@@ -219,7 +242,12 @@ def _newest_good(root: Path, remote: str | None) -> str | None:
         if (damage := verify(folder)) is None:
             name = folder.name
             break
-        log.warning("checkpoint %s is damaged (%s); %s", folder, damage, _fallback(root, folder.name, remote))
+        log.warning(
+            "checkpoint %s is damaged (%s); %s",
+            folder,
+            damage,
+            _fallback(root, folder.name, remote),
+        )
     copies = mirror.checkpoints(remote) if remote else []
     for number, newer in enumerate(copies, start=1):
         if name is not None and newer <= name:
@@ -249,12 +277,16 @@ def _fetch(url: str, partial: Path) -> str | None:
         partial.mkdir(parents=True)
         mirror.download(url, partial)
     except OSError as error:
-        raise DataError(f"{url} cannot be fetched to {partial}: {error}; {disk_remedy(error)}") from None
+        raise DataError(
+            f"{url} cannot be fetched to {partial}: {error}; {disk_remedy(error)}"
+        ) from None
     return verify(partial)
 
 
 def newest_state(root: Path) -> dict[str, Any] | None:
-    """Return the JSON of the newest checkpoint, unverified; None where there is none that can be read."""
+    """Return the JSON of the newest checkpoint, unverified; None where there is none that can be
+    read.
+    """
     return next(filter(None, (read_json(folder / STATE) for folder in _committed(root))), None)
 
 
@@ -264,7 +296,10 @@ def verify(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
         if {key: manifest[key] for key in FORMAT} != FORMAT:
-            return f"{MANIFEST}: written by another version: {manifest['format']} {manifest['version']}"
+            return (
+                f"{MANIFEST}: written by another version: {manifest['format']} "
+                f"{manifest['version']}"
+            )
         for name, facts in files.items():
             path = folder / name
             if not path.is_file():
@@ -280,4 +315,6 @@ def verify(folder: Path) -> str | None:
 
 def _committed(root: Path) -> list[Path]:
     """Return the committed checkpoints, newest first."""
-    return sorted((path for path in root.glob("step-*") if FOLDER.fullmatch(path.name)), reverse=True)
+    return sorted(
+        (path for path in root.glob("step-*") if FOLDER.fullmatch(path.name)), reverse=True
+    )

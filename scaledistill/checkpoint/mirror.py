@@ -1,7 +1,8 @@
 """Copies of checkpoints in `checkpoint.remote`: a bucket, or a folder of another disk.
 
-Enters: committed folders and where to copy them. Leaves: the same folders there. A folder counts once its manifest is
-there, which is written last and removed first; whether its files are good, `checkpoint` finds out.
+Enters: committed folders and where to copy them. Leaves: the same folders there. A folder counts
+once its manifest is there, which is written last and removed first; whether its files are good,
+`checkpoint` finds out.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def _check_scheme(remote: str) -> None:
         scheme = remote
     if scheme and scheme not in WRITABLE:
         allowed = ", ".join(f"{name}://" for name in WRITABLE)
-        raise ConfigError(f"checkpoint.remote={remote!r} cannot hold checkpoints; use one of {allowed} or a folder")
+        raise ConfigError(
+            f"checkpoint.remote={remote!r} cannot hold checkpoints; use one of {allowed} or a "
+            "folder"
+        )
 
 
 def checkpoints(remote: str) -> list[str]:
@@ -63,13 +67,16 @@ def upload(folder: Path, remote: str, keep: int) -> None:
 
     def forget(files: Any, path: str) -> None:
         files.makedirs(path, exist_ok=True)
-        if files.exists(f"{path}/{MANIFEST}"):  # the same step of before: not good until it is whole again
+        # The same step of before: not good until it is whole again.
+        if files.exists(f"{path}/{MANIFEST}"):
             files.rm_file(f"{path}/{MANIFEST}")
 
     url = f"{remote}/{folder.name}"
     _named(url, forget)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
-        _named(url, lambda files, target, path=path: files.put_file(str(path), f"{target}/{path.name}"))
+        _named(
+            url, lambda files, target, path=path: files.put_file(str(path), f"{target}/{path.name}")
+        )
     _named(remote, lambda files, path: _prune(files, path, folder.name, keep))
 
 
@@ -86,7 +93,8 @@ def download(url: str, folder: Path) -> None:
 
 
 def set_aside(remote: str) -> str | None:
-    """Move the checkpoints to the first free `<remote>.1`, `<remote>.2`, …; return where, None where there are none.
+    """Move the checkpoints to the first free `<remote>.1`, `<remote>.2`, …; return where, None
+    where there are none.
 
     Raises:
         ConfigError, DataError: see `check`.

@@ -1,7 +1,8 @@
 """Saving beside training: a thread of rank 0 writes what was gathered, while the loop goes on.
 
-Enters: a way to gather a checkpoint. Leaves: checkpoints in the run's folder and copies in `checkpoint.remote`, and how
-each save ended, the same on every rank. What a checkpoint is, `checkpoint` knows; when one is due, `train`.
+Enters: a way to gather a checkpoint. Leaves: checkpoints in the run's folder and copies in
+`checkpoint.remote`, and how each save ended, the same on every rank. What a checkpoint is,
+`checkpoint` knows; when one is due, `train`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ NICENESS = 10
 SPARE_BYTES = 1 << 16
 """For the JSON files."""
 ROUND_SECONDS = 5.0
-"""Ranks that wait for rank 0's disk hear from it this often, so that nothing of theirs times out."""
+"""Ranks that wait for rank 0's disk hear from it this often, so that nothing of theirs times
+out."""
 WORD_SECONDS = 30.0
 """People hear this often."""
 ROOM_SECONDS = 5.0
@@ -58,7 +60,9 @@ class Outcome:
 
 
 class Saver:
-    """Saves, at most one in flight. Used as a context manager around the loop; its methods are collective."""
+    """Saves, at most one in flight. Used as a context manager around the loop; its methods are
+    collective.
+    """
 
     def __init__(self, root: Path, ranks: Ranks, *, keep: int, remote: str | None = None) -> None:
         self._root, self._ranks, self._keep, self._remote = root, ranks, keep, remote
@@ -73,8 +77,15 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Give a write under way a moment, unless someone wants to leave at once. Not collective."""
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        """Give a write under way a moment, unless someone wants to leave at once. Not
+        collective.
+        """
         if self._thread and (kind is None or issubclass(kind, Exception)):
             self._thread.join(GRACE_SECONDS)
 
@@ -83,12 +94,15 @@ class Saver:
         """Whether a save was begun that is not settled."""
         return self._step is not None
 
-    def begin(self, step: int, num_bytes: int, gather: Callable[[], tuple[Groups, Mapping[str, Any]]]) -> None:
-        """Gather a checkpoint of `num_bytes` and have it written; where the disk has no room, neither. Collective.
+    def begin(
+        self, step: int, num_bytes: int, gather: Callable[[], tuple[Groups, Mapping[str, Any]]]
+    ) -> None:
+        """Gather a checkpoint of `num_bytes` and have it written; where the disk has no room,
+        neither. Collective.
 
         Args:
-            gather: returns tensors and a JSON-able state, both empty on all ranks but the first. The tensors are
-                written later: nobody may change them any more.
+            gather: returns tensors and a JSON-able state, both empty on all ranks but the first.
+                The tensors are written later: nobody may change them any more.
         """
         if self.pending:
             raise RuntimeError(f"the save of step {self._step} is not settled")
@@ -106,26 +120,43 @@ class Saver:
         if self._ranks.is_main:
             text = json.dumps(state, indent=2, allow_nan=False) + "\n"
             self._thread = threading.Thread(
-                target=self._write, args=(step, groups, text), name=f"checkpoint of step {step}", daemon=True
+                target=self._write,
+                args=(step, groups, text),
+                name=f"checkpoint of step {step}",
+                daemon=True,
             )
             self._thread.start()
 
     def settle(self, *, wait: bool) -> Outcome | None:
-        """Return how the save that was begun ended; None where there is none, or it is not over yet. Collective."""
+        """Return how the save that was begun ended; None where there is none, or it is not over
+        yet. Collective.
+        """
         if self._step is None:
             return None
         start = told = time.monotonic()
         while True:
-            over = self._ended.wait(ROUND_SECONDS if wait else 0.0) if self._ranks.is_main else False
-            over, error, at, remedy = broadcast_object((over, self._error, self._ended_at, self._remedy))
+            over = (
+                self._ended.wait(ROUND_SECONDS if wait else 0.0) if self._ranks.is_main else False
+            )
+            over, error, at, remedy = broadcast_object(
+                (over, self._error, self._ended_at, self._remedy)
+            )
             if over:
-                outcome, self._step, self._thread = Outcome(self._step, error, at, remedy), None, None
+                outcome, self._step, self._thread = (
+                    Outcome(self._step, error, at, remedy),
+                    None,
+                    None,
+                )
                 return outcome
             if not wait:
                 return None
             if self._ranks.is_main and time.monotonic() > told + WORD_SECONDS:
                 told = time.monotonic()
-                where = f"{self._root} or checkpoint.remote={self._remote}" if self._remote else self._root
+                where = (
+                    f"{self._root} or checkpoint.remote={self._remote}"
+                    if self._remote
+                    else self._root
+                )
                 log.warning(
                     "waiting for the checkpoint of step %d since %.0f s; is %s slow, or gone?",
                     *(self._step, told - start, where),
@@ -164,11 +195,14 @@ class Saver:
         return f"{failure.strerror or failure} ({failure.filename or self._root})"
 
     def _copy(self, folder: Path, remote: str) -> None:
-        """Copy a checkpoint; where that fails the save did not: what is needed to go on stands in the run's folder."""
+        """Copy a checkpoint; where that fails the save did not: what is needed to go on stands in
+        the run's folder.
+        """
         try:
             mirror.upload(folder, remote, self._keep)
         except (DataError, OSError) as failure:
             log.warning(
-                "%s is not copied: %s; training goes on and the next save tries again. Check network and access rights",
+                "%s is not copied: %s; training goes on and the next save tries again. Check "
+                "network and access rights",
                 *(folder, failure),
             )

@@ -1,4 +1,6 @@
-"""The command line of a run: parse, check, call `train.distill`, and turn how it ended into an exit code."""
+"""The command line of a run: parse, check, call `train.distill`, and turn how it ended into an exit
+code.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +32,20 @@ from scaledistill.errors import (
 )
 
 REPORT_SECONDS = 30.0
-"""How long a rank that fails along with others on its machine leaves them to report before it ends the job."""
+"""How long a rank that fails along with others on its machine leaves them to report before it ends
+the job."""
 FAR_REPORT_SECONDS = 5.0
-"""The same on a machine without the rank that reports, whose launcher does not see this one leave."""
+"""The same on a machine without the rank that reports, whose launcher does not see this one
+leave."""
 EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request (under
 torchrun 0, or it would start the run again; rerun it to resume), 130 interrupted. <run.folder>/status.json tells
 how a run ended, also where a launcher changes the code."""
 
 
 class _OneVoice(argparse.ArgumentParser):
-    """Prints on rank 0 alone, as every rank parses the same arguments; names the option that a misspelt one is near."""
+    """Prints on rank 0 alone, as every rank parses the same arguments; names the option that a
+    misspelt one is near.
+    """
 
     def parse_args(self, arguments: Any = None, namespace: Any = None) -> Any:
         options, unknown = self.parse_known_args(arguments, namespace)
@@ -75,21 +81,38 @@ def parser() -> argparse.ArgumentParser:
         help="override a setting, such as train.max_steps=100; repeatable",
     )  # fmt: skip
     parse.add_argument(
-        "--print-config", action="store_true", default=None, help="print the whole configuration and leave"
+        "--print-config",
+        action="store_true",
+        default=None,
+        help="print the whole configuration and leave",
     )
     parse.add_argument(
-        "--validate", action="store_true", default=None, help="check everything without loading weights, print the plan"
+        "--validate",
+        action="store_true",
+        default=None,
+        help="check everything without loading weights, print the plan",
     )
     parse.add_argument(
-        "--world-size", type=_positive, metavar="N", help="with --validate: plan for N ranks (default: those here)"
+        "--world-size",
+        type=_positive,
+        metavar="N",
+        help="with --validate: plan for N ranks (default: those here)",
     )
     parse.add_argument(
-        "--tokens-per-second", type=_above_zero, metavar="X", help="with --validate: what one rank computes; adds hours"
+        "--tokens-per-second",
+        type=_above_zero,
+        metavar="X",
+        help="with --validate: what one rank computes; adds hours",
     )
     parse.add_argument(
-        "--device-memory-gb", type=_above_zero, metavar="X", help="with --validate: plan for GPUs with so much memory"
+        "--device-memory-gb",
+        type=_above_zero,
+        metavar="X",
+        help="with --validate: plan for GPUs with so much memory",
     )
-    parse.add_argument("--dry-run", type=_positive, metavar="N", help="make N real steps and write nothing")
+    parse.add_argument(
+        "--dry-run", type=_positive, metavar="N", help="make N real steps and write nothing"
+    )
     parse.add_argument(
         "--profile",
         type=_positive,
@@ -102,8 +125,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="STEP",
         help="write the student of a checkpoint as a model, without training: a step that has one, or 'newest'",
     )
-    parse.add_argument("--fresh", action="store_true", help="start over; the old run folder is renamed, not deleted")
-    parse.add_argument("--debug", action="store_true", help="show tracebacks and third-party messages")
+    parse.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start over; the old run folder is renamed, not deleted",
+    )
+    parse.add_argument(
+        "--debug", action="store_true", help="show tracebacks and third-party messages"
+    )
     parse.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # set by the deepspeed launcher
@@ -131,11 +160,14 @@ def _step(text: str) -> int | str:
         return "newest"
     if text == "best":
         raise argparse.ArgumentTypeError(
-            "the best student by validation loss is exported while a run lasts: see <run.folder>/export/<student>-best"
+            "the best student by validation loss is exported while a run lasts: see "
+            "<run.folder>/export/<student>-best"
         )
     number = text.removeprefix("step-")
     if not number.isdecimal():
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a step that has a checkpoint, or 'newest'")
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, expected a step that has a checkpoint, or 'newest'"
+        )
     return int(number)
 
 
@@ -154,7 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse = parser()
     options = parse.parse_args(arguments)
     if options.world_size and not options.validate:
-        parse.error("--world-size is read only with --validate; the launcher sets the ranks of a run")
+        parse.error(
+            "--world-size is read only with --validate; the launcher sets the ranks of a run"
+        )
     for option in ("tokens_per_second", "device_memory_gb"):
         if getattr(options, option) and not options.validate:
             parse.error(f"--{option.replace('_', '-')} is read only with --validate")
@@ -172,7 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.print_config:
             check_paths(config, options.config)
     except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine: each reads its own file
+        # One message a machine: each reads its own file.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             log.error("%s", error)
         return _after_report(error.exit_code, "LOCAL_RANK")
     try:
@@ -183,7 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.export is not None:
             return _export(config, options.export, is_main)
         if options.validate:
-            gc.disable()  # the process is short and nearly all of it imports, among which garbage is looked for in vain
+            # The process is short and nearly all of it imports, among which garbage is looked for
+            # in vain.
+            gc.disable()
             try:
                 return _validate(config, options, is_main)
             finally:
@@ -191,9 +228,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from scaledistill.training.loop import distill
 
         under_elastic = "TORCHELASTIC_RUN_ID" in os.environ
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # --fresh was done the first time
+        # --fresh was done the first time.
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         result = distill(
-            config, fresh=options.fresh and not restarted, dry_run_steps=options.dry_run, profile_steps=options.profile
+            config,
+            fresh=options.fresh and not restarted,
+            dry_run_steps=options.dry_run,
+            profile_steps=options.profile,
         )
         log.info("%s", result.message)
         if result.exit_code == EXIT_STOPPED and under_elastic:
@@ -234,13 +275,15 @@ def _export(config: DistillConfig, step: int | str, is_main: bool) -> int:
 def _after_report(code: int, name: str) -> int:
     """Return an exit code, after the rank whose number `name` is 0 has had the time to report why.
 
-    Launchers end all ranks of their machine as soon as one fails. So the ranks that leave the message to another one
-    leave after it: as soon as that one has left, the launcher ends them.
+    Launchers end all ranks of their machine as soon as one fails. So the ranks that leave the
+    message to another one leave after it: as soon as that one has left, the launcher ends them.
     """
     numbers = (os.environ.get(each, "0") for each in (name, "RANK", "LOCAL_RANK"))
     number, rank, local_rank = (int(text) if text.isdecimal() else 0 for text in numbers)
     if number:
-        time.sleep(REPORT_SECONDS if name == "LOCAL_RANK" or rank == local_rank else FAR_REPORT_SECONDS)
+        time.sleep(
+            REPORT_SECONDS if name == "LOCAL_RANK" or rank == local_rank else FAR_REPORT_SECONDS
+        )
     return code
 
 
@@ -256,7 +299,9 @@ def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool)
     from scaledistill.storage.files import in_use
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = options.world_size or int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
+    ranks = options.world_size or int(
+        os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count()))
+    )
     stated = options.device_memory_gb and int(options.device_memory_gb * 1e9)
     plan = check(config, ranks, device, fresh=options.fresh, gpu_bytes=stated)
     here = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
@@ -269,8 +314,9 @@ def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool)
         console.print(f"warning: {warning}", highlight=False, markup=False)
     if in_use(Path(config.run.folder)):
         raise ConfigError(
-            f"run.folder={config.run.folder!r} is in use by a running process ({described(Path(config.run.folder))}); "
-            "this configuration starts when that has ended, or with another run.folder. Everything else is in order"
+            f"run.folder={config.run.folder!r} is in use by a running process "
+            f"({described(Path(config.run.folder))}); this configuration starts when that has "
+            "ended, or with another run.folder. Everything else is in order"
         )
     console.print("all checks passed (weights not loaded)")
     return EXIT_DONE
@@ -283,19 +329,24 @@ def _set_up_messages(is_main: bool, debug: bool) -> None:
         from rich.console import Console
         from rich.logging import RichHandler
 
-        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+        handler: logging.Handler = RichHandler(
+            console=Console(stderr=True), show_path=False, markup=False
+        )
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
         where = "" if is_main else f"[rank {os.environ['RANK']}] "
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {where}%(levelname)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(
+            logging.Formatter(f"%(asctime)s {where}%(levelname)s %(message)s", "%H:%M:%S")
+        )
     package.handlers[:] = [handler]
     package.propagate = False
     package.setLevel(logging.DEBUG if debug else logging.INFO if is_main else logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not debug:
         warnings.filterwarnings("ignore")
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells where there is no home to keep fonts in
+        # It tells where there is no home to keep fonts in.
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         os.environ.setdefault("DS_LOG_LEVEL", "error")

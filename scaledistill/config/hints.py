@@ -1,7 +1,8 @@
 """What people type out of habit from other tools, and what to type here instead.
 
-Inputs: an unknown option or a misplaced argument of the command line, or an unknown key of the configuration. Outputs:
-the end of a message that says what to type. Not handled here: reading the configuration (`configfile`).
+Inputs: an unknown option or a misplaced argument of the command line, or an unknown key of the
+configuration. Outputs: the end of a message that says what to type. Not handled here: reading the
+configuration (`configfile`).
 """
 
 from __future__ import annotations
@@ -11,27 +12,34 @@ import re
 from collections.abc import Iterable, Sequence
 
 MAX_STEPS = (
-    "set train.max_steps, which counts optimizer steps: epochs × training rows ÷ train.global_batch_size (--validate "
-    "prints rows and epochs)"
+    "set train.max_steps, which counts optimizer steps: epochs × training rows ÷ "
+    "train.global_batch_size (--validate prints rows and epochs)"
 )
 BATCH = "set train.global_batch_size, the sequences of an optimizer step over all ranks"
 MICRO_BATCH = (
-    'set train.micro_batch_size, the sequences of a rank\'s forward (or "auto"), and train.global_batch_size, those of '
+    'set train.micro_batch_size, the sequences of a rank\'s forward (or "auto"), and '
+    "train.global_batch_size, those of "
     "a step over all ranks"
 )
-ACCUMULATION = "it follows from train.global_batch_size, train.micro_batch_size and the number of ranks"
+ACCUMULATION = (
+    "it follows from train.global_batch_size, train.micro_batch_size and the number of ranks"
+)
 RATE = "set train.learning_rate, the peak"
 WARMUP = "set train.warmup_steps, a number of steps: the ratio × train.max_steps"
-LENGTH = "set data.sequence_length, which is that of the shards (tools/make_shards.py --sequence-length)"
+LENGTH = (
+    "set data.sequence_length, which is that of the shards (tools/make_shards.py --sequence-length)"
+)
 FOLDER = "set run.folder"
 RESUME = "rerun the same command: it resumes from the newest checkpoint in run.folder by itself"
 START_OVER = "use --fresh to start over; the old run folder is renamed, not deleted"
 SHARDS = "set data.train, a folder of shards that tools/make_shards.py makes from text"
 LAUNCHER = (
-    "give it to the launcher, before the script: torchrun --nproc-per-node N launch/distill.py …, or deepspeed "
-    "--num_gpus N launch/distill.py …"
+    "give it to the launcher, before the script: torchrun --nproc-per-node N launch/distill.py …, "
+    "or deepspeed --num_gpus N launch/distill.py …"
 )
-SCHEDULE = "the schedule is linear: train.warmup_steps of warm-up, then decay to 0 at train.max_steps"
+SCHEDULE = (
+    "the schedule is linear: train.warmup_steps of warm-up, then decay to 0 at train.max_steps"
+)
 
 FOREIGN = {
     "epochs": MAX_STEPS,
@@ -66,8 +74,14 @@ FOREIGN = {
     "lr_scheduler_type": SCHEDULE,
     "lr_scheduler": SCHEDULE,
     "scheduler": SCHEDULE,
-    "optim": "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, train.adam_betas, …",
-    "optimizer": "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, train.adam_betas, …",
+    "optim": (
+        "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, "
+        "train.adam_betas, …"
+    ),
+    "optimizer": (
+        "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, "
+        "train.adam_betas, …"
+    ),
     "adam_beta1": "set train.adam_betas, a list of two",
     "adam_beta2": "set train.adam_betas, a list of two",
     "betas": "set train.adam_betas",
@@ -138,7 +152,10 @@ FOREIGN = {
     "num_hidden_layers": "set students.<name>.num_layers",
     "num_relation_heads": "set relations.num_heads",
     "hidden_dropout_prob": "set students.<name>.dropout",
-    "student": 'set the block students: {"<name>": {"num_layers": 6, "hidden_size": 384, "num_attention_heads": 12}}',
+    "student": (
+        'set the block students: {"<name>": {"num_layers": 6, "hidden_size": 384, '
+        '"num_attention_heads": 12}}'
+    ),
     "zero_stage": "set engine.deepspeed.zero_optimization.stage",
     "zero_optimization": "set engine.deepspeed.zero_optimization",
     "deepspeed": "set the block engine.deepspeed in the configuration file",
@@ -182,12 +199,15 @@ OPTIONS = {
 
 
 def foreign(name: str) -> str | None:
-    """Return what to do instead for a name of another tool's, without leading dashes; None if it is not known."""
+    """Return what to do instead for a name of another tool's, without leading dashes; None if it is
+    not known.
+    """
     return FOREIGN.get(name.strip("-").replace("-", "_").lower())
 
 
 def argument_hint(unknown: Sequence[str], options: Iterable[str], settings: Sequence[str]) -> str:
-    """Return the message for arguments that the command line does not know, of which the first counts.
+    """Return the message for arguments that the command line does not know, of which the first
+    counts.
 
     Args:
         options: the options that it knows.
@@ -199,30 +219,49 @@ def argument_hint(unknown: Sequence[str], options: Iterable[str], settings: Sequ
             return f"unexpected argument {first!r}; type --set {first}"
         if first.lower().endswith((".json", ".yaml", ".yml")) or "/" in first:
             return f"unexpected argument {first!r}; type --config {first}"
-        return f"unexpected argument {first!r}; settings are given as --set KEY=VALUE, the file as --config FILE"
+        return (
+            f"unexpected argument {first!r}; settings are given as --set KEY=VALUE, the file as "
+            "--config FILE"
+        )
     option, equals, value = first.partition("=")
     value = value if equals else next((each for each in rest[:1] if not each.startswith("-")), "…")
     name = option.lstrip("-").replace("-", "_")
     if name.lower() in OPTIONS:
         return f"unknown option {option}; {OPTIONS[name.lower()]}"
-    settings = [setting for setting in settings if not setting.startswith("evaluation.") or setting == name]
-    known = [setting for setting in settings if setting == name or setting.rpartition(".")[2] == name]
+    settings = [
+        setting for setting in settings if not setting.startswith("evaluation.") or setting == name
+    ]
+    known = [
+        setting for setting in settings if setting == name or setting.rpartition(".")[2] == name
+    ]
     near = difflib.get_close_matches(option, list(options), n=1)
     if near and name not in FOREIGN and not known:
         return f"unknown option {option}; did you mean {near[0]}?"
     if advice := foreign(name):
         return f"unknown option {option}; {_as_option(advice, value)}"
     if known:
-        return f"unknown option {option}; type {' or '.join(f'--set {setting}={value}' for setting in known)}"
-    close = difflib.get_close_matches(name, [setting.rpartition(".")[2] for setting in settings], n=1, cutoff=0.75)
+        return (
+            f"unknown option {option}; type "
+            f"{' or '.join(f'--set {setting}={value}' for setting in known)}"
+        )
+    close = difflib.get_close_matches(
+        name, [setting.rpartition(".")[2] for setting in settings], n=1, cutoff=0.75
+    )
     matches = [setting for setting in settings if close and setting.rpartition(".")[2] == close[0]]
     if matches:
-        return f"unknown option {option}; type {' or '.join(f'--set {setting}={value}' for setting in matches)}"
-    return f"unknown option {option}; settings are given as --set KEY=VALUE, --help lists the options"
+        return (
+            f"unknown option {option}; type "
+            f"{' or '.join(f'--set {setting}={value}' for setting in matches)}"
+        )
+    return (
+        f"unknown option {option}; settings are given as --set KEY=VALUE, --help lists the options"
+    )
 
 
 def _as_option(advice: str, given: str) -> str:
-    """Turn "set train.max_steps, …" into what is typed on a command line, with the value given if it means the same."""
+    """Turn "set train.max_steps, …" into what is typed on a command line, with the value given if
+    it means the same.
+    """
     if advice in (MAX_STEPS, MICRO_BATCH, WARMUP, SHARDS) or "a list" in advice:
         given = "…"
     setting = re.match(r"set ([\w.<>]+)(=[^\s,;]+)?(.*)", advice)

@@ -1,4 +1,5 @@
-"""Read a run's settings from a JSON file and `--set a.b=c` overrides, and say what is wrong with them in one line each.
+"""Read a run's settings from a JSON file and `--set a.b=c` overrides, and say what is wrong with
+them in one line each.
 
 Enters: a file, or plain dicts. Leaves: a `DistillConfig`.
 """
@@ -32,19 +33,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfi
     """Read a configuration file, apply `a.b=c` overrides, and check it.
 
     Raises:
-        ConfigError: the file is missing or no JSON, or a key is unknown, of the wrong type or contradicts another.
+        ConfigError: the file is missing or no JSON, or a key is unknown, of the wrong type or
+            contradicts another.
     """
     path = Path(path)
     text = _read(path)
     try:
         tree = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"--config {path}: not valid JSON: {_what_is_wrong(path, text, error)}") from None
+        raise ConfigError(
+            f"--config {path}: not valid JSON: {_what_is_wrong(path, text, error)}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path}: not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"--config {path}: found a JSON {type(tree).__name__}, expected an object with blocks such as 'teacher'"
+            f"--config {path}: found a JSON {type(tree).__name__}, expected an object with blocks "
+            "such as 'teacher'"
         )
     for override in overrides:
         _apply_override(tree, override)
@@ -64,7 +69,8 @@ def parse_config(tree: Mapping[str, Any]) -> DistillConfig:
 
 
 def check_paths(config: DistillConfig, path: str | Path) -> None:
-    """Check relative paths, which count from the working folder, where what they name lies elsewhere.
+    """Check relative paths, which count from the working folder, where what they name lies
+    elsewhere.
 
     That is beside the configuration file or above it, or in the repository.
 
@@ -78,7 +84,9 @@ def check_paths(config: DistillConfig, path: str | Path) -> None:
     for name, student in config.students.items():
         if student.init not in ("random", "teacher"):
             named[f"students.{name}.init"] = student.init
-    named |= {"evaluation.data_folder": config.evaluation.data_folder if config.evaluation else None}
+    named |= {
+        "evaluation.data_folder": config.evaluation.data_folder if config.evaluation else None
+    }
     problems = []
     for setting, value in named.items():
         if not value or "://" in value or Path(value).is_absolute() or Path(value).exists():
@@ -86,16 +94,19 @@ def check_paths(config: DistillConfig, path: str | Path) -> None:
         root = next((root for root in roots if root != here and (root / value).is_dir()), None)
         if root:
             problems.append(
-                f"{setting}={value!r} is not in the working folder {here}, but in {root}; start the command there "
-                f"(cd {root}), or give the whole path, {root / value}"
+                f"{setting}={value!r} is not in the working folder {here}, but in {root}; start "
+                f"the command there (cd {root}), or give the whole path, {root / value}"
             )
     folder = Path(config.run.folder)
     if not folder.is_absolute() and not folder.exists():
-        root = next((root for root in roots if root != here and (root / folder / "checkpoints").is_dir()), None)
+        root = next(
+            (root for root in roots if root != here and (root / folder / "checkpoints").is_dir()),
+            None,
+        )
         if root and os.environ.get("RANK", "0") == "0":
             log.warning(
-                "run.folder=%s starts a new run in the working folder %s; to resume the run in %s, start the command "
-                "in %s",
+                "run.folder=%s starts a new run in the working folder %s; to resume the run in %s, "
+                "start the command in %s",
                 *(folder, here, root / folder, root),
             )
     if problems:
@@ -106,12 +117,17 @@ def _read(path: Path) -> str:
     """Return the text of a configuration file."""
     if path.is_dir():
         names = sorted(each.name for each in path.glob("*.json"))
-        inside = f"give a file in it: {', '.join(str(path / name) for name in names[:6])}" if names else "give a file"
+        inside = (
+            f"give a file in it: {', '.join(str(path / name) for name in names[:6])}"
+            if names
+            else "give a file"
+        )
         raise ConfigError(f"--config {path}: found a folder, expected a JSON file; {inside}")
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file{_where_else(path)}")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        # Some editors begin a file with a byte order mark.
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"--config {path}: not valid JSON: not UTF-8 text ({error.reason}); save it as UTF-8"
@@ -144,7 +160,9 @@ def _short(path: Path) -> Path:
 
 
 def _what_is_wrong(path: Path, text: str, error: json.JSONDecodeError) -> str:
-    """Return what JSON does not have, with its line, and what to do; the parser's words where nothing fits."""
+    """Return what JSON does not have, with its line, and what to do; the parser's words where
+    nothing fits.
+    """
     rest = text[error.pos :]
     before = text[: error.pos].rstrip()
     line = f"in line {error.lineno}"
@@ -152,11 +170,15 @@ def _what_is_wrong(path: Path, text: str, error: json.JSONDecodeError) -> str:
     is_object = text.lstrip()[0] in "{["
     if path.suffix.lower() in (".yaml", ".yml") or (not is_object and YAML_LINE.search(text)):
         return (
-            f"it is YAML, or something like it, {line}; convert it: python -c 'import json, sys, yaml; "
-            f"json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)' < {path} > {path.stem}-converted.json"
+            f"it is YAML, or something like it, {line}; convert it: python -c 'import json, sys, "
+            f"yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)' < {path} > "
+            f"{path.stem}-converted.json"
         )
     if TOML_LINE.match(text.lstrip()):
-        return f"it is TOML, or something like it, {line}; write it as JSON: configs/ holds some to start from"
+        return (
+            f"it is TOML, or something like it, {line}; write it as JSON: configs/ holds some to "
+            "start from"
+        )
     if rest.startswith(("//", "/*", "#")):
         return f"a comment ({first[:40]!r}) {line}; JSON has none: remove it"
     if before.endswith(",") and rest[:1] in ("}", "]"):
@@ -186,7 +208,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as --set train.max_steps=100")
+        raise ConfigError(
+            f"--set {override}: expected KEY=VALUE, such as --set train.max_steps=100"
+        )
     try:
         value = json.loads(text)
     except ValueError:
@@ -197,7 +221,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         name = path.split(".")[1]
         if name not in students:
             known = " or ".join(f"students.{each}" for each in students)
-            raise ConfigError(f"--set {override}: there is no student {name!r} in the file; use {known}")
+            raise ConfigError(
+                f"--set {override}: there is no student {name!r} in the file; use {known}"
+            )
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})

@@ -1,7 +1,7 @@
 """The settings of a run: frozen pydantic models, every key known.
 
-Enters: plain values, which `configfile` reads. Leaves: a frozen `DistillConfig`, and its resolved JSON. What needs the
-number of ranks, the models or the data is checked by those who have them.
+Enters: plain values, which `configfile` reads. Leaves: a frozen `DistillConfig`, and its resolved
+JSON. What needs the number of ranks, the models or the data is checked by those who have them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -39,13 +46,16 @@ class RunSettings(Settings):
     seed: NotNegative = 1
     """Seeds the sample order, the random initialisation and dropout."""
     deterministic: bool = False
-    """Ask PyTorch for deterministic algorithms: on GPUs, resumed runs are then equal to the bit. CPUs are so anyway."""
+    """Ask PyTorch for deterministic algorithms: on GPUs, resumed runs are then equal to the bit.
+    CPUs are so anyway."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
     """Stop, as on a signal, when the job has lasted so long; the same command goes on."""
     timeout_seconds: Positive = 1800
-    """Where no step, validation batch or other progress is made for so long, the job ends and names who is behind."""
+    """Where no step, validation batch or other progress is made for so long, the job ends and names
+    who is behind."""
     lost_rank_seconds: Positive = 120
-    """A rank whose process is not heard of for so long (killed, stopped, its node gone) ends the job."""
+    """A rank whose process is not heard of for so long (killed, stopped, its node gone) ends the
+    job."""
 
 
 class TeacherSettings(Settings):
@@ -56,11 +66,11 @@ class TeacherSettings(Settings):
     layer: Positive
     """The block whose Q/K/V the student learns, counted from 1; nothing above it is loaded."""
     dtype: Precision = "auto"
-    """Precision of the teacher's forward; "auto" takes that of `train.precision`; if that is "auto" too, bf16
-    where it is fast, also on CPUs with bf16 units (AMX, AVX512-BF16)."""
+    """Precision of the teacher's forward; "auto" takes that of `train.precision`; if that is "auto"
+    too, bf16 where it is fast, also on CPUs with bf16 units (AMX, AVX512-BF16)."""
     placement: Literal["replicate", "shard", "offload"] = "replicate"
-    """Where the teacher's weights lie: "replicate": whole on every rank; "shard": in equal parts on the ranks, gathered
-    block by block while it runs; "offload": the same parts in host memory."""
+    """Where the teacher's weights lie: "replicate": whole on every rank; "shard": in equal parts on
+    the ranks, gathered block by block while it runs; "offload": the same parts in host memory."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such models are refused."""
 
@@ -72,12 +82,15 @@ class StudentSettings(Settings):
     intermediate_size: Positive | None = None
     """FFN width; 4 × `hidden_size` unless said."""
     init: NonEmpty = "random"
-    """"random", "teacher" (its weights, cut by layers, whole heads and width) or a folder: a model of this shape."""
+    """"random", "teacher" (its weights, cut by layers, whole heads and width) or a folder: a model
+    of this shape."""
     layer_map: list[Positive] | None = None
-    """The teacher's layer (from 1) for each of ours; evenly spaced up to `teacher.layer` unless said."""
+    """The teacher's layer (from 1) for each of ours; evenly spaced up to `teacher.layer` unless
+    said."""
     tap: Literal["last", "extra"] = "last"
-    """Where the student's Q/K/V come from: "last": its last block, whose attention output and FFN then learn nothing;
-    "extra": a projection after the last block, so that every block learns; the export leaves the projection out."""
+    """Where the student's Q/K/V come from: "last": its last block, whose attention output and FFN
+    then learn nothing; "extra": a projection after the last block, so that every block learns; the
+    export leaves the projection out."""
     relation_heads: Positive | None = None
     """Relation heads for this student; `relations.num_heads` unless said."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -87,23 +100,28 @@ class StudentSettings(Settings):
     def _check(self) -> StudentSettings:
         if self.layer_map is not None and self.init != "teacher":
             raise ValueError(
-                f"layer_map is read only with init='teacher', found init={self.init!r}; remove one of them"
+                f"layer_map is read only with init='teacher', found init={self.init!r}; remove one "
+                "of them"
             )
         if self.layer_map is not None and len(self.layer_map) != self.num_layers:
             raise ValueError(
-                f"layer_map names {len(self.layer_map)} teacher layers, expected num_layers={self.num_layers} of them"
+                f"layer_map names {len(self.layer_map)} teacher layers, expected "
+                f"num_layers={self.num_layers} of them"
             )
         return self
 
 
 class RelationSettings(Settings):
     num_heads: Positive
-    """Relation heads R: divides every width that a pair uses (64 is usual for large teachers, 48 for base ones)."""
-    pairs: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=lambda: {"qq": 1.0, "kk": 1.0, "vv": 1.0})
+    """Relation heads R: divides every width that a pair uses (64 is usual for large teachers, 48
+    for base ones)."""
+    pairs: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: {"qq": 1.0, "kk": 1.0, "vv": 1.0}
+    )
     """Relation pairs and their weights."""
     backend: Literal["auto", "reference", "sdpa", "triton"] = "auto"
-    """"reference": plain PyTorch, whole maps; "sdpa": tiles on the CPU; "triton": kernels on the GPU; "auto": the last
-    two, where each can be had."""
+    """"reference": plain PyTorch, whole maps; "sdpa": tiles on the CPU; "triton": kernels on the
+    GPU; "auto": the last two, where each can be had."""
 
     @field_validator("pairs")
     @classmethod
@@ -112,7 +130,9 @@ class RelationSettings(Settings):
         if unknown := [pair for pair in pairs if pair not in known]:
             raise ValueError(f"unknown pair {unknown[0]!r}, expected some of {', '.join(known)}")
         if not any(weight > 0 for weight in pairs.values()):
-            raise ValueError('no pair has a weight above 0; the usual pairs are {"qq": 1, "kk": 1, "vv": 1}')
+            raise ValueError(
+                'no pair has a weight above 0; the usual pairs are {"qq": 1, "kk": 1, "vv": 1}'
+            )
         return pairs
 
 
@@ -124,7 +144,8 @@ class DataSettings(Settings):
     sequence_length: Positive
     """Tokens per row T; must be that of the shards."""
     attention: Literal["row", "document"] = "row"
-    """"row": every token of a row sees the whole row, as BERT was trained; "document": only its own document."""
+    """"row": every token of a row sees the whole row, as BERT was trained; "document": only its own
+    document."""
     num_lanes: Positive = 32
     """Lanes that the epoch is cut into; more lanes mix more and need more memory."""
     window_rows: Positive = 16384
@@ -141,8 +162,9 @@ class TrainSettings(Settings):
     global_batch_size: Positive
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: Positive | Literal["auto"] | None = None
-    """Sequences per rank and forward; accumulation follows. More than a rank's share of the batch is cut to that share,
-    with a note in the log. Unless said: all of the share; "auto": the most that memory takes."""
+    """Sequences per rank and forward; accumulation follows. More than a rank's share of the batch
+    is cut to that share, with a note in the log. Unless said: all of the share; "auto": the most
+    that memory takes."""
     max_steps: Positive
     """Optimizer steps of the run."""
     learning_rate: Annotated[float, Field(gt=0)]
@@ -151,20 +173,21 @@ class TrainSettings(Settings):
     """Steps of linear warm-up; linear decay to 0 at `max_steps` follows."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW weight decay; biases and LayerNorms are exempt."""
-    adam_betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
-        default_factory=lambda: [0.9, 0.999]
-    )
+    adam_betas: Annotated[
+        list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)
+    ] = Field(default_factory=lambda: [0.9, 0.999])
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-6
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are clipped to this global norm; 0 switches clipping off."""
     precision: Precision = "auto"
-    """Of the student's forward and backward; master weights and moments are fp32. "auto": bf16 on GPUs that have
-    it, fp32 on CPUs, whose bf16 gradients of LayerNorms are far off."""
+    """Of the student's forward and backward; master weights and moments are fp32. "auto": bf16 on
+    GPUs that have it, fp32 on CPUs, whose bf16 gradients of LayerNorms are far off."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile the blocks of teacher and student (not a student's under ZeRO-3). "auto": on GPUs, unless
-    `run.deterministic` is on, which excludes it."""
+    """torch.compile the blocks of teacher and student (not a student's under ZeRO-3). "auto": on
+    GPUs, unless `run.deterministic` is on, which excludes it."""
     max_skipped_steps: NotNegative = 10
-    """So many steps in a row may be skipped for a non-finite loss or gradient; one more ends the run."""
+    """So many steps in a row may be skipped for a non-finite loss or gradient; one more ends the
+    run."""
     validation_every_steps: NotNegative = 0
     """Validation loss every so many steps and at the end; 0: never."""
     validation_rows: Positive = 1024
@@ -173,20 +196,30 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
         if self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}; lower it")
-        if isinstance(self.micro_batch_size, int) and self.micro_batch_size > self.global_batch_size:
             raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} is more than global_batch_size={self.global_batch_size}; "
+                f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}; lower "
+                "it"
+            )
+        if (
+            isinstance(self.micro_batch_size, int)
+            and self.micro_batch_size > self.global_batch_size
+        ):
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} is more than "
+                f"global_batch_size={self.global_batch_size}; "
                 'lower it, or set it to "auto" for the most that memory takes'
             )
         return self
 
 
 class FsdpSettings(Settings):
-    """FSDP2 (`fully_shard`): the student's weights, gradients and optimizer in equal parts on the ranks."""
+    """FSDP2 (`fully_shard`): the student's weights, gradients and optimizer in equal parts on the
+    ranks.
+    """
 
     reshard_after_forward: bool = True
-    """Drop a block's gathered weights after its forward and gather them again for its backward: less memory."""
+    """Drop a block's gathered weights after its forward and gather them again for its backward:
+    less memory."""
     cpu_offload: bool = False
     """Keep the parts, and the optimizer's step, in host memory."""
     activation_checkpointing: bool = False
@@ -196,7 +229,8 @@ class FsdpSettings(Settings):
 class EngineSettings(Settings):
     name: Literal["deepspeed", "fsdp"] = "deepspeed"
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 2}})
-    """DeepSpeed's own settings, checked key by key. Batch sizes, optimizer, schedule and clipping come from `train`."""
+    """DeepSpeed's own settings, checked key by key. Batch sizes, optimizer, schedule and clipping
+    come from `train`."""
     fsdp: FsdpSettings = Field(default_factory=FsdpSettings)
     """Read with name="fsdp"."""
 
@@ -207,8 +241,8 @@ class CheckpointSettings(Settings):
     keep: Positive = 2
     """Newest checkpoints that stay."""
     remote: NonEmpty | None = None
-    """Folder that each checkpoint is copied to as well: a path or a URL (s3://, gs://). A run whose own has none,
-    or only older ones, goes on from there. `--fresh` renames what is there."""
+    """Folder that each checkpoint is copied to as well: a path or a URL (s3://, gs://). A run whose
+    own has none, or only older ones, goes on from there. `--fresh` renames what is there."""
     max_failed_saves: NotNegative = 3
     """So many saves in a row may fail (disk full) while training goes on; one more ends the run."""
 
@@ -217,15 +251,19 @@ class LoggingSettings(Settings):
     every_steps: Positive = 50
     """A row of metrics.jsonl, and a line or a new figure on the display, every so many steps."""
     trackers: list[NonEmpty] = Field(default_factory=list)
-    """Trackers of accelerate that get the same figures: "tensorboard", "wandb", … One that fails ends no run."""
+    """Trackers of accelerate that get the same figures: "tensorboard", "wandb", … One that fails
+    ends no run."""
     project: NonEmpty | None = None
     """The trackers' project (MLflow: experiment); the name of `run.folder` unless said."""
     run_name: NonEmpty | None = None
-    """The run's name there; the name of `run.folder` unless said. A run that is resumed goes on in the same one."""
+    """The run's name there; the name of `run.folder` unless said. A run that is resumed goes on in
+    the same one."""
 
 
 class EvaluationSettings(Settings):
-    """Fine-tuning on GLUE and SQuAD 2.0: a grid of learning rates × epochs × seeds for each task."""
+    """Fine-tuning on GLUE and SQuAD 2.0: a grid of learning rates × epochs × seeds for each
+    task.
+    """
 
     tasks: Annotated[list[NonEmpty], Field(min_length=1)]
     """"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "squad2"."""
@@ -236,7 +274,9 @@ class EvaluationSettings(Settings):
     )
     """Peak learning rates; linear warm-up and decay."""
     epochs: Annotated[list[Positive], Field(min_length=1)] = Field(default_factory=lambda: [3, 5])
-    seeds: Annotated[list[NotNegative], Field(min_length=1)] = Field(default_factory=lambda: [1, 2, 3])
+    seeds: Annotated[list[NotNegative], Field(min_length=1)] = Field(
+        default_factory=lambda: [1, 2, 3]
+    )
     """Seeds of the new head, the order of rows and dropout."""
     batch_size: Positive = 32
     max_length: Positive | None = None
@@ -244,23 +284,28 @@ class EvaluationSettings(Settings):
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     group_by_length: bool = False
-    """Put rows of similar length into a batch, in transformers' way: a half to two thirds less padding to compute; the
-    order of the rows is less random then."""
+    """Put rows of similar length into a batch, in transformers' way: a half to two thirds less
+    padding to compute; the order of the rows is less random then."""
     max_train_rows: Positive | None = None
-    """At most so many training rows of each task, the same ones for every model and seed; all unless said."""
+    """At most so many training rows of each task, the same ones for every model and seed; all
+    unless said."""
     scores_each_epoch: bool = False
-    """Also score after the epochs before the last, for the record: it takes time and changes no result."""
+    """Also score after the epochs before the last, for the record: it takes time and changes no
+    result."""
 
 
 class RunEvaluation(EvaluationSettings):
-    """Fine-tuning the exported student at the end of the run, the scores go into its card; or a probe; or both."""
+    """Fine-tuning the exported student at the end of the run, the scores go into its card; or a
+    probe; or both.
+    """
 
     tasks: list[NonEmpty] = Field(default_factory=list)
     """As above; none: nothing is fine-tuned."""
     probe: Literal["stsb"] | None = None
-    """At each validation, score the student as it is then, without fine-tuning: Spearman's correlation of STS-B's dev
-    labels with the cosine of mean-pooled hidden states. Recorded as "probe/stsb_spearman" for the last block's output,
-    and as "probe/stsb_spearman_below" for that of the block below, the last one that tap "last" trains whole."""
+    """At each validation, score the student as it is then, without fine-tuning: Spearman's
+    correlation of STS-B's dev labels with the cosine of mean-pooled hidden states. Recorded as
+    "probe/stsb_spearman" for the last block's output, and as "probe/stsb_spearman_below" for that
+    of the block below, the last one that tap "last" trains whole."""
     include_teacher: bool = False
     """Score the whole teacher model too, for comparison."""
 
@@ -286,10 +331,19 @@ class DistillConfig(Settings):
         if len(self.students) != 1:
             raise ValueError(f"students has {len(self.students)} entries, expected one")
         if bad := [name for name in self.students if not STUDENT_NAME.fullmatch(name)]:
-            raise ValueError(f"students.{bad[0]}: a name has letters, digits, '-' and '_' only; it names a folder")
+            raise ValueError(
+                f"students.{bad[0]}: a name has letters, digits, '-' and '_' only; it names a "
+                "folder"
+            )
         if self.evaluation and not (self.evaluation.tasks or self.evaluation.probe):
-            found = "found [] (list, 0 entries)" if "tasks" in self.evaluation.model_fields_set else "not set"
-            raise ValueError(f"evaluation.tasks: {found}; expected a list of at least one, or evaluation.probe")
+            found = (
+                "found [] (list, 0 entries)"
+                if "tasks" in self.evaluation.model_fields_set
+                else "not set"
+            )
+            raise ValueError(
+                f"evaluation.tasks: {found}; expected a list of at least one, or evaluation.probe"
+            )
         if self.evaluation and self.evaluation.probe and not self.train.validation_every_steps:
             raise ValueError(
                 f"evaluation.probe={self.evaluation.probe!r} is measured at each validation, and "
@@ -297,8 +351,8 @@ class DistillConfig(Settings):
             )
         if self.train.validation_every_steps and self.data.validation is None:
             raise ValueError(
-                f"train.validation_every_steps={self.train.validation_every_steps} needs data.validation, which is not "
-                "set; name a folder of held-out shards or set it to 0"
+                f"train.validation_every_steps={self.train.validation_every_steps} needs "
+                "data.validation, which is not set; name a folder of held-out shards or set it to 0"
             )
         return self
 
@@ -311,7 +365,8 @@ class DistillConfig(Settings):
         return json.dumps(self.model_dump(), indent=2) + "\n"
 
 
-# Changing one of these moves a run, or changes rounding at most. Any other key changes the result: a resume refuses it.
+# Changing one of these moves a run, or changes rounding at most. Any other key changes the result:
+# a resume refuses it.
 FREE_ON_RESUME = (
     "run.folder",
     "run.max_hours",
@@ -340,7 +395,9 @@ FREE_ON_RESUME = (
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return "key: old -> new" for each setting whose change alters the result; both are resolved configs."""
+    """Return "key: old -> new" for each setting whose change alters the result; both are resolved
+    configs.
+    """
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return [
         f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"

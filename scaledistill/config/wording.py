@@ -1,7 +1,9 @@
-"""Say in our words what pydantic found wrong with a configuration: the setting, what was found, what is expected.
+"""Say in our words what pydantic found wrong with a configuration: the setting, what was found,
+what is expected.
 
-Inputs: pydantic's errors and the tree that they are about. Outputs: one line for each setting. What is expected is read
-from the fields of `config`, so that a setting of two types has one line, and every kind of error the same form.
+Inputs: pydantic's errors and the tree that they are about. Outputs: one line for each setting. What
+is expected is read from the fields of `config`, so that a setting of two types has one line, and
+every kind of error the same form.
 """
 
 from __future__ import annotations
@@ -19,16 +21,28 @@ from scaledistill.config.schema import DistillConfig, Settings
 from scaledistill.errors import counted
 
 VERY_NEAR, NEAR, FAR = 0.85, 0.5, 0.75
-"""How alike an unknown key and a known one are: a slip of the hand; in the same block; anywhere else."""
+"""How alike an unknown key and a known one are: a slip of the hand; in the same block; anywhere
+else."""
 
-PRECISIONS = {"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float32": "fp32", "float": "fp32", "full": "fp32"}
+PRECISIONS = {
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float": "fp32",
+    "full": "fp32",
+}
 
 
-def explain(errors: Sequence[Any], tree: Mapping[str, Any], root: type[Settings] = DistillConfig) -> list[str]:
+def explain(
+    errors: Sequence[Any], tree: Mapping[str, Any], root: type[Settings] = DistillConfig
+) -> list[str]:
     """Return a line for each setting that pydantic refuses in a tree of `root`, in its order."""
     lines: dict[str, str] = {}
     for error in errors:
-        path, annotation, default = _setting_at([part for part in error["loc"] if part != "[key]"], root)
+        path, annotation, default = _setting_at(
+            [part for part in error["loc"] if part != "[key]"], root
+        )
         if error["type"] == "extra_forbidden":
             path = ".".join(map(str, error["loc"]))
             line = f"{path}: unknown key; {_key_hint(error['loc'], tree)}"
@@ -67,8 +81,11 @@ def _block(annotation: Any) -> type[Settings] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
 
 
-def _setting_at(location: Sequence[str | int], root: type[Settings] = DistillConfig) -> tuple[str, Any, Any]:
-    """Return the dotted path of a setting, its type, and its default, None for none; pydantic's path may go on.
+def _setting_at(
+    location: Sequence[str | int], root: type[Settings] = DistillConfig
+) -> tuple[str, Any, Any]:
+    """Return the dotted path of a setting, its type, and its default, None for none; pydantic's
+    path may go on.
 
     Where a value may be of several types, pydantic's path names the type as well.
     """
@@ -84,7 +101,11 @@ def _setting_at(location: Sequence[str | int], root: type[Settings] = DistillCon
             field = block.model_fields.get(str(part))
             parts = (field.annotation, *field.metadata) if field else (None,)
             annotation = Annotated[parts] if len(parts) > 1 else parts[0]
-            default = field.get_default(call_default_factory=True) if field and not field.is_required() else None
+            default = (
+                field.get_default(call_default_factory=True)
+                if field and not field.is_required()
+                else None
+            )
         else:
             break
         path.append(str(part))
@@ -126,10 +147,15 @@ def expected(annotation: Any) -> str:
         return 'an object, such as {"key": value}'
     if plain is str:
         return "non-empty text in double quotes" if constraints else "text in double quotes"
-    words = {bool: "true or false", int: "a whole number", float: "a number"}.get(plain, "another value")
+    words = {bool: "true or false", int: "a whole number", float: "a number"}.get(
+        plain, "another value"
+    )
     bounds = {"gt": "above {}", "ge": "from {} up", "lt": "below {}", "le": "up to {}"}
     given = [
-        text.format(getattr(each, name)) for each in constraints for name, text in bounds.items() if _has(each, name)
+        text.format(getattr(each, name))
+        for each in constraints
+        for name, text in bounds.items()
+        if _has(each, name)
     ]
     return " and ".join([f"{words} {given[0]}", *given[1:]]) if given else words
 
@@ -140,7 +166,11 @@ def _has(constraint: Any, name: str) -> bool:
 
 def _wrong_value(path: str, error: Any, annotation: Any, default: Any) -> str:
     found = error["input"]
-    words = expected(annotation) if annotation is not None else error["msg"].removeprefix("Input should be ")
+    words = (
+        expected(annotation)
+        if annotation is not None
+        else error["msg"].removeprefix("Input should be ")
+    )
     if error["type"] == "finite_number":
         words = words.replace("a number", "a finite number")
     length = f", {counted(len(found), 'entry', 'entries')}" if isinstance(found, list) else ""
@@ -153,22 +183,32 @@ def _wrong_value(path: str, error: Any, annotation: Any, default: Any) -> str:
 
 
 def _remedy(found: Any, annotation: Any, default: Any) -> str:
-    """Return what to write instead: the same value in the right form, a near one, or the default."""
+    """Return what to write instead: the same value in the right form, a near one, or the
+    default.
+    """
     if annotation is None:
         return ""
     candidates: list[Any] = []
     if isinstance(found, str):
-        candidates += [_number(found), {"true": True, "false": False, "yes": True, "no": False}.get(found.lower())]
+        candidates += [
+            _number(found),
+            {"true": True, "false": False, "yes": True, "no": False}.get(found.lower()),
+        ]
         plain = _plain(annotation)[0]
         members = get_args(plain) if get_origin(plain) in (Union, types.UnionType) else [plain]
-        choices = [each for member in members if get_origin(member) is Literal for each in get_args(member)]
+        choices = [
+            each for member in members if get_origin(member) is Literal for each in get_args(member)
+        ]
         alias = PRECISIONS.get(found.lower(), found.lower())
         if near := difflib.get_close_matches(alias, choices, n=1):
             return f"; did you mean {json.dumps(near[0])}?"
     elif isinstance(found, bool):
         candidates.append(str(found).lower())
     elif isinstance(found, int | float):
-        candidates += [int(found) if found == found and abs(found) < 1e18 and found == int(found) else None, str(found)]
+        candidates += [
+            int(found) if found == found and abs(found) < 1e18 and found == int(found) else None,
+            str(found),
+        ]
     candidates.append([found])
     if isinstance(found, list) and len(found) == 1:
         candidates.append(found[0])
@@ -180,7 +220,9 @@ def _remedy(found: Any, annotation: Any, default: Any) -> str:
             check.validate_python(candidate, strict=True)
         except ValidationError:
             continue
-        unquoted = " without quotes" if isinstance(found, str) and not isinstance(candidate, list) else ""
+        unquoted = (
+            " without quotes" if isinstance(found, str) and not isinstance(candidate, list) else ""
+        )
         return f"; write {json.dumps(candidate)}{unquoted}"
     if isinstance(default, Settings) or default is None:
         return ""
@@ -195,20 +237,30 @@ def _number(text: str) -> int | float | None:
             value = float(text)
         except ValueError:
             return None
-    if isinstance(value, float) and value == value and abs(value) < 1e18 and value == int(value) and abs(value) >= 1:
+    if (
+        isinstance(value, float)
+        and value == value
+        and abs(value) < 1e18
+        and value == int(value)
+        and abs(value) >= 1
+    ):
         return int(value)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _key_hint(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
-    """Return what to write instead of an unknown key: a known one of its block, or one that lives elsewhere."""
+    """Return what to write instead of an unknown key: a known one of its block, or one that lives
+    elsewhere.
+    """
     *parents, key = map(str, location)
     block = _block(_setting_at(location[:-1])[1]) if parents else DistillConfig
     here = list(block.model_fields) if block else []
     if near := difflib.get_close_matches(key, here, n=1, cutoff=VERY_NEAR):
         return f"did you mean {near[0]!r}?"
     students = tree.get("students")
-    own = [str(name) for name in students] if isinstance(students, dict) and students else ["<name>"]
+    own = (
+        [str(name) for name in students] if isinstance(students, dict) and students else ["<name>"]
+    )
     last = key.rpartition(".")[2]
     names = [name for name in setting_names(own) if not name.startswith("evaluation.")]
     names.remove("engine.name")  # too common a word
@@ -228,7 +280,9 @@ def _key_hint(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
 
 def _nearest(key: str, names: Sequence[str], likeness: float) -> list[str]:
     """Return the settings whose last part is most like a key."""
-    near = difflib.get_close_matches(key, [name.rpartition(".")[2] for name in names], n=1, cutoff=likeness)
+    near = difflib.get_close_matches(
+        key, [name.rpartition(".")[2] for name in names], n=1, cutoff=likeness
+    )
     return [name for name in names if name.rpartition(".")[2] in near]
 
 

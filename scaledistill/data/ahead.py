@@ -1,7 +1,8 @@
 """Fetching shards before they are due, by a few threads beside the one that reads.
 
-Enters: numbers of shards, in the order in which they will be needed. Leaves: nothing; a shard that could not be had is
-fetched again, and its error raised, where it is read. Left to others: what fetching means (`data.reader`).
+Enters: numbers of shards, in the order in which they will be needed. Leaves: nothing; a shard that
+could not be had is fetched again, and its error raised, where it is read. Left to others: what
+fetching means (`data.reader`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ POLL_SECONDS = 0.2
 
 
 class FetchAhead:
-    """Calls `fetch(shard)` in threads for shards that are asked for, the soonest needed first, until `stop` is set.
+    """Calls `fetch(shard)` in threads for shards that are asked for, the soonest needed first,
+    until `stop` is set.
 
     The threads are daemons: one that hangs in a download keeps nobody from leaving.
     """
@@ -29,7 +31,8 @@ class FetchAhead:
         self._stop = stop
         self._tasks = _Tasks(fetch, stop)
         self._threads = [
-            threading.Thread(target=self._tasks.work, name="fetch-ahead", daemon=True) for _ in range(DOWNLOADS)
+            threading.Thread(target=self._tasks.work, name="fetch-ahead", daemon=True)
+            for _ in range(DOWNLOADS)
         ]
         for thread in self._threads:
             thread.start()
@@ -67,7 +70,8 @@ class _Tasks:
         self._lock = threading.Lock()
         self._queue: queue.PriorityQueue[tuple[int, int, int]] = queue.PriorityQueue()
         self._count = itertools.count()
-        self._pending: dict[int, tuple[int, threading.Event]] = {}  # shard -> priority, set when it was fetched
+        # Shard -> priority, set when it was fetched.
+        self._pending: dict[int, tuple[int, threading.Event]] = {}
         self._begun: set[int] = set()
 
     def add(self, priority: int, shard: int) -> None:

@@ -11,10 +11,17 @@ from scaledistill.errors import DataError
 
 
 def document_problem(documents: np.ndarray, num_rows: int, sequence_length: int) -> str | None:
-    """Say what is wrong with int triples [n, 3] (row, start, end); None if they ascend, lie apart and in [rows, T]."""
+    """Say what is wrong with int triples [n, 3] (row, start, end); None if they ascend, lie apart
+    and in [rows, T].
+    """
     row, start, end = documents.T
-    if not ((row >= 0) & (row < num_rows) & (start >= 0) & (start < end) & (end <= sequence_length)).all():
-        return f"a document lies outside the {num_rows} rows of {sequence_length} positions, or is empty"
+    if not (
+        (row >= 0) & (row < num_rows) & (start >= 0) & (start < end) & (end <= sequence_length)
+    ).all():
+        return (
+            f"a document lies outside the {num_rows} rows of {sequence_length} positions, or is "
+            "empty"
+        )
     if not ((np.diff(row) > 0) | ((np.diff(row) == 0) & (start[1:] >= end[:-1]))).all():
         return "documents overlap or don't ascend by (row, start)"
     return None
@@ -27,15 +34,21 @@ def count_tokens(documents: np.ndarray, num_rows: int) -> np.ndarray:
 
 
 def count_in_text(ids_NT: np.ndarray, documents: np.ndarray, token_id: int) -> int:
-    """Count an id in the text of triples [n, 3], which begin and end with a token that is not text."""
+    """Count an id in the text of triples [n, 3], which begin and end with a token that is not
+    text.
+    """
     hits = np.flatnonzero(ids_NT.ravel() == token_id)
     row, start, end = documents.astype(np.int64).T
     first = row * ids_NT.shape[1]
-    return int((np.searchsorted(hits, first + end - 1) - np.searchsorted(hits, first + start + 1)).sum())
+    return int(
+        (np.searchsorted(hits, first + end - 1) - np.searchsorted(hits, first + start + 1)).sum()
+    )
 
 
 def block_span(manifest: Manifest, shard: Shard, block: int) -> tuple[int, int]:
-    """Return the first byte in the tar and the number of bytes that `decode_block` needs: both members of one block."""
+    """Return the first byte in the tar and the number of bytes that `decode_block` needs: both
+    members of one block.
+    """
     first = int(shard.documents_offset[block])
     ids_bytes = int(shard.block_rows[block]) * manifest.row_bytes
     return first, int(shard.ids_offset[block]) + ids_bytes - first
@@ -44,14 +57,17 @@ def block_span(manifest: Manifest, shard: Shard, block: int) -> tuple[int, int]:
 def decode_block(
     manifest: Manifest, shard: Shard, block: int, data: bytes | memoryview
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Check the bytes of `block_span` and view them as ids [rows, T] (u16 or u32) and documents [n, 3] (uint16).
+    """Check the bytes of `block_span` and view them as ids [rows, T] (u16 or u32) and documents [n,
+    3] (uint16).
 
     Raises: DataError naming shard and block if the bytes are too few or a crc32 differs.
     """
     first, size = block_span(manifest, shard, block)
     where = f"{shard.file}, block {block}"
     if len(data) != size:
-        raise DataError(f"{where}: the file ends early: {len(data)} of {size} bytes at byte {first}")
+        raise DataError(
+            f"{where}: the file ends early: {len(data)} of {size} bytes at byte {first}"
+        )
     ids = memoryview(data)[int(shard.ids_offset[block]) - first :]
     documents = memoryview(data)[: shard.documents_bytes[block]]
     for name, member, expected in (
@@ -59,6 +75,8 @@ def decode_block(
         ("document boundaries", documents, int(shard.documents_crc32[block])),
     ):
         if (found := zlib.crc32(member)) != expected:
-            raise DataError(f"{where}: its {name} are damaged: crc32 {found:08x}, expected {expected:08x}")
+            raise DataError(
+                f"{where}: its {name} are damaged: crc32 {found:08x}, expected {expected:08x}"
+            )
     ids_NT = np.frombuffer(ids, manifest.ids_dtype).reshape(-1, manifest.sequence_length)
     return ids_NT, np.frombuffer(documents, DOCUMENTS_DTYPE).reshape(-1, 3)

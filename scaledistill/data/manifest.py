@@ -1,12 +1,15 @@
-"""The shard format: what a data set's manifest says, loaded and checked. `data.blocks` has a block's bytes.
+"""The shard format: what a data set's manifest says, loaded and checked. `data.blocks` has a
+block's bytes.
 
-A data set is a folder of plain WebDataset tars beside one `shards.manifest`, a JSON file. One WebDataset sample is one
-block of rows: key `000000123`, numbered over the whole data set, with two members:
+A data set is a folder of plain WebDataset tars beside one `shards.manifest`, a JSON file. One
+WebDataset sample is one block of rows: key `000000123`, numbered over the whole data set, with two
+members:
 - `000000123.u16` (or `.u32`): token ids, row-major, little-endian, [rows, T];
-- `000000123.documents.u16`: [n, 3] little-endian uint16 triples (row in the block, start, end) of all documents,
-  ascending, `end` exclusive. Positions outside every document are padding.
-The manifest holds offsets and crc32 of every member and the sha256 of every tar, so that a reader needs no tar parser
-and trusts no byte unchecked. It is written last: a folder without it is not a data set.
+- `000000123.documents.u16`: [n, 3] little-endian uint16 triples (row in the block, start, end) of
+  all documents, ascending, `end` exclusive. Positions outside every document are padding.
+The manifest holds offsets and crc32 of every member and the sha256 of every tar, so that a reader
+needs no tar parser and trusts no byte unchecked. It is written last: a folder without it is not a
+data set.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ from scaledistill.errors import DataError
 from scaledistill.storage import remote
 
 MANIFEST_FILE = "shards.manifest"
-"""JSON, but not by its name: `datasets.load_dataset` would take a .json file beside one tar for the data."""
+"""JSON, but not by its name: `datasets.load_dataset` would take a .json file beside one tar for the
+data."""
 OLD_MANIFEST_FILE = "manifest.json"
 """What data sets made by earlier versions have instead; of the same form."""
 PARTIAL = ".partial-"
@@ -65,10 +69,14 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _counts(values: object) -> np.ndarray:
-    """Turn a list of whole numbers from 0 into an array: Python's own would take 40 bytes each, of some 25 million."""
+    """Turn a list of whole numbers from 0 into an array: Python's own would take 40 bytes each, of
+    some 25 million.
+    """
     if isinstance(values, np.ndarray):
         return values
-    if not isinstance(values, list | tuple) or not all(type(value) is int and 0 <= value < 2**63 for value in values):
+    if not isinstance(values, list | tuple) or not all(
+        type(value) is int and 0 <= value < 2**63 for value in values
+    ):
         raise ValueError("expected a list of whole numbers from 0 to 2^63 - 1")
     return compact(np.array(values, np.int64))
 
@@ -78,24 +86,32 @@ Counts = Annotated[np.ndarray, PlainValidator(_counts)]
 
 
 def ids_offset_after(documents_offset: Offsets, documents_bytes: Offsets) -> Offsets:
-    """Tell where a block's ids begin in the tar: its documents come first, filled up, then comes the ids' header."""
+    """Tell where a block's ids begin in the tar: its documents come first, filled up, then comes
+    the ids' header.
+    """
     return documents_offset + -(-documents_bytes // TAR_BLOCK) * TAR_BLOCK + TAR_BLOCK
 
 
 def too_many_unknown(unknown: int, tokens: int, bound: float) -> bool:
-    """Say whether more than a share `bound` of tokens is unknown, by more than chance makes of few tokens.
+    """Say whether more than a share `bound` of tokens is unknown, by more than chance makes of few
+    tokens.
 
-    One standard error is allowed: 0.6 points for 1,000 tokens at a bound of 5 %, 0.02 points for a million.
+    One standard error is allowed: 0.6 points for 1,000 tokens at a bound of 5 %, 0.02 points for a
+    million.
     """
     return tokens > 0 and unknown / tokens > bound + math.sqrt(bound * (1 - bound) / tokens)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, arbitrary_types_allowed=True
+    )
 
 
 class Shard(_Strict):
-    """One tar; the integer arrays have one entry per block, offsets and sizes are in bytes of the tar."""
+    """One tar; the integer arrays have one entry per block, offsets and sizes are in bytes of the
+    tar.
+    """
 
     file: Annotated[str, Field(pattern=f"^{SHARD_FILE}$")]
     bytes: Count
@@ -119,24 +135,40 @@ class Shard(_Strict):
         """Say what contradicts itself here, if anything."""
         lengths = {len(getattr(self, name)) for name in COLUMNS}
         if len(lengths) != 1 or lengths == {0}:
-            return f"its lists of blocks have lengths {sorted(lengths)}; expected one length above 0"
+            return (
+                f"its lists of blocks have lengths {sorted(lengths)}; expected one length above 0"
+            )
         if not 1 <= self.block_rows.min() <= self.block_rows.max() <= MAX_BLOCK_ROWS:
             found = f"blocks of {self.block_rows.min()} to {self.block_rows.max()} rows"
             return f"{found}; expected 1 to {MAX_BLOCK_ROWS}"
         block_rows = self.block_rows.tolist()  # Python's numbers, which do not overflow
         if sum(block_rows) != self.rows:
             return f"rows is {self.rows}, but its blocks hold {sum(block_rows)}"
-        offsets = (self.ids_offset.tolist(), self.documents_offset.tolist(), self.documents_bytes.tolist())
+        offsets = (
+            self.ids_offset.tolist(),
+            self.documents_offset.tolist(),
+            self.documents_bytes.tolist(),
+        )
         end = 0
         for rows, ids, documents, size in zip(block_rows, *offsets, strict=True):
-            if size % DOCUMENT_BYTES or documents < end + TAR_BLOCK or ids != ids_offset_after(documents, size):
+            if (
+                size % DOCUMENT_BYTES
+                or documents < end + TAR_BLOCK
+                or ids != ids_offset_after(documents, size)
+            ):
                 return f"its members overlap or are out of order near byte {documents}"
             end = ids + rows * row_bytes
-        return f"its last block ends at byte {end}, beyond its {self.bytes} bytes" if end > self.bytes else None
+        return (
+            f"its last block ends at byte {end}, beyond its {self.bytes} bytes"
+            if end > self.bytes
+            else None
+        )
 
 
 def _are_sound(shards: Sequence[Shard], row_bytes: int) -> bool:
-    """Check many shards at once, as `Shard.problem` does one: a data set may have millions of blocks."""
+    """Check many shards at once, as `Shard.problem` does one: a data set may have millions of
+    blocks.
+    """
     lengths = np.array([[len(getattr(shard, name)) for name in COLUMNS] for shard in shards])
     if (lengths == 0).any() or (lengths != lengths[:, :1]).any():
         return False
@@ -144,7 +176,8 @@ def _are_sound(shards: Sequence[Shard], row_bytes: int) -> bool:
         np.concatenate([getattr(shard, name) for shard in shards]).astype(np.int64)
         for name in ("block_rows", "ids_offset", "documents_offset", "documents_bytes")
     )
-    if max(values.max() for values in (block_rows, ids, documents, size)) >= 2**61:  # sums could overflow
+    # Sums could overflow.
+    if max(values.max() for values in (block_rows, ids, documents, size)) >= 2**61:
         return False
     ends = lengths[:, 0].cumsum()
     firsts = ends - lengths[:, 0]
@@ -157,13 +190,18 @@ def _are_sound(shards: Sequence[Shard], row_bytes: int) -> bool:
         and (size % DOCUMENT_BYTES == 0).all()
         and (documents >= end_before + TAR_BLOCK).all()
         and (ids == ids_offset_after(documents, size)).all()
-        and all(total == shard.rows for total, shard in zip(np.add.reduceat(block_rows, firsts), shards, strict=True))
+        and all(
+            total == shard.rows
+            for total, shard in zip(np.add.reduceat(block_rows, firsts), shards, strict=True)
+        )
         and all(last <= shard.bytes for last, shard in zip(end[ends - 1], shards, strict=True))
     )
 
 
 class Manifest(_Strict):
-    """What a data set holds; `tokens` counts real tokens, `padded_rows` the rows with at least one padding position."""
+    """What a data set holds; `tokens` counts real tokens, `padded_rows` the rows with at least one
+    padding position.
+    """
 
     format: Literal["scaledistill-shards"] = "scaledistill-shards"
     version: Literal[1] = 1
@@ -191,18 +229,24 @@ class Manifest(_Strict):
 
     @property
     def unknown_tokens(self) -> int | None:
-        """How many tokens of the text are unknown; None where the set was made before this was counted."""
+        """How many tokens of the text are unknown; None where the set was made before this was
+        counted.
+        """
         count = self.tokenizer.get("unknown_tokens")
         return count if isinstance(count, int) else None
 
     @property
     def unknown_fraction(self) -> float | None:
-        """The share of the text's tokens, without [CLS] and [SEP], that are unknown; None where it was not counted."""
+        """The share of the text's tokens, without [CLS] and [SEP], that are unknown; None where it
+        was not counted.
+        """
         text = self.tokens - 2 * self.documents
         return None if self.unknown_tokens is None else self.unknown_tokens / max(1, text)
 
     def unknown_problem(self, bound: float | None = None) -> str | None:
-        """Say whether a larger share of tokens than `bound` is unknown; None is what was accepted at the making."""
+        """Say whether a larger share of tokens than `bound` is unknown; None is what was accepted
+        at the making.
+        """
         if bound is None:
             accepted = self.source.get("max_unknown_fraction")
             bound = accepted if isinstance(accepted, (int, float)) else MAX_UNKNOWN_FRACTION
@@ -210,8 +254,9 @@ class Manifest(_Strict):
         if self.unknown_tokens is None or not too_many_unknown(self.unknown_tokens, text, bound):
             return None
         return (
-            f"{self.unknown_fraction:.1%} of its tokens are unknown to the tokenizer, more than {bound:.1%}: the "
-            "tokenizer does not fit the text; make the shards again with the teacher's own"
+            f"{self.unknown_fraction:.1%} of its tokens are unknown to the tokenizer, more than "
+            f"{bound:.1%}: the tokenizer does not fit the text; make the shards again with the "
+            "teacher's own"
         )
 
     @cached_property
@@ -231,7 +276,8 @@ class Manifest(_Strict):
             for shard in self.shards:
                 if (value := getattr(shard, name)) in seen:
                     raise ValueError(
-                        f"two equal shards, {seen[value]} and {shard.file} (same {name}): rows would repeat"
+                        f"two equal shards, {seen[value]} and {shard.file} (same {name}): rows "
+                        "would repeat"
                     )
                 seen[value] = shard.file
         for first in range(0, len(self.shards), SHARDS_AT_ONCE):
@@ -239,31 +285,46 @@ class Manifest(_Strict):
             for shard in () if _are_sound(group, self.row_bytes) else group:
                 if problem := shard.problem(self.row_bytes):
                     raise ValueError(f"{shard.file}: {problem}")
-        documents = sum(int(shard.documents_bytes.sum(dtype=np.int64)) for shard in self.shards) // DOCUMENT_BYTES
-        for name, total in {"rows": sum(shard.rows for shard in self.shards), "documents": documents}.items():
+        documents = (
+            sum(int(shard.documents_bytes.sum(dtype=np.int64)) for shard in self.shards)
+            // DOCUMENT_BYTES
+        )
+        for name, total in {
+            "rows": sum(shard.rows for shard in self.shards),
+            "documents": documents,
+        }.items():
             if total != getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}, but the shards hold {total}")
         padding = self.rows * self.sequence_length - self.tokens
-        if not self.padded_rows <= padding <= self.padded_rows * self.sequence_length or self.padded_rows > self.rows:
-            raise ValueError(f"{padding} positions of padding cannot lie in padded_rows={self.padded_rows} rows")
+        if (
+            not self.padded_rows <= padding <= self.padded_rows * self.sequence_length
+            or self.padded_rows > self.rows
+        ):
+            raise ValueError(
+                f"{padding} positions of padding cannot lie in padded_rows={self.padded_rows} rows"
+            )
         if missing := {"name", "sha256"} - set(self.tokenizer):
             raise ValueError(f"tokenizer lacks {sorted(missing)}")
         for name in ("largest_id", "pad_token_id"):
             if getattr(self, name) >= min(self.vocab_size, 2 ** (8 * self.ids_dtype.itemsize)):
-                raise ValueError(f"{name}={getattr(self, name)} is not below vocab_size={self.vocab_size}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not below vocab_size={self.vocab_size}"
+                )
         return self
 
     def dump(self) -> bytes:
         """Return the manifest as a file's content, which carries its own hash."""
         head = json.dumps({"sha256": self.sha256, **self._header(), "shards": []}).encode()
-        shards = b", ".join(json.dumps(shard.content()).encode() for shard in self.shards)  # one at a time: memory
+        # One at a time: memory.
+        shards = b", ".join(json.dumps(shard.content()).encode() for shard in self.shards)
         return head[: -len(b"]}")] + shards + b"]}\n"
 
     @classmethod
     def load(cls, location: str | Path) -> Manifest:
         """Read and check the manifest of a folder or an fsspec URL.
 
-        Raises: DataError if it is missing, of another version, changed since it was written or inconsistent.
+        Raises: DataError if it is missing, of another version, changed since it was written or
+        inconsistent.
         """
         where, file = _open_manifest(str(location))
         with file:
@@ -274,17 +335,27 @@ class Manifest(_Strict):
                 raise DataError(f"{where} is not a JSON object ({error}); {AGAIN}") from error
             except OSError as error:
                 raise _unreadable(where, error) from error
-        expected = {"format": cls.model_fields["format"].default, "version": cls.model_fields["version"].default}
+        expected = {
+            "format": cls.model_fields["format"].default,
+            "version": cls.model_fields["version"].default,
+        }
         if found != expected:
-            raise DataError(f"{where}: found {found}, this version of scaledistill reads {expected}; {AGAIN}")
+            raise DataError(
+                f"{where}: found {found}, this version of scaledistill reads {expected}; {AGAIN}"
+            )
         if sha256 is None:
-            raise DataError(f"{where} was changed or damaged after it was written: its sha256 does not match; {AGAIN}")
+            raise DataError(
+                f"{where} was changed or damaged after it was written: its sha256 does not match; "
+                f"{AGAIN}"
+            )
         try:
             manifest = cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
-            raise DataError(f"{where}: {name + ': ' if name else ''}{first['msg']}; {AGAIN}") from error
+            raise DataError(
+                f"{where}: {name + ': ' if name else ''}{first['msg']}; {AGAIN}"
+            ) from error
         manifest._checked_sha256 = sha256
         return manifest
 
@@ -298,7 +369,9 @@ def manifest_path(folder: Path) -> Path:
 def _open_manifest(location: str) -> tuple[str, BinaryIO]:
     """Open the manifest of a folder or URL; return its place too."""
     if remote.is_url(location):
-        where, data = remote.read_first([f"{location}/{name}" for name in (MANIFEST_FILE, OLD_MANIFEST_FILE)])
+        where, data = remote.read_first(
+            [f"{location}/{name}" for name in (MANIFEST_FILE, OLD_MANIFEST_FILE)]
+        )
         return where, io.BytesIO(data)
     path = manifest_path(Path(location))
     try:
@@ -310,11 +383,15 @@ def _open_manifest(location: str) -> tuple[str, BinaryIO]:
 
 
 def _unreadable(where: str, error: OSError) -> DataError:
-    return DataError(f"{where} can't be read: {error}; expected a folder made by tools/make_shards.py")
+    return DataError(
+        f"{where} can't be read: {error}; expected a folder made by tools/make_shards.py"
+    )
 
 
 def _read_as_written(file: BinaryIO) -> tuple[dict[str, Any], str] | None:
-    """Return the content and sha256 of a manifest of the form that `Manifest.dump` writes; None for any other."""
+    """Return the content and sha256 of a manifest of the form that `Manifest.dump` writes; None for
+    any other.
+    """
     if (found := read_as_written(file)) is None:
         return None
     header, shards, sha256 = found
@@ -346,9 +423,16 @@ def _why_missing(folder: Path) -> str:
         return f"no such folder: {folder}; expected a folder made by tools/make_shards.py"
     names = (MANIFEST_FILE, OLD_MANIFEST_FILE)
     if inside := sorted({path.parent for name in names for path in folder.glob(f"*/{name}")}):
-        return f"{folder} has no {MANIFEST_FILE}, but folders in it do; did you mean {' or '.join(map(str, inside))}?"
+        return (
+            f"{folder} has no {MANIFEST_FILE}, but folders in it do; did you mean "
+            f"{' or '.join(map(str, inside))}?"
+        )
     if any(folder.glob(f"{PARTIAL}*")):
-        return f"{folder} has no {MANIFEST_FILE} but unfinished files: make_shards was interrupted; run it again"
+        return (
+            f"{folder} has no {MANIFEST_FILE} but unfinished files: make_shards was interrupted; "
+            "run it again"
+        )
     return (
-        f"{folder} has no {MANIFEST_FILE}: not (or not completely copied) shards; make them with tools/make_shards.py"
+        f"{folder} has no {MANIFEST_FILE}: not (or not completely copied) shards; make them with "
+        "tools/make_shards.py"
     )

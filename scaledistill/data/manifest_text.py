@@ -1,7 +1,8 @@
 """The text of a manifest with millions of numbers, read in seconds and without an object for each.
 
-Enters: a file of JSON. Leaves: its header, the fields of its shards with numpy arrays for the lists, and its sha256.
-Left to others: any other form of JSON, and whether the values make sense (`data.manifest`).
+Enters: a file of JSON. Leaves: its header, the fields of its shards with numpy arrays for the
+lists, and its sha256. Left to others: any other form of JSON, and whether the values make sense
+(`data.manifest`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-COLUMNS = ("block_rows", "ids_offset", "ids_crc32", "documents_offset", "documents_bytes", "documents_crc32")
+COLUMNS = (
+    "block_rows",
+    "ids_offset",
+    "ids_crc32",
+    "documents_offset",
+    "documents_bytes",
+    "documents_crc32",
+)
 """The fields of a shard with a number for each block."""
 SHARD_FILE = "[A-Za-z0-9][A-Za-z0-9._-]*[.]tar"
 READ_BYTES = 1 << 22
@@ -39,7 +47,9 @@ class _Text(NamedTuple):
     lists: list[bytes]
 
     def canonical(self) -> bytes:
-        block_rows, ids_offset, ids_crc32, documents_offset, documents_bytes, documents_crc32 = self.lists
+        block_rows, ids_offset, ids_crc32, documents_offset, documents_bytes, documents_crc32 = (
+            self.lists
+        )
         return (
             b'{"block_rows":[%b],"bytes":%b,"documents_bytes":[%b],"documents_crc32":[%b],"documents_offset":[%b],'
             b'"file":"%b","ids_crc32":[%b],"ids_offset":[%b],"rows":%b,"sha256":"%b"}'
@@ -50,7 +60,9 @@ class _Text(NamedTuple):
 
 
 def _shard_text(text: bytes) -> _Text:
-    """Take the text of a shard, without white space and the last brace, apart; raise ValueError if it is another."""
+    """Take the text of a shard, without white space and the last brace, apart; raise ValueError if
+    it is another.
+    """
     if (head := _SHARD.match(text)) is None:
         raise ValueError("a shard of another form")
     *pieces, rest = text[head.end() :].split(b"]")
@@ -61,11 +73,13 @@ def _shard_text(text: bytes) -> _Text:
 
 
 def read_as_written(file: BinaryIO) -> tuple[dict[str, Any], list[dict[str, Any]], str] | None:
-    """Return a manifest's header, the fields of its shards and its sha256; None if it is not as `Manifest.dump` writes.
+    """Return a manifest's header, the fields of its shards and its sha256; None if it is not as
+    `Manifest.dump` writes.
 
-    A manifest of 16,000 shards of 65,536 rows has 25 million numbers in 0.2 GB of text. As Python's objects they would
-    take gigabytes and many seconds, so the text is read piece by piece, numbers go from text to arrays at once, and the
-    hash, which is that of the compact JSON with sorted keys, is taken from the text too.
+    A manifest of 16,000 shards of 65,536 rows has 25 million numbers in 0.2 GB of text. As Python's
+    objects they would take gigabytes and many seconds, so the text is read piece by piece, numbers
+    go from text to arrays at once, and the hash, which is that of the compact JSON with sorted
+    keys, is taken from the text too.
     """
     head, found = b"", None
     while found is None and (piece := file.read(READ_BYTES)):
@@ -76,7 +90,11 @@ def read_as_written(file: BinaryIO) -> tuple[dict[str, Any], list[dict[str, Any]
     try:
         content = json.loads(head[: found.end()] + b"]}")
         stated = content.pop("sha256", None)
-    except (ValueError, AttributeError, RecursionError):  # such as shards that are not on the top level
+    except (
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ):  # such as shards that are not on the top level
         return None
     shards: list[dict[str, Any]] = []
     header = {key: value for key, value in content.items() if key != "shards"}
@@ -144,7 +162,9 @@ def canonical(content: object) -> bytes:
 
 
 def sha256_by_shards(header: Mapping[str, object], shards: Iterable[bytes]) -> str:
-    """Return the sha256 of the canonical JSON of a header and its shards, each given as canonical JSON."""
+    """Return the sha256 of the canonical JSON of a header and its shards, each given as canonical
+    JSON.
+    """
     before = canonical({key: value for key, value in header.items() if key < "shards"})[:-1]
     after = canonical({key: value for key, value in header.items() if key > "shards"})[1:]
     digest = hashlib.sha256(before + b',"shards":[')

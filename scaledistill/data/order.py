@@ -1,11 +1,14 @@
-"""The order of samples: a pure function of (rows of the shards, seed, sample number). No state, no torch.
+"""The order of samples: a pure function of (rows of the shards, seed, sample number). No state, no
+torch.
 
-Epoch e: the shards, shuffled by (seed, e), are concatenated and cut into L equal lanes of consecutive rows; the few
-rows left over are dropped in this epoch. A lane is shuffled inside fixed windows, so that a reader needs one window of
-each lane in memory. Sample n is lane n mod L, position n div L. Step s of global batch size B uses samples
-[sB, (s+1)B), so that one integer is the whole state, whatever the number of ranks.
+Epoch e: the shards, shuffled by (seed, e), are concatenated and cut into L equal lanes of
+consecutive rows; the few rows left over are dropped in this epoch. A lane is shuffled inside fixed
+windows, so that a reader needs one window of each lane in memory. Sample n is lane n mod L,
+position n div L. Step s of global batch size B uses samples [sB, (s+1)B), so that one integer is
+the whole state, whatever the number of ranks.
 
-Enters: rows per shard, sample numbers. Leaves: (shard, row). Left to others: reading (`data.stream`).
+Enters: rows per shard, sample numbers. Leaves: (shard, row). Left to others: reading
+(`data.stream`).
 """
 
 from __future__ import annotations
@@ -25,11 +28,12 @@ _ROWS, _SHARDS = 0, 1  # what a key of the generator is for
 class SampleOrder:
     """The order of the samples of one data set.
 
-    Windows begin elsewhere in each lane (the first one of lane l has (l+1)/L of the usual rows), so that the reads at
-    window changes spread over the steps; a lane that fits in one window has one.
+    Windows begin elsewhere in each lane (the first one of lane l has (l+1)/L of the usual rows), so
+    that the reads at window changes spread over the steps; a lane that fits in one window has one.
     `identity`: the manifest's sha256; unless given, a hash of `shard_rows`.
 
-    Raises: ConfigError for a seed, lane count or window out of range; DataError if there are fewer rows than lanes.
+    Raises: ConfigError for a seed, lane count or window out of range; DataError if there are fewer
+    rows than lanes.
     """
 
     def __init__(
@@ -44,25 +48,40 @@ class SampleOrder:
         if not 0 <= seed < 2**63:
             raise ConfigError(f"run.seed={seed}; expected 0 to 2^63 - 1")
         if num_lanes < 1 or window_rows < 1:
-            raise ConfigError(f"data.num_lanes={num_lanes}, data.window_rows={window_rows}; expected at least 1")
+            raise ConfigError(
+                f"data.num_lanes={num_lanes}, data.window_rows={window_rows}; expected at least 1"
+            )
         self.num_rows = sum(shard_rows)
         if self.num_rows < num_lanes:
-            raise DataError(f"{self.num_rows} rows don't fill data.num_lanes={num_lanes} lanes; lower it or add data")
+            raise DataError(
+                f"{self.num_rows} rows don't fill data.num_lanes={num_lanes} lanes; lower it or "
+                "add data"
+            )
         self.seed = seed
         self.num_lanes = num_lanes
         self.window_rows = window_rows
         self.rows_per_lane = self.num_rows // num_lanes
         self.rows_per_epoch = self.rows_per_lane * num_lanes
         self.dropped_rows_per_epoch = self.num_rows - self.rows_per_epoch
-        self.identity = identity or hashlib.sha256(repr(list(map(int, shard_rows))).encode()).hexdigest()
+        self.identity = (
+            identity or hashlib.sha256(repr(list(map(int, shard_rows))).encode()).hexdigest()
+        )
         self._shard_rows = np.asarray(shard_rows, np.int64)
-        self.windows_per_lane = 1 + -(-self.rows_per_lane // window_rows)  # at most; the first and the last are short
-        steps_L = np.arange(1, num_lanes + 1) if self.rows_per_lane > window_rows else np.full(num_lanes, num_lanes)
-        self._first_window_L = -(-steps_L * window_rows // num_lanes)  # rounded up: no window is empty
+        # At most; the first and the last are short.
+        self.windows_per_lane = 1 + -(-self.rows_per_lane // window_rows)
+        steps_L = (
+            np.arange(1, num_lanes + 1)
+            if self.rows_per_lane > window_rows
+            else np.full(num_lanes, num_lanes)
+        )
+        # Rounded up: no window is empty.
+        self._first_window_L = -(-steps_L * window_rows // num_lanes)
         self._shards_of = lru_cache(maxsize=4)(self._shuffle_shards)
 
     def fingerprint(self) -> dict[str, int | str]:
-        """Return what must be equal for a sample number to mean the same row; a resume compares it."""
+        """Return what must be equal for a sample number to mean the same row; a resume compares
+        it.
+        """
         return {
             "order_version": ORDER_VERSION,
             "data_sha256": self.identity,
@@ -72,9 +91,11 @@ class SampleOrder:
         }
 
     def split(self, samples_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Turn sample numbers, int64 [N], into (lane, window, offset in the window), int64 [N] each.
+        """Turn sample numbers, int64 [N], into (lane, window, offset in the window), int64 [N]
+        each.
 
-        Windows are numbered over epochs: window w is window w mod `windows_per_lane` of epoch w div `windows_per_lane`.
+        Windows are numbered over epochs: window w is window w mod `windows_per_lane` of epoch w div
+        `windows_per_lane`.
         """
         position, lane = np.divmod(samples_N, self.num_lanes)
         epoch, position = np.divmod(position, self.rows_per_lane)
@@ -83,25 +104,37 @@ class SampleOrder:
         return lane, epoch * self.windows_per_lane + window, np.where(window == 0, position, offset)
 
     def window(self, lane: int, window: int) -> tuple[int, int, np.ndarray]:
-        """Describe a window: (epoch, first place in the epoch's concatenation, shuffled offsets from there, int64)."""
+        """Describe a window: (epoch, first place in the epoch's concatenation, shuffled offsets
+        from there, int64).
+        """
         epoch, number = divmod(window, self.windows_per_lane)
         end = int(self._first_window_L[lane]) + number * self.window_rows
         start, end = max(0, end - self.window_rows), min(end, self.rows_per_lane)
-        return epoch, lane * self.rows_per_lane + start, self._shuffle(_ROWS, end - start, epoch, lane, number)
+        return (
+            epoch,
+            lane * self.rows_per_lane + start,
+            self._shuffle(_ROWS, end - start, epoch, lane, number),
+        )
 
     def shards_around(self, lane: int, epoch: int, first: int, count: int) -> tuple[list[int], int]:
-        """Return the shards of a lane's places [first, first + count) in an epoch, and the one that it reads next."""
+        """Return the shards of a lane's places [first, first + count) in an epoch, and the one that
+        it reads next.
+        """
         shards, starts = self._shards_of(epoch)
         low, high = np.searchsorted(starts, [first, first + count - 1], side="right").tolist()
         if high < len(starts) and starts[high] < (lane + 1) * self.rows_per_lane:
             following = shards[high]
         else:
             later, later_starts = self._shards_of(epoch + 1)
-            following = later[np.searchsorted(later_starts, lane * self.rows_per_lane, side="right") - 1]
+            following = later[
+                np.searchsorted(later_starts, lane * self.rows_per_lane, side="right") - 1
+            ]
         return shards[low - 1 : high].tolist(), int(following)
 
     def place(self, epoch: int, places_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Turn places in an epoch's concatenation of shards, int64 [N], into (shard, row in it), int64 [N] each."""
+        """Turn places in an epoch's concatenation of shards, int64 [N], into (shard, row in it),
+        int64 [N] each.
+        """
         shards, starts = self._shards_of(epoch)
         at = np.searchsorted(starts, places_N, side="right") - 1
         return shards[at], places_N - starts[at]
@@ -109,7 +142,8 @@ class SampleOrder:
     def locate(self, samples_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Turn sample numbers, int64 [N], into (shard, row in it), int64 [N] each.
 
-        Shuffles every window that it meets: meant for reports and tests, where the stream keeps its windows.
+        Shuffles every window that it meets: meant for reports and tests, where the stream keeps its
+        windows.
         """
         samples_N = np.asarray(samples_N, np.int64)
         lane_N, window_N, offset_N = self.split(samples_N)
@@ -129,8 +163,13 @@ class SampleOrder:
     def _shuffle(self, purpose: int, count: int, epoch: int, lane: int, window: int) -> np.ndarray:
         """Permute range(count), int64, by sorting raw draws: both are stable across numpy versions.
 
-        Each (seed, purpose) is a key and each (epoch, lane, window) a counter of its own: no two shuffles share draws,
-        because a shuffle only advances the counter's lowest word.
+        Each (seed, purpose) is a key and each (epoch, lane, window) a counter of its own: no two
+        shuffles share draws, because a shuffle only advances the counter's lowest word.
         """
-        key, counter = np.array([self.seed, purpose], np.uint64), np.array([0, epoch, lane, window], np.uint64)
-        return np.argsort(np.random.Philox(counter=counter, key=key).random_raw(count), kind="stable")
+        key, counter = (
+            np.array([self.seed, purpose], np.uint64),
+            np.array([0, epoch, lane, window], np.uint64),
+        )
+        return np.argsort(
+            np.random.Philox(counter=counter, key=key).random_raw(count), kind="stable"
+        )

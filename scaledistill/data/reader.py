@@ -1,7 +1,8 @@
-"""Reading blocks of a data set from a folder or, through a local cache, from a URL; nothing unchecked leaves.
+"""Reading blocks of a data set from a folder or, through a local cache, from a URL; nothing
+unchecked leaves.
 
-Enters: a folder or an fsspec URL of shards. Leaves: numpy views of blocks. Left to others: the order of
-rows (`data.order`), tensors (`data.stream`).
+Enters: a folder or an fsspec URL of shards. Leaves: numpy views of blocks. Left to others: the
+order of rows (`data.order`), tensors (`data.stream`).
 """
 
 from __future__ import annotations
@@ -28,17 +29,19 @@ from scaledistill.storage import remote
 logger = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 20
-"""Neighbouring blocks are read at once up to about this size: single blocks wait for the disk too often."""
+"""Neighbouring blocks are read at once up to about this size: single blocks wait for the disk too
+often."""
 
 
 class ShardReader:
     """Read blocks of a data set, every byte checked against the manifest.
 
-    `location`: a folder, or a URL whose shards are kept in `cache`. That every shard exists with the right size is
-    checked here (over HTTP: when it is read), unless another process does (`check_sizes` off). `rank` is named in
-    errors, because nodes may see different disks.
+    `location`: a folder, or a URL whose shards are kept in `cache`. That every shard exists with
+    the right size is checked here (over HTTP: when it is read), unless another process does
+    (`check_sizes` off). `rank` is named in errors, because nodes may see different disks.
 
-    Raises: ConfigError for a URL that is not allowed; DataError for a bad manifest, a missing shard or a wrong size.
+    Raises: ConfigError for a URL that is not allowed; DataError for a bad manifest, a missing shard
+    or a wrong size.
     """
 
     def __init__(
@@ -56,7 +59,10 @@ class ShardReader:
         self._cache = (cache or remote.ShardCache()) if remote.is_url(self.location) else None
         if self._cache is not None:
             self._cache.folder  # noqa: B018 - made now, so that a wrong one is refused before the run
-        largest = max(int(shard.block_rows.max()) for shard in self.manifest.shards) * self.manifest.row_bytes
+        largest = (
+            max(int(shard.block_rows.max()) for shard in self.manifest.shards)
+            * self.manifest.row_bytes
+        )
         self._block_starts = lru_cache(maxsize=1024)(self._starts_of)
         self._blocks_per_read = max(1, READ_BYTES // largest)
         if check_sizes:
@@ -74,24 +80,39 @@ class ShardReader:
             if shard.file not in sizes:
                 raise DataError(self._message(f"{shard.file} is missing"))
             if sizes[shard.file] != shard.bytes:
-                raise DataError(self._message(f"{shard.file} has {sizes[shard.file]} bytes, expected {shard.bytes}"))
+                raise DataError(
+                    self._message(
+                        f"{shard.file} has {sizes[shard.file]} bytes, expected {shard.bytes}"
+                    )
+                )
 
     def _message(self, problem: str) -> str:
-        remedy = f"nothing of it was used; copy it again and run tools/check_shards.py on {self.location}"
+        remedy = (
+            "nothing of it was used; copy it again and run tools/check_shards.py on "
+            f"{self.location}"
+        )
         return f"shards {self.location} ({self._where}): {problem}; {remedy}"
 
     def blocks_around(self, shard: int, row: int, low: int = 0, high: int | None = None) -> range:
-        """Choose blocks to read at once for a row of a shard: its own and neighbours with rows in [low, high)."""
+        """Choose blocks to read at once for a row of a shard: its own and neighbours with rows in
+        [low, high).
+        """
         starts = self._block_starts(shard)
-        group = int(np.searchsorted(starts, row, side="right") - 1) // self._blocks_per_read * self._blocks_per_read
+        group = (
+            int(np.searchsorted(starts, row, side="right") - 1)
+            // self._blocks_per_read
+            * self._blocks_per_read
+        )
         first = max(group, int(np.searchsorted(starts, low, side="right")) - 1)
         end = min(group + self._blocks_per_read, len(starts) - 1)
         return range(first, end if high is None else min(end, int(np.searchsorted(starts, high))))
 
     def read(self, shard: int, blocks: range) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Read adjacent blocks: for each (its first row, ids [rows, T] of u16 or u32, uint16 documents [n, 3]).
+        """Read adjacent blocks: for each (its first row, ids [rows, T] of u16 or u32, uint16
+        documents [n, 3]).
 
-        Raises: DataError naming shard and block if one can't be read, is cut off or fails its crc32.
+        Raises: DataError naming shard and block if one can't be read, is cut off or fails its
+        crc32.
         """
         entry = self.manifest.shards[shard]
         spans = [block_span(self.manifest, entry, block) for block in blocks]
@@ -103,36 +124,53 @@ class ShardReader:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise DataError(self._message(f"{entry.file}, block {blocks[0]} can't be read: {error}")) from error
+            raise DataError(
+                self._message(f"{entry.file}, block {blocks[0]} can't be read: {error}")
+            ) from error
         starts = self._block_starts(shard)
         try:
             return [
                 (int(starts[block]), *decode_block(self.manifest, entry, block, data[at:][:size]))
-                for block, (at, size) in zip(blocks, ((first - start, size) for first, size in spans), strict=True)
+                for block, (at, size) in zip(
+                    blocks, ((first - start, size) for first, size in spans), strict=True
+                )
             ]
         except DataError as error:
-            kept = f" (the cached copy {self._cache.path(entry.sha256)}: delete it)" if self._cache else ""
+            kept = (
+                f" (the cached copy {self._cache.path(entry.sha256)}: delete it)"
+                if self._cache
+                else ""
+            )
             raise DataError(self._message(f"{error}{kept}")) from error
 
     def _starts_of(self, shard: int) -> np.ndarray:
-        """Return each block's first row, and the end, int64: for the shards in use only, of maybe thousands."""
-        return np.concatenate(([0], np.cumsum(self.manifest.shards[shard].block_rows, dtype=np.int64)))
+        """Return each block's first row, and the end, int64: for the shards in use only, of maybe
+        thousands.
+        """
+        return np.concatenate(
+            ([0], np.cumsum(self.manifest.shards[shard].block_rows, dtype=np.int64))
+        )
 
     def _open(self, shard: int) -> int:
         entry = self.manifest.shards[shard]
         if self._cache is None:
             return os.open(f"{self.location}/{entry.file}", os.O_RDONLY)
-        return self._cache.open(f"{self.location}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256)
+        return self._cache.open(
+            f"{self.location}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256
+        )
 
     def fetch_ahead(self, num_lanes: int, stop: threading.Event) -> FetchAhead | None:
-        """Return what fetches shards before they are read, until `stop` is set; None for a folder, which needs none."""
+        """Return what fetches shards before they are read, until `stop` is set; None for a folder,
+        which needs none.
+        """
         if self._cache is None:
             return None
         needed = self._bytes_at_once(2 * num_lanes)
         if needed > self._cache.limit_bytes and not self._rank:
             logger.warning(
-                "data.cache_bytes=%d holds the shards that data.num_lanes=%d lanes read at the same time, but not the "
-                "next ones too: some are fetched only when they are due, and steps wait for them; set it to %d or more",
+                "data.cache_bytes=%d holds the shards that data.num_lanes=%d lanes read at the "
+                "same time, but not the next ones too: some are fetched only when they are due, "
+                "and steps wait for them; set it to %d or more",
                 *(self._cache.limit_bytes, num_lanes, needed),
             )
         return FetchAhead(self._fetch, stop)
@@ -145,35 +183,51 @@ class ShardReader:
     def _fetch(self, shard: int) -> None:
         entry = self.manifest.shards[shard]
         if self._cache:
-            self._cache.fetch(f"{self.location}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256)
+            self._cache.fetch(
+                f"{self.location}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256
+            )
 
     def order(self, *, seed: int, num_lanes: int = 32, window_rows: int = 16_384) -> SampleOrder:
         """Return the order of this data set's samples, identified by its manifest."""
         rows = [shard.rows for shard in self.manifest.shards]
-        return SampleOrder(rows, seed=seed, num_lanes=num_lanes, window_rows=window_rows, identity=self.manifest.sha256)
+        return SampleOrder(
+            rows,
+            seed=seed,
+            num_lanes=num_lanes,
+            window_rows=window_rows,
+            identity=self.manifest.sha256,
+        )
 
     def check_cache(self, num_lanes: int) -> None:
-        """Raise ConfigError if the cache can't hold the shards that are read at the same time, one a lane."""
+        """Raise ConfigError if the cache can't hold the shards that are read at the same time, one
+        a lane.
+        """
         if self._cache is None:
             return
         if (needed := self._bytes_at_once(num_lanes)) > self._cache.limit_bytes:
             raise ConfigError(
-                f"data.cache_bytes={self._cache.limit_bytes} is less than the {needed} bytes of the shards that "
-                f"data.num_lanes={num_lanes} lanes read at the same time, again and again; raise it"
+                f"data.cache_bytes={self._cache.limit_bytes} is less than the {needed} bytes of "
+                f"the shards that data.num_lanes={num_lanes} lanes read at the same time, again "
+                "and again; raise it"
             )
 
     def _bytes_at_once(self, num_shards: int) -> int:
         """Return the bytes of so many shards, the largest, or of all."""
-        return sum(sorted((shard.bytes for shard in self.manifest.shards), reverse=True)[:num_shards])
+        return sum(
+            sorted((shard.bytes for shard in self.manifest.shards), reverse=True)[:num_shards]
+        )
 
 
 def _read_fully(descriptor: int, num_bytes: int, offset: int) -> bytes | bytearray:
     """Return `num_bytes` bytes of a file from `offset`, fewer only where the file ends.
 
-    One read may return less before the end: on FUSE and some network file systems, after a signal, or above 2 GiB.
+    One read may return less before the end: on FUSE and some network file systems, after a signal,
+    or above 2 GiB.
     """
     data: bytes | bytearray = os.pread(descriptor, num_bytes, offset)
-    while len(data) < num_bytes and (more := os.pread(descriptor, num_bytes - len(data), offset + len(data))):
+    while len(data) < num_bytes and (
+        more := os.pread(descriptor, num_bytes - len(data), offset + len(data))
+    ):
         data = bytearray(data) if isinstance(data, bytes) else data
         data += more
     return data

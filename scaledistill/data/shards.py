@@ -1,7 +1,7 @@
 """Shards: `ShardWriter` writes rows of token ids as a data set, `verify` checks every byte of one.
 
-Enters: rows of ids [N, T] and the documents in them. Leaves: tars and a `Manifest` (`data.manifest` tells the format).
-Left to others: text (`data.text`), reading at speed (`data.stream`).
+Enters: rows of ids [N, T] and the documents in them. Leaves: tars and a `Manifest` (`data.manifest`
+tells the format). Left to others: text (`data.text`), reading at speed (`data.stream`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from scaledistill.data.blocks import block_span, count_in_text, count_tokens, decode_block, document_problem
+from scaledistill.data.blocks import (
+    block_span,
+    count_in_text,
+    count_tokens,
+    decode_block,
+    document_problem,
+)
 from scaledistill.data.manifest import (
     DOCUMENTS_DTYPE,
     IDS_DTYPES,
@@ -59,13 +65,15 @@ class _HashedFile:
 
 
 class ShardWriter:
-    """Write rows as shards into `folder`; the same rows give the same bytes, however cut into calls of `write`.
+    """Write rows as shards into `folder`; the same rows give the same bytes, however cut into calls
+    of `write`.
 
-    A context manager: leaving it commits (`close`), leaving it by an error removes what was written and folders made
-    for it. Everything has a `.partial-` name until the commit, and the manifest comes last, so that an interrupted run
-    leaves nothing that looks finished.
+    A context manager: leaving it commits (`close`), leaving it by an error removes what was written
+    and folders made for it. Everything has a `.partial-` name until the commit, and the manifest
+    comes last, so that an interrupted run leaves nothing that looks finished.
 
-    Raises: ConfigError on settings that don't fit; DataError if the folder holds shards already and not `overwrite`.
+    Raises: ConfigError on settings that don't fit; DataError if the folder holds shards already and
+    not `overwrite`.
     """
 
     def __init__(
@@ -82,18 +90,29 @@ class ShardWriter:
         overwrite: bool = False,
     ) -> None:
         if not 1 <= sequence_length <= MAX_SEQUENCE_LENGTH:
-            raise ConfigError(f"sequence_length={sequence_length}; expected 1 to {MAX_SEQUENCE_LENGTH}")
-        if not 1 <= rows_per_block <= MAX_BLOCK_ROWS or rows_per_shard < 1 or rows_per_shard % rows_per_block:
+            raise ConfigError(
+                f"sequence_length={sequence_length}; expected 1 to {MAX_SEQUENCE_LENGTH}"
+            )
+        if (
+            not 1 <= rows_per_block <= MAX_BLOCK_ROWS
+            or rows_per_shard < 1
+            or rows_per_shard % rows_per_block
+        ):
             found = f"rows_per_block={rows_per_block}, rows_per_shard={rows_per_shard}"
             raise ConfigError(
-                f"{found}; expected blocks of 1 to {MAX_BLOCK_ROWS} rows and a whole number of blocks per shard"
+                f"{found}; expected blocks of 1 to {MAX_BLOCK_ROWS} rows and a whole number of "
+                "blocks per shard"
             )
         if not 0 <= pad_token_id < vocab_size <= 2**32:
             raise ConfigError(
-                f"pad_token_id={pad_token_id}, vocab_size={vocab_size}; expected 0 <= pad < vocabulary <= 2^32"
+                f"pad_token_id={pad_token_id}, vocab_size={vocab_size}; expected 0 <= pad < "
+                "vocabulary <= 2^32"
             )
         if missing := {"name", "sha256"} - set(tokenizer):
-            raise ConfigError(f"tokenizer lacks {sorted(missing)}; expected a mapping with at least name and sha256")
+            raise ConfigError(
+                f"tokenizer lacks {sorted(missing)}; expected a mapping with at least name and "
+                "sha256"
+            )
         self._folder = Path(folder)
         self._rows_per_shard = rows_per_shard
         self._dtype: Literal["u16", "u32"] = "u16" if vocab_size <= 2**16 else "u32"
@@ -103,7 +122,8 @@ class ShardWriter:
             "vocab_size": vocab_size,
             "tokenizer": json.loads(json.dumps(dict(tokenizer))),
             "pad_token_id": pad_token_id,
-            "source": json.loads(json.dumps(dict(source or {}))),  # fails now rather than at the end
+            # Fails now rather than at the end.
+            "source": json.loads(json.dumps(dict(source or {}))),
         }
         self.tokenizer_facts = self._header["tokenizer"]
         """What the manifest says of the tokenizer; more may be put in until the commit."""
@@ -122,35 +142,54 @@ class ShardWriter:
 
     def _open_folder(self) -> None:
         if not self._overwrite and (old := [path.name for path in self._finished_files()]):
-            raise DataError(f"{self._folder} holds {old[0]} already; name another folder, or use overwrite=True")
-        self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
+            raise DataError(
+                f"{self._folder} holds {old[0]} already; name another folder, or use overwrite=True"
+            )
+        self._made = [
+            folder for folder in (self._folder, *self._folder.parents) if not folder.exists()
+        ]
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self._folder / f"{PARTIAL}lock").open("wb")
         if lock(self._lock.fileno()) == "in use":
             self._lock.close()
-            raise DataError(f"another run writes shards to {self._folder} now; wait for it or name another folder")
+            raise DataError(
+                f"another run writes shards to {self._folder} now; wait for it or name another "
+                "folder"
+            )
         for leftover in self._folder.glob(f"{PARTIAL}*.tar"):
             leftover.unlink()
 
     def _finished_files(self) -> list[Path]:
         manifests = [self._folder / name for name in (MANIFEST_FILE, OLD_MANIFEST_FILE)]
-        return [*(path for path in manifests if path.exists()), *sorted(self._folder.glob("shard-[0-9]*.tar"))]
+        return [
+            *(path for path in manifests if path.exists()),
+            *sorted(self._folder.glob("shard-[0-9]*.tar")),
+        ]
 
     def write(self, ids_NT: np.ndarray, documents: np.ndarray) -> None:
-        """Add rows: integer ids [N, T] and the documents in them, int [n, 3] (row of this call, start, end), ascending.
+        """Add rows: integer ids [N, T] and the documents in them, int [n, 3] (row of this call,
+        start, end), ascending.
 
-        Raises: DataError on a wrong shape, an id outside the vocabulary or documents that don't fit.
+        Raises: DataError on a wrong shape, an id outside the vocabulary or documents that don't
+        fit.
         """
         T = self._block_NT.shape[1]
         ids_NT, documents = np.asarray(ids_NT), np.asarray(documents).astype(np.int64)
         if ids_NT.ndim != 2 or ids_NT.shape[1] != T or ids_NT.dtype.kind not in "iu":
-            raise DataError(f"rows of shape {ids_NT.shape} and dtype {ids_NT.dtype}; expected integers [N, {T}]")
+            raise DataError(
+                f"rows of shape {ids_NT.shape} and dtype {ids_NT.dtype}; expected integers [N, {T}]"
+            )
         if documents.ndim != 2 or documents.shape[1] != 3:
-            raise DataError(f"documents of shape {documents.shape}; expected [n, 3]: row, start, end")
+            raise DataError(
+                f"documents of shape {documents.shape}; expected [n, 3]: row, start, end"
+            )
         num_rows = len(ids_NT)
         if num_rows and not 0 <= ids_NT.min() <= ids_NT.max() < self._vocab_size:
             found = f"ids from {ids_NT.min()} to {ids_NT.max()}"
-            raise DataError(f"{found}; expected 0 to {self._vocab_size - 1}: is vocab_size that of the tokenizer?")
+            raise DataError(
+                f"{found}; expected 0 to {self._vocab_size - 1}: is vocab_size that of the "
+                "tokenizer?"
+            )
         if problem := document_problem(documents, num_rows, T):
             raise DataError(problem)
         done = 0
@@ -166,13 +205,18 @@ class ShardWriter:
 
     def _write_block(self) -> None:
         if self._sink is None:
-            from webdataset.writer import TarWriter  # imports torch: seconds that readers and workers needn't spend
+            # Imports torch: seconds that readers and workers needn't spend.
+            from webdataset.writer import TarWriter
 
             self._sink = _HashedFile(self._folder / f"{PARTIAL}{self._shard_file}")
             self._tar = TarWriter(self._sink, encoder=False, mtime=0)
         ids_NT, documents = self._block_NT[: self._filled], np.concatenate(self._documents)
-        members = {"documents.u16": documents.astype(DOCUMENTS_DTYPE).tobytes(), self._dtype: ids_NT.tobytes()}
-        documents_offset = self._tar.tarstream.offset + TAR_BLOCK  # TarWriter sorts the members: documents come first
+        members = {
+            "documents.u16": documents.astype(DOCUMENTS_DTYPE).tobytes(),
+            self._dtype: ids_NT.tobytes(),
+        }
+        # TarWriter sorts the members: documents come first.
+        documents_offset = self._tar.tarstream.offset + TAR_BLOCK
         documents_bytes = len(members["documents.u16"])
         self._tar.write({"__key__": f"{self._num_blocks:09d}", **members})
         self._blocks.append(
@@ -206,13 +250,18 @@ class ShardWriter:
             return
         self._tar.close()
         self._sink.close()
-        blocks = {name: np.array([block[name] for block in self._blocks]) for name in self._blocks[0]}
+        blocks = {
+            name: np.array([block[name] for block in self._blocks]) for name in self._blocks[0]
+        }
         sha256, rows = self._sink.sha256.hexdigest(), int(blocks["block_rows"].sum())
-        self._shards.append(Shard(file=self._shard_file, bytes=self._sink.bytes, sha256=sha256, rows=rows, **blocks))
+        self._shards.append(
+            Shard(file=self._shard_file, bytes=self._sink.bytes, sha256=sha256, rows=rows, **blocks)
+        )
         self._sink, self._blocks = None, []
 
     def close(self) -> Manifest:
-        """Commit: finish the last shard, name the files, write the manifest, return it (again, if called again).
+        """Commit: finish the last shard, name the files, write the manifest, return it (again, if
+        called again).
 
         Raises: DataError if no row was written.
         """
@@ -230,9 +279,12 @@ class ShardWriter:
         self._finish_shard()
         if not self._shards:
             raise DataError(
-                f"no rows for {self._folder}: the source is empty or every document was dropped; check its path"
+                f"no rows for {self._folder}: the source is empty or every document was dropped; "
+                "check its path"
             )
-        manifest = Manifest.model_validate({**self._header, **self._totals, "shards": tuple(self._shards)})
+        manifest = Manifest.model_validate(
+            {**self._header, **self._totals, "shards": tuple(self._shards)}
+        )
         for old in self._finished_files():  # empty unless overwrite; the old manifest goes first
             old.unlink()
         for shard in manifest.shards:
@@ -256,7 +308,10 @@ class ShardWriter:
                 self._tar.close()
             with contextlib.suppress(OSError):
                 self._sink.file.close()
-        for partial in [*self._folder.glob(f"{PARTIAL}*.tar"), self._folder / f"{PARTIAL}{MANIFEST_FILE}"]:
+        for partial in [
+            *self._folder.glob(f"{PARTIAL}*.tar"),
+            self._folder / f"{PARTIAL}{MANIFEST_FILE}",
+        ]:
             partial.unlink(missing_ok=True)
         self._unlock()
         for folder in self._made:
@@ -267,7 +322,10 @@ class ShardWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self.close()
@@ -278,7 +336,8 @@ class ShardWriter:
 def verify(
     folder: Path, manifest: Manifest | None = None, *, on_shard: Callable[[], object] | None = None
 ) -> Iterator[str]:
-    """Check every byte of a local data set against its manifest; yield every problem, named by shard and block.
+    """Check every byte of a local data set against its manifest; yield every problem, named by
+    shard and block.
 
     A shard is held in memory while it is checked; `on_shard` is called after each.
 
@@ -289,7 +348,9 @@ def verify(
     found = {"largest_id": 0, "tokens": 0, "padded_rows": 0, "unknown_tokens": 0}
     sound, first_block = True, 0
     for shard in manifest.shards:
-        for problem in _verify_shard(folder / shard.file, shard, manifest, first_block, names, found):
+        for problem in _verify_shard(
+            folder / shard.file, shard, manifest, first_block, names, found
+        ):
             sound = False
             yield problem
         first_block += len(shard.block_rows)
@@ -303,11 +364,19 @@ def verify(
     if sound and (unknown := manifest.unknown_problem()):
         yield f"{listing}: {unknown}"
     for extra in sorted({path.name for path in folder.glob("*.tar")} - set(names.values())):
-        yield f"{extra}: lies in the folder but is not in {listing}; a reader that lists the folder would read it"
+        yield (
+            f"{extra}: lies in the folder but is not in {listing}; a reader that lists the folder "
+            "would read it"
+        )
 
 
 def _verify_shard(
-    path: Path, shard: Shard, manifest: Manifest, first_block: int, names: Mapping[str, str], found: dict[str, int]
+    path: Path,
+    shard: Shard,
+    manifest: Manifest,
+    first_block: int,
+    names: Mapping[str, str],
+    found: dict[str, int],
 ) -> Iterator[str]:
     try:
         data = path.read_bytes()
@@ -322,8 +391,12 @@ def _verify_shard(
         yield f"{shard.file}: {what}, expected sha256 {shard.sha256}"
     expected = [
         member
-        for block, offsets in enumerate(np.stack([shard.documents_offset, shard.ids_offset], 1).tolist(), first_block)
-        for member in zip((f"{block:09d}.documents.u16", f"{block:09d}.{manifest.dtype}"), offsets, strict=True)
+        for block, offsets in enumerate(
+            np.stack([shard.documents_offset, shard.ids_offset], 1).tolist(), first_block
+        )
+        for member in zip(
+            (f"{block:09d}.documents.u16", f"{block:09d}.{manifest.dtype}"), offsets, strict=True
+        )
     ]
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -333,7 +406,10 @@ def _verify_shard(
         return
     for number, (member, wanted) in enumerate(itertools.zip_longest(members, expected)):
         if member != wanted:
-            yield f"{shard.file}, block {number // 2}: tar member {number} is {member}, expected {wanted}"
+            yield (
+                f"{shard.file}, block {number // 2}: tar member {number} is {member}, expected "
+                f"{wanted}"
+            )
             break
     for block in range(len(shard.block_rows)):
         first, size = block_span(manifest, shard, block)
@@ -342,11 +418,16 @@ def _verify_shard(
         except DataError as error:
             yield str(error)
             continue
-        if problem := document_problem(documents.astype(np.int64), len(ids_NT), manifest.sequence_length):
+        if problem := document_problem(
+            documents.astype(np.int64), len(ids_NT), manifest.sequence_length
+        ):
             yield f"{shard.file}, block {block}: {problem}"
             continue
         if ids_NT.max() >= manifest.vocab_size:
-            yield f"{shard.file}, block {block}: id {ids_NT.max()} in a vocabulary of {manifest.vocab_size}"
+            yield (
+                f"{shard.file}, block {block}: id {ids_NT.max()} in a vocabulary of "
+                f"{manifest.vocab_size}"
+            )
         tokens_N = count_tokens(documents, len(ids_NT))
         found["largest_id"] = max(found["largest_id"], int(ids_NT.max()))
         found["tokens"] += int(tokens_N.sum())

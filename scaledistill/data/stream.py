@@ -1,10 +1,11 @@
 """Rows of shards as micro-batches: `ShardStream` for training, `iter_validation` in file order.
 
-Enters: a `ShardReader` and the order of its samples. Leaves: `Batch`es with the cursor of a checkpoint.
-Left to others: reading and checking blocks (`data.reader`).
+Enters: a `ShardReader` and the order of its samples. Leaves: `Batch`es with the cursor of a
+checkpoint. Left to others: reading and checking blocks (`data.reader`).
 
-Legend: B sequences of a micro-batch, T tokens, N rows, L lanes, P places of rows in memory, W bytes of a row's T bits,
-S stretches: documents, and padding between, before or behind them, none across rows.
+Legend: B sequences of a micro-batch, T tokens, N rows, L lanes, P places of rows in memory, W bytes
+of a row's T bits, S stretches: documents, and padding between, before or behind them, none across
+rows.
 """
 
 from __future__ import annotations
@@ -40,14 +41,17 @@ class Batch:
     mask_BT: Tensor | None  # bool, True on real tokens; None when every token is real
     segment_ids_BT: Tensor | None  # int32, the document's number in its row, from 0; -1 on padding
     position_ids_BT: Tensor | None  # int64, from 0 in each document; 0 on padding
-    cu_seqlens: Tensor | None  # int32, where stretches begin in the B · T tokens; B · T fills it to 1 + a power of 2
+    # Int32, where stretches begin in the B · T tokens; B · T fills it to 1 + a power of 2.
+    cu_seqlens: Tensor | None
     samples_B: np.ndarray  # int64 sample numbers; in validation, row numbers in file order
     cursor: int  # the first sample that no completed step has used, once this micro-batch is done
     weight: int  # rows that count: B, or 0 for a filler that only keeps ranks in step
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with each of its tensors changed."""
-        changed: dict[str, Any] = {key: change(value) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {
+            key: change(value) for key, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **changed)
 
 
@@ -62,7 +66,9 @@ class _Rows:
     def batches(
         self, samples_N: np.ndarray, size: int, with_documents: bool, before: int, after: int
     ) -> Iterator[Batch]:
-        """Cut into micro-batches, views of one tensor, with the cursor `after` on the last and `before` on the rest."""
+        """Cut into micro-batches, views of one tensor, with the cursor `after` on the last and
+        `before` on the rest.
+        """
         ids_NT = torch.from_numpy(self.ids_NT.astype(np.int64))
         num_rows, T = ids_NT.shape
         for first in range(0, num_rows, size):
@@ -73,7 +79,9 @@ class _Rows:
             )
             yield Batch(
                 input_ids_BT=ids_NT[part],
-                mask_BT=torch.from_numpy(_bits(layout_B2W[:, 0], T)) if self.padded_N[part].any() else None,
+                mask_BT=torch.from_numpy(_bits(layout_B2W[:, 0], T))
+                if self.padded_N[part].any()
+                else None,
                 segment_ids_BT=segment_ids_BT,
                 position_ids_BT=position_ids_BT,
                 cu_seqlens=cu_seqlens,
@@ -84,7 +92,8 @@ class _Rows:
 
 
 def _layout(documents: np.ndarray, num_rows: int, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which rows have padding, bool [N], and two bits a token, uint8 [N, 2, W]: is it real, begins a stretch.
+    """Return which rows have padding, bool [N], and two bits a token, uint8 [N, 2, W]: is it real,
+    begins a stretch.
 
     `documents`: [n, 3] of (row, start, end), as in a block.
     """
@@ -96,7 +105,9 @@ def _layout(documents: np.ndarray, num_rows: int, T: int) -> tuple[np.ndarray, n
         change = np.zeros(num_rows * T + 1, np.int8)
         change[first + start] += 1
         change[first + end] -= 1
-        layout_N2W[:, 0] = np.packbits(change[:-1].cumsum(dtype=np.int8).reshape(num_rows, T), axis=1)
+        layout_N2W[:, 0] = np.packbits(
+            change[:-1].cumsum(dtype=np.int8).reshape(num_rows, T), axis=1
+        )
     begins = np.zeros(num_rows * T + 1, bool)
     begins[::T] = begins[first + start] = begins[first + end] = True
     layout_N2W[:, 1] = np.packbits(begins[:-1].reshape(num_rows, T), axis=1)
@@ -132,15 +143,22 @@ def _documents(layout_B2W: np.ndarray, T: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Windows:
-    """Each lane's current window of rows, in one array; read block by block when its rows are first needed."""
+    """Each lane's current window of rows, in one array; read block by block when its rows are first
+    needed.
+    """
 
     def __init__(self, shards: ShardReader, order: SampleOrder, ahead: FetchAhead | None) -> None:
         self._shards, self._order, self._ahead = shards, order, ahead
-        self._expected: dict[int, list[int]] = {}  # by lane: the shards of its window and the next one
+        # By lane: the shards of its window and the next one.
+        self._expected: dict[int, list[int]] = {}
         self._size = min(order.window_rows, order.rows_per_lane)
-        places = order.num_lanes * self._size  # a place: lane × size + offset in the window, in file order
-        self._ids_PT = np.empty((places, shards.manifest.sequence_length), shards.manifest.ids_dtype)
-        self._place_P = np.empty(places, np.int32 if places < 2**31 else np.int64)  # by lane × size + shuffled offset
+        # A place: lane × size + offset in the window, in file order.
+        places = order.num_lanes * self._size
+        self._ids_PT = np.empty(
+            (places, shards.manifest.sequence_length), shards.manifest.ids_dtype
+        )
+        # By lane × size + shuffled offset.
+        self._place_P = np.empty(places, np.int32 if places < 2**31 else np.int64)
         self._loaded_P = np.zeros(places, bool)
         self._padded_P = np.zeros(places, bool)
         self._layout_P2W = np.empty((places, 2, -(-self._ids_PT.shape[1] // 8)), np.uint8)
@@ -160,7 +178,8 @@ class _Windows:
         while len(pending):
             lanes, windows = lane_N[pending], window_N[pending]
             ready = self._window_L[lanes] == windows
-            if not ready.all():  # samples ascend: the first pending one of each lane tells its next window
+            # Samples ascend: the first pending one of each lane tells its next window.
+            if not ready.all():
                 for lane, at in zip(*np.unique(lanes, return_index=True), strict=True):
                     if self._window_L[lane] != windows[at]:
                         self._enter(int(lane), int(windows[at]))
@@ -192,11 +211,14 @@ class _Windows:
         rows.layout_N2W[at] = self._layout_P2W[places]
 
     def _load(self, place: int) -> None:
-        """Read the block of one place and some around it; keep those of their rows that lie in the window."""
+        """Read the block of one place and some around it; keep those of their rows that lie in the
+        window.
+        """
         lane, offset = divmod(place, self._size)
         epoch, first, length = self._spans[lane]
         shard, row = (int(value) for value in self._order.place(epoch, np.int64(first + offset)))
-        begin = row - offset  # of the window, in rows of this shard: negative where it began in the shard before
+        # Of the window, in rows of this shard: negative where it began in the shard before.
+        begin = row - offset
         blocks = self._shards.blocks_around(shard, row, begin, begin + length)
         if self._ahead:
             self._ahead.wait(shard)
@@ -212,18 +234,22 @@ class _Windows:
 
 
 class ShardStream:
-    """Iterate over one rank's micro-batches without end, read ahead by one thread; a context manager.
+    """Iterate over one rank's micro-batches without end, read ahead by one thread; a context
+    manager.
 
-    Of a URL, the next shard of each lane is fetched while the lane reads the one before, by threads of their own.
+    Of a URL, the next shard of each lane is fetched while the lane reads the one before, by threads
+    of their own.
 
-    Step s uses samples [sB, (s+1)B) of the order; rank r of W takes slots r::W of them, cut in order into
-    micro-batches: the same global batches for every W, and an exact resume at `first_sample`, the cursor of the last
-    batch of a step. Memory of a process: num_lanes × window_rows × T × 2¼ bytes (4¼ with u32 ids), which is 0.15 GB at
-    the defaults with T = 128 and 0.60 GB with T = 512; less where an epoch is smaller or ranks share out the lanes (the
-    number of ranks divides num_lanes, and num_lanes divides B). Bookkeeping adds 6 bytes a row.
-    What the thread raises, DataError for a damaged block above all, is raised again by `next`.
+    Step s uses samples [sB, (s+1)B) of the order; rank r of W takes slots r::W of them, cut in
+    order into micro-batches: the same global batches for every W, and an exact resume at
+    `first_sample`, the cursor of the last batch of a step. Memory of a process: num_lanes ×
+    window_rows × T × 2¼ bytes (4¼ with u32 ids), which is 0.15 GB at the defaults with T = 128 and
+    0.60 GB with T = 512; less where an epoch is smaller or ranks share out the lanes (the number of
+    ranks divides num_lanes, and num_lanes divides B). Bookkeeping adds 6 bytes a row. What the
+    thread raises, DataError for a damaged block above all, is raised again by `next`.
 
-    Raises: ConfigError naming train.global_batch_size where it does not divide, data.cache_bytes where it is too small.
+    Raises: ConfigError naming train.global_batch_size where it does not divide, data.cache_bytes
+    where it is too small.
     """
 
     def __init__(
@@ -243,16 +269,20 @@ class ShardStream:
         unit = world_size * micro_batch_size
         if unit < 1 or global_batch_size < 1 or global_batch_size % unit:
             raise ConfigError(
-                f"train.global_batch_size={global_batch_size} is not a multiple of {world_size} ranks × "
-                f"train.micro_batch_size={micro_batch_size}; use {global_batch_size // max(unit, 1) * unit + unit}"
+                f"train.global_batch_size={global_batch_size} is not a multiple of {world_size} "
+                f"ranks × train.micro_batch_size={micro_batch_size}; use "
+                f"{global_batch_size // max(unit, 1) * unit + unit}"
             )
         if first_sample % global_batch_size or first_sample < 0:
             raise ConfigError(
-                f"the data cursor {first_sample} is not a multiple of train.global_batch_size={global_batch_size}; "
-                "resume with the batch size that the checkpoint was made with"
+                f"the data cursor {first_sample} is not a multiple of "
+                f"train.global_batch_size={global_batch_size}; resume with the batch size that the "
+                "checkpoint was made with"
             )
         if order.num_rows != shards.manifest.rows:
-            raise ValueError(f"an order of {order.num_rows} rows for shards with {shards.manifest.rows}")
+            raise ValueError(
+                f"an order of {order.num_rows} rows for shards with {shards.manifest.rows}"
+            )
         shards.check_cache(order.num_lanes)
         self._stop = threading.Event()
         self._ahead = shards.fetch_ahead(order.num_lanes, self._stop)
@@ -262,13 +292,18 @@ class ShardStream:
             for first in itertools.count(first_sample, global_batch_size):
                 samples_N = np.arange(first + rank, first + global_batch_size, world_size)
                 rows = windows.gather(samples_N)
-                batches = rows.batches(samples_N, micro_batch_size, with_documents, first, first + global_batch_size)
+                batches = rows.batches(
+                    samples_N, micro_batch_size, with_documents, first, first + global_batch_size
+                )
                 yield from map(deliver, batches)
 
         deliver = _copies_to(device) if device and device.type == "cuda" else lambda batch: batch
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(max(1, prefetch_batches))
         self._thread = threading.Thread(
-            target=_fill, args=(produce(), self._ready, self._stop), name="shard-stream", daemon=True
+            target=_fill,
+            args=(produce(), self._ready, self._stop),
+            name="shard-stream",
+            daemon=True,
         )
         weakref.finalize(self, self._stop.set)  # the thread holds no reference to self
         self._thread.start()
@@ -283,7 +318,8 @@ class ShardStream:
         if isinstance(item, BaseException):
             self.close()
             raise item
-        if item.input_ids_BT.is_cuda:  # made on the stream of the copies: not to be reused while ours needs it
+        # Made on the stream of the copies: not to be reused while ours needs it.
+        if item.input_ids_BT.is_cuda:
             item.with_tensors(_keep_for_current_stream)
         return item
 
@@ -298,19 +334,27 @@ class ShardStream:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
 
 def _copies_to(device: torch.device) -> Callable[[Batch], Batch]:
-    """Return how the reading thread brings a batch to a GPU: on a stream of its own, while the step before goes on."""
+    """Return how the reading thread brings a batch to a GPU: on a stream of its own, while the step
+    before goes on.
+    """
     copies = torch.cuda.Stream(device)
 
     def copy(batch: Batch) -> Batch:
-        torch.cuda.set_device(device)  # this thread's: leaving the stream would otherwise open a context on GPU 0
+        # This thread's: leaving the stream would otherwise open a context on GPU 0.
+        torch.cuda.set_device(device)
         with torch.cuda.stream(copies):
-            copied = batch.with_tensors(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+            copied = batch.with_tensors(
+                lambda tensor: tensor.pin_memory().to(device, non_blocking=True)
+            )
         copies.synchronize()  # this thread waits, nobody else
         return copied
 
@@ -322,7 +366,9 @@ def _keep_for_current_stream(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _fill(batches: Iterator[Batch], ready: queue.Queue[Batch | BaseException], stop: threading.Event) -> None:
+def _fill(
+    batches: Iterator[Batch], ready: queue.Queue[Batch | BaseException], stop: threading.Event
+) -> None:
     def put(item: Batch | BaseException) -> None:
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
@@ -345,10 +391,12 @@ def iter_validation(
     world_size: int = 1,
     with_documents: bool = False,
 ) -> Iterator[Batch]:
-    """Iterate once over the first `rows` rows (all, if there are fewer) in file order, as many batches on every rank.
+    """Iterate once over the first `rows` rows (all, if there are fewer) in file order, as many
+    batches on every rank.
 
-    The last batches may be smaller; a rank without rows left gets one row with weight 0. With each batch's loss a mean
-    over its rows, Σ weight × loss / Σ weight over batches and ranks is the mean over rows, whatever the world size.
+    The last batches may be smaller; a rank without rows left gets one row with weight 0. With each
+    batch's loss a mean over its rows, Σ weight × loss / Σ weight over batches and ranks is the mean
+    over rows, whatever the world size.
     """
     total = min(rows, shards.manifest.rows)
     shard_ends = np.cumsum([shard.rows for shard in shards.manifest.shards])
@@ -377,7 +425,11 @@ def iter_validation(
     try:
         for first in range(0, total, micro_batch_size * world_size):
             own = first + rank * micro_batch_size
-            numbers_N = np.arange(own, min(own + micro_batch_size, total)) if own < total else np.array([first])
+            numbers_N = (
+                np.arange(own, min(own + micro_batch_size, total))
+                if own < total
+                else np.array([first])
+            )
             ids, padded, layout = zip(*(read_row(row) for row in numbers_N.tolist()), strict=True)
             found = _Rows(np.stack(ids), np.stack(padded), np.stack(layout))
             (batch,) = found.batches(numbers_N, len(numbers_N), with_documents, 0, 0)

@@ -1,7 +1,7 @@
 """Load a tokenizer, from a folder or the hub: what its tokenizer.json says, or a refusal.
 
-In: a name. Out: a fast tokenizer that gives the ids of its files. What is made with it is left to `data.text`. Imported
-before the command line has said what it wants, so nothing heavy at the top.
+In: a name. Out: a fast tokenizer that gives the ids of its files. What is made with it is left to
+`data.text`. Imported before the command line has said what it wants, so nothing heavy at the top.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ PROBES = (
     " a leading space, then  two, a\ttab,\n\nnew lines\r\nand a no-break\u00a0space ",
     "na\u00efve caf\u00e9 \u00dcniversit\u00e4t",  # composed
     "nai\u0308ve cafe\u0301 U\u0308niversita\u0308t",  # combining
-    "\u5317\u4eac\u5e02 \u6771\u4eac \ud55c\uad6d\uc5b4 \u041f\u0440\u0438\u0432\u0435\u0442 \u0130stanbul stra\u00dfe",
+    "\u5317\u4eac\u5e02 \u6771\u4eac \ud55c\uad6d\uc5b4 \u041f\u0440\u0438\u0432\u0435\u0442 "
+    "\u0130stanbul stra\u00dfe",
     "3.14159 & 1,000 x\u00b2=\u03b1 \ufb01ne \uff21\uff22\uff23\uff11 \u00bd \u2167",
-    "\U0001f600 \U0001f469\u200d\U0001f4bb \u2764\ufe0f \u201cquoted\u201d \u2014 $5 @user #tag <b> a_b snake_case",
+    "\U0001f600 \U0001f469\u200d\U0001f4bb \u2764\ufe0f \u201cquoted\u201d \u2014 $5 @user #tag "
+    "<b> a_b snake_case",
 )
 """Texts on which tokenizers with one vocabulary but other rules differ."""
 _SEGMENTS = "token_type_ids"
@@ -54,7 +56,9 @@ def _find(name_or_folder: str | Path, revision: str | None) -> Path:
     name, folder = str(name_or_folder), Path(name_or_folder)
     if folder.is_dir():
         return folder
-    remedy = "expected a folder with tokenizer.json, or a Hub name that is cached or reachable from here"
+    remedy = (
+        "expected a folder with tokenizer.json, or a Hub name that is cached or reachable from here"
+    )
     if is_path(name_or_folder):
         raise DataError(f"tokenizer {name!r}: {no_such_folder(name_or_folder, remedy)}")
     if near := near_folder(name):
@@ -63,20 +67,27 @@ def _find(name_or_folder: str | Path, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:  # AutoTokenizer would ask file by file, and again and again without a network
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES))
+        )
     except Exception as error:
         version = f" at revision {revision!r}" if revision else ""
         raise DataError(
-            f"tokenizer {name!r}: no such folder, and the Hub gave none{version} ({_first_line(error)}); {remedy}"
+            f"tokenizer {name!r}: no such folder, and the Hub gave none{version} "
+            f"({_first_line(error)}); {remedy}"
         ) from error
 
 
-def load_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer with its own truncation and padding switched off; remote code is never run.
+def load_tokenizer(
+    name_or_folder: str | Path, revision: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer with its own truncation and padding switched off; remote code is never
+    run.
 
-    Where the folder has a tokenizer.json, the ids are those of that file. transformers rebuilds some classes from
-    their vocabulary alone; where the result differs, tokenizer.json is used as a `PreTrainedTokenizerFast`. Token type
-    ids are among its outputs if the model in the folder has more than one type, whatever the tokenizer's class says.
+    Where the folder has a tokenizer.json, the ids are those of that file. transformers rebuilds
+    some classes from their vocabulary alone; where the result differs, tokenizer.json is used as a
+    `PreTrainedTokenizerFast`. Token type ids are among its outputs if the model in the folder has
+    more than one type, whatever the tokenizer's class says.
 
     Raises:
         DataError: it cannot be found, loaded or used, it has no vocabulary, or it has no fast form.
@@ -84,11 +95,13 @@ def load_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> P
     name = str(name_or_folder)
     folder = _find(name_or_folder, revision)
     if not has_vocabulary_file(folder):
-        # transformers would invent a vocabulary of special tokens alone, and all text would become [UNK].
+        # transformers would invent a vocabulary of special tokens alone, and all text would become
+        # [UNK].
         own_code = "auto_map" in (read_json(folder / "tokenizer_config.json") or {})
         raise DataError(
-            f"tokenizer {name!r} cannot be loaded: {folder} has none of {', '.join(VOCABULARY_FILES)}; {_COMPANIONS}: "
-            f"copy them there from the model that it was made from{' (remote code is never run)' if own_code else ''}"
+            f"tokenizer {name!r} cannot be loaded: {folder} has none of "
+            f"{', '.join(VOCABULARY_FILES)}; {_COMPANIONS}: copy them there from the model that it "
+            f"was made from{' (remote code is never run)' if own_code else ''}"
         )
     try:
         tokenizer = _load(folder)
@@ -97,7 +110,8 @@ def load_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> P
         raise
     except BaseException as error:  # tokenizers' panics are no Exception
         raise DataError(
-            f"tokenizer {name!r} cannot be loaded: {_first_line(error)}; {_COMPANIONS} (remote code is never run)"
+            f"tokenizer {name!r} cannot be loaded: {_first_line(error)}; {_COMPANIONS} (remote "
+            "code is never run)"
         ) from error
     if reason:
         raise DataError(f"tokenizer {name!r} cannot be used: {reason}")
@@ -133,10 +147,11 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer that gives the ids of `defined`, tokenizer.json; `tokenizer` itself where it does.
+    """Return the tokenizer that gives the ids of `defined`, tokenizer.json; `tokenizer` itself
+    where it does.
 
-    Special tokens keep their names. What tokenizer.json leaves open is taken from `tokenizer`: tokens that only the
-    other files add, and the post-processor where there is none.
+    Special tokens keep their names. What tokenizer.json leaves open is taken from `tokenizer`:
+    tokens that only the other files add, and the post-processor where there is none.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -152,10 +167,14 @@ def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedT
         defined.post_processor = built.post_processor
     if _definition(defined) == _definition(built):
         return tokenizer
-    differing = next((text for text in PROBES if _plain_ids(defined, text) != _plain_ids(built, text)), None)
+    differing = next(
+        (text for text in PROBES if _plain_ids(defined, text) != _plain_ids(built, text)), None
+    )
     if differing is not None:
         _warn_once(folder, type(tokenizer).__name__, differing)
-    names = {name: token for name, token in tokenizer._special_tokens_map.items() if token is not None}
+    names = {
+        name: token for name, token in tokenizer._special_tokens_map.items() if token is not None
+    }
     return PreTrainedTokenizerFast(
         tokenizer_object=defined,
         model_input_names=tokenizer.model_input_names,
@@ -173,8 +192,8 @@ def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedT
 def _warn_once(folder: Path, tokenizer_class: str, text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         log.warning(
-            "tokenizer %s: transformers rebuilds it as %s, which reads %r differently from its tokenizer.json; "
-            "tokenizer.json is used",
+            "tokenizer %s: transformers rebuilds it as %s, which reads %r differently from its "
+            "tokenizer.json; tokenizer.json is used",
             folder,
             tokenizer_class,
             text,
@@ -182,7 +201,9 @@ def _warn_once(folder: Path, tokenizer_class: str, text: str) -> None:
 
 
 def _input_names(names: list[str], folder: Path) -> list[str]:
-    """Return `names`, with token type ids if the folder's model tells several types apart, without if it has one."""
+    """Return `names`, with token type ids if the folder's model tells several types apart, without
+    if it has one.
+    """
     from transformers import CONFIG_MAPPING
 
     config = read_json(folder / "config.json") or {}
@@ -199,13 +220,19 @@ def _input_names(names: list[str], folder: Path) -> list[str]:
 def gives_same_ids(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
     """Say whether two tokenizers are defined alike, and give a model the same inputs."""
     same_inputs = (_SEGMENTS in one.model_input_names) == (_SEGMENTS in other.model_input_names)
-    return same_inputs and _definition(one.backend_tokenizer) == _definition(other.backend_tokenizer)
+    return same_inputs and _definition(one.backend_tokenizer) == _definition(
+        other.backend_tokenizer
+    )
 
 
 def _definition(backend: Tokenizer) -> dict[str, Any]:
     """Return what decides a tokenizer's ids."""
     whole = json.loads(backend.to_str())
-    return {name: value for name, value in whole.items() if name not in ("version", "truncation", "padding", "decoder")}
+    return {
+        name: value
+        for name, value in whole.items()
+        if name not in ("version", "truncation", "padding", "decoder")
+    }
 
 
 def _plain_ids(backend: Tokenizer, text: str) -> list[int]:
@@ -213,32 +240,42 @@ def _plain_ids(backend: Tokenizer, text: str) -> list[int]:
 
 
 def _problem(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str | None:
-    """Say why a tokenizer that was loaded cannot be used, if so; what tokenizers raises on text is passed on."""
+    """Say why a tokenizer that was loaded cannot be used, if so; what tokenizers raises on text is
+    passed on.
+    """
     length = tokenizer.model_max_length
     if not isinstance(length, numbers.Real) or isinstance(length, bool):
         return f"model_max_length in its tokenizer_config.json is {length!r}; expected a number"
     backend = tokenizer.backend_tokenizer
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         return (
-            f"it has no tokens but {', '.join(tokenizer.all_special_tokens)}, so that all text would be unknown; "
-            f"{_COMPANIONS}, that belong to one another"
+            f"it has no tokens but {', '.join(tokenizer.all_special_tokens)}, so that all text "
+            f"would be unknown; {_COMPANIONS}, that belong to one another"
         )
     stated = _stated_tokens(backend, folder)
     for name in ("cls", "sep"):
         token = getattr(tokenizer, f"{name}_token")
         if token is not None and token not in stated:
             return (
-                f"its {name}_token {token!r} is not in its vocabulary; name the one that is in tokenizer_config.json, "
-                "or copy the files from the model that it was made from"
+                f"its {name}_token {token!r} is not in its vocabulary; name the one that is in "
+                "tokenizer_config.json, or copy the files from the model that it was made from"
             )
-    if not (folder / DEFINITION).is_file() and json.loads(backend.to_str())["model"].get("merges") == []:
-        return f"{folder} has a vocabulary but no merges (merges.txt), so that all text would fall into single letters"
+    if (
+        not (folder / DEFINITION).is_file()
+        and json.loads(backend.to_str())["model"].get("merges") == []
+    ):
+        return (
+            f"{folder} has a vocabulary but no merges (merges.txt), so that all text would fall "
+            "into single letters"
+        )
     backend.encode_batch([(probe, probe) for probe in PROBES])
     return None
 
 
 def _stated_tokens(backend: Tokenizer, folder: Path) -> set[str]:
-    """Return the tokens that the files name; transformers adds the special ones that they lack, with ids of its own."""
+    """Return the tokens that the files name; transformers adds the special ones that they lack,
+    with ids of its own.
+    """
     if (folder / DEFINITION).is_file():
         definition = read_json(folder / DEFINITION) or {}
         added = [token["content"] for token in definition.get("added_tokens") or []]

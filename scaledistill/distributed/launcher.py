@@ -1,7 +1,7 @@
 """What a launcher says about this process: its rank, and where the ranks meet.
 
-Inputs: the environment that `deepspeed`, `torchrun`, `accelerate launch` or nobody made. Outputs: numbers, checked.
-Imports nothing heavy. Not handled here: joining the other ranks (`distributed`).
+Inputs: the environment that `deepspeed`, `torchrun`, `accelerate launch` or nobody made. Outputs:
+numbers, checked. Imports nothing heavy. Not handled here: joining the other ranks (`distributed`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,21 @@ log = logging.getLogger(__name__)
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_SIZE": 1, "MASTER_PORT": 0}
+LEAST = {
+    "RANK": 0,
+    "WORLD_SIZE": 1,
+    "LOCAL_RANK": 0,
+    "LOCAL_WORLD_SIZE": 1,
+    "LOCAL_SIZE": 1,
+    "MASTER_PORT": 0,
+}
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 BATCH_STEPS = 0xFFFFFFF0
-"""Slurm numbers the steps of batch scripts and interactive shells from here; the steps of `srun` from 0."""
+"""Slurm numbers the steps of batch scripts and interactive shells from here; the steps of `srun`
+from 0."""
 LAUNCHERS = (
-    "start the run with `deepspeed`, `torchrun` or `accelerate launch`, which set them all, or unset them for one "
-    "process"
+    "start the run with `deepspeed`, `torchrun` or `accelerate launch`, which set them all, or "
+    "unset them for one process"
 )
 
 
@@ -46,17 +54,25 @@ def check_numbers() -> None:
         if text is None or (name in LOCAL_SIZES and name != _local_name()):
             continue
         most = 65535 if name == "MASTER_PORT" else None
-        if not (text.isascii() and text.isdecimal()) or int(text) < least or (most and int(text) > most):
-            expected = f"a whole number from {1 if most else least} " + (f"to {most}" if most else "up")
-            raise ConfigError(f"the environment sets {name}={text!r}, expected {expected}; {LAUNCHERS}")
+        if (
+            not (text.isascii() and text.isdecimal())
+            or int(text) < least
+            or (most and int(text) > most)
+        ):
+            expected = f"a whole number from {1 if most else least} " + (
+                f"to {most}" if most else "up"
+            )
+            raise ConfigError(
+                f"the environment sets {name}={text!r}, expected {expected}; {LAUNCHERS}"
+            )
 
 
 def launcher_facts() -> LauncherFacts:
     """Return what the launcher set; without a launcher, that this process is alone.
 
     Raises:
-        ConfigError: the variables are incomplete or contradict each other, or something started several processes that
-            do not know of each other.
+        ConfigError: the variables are incomplete or contradict each other, or something started
+            several processes that do not know of each other.
     """
     check_numbers()
     given = [name for name in NAMES if name in os.environ]
@@ -64,7 +80,9 @@ def launcher_facts() -> LauncherFacts:
         _check_alone()
         return LauncherFacts(0, 1, 0, 1)
     if missing := [name for name in NAMES if name not in given]:
-        raise ConfigError(f"the environment sets {', '.join(given)} but not {', '.join(missing)}; {LAUNCHERS}")
+        raise ConfigError(
+            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; {LAUNCHERS}"
+        )
     rank, world_size, local_rank = (int(os.environ[name]) for name in NAMES[:3])
     local_name = _local_name()
     local_world_size = int(os.environ[local_name])
@@ -74,14 +92,19 @@ def launcher_facts() -> LauncherFacts:
     ):
         if number >= size:
             raise ConfigError(
-                f"the environment sets {name}={number} and {size_name}={size}, expected {name} to be from 0 to "
-                f"{size - 1}; {LAUNCHERS}"
+                f"the environment sets {name}={number} and {size_name}={size}, expected {name} to "
+                f"be from 0 to {size - 1}; {LAUNCHERS}"
             )
-    if world_size > 1 and int(os.environ["MASTER_PORT"]) == 0:  # one rank, which meets nobody, may have any
-        raise ConfigError(f"the environment sets MASTER_PORT=0, expected a whole number from 1 to 65535; {LAUNCHERS}")
+    # One rank, which meets nobody, may have any.
+    if world_size > 1 and int(os.environ["MASTER_PORT"]) == 0:
+        raise ConfigError(
+            "the environment sets MASTER_PORT=0, expected a whole number from 1 to 65535; "
+            f"{LAUNCHERS}"
+        )
     if not os.environ["MASTER_ADDR"].strip():
         raise ConfigError(
-            f"the environment sets MASTER_ADDR='', expected the name or address of rank 0's host; {LAUNCHERS}"
+            "the environment sets MASTER_ADDR='', expected the name or address of rank 0's host; "
+            f"{LAUNCHERS}"
         )
     return LauncherFacts(rank, world_size, local_rank, local_world_size)
 
@@ -96,30 +119,40 @@ def _check_alone() -> None:
     tasks = _slurm_tasks()
     if tasks > 1:
         raise ConfigError(
-            f"this is one of {tasks} tasks of `srun`, none of which knows of the others (RANK and WORLD_SIZE are not "
-            "set): each would be a run of its own in the same folder. Use `sbatch launch/slurm.sbatch --config FILE`, "
-            "or `srun --ntasks-per-node=1 torchrun …`; for one process, srun --ntasks=1"
+            f"this is one of {tasks} tasks of `srun`, none of which knows of the others (RANK and "
+            "WORLD_SIZE are not set): each would be a run of its own in the same folder. Use "
+            "`sbatch launch/slurm.sbatch --config FILE`, or `srun --ntasks-per-node=1 torchrun …`; "
+            "for one process, srun --ntasks=1"
         )
     for name in MPI_SIZES:
         if (size := os.environ.get(name, "")).isdecimal() and int(size) > 1:
             raise ConfigError(
-                f"MPI started {size} processes ({name}), none of which knows of the others (RANK and WORLD_SIZE are "
-                "not set): each would be a run of its own in the same folder. Use `torchrun --nproc-per-node N`, or "
-                "launch/torchrun_multi_node.sh on each node"
+                f"MPI started {size} processes ({name}), none of which knows of the others (RANK "
+                "and WORLD_SIZE are not set): each would be a run of its own in the same folder. "
+                "Use `torchrun --nproc-per-node N`, or launch/torchrun_multi_node.sh on each node"
             )
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
         log.warning(
-            "accelerate launch was asked for several processes and started one: it starts several on GPUs, or on CPUs "
-            "by MPI. This run has one rank; `torchrun --nproc-per-node N` or `deepspeed` start several on CPUs"
+            "accelerate launch was asked for several processes and started one: it starts several "
+            "on GPUs, or on CPUs by MPI. This run has one rank; `torchrun --nproc-per-node N` or "
+            "`deepspeed` start several on CPUs"
         )
 
 
 def _slurm_tasks() -> int:
-    """Return how many tasks the `srun` has that started this process; 1 without one, as in a batch script."""
-    step, task = os.environ.get("SLURM_STEP_ID") or os.environ.get("SLURM_STEPID", ""), os.environ.get("SLURM_PROCID")
+    """Return how many tasks the `srun` has that started this process; 1 without one, as in a batch
+    script.
+    """
+    step, task = (
+        os.environ.get("SLURM_STEP_ID") or os.environ.get("SLURM_STEPID", ""),
+        os.environ.get("SLURM_PROCID"),
+    )
     in_step = (step.isdecimal() and int(step) < BATCH_STEPS) or "SLURM_STEP_NUM_TASKS" in os.environ
     if task is None or not (in_step or task != "0"):
         return 1
     # In a batch script SLURM_NTASKS counts the tasks of the job, of which the script is none.
-    sizes = (os.environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"))
+    sizes = (
+        os.environ.get(name, "")
+        for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
+    )
     return next((int(size) for size in sizes if size.isdecimal()), 1)

@@ -1,7 +1,7 @@
 """Rank facts, the process group's lifetime, and the few reductions of ours.
 
-Enters: the environment of a launcher (`deepspeed`, `torchrun`, `accelerate launch`) or none (plain `python`: one rank).
-Leaves: `Ranks`.
+Enters: the environment of a launcher (`deepspeed`, `torchrun`, `accelerate launch`) or none (plain
+`python`: one rank). Leaves: `Ranks`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ log = logging.getLogger(__name__)
 REPORT_SECONDS = 5.0
 """How long a rank waits for rank 0 to report the failure of both."""
 CPU_BF16_VARIABLE = "SCALEDISTILL_CPU_BF16"
-"""Of the environment: 1 or 0 says whether the CPU has fast bf16, in place of what is found; tests set both."""
+"""Of the environment: 1 or 0 says whether the CPU has fast bf16, in place of what is found; tests
+set both."""
 BF16_ON_CPU = (
-    "train.precision=bf16 on a CPU: PyTorch adds the gradients of LayerNorms and of the token types over tokens in "
-    "bf16, 10 to 80 % off; use fp32 or auto (teacher.dtype may stay bf16)"
+    "train.precision=bf16 on a CPU: PyTorch adds the gradients of LayerNorms and of the token "
+    "types over tokens in bf16, 10 to 80 % off; use fp32 or auto (teacher.dtype may stay bf16)"
 )
 LEAVE_SECONDS = 30
 """How long leaving a process group may take; NCCL waits for peers that are gone."""
@@ -58,37 +59,49 @@ class Ranks:
 
 @contextmanager
 def process_group(timeout_seconds: int) -> Iterator[Ranks]:
-    """Join the job's process group, and leave it at the end; a group that stands already is used. Collective.
+    """Join the job's process group, and leave it at the end; a group that stands already is used.
+    Collective.
 
-    NCCL and one GPU a rank where there are GPUs, gloo on the CPU otherwise. Every group that is made meanwhile has the
-    same timeout.
+    NCCL and one GPU a rank where there are GPUs, gloo on the CPU otherwise. Every group that is
+    made meanwhile has the same timeout.
 
     Raises:
-        ConfigError: a launcher's variables are wrong, or there are more ranks than GPUs on this machine.
+        ConfigError: a launcher's variables are wrong, or there are more ranks than GPUs on this
+            machine.
         DataError: the ranks cannot meet: the port is in use, or rank 0 cannot be reached.
     """
     rank, world_size, local_rank, local_world_size = facts_here = launcher_facts()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by run.deterministic, before any CUDA work
+    # Read by run.deterministic, before any CUDA work.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
-        own_gpu = num_gpus == 1 and "SLURM_PROCID" in os.environ  # Slurm's --gpus-per-task=1 shows each task its own
+        # Slurm's --gpus-per-task=1 shows each task its own.
+        own_gpu = num_gpus == 1 and "SLURM_PROCID" in os.environ
         if local_rank >= num_gpus and not own_gpu:
             raise ConfigError(
-                f"local rank {local_rank} has no GPU of its own: this process sees {num_gpus} (CUDA_VISIBLE_DEVICES="
-                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start at most one process per GPU"
+                f"local rank {local_rank} has no GPU of its own: this process sees {num_gpus} "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); "
+                "start at most one process per GPU"
             )
         index = 0 if own_gpu else local_rank
         torch.cuda.set_device(index)
         device, backend = torch.device("cuda", index), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out
+        # DeepSpeed warns where it has to find that out.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     # DeepSpeed reads these even where the group already stands, and would otherwise ask for MPI.
-    facts = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank, "LOCAL_SIZE": local_world_size}
+    facts = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_SIZE": local_world_size,
+    }
     address = {
-        name: os.environ.get(name, value) for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0"))
+        name: os.environ.get(name, value)
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0"))
     }
     timeout = timedelta(seconds=timeout_seconds)
     with _environment({**facts, **address}), _default_timeout(timeout):
@@ -97,15 +110,24 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
                 yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
             return
         if world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        elif local_world_size == world_size and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # The agent's store outlives a restart: a rank that reads a dead one's address would never meet the living
-            # one. Of several agents each counts its own restarts: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes new
-            # stores.
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+        elif (
+            local_world_size == world_size
+            and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        ):
+            # The agent's store outlives a restart: a rank that reads a dead one's address would
+            # never meet the living one. Of several agents each counts its own restarts: there,
+            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes new stores.
             with _meeting(facts_here):
                 store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            store = dist.PrefixStore(
+                f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+            )
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+            )
         else:
             with _meeting(facts_here):
                 dist.init_process_group(backend, timeout=timeout)
@@ -115,14 +137,20 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
             with _callbacks_at_leaving(backstop.start):
                 yield Ranks(rank, world_size, local_rank, device)
         finally:
-            comm = sys.modules.get("deepspeed.comm")  # it keeps groups of its own, of which the next run would hear
-            leave = comm.destroy_process_group if comm and comm.is_initialized() else dist.destroy_process_group
+            # It keeps groups of its own, of which the next run would hear.
+            comm = sys.modules.get("deepspeed.comm")
+            leave = (
+                comm.destroy_process_group
+                if comm and comm.is_initialized()
+                else dist.destroy_process_group
+            )
             leave()
             backstop.cancel()
 
 
 def at_leaving(callback: Callable[[], None]) -> None:
-    """Call `callback` when the process group is left; within a caller's own group, when the run ends.
+    """Call `callback` when the process group is left; within a caller's own group, when the run
+    ends.
 
     Not called if another rank is gone: what waits for the device would then wait for that rank.
     """
@@ -131,13 +159,17 @@ def at_leaving(callback: Callable[[], None]) -> None:
 
 @contextmanager
 def _callbacks_at_leaving(leaving: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Call `leaving` at the end of the block, then what the block gave to `at_leaving`, the last one first."""
+    """Call `leaving` at the end of the block, then what the block gave to `at_leaving`, the last
+    one first.
+    """
     outer = len(_at_leaving)
     alone = False
     try:
         yield
     except BaseException as error:
-        alone = any(cause is not None and explain_lost_peer(cause) for cause in (error, error.__cause__))
+        alone = any(
+            cause is not None and explain_lost_peer(cause) for cause in (error, error.__cause__)
+        )
         raise
     finally:
         leaving()
@@ -152,7 +184,9 @@ def _callbacks_at_leaving(leaving: Callable[[], None] = lambda: None) -> Iterato
 
 @contextmanager
 def _default_timeout(timeout: timedelta) -> Iterator[None]:
-    """Make `timeout` the default of new groups: DeepSpeed makes its own and states none (10 minutes on NCCL then)."""
+    """Make `timeout` the default of new groups: DeepSpeed makes its own and states none (10 minutes
+    on NCCL then).
+    """
     names = ("default_pg_timeout", "default_pg_nccl_timeout")
     before = {name: getattr(distributed_c10d, name) for name in names}
     for name in names:
@@ -177,23 +211,28 @@ def _meeting(facts: LauncherFacts) -> Iterator[None]:
         host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         if "EADDRINUSE" in str(error) or "address already in use" in str(error):
             raise DataError(
-                f"port {port} on {socket.gethostname()}, where the ranks are to meet, is in use by another process. "
-                "Give a free one: --master_port for deepspeed, --master-port for torchrun, --main_process_port for "
-                "accelerate launch, or MASTER_PORT; the scripts in launch/ find one"
+                f"port {port} on {socket.gethostname()}, where the ranks are to meet, is in use by "
+                "another process. Give a free one: --master_port for deepspeed, --master-port for "
+                "torchrun, --main_process_port for accelerate launch, or MASTER_PORT; the scripts "
+                "in launch/ find one"
             ) from error
         if facts.rank and facts.local_world_size == facts.world_size:
-            # Rank 0 is on this machine, reports its own failure, and then the launcher ends this rank.
+            # Rank 0 is on this machine, reports its own failure, and then the launcher ends this
+            # rank.
             time.sleep(REPORT_SECONDS)
         reason = str(error).splitlines()[0][:200]
         raise DataError(
-            f"rank {facts.rank} on {socket.gethostname()} cannot meet the other ranks at {host}:{port} ({reason}); "
-            "check that rank 0 runs there, that MASTER_ADDR and MASTER_PORT are its address, and the firewall between"
+            f"rank {facts.rank} on {socket.gethostname()} cannot meet the other ranks at "
+            f"{host}:{port} ({reason}); check that rank 0 runs there, that MASTER_ADDR and "
+            "MASTER_PORT are its address, and the firewall between"
         ) from error
 
 
 @contextmanager
 def _environment(values: Mapping[str, object]) -> Iterator[None]:
-    """Set variables, and in the end what was there before: what else this process does needs no launcher."""
+    """Set variables, and in the end what was there before: what else this process does needs no
+    launcher.
+    """
     before = {name: os.environ.get(name) for name in values}
     os.environ |= {name: str(value) for name, value in values.items()}
     try:
@@ -207,7 +246,8 @@ def _environment(values: Mapping[str, object]) -> Iterator[None]:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Return whether the device computes bf16 faster than fp32; $SCALEDISTILL_CPU_BF16 overrides what a CPU says.
+    """Return whether the device computes bf16 faster than fp32; $SCALEDISTILL_CPU_BF16 overrides
+    what a CPU says.
 
     Raises:
         ConfigError: the variable is neither 0 nor 1.
@@ -216,15 +256,22 @@ def has_fast_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     stated = os.environ.get(CPU_BF16_VARIABLE, "")
     if stated not in ("", "0", "1"):
-        raise ConfigError(f"{CPU_BF16_VARIABLE}={stated!r} in the environment; expected 0 or 1, or unset it")
-    return stated == "1" if stated else torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        raise ConfigError(
+            f"{CPU_BF16_VARIABLE}={stated!r} in the environment; expected 0 or 1, or unset it"
+        )
+    return (
+        stated == "1"
+        if stated
+        else torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    )
 
 
 def resolve_precision(setting: str, device: torch.device) -> str:
-    """Return the student's "fp32", "bf16" or "fp16" for `train.precision`; "auto" is fp32 on all CPUs.
+    """Return the student's "fp32", "bf16" or "fp16" for `train.precision`; "auto" is fp32 on all
+    CPUs.
 
-    PyTorch's CPU backward of LayerNorm and Embedding adds over tokens in bf16: over 512 tokens these gradients are a
-    tenth off, over 16,384 four fifths.
+    PyTorch's CPU backward of LayerNorm and Embedding adds over tokens in bf16: over 512 tokens
+    these gradients are a tenth off, over 16,384 four fifths.
 
     Raises:
         ConfigError: fp16 on a CPU, which DeepSpeed refuses.
@@ -235,7 +282,8 @@ def resolve_precision(setting: str, device: torch.device) -> str:
 
 
 def resolve_teacher_dtype(setting: str, precision: str, device: torch.device) -> str:
-    """Return the teacher's "fp32", "bf16" or "fp16" for `teacher.dtype`, from the stated `train.precision` if "auto".
+    """Return the teacher's "fp32", "bf16" or "fp16" for `teacher.dtype`, from the stated
+    `train.precision` if "auto".
 
     Where both are "auto" it is bf16 if that is fast, on CPUs too: a forward sums in fp32.
 
@@ -268,7 +316,8 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 def private_store(name: str) -> dist.Store:
     """Return a store that all ranks share: with a connection of its own, and empty. Collective."""
     group_store = distributed_c10d._get_default_store()
-    token = broadcast_object(secrets.token_hex(8))  # torchrun's store outlives restarts, and restart counts may differ
+    # Torchrun's store outlives restarts, and restart counts may differ.
+    token = broadcast_object(secrets.token_hex(8))
     return dist.PrefixStore(f"{name}-{token}", group_store.clone())  # type: ignore[attr-defined]
 
 
@@ -292,7 +341,9 @@ def gather_objects(value: Any) -> list[Any]:
 def explain_lost_peer(error: BaseException) -> str | None:
     """Return a message where an error means that another rank is gone; None for other errors."""
     text = str(error)
-    if isinstance(error, RuntimeError) and any(part in text for part in ("gloo", "NCCL", "Connection closed by peer")):
+    if isinstance(error, RuntimeError) and any(
+        part in text for part in ("gloo", "NCCL", "Connection closed by peer")
+    ):
         reason = text.splitlines()[0].rpartition("] ")[2][:120]
         return f"another rank ended or cannot be reached ({reason}); its own message says why"
     return None
@@ -315,10 +366,12 @@ def reported_once(ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Run a block that has no collectives in it; if it fails on some ranks, fail on all of them. Collective.
+    """Run a block that has no collectives in it; if it fails on some ranks, fail on all of them.
+    Collective.
 
     Raises:
-        ConfigError, DataError: on rank 0, its own error, or that of the first rank that has one, with rank and host.
+        ConfigError, DataError: on rank 0, its own error, or that of the first rank that has one,
+            with rank and host.
         PeerError: on the other ranks.
         Exception: any other error, on the rank that has it.
     """
@@ -329,7 +382,9 @@ def failing_together() -> Iterator[None]:
         error = caught
     expected = isinstance(error, ConfigError | DataError)
     kind = (type(error) if expected else DataError) if error else None
-    failures = gather_objects(kind and (kind, str(error) if expected else repr(error), socket.gethostname()))
+    failures = gather_objects(
+        kind and (kind, str(error) if expected else repr(error), socket.gethostname())
+    )
     failed = next((rank for rank, failure in enumerate(failures) if failure), None)
     if failed is None:
         return

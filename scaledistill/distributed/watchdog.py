@@ -1,13 +1,16 @@
-"""Ends a job in which a rank is gone or stands still, with a message that names it: never a silent hang.
+"""Ends a job in which a rank is gone or stands still, with a message that names it: never a silent
+hang.
 
-Enters: the ranks, a store that they share, what the main thread is at. Leaves: nothing while all is well; else a
-verdict, the same on all ranks: each writes the Python stacks of its threads to `<run.folder>/stacks/rank-<rank>.txt`
-and ends its process with exit code 3; one speaks, and writes `status.json`.
+Enters: the ranks, a store that they share, what the main thread is at. Leaves: nothing while all is
+well; else a verdict, the same on all ranks: each writes the Python stacks of its threads to
+`<run.folder>/stacks/rank-<rank>.txt` and ends its process with exit code 3; one speaks, and writes
+`status.json`.
 
-Every rank beats into the store and looks at the beat of the next rank alone, so that the traffic grows with the ranks,
-not with their square; a verdict stands under one key, which each reads with every beat. Calls to a store whose host is
-stopped never return, whatever their timeout: so one thread talks and another one looks after it. While C code holds the
-interpreter's lock, both stand still, and the others take this rank for lost.
+Every rank beats into the store and looks at the beat of the next rank alone, so that the traffic
+grows with the ranks, not with their square; a verdict stands under one key, which each reads with
+every beat. Calls to a store whose host is stopped never return, whatever their timeout: so one
+thread talks and another one looks after it. While C code holds the interpreter's lock, both stand
+still, and the others take this rank for lost.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ class Beat(NamedTuple):
     step: int
     phase: str
     progress: int
-    """How many times the main thread got on; ranks do so alike, so that the lowest number is furthest behind."""
+    """How many times the main thread got on; ranks do so alike, so that the lowest number is
+    furthest behind."""
     idle_seconds: float
     left: str = ""
     """"done" or "failed" where the rank has left the run by itself."""
@@ -61,7 +65,8 @@ class Verdict(NamedTuple):
 class Unchanged:
     """For how long a value has been the same.
 
-    Time in which nobody looked counts for `longest_tick` at most: a job that was suspended whole has lost nobody.
+    Time in which nobody looked counts for `longest_tick` at most: a job that was suspended whole
+    has lost nobody.
     """
 
     def __init__(self, longest_tick: float, clock: Callable[[], float]) -> None:
@@ -104,15 +109,24 @@ class Watchdog:
         self._store = store or (private_store("watchdog") if ranks.world_size > 1 else None)
         self._interval = min(BEAT_SECONDS, settings.lost_rank_seconds / 5)
         self._next = (ranks.rank + 1) % ranks.world_size
-        self._place = (0, 0, "starting")  # progress, step, phase: replaced whole, so that no lock is needed
+        # Progress, step, phase: replaced whole, so that no lock is needed.
+        self._place = (0, 0, "starting")
         self._beats, self._left = 0, ""
         self._known: dict[int, Beat] = {}
-        self._neighbour, self._idle, self._silence = (Unchanged(2 * self._interval, clock) for _ in range(3))
-        self._over, self._asked, self._decided = threading.Event(), threading.Event(), threading.Event()
+        self._neighbour, self._idle, self._silence = (
+            Unchanged(2 * self._interval, clock) for _ in range(3)
+        )
+        self._over, self._asked, self._decided = (
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
         self._verdict: Verdict | None = None
         self._threads = [threading.Thread(target=self._look_after, name="watchdog", daemon=True)]
         if self._store:
-            self._threads.append(threading.Thread(target=self._talk, name="watchdog-store", daemon=True))
+            self._threads.append(
+                threading.Thread(target=self._talk, name="watchdog-store", daemon=True)
+            )
 
     def __enter__(self) -> Watchdog:
         for thread in self._threads:
@@ -152,12 +166,17 @@ class Watchdog:
             raise PeerError(self._verdict.message, EXIT_ENVIRONMENT) from error
 
     def _look_after(self) -> None:
-        """End this rank where its store does not answer, or where a rank that is alone stands still."""
+        """End this rank where its store does not answer, or where a rank that is alone stands
+        still.
+        """
         while not self._over.wait(self._interval):
             if self._store is None:
                 if self._idle.seconds(self._place) >= self._settings.timeout_seconds:
                     self._end(self._stalled({0: self._beat()}))
-            elif self._silence.seconds(self._beats) >= self._settings.lost_rank_seconds and not self._verdict:
+            elif (
+                self._silence.seconds(self._beats) >= self._settings.lost_rank_seconds
+                and not self._verdict
+            ):
                 self._end(self._store_lost())
 
     def _talk(self) -> None:
@@ -199,12 +218,18 @@ class Watchdog:
         stands_still = self._idle.seconds(self._place) >= self._settings.timeout_seconds
         if self._ranks.is_main and stands_still:  # one rank asks all
             beats = self._read_all()
-            if all(beat.idle_seconds >= self._settings.timeout_seconds for beat in beats.values() if not beat.left):
+            if all(
+                beat.idle_seconds >= self._settings.timeout_seconds
+                for beat in beats.values()
+                if not beat.left
+            ):
                 return self._publish_verdict(self._stalled(beats))
         return None
 
     def _gone(self) -> dict[int, Beat | None]:
-        """Return the ranks that left by a failure, or else those that are not heard of while we wait a little."""
+        """Return the ranks that left by a failure, or else those that are not heard of while we
+        wait a little.
+        """
         before = self._read_all()
         if failed := {rank: beat for rank, beat in before.items() if beat.left == "failed"}:
             return dict(failed)
@@ -213,7 +238,9 @@ class Watchdog:
             self._publish()
         now, others = self._read_all(), set(range(self._ranks.world_size)) - {self._ranks.rank}
         return {
-            rank: now.get(rank) for rank in others if now.get(rank) == before.get(rank) and not _done(now.get(rank))
+            rank: now.get(rank)
+            for rank in others
+            if now.get(rank) == before.get(rank) and not _done(now.get(rank))
         }
 
     def _beat(self) -> Beat:
@@ -239,7 +266,11 @@ class Watchdog:
 
     def _known_verdict(self) -> Verdict | None:
         assert self._store is not None
-        return Verdict(*json.loads(self._store.get("verdict"))) if self._store.check(["verdict"]) else None
+        return (
+            Verdict(*json.loads(self._store.get("verdict")))
+            if self._store.check(["verdict"])
+            else None
+        )
 
     def _publish_verdict(self, verdict: Verdict) -> Verdict:
         """Return the first one that was published."""
@@ -264,42 +295,70 @@ class Watchdog:
             why = "it ended or was killed" if len(gone) == 1 else "they ended or were killed"
         else:
             limit = f"run.lost_rank_seconds={self._settings.lost_rank_seconds}"
-            why = f"not heard of for {silent:.0f} s ({limit}): killed, stopped, or the machine or its network is gone"
+            why = (
+                f"not heard of for {silent:.0f} s ({limit}): killed, stopped, or the machine or "
+                "its network is gone"
+            )
         last = max(beats, key=lambda beat: beat.progress, default=None)
         seen = f"last seen at step {last.step}, {last.phase!r}" if last else "never seen"
-        return Verdict(f"{_named(gone)} on {hosts} is lost: {why}; {seen}; {self._resume_hint()}", sorted(gone))
+        return Verdict(
+            f"{_named(gone)} on {hosts} is lost: {why}; {seen}; {self._resume_hint()}", sorted(gone)
+        )
 
     def _stalled(self, beats: Mapping[int, Beat]) -> Verdict:
         limit = self._settings.timeout_seconds
-        behind = {rank for rank, beat in beats.items() if beat.progress == min(b.progress for b in beats.values())}
+        behind = {
+            rank
+            for rank, beat in beats.items()
+            if beat.progress == min(b.progress for b in beats.values())
+        }
         beat = beats[min(behind)]
         who = "each rank" if len(behind) == len(beats) > 1 else f"{_named(behind)} on {beat.host}"
         where = f"{who} stands at step {beat.step}, {beat.phase!r}"
-        stacks = f"what the ranks were doing is in {self._folder}" if self._folder else "the stacks are above"
-        message = f"no progress for {limit} s (run.timeout_seconds={limit}): {where}; {stacks}; {self._resume_hint()}"
+        stacks = (
+            f"what the ranks were doing is in {self._folder}"
+            if self._folder
+            else "the stacks are above"
+        )
+        message = (
+            f"no progress for {limit} s (run.timeout_seconds={limit}): {where}; {stacks}; "
+            f"{self._resume_hint()}"
+        )
         return Verdict(message, [])
 
     def _store_lost(self) -> Verdict:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             who, lost = "torchrun's agent, which holds the job's store,", []
         else:
-            host = self._known[0].host if 0 in self._known else os.environ.get("MASTER_ADDR", "its host")
+            host = (
+                self._known[0].host
+                if 0 in self._known
+                else os.environ.get("MASTER_ADDR", "its host")
+            )
             who, lost = f"rank 0 on {host}, which holds the job's store,", [0]
         limit = f"run.lost_rank_seconds={self._settings.lost_rank_seconds}"
-        why = f"does not answer any more ({limit}): killed, stopped, or the machine or its network is gone"
+        why = (
+            f"does not answer any more ({limit}): killed, stopped, or the machine or its network "
+            "is gone"
+        )
         here = f"this rank was at step {self._place[1]}, {self._place[2]!r}"
         return Verdict(f"{who} {why}; {here}; {self._resume_hint()}", lost)
 
     def _speaks(self, verdict: Verdict) -> bool:
-        """Whether this is the lowest rank left: of all; or of this machine, where ranks cannot agree."""
+        """Whether this is the lowest rank left: of all; or of this machine, where ranks cannot
+        agree.
+        """
         if verdict.lost == [0] and self._ranks.world_size > 1:
             zero = self._known.get(0)
-            return self._ranks.local_rank == (1 if zero and zero.host == socket.gethostname() else 0)
+            return self._ranks.local_rank == (
+                1 if zero and zero.host == socket.gethostname() else 0
+            )
         return self._ranks.rank == min(set(range(self._ranks.world_size)) - set(verdict.lost))
 
     def _end(self, verdict: Verdict) -> None:
         """Write this rank's stacks, speak if it is for us to, and end the process."""
-        backstop = threading.Timer(10, self._leave, [EXIT_ENVIRONMENT])  # a dead disk must not keep us
+        # A dead disk must not keep us.
+        backstop = threading.Timer(10, self._leave, [EXIT_ENVIRONMENT])
         backstop.daemon = True
         backstop.start()
         with suppress(OSError, ValueError):

@@ -1,7 +1,8 @@
-"""The DeepSpeed block of a configuration: what a user may set in it, and what we set. Imports nothing of DeepSpeed.
+"""The DeepSpeed block of a configuration: what a user may set in it, and what we set. Imports
+nothing of DeepSpeed.
 
-DeepSpeed ignores a misspelt top-level key, reads `"bf16": "auto"` as off and clips at 1.0 where nothing is said; so
-every key is checked here, and every value that it would guess is written out.
+DeepSpeed ignores a misspelt top-level key, reads `"bf16": "auto"` as off and clips at 1.0 where
+nothing is said; so every key is checked here, and every value that it would guess is written out.
 """
 
 from __future__ import annotations
@@ -45,21 +46,28 @@ def _only(value: Any, why: str) -> Check:
     return Check(repr(value), holds, f"{why}; remove the key")
 
 
-# Elements. DeepSpeed's 500 M hold a whole student: its gradients would travel only when the backward is over.
+# Elements. DeepSpeed's 500 M hold a whole student: its gradients would travel only when the
+# backward is over.
 REDUCE_BUCKET_SIZE = 5_000_000
-# Of gradients that travel. In bf16 each hop of a ring rounds the sum: 1.7 to 7 % off over 256 ranks.
+# Of gradients that travel. In bf16 each hop of a ring rounds the sum: 1.7 to 7 % off over 256
+# ranks.
 COMMUNICATION_DTYPE = "fp32"
 SWITCH = Check("true or false", lambda value: isinstance(value, bool))
-SWITCH_OR_NULL = Check("true, false or null", lambda value: value is None or isinstance(value, bool))
+SWITCH_OR_NULL = Check(
+    "true, false or null", lambda value: value is None or isinstance(value, bool)
+)
 BLOCK = Check("a block", lambda value: isinstance(value, dict))
-BLOCK_OR_NULL = Check("a block such as {'device': 'cpu'}", lambda value: value is None or isinstance(value, dict))
+BLOCK_OR_NULL = Check(
+    "a block such as {'device': 'cpu'}", lambda value: value is None or isinstance(value, dict)
+)
 NVME_ONLY = "it is read for device='nvme' only, which is not supported"
 NOT_OURS = "DeepSpeed's checkpoints are not used"
 FULL_PRECISION = "master weights and moments are fp32"
 QUANTIZED = "what is quantized on the way is not what the loss was computed with"
 
-# Every key that DeepSpeed knows stands in one of these tables or in REFUSED_KEYS. What may take more than one value is
-# tried in `tests/test_engine.py`: state out, state in, export. fp16's, which only GPUs have, leave the layout alone.
+# Every key that DeepSpeed knows stands in one of these tables or in REFUSED_KEYS. What may take
+# more than one value is tried in `tests/test_engine.py`: state out, state in, export. fp16's, which
+# only GPUs have, leave the layout alone.
 TOP_KEYS = {
     "zero_optimization": BLOCK,
     "bf16": BLOCK,
@@ -73,11 +81,19 @@ TOP_KEYS = {
         lambda value: value in (None, "fp32", "bf16", "fp16"),
         f"remove it to take {COMMUNICATION_DTYPE!r}",
     ),
-    "prescale_gradients": _only(False, "ZeRO's stages 2 and 3 cannot, and gradients are averaged in fp32 anyway"),
-    "gradient_predivide_factor": _only(1.0, "it only acts with prescale_gradients, which ZeRO's stages 2 and 3 lack"),
+    "prescale_gradients": _only(
+        False, "ZeRO's stages 2 and 3 cannot, and gradients are averaged in fp32 anyway"
+    ),
+    "gradient_predivide_factor": _only(
+        1.0, "it only acts with prescale_gradients, which ZeRO's stages 2 and 3 lack"
+    ),
     "zero_allow_untested_optimizer": SWITCH,
-    "zero_force_ds_cpu_optimizer": _only(False, "DeepSpeed's CPU optimizer cannot be restored exactly"),
-    "steps_per_print": Check("null or a whole number, 1 or more", lambda v: v is None or _whole(1).holds(v)),
+    "zero_force_ds_cpu_optimizer": _only(
+        False, "DeepSpeed's CPU optimizer cannot be restored exactly"
+    ),
+    "steps_per_print": Check(
+        "null or a whole number, 1 or more", lambda v: v is None or _whole(1).holds(v)
+    ),
     "wall_clock_breakdown": SWITCH,
     "memory_breakdown": SWITCH,
     "dump_state": SWITCH,
@@ -95,7 +111,9 @@ FP16_KEYS = {
     "auto_cast": _only(False, "token ids must stay whole numbers"),
     "loss_scale": Check(
         "a number, 0 (dynamic) or more",
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf,
+        lambda value: (
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+        ),
     ),
     "initial_scale_power": _whole(0),
     "loss_scale_window": _whole(1),
@@ -105,7 +123,9 @@ FP16_KEYS = {
     "fp16_master_weights_and_grads": _only(False, FULL_PRECISION),
 }
 DATA_TYPE_KEYS = {
-    "grad_accum_dtype": Check("'fp32'", lambda value: value in (None, "fp32"), "gradients are summed in fp32"),
+    "grad_accum_dtype": Check(
+        "'fp32'", lambda value: value in (None, "fp32"), "gradients are summed in fp32"
+    ),
     "param_dtype": _only(None, "set train.precision instead"),
     "buffer_dtype": _only(None, "set train.precision instead"),
     "keep_in_fp32_modules": _only(None, "set train.precision instead"),
@@ -114,10 +134,16 @@ ZERO_KEYS = {
     "allgather_bucket_size": _whole(1),
     "allgather_partitions": SWITCH,
     "compute_grad_norm": SWITCH,
-    "contiguous_gradients": _only(True, "gradients that are reduced one by one are not tried with checkpoints"),
+    "contiguous_gradients": _only(
+        True, "gradients that are reduced one by one are not tried with checkpoints"
+    ),
     "cpu_offload": _only(None, "DeepSpeed has replaced it by offload_optimizer={'device': 'cpu'}"),
-    "cpu_offload_param": _only(None, "DeepSpeed has replaced it by offload_param={'device': 'cpu'}"),
-    "cpu_offload_use_pin_memory": _only(None, "DeepSpeed has replaced it by pin_memory in offload_optimizer"),
+    "cpu_offload_param": _only(
+        None, "DeepSpeed has replaced it by offload_param={'device': 'cpu'}"
+    ),
+    "cpu_offload_use_pin_memory": _only(
+        None, "DeepSpeed has replaced it by pin_memory in offload_optimizer"
+    ),
     "elastic_checkpoint": _only(False, NOT_OURS),
     "enable_sanity_checks": SWITCH,
     "ignore_unused_parameters": _only(True, "a step without a gradient somewhere is no fault"),
@@ -129,13 +155,18 @@ ZERO_KEYS = {
     "offload_optimizer": BLOCK_OR_NULL,
     "offload_param": BLOCK_OR_NULL,
     "overlap_comm": SWITCH_OR_NULL,
-    "override_module_apply": _only(True, "it is for models that are built under ZeRO-3, and students are not"),
-    "parameter_alignment": _only(False, "it pads the flat buffers that checkpoints and exports are read from"),
+    "override_module_apply": _only(
+        True, "it is for models that are built under ZeRO-3, and students are not"
+    ),
+    "parameter_alignment": _only(
+        False, "it pads the flat buffers that checkpoints and exports are read from"
+    ),
     "pipeline_loading_checkpoint": _only(False, NOT_OURS),
     "reduce_bucket_size": _whole(1, f"remove it to take {REDUCE_BUCKET_SIZE}"),
     "reduce_scatter": SWITCH,
     "round_robin_gradients": _only(
-        False, "DeepSpeed then takes weights for one another: checkpoints and exports would be wrong"
+        False,
+        "DeepSpeed then takes weights for one another: checkpoints and exports would be wrong",
     ),
     "save_muon_momentum_buffer_in_memory": _only(False, "the optimizer is AdamW"),
     "stage": Check("1, 2 or 3", lambda value: True),
@@ -152,7 +183,9 @@ ZERO_KEYS = {
     "sub_group_size": _whole(1),
     "use_multi_rank_bucket_allreduce": SWITCH,
     "zenflow": _only(None, "it updates some weights steps later than the schedule says"),
-    "zero_hpz_partition_size": _only(1, "a second partition of the weights is not tried with checkpoints"),
+    "zero_hpz_partition_size": _only(
+        1, "a second partition of the weights is not tried with checkpoints"
+    ),
     "zero_quantized_gradients": _only(False, QUANTIZED),
     "zero_quantized_nontrainable_weights": _only(False, QUANTIZED),
     "zero_quantized_weights": _only(False, QUANTIZED),
@@ -168,8 +201,12 @@ OFFLOAD_KEYS = {
         "nvme_path": _only(None, NVME_ONLY),
         "pipeline_read": _only(False, NVME_ONLY),
         "pipeline_write": _only(False, NVME_ONLY),
-        "ratio": _only(1.0, "a part of the moments cannot be offloaded; offload all, or none by device='none'"),
-        "super_offload": _only(False, "it steps by DeepSpeed's CPU optimizer, which cannot be restored exactly"),
+        "ratio": _only(
+            1.0, "a part of the moments cannot be offloaded; offload all, or none by device='none'"
+        ),
+        "super_offload": _only(
+            False, "it steps by DeepSpeed's CPU optimizer, which cannot be restored exactly"
+        ),
     },
     "param": {
         "device": DEVICE,
@@ -185,8 +222,14 @@ REFUSED_KEYS = {
     "train_micro_batch_size_per_gpu": "set train.micro_batch_size instead",
     "gradient_accumulation_steps": "it follows from train.global_batch_size, train.micro_batch_size and the ranks",
     "managed_gradient_accumulation": "accumulation is ours",
-    "optimizer": "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, train.adam_betas, …",
-    "scheduler": "the learning rate is a function of the step, set by train.learning_rate and train.warmup_steps",
+    "optimizer": (
+        "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, "
+        "train.adam_betas, …"
+    ),
+    "scheduler": (
+        "the learning rate is a function of the step, set by train.learning_rate and "
+        "train.warmup_steps"
+    ),
     "torch_autocast": "set train.precision instead",
     "activation_checkpointing": "it acts on models that call DeepSpeed's own function; use engine.name=fsdp with "
     "engine.fsdp.activation_checkpointing=true",
@@ -203,47 +246,78 @@ REFUSED_KEYS = {
 
 
 def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
-    """Return the whole configuration for `deepspeed.initialize`; precision and micro-batch of `config` are resolved.
+    """Return the whole configuration for `deepspeed.initialize`; precision and micro-batch of
+    `config` are resolved.
 
     Raises:
-        ConfigError: a key is unknown or ours to set, ZeRO's stage is not 1, 2 or 3, or a value contradicts `train`.
+        ConfigError: a key is unknown or ours to set, ZeRO's stage is not 1, 2 or 3, or a value
+            contradicts `train`.
     """
     block = copy.deepcopy(config.engine.deepspeed)
     _check_keys(block, TOP_KEYS)
     for part, known in (("bf16", BF16_KEYS), ("fp16", FP16_KEYS), ("data_types", DATA_TYPE_KEYS)):
         _check_keys(block.get(part, {}), known, part)
     train = config.train
-    _resolve_zero(block, min(student.hidden_size for student in config.students.values()), world_size)
+    _resolve_zero(
+        block, min(student.hidden_size for student in config.students.values()), world_size
+    )
     for key, precision in (("bf16", "bf16"), ("fp16", "fp16")):
-        _settle(block.setdefault(key, {}), "enabled", train.precision == precision, f"{key}.enabled", "train.precision")
+        _settle(
+            block.setdefault(key, {}),
+            "enabled",
+            train.precision == precision,
+            f"{key}.enabled",
+            "train.precision",
+        )
     # What skips a step with non-finite gradients, which is all that protects the weights from them.
     _settle(block["bf16"], "check_grad_overflow", True, "bf16.check_grad_overflow")
-    _settle(block["zero_optimization"], "compute_grad_norm", True, "zero_optimization.compute_grad_norm")
-    _settle(block, "gradient_clipping", train.max_grad_norm, "gradient_clipping", "train.max_grad_norm")
-    _settle(block.setdefault("data_types", {}), "grad_accum_dtype", "fp32", "data_types.grad_accum_dtype")
+    _settle(
+        block["zero_optimization"], "compute_grad_norm", True, "zero_optimization.compute_grad_norm"
+    )
+    _settle(
+        block, "gradient_clipping", train.max_grad_norm, "gradient_clipping", "train.max_grad_norm"
+    )
+    _settle(
+        block.setdefault("data_types", {}),
+        "grad_accum_dtype",
+        "fp32",
+        "data_types.grad_accum_dtype",
+    )
     block["communication_data_type"] = communication_dtype(config)
-    block["zero_force_ds_cpu_optimizer"] = False  # PyTorch's fused AdamW also steps offloaded state: exact to restore
+    # PyTorch's fused AdamW also steps offloaded state: exact to restore.
+    block["zero_force_ds_cpu_optimizer"] = False
     block.setdefault("steps_per_print", None)
     micro_batch_size = int(train.micro_batch_size or 1)
     block["train_micro_batch_size_per_gpu"] = micro_batch_size
     block["train_batch_size"] = train.global_batch_size
-    block["gradient_accumulation_steps"] = train.global_batch_size // (world_size * micro_batch_size)
+    block["gradient_accumulation_steps"] = train.global_batch_size // (
+        world_size * micro_batch_size
+    )
     if guessed := list(_autos(block)):
-        raise ConfigError(f"engine.deepspeed.{guessed[0]}='auto': DeepSpeed does not resolve it; state a value")
+        raise ConfigError(
+            f"engine.deepspeed.{guessed[0]}='auto': DeepSpeed does not resolve it; state a value"
+        )
     return block
 
 
 def communication_dtype(config: DistillConfig) -> Any:
-    """Return the dtype that gradients travel in under DeepSpeed: fp32 unless the block names another."""
+    """Return the dtype that gradients travel in under DeepSpeed: fp32 unless the block names
+    another.
+    """
     return config.engine.deepspeed.get("communication_data_type") or COMMUNICATION_DTYPE
 
 
 def zero_settings(config: DistillConfig) -> tuple[int, bool, bool]:
-    """Return (ZeRO stage, optimizer state offloaded, parameters offloaded); FSDP2 shards what stage 3 does."""
+    """Return (ZeRO stage, optimizer state offloaded, parameters offloaded); FSDP2 shards what stage
+    3 does.
+    """
     if config.engine.name == "fsdp":
         return 3, config.engine.fsdp.cpu_offload, config.engine.fsdp.cpu_offload
     zero = config.engine.deepspeed.get("zero_optimization", {})
-    offloads = [(zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")]
+    offloads = [
+        (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+        for what in ("optimizer", "param")
+    ]
     return zero.get("stage", 0), offloads[0], offloads[1]
 
 
@@ -252,12 +326,16 @@ def _resolve_zero(block: dict[str, Any], hidden_size: int, world_size: int) -> N
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if not isinstance(zero, dict) or type(stage) is not int or stage not in (1, 2, 3):
         raise ConfigError(
-            f"engine.deepspeed.zero_optimization.stage: found {stage!r}, expected 1, 2 or 3; stage 2 "
-            "sends gradients during the backward and its overflow check protects the weights"
+            f"engine.deepspeed.zero_optimization.stage: found {stage!r}, expected 1, 2 or 3; stage "
+            "2 sends gradients during the backward and its overflow check protects the weights"
         )
     _check_keys(zero, ZERO_KEYS, "zero_optimization")
     for what in ("optimizer", "param"):
-        _check_keys(zero.get(f"offload_{what}") or {}, OFFLOAD_KEYS[what], f"zero_optimization.offload_{what}")
+        _check_keys(
+            zero.get(f"offload_{what}") or {},
+            OFFLOAD_KEYS[what],
+            f"zero_optimization.offload_{what}",
+        )
     sizes = {  # as transformers resolves them
         "reduce_bucket_size": hidden_size * hidden_size,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
@@ -272,13 +350,15 @@ def _resolve_zero(block: dict[str, Any], hidden_size: int, world_size: int) -> N
     device = (zero.get("offload_param") or {}).get("device", "none")
     if device == "cpu" and stage != 3:
         raise ConfigError(
-            f"engine.deepspeed.zero_optimization.offload_param.device='cpu' needs zero_optimization.stage=3, found "
-            f"{stage}; use stage 3 or remove it"
+            "engine.deepspeed.zero_optimization.offload_param.device='cpu' needs "
+            f"zero_optimization.stage=3, found {stage}; use stage 3 or remove it"
         )
 
 
 def _check_keys(block: dict[str, Any], known: Mapping[str, Check], path: str = "") -> None:
-    """Check the keys of the block at `path` and their values; "auto" is left to those who resolve it."""
+    """Check the keys of the block at `path` and their values; "auto" is left to those who resolve
+    it.
+    """
     for key, value in block.items():
         name = f"{path}.{key}".lstrip(".")
         if name in REFUSED_KEYS:
@@ -290,7 +370,10 @@ def _check_keys(block: dict[str, Any], known: Mapping[str, Check], path: str = "
         check = known[key]
         left = value == "auto" and check not in (BLOCK, BLOCK_OR_NULL)
         if not left and not check.holds(value):
-            raise ConfigError(f"engine.deepspeed.{name}: found {value!r}, expected {check.expected}; {check.otherwise}")
+            raise ConfigError(
+                f"engine.deepspeed.{name}: found {value!r}, expected {check.expected}; "
+                f"{check.otherwise}"
+            )
         if isinstance(value, float) and check.expected.startswith("a whole number"):
             block[key] = int(value)
 
@@ -298,9 +381,13 @@ def _check_keys(block: dict[str, Any], known: Mapping[str, Check], path: str = "
 def _settle(block: dict[str, Any], key: str, value: Any, name: str, owner: str = "") -> None:
     """Write our value; a stated other one is an error."""
     if not isinstance(block, dict):
-        raise ConfigError(f"engine.deepspeed.{name.partition('.')[0]}: found {block!r}, expected a block")
+        raise ConfigError(
+            f"engine.deepspeed.{name.partition('.')[0]}: found {block!r}, expected a block"
+        )
     if block.get(key, "auto") not in ("auto", value):
-        expected = f"expected {value!r}" + (f" by {owner}; change {owner} or remove the key" if owner else "")
+        expected = f"expected {value!r}" + (
+            f" by {owner}; change {owner} or remove the key" if owner else ""
+        )
         raise ConfigError(f"engine.deepspeed.{name}: found {block[key]!r}, {expected}")
     block[key] = value
 

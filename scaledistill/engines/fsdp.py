@@ -1,6 +1,8 @@
-"""The FSDP2 engine: student and teacher in equal parts on the ranks, gathered block by block. The only user of FSDP.
+"""The FSDP2 engine: student and teacher in equal parts on the ranks, gathered block by block. The
+only user of FSDP.
 
-Enters: views, a student's with its weights, a teacher's with the weights still on disk. Leaves: an `Engine`; a teacher.
+Enters: views, a student's with its weights, a teacher's with the weights still on disk. Leaves: an
+`Engine`; a teacher.
 """
 
 from __future__ import annotations
@@ -13,7 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scaledistill.config.schema import DistillConfig
@@ -26,10 +33,14 @@ COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 class FsdpEngine:
     """A student under FSDP2, its weights and moments in fp32; see `Engine` for the methods."""
 
-    def __init__(self, config: DistillConfig, view: nn.Module, blocks: Iterable[nn.Module], ranks: Ranks) -> None:
+    def __init__(
+        self, config: DistillConfig, view: nn.Module, blocks: Iterable[nn.Module], ranks: Ranks
+    ) -> None:
         settings, train = config.engine.fsdp, config.train
         self._ranks = ranks
-        self._accumulation = train.global_batch_size // (ranks.world_size * int(train.micro_batch_size or 1))
+        self._accumulation = train.global_batch_size // (
+            ranks.world_size * int(train.micro_batch_size or 1)
+        )
         self._max_grad_norm = train.max_grad_norm
         self._view = _shard(
             view.to(ranks.device),
@@ -42,8 +53,11 @@ class FsdpEngine:
         )
         betas = (train.adam_betas[0], train.adam_betas[1])
         groups = parameter_groups(view, train.weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train.adam_epsilon, fused=True)
-        for parameter in view.parameters():  # a step with learning rate 0 makes Adam's moments exist
+        self._optimizer = torch.optim.AdamW(
+            groups, lr=0.0, betas=betas, eps=train.adam_epsilon, fused=True
+        )
+        # A step with learning rate 0 makes Adam's moments exist.
+        for parameter in view.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -57,7 +71,9 @@ class FsdpEngine:
         (loss / self._accumulation).backward()
 
     def step(self, learning_rate: float) -> StepOutcome:
-        gradients = [cast(DTensor, parameter.grad).to_local() for parameter in self._view.parameters()]
+        gradients = [
+            cast(DTensor, parameter.grad).to_local() for parameter in self._view.parameters()
+        ]
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self._ranks.device)
         norm = all_reduce_sum(squares).sqrt()
         skipped = not bool(torch.isfinite(norm))
@@ -78,7 +94,10 @@ class FsdpEngine:
         return self._gather(dict(self._view.named_parameters()))
 
     def state(self) -> EngineState:
-        moments = {name: self._optimizer.state[parameter] for name, parameter in self._view.named_parameters()}
+        moments = {
+            name: self._optimizer.state[parameter]
+            for name, parameter in self._view.named_parameters()
+        }
         return EngineState(
             weights=self.weights(),
             exp_avg=self._gather({name: entry["exp_avg"] for name, entry in moments.items()}),
@@ -96,7 +115,9 @@ class FsdpEngine:
         self._set_optimizer_steps(state.optimizer_steps)
 
     def _gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather tensor by tensor, so that no rank but the first holds more than one whole. Collective."""
+        """Gather tensor by tensor, so that no rank but the first holds more than one whole.
+        Collective.
+        """
         gathered = {}
         for name, part in parts.items():
             whole = cast(DTensor, part.detach().to(self._ranks.device)).full_tensor()
@@ -117,11 +138,13 @@ def shard_teacher(
     *,
     offload: bool,
 ) -> nn.Module:
-    """Put a teacher in parts on the ranks, weight by weight; return `view`, which runs it. Collective.
+    """Put a teacher in parts on the ranks, weight by weight; return `view`, which runs it.
+    Collective.
 
     Args:
         view: its parameters on the meta device.
-        weights: by name, whole, in the dtype to run in; each is dropped before the next is asked for.
+        weights: by name, whole, in the dtype to run in; each is dropped before the next is asked
+            for.
         offload: keep the parts in host memory.
     """
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
@@ -135,7 +158,9 @@ def shard_teacher(
         part = cast(DTensor, parameters[name])
         placed: Tensor = distribute_tensor(weight, mesh, part.placements, src_data_rank=None)
         placed = placed.to("cpu") if offload else placed
-        view.load_state_dict({name: nn.Parameter(placed, requires_grad=False)}, strict=False, assign=True)
+        view.load_state_dict(
+            {name: nn.Parameter(placed, requires_grad=False)}, strict=False, assign=True
+        )
         del weight, placed
     return view
 
@@ -150,9 +175,15 @@ def _shard(
     precision: MixedPrecisionPolicy,
     recompute: bool = False,
 ) -> Any:
-    """Shard a view by its blocks, what is left (the embeddings) as one more; the next block is gathered ahead."""
+    """Shard a view by its blocks, what is left (the embeddings) as one more; the next block is
+    gathered ahead.
+    """
     on_host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": not keep_gathered}
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": precision,
+        "reshard_after_forward": not keep_gathered,
+    }
     options["offload_policy"] = on_host if offload else OffloadPolicy()
     for block in blocks:
         fully_shard(checkpoint(block) if recompute else block, **options)

@@ -1,7 +1,8 @@
-"""Fine-tune and score models from Python, and at the end of a run: the GLUE runner under bertdistiller's names.
+"""Fine-tune and score models from Python, and at the end of a run: the GLUE runner under
+bertdistiller's names.
 
-Enters: a model, or the configuration of a finished run. Leaves: scores in an output folder, a table, a section of the
-student's model card. The runner itself is `glue`.
+Enters: a model, or the configuration of a finished run. Leaves: scores in an output folder, a
+table, a section of the student's model card. The runner itself is `glue`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from pydantic import ValidationError
 
 from scaledistill.config.schema import DistillConfig, EvaluationSettings, RunEvaluation
 from scaledistill.config.wording import explain
-from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, ConfigError, Problems, counted
+from scaledistill.errors import (
+    EXIT_DONE,
+    EXIT_ENVIRONMENT,
+    EXIT_STOPPED,
+    ConfigError,
+    Problems,
+    counted,
+)
 from scaledistill.glue.grid import GridResult, GridStoppedError, run_grid
 from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.plan import (
@@ -61,28 +69,32 @@ def evaluate(
     workers: int | None = None,
     model_name: str | None = None,
 ) -> GridResult:
-    """Fine-tune a model on each task with each learning rate, number of epochs and seed, and score it on the dev sets.
+    """Fine-tune a model on each task with each learning rate, number of epochs and seed, and score
+    it on the dev sets.
 
-    What is finished in `output_dir` is not run again, and other models' scores there stay. Cells that failed are in the
-    result's `failures`.
+    What is finished in `output_dir` is not run again, and other models' scores there stay. Cells
+    that failed are in the result's `failures`.
 
     Args:
         model_name_or_path: a folder or hub name, with its tokenizer.
-        tasks: some of "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "squad2".
+        tasks: some of "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli",
+            "squad2".
         max_seq_length: tokens; 128 unless said, 384 for SQuAD 2.0.
         data_dir: folder with the tasks' original files; from the hub unless said.
         workers: fine-tunings at a time; one per GPU unless said.
         model_name: its name in tables; the last part of `model_name_or_path` unless said.
 
     Raises:
-        ConfigError, DataError: model, data or settings cannot be used, or `output_dir` has scores of another model of
-            this name; nothing has run then.
+        ConfigError, DataError: model, data or settings cannot be used, or `output_dir` has scores
+            of another model of this name; nothing has run then.
     """
     try:
         settings = EvaluationSettings(
             tasks=[tasks] if isinstance(tasks, str) else list(tasks),
             data_folder=None if data_dir is None else str(data_dir),
-            learning_rates=[learning_rate] if isinstance(learning_rate, (int, float)) else list(learning_rate),
+            learning_rates=[learning_rate]
+            if isinstance(learning_rate, (int, float))
+            else list(learning_rate),
             epochs=[epochs] if isinstance(epochs, int) else list(epochs),
             seeds=[seed] if isinstance(seed, int) else list(seed),
             batch_size=per_device_train_batch_size,
@@ -102,11 +114,12 @@ def create_summary_table(
     include_average: bool = True,
     round_decimals: int = 2,
 ) -> pandas.DataFrame:
-    """Return the scores in a folder of `evaluate`: a row for each model, a column for each task and metric.
+    """Return the scores in a folder of `evaluate`: a row for each model, a column for each task and
+    metric.
 
-    A score is the median over the seeds, with the hyper-parameters of the highest median, in percent as the metric
-    gives it: Matthews' correlation is not rescaled. The average is over the first metric of each task that all models
-    have, WNLI left out.
+    A score is the median over the seeds, with the hyper-parameters of the highest median, in
+    percent as the metric gives it: Matthews' correlation is not rescaled. The average is over the
+    first metric of each task that all models have, WNLI left out.
 
     Raises:
         DataError: not such a folder.
@@ -119,7 +132,9 @@ def create_summary_table(
     rows = {}
     for row in summary.rows:
         rows[row.name] = {
-            column_title(column): row.scores[column].median for column in summary.columns if column in row.scores
+            column_title(column): row.scores[column].median
+            for column in summary.columns
+            if column in row.scores
         }
         if include_average and row.average is not None:
             rows[row.name]["Average"] = row.average
@@ -141,12 +156,15 @@ class PlannedEvaluation:
     """Of the teacher's encoder; 0 where it takes no part."""
 
     def flops(self, student_parameters: int) -> float:
-        """Return the FLOPs of all fine-tunings, roughly, for a student whose encoder has so many parameters."""
+        """Return the FLOPs of all fine-tunings, roughly, for a student whose encoder has so many
+        parameters.
+        """
         return self.flops_per_parameter * (student_parameters + self.teacher_parameters)
 
 
 def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
-    """Check, before a run, that its evaluation can be: settings, data, the teacher where it takes part.
+    """Check, before a run, that its evaluation can be: settings, data, the teacher where it takes
+    part.
 
     Raises:
         ConfigError, DataError: with every problem found, a line each.
@@ -161,16 +179,24 @@ def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
     [student] = config.students
     if settings.include_teacher and not tasks and not problems.found:
         problems.found.append(
-            ConfigError("include_teacher needs tasks to score the teacher on; name some, or leave it")
+            ConfigError(
+                "include_teacher needs tasks to score the teacher on; name some, or leave it"
+            )
         )
     if settings.include_teacher and student == TEACHER:
         problems.found.append(
-            ConfigError(f"include_teacher needs the name {TEACHER!r} in the tables; call the student otherwise")
+            ConfigError(
+                f"include_teacher needs the name {TEACHER!r} in the tables; call the student "
+                "otherwise"
+            )
         )
     whole_teacher = None
     if settings.include_teacher and tasks:
-        whole_teacher = problems.attempt(lambda: check_model(TEACHER, _teacher_folder(config), tasks))
-    shape = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)  # the student's table is as long
+        whole_teacher = problems.attempt(
+            lambda: check_model(TEACHER, _teacher_folder(config), tasks)
+        )
+    # The student's table is as long.
+    shape = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
     check_lengths(f"the student {student}", positions(shape), data.values(), problems)
     folder = problems.attempt(lambda: Path(_teacher_folder(config)))
     if folder:  # the student has the teacher's tokenizer
@@ -186,13 +212,15 @@ def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
 
 
 def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
-    """Score the exported student of a finished run, and write the scores into its model card. One rank calls this.
+    """Score the exported student of a finished run, and write the scores into its model card. One
+    rank calls this.
 
     Args:
         message: how the run ended.
 
     Returns:
-        The state of the run now ("done", "stopped" or "failed"), as `status.json` has it, its exit code and message.
+        The state of the run now ("done", "stopped" or "failed"), as `status.json` has it, its exit
+        code and message.
 
     Raises:
         ConfigError, DataError: see `run_grid`.
@@ -203,20 +231,30 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
     [name] = config.students
     export, output = folder / "export" / name, folder / "evaluation"
     status, answer = Status(folder, config.train.max_steps), "stopping; what is fine-tuned stays"
-    stop = StopRequest(folder, watch_file=True, speaks=True, max_hours=config.run.max_hours, answer=answer)
+    stop = StopRequest(
+        folder, watch_file=True, speaks=True, max_hours=config.run.max_hours, answer=answer
+    )
     with stop.listening(), failures_told(status, of_settings=True):
         status.write("evaluating", f"{message}; it is being fine-tuned and scored")
-        models = {name: str(export)} | ({TEACHER: _teacher_folder(config)} if settings.include_teacher else {})
+        models = {name: str(export)} | (
+            {TEACHER: _teacher_folder(config)} if settings.include_teacher else {}
+        )
         try:
             result = run_grid(models, settings, output, stop=stop.reason)
         except GridStoppedError:
-            why = f"its evaluation was stopped ({stop.acknowledge()}); rerun the same command to resume"
+            why = (
+                f"its evaluation was stopped ({stop.acknowledge()}); rerun the same command to "
+                "resume"
+            )
             end = ("stopped", EXIT_STOPPED, f"{message}; {why}")
         else:
             write_card_section(export, "Evaluation", result.summary.markdown())
             end = ("done", EXIT_DONE, f"{message}; its scores are in {output}/summary.md")
             if result.failures:
-                why = f"{counted(len(result.failures), 'fine-tuning')} failed, {output}/summary.md says why"
+                why = (
+                    f"{counted(len(result.failures), 'fine-tuning')} failed, {output}/summary.md "
+                    "says why"
+                )
                 end = ("failed", EXIT_ENVIRONMENT, f"{message}; {why}")
         state, exit_code, text = end
         status.write(state, text, exit_code)
@@ -230,5 +268,7 @@ def _settings_of(config: DistillConfig) -> RunEvaluation:
 
 
 def _teacher_folder(config: DistillConfig) -> str:
-    """Return the teacher's folder, with its tokenizer; from the hub, that of the revision that is distilled."""
+    """Return the teacher's folder, with its tokenizer; from the hub, that of the revision that is
+    distilled.
+    """
     return str(resolve_folder(config.teacher.model, config.teacher.revision, MODEL_FILES))

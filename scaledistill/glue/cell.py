@@ -1,8 +1,10 @@
-"""A cell of the grid: one model fine-tuned on one task with one learning rate, number of epochs and seed.
+"""A cell of the grid: one model fine-tuned on one task with one learning rate, number of epochs and
+seed.
 
-Enters: what decides a result. Leaves: where the cell's files lie under the output folder, and reading and writing them:
-`….json` with the scores, `….jsonl.gz` with the prediction of each example, `….error` where it failed. How the scores
-come about is left to `finetune`, what they say to `summary`.
+Enters: what decides a result. Leaves: where the cell's files lie under the output folder, and
+reading and writing them: `….json` with the scores, `….jsonl.gz` with the prediction of each
+example, `….error` where it failed. How the scores come about is left to `finetune`, what they say
+to `summary`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all cells of a task share, whatever the hyper-parameters: only such cells stand in one table."""
+    """What all cells of a task share, whatever the hyper-parameters: only such cells stand in one
+    table.
+    """
 
     data_sha256: str
     max_length: int
@@ -60,10 +64,16 @@ class Cell:
         return f"{self.model} {self.task} {self.learning_rate:g} × {self.epochs} seed {self.seed}"
 
     def path(self, output: Path) -> Path:
-        """Return where the cell's record lies; its name changes with anything that decides the result."""
+        """Return where the cell's record lies; its name changes with anything that decides the
+        result.
+        """
         key = hash_of([json.dumps(asdict(self), sort_keys=True)])[:12]
         return (
-            output / "cells" / self.model / self.task / f"{self.learning_rate:g}-{self.epochs}-{self.seed}-{key}.json"
+            output
+            / "cells"
+            / self.model
+            / self.task
+            / f"{self.learning_rate:g}-{self.epochs}-{self.seed}-{key}.json"
         )
 
     @classmethod
@@ -78,7 +88,9 @@ def hash_of(parts: Iterable[str]) -> str:
 
 
 def read_record(cell: Cell, output: Path) -> dict[str, Any] | None:
-    """Return the record of a finished cell; None where there is none, or it or its predictions are damaged."""
+    """Return the record of a finished cell; None where there is none, or it or its predictions are
+    damaged.
+    """
     path = cell.path(output)
     record = read_json(path)
     if record is None or record.pop("sha256", None) != hash_of([json.dumps(record)]):
@@ -87,17 +99,25 @@ def read_record(cell: Cell, output: Path) -> dict[str, Any] | None:
         predictions = _predictions_path(path).read_bytes()
     except OSError:
         return None
-    return record if hashlib.sha256(predictions).hexdigest() == record["predictions_sha256"] else None
+    return (
+        record if hashlib.sha256(predictions).hexdigest() == record["predictions_sha256"] else None
+    )
 
 
-def write_record(cell: Cell, output: Path, record: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) -> None:
+def write_record(
+    cell: Cell, output: Path, record: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
+) -> None:
     """Write a finished cell: its predictions, then its record, each atomically."""
     path = cell.path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
     packed = gzip.compress(lines.encode(), mtime=0)
     write_bytes(_predictions_path(path), packed)
-    whole = {"cell": asdict(cell), **record, "predictions_sha256": hashlib.sha256(packed).hexdigest()}
+    whole = {
+        "cell": asdict(cell),
+        **record,
+        "predictions_sha256": hashlib.sha256(packed).hexdigest(),
+    }
     write_json(path, {**whole, "sha256": hash_of([json.dumps(whole)])})
     path.with_suffix(".error").unlink(missing_ok=True)
 

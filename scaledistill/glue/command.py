@@ -24,7 +24,14 @@ from pydantic import ValidationError
 
 from scaledistill.config.schema import EvaluationSettings
 from scaledistill.config.wording import explain
-from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError, counted
+from scaledistill.errors import (
+    EXIT_DONE,
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    DataError,
+    counted,
+)
 from scaledistill.glue.cell import MODEL_NAME
 from scaledistill.glue.tasks import TASKS
 
@@ -35,7 +42,12 @@ if TYPE_CHECKING:
     from scaledistill.glue.plan import Plan
 
 QUICK = EvaluationSettings(
-    tasks=["cola"], learning_rates=[1e-4], epochs=[2], seeds=[1], max_train_rows=1200, group_by_length=True
+    tasks=["cola"],
+    learning_rates=[1e-4],
+    epochs=[2],
+    seeds=[1],
+    max_train_rows=1200,
+    group_by_length=True,
 )
 DEFAULTS = EvaluationSettings(tasks=["cola"])
 DESCRIPTION = """Fine-tune and score models on GLUE and SQuAD 2.0; with --probe, score them as they are.
@@ -67,10 +79,16 @@ LISTS = ("--tasks", "--learning-rates", "--epochs", "--seeds")
 
 
 class _Once(argparse.Action):
-    """Store a list; refuse the option's second occurrence, which would silently replace the first."""
+    """Store a list; refuse the option's second occurrence, which would silently replace the
+    first.
+    """
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
     ) -> None:
         if getattr(namespace, self.dest) is not None:
             parser.error(f"{option} is given twice; give all values at once, separated by commas")
@@ -92,7 +110,9 @@ def _list_of(kind: type) -> Any:
             with contextlib.suppress(ValueError):
                 if [kind(part) for part in parts]:
                     what = f"{','.join(parts)}: {what}"
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected {what}, separated by commas") from None
+            raise argparse.ArgumentTypeError(
+                f"found {text!r}, expected {what}, separated by commas"
+            ) from None
 
     return parse
 
@@ -100,7 +120,10 @@ def _list_of(kind: type) -> Any:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `tools/glue.py`."""
     parse = _Parser(
-        prog="glue", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="glue",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     what = parse.add_argument_group("what")
     what.add_argument(
@@ -120,34 +143,78 @@ def parser() -> argparse.ArgumentParser:
     lists = {"learning_rates": float, "epochs": int, "seeds": int}
     for name, kind in lists.items():
         default = ",".join(f"{value:g}" for value in getattr(DEFAULTS, name))
-        grid.add_argument(_option(name), action=_Once, type=_list_of(kind), metavar="N,…", help=f"(default: {default})")
-    grid.add_argument("--batch-size", type=int, metavar="N", help=f"examples a step (default: {DEFAULTS.batch_size})")
-    grid.add_argument("--max-length", type=int, metavar="T", help="tokens an example (default: 128; squad2: 384)")
+        grid.add_argument(
+            _option(name),
+            action=_Once,
+            type=_list_of(kind),
+            metavar="N,…",
+            help=f"(default: {default})",
+        )
     grid.add_argument(
-        "--max-train-rows", type=int, metavar="N", help="at most N training rows a task, the same for all models"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=f"examples a step (default: {DEFAULTS.batch_size})",
+    )
+    grid.add_argument(
+        "--max-length", type=int, metavar="T", help="tokens an example (default: 128; squad2: 384)"
+    )
+    grid.add_argument(
+        "--max-train-rows",
+        type=int,
+        metavar="N",
+        help="at most N training rows a task, the same for all models",
     )
     grid.add_argument(
         "--group-by-length", action=argparse.BooleanOptionalAction,
-        help="batches of rows of similar length: up to three times faster, and their order less random (default: no)",
+        help=(
+            "batches of rows of similar length: up to three times faster, and their order less "
+            "random (default: no)"
+        ),
     )  # fmt: skip
     grid.add_argument(
         "--scores-each-epoch", action="store_true", default=None,
-        help="also score after the epochs before the last, for the record; takes time and changes no result",
+        help=(
+            "also score after the epochs before the last, for the record; takes time and changes "
+            "no result"
+        ),
     )  # fmt: skip
     grid.add_argument(
         "--quick", action="store_true",
-        help="a quick look; unless said: learning rate 1e-4, 2 epochs, seed 1, 1,200 training rows a task, by length",
+        help=(
+            "a quick look; unless said: learning rate 1e-4, 2 epochs, seed 1, 1,200 training rows "
+            "a task, by length"
+        ),
     )  # fmt: skip
     run = parse.add_argument_group("the run")
-    run.add_argument("--output", type=Path, metavar="DIR", help="(default: runs/glue; with --quick: runs/glue-quick)")
-    run.add_argument("--json", type=Path, metavar="FILE", help="write the scores as a list of name, value, unit, n")
     run.add_argument(
-        "--workers", type=int, metavar="N", help="cells at a time (default: one per GPU; one without GPUs)"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="(default: runs/glue; with --quick: runs/glue-quick)",
     )
-    run.add_argument("--list", action="store_true", help="say what would run and how long it will take, and leave")
+    run.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the scores as a list of name, value, unit, n",
+    )
+    run.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="cells at a time (default: one per GPU; one without GPUs)",
+    )
+    run.add_argument(
+        "--list",
+        action="store_true",
+        help="say what would run and how long it will take, and leave",
+    )
     run.add_argument("--published", action="store_true", help="put published scores beside ours")
     run.add_argument(
-        "--speed", action="store_true", help="also measure latency and throughput; the machine must be idle"
+        "--speed",
+        action="store_true",
+        help="also measure latency and throughput; the machine must be idle",
     )
     return parse
 
@@ -168,7 +235,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parse.error("--model is missing")
     if options.probe and options.tasks:
         parse.error(
-            f"--probe {options.probe} goes without --tasks: it fine-tunes nothing; run the command once for each"
+            f"--probe {options.probe} goes without --tasks: it fine-tunes nothing; run the command "
+            "once for each"
         )
     if not (options.tasks or options.probe):
         parse.error("--tasks is missing (or --probe stsb, for a score without fine-tuning)")
@@ -218,7 +286,8 @@ def named_models(arguments: Sequence[str]) -> dict[str, str]:
         name = name or Path(os.path.abspath(path)).name
         if name in models:
             raise ConfigError(
-                f"two models are called {name!r}: {models[name]} and {path}; give one as --model NAME={path}"
+                f"two models are called {name!r}: {models[name]} and {path}; give one as --model "
+                f"NAME={path}"
             )
         models[name] = path
     return models
@@ -230,7 +299,11 @@ def settings_of(options: argparse.Namespace) -> EvaluationSettings:
     Raises:
         ConfigError: a value is out of range.
     """
-    given = {name: getattr(options, name) for name in EvaluationSettings.model_fields if hasattr(options, name)}
+    given = {
+        name: getattr(options, name)
+        for name in EvaluationSettings.model_fields
+        if hasattr(options, name)
+    }
     given["tasks"] = [task for task in options.tasks.split(",") if task]
     values = (QUICK if options.quick else DEFAULTS).model_dump() | {
         name: value for name, value in given.items() if value is not None
@@ -247,11 +320,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and return the exit code."""
     options = parse(arguments)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop cleans up like Ctrl-C
+        # A scheduler's stop cleans up like Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scaledistill").setLevel(logging.INFO)
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells where there is no home to keep fonts in
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what fails in the end is told here
+    # It tells where there is no home to keep fonts in.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    # Its retries; what fails in the end is told here.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         return run(options)
     except (ConfigError, DataError) as error:
@@ -261,7 +337,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"{error}; check {options.output} and its disk")
         return EXIT_ENVIRONMENT
     except KeyboardInterrupt:
-        _say(f"interrupted; what is finished stays in {options.output}; rerun the same command to resume")
+        _say(
+            f"interrupted; what is finished stays in {options.output}; rerun the same command to "
+            "resume"
+        )
         return EXIT_INTERRUPTED
 
 
@@ -300,13 +379,17 @@ def run(options: argparse.Namespace) -> int:
     if options.speed:
         from scaledistill.glue.speed import measure_speed
 
-        report = measure_speed({model.name: model.folder for model in plan.models.values()}, options.output)
+        report = measure_speed(
+            {model.name: model.folder for model in plan.models.values()}, options.output
+        )
         for table in report.tables:
             console.print(table.rich())
     return EXIT_ENVIRONMENT if result.failures else EXIT_DONE
 
 
-def _plan(models: Mapping[str, str], settings: EvaluationSettings, options: argparse.Namespace) -> tuple[Plan, int]:
+def _plan(
+    models: Mapping[str, str], settings: EvaluationSettings, options: argparse.Namespace
+) -> tuple[Plan, int]:
     """Return the checked plan, and how many cells run at a time."""
     from scaledistill.glue.grid import check_workers
     from scaledistill.glue.plan import make_plan
@@ -348,16 +431,34 @@ def show(console: Console, result: GridResult) -> None:
     for note in result.summary.notes():
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     for cell, error in result.summary.failures:
-        console.print(f"not finished: {cell}: {error}", highlight=False, markup=False, soft_wrap=True, style="red")
-    console.print(f"written: {result.output / 'summary.md'}, .csv, .json, .png", highlight=False, soft_wrap=True)
+        console.print(
+            f"not finished: {cell}: {error}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+            style="red",
+        )
+    console.print(
+        f"written: {result.output / 'summary.md'}, .csv, .json, .png",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 class Display:
-    """Progress on stderr: a live bar on a terminal, a line a cell everywhere. A context manager around the run."""
+    """Progress on stderr: a live bar on a terminal, a line a cell everywhere. A context manager
+    around the run.
+    """
 
     def __init__(self, plan: Plan, output: Path) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         from scaledistill.glue.cell import read_record
 
@@ -382,7 +483,10 @@ class Display:
     def __enter__(self) -> Display:
         if self._work:
             cells = counted(len(self._work), "cell")
-            text = f"{cells} to run; Ctrl-C loses only what is under way; rerun the same command to resume"
+            text = (
+                f"{cells} to run; Ctrl-C loses only what is under way; rerun the same command to "
+                "resume"
+            )
             self.bar.console.print(text, highlight=False, soft_wrap=True)
         self.bar.start()
         return self
@@ -397,10 +501,15 @@ class Display:
         if update.state != "running":
             self._ended += 1
             first_line = update.text.partition("\n")[0]
-            line = f"{self._ended}/{len(self._work)}  {cell.title}  {update.state}: {first_line}{self._left()}"
+            line = (
+                f"{self._ended}/{len(self._work)}  {cell.title}  {update.state}: "
+                f"{first_line}{self._left()}"
+            )
             self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
         done = sum(self._work[one] * fraction for one, fraction in self._done.items())
-        self.bar.update(self._task, description=f"{self._ended}/{len(self._work)}  {cell.title}", completed=done)
+        self.bar.update(
+            self._task, description=f"{self._ended}/{len(self._work)}  {cell.title}", completed=done
+        )
 
     def _left(self) -> str:
         """Return the time left by the pace so far, for where there is no bar."""
@@ -409,16 +518,23 @@ class Display:
         from scaledistill.glue.listing import duration
 
         elapsed = self.bar.tasks[0].elapsed or 0.0
-        whole, done = sum(self._work.values()), sum(self._work[one] * share for one, share in self._done.items())
+        whole, done = (
+            sum(self._work.values()),
+            sum(self._work[one] * share for one, share in self._done.items()),
+        )
         return f"  (about {duration(elapsed * (whole - done) / done)} left)" if done else ""
 
 
 def in_options(message: str) -> str:
-    """Say a message of the package with the options of this tool: `max_length=512` becomes `--max-length 512`."""
+    """Say a message of the package with the options of this tool: `max_length=512` becomes
+    `--max-length 512`.
+    """
     names = "|".join([*EvaluationSettings.model_fields, "workers", "output"])
     text = re.sub(rf"\b({names})=", lambda found: f"{_option(found[1])} ", message)
     text = re.sub(
-        r"\b(learning_rates|max_length|max_train_rows|batch_size|data_folder)\b", lambda f: _option(f[1]), text
+        r"\b(learning_rates|max_length|max_train_rows|batch_size|data_folder)\b",
+        lambda f: _option(f[1]),
+        text,
     )
     return text.replace("--data-folder", "--data-dir")
 

@@ -1,6 +1,8 @@
-"""A task's data as one model reads it: tokenised features, and what turns the outputs for them into scores.
+"""A task's data as one model reads it: tokenised features, and what turns the outputs for them into
+scores.
 
-Enters: a cell and the folders of the model and of the data. Leaves: `Prepared`. Batches are left to `finetune`.
+Enters: a cell and the folders of the model and of the data. Leaves: `Prepared`. Batches are left to
+`finetune`.
 
 Legend: N examples, C classes, T tokens of a feature.
 """
@@ -22,7 +24,13 @@ from scaledistill.errors import DataError
 from scaledistill.glue.cell import Cell, hash_of
 from scaledistill.glue.metrics import majority_scores, scores
 from scaledistill.glue.read import Examples, read_split
-from scaledistill.glue.squad import add_positions, best_answers, majority_squad_scores, make_features, squad_scores
+from scaledistill.glue.squad import (
+    add_positions,
+    best_answers,
+    majority_squad_scores,
+    make_features,
+    squad_scores,
+)
 from scaledistill.glue.tasks import TASKS, Task
 
 Features = list[dict[str, Any]]
@@ -38,7 +46,8 @@ class DevSplit:
     rows: int
     features: Features
     score: Callable[[Sequence[np.ndarray]], Scored]
-    """From the outputs for each feature ([C], for spans [2, T]) to the scores and each example's prediction."""
+    """From the outputs for each feature ([C], for spans [2, T]) to the scores and each example's
+    prediction."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,11 @@ class Prepared:
     data_sha256: str
 
 
-def prepare(cell: Cell, model_folder: Path, data_folder: Path | None, inputs: Sequence[str]) -> Prepared:
-    """Read and tokenise a cell's data; that of the last call is kept for the next, which is nearly always the same.
+def prepare(
+    cell: Cell, model_folder: Path, data_folder: Path | None, inputs: Sequence[str]
+) -> Prepared:
+    """Read and tokenise a cell's data; that of the last call is kept for the next, which is nearly
+    always the same.
 
     Args:
         inputs: the arguments that the model's forward takes.
@@ -67,10 +79,18 @@ def prepare(cell: Cell, model_folder: Path, data_folder: Path | None, inputs: Se
     """
     conditions = cell.conditions
     prepared = _prepared(
-        cell.task, model_folder, data_folder, conditions.max_length, conditions.max_train_rows, tuple(inputs)
+        cell.task,
+        model_folder,
+        data_folder,
+        conditions.max_length,
+        conditions.max_train_rows,
+        tuple(inputs),
     )
     if prepared.data_sha256 != conditions.data_sha256:
-        raise DataError(f"the data of {TASKS[cell.task].title} has changed since the grid was started; start it again")
+        raise DataError(
+            f"the data of {TASKS[cell.task].title} has changed since the grid was started; start "
+            "it again"
+        )
     return prepared
 
 
@@ -91,12 +111,19 @@ def _prepared(
     if task.kind == "span":
         features, origins = make_features(tokenizer, train, rows, max_length)
         add_positions(features, origins, train)
-        splits = [_span_split(name, examples, tokenizer, max_length) for name, examples in dev.items()]
+        splits = [
+            _span_split(name, examples, tokenizer, max_length) for name, examples in dev.items()
+        ]
         majority = [majority_squad_scores(train, examples) for examples in dev.values()]
     else:
         features = _features(tokenizer, train, rows, max_length)
-        splits = [_split(task, name, examples, tokenizer, max_length) for name, examples in dev.items()]
-        majority = [majority_scores(task, name, train.labels, examples.labels) for name, examples in dev.items()]
+        splits = [
+            _split(task, name, examples, tokenizer, max_length) for name, examples in dev.items()
+        ]
+        majority = [
+            majority_scores(task, name, train.labels, examples.labels)
+            for name, examples in dev.items()
+        ]
     for some in (features, *(split.features for split in splits)):
         for feature in some:
             for name in feature.keys() - {*inputs}:  # such as segment ids, where a model has none
@@ -124,15 +151,20 @@ def subset(num_rows: int, max_rows: int | None) -> list[int]:
     return sorted(random.Random(SUBSET_SEED).sample(range(num_rows), max_rows))
 
 
-def _features(tokenizer: PreTrainedTokenizerFast, examples: Examples, rows: Sequence[int], max_length: int) -> Features:
+def _features(
+    tokenizer: PreTrainedTokenizerFast, examples: Examples, rows: Sequence[int], max_length: int
+) -> Features:
     sides = [list(side) for side in zip(*(examples.texts[row] for row in rows), strict=True)]
     encoded = tokenizer(*sides, truncation=True, max_length=max_length)
     return [
-        {**{name: encoded[name][i] for name in encoded}, "labels": examples.labels[row]} for i, row in enumerate(rows)
+        {**{name: encoded[name][i] for name in encoded}, "labels": examples.labels[row]}
+        for i, row in enumerate(rows)
     ]
 
 
-def _split(task: Task, name: str, examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int) -> DevSplit:
+def _split(
+    task: Task, name: str, examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> DevSplit:
     features = _features(tokenizer, examples, range(len(examples.texts)), max_length)
 
     def score(logits: Sequence[np.ndarray]) -> Scored:
@@ -147,20 +179,25 @@ def _split(task: Task, name: str, examples: Examples, tokenizer: PreTrainedToken
                 for value, logits_C in zip(found_N, logits_NC, strict=True)
             ]
         rows = zip(examples.ids, examples.labels, details, strict=True)
-        predictions = [{"split": name, "id": one, "label": label, **detail} for one, label, detail in rows]
+        predictions = [
+            {"split": name, "id": one, "label": label, **detail} for one, label, detail in rows
+        ]
         return scores(task, name, found_N, np.asarray(examples.labels)), predictions
 
     return DevSplit(name, len(examples.texts), features, score)
 
 
-def _span_split(name: str, examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int) -> DevSplit:
+def _span_split(
+    name: str, examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> DevSplit:
     features, origins = make_features(tokenizer, examples, range(len(examples.texts)), max_length)
 
     def score(logits: Sequence[np.ndarray]) -> Scored:
         found = best_answers(origins, logits, examples)
         rows = zip(examples.ids, examples.labels, found, strict=True)
         predictions = [
-            {"split": name, "id": one, "answers": label.texts, "prediction": text} for one, label, text in rows
+            {"split": name, "id": one, "answers": label.texts, "prediction": text}
+            for one, label, text in rows
         ]
         return squad_scores(found, examples), predictions
 

@@ -1,8 +1,9 @@
 """Fine-tune a model on a task and score it: the work of one cell.
 
-Enters: a cell, the folders of the model and of the data. Leaves: the cell's record and the prediction of each dev
-example. Scores are those after the last epoch; what the epochs before it gave stands in the record. The data's features
-and the scores are left to `features`, the files to `cell`.
+Enters: a cell, the folders of the model and of the data. Leaves: the cell's record and the
+prediction of each dev example. Scores are those after the last epoch; what the epochs before it
+gave stands in the record. The data's features and the scores are left to `features`, the files to
+`cell`.
 
 Legend: C classes, T tokens of a feature.
 """
@@ -47,7 +48,9 @@ PREDICTION_BATCH = 64
 
 
 def take_share(gpu: str | None, threads: int) -> None:
-    """Use one GPU, of those that CUDA shows, and so many threads; before anything has touched a GPU."""
+    """Use one GPU, of those that CUDA shows, and so many threads; before anything has touched a
+    GPU.
+    """
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
@@ -79,7 +82,9 @@ def fine_tune(
     # Filling memory that nobody reads takes time; mypy does not see the attribute.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model, new_weights = _load_model(model_folder, task, cell.model)
-    data = prepare(cell, model_folder, data_folder, list(inspect.signature(model.forward).parameters))
+    data = prepare(
+        cell, model_folder, data_folder, list(inspect.signature(model.forward).parameters)
+    )
     collate = DataCollatorWithPadding(data.tokenizer)
     epochs: list[dict[str, Any]] = []
     predictions: list[dict[str, Any]] = []
@@ -87,15 +92,15 @@ def fine_tune(
     def end_epoch(train_loss: float) -> None:
         if not math.isfinite(train_loss):
             raise DivergedError(
-                f"the training loss of epoch {len(epochs) + 1} is not finite; a lower learning rate than "
-                f"{cell.learning_rate:g} may do"
+                f"the training loss of epoch {len(epochs) + 1} is not finite; a lower learning "
+                f"rate than {cell.learning_rate:g} may do"
             )
         epoch: dict[str, Any] = {"epoch": len(epochs) + 1, "train_loss": train_loss}
         if not (scores_each_epoch or epoch["epoch"] == cell.epochs):
             if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
                 raise DivergedError(
-                    f"weights after epoch {epoch['epoch']} are not finite; a lower learning rate than "
-                    f"{cell.learning_rate:g} may do"
+                    f"weights after epoch {epoch['epoch']} are not finite; a lower learning rate "
+                    f"than {cell.learning_rate:g} may do"
                 )
             epochs.append(epoch)
             return
@@ -105,8 +110,8 @@ def fine_tune(
             logits = _predict(model, split.features, collate)
             if not all(np.isfinite(array).all() for array in logits):
                 raise DivergedError(
-                    f"outputs after epoch {len(epochs) + 1} are not finite; a lower learning rate than "
-                    f"{cell.learning_rate:g} may do"
+                    f"outputs after epoch {len(epochs) + 1} are not finite; a lower learning rate "
+                    f"than {cell.learning_rate:g} may do"
                 )
             split_scores, split_predictions = split.score(logits)
             found |= split_scores
@@ -127,18 +132,24 @@ def fine_tune(
         "parameters": model.num_parameters(),
         "seconds": time.perf_counter() - start,
         "train_seconds": train_seconds,
-        "tokens_per_second": cell.epochs * sum(len(row["input_ids"]) for row in data.train) / train_seconds,
+        "tokens_per_second": cell.epochs
+        * sum(len(row["input_ids"]) for row in data.train)
+        / train_seconds,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": "bf16" if _bf16() else "fp32",
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("scaledistill", "torch", "transformers", "scikit-learn")}
+        "versions": {
+            name: version(name)
+            for name in ("scaledistill", "torch", "transformers", "scikit-learn")
+        }
         | {"python": platform.python_version()},
     }
     return record, predictions
 
 
 def _load_model(folder: Path, task: Task, name: str) -> tuple[PreTrainedModel, list[str]]:
-    """Return the model with a head for the task, and the names of the weights that are not from the folder.
+    """Return the model with a head for the task, and the names of the weights that are not from the
+    folder.
 
     A head in the folder is used where its shapes fit, as transformers does it.
     """
@@ -151,7 +162,9 @@ def _load_model(folder: Path, task: Task, name: str) -> tuple[PreTrainedModel, l
         config.num_labels, config.problem_type = 1, "regression"
     else:
         config.num_labels = 2  # start and end
-    auto = AutoModelForQuestionAnswering if task.kind == "span" else AutoModelForSequenceClassification
+    auto = (
+        AutoModelForQuestionAnswering if task.kind == "span" else AutoModelForSequenceClassification
+    )
     with quiet_transformers():
         model, info = auto.from_pretrained(
             folder,
@@ -168,7 +181,11 @@ def _load_model(folder: Path, task: Task, name: str) -> tuple[PreTrainedModel, l
     }
     missing: dict[str, tuple[None, list[int]]] = {key: (None, []) for key in info["missing_keys"]}
     check_complete(
-        {key: shapes for key, shapes in (wrong | missing).items() if key.startswith(encoder) and ".pooler." not in key},
+        {
+            key: shapes
+            for key, shapes in (wrong | missing).items()
+            if key.startswith(encoder) and ".pooler." not in key
+        },
         f"model {name}",
     )
     for key, tensor in model.state_dict().items():
@@ -186,7 +203,9 @@ class _Epochs(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._on_progress(state.global_step / state.max_steps)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         if logs and "loss" in logs:  # once an epoch, after its last step
             start = time.perf_counter()
             self._end_epoch(float(logs["loss"]))
@@ -223,12 +242,15 @@ def _train(
             eval_strategy="no",
             save_strategy="no",
             logging_strategy="epoch",
-            logging_nan_inf_filter=False,  # would show the last finite loss in place of a diverged one
+            # Would show the last finite loss in place of a diverged one.
+            logging_nan_inf_filter=False,
             report_to="none",
             disable_tqdm=True,
         )
         callback = _Epochs(on_progress, end_epoch)
-        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=features, callbacks=[callback])
+        trainer = Trainer(
+            model, arguments, data_collator=collate, train_dataset=features, callbacks=[callback]
+        )
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
@@ -241,20 +263,32 @@ def _bf16() -> bool:
 
 
 @torch.no_grad()
-def _predict(model: PreTrainedModel, features: Features, collate: DataCollatorWithPadding) -> list[np.ndarray]:
-    """Return the outputs for each feature, float32, in their order: [C], or for spans [2, T] (start and end)."""
+def _predict(
+    model: PreTrainedModel, features: Features, collate: DataCollatorWithPadding
+) -> list[np.ndarray]:
+    """Return the outputs for each feature, float32, in their order: [C], or for spans [2, T] (start
+    and end).
+    """
     device = next(model.parameters()).device
     inputs = [{name: value for name, value in row.items() if name != "labels"} for row in features]
-    order = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]["input_ids"]))  # little padding
+    # Little padding.
+    order = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]["input_ids"]))
     outputs: list[np.ndarray] = [np.empty(0)] * len(inputs)
     training = model.training
     model.eval()
     for first in range(0, len(order), PREDICTION_BATCH):
         rows = order[first : first + PREDICTION_BATCH]
-        batch = {name: tensor.to(device) for name, tensor in collate([inputs[row] for row in rows]).items()}
+        batch = {
+            name: tensor.to(device)
+            for name, tensor in collate([inputs[row] for row in rows]).items()
+        }
         with torch.autocast(device.type, torch.bfloat16, enabled=_bf16()):
             out = model(**batch)
-        logits = out.logits if "logits" in out else torch.stack([out.start_logits, out.end_logits], dim=1)
+        logits = (
+            out.logits
+            if "logits" in out
+            else torch.stack([out.start_logits, out.end_logits], dim=1)
+        )
         for row, values in zip(rows, logits.float().cpu().numpy(), strict=True):
             outputs[row] = values if "logits" in out else values[:, : len(inputs[row]["input_ids"])]
     model.train(training)

@@ -1,7 +1,9 @@
-"""Run a grid of cells: one per GPU at a time, or in turn or several side by side on a CPU; what is finished stays.
+"""Run a grid of cells: one per GPU at a time, or in turn or several side by side on a CPU; what is
+finished stays.
 
-Enters: models, settings and an output folder. Leaves: the folder with a record of each cell and the summary of all. The
-same call goes on where one stopped, in whatever way. What a cell does is left to `finetune`, the tables to `summary`.
+Enters: models, settings and an output folder. Leaves: the folder with a record of each cell and the
+summary of all. The same call goes on where one stopped, in whatever way. What a cell does is left
+to `finetune`, the tables to `summary`.
 """
 
 from __future__ import annotations
@@ -69,27 +71,38 @@ def run_grid(
     on_update: OnUpdate | None = None,
     stop: Callable[[], object] = lambda: None,
 ) -> GridResult:
-    """Fine-tune and score each model on each task with each hyper-parameter and seed, and write the summary.
+    """Fine-tune and score each model on each task with each hyper-parameter and seed, and write the
+    summary.
 
-    A cell that is finished in `output` is not run again; one that failed is. A failed cell stops no other and is in the
-    result.
+    A cell that is finished in `output` is not run again; one that failed is. A failed cell stops no
+    other and is in the result.
 
     Args:
         models: folder or hub name of each model by its name in tables and figures.
         output: gets `cells/`, `grid.json` and `summary.md`, `.csv`, `.json`, `.png`.
         quick: whether the tables shall say that the settings are those of a quick look.
-        workers: cells at a time; one per GPU unless said, one on CPUs. On CPUs they share the cores.
+        workers: cells at a time; one per GPU unless said, one on CPUs. On CPUs they share the
+            cores.
         published: put published scores beside ours.
         on_update: is told what happens; the log is, unless said.
         stop: asked every second or so; what is true ends the grid.
 
     Raises:
         GridStoppedError: `stop` said so.
-        ConfigError, DataError: models, data or settings cannot be used; nothing has run then. Or no worker starts.
+        ConfigError, DataError: models, data or settings cannot be used; nothing has run then. Or no
+            worker starts.
     """
     workers = check_workers(workers)
     plan = make_plan(models, settings)
-    return run_plan(plan, output, quick=quick, workers=workers, published=published, on_update=on_update, stop=stop)
+    return run_plan(
+        plan,
+        output,
+        quick=quick,
+        workers=workers,
+        published=published,
+        on_update=on_update,
+        stop=stop,
+    )
 
 
 def run_plan(
@@ -123,7 +136,9 @@ def run_plan(
             pool.run(waiting, stop)
         summary = summary_of(output, published=published)
         write_summary(summary, output)
-    errors = {cell: read_error(cell, output) for cell in plan.cells if read_record(cell, output) is None}
+    errors = {
+        cell: read_error(cell, output) for cell in plan.cells if read_record(cell, output) is None
+    }
     return GridResult(
         output=output,
         finished=[cell for cell in plan.cells if cell not in errors],
@@ -133,7 +148,8 @@ def run_plan(
 
 
 def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
-    """Write which cells the summary is of: the plan's, and earlier ones of the folder that compare with them.
+    """Write which cells the summary is of: the plan's, and earlier ones of the folder that compare
+    with them.
 
     Raises:
         ConfigError: one of the plan's models has the name of another one there.
@@ -142,10 +158,14 @@ def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
     earlier = [Cell.from_dict(cell) for cell in before["cells"]]
     for cell in earlier:
         model, path = plan.models.get(cell.model), before["models"][cell.model]["path"]
-        if model and model.sha256 != cell.model_sha256 and os.path.abspath(path) != os.path.abspath(model.path):
+        if (
+            model
+            and model.sha256 != cell.model_sha256
+            and os.path.abspath(path) != os.path.abspath(model.path)
+        ):
             raise ConfigError(
-                f"output={str(output)!r} has scores of another model {model.name}, {path}; give {model.path} a name of "
-                "its own, or set another output"
+                f"output={str(output)!r} has scores of another model {model.name}, {path}; give "
+                f"{model.path} a name of its own, or set another output"
             )
     kept = [cell for cell in earlier if _compares(cell, plan)]
     if len(kept) < len(earlier):
@@ -156,12 +176,17 @@ def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
         )
     cells = list(dict.fromkeys([*kept, *plan.cells]))
     models = before["models"] | {
-        name: {"path": model.path, "parameters": model.parameters} for name, model in plan.models.items()
+        name: {"path": model.path, "parameters": model.parameters}
+        for name, model in plan.models.items()
     }
     names = dict.fromkeys(cell.model for cell in cells)
     write_json(
         output / GRID,
-        {"quick": quick, "models": {name: models[name] for name in names}, "cells": [asdict(cell) for cell in cells]},
+        {
+            "quick": quick,
+            "models": {name: models[name] for name in names},
+            "cells": [asdict(cell) for cell in cells],
+        },
     )
 
 
@@ -190,7 +215,9 @@ def check_workers(workers: int | None) -> int:
 class _Pool:
     """Workers, each with a cell at a time. A context manager: leaving it ends them."""
 
-    def __init__(self, plan: Plan, output: Path, workers: int, on_update: OnUpdate, first: Worker | None) -> None:
+    def __init__(
+        self, plan: Plan, output: Path, workers: int, on_update: OnUpdate, first: Worker | None
+    ) -> None:
         self._plan, self._output, self._workers, self._on_update = plan, output, workers, on_update
         self._first = first
         self._running: dict[int, Worker] = {}
@@ -229,7 +256,9 @@ class _Pool:
             data_folder = None if settings.data_folder is None else Path(settings.data_folder)
             model_folder = self._plan.models[cell.model].folder
             share = _share(number, self._workers)
-            worker.give(cell, self._output, model_folder, data_folder, share, settings.scores_each_epoch)
+            worker.give(
+                cell, self._output, model_folder, data_folder, share, settings.scores_each_epoch
+            )
             self._on_update(Update(cell, "running", 0.0, ""))
 
     def _hear(self, number: int) -> None:
@@ -262,7 +291,11 @@ class _Pool:
                 text += f" (predicts {record['only_answer']} for every example)"
             self._on_update(Update(cell, "finished", 1.0, text))
         else:
-            self._on_update(Update(cell, "failed", 1.0, read_error(cell, self._output) or "its record is damaged"))
+            self._on_update(
+                Update(
+                    cell, "failed", 1.0, read_error(cell, self._output) or "its record is damaged"
+                )
+            )
 
     def _close(self, number: int) -> None:
         self._selector.unregister(self._running[number])
@@ -289,4 +322,12 @@ class _Log:
             return
         self._ended += 1
         level = logging.ERROR if update.state == "failed" else logging.INFO
-        log.log(level, "%d/%d  %s  %s: %s", self._ended, self._total, update.cell.title, update.state, update.text)
+        log.log(
+            level,
+            "%d/%d  %s  %s: %s",
+            self._ended,
+            self._total,
+            update.cell.title,
+            update.state,
+            update.text,
+        )

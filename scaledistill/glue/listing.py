@@ -15,14 +15,18 @@ from scaledistill.glue.plan import Plan, grid_size
 from scaledistill.metrics.benchmark import Table
 from scaledistill.metrics.stopwatch import measured_matrix_rate
 
-EFFICIENCY = 0.5  # of the matrix rate that fine-tuning reaches, roughly; it only serves until a cell is finished
+# Of the matrix rate that fine-tuning reaches, roughly; it only serves until a cell is finished.
+EFFICIENCY = 0.5
 
 
 def print_list(console: Console, plan: Plan, output: Path, workers: int) -> None:
     """Print the cells by model and task, and an estimate of the time."""
     records = {cell: record for cell in plan.cells if (record := read_record(cell, output))}
     rate, source = _rate(plan, {cell: record["seconds"] for cell, record in records.items()})
-    table = Table("What would run", ["model", "task", "cells", "finished", "failed before", "training rows", "time"])
+    table = Table(
+        "What would run",
+        ["model", "task", "cells", "finished", "failed before", "training rows", "time"],
+    )
     left = 0.0
     for model in plan.models:
         for task, data in plan.tasks.items():
@@ -32,12 +36,19 @@ def print_list(console: Console, plan: Plan, output: Path, workers: int) -> None
             seconds = sum(map(plan.work, waiting)) / rate
             left += seconds
             counts = [str(len(cells)), str(len(cells) - len(waiting)), str(len(failed))]
-            table.rows.append([model, data.task.title, *counts, f"{data.train_rows:,}", duration(seconds)])
+            table.rows.append(
+                [model, data.task.title, *counts, f"{data.train_rows:,}", duration(seconds)]
+            )
     console.print(table.rich())
     count = len(plan.cells) - len(records)
     together = f"{workers} at a time" if workers > 1 else "one at a time"
-    console.print(grid_size(len(plan.models), plan.settings), highlight=False, markup=False, soft_wrap=True)
-    text = f"{count} of {len(plan.cells)} cells to run, {together}: about {duration(left / workers)} {source}"
+    console.print(
+        grid_size(len(plan.models), plan.settings), highlight=False, markup=False, soft_wrap=True
+    )
+    text = (
+        f"{count} of {len(plan.cells)} cells to run, {together}: about {duration(left / workers)} "
+        f"{source}"
+    )
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -57,7 +68,9 @@ def _rate(plan: Plan, seconds: dict[Cell, float]) -> tuple[float, str]:
 
 
 def estimated_seconds(flops: float) -> float:
-    """Return how long fine-tunings with so many FLOPs take on this machine, roughly, one per GPU at a time."""
+    """Return how long fine-tunings with so many FLOPs take on this machine, roughly, one per GPU at
+    a time.
+    """
     return flops / (max(1, torch.cuda.device_count()) * estimated_rate())
 
 

@@ -1,7 +1,7 @@
 """Scores of predictions, × 100, with scikit-learn and scipy; nothing is rescaled.
 
-Enters: predictions and labels of one dev split. Leaves: the split's metrics by name. Answers of SQuAD are scored by
-`squad`.
+Enters: predictions and labels of one dev split. Leaves: the split's metrics by name. Answers of
+SQuAD are scored by `squad`.
 
 Legend: N examples.
 """
@@ -64,14 +64,18 @@ def scores(task: Task, split: str, predictions: np.ndarray, labels: np.ndarray) 
         "pearson": lambda: correlation(pearsonr),
         "spearman": lambda: correlation(spearmanr),
     }
-    if len(task.dev_splits) > 1:  # each has a metric of its own: accuracy_m of dev_matched, accuracy_mm of the other
+    # Each has a metric of its own: accuracy_m of dev_matched, accuracy_mm of the other.
+    if len(task.dev_splits) > 1:
         name = task.metrics[task.dev_splits.index(split)]
         return {name: 100 * float(by_name[name.partition("_")[0]]())}
     return {name: 100 * float(by_name[name]()) for name in task.metrics}
 
 
-def majority_scores(task: Task, split: str, train_labels: Sequence[Any], dev_labels: Sequence[Any]) -> dict[str, float]:
-    """Return the metrics of a model that ignores its input, in percent, by the names in `task.metrics`.
+def majority_scores(
+    task: Task, split: str, train_labels: Sequence[Any], dev_labels: Sequence[Any]
+) -> dict[str, float]:
+    """Return the metrics of a model that ignores its input, in percent, by the names in
+    `task.metrics`.
 
     It predicts the most common class of the training labels for every dev example, the mean value
     in a regression. Correlations are 0 then.

@@ -11,7 +11,8 @@ from typing import Any
 
 from scaledistill.glue.summary import MAJORITY, Summary, column_title
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by all eyes
+# Okabe and Ito: told apart by all eyes.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PUBLISHED_COLOR = "#666666"
 PANELS_PER_ROW = 4
 
@@ -21,7 +22,9 @@ def draw(summary: Summary, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = [column for column in summary.columns if any(column in row.scores for row in summary.rows)]
+    columns = [
+        column for column in summary.columns if any(column in row.scores for row in summary.rows)
+    ]
     if summary.averaged:
         columns.append("average")
     if not columns:
@@ -32,7 +35,9 @@ def draw(summary: Summary, path: Path) -> None:
     names = [f"{row.name} (published)" if row.published else row.name for row in summary.rows]
     left = 0.085 * max(map(len, names))
     figure = Figure(
-        figsize=(left + 2.6 * across, down * (0.75 + 0.34 * len(names)) + 0.5), dpi=130, layout="constrained"
+        figsize=(left + 2.6 * across, down * (0.75 + 0.34 * len(names)) + 0.5),
+        dpi=130,
+        layout="constrained",
     )
     FigureCanvasAgg(figure)
     panels = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
@@ -43,7 +48,10 @@ def draw(summary: Summary, path: Path) -> None:
         panel.set_visible(False)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    text = f"dev score, %: median over the seeds, lines from the lowest to the highest; dashed: {names[0]}"
+    text = (
+        "dev score, %: median over the seeds, lines from the lowest to the highest; dashed: "
+        f"{names[0]}"
+    )
     if summary.majority:
         text += f"; dotted: {MAJORITY}"
     if any(choice.only_answers for choice in summary.choices):

@@ -1,7 +1,7 @@
 """What a grid will do: every model and all data checked, the cells listed, their work estimated.
 
-Enters: models by name, the grid's settings. Leaves: a `Plan`, or one error that lists everything that is wrong, before
-anything runs. Running it is left to `grid`.
+Enters: models by name, the grid's settings. Leaves: a `Plan`, or one error that lists everything
+that is wrong, before anything runs. Running it is left to `grid`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ from scaledistill.glue.read import read_split
 from scaledistill.glue.squad import check_questions, stride_of
 from scaledistill.glue.tasks import Task, find_tasks
 from scaledistill.models.capture import first_position
-from scaledistill.models.teacher import WEIGHT_FILES, check_unused, check_weight_files, read_config, resolve_folder
+from scaledistill.models.teacher import (
+    WEIGHT_FILES,
+    check_unused,
+    check_weight_files,
+    read_config,
+    resolve_folder,
+)
 from scaledistill.models.weights import weight_files
 from scaledistill.storage.files import sha256_of
 
@@ -83,20 +89,33 @@ class Plan:
 
     def work(self, cell: Cell) -> float:
         """Return an estimate of a cell's FLOPs."""
-        return _work(self.tasks[cell.task], self.models[cell.model].encoder_parameters, cell.epochs, self.settings)
+        return _work(
+            self.tasks[cell.task],
+            self.models[cell.model].encoder_parameters,
+            cell.epochs,
+            self.settings,
+        )
 
 
-def _work(data: TaskData, encoder_parameters: int, epochs: int, settings: EvaluationSettings) -> float:
+def _work(
+    data: TaskData, encoder_parameters: int, epochs: int, settings: EvaluationSettings
+) -> float:
     scored = epochs if settings.scores_each_epoch else 1
     return 2 * encoder_parameters * (3 * epochs * data.train_tokens + scored * data.dev_tokens)
 
 
 def grid_size(models: int, settings: EvaluationSettings) -> str:
     """Return how many fine-tunings the settings mean, and which numbers multiply to that."""
-    axes = {"model": models, "task": len(settings.tasks), "learning rate": len(settings.learning_rates)}
+    axes = {
+        "model": models,
+        "task": len(settings.tasks),
+        "learning rate": len(settings.learning_rates),
+    }
     axes |= {"epoch count": len(settings.epochs), "seed": len(settings.seeds)}
     count = math.prod(axes.values())
-    product = " × ".join(f"{number} {name}{'' if number == 1 else 's'}" for name, number in axes.items())
+    product = " × ".join(
+        f"{number} {name}{'' if number == 1 else 's'}" for name, number in axes.items()
+    )
     return f"{count:,} fine-tuning{'' if count == 1 else 's'} ({product})"
 
 
@@ -137,33 +156,43 @@ def make_plan(models: Mapping[str, str], settings: EvaluationSettings) -> Plan:
     return Plan(ready, data, settings, cells)
 
 
-def check_tasks(settings: EvaluationSettings, problems: Problems) -> tuple[list[Task], dict[str, TaskData]]:
-    """Check the settings, and read the data of all tasks; return the tasks, and by name the data that can be used."""
+def check_tasks(
+    settings: EvaluationSettings, problems: Problems
+) -> tuple[list[Task], dict[str, TaskData]]:
+    """Check the settings, and read the data of all tasks; return the tasks, and by name the data
+    that can be used.
+    """
     for setting in ("learning_rates", "epochs", "seeds"):
         values = getattr(settings, setting)
         if repeated := [value for value in values if values.count(value) > 1]:
-            problems.found.append(ConfigError(f"{setting} has {repeated[0]:g} more than once; name it once"))
+            problems.found.append(
+                ConfigError(f"{setting} has {repeated[0]:g} more than once; name it once")
+            )
     problems.attempt(check_installed)
     tasks = problems.attempt(find_tasks, settings.tasks) or []
     found = [problems.attempt(check_data, task, settings) for task in tasks]
     return tasks, {data.task.name: data for data in found if data}
 
 
-def check_lengths(what: str, limit: int | None, data: Iterable[TaskData], problems: Problems) -> None:
+def check_lengths(
+    what: str, limit: int | None, data: Iterable[TaskData], problems: Problems
+) -> None:
     """Check that a model with so many positions takes what the tasks give it."""
     for each in data:
         length = each.conditions.max_length
         if limit is not None and length > limit:
             problems.found.append(
                 ConfigError(
-                    f"max_length={length} ({each.task.title}) is more than the {limit} positions of {what}; set "
-                    f"max_length to {limit} or less, the same for all models"
+                    f"max_length={length} ({each.task.title}) is more than the {limit} positions "
+                    f"of {what}; set max_length to {limit} or less, the same for all models"
                 )
             )
 
 
 def check_room(what: str, folder: Path, data: Iterable[TaskData], problems: Problems) -> None:
-    """Check that the lengths leave room for text beside the tokens that a model's tokenizer adds."""
+    """Check that the lengths leave room for text beside the tokens that a model's tokenizer
+    adds.
+    """
     tokenizer = problems.attempt(load_tokenizer, folder)
     if tokenizer is None:
         return
@@ -177,9 +206,9 @@ def check_room(what: str, folder: Path, data: Iterable[TaskData], problems: Prob
         if length < added + texts:
             problems.found.append(
                 ConfigError(
-                    f"max_length={length} ({title}) leaves no room for text: the tokenizer of {what} adds {added} "
-                    f"tokens to {'a pair' if texts == 2 else 'a sentence'}; set max_length to {added + texts} or more "
-                    "(128 is usual)"
+                    f"max_length={length} ({title}) leaves no room for text: the tokenizer of "
+                    f"{what} adds {added} tokens to {'a pair' if texts == 2 else 'a sentence'}; "
+                    f"set max_length to {added + texts} or more (128 is usual)"
                 )
             )
 
@@ -191,7 +220,9 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
         ConfigError, DataError: one of them is missing or cannot be used for the tasks.
     """
     if not MODEL_NAME.fullmatch(name):
-        raise ConfigError(f"model name {name!r}: expected letters, digits, '.', '-' and '_'; it names a folder")
+        raise ConfigError(
+            f"model name {name!r}: expected letters, digits, '.', '-' and '_'; it names a folder"
+        )
     setting = f"model {name}"
     if hint := _model_inside(Path(path)):
         raise DataError(f"{setting}={path!r} {hint}")
@@ -199,12 +230,14 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
     config = read_config(folder, f"{setting}={path!r}")
     for task in tasks:
         mapping = (
-            MODEL_FOR_QUESTION_ANSWERING_MAPPING if task.kind == "span" else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+            MODEL_FOR_QUESTION_ANSWERING_MAPPING
+            if task.kind == "span"
+            else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
         )
         if type(config) not in mapping:
             raise ConfigError(
-                f"{setting}={path!r}: transformers has no model of type {config.model_type!r} for {task.title}; leave "
-                "the task or the model out"
+                f"{setting}={path!r}: transformers has no model of type {config.model_type!r} for "
+                f"{task.title}; leave the task or the model out"
             )
     check_weight_files(folder, f"{setting}={path!r}")
     check_unused(folder, config, f"{setting}={path!r}")
@@ -216,8 +249,14 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
                 for key in stored.keys():  # noqa: SIM118 - not a dictionary
                     sizes[key] = math.prod(stored.get_slice(key).get_shape())
         except (SafetensorError, OSError) as error:
-            raise DataError(f"{setting}={path!r}: {file} cannot be read ({error}); fetch the model again") from error
-    files = ["config.json", *weight_files(folder), *(file for file in TOKENIZER_FILES if (folder / file).is_file())]
+            raise DataError(
+                f"{setting}={path!r}: {file} cannot be read ({error}); fetch the model again"
+            ) from error
+    files = [
+        "config.json",
+        *weight_files(folder),
+        *(file for file in TOKENIZER_FILES if (folder / file).is_file()),
+    ]
     return Model(
         name=name,
         path=path,
@@ -230,7 +269,9 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
 
 
 def _model_inside(path: Path) -> str | None:
-    """Return what to name in place of a run folder, a file or another path that is near a model; None if it is one."""
+    """Return what to name in place of a run folder, a file or another path that is near a model;
+    None if it is one.
+    """
     if path.is_file():
         return f"is a file; give its folder, {path.parent}"
     if not path.is_dir() or (path / "config.json").is_file():
@@ -239,10 +280,19 @@ def _model_inside(path: Path) -> str | None:
     for parent in (path, path / "export", *(run / "export" for run in runs)):
         exports = sorted(found.parent for found in parent.glob("*/config.json"))
         if exports:
-            what = "holds models" if parent == path else "is a run's folder" if parent.parent == path else "is in a run"
+            what = (
+                "holds models"
+                if parent == path
+                else "is a run's folder"
+                if parent.parent == path
+                else "is in a run"
+            )
             return f"{what}, not a model's folder; give {' or '.join(map(str, exports))}"
     if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
-        return "is the folder of a run that has exported no model yet; finish it, then give its export/<student>"
+        return (
+            "is the folder of a run that has exported no model yet; finish it, then give its "
+            "export/<student>"
+        )
     return None
 
 
@@ -282,34 +332,41 @@ def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
     return TaskData(task, conditions, used, questions, train_tokens, dev_tokens)
 
 
-def _check_tokenizer(folder: Path, config: PreTrainedConfig, model: str, tasks: Sequence[Task]) -> None:
+def _check_tokenizer(
+    folder: Path, config: PreTrainedConfig, model: str, tasks: Sequence[Task]
+) -> None:
     # transformers makes an empty tokenizer where it finds no files of one.
     if not has_vocabulary_file(folder):
         raise DataError(
-            f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json there from the model that it "
-            "was made from"
+            f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json there from "
+            "the model that it was made from"
         )
     try:
         tokenizer = load_tokenizer(folder)
     except DataError as error:
         raise DataError(f"{model}: {error}") from error
     if tokenizer.pad_token is None:
-        raise DataError(f"{model}: its tokenizer has no padding token; set pad_token in tokenizer_config.json")
-    if tokenizer.cls_token is None and (spans := [task.title for task in tasks if task.kind == "span"]):
         raise DataError(
-            f"{model}: its tokenizer has no cls_token, which stands for no answer in {spans[0]}; set cls_token in "
-            "tokenizer_config.json, or leave the task out"
+            f"{model}: its tokenizer has no padding token; set pad_token in tokenizer_config.json"
+        )
+    if tokenizer.cls_token is None and (
+        spans := [task.title for task in tasks if task.kind == "span"]
+    ):
+        raise DataError(
+            f"{model}: its tokenizer has no cls_token, which stands for no answer in {spans[0]}; "
+            "set cls_token in tokenizer_config.json, or leave the task out"
         )
     if len(tokenizer) > config.vocab_size:
         raise DataError(
-            f"{model}: its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; they do not belong "
-            "together: copy the tokenizer from the model that it was made from"
+            f"{model}: its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; "
+            "they do not belong together: copy the tokenizer from the model that it was made from"
         )
 
 
 def positions(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a sequence may have; None where there is no table of positions."""
     limit = getattr(config, "max_position_embeddings", None)
-    with contextlib.suppress(ConfigError):  # an architecture that is never distilled: its table counts from 0
+    # An architecture that is never distilled: its table counts from 0.
+    with contextlib.suppress(ConfigError):
         return limit and int(limit) - first_position(config)
     return limit

@@ -1,8 +1,9 @@
-"""A score that needs no fine-tuning: how well a model's sentence vectors rank the dev pairs of STS-B.
+"""A score that needs no fine-tuning: how well a model's sentence vectors rank the dev pairs of
+STS-B.
 
-Enters: an encoder, its tokenizer, the pairs. Leaves: Spearman's correlation of the labels with the cosine of the mean
-hidden states. A student tapped at its last block never trains what lies above that block's query, key and value, so
-the output of the block below is scored as well.
+Enters: an encoder, its tokenizer, the pairs. Leaves: Spearman's correlation of the labels with the
+cosine of the mean hidden states. A student tapped at its last block never trains what lies above
+that block's query, key and value, so the output of the block below is scored as well.
 
 Legend: B sentences of a batch, T tokens, D width.
 """
@@ -39,7 +40,8 @@ def probe_models(models: Mapping[str, str], data_folder: Path | None) -> Report:
         data_folder: as `read_split` takes it.
 
     Raises:
-        ConfigError, DataError: models or data cannot be used; with every problem found, a line each.
+        ConfigError, DataError: models or data cannot be used; with every problem found, a line
+            each.
     """
     problems = Problems()
     found = [problems.attempt(check_model, name, path, []) for name, path in models.items()]
@@ -62,21 +64,29 @@ def probe_models(models: Mapping[str, str], data_folder: Path | None) -> Report:
             report.figures[-1]["n"] = probe.num_pairs
         cells = [f"{value:.3f}" for value in scores.values()]
         seconds = f"{time.perf_counter() - start:.1f}"
-        table.rows.append([model.name, f"{model.parameters / 1e6:.1f} M", str(probe.num_pairs), *cells, seconds])
+        table.rows.append(
+            [model.name, f"{model.parameters / 1e6:.1f} M", str(probe.num_pairs), *cells, seconds]
+        )
     return report
 
 
 class SimilarityProbe:
-    """The sentences of STS-B's dev split as one tokenizer reads them, and the score of their pairs."""
+    """The sentences of STS-B's dev split as one tokenizer reads them, and the score of their
+    pairs.
+    """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, data_folder: Path | None, positions: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        data_folder: Path | None,
+        positions: int | None = None,
     ) -> None:
         """Read and tokenise the pairs.
 
         Args:
             data_folder: as `read_split` takes it.
-            positions: of the model, where there is a limit; a sentence is cut there, or at 128 tokens.
+            positions: of the model, where there is a limit; a sentence is cut there, or at 128
+                tokens.
 
         Raises:
             DataError: see `read_split`.
@@ -91,7 +101,9 @@ class SimilarityProbe:
         self._pairs = torch.tensor([[place[sentence] for sentence in pair] for pair in pairs.texts])
         self._batches = [
             tokenizer(
-                sentences[first : first + BATCH], truncation=True, max_length=min(MAX_LENGTH, positions or MAX_LENGTH)
+                sentences[first : first + BATCH],
+                truncation=True,
+                max_length=min(MAX_LENGTH, positions or MAX_LENGTH),
             )
             for first in range(0, len(sentences), BATCH)
         ]
@@ -99,7 +111,8 @@ class SimilarityProbe:
 
     @torch.no_grad()
     def score(self, encoder: PreTrainedModel) -> dict[str, float]:
-        """Return the correlations by the metric's name; NaN where all of a layer's cosines are equal or not finite.
+        """Return the correlations by the metric's name; NaN where all of a layer's cosines are
+        equal or not finite.
 
         Args:
             encoder: in eval mode, on any device, its embeddings those of the tokenizer.
@@ -111,7 +124,9 @@ class SimilarityProbe:
         for batch in self._batches:
             inputs = self._tokenizer.pad(batch, return_tensors="pt").to(device)
             ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
-            layers = encoder(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True).hidden_states
+            layers = encoder(
+                input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True
+            ).hidden_states
             for name, layer in METRICS.items():
                 vectors[name].append(_mean(layers[layer], mask_BT).double().cpu())
         found: dict[str, float] = {}
@@ -119,7 +134,9 @@ class SimilarityProbe:
             left, right = torch.cat(parts)[self._pairs].unbind(1)
             cosines = torch.cosine_similarity(left, right)
             finite = bool(cosines.isfinite().all()) and bool((cosines != cosines[0]).any())
-            found[name] = float(spearmanr(self._labels, cosines).statistic) if finite else float("nan")
+            found[name] = (
+                float(spearmanr(self._labels, cosines).statistic) if finite else float("nan")
+            )
         return found
 
 

@@ -1,7 +1,9 @@
-"""Published scores on the dev sets, to stand beside ours. Only figures that were published as they stand here.
+"""Published scores on the dev sets, to stand beside ours. Only figures that were published as they
+stand here.
 
-Sources: the README of MiniLM in microsoft/unilm; bertdistiller's README, whose CoLA figure (MCC + 1) × 50 = 70.04 is
-given here as MCC × 100. Other hyper-parameters, seeds and selection than ours: compare with care.
+Sources: the README of MiniLM in microsoft/unilm; bertdistiller's README, whose CoLA figure (MCC +
+1) × 50 = 70.04 is given here as MCC × 100. Other hyper-parameters, seeds and selection than ours:
+compare with care.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ class Published:
 
 def _unilm(name: str, millions: int, mnli: float, squad: float, **others: float) -> Published:
     named = {key.replace("__", "/"): value for key, value in others.items()}
-    return Published(name, "unilm", millions * 10**6, {"mnli/accuracy_m": mnli, "squad2/f1": squad, **named})
+    return Published(
+        name, "unilm", millions * 10**6, {"mnli/accuracy_m": mnli, "squad2/f1": squad, **named}
+    )
 
 
 PUBLISHED: tuple[Published, ...] = (

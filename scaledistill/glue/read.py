@@ -1,7 +1,8 @@
-"""Read a task's examples, from the original files or from the hub's data set: the same rows and label ids from both.
+"""Read a task's examples, from the original files or from the hub's data set: the same rows and
+label ids from both.
 
-Enters: a task, a split, a folder or none. Leaves: `Examples`, every row whole and checked. Quotes in the original TSV
-files mean nothing: a row is what stands between two line feeds.
+Enters: a task, a split, a folder or none. Leaves: `Examples`, every row whole and checked. Quotes
+in the original TSV files mean nothing: a row is what stands between two line feeds.
 """
 
 from __future__ import annotations
@@ -51,18 +52,21 @@ def read_split(task: Task, split: str, data_folder: Path | None) -> Examples:
     """Read a split whole: "train" or one of `task.dev_splits`.
 
     Args:
-        data_folder: has a folder for each task, named as in the original download; None: from the hub.
+        data_folder: has a folder for each task, named as in the original download; None: from the
+            hub.
 
     Raises:
-        DataError: a file is missing or damaged, a row has the wrong number of columns or an unknown label, there are no
-            rows, or the hub cannot be reached. The message names file and line.
+        DataError: a file is missing or damaged, a row has the wrong number of columns or an unknown
+            label, there are no rows, or the hub cannot be reached. The message names file and line.
     """
     if data_folder is None:
         ids, texts, labels = _read_hub(task, split)
         where = f"{HUB_SQUAD if task.kind == 'span' else HUB_GLUE}, {task.title}, {split}"
     else:
         path = _find(task, split, data_folder)
-        ids, texts, labels = (_parse_squad if task.kind == "span" else _parse_tsv)(task, path, _text_of(path))
+        ids, texts, labels = (_parse_squad if task.kind == "span" else _parse_tsv)(
+            task, path, _text_of(path)
+        )
         where = str(path)
     if not labels:
         raise DataError(f"{where} has no examples; fetch {task.title} again")
@@ -82,12 +86,21 @@ def _find(task: Task, split: str, data_folder: Path) -> Path:
         if data_folder.is_file():
             meant = f"; for {task.title} that is {data_folder.absolute().parent.parent}"
         raise DataError(
-            f"data_folder={str(data_folder)!r} is not a folder; give the one that has a folder for each task{meant}"
+            f"data_folder={str(data_folder)!r} is not a folder; give the one that has a folder for "
+            f"each task{meant}"
         )
     if hint := _nearby(task, split, data_folder):
         raise DataError(f"data_folder={str(data_folder)!r} {hint}")
-    wanted = {_plain(task.name), _plain(task.title), *(["squad", "squadv2"] if task.kind == "span" else [])}
-    folders = [path for path in sorted(data_folder.iterdir()) if path.is_dir() and _plain(path.name) in wanted]
+    wanted = {
+        _plain(task.name),
+        _plain(task.title),
+        *(["squad", "squadv2"] if task.kind == "span" else []),
+    }
+    folders = [
+        path
+        for path in sorted(data_folder.iterdir())
+        if path.is_dir() and _plain(path.name) in wanted
+    ]
     names = [f"{split}-v2.0.json" if task.kind == "span" else f"{split}.tsv"]
     if task.kind == "span":
         folders.append(data_folder)
@@ -96,18 +109,24 @@ def _find(task: Task, split: str, data_folder: Path) -> Path:
             if path.is_file():
                 return path
     if not folders:
-        there = ", ".join(sorted(path.name for path in data_folder.iterdir() if path.is_dir())) or "none"
+        there = (
+            ", ".join(sorted(path.name for path in data_folder.iterdir() if path.is_dir()))
+            or "none"
+        )
         raise DataError(
-            f"{data_folder} has no folder for {task.title} (found: {there}); put the original files into "
-            f"{data_folder / task.title}, or leave the task out"
+            f"{data_folder} has no folder for {task.title} (found: {there}); put the original "
+            f"files into {data_folder / task.title}, or leave the task out"
         )
     raise DataError(
-        f"{folders[0]} has neither {names[0]} nor {names[0]}.gz; fetch {task.title} again, or leave the task out"
+        f"{folders[0]} has neither {names[0]} nor {names[0]}.gz; fetch {task.title} again, or "
+        "leave the task out"
     )
 
 
 def _nearby(task: Task, split: str, data_folder: Path) -> str | None:
-    """Return what to give in place of a task's own folder, or of one that has the tasks one level deeper."""
+    """Return what to give in place of a task's own folder, or of one that has the tasks one level
+    deeper.
+    """
     if task.kind == "span":
         return None
 
@@ -145,12 +164,14 @@ def _parse_tsv(task: Task, path: Path, text: str) -> Rows:
     if lines[-1] == "":
         lines.pop()
     first = 1 if task.header else 2
-    header = list(task.header) or lines.pop(0).rstrip("\r").split("\t") if lines else list(task.header)
+    header = (
+        list(task.header) or lines.pop(0).rstrip("\r").split("\t") if lines else list(task.header)
+    )
     wanted = (*task.columns, task.label_column)
     if lines and (missing := [name for name in wanted if name not in header]):
         raise DataError(
-            f"{path}:1: no column {missing[0]!r} in the header ({', '.join(header)}); expected the original file of "
-            f"{task.title} with its labels"
+            f"{path}:1: no column {missing[0]!r} in the header ({', '.join(header)}); expected the "
+            f"original file of {task.title} with its labels"
         )
     *columns, label_column = map(header.index, wanted) if lines else [0] * len(wanted)
     id_column = next((header.index(name) for name in ("index", "id") if name in header), None)
@@ -165,14 +186,19 @@ def _parse_tsv(task: Task, path: Path, text: str) -> Rows:
             continue
         if len(cells) != len(header):
             raise DataError(
-                f"{path}:{number}: found {len(cells)} columns, expected {len(header)} ({', '.join(header)}); fetch the "
-                "original file again: it has tabs between columns and quotes mean nothing in it"
+                f"{path}:{number}: found {len(cells)} columns, expected {len(header)} "
+                f"({', '.join(header)}); fetch the original file again: it has tabs between "
+                "columns and quotes mean nothing in it"
             )
         ids.append(str(number - first) if id_column is None else cells[id_column])
         texts.append(tuple(cells[column] for column in columns))
         labels.append(label_of(cells[label_column], f"{path}:{number}"))
     if short:
-        log.warning("%s: %s with too few columns left out, as the official reader does", path, counted(short, "row"))
+        log.warning(
+            "%s: %s with too few columns left out, as the official reader does",
+            path,
+            counted(short, "row"),
+        )
     return rows
 
 
@@ -182,7 +208,9 @@ def _label_reader(task: Task) -> Callable[[str, str], Any]:
 
     def class_id(text: str, where: str) -> int:
         if text not in by_text:
-            raise DataError(f"{where}: label {text!r}, expected {' or '.join(by_text)}; {_LABEL_REMEDY}")
+            raise DataError(
+                f"{where}: label {text!r}, expected {' or '.join(by_text)}; {_LABEL_REMEDY}"
+            )
         return by_text[text]
 
     def score(text: str, where: str) -> float:
@@ -200,7 +228,10 @@ _LABEL_REMEDY = "use the original train and dev files, which have labels (test f
 
 def _checked_score(value: float, found: object, where: str) -> float:
     if not 0 <= value <= LARGEST_SCORE:
-        raise DataError(f"{where}: score {found!r}, expected a number from 0 to {LARGEST_SCORE:g}; {_LABEL_REMEDY}")
+        raise DataError(
+            f"{where}: score {found!r}, expected a number from 0 to {LARGEST_SCORE:g}; "
+            f"{_LABEL_REMEDY}"
+        )
     return value
 
 
@@ -215,10 +246,13 @@ def _parse_squad(task: Task, path: Path, text: str) -> Rows:
                     texts.append((str(question["question"]), str(paragraph["context"])))
                     found = [] if question["is_impossible"] else question["answers"]
                     pairs = [(str(answer["text"]), int(answer["answer_start"])) for answer in found]
-                    labels.append(_answers(pairs, paragraph["context"], f"{path}, question {question['id']}"))
+                    labels.append(
+                        _answers(pairs, paragraph["context"], f"{path}, question {question['id']}")
+                    )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{path} is not the original file of {task.title} ({type(error).__name__}: {error}); fetch it again"
+            f"{path} is not the original file of {task.title} ({type(error).__name__}: {error}); "
+            "fetch it again"
         ) from error
     return rows
 
@@ -227,7 +261,8 @@ def _answers(pairs: Sequence[tuple[str, int]], context: str, where: str) -> Answ
     for text, start in pairs:
         if context[start : start + len(text)] != text:
             raise DataError(
-                f"{where}: answer {text!r} does not stand at character {start} of its context; fetch it again"
+                f"{where}: answer {text!r} does not stand at character {start} of its context; "
+                "fetch it again"
             )
     return Answers(tuple(text for text, _ in pairs), tuple(start for _, start in pairs))
 
@@ -243,8 +278,8 @@ def _read_hub(task: Task, split: str) -> Rows:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{name} ({task.title}, {hub_split}) cannot be had from the hub ({reason}); where there is no network, "
-            "give a folder with the original files as data_folder"
+            f"{name} ({task.title}, {hub_split}) cannot be had from the hub ({reason}); where "
+            "there is no network, give a folder with the original files as data_folder"
         ) from error
     where = f"{name}, {task.title}, {hub_split}"
     rows: Rows = ([], [], [])
@@ -258,9 +293,14 @@ def _read_hub(task: Task, split: str) -> Rows:
         return rows
     names = getattr(data.features["label"], "names", None)
     if task.kind == "classification" and names is not None and tuple(names) != task.labels:
-        raise DataError(f"{where}: its classes are {', '.join(names)}, expected {', '.join(task.labels)} in this order")
+        raise DataError(
+            f"{where}: its classes are {', '.join(names)}, expected {', '.join(task.labels)} in "
+            "this order"
+        )
     texts.extend(zip(*(data[column] for column in task.hub_columns), strict=True))
-    labels.extend(_hub_label(task, label, f"{where}, row {row}") for row, label in enumerate(data["label"]))
+    labels.extend(
+        _hub_label(task, label, f"{where}, row {row}") for row, label in enumerate(data["label"])
+    )
     ids.extend(map(str, range(len(labels))))
     return rows
 
@@ -269,5 +309,7 @@ def _hub_label(task: Task, label: Any, where: str) -> int | float:
     if task.kind == "regression":
         return _checked_score(float(label), label, where)
     if label not in range(len(task.labels)):
-        raise DataError(f"{where}: label {label!r}, expected 0 to {len(task.labels) - 1}; {_LABEL_REMEDY}")
+        raise DataError(
+            f"{where}: label {label!r}, expected 0 to {len(task.labels) - 1}; {_LABEL_REMEDY}"
+        )
     return int(label)

@@ -1,7 +1,9 @@
-"""How fast models are on this machine: latency of a batch of 1 and of 32, sequences per second, and the sizes.
+"""How fast models are on this machine: latency of a batch of 1 and of 32, sequences per second, and
+the sizes.
 
-Enters: model folders. Leaves: a table, and `speed.json` with the figures. Measured are encoders as they are fine-tuned,
-without a head, on sequences without padding; random token ids, since their values cost nothing.
+Enters: model folders. Leaves: a table, and `speed.json` with the figures. Measured are encoders as
+they are fine-tuned, without a head, on sequences without padding; random token ids, since their
+values cost nothing.
 """
 
 from __future__ import annotations
@@ -33,29 +35,41 @@ def check_positions(plan: Plan) -> None:
     for model in plan.models.values():
         if model.positions is not None and model.positions < TOKENS:
             raise ConfigError(
-                f"the speed is measured on {TOKENS} tokens, more than the {model.positions} positions of model "
-                f"{model.name}; leave the model or --speed out"
+                f"the speed is measured on {TOKENS} tokens, more than the {model.positions} "
+                f"positions of model {model.name}; leave the model or --speed out"
             )
 
 
 def measure_speed(folders: Mapping[str, Path], output: Path) -> Report:
-    """Measure the models side by side, in interleaved rounds; write `speed.json` into `output` and return the report.
+    """Measure the models side by side, in interleaved rounds; write `speed.json` into `output` and
+    return the report.
 
     Args:
         folders: by the model's name; the others are compared with the first.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    dtype = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    dtype = (
+        torch.bfloat16
+        if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float32
+    )
     models = {name: _encoder(folder, device, dtype) for name, folder in folders.items()}
     report = Report()
     precision = str(dtype).removeprefix("torch.")
-    where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    heads = [f"{what}, batch {batch}" for batch in BATCHES for what in ("ms", "sequences/s", "faster")]
-    table = report.table(
-        f"Speed of the encoders, {TOKENS} tokens, {precision}, {where}: medians", ["model", "parameters", *heads]
+    where = (
+        torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     )
-    sizes = {name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()}
+    heads = [
+        f"{what}, batch {batch}" for batch in BATCHES for what in ("ms", "sequences/s", "faster")
+    ]
+    table = report.table(
+        f"Speed of the encoders, {TOKENS} tokens, {precision}, {where}: medians",
+        ["model", "parameters", *heads],
+    )
+    sizes = {
+        name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()
+    }
     lines = {name: [name, f"{size / 1e6:.1f} M"] for name, size in sizes.items()}
     for name, size in sizes.items():
         report.add(f"{name}/parameters", size, "parameters")
@@ -66,16 +80,27 @@ def measure_speed(folders: Mapping[str, Path], output: Path) -> Report:
             run()
         seconds = in_turn(runs, rounds=ROUNDS, max_seconds=MAX_SECONDS, title=f"batch {batch}")
         for name, taken in seconds.items():
-            latency = report.add(f"{name}/latency/batch-{batch}", [1000 * one for one in taken], "ms")
-            rate = report.add(f"{name}/throughput/batch-{batch}", [batch / one for one in taken], "sequences/s")
+            latency = report.add(
+                f"{name}/latency/batch-{batch}", [1000 * one for one in taken], "ms"
+            )
+            rate = report.add(
+                f"{name}/throughput/batch-{batch}", [batch / one for one in taken], "sequences/s"
+            )
             faster = report.add(f"{name}/speedup/batch-{batch}", ratios(seconds[first], taken), "×")
-            lines[name] += [f"{latency:.1f}", f"{rate:.1f}", "1" if name == first else f"{faster:.2f}×"]
+            lines[name] += [
+                f"{latency:.1f}",
+                f"{rate:.1f}",
+                "1" if name == first else f"{faster:.2f}×",
+            ]
     table.rows.extend(lines.values())
     output.mkdir(parents=True, exist_ok=True)
     facts = machine_facts(where if on_gpu else None)
     (output / "speed.json").write_text(json.dumps(report.figures, indent=1) + "\n")
     (output / "speed.md").write_text(
-        "\n\n".join([table.markdown(), "\n".join(f"- {name}: {fact}" for name, fact in facts.items())]) + "\n"
+        "\n\n".join(
+            [table.markdown(), "\n".join(f"- {name}: {fact}" for name, fact in facts.items())]
+        )
+        + "\n"
     )
     return report
 
@@ -91,9 +116,13 @@ def _encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrain
 
 
 def _run(model: PreTrainedModel, batch: int, device: torch.device) -> Callable[[], float]:
-    """Return what runs the model on a batch, several times if that is quick, and returns the seconds of one."""
+    """Return what runs the model on a batch, several times if that is quick, and returns the
+    seconds of one.
+    """
     generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(0, model.config.vocab_size, (batch, TOKENS), generator=generator).to(device)
+    ids_BT = torch.randint(0, model.config.vocab_size, (batch, TOKENS), generator=generator).to(
+        device
+    )
     mask_BT = torch.ones_like(ids_BT)
 
     @torch.inference_mode()

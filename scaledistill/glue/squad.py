@@ -1,7 +1,9 @@
-"""SQuAD 2.0: features that a model reads, answers from its outputs, and the official scores of those.
+"""SQuAD 2.0: features that a model reads, answers from its outputs, and the official scores of
+those.
 
-Enters: `Examples` of the task and a fast tokenizer. Leaves: features for training and prediction, answers, scores. A
-context that is longer than a feature is cut into overlapping ones. Reading the files is left to `read`.
+Enters: `Examples` of the task and a fast tokenizer. Leaves: features for training and prediction,
+answers, scores. A context that is longer than a feature is cut into overlapping ones. Reading the
+files is left to `read`.
 
 Legend: N features, T tokens of one of them.
 """
@@ -45,7 +47,9 @@ def stride_of(max_length: int) -> int:
     return min(STRIDE, max_length // 3)
 
 
-def check_questions(tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], max_length: int) -> None:
+def check_questions(
+    tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], max_length: int
+) -> None:
     """Check that each question leaves room for its context.
 
     Raises:
@@ -55,8 +59,8 @@ def check_questions(tokenizer: PreTrainedTokenizerFast, questions: Sequence[str]
     fixed = max(map(len, ids), default=0) + tokenizer.num_special_tokens_to_add(pair=True) + 1
     if fixed + stride_of(max_length) > max_length:
         raise DataError(
-            f"max_length={max_length} leaves too little room beside the longest question of SQuAD 2.0; set max_length "
-            f"to {min(fixed + STRIDE, math.ceil(1.5 * fixed))} or more"
+            f"max_length={max_length} leaves too little room beside the longest question of SQuAD "
+            f"2.0; set max_length to {min(fixed + STRIDE, math.ceil(1.5 * fixed))} or more"
         )
 
 
@@ -85,14 +89,22 @@ def make_features(
         for number, ids in enumerate(encoded["input_ids"]):
             inside = [side == 1 for side in encoded.sequence_ids(number)]
             spans = zip(inside, encoded["offset_mapping"][number], strict=True)
-            origins.append(Origin(row, ids.index(tokenizer.cls_token_id), [span if of else None for of, span in spans]))
+            origins.append(
+                Origin(
+                    row,
+                    ids.index(tokenizer.cls_token_id),
+                    [span if of else None for of, span in spans],
+                )
+            )
             names = [name for name in tokenizer.model_input_names if name in encoded]
             features.append({name: encoded[name][number] for name in names})
     return features, origins
 
 
 def add_positions(features: Features, origins: Sequence[Origin], examples: Examples) -> None:
-    """Add `start_positions` and `end_positions`: the first answer's tokens, or [CLS] where it is not in a feature."""
+    """Add `start_positions` and `end_positions`: the first answer's tokens, or [CLS] where it is
+    not in a feature.
+    """
     for feature, origin in zip(features, origins, strict=True):
         start, end = _tokens_of(examples.labels[origin.row], origin)
         feature |= {"start_positions": start, "end_positions": end}
@@ -101,15 +113,24 @@ def add_positions(features: Features, origins: Sequence[Origin], examples: Examp
 def _tokens_of(answers: Answers, origin: Origin) -> tuple[int, int]:
     if answers.texts:
         first, last = answers.starts[0], answers.starts[0] + len(answers.texts[0]) - 1
-        starts = [token for token, span in enumerate(origin.spans_T) if span and span[0] <= first < span[1]]
-        ends = [token for token, span in enumerate(origin.spans_T) if span and span[0] <= last < span[1]]
+        starts = [
+            token
+            for token, span in enumerate(origin.spans_T)
+            if span and span[0] <= first < span[1]
+        ]
+        ends = [
+            token for token, span in enumerate(origin.spans_T) if span and span[0] <= last < span[1]
+        ]
         if starts and ends:
             return starts[0], ends[-1]
     return origin.null, origin.null
 
 
-def best_answers(origins: Sequence[Origin], logits: Sequence[np.ndarray], examples: Examples) -> list[str]:
-    """Return each example's answer: the best span of its features, "" where [CLS] scores at least as high.
+def best_answers(
+    origins: Sequence[Origin], logits: Sequence[np.ndarray], examples: Examples
+) -> list[str]:
+    """Return each example's answer: the best span of its features, "" where [CLS] scores at least
+    as high.
 
     Args:
         logits: of each feature, [2, T]: start and end.
@@ -125,7 +146,9 @@ def best_answers(origins: Sequence[Origin], logits: Sequence[np.ndarray], exampl
     return [text if score > null[row] else "" for row, (score, text) in enumerate(best)]
 
 
-def _spans(origin: Origin, start_T: np.ndarray, end_T: np.ndarray) -> Iterator[tuple[float, int, int]]:
+def _spans(
+    origin: Origin, start_T: np.ndarray, end_T: np.ndarray
+) -> Iterator[tuple[float, int, int]]:
     """Return the score of each span that may be an answer, with its characters."""
     for start in np.argsort(-start_T)[:MOST_CANDIDATES].tolist():
         for end in np.argsort(-end_T)[:MOST_CANDIDATES].tolist():
@@ -135,7 +158,9 @@ def _spans(origin: Origin, start_T: np.ndarray, end_T: np.ndarray) -> Iterator[t
 
 
 def squad_scores(found: Sequence[str], examples: Examples) -> dict[str, float]:
-    """Return "f1" and "exact" in percent, over all questions, as the official script computes them."""
+    """Return "f1" and "exact" in percent, over all questions, as the official script computes
+    them.
+    """
     f1, exact = [], []
     for text, answers in zip(found, examples.labels, strict=True):
         golden = [answer for answer in map(_words, answers.texts) if answer] or [[]]

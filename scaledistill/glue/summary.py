@@ -1,10 +1,12 @@
 """What a folder of cells says: the best hyper-parameters per model and task, and their scores.
 
-Enters: an output folder of `grid`. Leaves: a `Summary`, and its tables as Markdown, CSV, JSON and, by `picture`, PNG.
+Enters: an output folder of `grid`. Leaves: a `Summary`, and its tables as Markdown, CSV, JSON and,
+by `picture`, PNG.
 
-Of a model and a task those hyper-parameters are taken whose first metric on the dev set has the highest median over the
-seeds; at a tie the lower learning rate, then fewer epochs. As long as some have been tried with all seeds, those that
-have not (cells missing or failed) are not taken. A score is that after the last epoch. Nothing is rescaled.
+Of a model and a task those hyper-parameters are taken whose first metric on the dev set has the
+highest median over the seeds; at a tie the lower learning rate, then fewer epochs. As long as some
+have been tried with all seeds, those that have not (cells missing or failed) are not taken. A score
+is that after the last epoch. Nothing is rescaled.
 """
 
 from __future__ import annotations
@@ -108,10 +110,19 @@ class Summary:
         found = []
         for row in self._ours():
             for column, score in row.scores.items():
-                found.append({"name": f"{row.name}/{column}", "value": score.median, "unit": "%", "n": score.n})
+                found.append(
+                    {
+                        "name": f"{row.name}/{column}",
+                        "value": score.median,
+                        "unit": "%",
+                        "n": score.n,
+                    }
+                )
             if row.average is not None:
                 n = len(self.averaged)
-                found.append({"name": f"{row.name}/average", "value": row.average, "unit": "%", "n": n})
+                found.append(
+                    {"name": f"{row.name}/average", "value": row.average, "unit": "%", "n": n}
+                )
         for choice in self.choices:
             if count := len(choice.only_answers):
                 name = f"{choice.model}/{choice.task}/one answer only"
@@ -124,24 +135,38 @@ class Summary:
         """Return the scores, and the hyper-parameters where there was a choice."""
         seeds = {choice.planned for choice in self.choices}
         title = "Dev scores, %: median over the seeds ± half the range"
-        head = ["model", "parameters", *map(column_title, self.columns), *(["average"] if self.averaged else [])]
+        head = [
+            "model",
+            "parameters",
+            *map(column_title, self.columns),
+            *(["average"] if self.averaged else []),
+        ]
         scores = Table(title + (f", n = {min(seeds)}" if len(seeds) == 1 else ""), head)
         chosen = {(choice.model, choice.task): choice for choice in self.choices}
         for row in [*self._ours(), *self._majority_rows(), *self._published()]:
             cells = [
-                self._text(row, column, chosen.get((row.name, column.partition("/")[0]))) for column in self.columns
+                self._text(row, column, chosen.get((row.name, column.partition("/")[0])))
+                for column in self.columns
             ]
-            average = [("–" if row.average is None else f"{row.average:.1f}")] if self.averaged else []
+            average = (
+                [("–" if row.average is None else f"{row.average:.1f}")] if self.averaged else []
+            )
             name = f"{row.name} (published)" if row.published not in (None, BASELINE) else row.name
             size = "" if row.parameters is None else f"{row.parameters / 1e6:.1f} M"
             scores.rows.append([name, size, *cells, *average])
         if all(choice.tried == 1 for choice in self.choices):
             return [scores]
         tasks = list(dict.fromkeys(column.partition("/")[0] for column in self.columns))
-        picked = Table("Taken: learning rate × epochs (tried)", ["model", *(TASKS[task].title for task in tasks)])
+        picked = Table(
+            "Taken: learning rate × epochs (tried)",
+            ["model", *(TASKS[task].title for task in tasks)],
+        )
         for row in self._ours():
             found = [chosen.get((row.name, task)) for task in tasks]
-            texts = [f"{one.learning_rate:g} × {one.epochs} ({one.tried})" if one else "–" for one in found]
+            texts = [
+                f"{one.learning_rate:g} × {one.epochs} ({one.tried})" if one else "–"
+                for one in found
+            ]
             picked.rows.append([row.name, *texts])
         return [scores, picked]
 
@@ -150,19 +175,26 @@ class Summary:
         notes = [*self.one_answer_notes(), *self.conditions]
         if self.majority:
             notes.append(
-                f"{MAJORITY.capitalize()}: always predicting the most common label of the training set (for STS-B one "
-                "value, whose correlation counts as 0)."
+                f"{MAJORITY.capitalize()}: always predicting the most common label of the training "
+                "set (for STS-B one value, whose correlation counts as 0)."
             )
         if self.averaged:
             text = f"Average: over {', '.join(map(column_title, self.averaged))}"
-            left_out = [column for column in self.columns if column.partition("/")[0] in NOT_AVERAGED]
+            left_out = [
+                column for column in self.columns if column.partition("/")[0] in NOT_AVERAGED
+            ]
             notes.append(text + ("; never WNLI, by custom." if left_out else "."))
         if published := [f"{row.name} ({row.published})" for row in self.rows if row.published]:
-            notes.append(f"Published, with other hyper-parameters, seeds and selection: {', '.join(published)}.")
+            notes.append(
+                "Published, with other hyper-parameters, seeds and selection: "
+                f"{', '.join(published)}."
+            )
         return notes
 
     def one_answer_notes(self) -> list[str]:
-        """Return a sentence for each model and task whose scores are those of one answer for all."""
+        """Return a sentence for each model and task whose scores are those of one answer for
+        all.
+        """
         notes = []
         for choice in self.choices:
             if not choice.only_answers:
@@ -170,9 +202,9 @@ class Summary:
             answers = " or ".join(dict.fromkeys(choice.only_answers))
             predict = "seed predicts" if choice.n == 1 else "seeds predict"
             notes.append(
-                f"{choice.model} on {TASKS[choice.task].title}: {len(choice.only_answers)} of {choice.n} {predict} "
-                f"{answers} for every dev example. Such scores say nothing about the model; compare them with those "
-                f"of the {MAJORITY}."
+                f"{choice.model} on {TASKS[choice.task].title}: {len(choice.only_answers)} of "
+                f"{choice.n} {predict} {answers} for every dev example. Such scores say nothing "
+                f"about the model; compare them with those of the {MAJORITY}."
             )
         return notes
 
@@ -182,13 +214,17 @@ class Summary:
         parts.append("\n".join(f"- {note}" for note in self.notes()))
         if self.failures:
             lines = [f"- {cell}: {_first_line(error)}" for cell, error in self.failures]
-            parts.append("\n".join([f"**Not finished: {counted(len(self.failures), 'cell')}**", "", *lines]))
+            parts.append(
+                "\n".join([f"**Not finished: {counted(len(self.failures), 'cell')}**", "", *lines])
+            )
         return "\n\n".join(parts) + "\n"
 
     def only_answers(self, row: Row, column: str) -> int:
         """Return how many seeds of a row gave one answer to all examples of the column's task."""
         task = column.partition("/")[0]
-        found = [choice for choice in self.choices if (choice.model, choice.task) == (row.name, task)]
+        found = [
+            choice for choice in self.choices if (choice.model, choice.task) == (row.name, task)
+        ]
         return len(found[0].only_answers) if found and row.published is None else 0
 
     def _ours(self) -> list[Row]:
@@ -202,7 +238,9 @@ class Summary:
         if not self.majority:
             return []
         averaged = [self.majority[column] for column in self.averaged if column in self.majority]
-        average = statistics.fmean(averaged) if averaged and len(averaged) == len(self.averaged) else None
+        average = (
+            statistics.fmean(averaged) if averaged and len(averaged) == len(self.averaged) else None
+        )
         scores = {column: Score.of([value]) for column, value in self.majority.items()}
         return [Row(MAJORITY, None, scores, average, published=BASELINE)]
 
@@ -214,7 +252,11 @@ class Summary:
             return f"{score.median:.1f}"
         mark = ""
         if choice and choice.only_answers:
-            share = "" if len(choice.only_answers) == choice.n else f" in {len(choice.only_answers)} of {choice.n}"
+            share = (
+                ""
+                if len(choice.only_answers) == choice.n
+                else f" in {len(choice.only_answers)} of {choice.n}"
+            )
             mark = f" ({ONE_ANSWER[TASKS[choice.task].kind]}{share})"
         if score.n == 1 == (choice.planned if choice else 1):
             return f"{score.median:.1f}{mark}"
@@ -233,7 +275,9 @@ def summary_of(output: Path, *, published: bool = False) -> Summary:
     """
     grid = read_json(output / GRID)
     if grid is None:
-        raise DataError(f"{output} has no {GRID}; expected a folder that a GLUE grid was written to")
+        raise DataError(
+            f"{output} has no {GRID}; expected a folder that a GLUE grid was written to"
+        )
     cells = [Cell.from_dict(cell) for cell in grid["cells"]]
     records = {cell: record for cell in cells if (record := read_record(cell, output))}
     names = list(dict.fromkeys(cell.model for cell in cells))
@@ -253,7 +297,10 @@ def summary_of(output: Path, *, published: bool = False) -> Summary:
     majority: dict[str, float] = {}
     for cell, record in records.items():
         # Records of earlier versions lack it.
-        majority |= {f"{cell.task}/{name}": value for name, value in record.get("majority_scores", {}).items()}
+        majority |= {
+            f"{cell.task}/{name}": value
+            for name, value in record.get("majority_scores", {}).items()
+        }
     scores = {name: _scores(choice for choice in choices if choice.model == name) for name in names}
     firsts = [f"{task}/{TASKS[task].metrics[0]}" for task in tasks if task not in NOT_AVERAGED]
     averaged = [column for column in firsts if all(column in scores[name] for name in names)]
@@ -263,7 +310,9 @@ def summary_of(output: Path, *, published: bool = False) -> Summary:
             name=name,
             parameters=grid["models"][name]["parameters"],
             scores=scores[name],
-            average=statistics.fmean(scores[name][column].median for column in averaged) if averaged else None,
+            average=statistics.fmean(scores[name][column].median for column in averaged)
+            if averaged
+            else None,
         )
         for name in names
     ]
@@ -272,7 +321,11 @@ def summary_of(output: Path, *, published: bool = False) -> Summary:
         averaged=averaged,
         rows=[*rows, *(_published(columns) if published else [])],
         choices=choices,
-        failures=[(cell.title, read_error(cell, output) or "not run yet") for cell in cells if cell not in records],
+        failures=[
+            (cell.title, read_error(cell, output) or "not run yet")
+            for cell in cells
+            if cell not in records
+        ],
         conditions=_conditions(cells, records, grid["quick"]),
         majority=majority,
     )
@@ -289,7 +342,9 @@ def choose(cells: Sequence[Cell], scores: Mapping[Cell, Mapping[str, float]]) ->
     for cell in cells:
         pairs.setdefault((cell.learning_rate, cell.epochs), []).append(cell)
     task = TASKS[cells[0].task]
-    finished = {pair: [scores[cell] for cell in group if cell in scores] for pair, group in pairs.items()}
+    finished = {
+        pair: [scores[cell] for cell in group if cell in scores] for pair, group in pairs.items()
+    }
     planned = len({cell.seed for cell in cells})  # by all grids of the folder together
     candidates = [pair for pair, found in finished.items() if len(found) == planned]
     if not candidates:
@@ -297,21 +352,28 @@ def choose(cells: Sequence[Cell], scores: Mapping[Cell, Mapping[str, float]]) ->
         candidates = [pair for pair, found in finished.items() if len(found) == most > 0]
     if not candidates:
         return None
-    medians = {pair: statistics.median(one[task.metrics[0]] for one in finished[pair]) for pair in candidates}
+    medians = {
+        pair: statistics.median(one[task.metrics[0]] for one in finished[pair])
+        for pair in candidates
+    }
     best = min(candidates, key=lambda pair: (-medians[pair], pair))
     return Choice(
         model=cells[0].model,
         task=task.name,
         learning_rate=best[0],
         epochs=best[1],
-        scores={metric: Score.of([one[metric] for one in finished[best]]) for metric in task.metrics},
+        scores={
+            metric: Score.of([one[metric] for one in finished[best]]) for metric in task.metrics
+        },
         n=len(finished[best]),
         planned=planned,
         tried=len(candidates),
     )
 
 
-def _only_answers(choice: Choice, records: Mapping[Cell, Mapping[str, Any]], output: Path) -> tuple[str, ...]:
+def _only_answers(
+    choice: Choice, records: Mapping[Cell, Mapping[str, Any]], output: Path
+) -> tuple[str, ...]:
     """Return the answers of the choice's seeds that gave one answer to all examples."""
     found = []
     for cell, record in records.items():
@@ -336,7 +398,18 @@ def write_summary(summary: Summary, output: Path) -> None:
         table = csv.writer(file)
         table.writerow(
             [
-                *("model", "published", "task", "metric", "median", "low", "high", "n", "learning_rate", "epochs"),
+                *(
+                    "model",
+                    "published",
+                    "task",
+                    "metric",
+                    "median",
+                    "low",
+                    "high",
+                    "n",
+                    "learning_rate",
+                    "epochs",
+                ),
                 *("one_answer_seeds", "majority_class"),
             ]
         )
@@ -347,8 +420,13 @@ def write_summary(summary: Summary, output: Path) -> None:
                 choice = None if row.published else chosen[row.name, task]
                 picked = [choice.learning_rate, choice.epochs] if choice else ["", ""]
                 numbers = [score.median, score.low, score.high, score.n]
-                marks = [len(choice.only_answers) if choice else "", summary.majority.get(column, "")]
-                table.writerow([row.name, row.published or "", task, metric, *numbers, *picked, *marks])
+                marks = [
+                    len(choice.only_answers) if choice else "",
+                    summary.majority.get(column, ""),
+                ]
+                table.writerow(
+                    [row.name, row.published or "", task, metric, *numbers, *picked, *marks]
+                )
     write_json(output / "summary.json", asdict(summary))
     draw(summary, output / "summary.png")
 
@@ -360,36 +438,61 @@ def column_title(column: str) -> str:
 
 
 def _scores(choices: Any) -> dict[str, Score]:
-    return {f"{choice.task}/{metric}": score for choice in choices for metric, score in choice.scores.items()}
+    return {
+        f"{choice.task}/{metric}": score
+        for choice in choices
+        for metric, score in choice.scores.items()
+    }
 
 
 def _published(columns: Sequence[str]) -> list[Row]:
     rows = []
     for row in PUBLISHED:
-        scores = {column: Score.of([row.scores[column]]) for column in columns if column in row.scores}
+        scores = {
+            column: Score.of([row.scores[column]]) for column in columns if column in row.scores
+        }
         if scores:
             rows.append(Row(row.name, row.parameters, scores, average=None, published=row.source))
     return rows
 
 
-def _conditions(cells: Sequence[Cell], records: Mapping[Cell, Mapping[str, Any]], quick: bool) -> list[str]:
+def _conditions(
+    cells: Sequence[Cell], records: Mapping[Cell, Mapping[str, Any]], quick: bool
+) -> list[str]:
     """Say what the scores depend on."""
     pairs = sorted({(cell.learning_rate, cell.epochs) for cell in cells})
     chosen = "; hyper-parameters were chosen on the same sets" if len(pairs) > 1 else ""
     sentences = [f"Scores are those of the dev sets after the last epoch{chosen}."]
     if quick:
-        sentences.insert(0, "A quick look: few hyper-parameters and rows; not to be compared with published numbers.")
-    if limits := sorted({cell.conditions.max_train_rows for cell in cells if cell.conditions.max_train_rows}):
-        cut = {cell.task for cell, record in records.items() if record["train_rows"] < record["all_train_rows"]}
+        sentences.insert(
+            0,
+            "A quick look: few hyper-parameters and rows; not to be compared with published "
+            "numbers.",
+        )
+    if limits := sorted(
+        {cell.conditions.max_train_rows for cell in cells if cell.conditions.max_train_rows}
+    ):
+        cut = {
+            cell.task
+            for cell, record in records.items()
+            if record["train_rows"] < record["all_train_rows"]
+        }
         titles = [task.title for task in TASKS.values() if task.name in cut]
         which = f"cut: {', '.join(titles)}" if titles else "none is cut"
-        sentences.append(f"At most {limits[0]:,} training rows a task, the same ones for all ({which}).")
+        sentences.append(
+            f"At most {limits[0]:,} training rows a task, the same ones for all ({which})."
+        )
     rates, epochs = (sorted(set(values)) for values in zip(*pairs, strict=True))
     sentences.append(
-        f"Learning rates {', '.join(f'{rate:g}' for rate in rates)}; epochs {', '.join(map(str, epochs))}; seeds "
+        f"Learning rates {', '.join(f'{rate:g}' for rate in rates)}; epochs "
+        f"{', '.join(map(str, epochs))}; seeds "
         f"{', '.join(map(str, sorted({cell.seed for cell in cells})))}; batch size "
         f"{', '.join(map(str, sorted({cell.conditions.batch_size for cell in cells})))}"
-        + (", rows of similar length together." if any(cell.conditions.group_by_length for cell in cells) else ".")
+        + (
+            ", rows of similar length together."
+            if any(cell.conditions.group_by_length for cell in cells)
+            else "."
+        )
     )
     return sentences
 

@@ -24,7 +24,8 @@ class Task:
     metrics: tuple[str, ...]
     """As in figures; the first one selects hyper-parameters."""
     labels: tuple[str, ...] = ()
-    """Names of the classes in the order of their ids, as the hub has them; () for regression and spans."""
+    """Names of the classes in the order of their ids, as the hub has them; () for regression and
+    spans."""
     kind: Literal["classification", "regression", "span"] = "classification"
     columns: tuple[str, ...] = ("sentence1", "sentence2")
     label_column: str = "label"
@@ -35,7 +36,8 @@ class Task:
     hub_columns: tuple[str, ...] = ("sentence1", "sentence2")
     dev_splits: tuple[str, ...] = ("dev",)
     most_short_rows: int = 0
-    """Rows with too few columns that the official files are known to have, and the official readers leave out."""
+    """Rows with too few columns that the official files are known to have, and the official readers
+    leave out."""
 
 
 TASKS: dict[str, Task] = {
@@ -51,7 +53,12 @@ TASKS: dict[str, Task] = {
             hub_columns=("sentence",),
         ),
         Task(
-            "sst2", "SST-2", ("accuracy",), ("negative", "positive"), columns=("sentence",), hub_columns=("sentence",)
+            "sst2",
+            "SST-2",
+            ("accuracy",),
+            ("negative", "positive"),
+            columns=("sentence",),
+            hub_columns=("sentence",),
         ),
         Task(
             "mrpc",
@@ -113,7 +120,9 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
             plain = "".join(character for character in name.lower() if character.isalnum())
             near = difflib.get_close_matches(plain, TASKS, n=1)
             meant = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"tasks: unknown task {name!r}, expected some of {', '.join(TASKS)}{meant}")
+            raise ConfigError(
+                f"tasks: unknown task {name!r}, expected some of {', '.join(TASKS)}{meant}"
+            )
         if name in names[:number]:
             raise ConfigError(f"tasks names {name} twice; name it once")
     return [TASKS[name] for name in names]
@@ -126,5 +135,7 @@ def _several(name: str) -> str | None:
         return f"name them all: {','.join(parts)}"
     parts = [part.lower() for part in re.split(r"[\s,;+]+", name) if part]
     if len(parts) > 1 and all(part in TASKS for part in parts):
-        return f"write {','.join(parts)} on the command line, {json.dumps(parts)} in a configuration"
+        return (
+            f"write {','.join(parts)} on the command line, {json.dumps(parts)} in a configuration"
+        )
     return None

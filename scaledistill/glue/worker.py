@@ -1,8 +1,9 @@
 """The process that fine-tunes, and the end of it that the grid holds.
 
-Enters: cells, a line of JSON each on the worker's stdin. Leaves: the cells' files, and on its stdout a line of JSON for
-what has happened. A process of its own has its own GPU and threads, can be killed at any moment, and takes nothing with
-it when it dies. Which cells go to which worker is left to `grid`.
+Enters: cells, a line of JSON each on the worker's stdin. Leaves: the cells' files, and on its
+stdout a line of JSON for what has happened. A process of its own has its own GPU and threads, can
+be killed at any moment, and takes nothing with it when it dies. Which cells go to which worker is
+left to `grid`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,17 @@ from scaledistill.glue.cell import Cell, write_error, write_record
 COMMAND = (sys.executable, "-m", __name__)
 PROGRESS_SECONDS = 1.0
 # Set by launchers; a worker that saw them would look for the other ranks.
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "GROUP_", "ROLE_")
+LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+    "FSDP_",
+    "GROUP_",
+    "ROLE_",
+)
 
 
 class Share(NamedTuple):
@@ -41,14 +52,21 @@ class Share(NamedTuple):
 
 
 class Worker:
-    """A process that fine-tunes one cell after the other. It imports for seconds: start it early. A context manager."""
+    """A process that fine-tunes one cell after the other. It imports for seconds: start it early. A
+    context manager.
+    """
 
     def __init__(self) -> None:
         package = str(Path(__file__).parents[2])
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-        variables |= {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
+        variables = {
+            name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)
+        }
+        variables |= {
+            "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        }
         variables |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what deterministic algorithms ask for
-        variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside busy processes, spinning threads halve the pace
+        # Beside busy processes, spinning threads halve the pace.
+        variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Launchers leave 1 there; how many it takes is said with the cells.
         variables["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
@@ -82,16 +100,24 @@ class Worker:
         share: Share,
         scores_each_epoch: bool = False,
     ) -> None:
-        """Hand it a cell and its share of the machine, the same for all its cells; the answers follow."""
+        """Hand it a cell and its share of the machine, the same for all its cells; the answers
+        follow.
+        """
         self.cell = cell
         folders = {"output": output, "model_folder": model_folder, "data_folder": data_folder}
-        job = {"cell": asdict(cell), "share": share._asdict(), "scores_each_epoch": scores_each_epoch}
+        job = {
+            "cell": asdict(cell),
+            "share": share._asdict(),
+            "scores_each_epoch": scores_each_epoch,
+        }
         job |= {name: folder and str(folder) for name, folder in folders.items()}
         with contextlib.suppress(BrokenPipeError):  # `answers` tells that it has ended
             cast(IO[bytes], self._process.stdin).write((json.dumps(job) + "\n").encode())
 
     def answers(self) -> list[dict[str, Any]] | None:
-        """Return what has come since; None where the process has ended. Blocks unless `fileno` is readable."""
+        """Return what has come since; None where the process has ended. Blocks unless `fileno` is
+        readable.
+        """
         received = os.read(self.fileno(), 1 << 16)
         if not received:
             return None
@@ -103,7 +129,9 @@ class Worker:
         status = self._process.wait()
         how = f"exit status {status}"
         if status < 0:
-            how = f"{signal.Signals(-status).name}" + (", as when memory runs out" if status == -signal.SIGKILL else "")
+            how = f"{signal.Signals(-status).name}" + (
+                ", as when memory runs out" if status == -signal.SIGKILL else ""
+            )
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 4000))
         return how, self._log.read().decode(errors="replace")
 
@@ -117,8 +145,11 @@ class Worker:
 
 
 def main() -> None:
-    """Fine-tune what comes on stdin until it closes; leave after a failure that nobody thought of."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the process that started this one, which then ends it
+    """Fine-tune what comes on stdin until it closes; leave after a failure that nobody thought
+    of.
+    """
+    # Meant for the process that started this one, which then ends it.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print
@@ -136,7 +167,11 @@ def main() -> None:
         data_folder = None if job["data_folder"] is None else Path(job["data_folder"])
         try:
             record, predictions = fine_tune(
-                cell, Path(job["model_folder"]), data_folder, _Progress(answer), job["scores_each_epoch"]
+                cell,
+                Path(job["model_folder"]),
+                data_folder,
+                _Progress(answer),
+                job["scores_each_epoch"],
             )
             write_record(cell, output, record, predictions)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is shown as this cell's
@@ -163,7 +198,9 @@ class _Progress:
 
 
 def _jobs() -> Iterator[dict[str, Any]]:
-    """Return the jobs from stdin, and end the process as soon as stdin closes: whoever started it is gone."""
+    """Return the jobs from stdin, and end the process as soon as stdin closes: whoever started it
+    is gone.
+    """
     lines: queue.Queue[str] = queue.Queue()
 
     def read() -> None:

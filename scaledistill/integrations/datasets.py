@@ -1,4 +1,6 @@
-"""Tokenised data sets for `MiniLMTrainer`: texts of the datasets library in, shuffled examples out."""
+"""Tokenised data sets for `MiniLMTrainer`: texts of the datasets library in, shuffled examples
+out.
+"""
 
 from __future__ import annotations
 
@@ -24,28 +26,33 @@ def prepare_dataset(
 ) -> Dataset:
     """Tokenise data sets, join and shuffle them.
 
-    Each example is cut at `max_seq_len` tokens and the rest of it lost; `tools/make_shards.py` loses nothing.
+    Each example is cut at `max_seq_len` tokens and the rest of it lost; `tools/make_shards.py`
+    loses nothing.
 
     Args:
-        datasets: each alone, with its text in `default_column`, or with the name of its column. A `DatasetDict` stands
-            for its only split.
-        tokenization_kwargs: for the tokenizer, which cuts at `max_seq_len` unless `truncation` says how or not at all.
+        datasets: each alone, with its text in `default_column`, or with the name of its column. A
+            `DatasetDict` stands for its only split.
+        tokenization_kwargs: for the tokenizer, which cuts at `max_seq_len` unless `truncation` says
+            how or not at all.
 
     Raises:
-        ConfigError: a data set has no such column, several splits or is streamed, or a length does not make sense.
+        ConfigError: a data set has no such column, several splits or is streamed, or a length does
+            not make sense.
         DataError: a row has no text, or the tokenizer no vocabulary.
     """
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise DataError(
-            f"tokenizer {tokenizer.name_or_path!r} has no tokens but {', '.join(tokenizer.all_special_tokens)}: its "
-            "files were missing when it was loaded; copy them there from the model that it was made from"
+            f"tokenizer {tokenizer.name_or_path!r} has no tokens but "
+            f"{', '.join(tokenizer.all_special_tokens)}: its files were missing when it was "
+            "loaded; copy them there from the model that it was made from"
         )
     from datasets import concatenate_datasets
 
     options = _tokenizer_options(tokenizer, max_seq_len, tokenization_kwargs or {})
     if not isinstance(datasets, Sequence) or isinstance(datasets, str):
         raise ConfigError(
-            f"datasets is a {type(datasets).__name__}; expected a list of data sets: write datasets=[data]"
+            f"datasets is a {type(datasets).__name__}; expected a list of data sets: write "
+            "datasets=[data]"
         )
     if not datasets:
         raise ConfigError("datasets is empty; give one data set at least")
@@ -58,8 +65,12 @@ def prepare_dataset(
         data, column = item if isinstance(item, tuple) else (item, default_column)
         data = _single_split(data)
         if column not in data.column_names:
-            raise ConfigError(f"column {column!r} is not in the data set; it has {', '.join(data.column_names)}")
-        tokenised.append(data.map(partial(tokenize, column), batched=True, remove_columns=data.column_names))
+            raise ConfigError(
+                f"column {column!r} is not in the data set; it has {', '.join(data.column_names)}"
+            )
+        tokenised.append(
+            data.map(partial(tokenize, column), batched=True, remove_columns=data.column_names)
+        )
     return concatenate_datasets(tokenised).shuffle(seed=seed).with_format("torch")
 
 
@@ -69,42 +80,44 @@ def _tokenizer_options(
     special = tokenizer.num_special_tokens_to_add()
     if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len <= special:
         raise ConfigError(
-            f"max_seq_len={max_seq_len!r}; expected a whole number above the {special} special tokens of each row, "
-            "such as 128"
+            f"max_seq_len={max_seq_len!r}; expected a whole number above the {special} special "
+            "tokens of each row, such as 128"
         )
     if given.get("max_length") not in (None, max_seq_len):
         raise ConfigError(
-            f"max_seq_len={max_seq_len}, but tokenization_kwargs has max_length={given['max_length']!r}; give the "
-            "length as max_seq_len only"
+            f"max_seq_len={max_seq_len}, but tokenization_kwargs has "
+            f"max_length={given['max_length']!r}; give the length as max_seq_len only"
         )
     if given.get("return_tensors") is not None:
         raise ConfigError(
-            f"tokenization_kwargs has return_tensors={given['return_tensors']!r}, but rows differ in "
-            "length here; leave it out: the data_collator makes the tensors"
+            f"tokenization_kwargs has return_tensors={given['return_tensors']!r}, but rows differ "
+            "in length here; leave it out: the data_collator makes the tensors"
         )
     return {"truncation": True, **given, "max_length": max_seq_len}
 
 
 def _single_split(data: Any) -> Dataset:
-    """Return a data set that has rows: the only one of a `DatasetDict`, as `load_dataset` gives without `split`."""
+    """Return a data set that has rows: the only one of a `DatasetDict`, as `load_dataset` gives
+    without `split`.
+    """
     from datasets import Dataset, IterableDataset, IterableDatasetDict
 
     if isinstance(data, IterableDataset | IterableDatasetDict):
         raise ConfigError(
-            "datasets has a streamed data set, which cannot be shuffled as a whole; load it without streaming=True, or "
-            "make shards of it: tools/make_shards.py --dataset NAME"
+            "datasets has a streamed data set, which cannot be shuffled as a whole; load it "
+            "without streaming=True, or make shards of it: tools/make_shards.py --dataset NAME"
         )
     if isinstance(data, Mapping):
         if len(data) != 1:
             raise ConfigError(
-                f"datasets has a DatasetDict with the splits {', '.join(map(str, data))}; give one of them, such as "
-                f"data[{next(iter(data), 'train')!r}], or load it with split="
+                f"datasets has a DatasetDict with the splits {', '.join(map(str, data))}; give one "
+                f"of them, such as data[{next(iter(data), 'train')!r}], or load it with split="
             )
         data = next(iter(data.values()))
     if not isinstance(data, Dataset):
         raise ConfigError(
-            f"datasets has a {type(data).__name__}; expected datasets.Dataset objects, or pairs of one and the name of "
-            "its text column"
+            f"datasets has a {type(data).__name__}; expected datasets.Dataset objects, or pairs of "
+            "one and the name of its text column"
         )
     return data
 
@@ -117,6 +130,6 @@ def _text_of(value: Any, column: str) -> str:
     if isinstance(value, Sequence) and all(isinstance(part, str) for part in value):
         return "\n".join(value)
     raise DataError(
-        f"column {column!r} holds {type(value).__name__} ({textwrap.shorten(repr(value), 40)}); expected text, or "
-        "lists of texts: name another column"
+        f"column {column!r} holds {type(value).__name__} ({textwrap.shorten(repr(value), 40)}); "
+        "expected text, or lists of texts: name another column"
     )

@@ -1,8 +1,9 @@
 """MiniLMv2 distillation on `transformers.Trainer`, under bertdistiller's names.
 
-Enters: a teacher, a student, tokenised examples with any collator that gives `attention_mask`. Leaves: the student,
-trained in place, and the Trainer's own checkpoints, which `AutoModel.from_pretrained` loads. Sharded data, exact resume
-on other ranks and a sharded teacher are left to `distill`.
+Enters: a teacher, a student, tokenised examples with any collator that gives `attention_mask`.
+Leaves: the student, trained in place, and the Trainer's own checkpoints, which
+`AutoModel.from_pretrained` loads. Sharded data, exact resume on other ranks and a sharded teacher
+are left to `distill`.
 
 Legend: B sequences, T tokens, D width.
 """
@@ -26,7 +27,13 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.integrations.datasets import prepare_dataset as prepare_dataset
-from scaledistill.models.capture import base_encoder, capture_view, check_layer, split_qkv, view_inputs
+from scaledistill.models.capture import (
+    base_encoder,
+    capture_view,
+    check_layer,
+    split_qkv,
+    view_inputs,
+)
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import WEIGHT_FILES, Teacher, load_encoder, resolve_folder
 from scaledistill.models.weights import check_finite
@@ -47,17 +54,27 @@ class MiniLMTrainingArguments(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "relations"]  # noqa: RUF012 - as its parent has it
 
-    teacher_layer: int = field(kw_only=True, metadata={"help": "The teacher's block whose Q/K/V are learnt."})
+    teacher_layer: int = field(
+        kw_only=True, metadata={"help": "The teacher's block whose Q/K/V are learnt."}
+    )
     student_layer: int = field(
         kw_only=True, metadata={"help": "The student's number of blocks, the last of which learns."}
     )
     student_hidden_size: int = field(kw_only=True, metadata={"help": "The student's width."})
-    student_attention_heads: int = field(kw_only=True, metadata={"help": "The student's attention heads."})
-    num_relation_heads: int = field(kw_only=True, metadata={"help": "Relation heads; must divide both widths."})
+    student_attention_heads: int = field(
+        kw_only=True, metadata={"help": "The student's attention heads."}
+    )
+    num_relation_heads: int = field(
+        kw_only=True, metadata={"help": "Relation heads; must divide both widths."}
+    )
     relations: dict | str | None = field(
         default=None,
         kw_only=True,
-        metadata={"help": 'Weights of pairs, {"qq": 1, "kk": 1, "vv": 1} unless said; (1, 1) stands for "qq".'},
+        metadata={
+            "help": (
+                'Weights of pairs, {"qq": 1, "kk": 1, "vv": 1} unless said; (1, 1) stands for "qq".'
+            )
+        },
     )
     relation_backend: str = field(
         default="auto", kw_only=True, metadata={"help": '"auto", "reference", "sdpa" or "triton".'}
@@ -65,7 +82,12 @@ class MiniLMTrainingArguments(TrainingArguments):
     warmup_ratio: float | None = field(
         default=None,
         kw_only=True,
-        metadata={"help": "Share of the steps to warm up over, as before transformers 5; warmup_steps goes first."},
+        metadata={
+            "help": (
+                "Share of the steps to warm up over, as before transformers 5; warmup_steps goes "
+                "first."
+            )
+        },
     )
 
     def __post_init__(self) -> None:
@@ -83,21 +105,23 @@ class MiniLMTrainingArguments(TrainingArguments):
 
 
 def warmup_steps_of(ratio: float, steps: float) -> float:
-    """Return transformers 5's `warmup_steps`, below 1 a share of all steps, from transformers 4's two settings.
+    """Return transformers 5's `warmup_steps`, below 1 a share of all steps, from transformers 4's
+    two settings.
 
     Raises:
         ConfigError: the ratio is not between 0 and 1.
     """
     if not 0 <= ratio <= 1:
         raise ConfigError(
-            f"warmup_ratio={ratio!r}; expected a share of the steps from 0 to 1, such as 0.1; for a "
-            "number of steps use warmup_steps"
+            f"warmup_ratio={ratio!r}; expected a share of the steps from 0 to 1, such as 0.1; for "
+            "a number of steps use warmup_steps"
         )
     return steps or min(ratio, math.nextafter(1.0, 0.0))  # 1.0 would mean one step
 
 
 def named_relations(relations: object) -> dict[str, float]:
-    """Return relation weights by name: from names, from bertdistiller's number pairs, from a list; None: qq, kk, vv.
+    """Return relation weights by name: from names, from bertdistiller's number pairs, from a list;
+    None: qq, kk, vv.
 
     Raises:
         ConfigError: it is something else, or a pair is unknown or has no usable weight.
@@ -107,9 +131,13 @@ def named_relations(relations: object) -> dict[str, float]:
     if isinstance(relations, Sequence) and not isinstance(relations, str):
         relations = dict.fromkeys(relations, 1.0)
     if not isinstance(relations, Mapping):
-        raise ConfigError(f'relations={relations!r}; expected weights of pairs, such as {{"qq": 1.0, "kk": 1.0}}')
+        raise ConfigError(
+            f'relations={relations!r}; expected weights of pairs, such as {{"qq": 1.0, "kk": 1.0}}'
+        )
     named = {
-        "".join(str(LETTERS.get(part, part)) for part in pair) if isinstance(pair, Sequence) else str(pair): weight
+        "".join(str(LETTERS.get(part, part)) for part in pair)
+        if isinstance(pair, Sequence)
+        else str(pair): weight
         for pair, weight in relations.items()
     }
     try:
@@ -119,15 +147,18 @@ def named_relations(relations: object) -> dict[str, float]:
 
 
 class MiniLMTrainer(Trainer):
-    """Distil `model` from `teacher_model`; everything else is `Trainer`'s, DeepSpeed and FSDP included.
+    """Distil `model` from `teacher_model`; everything else is `Trainer`'s, DeepSpeed and FSDP
+    included.
 
-    What is wrapped and optimised is a view of the student up to its last block's Q, K and V: it shares the student's
-    parameters, and the rest, which this loss never reaches, stays as it was. `save_model` and checkpoints hold the
-    whole student, in the dtype in which it was given. The student's dropout is on, as its config says; the teacher runs
-    in eval mode, without gradients, in the precision of the training, whole on every rank.
+    What is wrapped and optimised is a view of the student up to its last block's Q, K and V: it
+    shares the student's parameters, and the rest, which this loss never reaches, stays as it was.
+    `save_model` and checkpoints hold the whole student, in the dtype in which it was given. The
+    student's dropout is on, as its config says; the teacher runs in eval mode, without gradients,
+    in the precision of the training, whole on every rank.
 
-    DeepSpeed and FSDP keep the trained weights to themselves: take the student from `save_model`, and resume with one
-    made as the first was, since their checkpoints lack what the loss never reaches.
+    DeepSpeed and FSDP keep the trained weights to themselves: take the student from `save_model`,
+    and resume with one made as the first was, since their checkpoints lack what the loss never
+    reaches.
     """
 
     args: MiniLMTrainingArguments
@@ -148,15 +179,19 @@ class MiniLMTrainer(Trainer):
             other, options: as `Trainer` takes them.
 
         Raises:
-            ConfigError: a layer does not exist, relation heads do not divide a width, vocabularies differ, or a model
-                was built in parts for ZeRO-3.
+            ConfigError: a layer does not exist, relation heads do not divide a width, vocabularies
+                differ, or a model was built in parts for ZeRO-3.
             DataError: the teacher cannot be loaded.
         """
         if model is None or args is None:
-            raise ConfigError("MiniLMTrainer needs model, the student, and args, MiniLMTrainingArguments")
+            raise ConfigError(
+                "MiniLMTrainer needs model, the student, and args, MiniLMTrainingArguments"
+            )
         if not isinstance(teacher_model, PreTrainedModel):
             with _built_whole(args):
-                teacher_model = load_encoder(teacher_model, num_layers=args.teacher_layer, setting="teacher_model")
+                teacher_model = load_encoder(
+                    teacher_model, num_layers=args.teacher_layer, setting="teacher_model"
+                )
         _check_models(teacher_model, model, args)
         view = cast(PreTrainedModel, capture_view(model, args.student_layer))
         prefix = "" if base_encoder(model) is model else f"{model.base_model_prefix}."
@@ -165,7 +200,8 @@ class MiniLMTrainer(Trainer):
         self.student = model
         self._qkv_widths = cast(tuple[int, int, int], view.qkv_widths)
         super().__init__(view, args, *other, **options)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over sequences, not scaled by a number of tokens
+        # The loss is a mean over sequences, not scaled by a number of tokens.
+        self.model_accepts_loss_kwargs = False
         self.teacher = Teacher(teacher_model, args.teacher_layer).to(args.device)
 
     def compute_loss(
@@ -175,18 +211,27 @@ class MiniLMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the relation loss of a batch, a scalar; with `return_outputs` also the student's Q, K and V."""
+        """Return the relation loss of a batch, a scalar; with `return_outputs` also the student's
+        Q, K and V.
+        """
         mask_BT = self._mask(inputs)
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
+        dtype = (
+            torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        )
+        with (
+            torch.no_grad(),
+            torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32),
+        ):
             target_BTD = self.teacher.view(
                 **view_inputs(self.teacher.config, inputs["input_ids"], mask_BT),
                 **_passed_on(self.teacher.config, inputs),
             ).last_hidden_state
         output_BTD = model(
-            **view_inputs(self.student.config, inputs["input_ids"], mask_BT), **_passed_on(self.student.config, inputs)
+            **view_inputs(self.student.config, inputs["input_ids"], mask_BT),
+            **_passed_on(self.student.config, inputs),
         ).last_hidden_state
-        found = split_qkv(output_BTD.to(dtype), self._qkv_widths)  # exact: only autocast's upcast is undone
+        # Exact: only autocast's upcast is undone.
+        found = split_qkv(output_BTD.to(dtype), self._qkv_widths)
         loss = relation_loss(
             split_qkv(target_BTD.to(dtype), self.teacher.qkv_widths),
             found,
@@ -201,16 +246,18 @@ class MiniLMTrainer(Trainer):
         """Return which tokens are real, bool [B, T]; None if there is no mask and no padding."""
         if "input_ids" not in inputs:
             raise ConfigError(
-                f"batches have no input_ids, only {', '.join(sorted(inputs)) or 'nothing'}; tokenise the data set, for "
-                "instance by prepare_dataset, and choose a data_collator that keeps input_ids"
+                f"batches have no input_ids, only {', '.join(sorted(inputs)) or 'nothing'}; "
+                "tokenise the data set, for instance by prepare_dataset, and choose a "
+                "data_collator that keeps input_ids"
             )
         if "attention_mask" in inputs:
             return inputs["attention_mask"].bool()
         padding = base_encoder(self.student).config.pad_token_id
         if padding is not None and (inputs["input_ids"] == padding).any():
             raise ConfigError(
-                f"batches have no attention_mask, but their input_ids hold the padding token {padding}; use a "
-                "data_collator that returns attention_mask, such as DataCollatorWithPadding(tokenizer)"
+                "batches have no attention_mask, but their input_ids hold the padding token "
+                f"{padding}; use a data_collator that returns attention_mask, such as "
+                "DataCollatorWithPadding(tokenizer)"
             )
         return None
 
@@ -226,7 +273,9 @@ class MiniLMTrainer(Trainer):
         with self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -260,7 +309,9 @@ def _save_whole(
     state_dict: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> None:
-    """Save the student in `dtype` with the view's `state_dict`, where that was gathered from ranks or engines."""
+    """Save the student in `dtype` with the view's `state_dict`, where that was gathered from ranks
+    or engines.
+    """
     trained = {f"{prefix}{name}": tensor for name, tensor in (state_dict or {}).items()}
     whole = {name: tensor.to(dtype) for name, tensor in {**student.state_dict(), **trained}.items()}
     student.save_pretrained(folder, state_dict=whole, **options)
@@ -269,7 +320,9 @@ def _save_whole(
 
 
 def _passed_on(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model gets beside ids and mask; no token type ids where it has one type, as RoBERTa has."""
+    """Return what a model gets beside ids and mask; no token type ids where it has one type, as
+    RoBERTa has.
+    """
     types = getattr(config, "type_vocab_size", None)
     without = {"token_type_ids"} if types is not None and types < 2 else set()
     return {name: inputs[name] for name in PASSED_ON if name in inputs and name not in without}
@@ -277,12 +330,17 @@ def _passed_on(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str,
 
 @contextmanager
 def _built_whole(args: TrainingArguments) -> Iterator[None]:
-    """Have transformers build models whole, also where ZeRO-3 awaits them: parts can be neither cut nor captured."""
+    """Have transformers build models whole, also where ZeRO-3 awaits them: parts can be neither cut
+    nor captured.
+    """
     config = getattr(args, "hf_deepspeed_config", None)
     if config is None:
         yield
         return
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import (
+        set_hf_deepspeed_config,
+        unset_hf_deepspeed_config,
+    )
 
     unset_hf_deepspeed_config()
     try:
@@ -291,7 +349,9 @@ def _built_whole(args: TrainingArguments) -> Iterator[None]:
         set_hf_deepspeed_config(config)
 
 
-def _check_models(teacher: PreTrainedModel, student: PreTrainedModel, args: MiniLMTrainingArguments) -> None:
+def _check_models(
+    teacher: PreTrainedModel, student: PreTrainedModel, args: MiniLMTrainingArguments
+) -> None:
     _check_whole(teacher, "teacher_model")
     _check_whole(student, "model")
     first, second = base_encoder(teacher).config, base_encoder(student).config
@@ -304,8 +364,8 @@ def _check_models(teacher: PreTrainedModel, student: PreTrainedModel, args: Mini
         raise ConfigError(str(error).replace("relations.pairs", "relations")) from None
     if first.vocab_size != second.vocab_size:
         raise ConfigError(
-            f"the teacher has {first.vocab_size} tokens, the student {second.vocab_size}: both read the same ids; make "
-            "the student by create_student from this teacher"
+            f"the teacher has {first.vocab_size} tokens, the student {second.vocab_size}: both "
+            "read the same ids; make the student by create_student from this teacher"
         )
     for name, model in (("teacher_model", teacher), ("model", student)):
         for key, tensor in model.state_dict().items():
@@ -315,8 +375,9 @@ def _check_models(teacher: PreTrainedModel, student: PreTrainedModel, args: Mini
 def _check_whole(model: PreTrainedModel, name: str) -> None:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
-            f"{name} was built in parts for ZeRO-3, as transformers does once there are training arguments; load it "
-            "before them, or let create_student make the student and give the teacher by its name"
+            f"{name} was built in parts for ZeRO-3, as transformers does once there are training "
+            "arguments; load it before them, or let create_student make the student and give the "
+            "teacher by its name"
         )
 
 
@@ -326,23 +387,26 @@ def create_student(
     use_teacher_weights: bool = False,
     cache_dir: str | Path | None = None,
 ) -> PreTrainedModel:
-    """Return a student of the sizes in `args`: fp32, without pooler, with the teacher's dropout for training.
+    """Return a student of the sizes in `args`: fp32, without pooler, with the teacher's dropout for
+    training.
 
     Args:
         teacher: a model, or a folder or hub name.
-        use_teacher_weights: cut the weights from the teacher's layers, evenly spaced up to `args.teacher_layer`, by
-            whole heads; else random from `args.seed`.
+        use_teacher_weights: cut the weights from the teacher's layers, evenly spaced up to
+            `args.teacher_layer`, by whole heads; else random from `args.seed`.
         cache_dir: where a teacher of the hub is kept; the hub's usual folder unless said.
 
     Raises:
-        ConfigError: the architecture is not supported, the sizes do not fit it, or the teacher was built in parts for
-            ZeRO-3.
+        ConfigError: the architecture is not supported, the sizes do not fit it, or the teacher was
+            built in parts for ZeRO-3.
         DataError: the teacher cannot be loaded.
     """
     try:
         with _built_whole(args):
             if not isinstance(teacher, PreTrainedModel):
-                folder = resolve_folder(teacher, None, WEIGHT_FILES, setting="teacher", cache_dir=cache_dir)
+                folder = resolve_folder(
+                    teacher, None, WEIGHT_FILES, setting="teacher", cache_dir=cache_dir
+                )
                 teacher = load_encoder(folder, num_layers=args.teacher_layer, setting="teacher")
             _check_whole(teacher, "teacher")
             config = student_config(

@@ -1,8 +1,9 @@
-"""Benchmarks: variants measured in turn, figures by name, the table for people, and where it was all taken.
+"""Benchmarks: variants measured in turn, figures by name, the table for people, and where it was
+all taken.
 
-Enters: what the tools under `tools/` measure. Leaves: a table on the console, `--markdown` for docs/benchmarks.md and
-`--json` for machines. At the top only the standard library: a peer's process, in an environment of its own, reads this
-module too (`Turns`).
+Enters: what the tools under `tools/` measure. Leaves: a table on the console, `--markdown` for
+docs/benchmarks.md and `--json` for machines. At the top only the standard library: a peer's
+process, in an environment of its own, reads this module too (`Turns`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Report:
         return self.tables[-1]
 
     def publish(self, options: argparse.Namespace, *, gpu: str | None = None) -> None:
-        """Print the tables, and write what `add_options` offers. `gpu` is the name of the GPU measured on, if any."""
+        """Print the tables, and write what `add_options` offers. `gpu` is the name of the GPU
+        measured on, if any.
+        """
         from rich.console import Console
 
         facts = machine_facts(gpu)
@@ -59,7 +62,9 @@ class Report:
             options.json.write_text(json.dumps(self.figures, indent=1) + "\n")
         if options.markdown:
             where = "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
-            options.markdown.write_text("\n\n".join([*(table.markdown() for table in tables), where]) + "\n")
+            options.markdown.write_text(
+                "\n\n".join([*(table.markdown() for table in tables), where]) + "\n"
+            )
 
 
 @dataclass
@@ -82,13 +87,19 @@ class Table:
     def markdown(self) -> str:
         """Return it as a Markdown table."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
+        return "\n".join(
+            [f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)]
+        )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that all benchmarks share."""
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write the figures here: name, value, unit, n")
-    parser.add_argument("--markdown", type=_file, metavar="FILE", help="write the tables here as Markdown")
+    parser.add_argument(
+        "--json", type=_file, metavar="FILE", help="write the figures here: name, value, unit, n"
+    )
+    parser.add_argument(
+        "--markdown", type=_file, metavar="FILE", help="write the tables here as Markdown"
+    )
 
 
 def _file(text: str) -> Path:
@@ -101,10 +112,12 @@ def _file(text: str) -> Path:
 def in_turn(
     runs: Mapping[str, Callable[[], float]], *, rounds: int, max_seconds: float, title: str
 ) -> dict[str, list[float]]:
-    """Make each run once per round, so that what disturbs the machine disturbs all alike; return the seconds of each.
+    """Make each run once per round, so that what disturbs the machine disturbs all alike; return
+    the seconds of each.
 
-    A run returns the seconds that it took. Once they add up to `max_seconds`, it sits out the other rounds and its list
-    is shorter: the same place in two lists is the same round. A line per round on stderr, after `title`.
+    A run returns the seconds that it took. Once they add up to `max_seconds`, it sits out the other
+    rounds and its list is shorter: the same place in two lists is the same round. A line per round
+    on stderr, after `title`.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(1, rounds + 1):
@@ -119,7 +132,9 @@ def in_turn(
 
 
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
-    """Return slow / fast of each round that both were in: noise that lasts longer than a round cancels."""
+    """Return slow / fast of each round that both were in: noise that lasts longer than a round
+    cancels.
+    """
     return [one / other for one, other in zip(slow, fast, strict=False)]
 
 
@@ -128,7 +143,9 @@ def machine_facts(gpu: str | None) -> dict[str, str]:
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(errors="replace"))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0))
-    hardware = f"{model[1] if model else platform.machine()}, {cores} cores, {memory / 2**30:.0f} GiB"
+    hardware = (
+        f"{model[1] if model else platform.machine()}, {cores} cores, {memory / 2**30:.0f} GiB"
+    )
     return {
         "hardware": f"{gpu}; {hardware}" if gpu else hardware,
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("scaledistill", *VERSIONED))
@@ -146,9 +163,18 @@ def _version(package: str) -> str:
 
 
 def _commit(folder: Path) -> str:
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty=, changed since", "--exclude=*"]
+    command = [
+        "git",
+        "--no-optional-locks",
+        "describe",
+        "--always",
+        "--dirty=, changed since",
+        "--exclude=*",
+    ]
     try:
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"
 
@@ -178,13 +204,22 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A process that does something each time that it is its turn. A context manager: leaving it ends the process."""
+    """A process that does something each time that it is its turn. A context manager: leaving it
+    ends the process.
+    """
 
-    def __init__(self, name: str, command: Sequence[str], *, log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], *, log: Path, environment: Mapping[str, str]
+    ) -> None:
         self._name, self._log = name, log
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=dict(environment)
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=dict(environment),
             )
 
     def turn(self) -> dict[str, Any]:
@@ -201,7 +236,9 @@ class Worker:
             line = answers.readline()
         if not line:
             words = self._log.read_text(errors="replace").splitlines()[-20:]
-            raise WorkerError("\n".join([f"{self._name} ended with status {self._process.wait()}:", *words]))
+            raise WorkerError(
+                "\n".join([f"{self._name} ended with status {self._process.wait()}:", *words])
+            )
         return json.loads(line)
 
     def __enter__(self) -> Worker:

@@ -1,6 +1,8 @@
-"""The record of a run: `metrics.jsonl` for machines, a display or lines for people, trackers, and `loss.png`.
+"""The record of a run: `metrics.jsonl` for machines, a display or lines for people, trackers, and
+`loss.png`.
 
-Enters: one row per logging step, as plain numbers. Leaves: files and the console. Only rank 0 makes a `Recorder`.
+Enters: one row per logging step, as plain numbers. Leaves: files and the console. Only rank 0 makes
+a `Recorder`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ CLOSE_SECONDS = 30.0
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`; a line that cannot be read, such as a last one cut short, is left out."""
+    """Return the rows of a `metrics.jsonl`; a line that cannot be read, such as a last one cut
+    short, is left out.
+    """
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -65,7 +69,8 @@ class Recorder:
         self._path = folder / "metrics.jsonl"
         self._max_steps = max_steps
         self._trackers = Trackers(trackers, folder, config, project=project, run_name=run_name)
-        kept = [row for row in read_rows(self._path) if row["step"] <= resumed_at]  # later ones are made again
+        # Later ones are made again.
+        kept = [row for row in read_rows(self._path) if row["step"] <= resumed_at]
         partial = self._path.with_name(".metrics.jsonl")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(self._path)
@@ -101,14 +106,20 @@ class Recorder:
             self._display.progress.update(self._display.task, completed=step)
 
     def record(self, row: Mapping[str, Any], seconds_left: float | None = None) -> None:
-        """Write a logging step's row; a value that is not finite becomes null. `seconds_left` is for people only."""
+        """Write a logging step's row; a value that is not finite becomes null. `seconds_left` is
+        for people only.
+        """
         clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
         }
-        self._waiting.append((time.monotonic(), self._disk.submit(self._write, clean, patience=ROW_SECONDS)))
+        self._waiting.append(
+            (time.monotonic(), self._disk.submit(self._write, clean, patience=ROW_SECONDS))
+        )
         self._warn_of_waiting()
         self._trackers.log(
-            {key: value for key, value in clean.items() if key != "step" and value is not None}, step=row["step"]
+            {key: value for key, value in clean.items() if key != "step" and value is not None},
+            step=row["step"],
         )
         if self._display:
             self._display.show(clean)
@@ -126,7 +137,8 @@ class Recorder:
         if seconds >= WORD_SECONDS and not self._has_warned:
             self._has_warned = True
             log.warning(
-                "%s: the disk has not answered for %.0f s; training goes on, and the rows are written when it does",
+                "%s: the disk has not answered for %.0f s; training goes on, and the rows are "
+                "written when it does",
                 *(self._path, seconds),
             )
 
@@ -135,7 +147,9 @@ class Recorder:
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        except OSError as error:  # what the disk did not take stays in the buffer and goes with the next row
+        except (
+            OSError
+        ) as error:  # what the disk did not take stays in the buffer and goes with the next row
             log.warning("%s: %s; training goes on", self._path, error.strerror)
 
     def _close(self) -> None:
@@ -155,7 +169,9 @@ class Pace:
         self._since: tuple[int, float] | None = None
 
     def seconds_left(self, step: int) -> float | None:
-        """Return the seconds that the steps after this one will take, validations and saves included, if known."""
+        """Return the seconds that the steps after this one will take, validations and saves
+        included, if known.
+        """
         now = time.monotonic()
         first, start = self._since = self._since or (step, now)
         if step in (first, self._last_step):
@@ -182,7 +198,9 @@ def summary(row: Mapping[str, Any]) -> str:
 
 
 def line(row: Mapping[str, Any], seconds_left: float | None = None) -> str:
-    """Return a row's figures for a log, which shows no bar: with the learning rate and the time that is left."""
+    """Return a row's figures for a log, which shows no bar: with the learning rate and the time
+    that is left.
+    """
     parts = [summary(row)]
     if row.get("lr") is not None:
         parts.append(f"lr {row['lr']:.2e}")
@@ -200,7 +218,9 @@ def short(number: float) -> str:
 
 
 class _Bar(Progress):
-    """A bar, and the last row's figures on lines of their own: beside it, 80 columns would cut them."""
+    """A bar, and the last row's figures on lines of their own: beside it, 80 columns would cut
+    them.
+    """
 
     figures = ""
 
@@ -250,8 +270,16 @@ def draw_losses(folder: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(*zip(*losses, strict=True), color="#1f77b4", linewidth=1, label="training")
-    if validation := [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss")]:
-        axes.plot(*zip(*validation, strict=True), color="#d62728", marker="o", markersize=4, label="validation")
+    if validation := [
+        (row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss")
+    ]:
+        axes.plot(
+            *zip(*validation, strict=True),
+            color="#d62728",
+            marker="o",
+            markersize=4,
+            label="validation",
+        )
     axes.set(xlabel="optimizer step", ylabel="relation loss", title=folder.name, yscale="log")
     for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatted(ScalarFormatter())

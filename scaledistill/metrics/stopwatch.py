@@ -1,6 +1,7 @@
 """How fast a run is: the clock of a step's phases, and the rates to hold it against.
 
-Enters: the device and the phases as they happen. Leaves: seconds by phase, a peak in FLOP/s, a peak in bytes.
+Enters: the device and the phases as they happen. Leaves: seconds by phase, a peak in FLOP/s, a peak
+in bytes.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def measured_matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
-    """Return the FLOP/s of the best of a few matrix products, `[size, size]` by `[size, 4 size]`: 0.2 s or so.
+def measured_matrix_rate(
+    device: torch.device, dtype: torch.dtype, *, size: int | None = None
+) -> float:
+    """Return the FLOP/s of the best of a few matrix products, `[size, size]` by `[size, 4 size]`:
+    0.2 s or so.
 
     On a CPU it is this process's share of the machine: its threads, beside whatever else runs.
     """
@@ -75,13 +79,16 @@ class Lap(NamedTuple):
 
 
 class Stopwatch:
-    """Time since the last lap, and by phase of the step. Costs no wait for the device while the laps are not read.
+    """Time since the last lap, and by phase of the step. Costs no wait for the device while the
+    laps are not read.
 
     A phase also names its part of a profiler's trace, and is told to `on_phase` as it begins.
     """
 
     def __init__(
-        self, device: torch.device | None = None, on_phase: Callable[[str], None] = lambda phase: None
+        self,
+        device: torch.device | None = None,
+        on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self._on_phase = on_phase
         self._on_gpu = device is not None and device.type == "cuda"
@@ -93,7 +100,8 @@ class Stopwatch:
         """Count the time of a block to one of `PHASES`."""
         self._on_phase(name)
         with record_function(name):
-            if self._on_gpu:  # the wait for data, too: what its stream idles, not what the host runs ahead
+            # The wait for data, too: what its stream idles, not what the host runs ahead.
+            if self._on_gpu:
                 first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 first.record()
                 yield
@@ -107,13 +115,17 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of a block out: what is not a step does not count against the throughput."""
+        """Leave the time of a block out: what is not a step does not count against the
+        throughput.
+        """
         begin = time.perf_counter()
         yield
         self._start += time.perf_counter() - begin
 
     def lap(self) -> Lap:
-        """Return what passed since the last lap, and start the next; waits for a GPU to finish what it was given."""
+        """Return what passed since the last lap, and start the next; waits for a GPU to finish what
+        it was given.
+        """
         if self._on_gpu:
             torch.cuda.synchronize()
         now = time.perf_counter()

@@ -1,8 +1,10 @@
-"""Trackers of accelerate that get a run's figures: TensorBoard, W&B, MLflow, trackio and the others.
+"""Trackers of accelerate that get a run's figures: TensorBoard, W&B, MLflow, trackio and the
+others.
 
-Inputs: the run's folder and settings, then rows of figures. Outputs: what each tracker makes of them, and
-`trackers.json` in the run folder, by which a resumed run goes on in the same one. A tracker that fails is reported once
-and left out from then on: training does not depend on it. Only rank 0 makes `Trackers`.
+Inputs: the run's folder and settings, then rows of figures. Outputs: what each tracker makes of
+them, and `trackers.json` in the run folder, by which a resumed run goes on in the same one. A
+tracker that fails is reported once and left out from then on: training does not depend on it. Only
+rank 0 makes `Trackers`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def check_trackers(names: Iterable[str]) -> None:
     """Check `logging.trackers`.
 
     Raises:
-        ConfigError: accelerate has no such tracker, its package is not installed, or W&B has no key.
+        ConfigError: accelerate has no such tracker, its package is not installed, or W&B has no
+            key.
     """
     for name in names:
         from accelerate import tracking  # seconds, that a run without trackers needn't spend
@@ -40,24 +43,31 @@ def check_trackers(names: Iterable[str]) -> None:
             known = ", ".join(sorted(tracking.LOGGER_TYPE_TO_CLASS))
             raise ConfigError(f"logging.trackers: unknown tracker {name!r}; known: {known}")
         built_in = tracking.LOGGER_TYPE_TO_CLASS[name].__module__ == tracking.__name__
-        available = [getattr(tracker, "value", tracker) for tracker in tracking.get_available_trackers()]
+        available = [
+            getattr(tracker, "value", tracker) for tracker in tracking.get_available_trackers()
+        ]
         if built_in and name not in available:
-            raise ConfigError(f"logging.trackers: {name!r} is not installed; pip install it or remove it")
+            raise ConfigError(
+                f"logging.trackers: {name!r} is not installed; pip install it or remove it"
+            )
         if built_in and name == "wandb" and not _has_wandb_key():
             raise ConfigError(
-                "logging.trackers: 'wandb' has no API key; run `wandb login`, set WANDB_API_KEY, or set "
-                "WANDB_MODE=offline to keep the figures on this machine"
+                "logging.trackers: 'wandb' has no API key; run `wandb login`, set WANDB_API_KEY, "
+                "or set WANDB_MODE=offline to keep the figures on this machine"
             )
 
 
 def _has_wandb_key() -> bool:
-    """Return whether W&B has a key, or needs none: from its variables, its settings and netrc, where it looks too."""
+    """Return whether W&B has a key, or needs none: from its variables, its settings and netrc,
+    where it looks too.
+    """
     given = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
     if given or os.environ.get("RANK", "0") != "0":  # other ranks do not use it
         return True
     mode, host = os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_BASE_URL", "")
     configured = Path(os.environ.get("WANDB_CONFIG_DIR") or Path("~/.config/wandb").expanduser())
-    for path in (configured / "settings", Path("wandb/settings")):  # what `wandb offline` and the like write
+    # What `wandb offline` and the like write.
+    for path in (configured / "settings", Path("wandb/settings")):
         try:
             settings = ConfigParser(interpolation=None)
             settings.read_string(path.read_text())
@@ -65,12 +75,16 @@ def _has_wandb_key() -> bool:
             host = host or settings.get("default", "base_url", fallback="")
         except (OSError, Error, UnicodeDecodeError):
             continue
-    if mode in ("offline", "dryrun", "disabled") or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+    if mode in ("offline", "dryrun", "disabled") or os.environ.get(
+        "WANDB_DISABLED", ""
+    ).lower() in ("true", "1"):
         return True
     names = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
     for name in names:
         try:
-            if netrc.netrc(Path(name).expanduser()).authenticators(urlsplit(host).hostname or "api.wandb.ai"):
+            if netrc.netrc(Path(name).expanduser()).authenticators(
+                urlsplit(host).hostname or "api.wandb.ai"
+            ):
                 return True
         except (OSError, netrc.NetrcParseError, RuntimeError):  # RuntimeError: no home folder
             continue
@@ -97,7 +111,10 @@ class Trackers:
         names = list(names)
         check_trackers(names)
         self._folder = folder
-        self._project, self._run_name = project or folder.resolve().name, run_name or folder.resolve().name
+        self._project, self._run_name = (
+            project or folder.resolve().name,
+            run_name or folder.resolve().name,
+        )
         self._is_named = run_name is not None
         self._known = read_json(folder / RECORD) or {}
         self._running: dict[str, Any] = {}
@@ -108,11 +125,16 @@ class Trackers:
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Give a step's figures to every tracker."""
         for name, tracker in list(self._running.items()):
-            self._attempt(name, f"take the figures of step {step}", tracker.log, dict(values), step=step)
+            self._attempt(
+                name, f"take the figures of step {step}", tracker.log, dict(values), step=step
+            )
 
     def finish(self) -> None:
-        """Close every tracker; the run's own files are to be closed before, as this may take long."""
-        for tracker in self._failed.values():  # it may hold files open; that it failed has been said
+        """Close every tracker; the run's own files are to be closed before, as this may take
+        long.
+        """
+        # It may hold files open; that it failed has been said.
+        for tracker in self._failed.values():
             try:
                 tracker.finish()
             except (Exception, SystemExit):  # noqa: BLE001 - any package's errors
@@ -121,14 +143,16 @@ class Trackers:
             self._attempt(name, "finish", tracker.finish)
         self._running, self._failed = {}, {}
 
-    def _attempt(self, name: str, what: str, action: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    def _attempt(
+        self, name: str, what: str, action: Callable[..., Any], *arguments: Any, **options: Any
+    ) -> None:
         try:
             action(*arguments, **options)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - any package's errors; some exit
             reason = " ".join(str(error).split())[:300]
             log.warning(
-                "logging.trackers: %s could not %s (%s: %s); the run goes on without it, metrics.jsonl has every "
-                "figure",
+                "logging.trackers: %s could not %s (%s: %s); the run goes on without it, "
+                "metrics.jsonl has every figure",
                 *(name, what, type(error).__name__, reason),
             )
             if tracker := self._running.pop(name, None):
@@ -160,7 +184,8 @@ class Trackers:
     def _options(self, name: str) -> dict[str, Any]:
         """Return what starts a tracker in a run of this name, or in the one that it had before."""
         before = self._known.get(name)
-        own_names = {"wandb": "WANDB_NAME", "mlflow": "MLFLOW_RUN_NAME"}  # count where no setting says otherwise
+        # Count where no setting says otherwise.
+        own_names = {"wandb": "WANDB_NAME", "mlflow": "MLFLOW_RUN_NAME"}
         run_name = os.environ.get(own_names.get(name, ""), "") if not self._is_named else ""
         run_name = run_name or self._run_name
         if name == "wandb":
@@ -177,7 +202,9 @@ class Trackers:
         if name == "wandb":
             identity = options.get("id")
         elif name == "mlflow":
-            identity = getattr(getattr(getattr(tracker, "active_run", None), "info", None), "run_id", None)
+            identity = getattr(
+                getattr(getattr(tracker, "active_run", None), "info", None), "run_id", None
+            )
         elif name == "trackio":  # a name that was taken is replaced by another
             identity = getattr(getattr(tracker, "run", None), "name", None) or options.get("name")
         else:

@@ -1,8 +1,10 @@
-"""Q, K and V of one block of an encoder: one table row per architecture, one function that cuts a model into a view.
+"""Q, K and V of one block of an encoder: one table row per architecture, one function that cuts a
+model into a view.
 
-Enters: a transformers encoder (or a task model around one). Leaves: a view, a module that shares its parameters,
-computes nothing above the chosen block's projections and returns Q, K and V side by side as its `last_hidden_state`.
-Loading, freezing and training are left to `models.teacher` and `models.student`.
+Enters: a transformers encoder (or a task model around one). Leaves: a view, a module that shares
+its parameters, computes nothing above the chosen block's projections and returns Q, K and V side by
+side as its `last_hidden_state`. Loading, freezing and training are left to `models.teacher` and
+`models.student`.
 
 Legend: B sequences, T tokens, D width of one projection.
 """
@@ -29,7 +31,9 @@ from scaledistill.relations import QKV
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where an architecture keeps its parts: paths in a block, except `blocks`, `final_norm` and `dropped`."""
+    """Where an architecture keeps its parts: paths in a block, except `blocks`, `final_norm` and
+    `dropped`.
+    """
 
     blocks: str = "encoder.layer"
     query: str = "attention.self.query"
@@ -37,16 +41,20 @@ class Architecture:
     value: str = "attention.self.value"
     attention_output: str = "attention.output.dense"  # reads the heads side by side
     input_norm: str | None = None  # pre-norm models: applied in front of the projections
-    final_norm: str | None = None  # pre-norm models: follows the last block, must not touch Q, K and V
+    # Pre-norm models: follows the last block, must not touch Q, K and V.
+    final_norm: str | None = None
     dropped: tuple[str, ...] = ("pooler",)  # children that the encoder's forward can do without
-    positions_follow_padding: bool = False  # position ids start behind pad_token_id (fairseq's convention)
+    # Position ids start behind pad_token_id (fairseq's convention).
+    positions_follow_padding: bool = False
 
     @property
     def projections(self) -> tuple[str, str, str]:
         return self.query, self.key, self.value
 
     def block_path(self, layer: int) -> str:
-        """The path of block `layer`: the one place where a layer number, from 1, becomes an index, from 0."""
+        """The path of block `layer`: the one place where a layer number, from 1, becomes an index,
+        from 0.
+        """
         return f"{self.blocks}.{layer - 1}"
 
 
@@ -71,8 +79,8 @@ def architecture_of(config: PreTrainedConfig, *, setting: str = "teacher.model")
         return ARCHITECTURES[config.model_type]
     except KeyError:
         raise ConfigError(
-            f"{setting} is of type {config.model_type!r}, which is not supported; use a model of type "
-            f"{', '.join(sorted(ARCHITECTURES))}"
+            f"{setting} is of type {config.model_type!r}, which is not supported; use a model of "
+            f"type {', '.join(sorted(ARCHITECTURES))}"
         ) from None
 
 
@@ -85,11 +93,15 @@ def check_layer(layer: int, num_layers: int, *, setting: str = "teacher.layer") 
     """Raise ConfigError unless the 1-based `layer` exists in a model of `num_layers` blocks."""
     if not 1 <= layer <= num_layers:
         where = "beyond" if layer > num_layers else "below"
-        raise ConfigError(f"{setting}={layer} is {where} the model's {num_layers} layers; use 1 to {num_layers}")
+        raise ConfigError(
+            f"{setting}={layer} is {where} the model's {num_layers} layers; use 1 to {num_layers}"
+        )
 
 
 def max_sequence_length(config: PreTrainedConfig) -> int:
-    """Return how many tokens a sequence may have: the position table's rows that real tokens can use."""
+    """Return how many tokens a sequence may have: the position table's rows that real tokens can
+    use.
+    """
     return config.max_position_embeddings - first_position(config)
 
 
@@ -99,7 +111,8 @@ def first_position(config: PreTrainedConfig) -> int:
 
 
 def settle_padding(config: PreTrainedConfig, model: str) -> None:
-    """Make `pad_token_id` None where it names no token and the positions don't count from it; `model` names the model.
+    """Make `pad_token_id` None where it names no token and the positions don't count from it;
+    `model` names the model.
 
     Raises:
         DataError: they do.
@@ -109,9 +122,9 @@ def settle_padding(config: PreTrainedConfig, model: str) -> None:
         return
     if row.positions_follow_padding:
         raise DataError(
-            f"{model}: its config.json has pad_token_id={json.dumps(found)}, but models of type {config.model_type!r} "
-            "count their positions from it; set it to the padding token's id in the tokenizer (1 in RoBERTa and "
-            "XLM-R)"
+            f"{model}: its config.json has pad_token_id={json.dumps(found)}, but models of type "
+            f"{config.model_type!r} count their positions from it; set it to the padding token's "
+            "id in the tokenizer (1 in RoBERTa and XLM-R)"
         )
     config.pad_token_id = None
 
@@ -122,23 +135,28 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def encoder_options(config: PreTrainedConfig) -> dict[str, bool]:
-    """Return the constructor's arguments that leave out the pooler, for the architectures that have one."""
+    """Return the constructor's arguments that leave out the pooler, for the architectures that have
+    one.
+    """
     signature = inspect.signature(encoder_class(config).__init__)
     return {"add_pooling_layer": False} if "add_pooling_layer" in signature.parameters else {}
 
 
 def build_encoder(config: PreTrainedConfig, *, device: str = "cpu") -> PreTrainedModel:
-    """Build the fp32 encoder of `config`, random weights, no pooler; on the "meta" device it costs nothing."""
+    """Build the fp32 encoder of `config`, random weights, no pooler; on the "meta" device it costs
+    nothing.
+    """
     with torch.device(device):
         return AutoModel.from_config(config, dtype=torch.float32, **encoder_options(config))
 
 
 def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
-    """Return a view of `model` whose `last_hidden_state` is block `layer`'s Q, K and V, joined: [B, T, Dq + Dk + Dv].
+    """Return a view of `model` whose `last_hidden_state` is block `layer`'s Q, K and V, joined: [B,
+    T, Dq + Dk + Dv].
 
-    The view takes what the model takes and shares its parameters under their names in the model, up to block `layer`'s
-    projections; what lies above is not in it. `model` (or the encoder inside a task model) stays as it was. The three
-    widths are `view.qkv_widths`, for `split_qkv`.
+    The view takes what the model takes and shares its parameters under their names in the model, up
+    to block `layer`'s projections; what lies above is not in it. `model` (or the encoder inside a
+    task model) stays as it was. The three widths are `view.qkv_widths`, for `split_qkv`.
 
     Args:
         model: a supported encoder, or a task model around one.
@@ -151,7 +169,8 @@ def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
     row = architecture_of(encoder.config)
     if getattr(encoder.config, "is_decoder", False):
         raise ConfigError(
-            "teacher.model has is_decoder=true in its config, so its tokens see no later ones; use an encoder"
+            "teacher.model has is_decoder=true in its config, so its tokens see no later ones; use "
+            "an encoder"
         )
     try:
         blocks = cast(nn.ModuleList, encoder.get_submodule(row.blocks))
@@ -160,8 +179,8 @@ def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
         captured = _CapturedBlock(last, row)
     except AttributeError as error:
         raise ConfigError(
-            f"teacher.model calls itself {encoder.config.model_type!r} but is not built like one: {error}; "
-            "use a model that runs on transformers' own code"
+            f"teacher.model calls itself {encoder.config.model_type!r} but is not built like one: "
+            f"{error}; use a model that runs on transformers' own code"
         ) from error
     view = _own_copy(encoder)
     view.config = plain_config(encoder.config)
@@ -173,7 +192,8 @@ def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
     if row.final_norm is not None:
         parent, name = _own_parent(view, row.final_norm)
         parent._modules[name] = nn.Identity()
-    # The view never installs transformers' recording hooks: on shared blocks the model would then install them twice.
+    # The view never installs transformers' recording hooks: on shared blocks the model would then
+    # install them twice.
     view._output_capturing_hooks_installed = True
     view.qkv_widths = tuple(last.get_submodule(path).out_features for path in row.projections)
     return view
@@ -187,7 +207,8 @@ def split_qkv(hidden: Tensor, widths: tuple[int, int, int]) -> QKV:
     """
     if hidden.shape[-1] != sum(widths):
         raise ValueError(
-            f"a view of widths {widths} returned {tuple(hidden.shape)}; expected a last size of {sum(widths)}"
+            f"a view of widths {widths} returned {tuple(hidden.shape)}; expected a last size of "
+            f"{sum(widths)}"
         )
     return QKV(*hidden.split(widths, dim=-1))
 
@@ -200,10 +221,12 @@ def view_inputs(
     position_ids_BT: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Return the arguments that make a model attend to the tokens of `mask_BT`, or within the documents of a row.
+    """Return the arguments that make a model attend to the tokens of `mask_BT`, or within the
+    documents of a row.
 
-    Without mask and documents attention stays unmasked, hence on its fastest kernels. For `sdpa` masks are handed over
-    ready, because transformers would look at their values, a wait for the device in every forward.
+    Without mask and documents attention stays unmasked, hence on its fastest kernels. For `sdpa`
+    masks are handed over ready, because transformers would look at their values, a wait for the
+    device in every forward.
 
     Args:
         mask_BT: bool, true on real tokens; not read where there are documents.
@@ -220,7 +243,9 @@ def view_inputs(
         inputs["position_ids"] = position_ids_BT + first_position(config)
         inputs |= document_attention(config, segment_ids_BT, cu_seqlens)
     elif segment_ids_BT is not None or position_ids_BT is not None:
-        raise ValueError("segment_ids_BT and position_ids_BT describe documents together; found one of them")
+        raise ValueError(
+            "segment_ids_BT and position_ids_BT describe documents together; found one of them"
+        )
     elif mask_BT is not None:
         ready = config._attn_implementation in ("sdpa", VARLEN)
         inputs["attention_mask"] = mask_BT[:, None, None, :] if ready else mask_BT
@@ -229,28 +254,37 @@ def view_inputs(
 
 def blocks_of(view: nn.Module) -> list[nn.Module]:
     """Return the blocks of a view; the last one has projections only."""
-    return list(view.get_submodule(architecture_of(cast(PreTrainedConfig, view.config)).blocks).children())
+    return list(
+        view.get_submodule(architecture_of(cast(PreTrainedConfig, view.config)).blocks).children()
+    )
 
 
 def compile_blocks(view: nn.Module, *, backend: str = "inductor") -> None:
-    """Compile the blocks of a view, which its model shares, for fixed shapes; equal blocks share one compiled graph.
+    """Compile the blocks of a view, which its model shares, for fixed shapes; equal blocks share
+    one compiled graph.
 
-    A new shape of batch, a mask where there was none, or gradients where there were none compile once more.
+    A new shape of batch, a mask where there was none, or gradients where there were none compile
+    once more.
     """
-    from torch._dynamo import config as dynamo  # seconds, that a run without compilation needn't spend
+    # Seconds, that a run without compilation needn't spend.
+    from torch._dynamo import config as dynamo
 
-    # The blocks of all models count together; beyond the limit, 8, blocks would run uncompiled with a mere warning.
-    # Teacher and student, training and validating, with and without a mask, in whole and smaller batches are 12.
+    # The blocks of all models count together; beyond the limit, 8, blocks would run uncompiled with
+    # a mere warning. Teacher and student, training and validating, with and without a mask, in
+    # whole and smaller batches are 12.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-    for block in view.get_submodule(architecture_of(cast(PreTrainedConfig, view.config)).blocks).children():
+    for block in view.get_submodule(
+        architecture_of(cast(PreTrainedConfig, view.config)).blocks
+    ).children():
         block.compile(backend=backend, dynamic=False)
 
 
 def capture_qkv(model: PreTrainedModel, layer: int, **inputs: Any) -> QKV:
-    """Run `model` on its usual `inputs` up to block `layer` (from 1); return that block's Q, K and V, each [B, T, D].
+    """Run `model` on its usual `inputs` up to block `layer` (from 1); return that block's Q, K and
+    V, each [B, T, D].
 
-    For one-off use: `model` keeps its mode, hooks, parameters and outputs. Gradients flow unless the caller turns them
-    off.
+    For one-off use: `model` keeps its mode, hooks, parameters and outputs. Gradients flow unless
+    the caller turns them off.
 
     Raises:
         ConfigError: the architecture is not supported, or has no such block.
@@ -260,11 +294,15 @@ def capture_qkv(model: PreTrainedModel, layer: int, **inputs: Any) -> QKV:
 
 
 def forward_flops(module: nn.Module, num_tokens: int) -> int:
-    """Return the floating-point operations (2 per multiply-add) of one forward on one sequence of `num_tokens` tokens.
+    """Return the floating-point operations (2 per multiply-add) of one forward on one sequence of
+    `num_tokens` tokens.
 
     Counts on the meta device with the module's own forward: no weights are read, wherever they are.
     """
-    tensors: Mapping[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors: Mapping[str, Tensor] = {
+        **dict(module.named_parameters()),
+        **dict(module.named_buffers()),
+    }
     shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
     input_ids_BT = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -273,7 +311,9 @@ def forward_flops(module: nn.Module, num_tokens: int) -> int:
 
 
 class _CapturedBlock(nn.Module):
-    """A block's projections (and input norm) under the block's own parameter names; returns [B, T, Dq + Dk + Dv]."""
+    """A block's projections (and input norm) under the block's own parameter names; returns [B, T,
+    Dq + Dk + Dv].
+    """
 
     def __init__(self, block: nn.Module, row: Architecture) -> None:
         super().__init__()
@@ -291,11 +331,15 @@ class _CapturedBlock(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.input_norm is not None:
             hidden_states = self.get_submodule(self.input_norm)(hidden_states)
-        return torch.cat([self.get_submodule(path)(hidden_states) for path in self.projections], dim=-1)
+        return torch.cat(
+            [self.get_submodule(path)(hidden_states) for path in self.projections], dim=-1
+        )
 
 
 def _own_copy(module: nn.Module) -> Any:
-    """Copy a module object: same children, parameters and hooks, but dictionaries of its own to change."""
+    """Copy a module object: same children, parameters and hooks, but dictionaries of its own to
+    change.
+    """
     clone = copy.copy(module)
     for name, value in vars(module).items():
         if isinstance(value, dict | set):
@@ -304,7 +348,9 @@ def _own_copy(module: nn.Module) -> Any:
 
 
 def _own_parent(view: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Give `view` its own copies of the modules above `path`; return the last of them and the name below it."""
+    """Give `view` its own copies of the modules above `path`; return the last of them and the name
+    below it.
+    """
     *parents, name = path.split(".")
     for parent in parents:
         view._modules[parent] = _own_copy(view.get_submodule(parent))

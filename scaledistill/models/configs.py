@@ -1,10 +1,13 @@
-"""A model's config, made plain where it enters: what changes no value goes, what changes the encoder is refused.
+"""A model's config, made plain where it enters: what changes no value goes, what changes the
+encoder is refused.
 
-Inputs: the content of a `config.json`, or a config that came with a model. Outputs: a config of which only the shape,
-the arithmetic and the precision are left. Finding the file is left to `models.teacher`.
+Inputs: the content of a `config.json`, or a config that came with a model. Outputs: a config of
+which only the shape, the arithmetic and the precision are left. Finding the file is left to
+`models.teacher`.
 
-transformers reads many keys that steer a library (what is returned, kernels, memory, generation, labels of a head) and
-drops others without a word, some of which say that the weights were trained for another computation.
+transformers reads many keys that steer a library (what is returned, kernels, memory, generation,
+labels of a head) and drops others without a word, some of which say that the weights were trained
+for another computation.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from transformers.activations import ACT2FN
 
 from scaledistill.errors import DataError
 
-# How a model is run, stored, generated from, or what a head was called: nothing that an encoder computes.
+# How a model is run, stored, generated from, or what a head was called: nothing that an encoder
+# computes.
 STEERING = frozenset(
     [
         "return_dict",
@@ -58,7 +62,8 @@ STEERING = frozenset(
 )
 FREE_TOKEN_IDS = ("bos_token_id", "eos_token_id", "sep_token_id")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-# Keys that a class may not know and then drops, with the values that ask for nothing; any other asks for more.
+# Keys that a class may not know and then drops, with the values that ask for nothing; any other
+# asks for more.
 COMPUTING: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": (None, "absolute"),
     "relative_attention": (None, False),
@@ -72,7 +77,9 @@ COMPUTING: dict[str, tuple[Any, ...]] = {
 DECODING = ("is_decoder", "add_cross_attention")
 
 
-def plain_dict(found: Mapping[str, Any], known: type[PreTrainedConfig], model: str, *, encoder: bool) -> dict[str, Any]:
+def plain_dict(
+    found: Mapping[str, Any], known: type[PreTrainedConfig], model: str, *, encoder: bool
+) -> dict[str, Any]:
     """Return the content of a `config.json` as `known`, its config class, is to get it.
 
     Args:
@@ -80,21 +87,27 @@ def plain_dict(found: Mapping[str, Any], known: type[PreTrainedConfig], model: s
         encoder: it is one whose keys we know: those that its class does not have are dropped too.
 
     Raises:
-        DataError: a key asks for something that this transformers does not compute, or that no encoder does.
+        DataError: a key asks for something that this transformers does not compute, or that no
+            encoder does.
     """
     defaults = known().to_dict()
     if found.get("quantization_config") or found.get("compression_config"):
         raise DataError(
-            f"{model} is quantised (quantization_config in its config.json), which is neither run nor trained here; "
-            "give the model before quantisation, in fp32, bf16 or fp16"
+            f"{model} is quantised (quantization_config in its config.json), which is neither run "
+            "nor trained here; give the model before quantisation, in fp32, bf16 or fp16"
         )
     for key, neutral in COMPUTING.items():
         if key in found and key not in defaults and found[key] not in neutral:
             raise DataError(
-                f"{model}: its config.json has {key}={found[key]!r}, which transformers' {known.__name__} no longer "
-                "computes, so the model would run as another one; give a model without it"
+                f"{model}: its config.json has {key}={found[key]!r}, which transformers' "
+                f"{known.__name__} no longer computes, so the model would run as another one; give "
+                "a model without it"
             )
-    plain = {key: value for key, value in found.items() if key not in STEERING and not _is_code(known, key)}
+    plain = {
+        key: value
+        for key, value in found.items()
+        if key not in STEERING and not _is_code(known, key)
+    }
     plain |= _dtype(plain.pop("torch_dtype", None), plain.pop("dtype", None), model)
     for key in plain.keys() & defaults.keys():
         plain[key] = _number(plain[key], defaults[key])
@@ -103,26 +116,37 @@ def plain_dict(found: Mapping[str, Any], known: type[PreTrainedConfig], model: s
     return _plain_encoder(plain, defaults, model) if encoder else plain
 
 
-def _plain_encoder(plain: dict[str, Any], defaults: Mapping[str, Any], model: str) -> dict[str, Any]:
+def _plain_encoder(
+    plain: dict[str, Any], defaults: Mapping[str, Any], model: str
+) -> dict[str, Any]:
     for key in DECODING:
         if plain.get(key):
             raise DataError(
-                f"{model}: its config.json has {key}={plain[key]!r}, which makes it a decoder; an encoder, whose "
-                f"tokens see the whole row, is needed: if it is one, set {key} to false"
+                f"{model}: its config.json has {key}={plain[key]!r}, which makes it a decoder; an "
+                f"encoder, whose tokens see the whole row, is needed: if it is one, set {key} to "
+                "false"
             )
     activation = plain.get("hidden_act", defaults["hidden_act"])
     if activation not in ACT2FN:
-        near = difflib.get_close_matches(str(activation).lower(), ACT2FN, n=3) or ["gelu", "gelu_new", "relu"]
+        near = difflib.get_close_matches(str(activation).lower(), ACT2FN, n=3) or [
+            "gelu",
+            "gelu_new",
+            "relu",
+        ]
         raise DataError(
-            f"{model}: its config.json has hidden_act={activation!r}, which transformers does not have; set the one "
-            f"that it was trained with: {', '.join(near)}, …"
+            f"{model}: its config.json has hidden_act={activation!r}, which transformers does not "
+            f"have; set the one that it was trained with: {', '.join(near)}, …"
         )
-    free = {"is_encoder_decoder", *(key for key in FREE_TOKEN_IDS if not isinstance(plain.get(key), int))}
+    free = {
+        "is_encoder_decoder",
+        *(key for key in FREE_TOKEN_IDS if not isinstance(plain.get(key), int)),
+    }
     return {key: value for key, value in plain.items() if key in defaults.keys() - free}
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of a model that somebody built, without the keys that change what its forward returns.
+    """Return the config of a model that somebody built, without the keys that change what its
+    forward returns.
 
     The same object where there is none, as in all configs that came through `plain_dict`.
     """
@@ -136,30 +160,40 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _is_code(known: type[PreTrainedConfig], key: str) -> bool:
-    """Whether a key has the name of a method of the class, which it would hide, or of a property that is not set."""
+    """Whether a key has the name of a method of the class, which it would hide, or of a property
+    that is not set.
+    """
     attribute = getattr(known, key, None)
     return callable(attribute) or (isinstance(attribute, property) and attribute.fset is None)
 
 
 def _dtype(old: Any, new: Any, model: str) -> dict[str, str]:
-    """Return the entry for the precision of the weights, empty where it is theirs; older files say `torch_dtype`."""
+    """Return the entry for the precision of the weights, empty where it is theirs; older files say
+    `torch_dtype`.
+    """
     key, value = ("torch_dtype", old) if new is None else ("dtype", new)
     if value is None or value == "auto":
         return {}
     name = str(value).removeprefix("torch.")
-    name = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}.get(
-        name, name
-    )
+    name = {
+        "fp16": "float16",
+        "half": "float16",
+        "bf16": "bfloat16",
+        "fp32": "float32",
+        "float": "float32",
+    }.get(name, name)
     if name not in FLOATS:
         raise DataError(
-            f"{model}: its config.json has {key}={value!r}; expected {', '.join(FLOATS)}, or no such key: the "
-            "weights' own precision is used then"
+            f"{model}: its config.json has {key}={value!r}; expected {', '.join(FLOATS)}, or no "
+            "such key: the weights' own precision is used then"
         )
     return {"dtype": name}
 
 
 def _number(value: Any, default: Any) -> Any:
-    """Return a number in the type that the default has; anything else as it is, for the config class to judge."""
+    """Return a number in the type that the default has; anything else as it is, for the config
+    class to judge.
+    """
     if isinstance(value, bool) or isinstance(default, bool) or not isinstance(default, int | float):
         return value
     try:

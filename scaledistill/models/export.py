@@ -1,8 +1,9 @@
-"""Write a trained student as a folder that plain transformers loads, put in place only once it has been read back.
+"""Write a trained student as a folder that plain transformers loads, put in place only once it has
+been read back.
 
-Enters: a config, the student's full fp32 state dict, the source of its tokenizer and the facts of the run. Leaves: a
-folder with config, safetensors, tokenizer and model card. Gathering the state from an engine, and when to export, are
-left to others.
+Enters: a config, the student's full fp32 state dict, the source of its tokenizer and the facts of
+the run. Leaves: a folder with config, safetensors, tokenizer and model card. Gathering the state
+from an engine, and when to export, are left to others.
 """
 
 from __future__ import annotations
@@ -89,24 +90,29 @@ def export_student(
     card: Mapping[str, object],
     check: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> Path:
-    """Write a student into `folder`, replacing what is there, and return the folder. One rank calls this.
+    """Write a student into `folder`, replacing what is there, and return the folder. One rank calls
+    this.
 
-    Written to a folder beside it, read back with `AutoModel`, compared bit for bit and run once; then the two are
-    exchanged in one step, so that there is a good export at every moment. A failure leaves the old one.
+    Written to a folder beside it, read back with `AutoModel`, compared bit for bit and run once;
+    then the two are exchanged in one step, so that there is a good export at every moment. A
+    failure leaves the old one.
 
     Args:
-        folder: ends up with config.json, model.safetensors, the tokenizer without truncation or padding, and README.md.
+        folder: ends up with config.json, model.safetensors, the tokenizer without truncation or
+            padding, and README.md.
         config: the student's; written as it is.
         state: every parameter of the full student by its name, fp32.
         tap: where it was tapped, "last" or "extra", for the model card.
-        tokenizer_source: folder or hub name (at `revision`) that the tokenizer is taken from: the teacher's.
-        card: facts for the model card, in order, label to value; None leaves one out. "init", how the
-            student was initialised, is needed.
-        check: gets the model that was read back, in eval mode, before it is put in place; what it raises leaves the
-            old one.
+        tokenizer_source: folder or hub name (at `revision`) that the tokenizer is taken from: the
+            teacher's.
+        card: facts for the model card, in order, label to value; None leaves one out. "init", how
+            the student was initialised, is needed.
+        check: gets the model that was read back, in eval mode, before it is put in place; what it
+            raises leaves the old one.
 
     Raises:
-        DataError: the tokenizer cannot be had, or what was read back is not what was written or gives no finite output.
+        DataError: the tokenizer cannot be had, or what was read back is not what was written or
+            gives no finite output.
         OSError: the disk is full or not writable.
         ValueError: the state is not that of the config, or not fp32.
     """
@@ -121,7 +127,9 @@ def export_student(
         save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
         set_default_mode(fresh / "model.safetensors")
         _save_tokenizer(tokenizer_source, revision, fresh)
-        (fresh / "README.md").write_text(_card_text(Path(folder).name, config, tap, card), encoding="utf-8")
+        (fresh / "README.md").write_text(
+            _card_text(Path(folder).name, config, tap, card), encoding="utf-8"
+        )
         kept = "the old export is kept" if target.exists() else "nothing was exported"
         check(_check_export(fresh, weights, kept))
         for path in (*fresh.iterdir(), fresh):
@@ -134,17 +142,23 @@ def export_student(
 
 
 def write_card_section(folder: Path, title: str, text: str) -> None:
-    """Put a section into an export's model card, before the licence, in place of one with the same title."""
+    """Put a section into an export's model card, before the licence, in place of one with the same
+    title.
+    """
     path = folder / "README.md"
     sections = path.read_text(encoding="utf-8").split("\n## ")
     kept = [section for section in sections if not section.startswith(f"{title}\n")]
-    place = next((i for i, section in enumerate(kept) if section.startswith("Licence\n")), len(kept))
+    place = next(
+        (i for i, section in enumerate(kept) if section.startswith("Licence\n")), len(kept)
+    )
     kept.insert(place, f"{title}\n\n{text.strip()}\n")
     write_bytes(path, "\n## ".join(kept).encode())
 
 
 def untrained_parameters(config: PreTrainedConfig) -> list[str]:
-    """Return the names of a student's parameters above its last block's Q, K and V, which take no part in training."""
+    """Return the names of a student's parameters above its last block's Q, K and V, which take no
+    part in training.
+    """
     student = build_encoder(config, device="meta")
     view = capture_view(student, config.num_hidden_layers)
     return sorted(set(student.state_dict()) - set(view.state_dict()))
@@ -167,20 +181,33 @@ def _card_text(name: str, config: PreTrainedConfig, tap: str, card: Mapping[str,
         heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size,
         parameters=sum(sizes.values()) / 1e6,
-        facts="\n".join(f"| {label} | {value} |" for label, value in card.items() if value is not None),
+        facts="\n".join(
+            f"| {label} | {value} |" for label, value in card.items() if value is not None
+        ),
         options="".join(f", {option}={value}" for option, value in encoder_options(config).items()),
         untrained=ALL_TRAINED if tap == "extra" else untrained,
     )
 
 
 def _check_state(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> None:
-    expected = {name: tensor.shape for name, tensor in build_encoder(config, device="meta").state_dict().items()}
+    expected = {
+        name: tensor.shape
+        for name, tensor in build_encoder(config, device="meta").state_dict().items()
+    }
     for name in sorted(expected.keys() | state.keys()):
         found = state.get(name)
-        if name not in expected or found is None or (found.shape, found.dtype) != (expected[name], torch.float32):
+        if (
+            name not in expected
+            or found is None
+            or (found.shape, found.dtype) != (expected[name], torch.float32)
+        ):
             what = "nothing" if found is None else f"{list(found.shape)} {found.dtype}"
-            wanted = f"{list(expected[name])} torch.float32" if name in expected else "no such parameter"
-            raise ValueError(f"the student's state has {what} for {name}; its config expects {wanted}")
+            wanted = (
+                f"{list(expected[name])} torch.float32" if name in expected else "no such parameter"
+            )
+            raise ValueError(
+                f"the student's state has {what} for {name}; its config expects {wanted}"
+            )
 
 
 def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> None:
@@ -195,40 +222,54 @@ def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> N
             tokenizer = load_tokenizer(origin)
         except DataError as error:
             raise DataError(
-                f"{source} has no tokenizer to export ({error}); give the folder with tokenizer.json"
+                f"{source} has no tokenizer to export ({error}); give the folder with "
+                "tokenizer.json"
             ) from error
         tokenizer.save_pretrained(folder)
         path = folder / "tokenizer_config.json"
         written = read_json(path) or {}
-        if written.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
+        # A name that transformers 4 does not know.
+        if written.get("tokenizer_class") == "TokenizersBackend":
             write_json(path, written | {"tokenizer_class": "PreTrainedTokenizerFast"})
         read = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder))
         if not gives_same_ids(read, tokenizer):
             raise DataError(
-                f"transformers does not read the tokenizer of {source} back as its tokenizer.json says; set "
+                f"transformers does not read the tokenizer of {source} back as its tokenizer.json "
+                "says; set "
                 'tokenizer_class to "PreTrainedTokenizerFast" in its tokenizer_config.json'
             )
 
 
 def _check_export(folder: Path, weights: Mapping[str, Tensor], kept: str) -> PreTrainedModel:
-    """Return what the folder loads to; raise DataError unless it is exactly `weights` and computes something finite."""
-    if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None):
+    """Return what the folder loads to; raise DataError unless it is exactly `weights` and computes
+    something finite.
+    """
+    if broken := next(
+        (name for name, tensor in weights.items() if not tensor.isfinite().all()), None
+    ):
         raise DataError(
-            f"{folder}: the student's weight {broken} is not finite, so its output is not finite; {kept}. "
-            "If an earlier checkpoint is good, remove the newer ones from checkpoints/ and rerun the same command"
+            f"{folder}: the student's weight {broken} is not finite, so its output is not finite; "
+            f"{kept}. If an earlier checkpoint is good, remove the newer ones from checkpoints/ "
+            "and rerun the same command"
         )
     model = load_encoder(folder, setting="the export")
     read = model.state_dict()
     if different := [
-        name for name in weights if not torch.equal(read[name].view(torch.int32), weights[name].view(torch.int32))
+        name
+        for name in weights
+        if not torch.equal(read[name].view(torch.int32), weights[name].view(torch.int32))
     ]:
-        raise DataError(f"{folder}: {different[0]} was read back other than written; check the disk; {kept}")
+        raise DataError(
+            f"{folder}: {different[0]} was read back other than written; check the disk; {kept}"
+        )
     with torch.no_grad():
-        output = model(input_ids=torch.arange(3, 11)[None] % model.config.vocab_size).last_hidden_state
+        output = model(
+            input_ids=torch.arange(3, 11)[None] % model.config.vocab_size
+        ).last_hidden_state
     if not output.isfinite().all():
         raise DataError(
-            f"{folder}: the student's output is not finite; {kept}. If an earlier checkpoint is good, remove "
-            "the newer ones from checkpoints/ and rerun the same command"
+            f"{folder}: the student's output is not finite; {kept}. If an earlier checkpoint is "
+            "good, remove the newer ones from checkpoints/ and rerun the same command"
         )
     return model
 
@@ -239,7 +280,10 @@ def _exchange(fresh: Path, target: Path) -> None:
         fresh.rename(target)
         return
     swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if swap is None or swap(AT_FDCWD, os.fsencode(fresh), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE) != 0:
+    if (
+        swap is None
+        or swap(AT_FDCWD, os.fsencode(fresh), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE) != 0
+    ):
         old = target.with_name(f".{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)

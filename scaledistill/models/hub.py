@@ -1,6 +1,8 @@
-"""Models on the hub within a run: a name is resolved to a commit once, and every file comes from that commit.
+"""Models on the hub within a run: a name is resolved to a commit once, and every file comes from
+that commit.
 
-Inputs: names, and how to download. Outputs: local folders. Which rank downloads is left to `fetching`.
+Inputs: names, and how to download. Outputs: local folders. Which rank downloads is left to
+`fetching`.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ _known: ContextVar[Known | None] = ContextVar("known hub models", default=None)
 
 @contextmanager
 def names_resolved_once() -> Iterator[None]:
-    """Ask the hub once for each name while the block lasts; also as a decorator. Blocks within share what is known."""
+    """Ask the hub once for each name while the block lasts; also as a decorator. Blocks within
+    share what is known.
+    """
     if _known.get() is not None:
         yield
         return
@@ -69,10 +73,12 @@ def learn(known: Mapping[tuple[str, str | None], Snapshot | str]) -> None:
 def model_folder(
     name: str, revision: str | None, patterns: Sequence[str], download: Callable[[str | None], str]
 ) -> Path:
-    """Return the folder of a model's files that match `patterns`, downloaded unless it is known to have them.
+    """Return the folder of a model's files that match `patterns`, downloaded unless it is known to
+    have them.
 
     Args:
-        download: fetches these files at a revision, and returns their folder; what it raises is passed on.
+        download: fetches these files at a revision, and returns their folder; what it raises is
+            passed on.
 
     Raises:
         UnavailableError: it has failed before, with the same message.
@@ -91,5 +97,7 @@ def model_folder(
     except Exception as error:
         known[name, revision] = str(error)
         raise
-    known[name, revision] = Snapshot(folder, frozenset(patterns) | (found.patterns if found else frozenset()))
+    known[name, revision] = Snapshot(
+        folder, frozenset(patterns) | (found.patterns if found else frozenset())
+    )
     return folder

@@ -1,13 +1,16 @@
-"""Shape and first weights of a student: any depth, width, heads and FFN width within the teacher's architecture.
+"""Shape and first weights of a student: any depth, width, heads and FFN width within the teacher's
+architecture.
 
-Enters: the teacher's config, the sizes wished for and, to start from the teacher's weights, its blocks up to the
-captured layer. Leaves: a full fp32 model without pooler. It trains as a view cut at its last block's Q, K and V; what
-is not in that view keeps the weights given here. With tap "extra" that block is one more than the student is to have,
-and `exported` drops it. Reading the settings, training and export are left to others.
+Enters: the teacher's config, the sizes wished for and, to start from the teacher's weights, its
+blocks up to the captured layer. Leaves: a full fp32 model without pooler. It trains as a view cut
+at its last block's Q, K and V; what is not in that view keeps the weights given here. With tap
+"extra" that block is one more than the student is to have, and `exported` drops it. Reading the
+settings, training and export are left to others.
 
-How a teacher's weight becomes narrower: of q, k, v and the attention output's input, the first heads, and of each the
-first components; of every other axis (hidden, FFN, embedding) the first components. So all layers, embeddings and
-LayerNorms keep the same hidden components, and equal sizes give an exact copy.
+How a teacher's weight becomes narrower: of q, k, v and the attention output's input, the first
+heads, and of each the first components; of every other axis (hidden, FFN, embedding) the first
+components. So all layers, embeddings and LayerNorms keep the same hidden components, and equal
+sizes give an exact copy.
 """
 
 from __future__ import annotations
@@ -20,7 +23,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from scaledistill.errors import ConfigError
-from scaledistill.models.capture import architecture_of, base_encoder, build_encoder, check_layer, encoder_class
+from scaledistill.models.capture import (
+    architecture_of,
+    base_encoder,
+    build_encoder,
+    check_layer,
+    encoder_class,
+)
 from scaledistill.models.configs import plain_config
 from scaledistill.models.teacher import load_config, load_encoder
 
@@ -51,11 +60,12 @@ def student_config(
     tap: str = "last",
     name: str = "student",
 ) -> PreTrainedConfig:
-    """Return the config of a student: the teacher's, vocabulary, positions and dropout included, with sizes of its own.
+    """Return the config of a student: the teacher's, vocabulary, positions and dropout included,
+    with sizes of its own.
 
-    `intermediate_size` is 4 × `hidden_size` unless said. With tap "extra" there is a block more, to be tapped.
-    ELECTRA's embeddings are as wide as the student if the teacher's are as wide as the teacher; projected ones keep
-    their width.
+    `intermediate_size` is 4 × `hidden_size` unless said. With tap "extra" there is a block more, to
+    be tapped. ELECTRA's embeddings are as wide as the student if the teacher's are as wide as the
+    teacher; projected ones keep their width.
 
     Raises:
         ConfigError: the architecture is not supported, or the heads do not divide the width.
@@ -96,18 +106,24 @@ def build_student(
     name: str = "student",
     stored: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
-    """Build a student: fp32, on the CPU, in training mode, without pooler. The global random state stays as it was.
+    """Build a student: fp32, on the CPU, in training mode, without pooler. The global random state
+    stays as it was.
 
     Args:
-        teacher: whole blocks up to the captured layer at least, as `load_encoder` gives them; read only for "teacher".
+        teacher: whole blocks up to the captured layer at least, as `load_encoder` gives them; read
+            only for "teacher".
         config: from `student_config`.
-        init: "random", "teacher" (its weights, cut as the module says) or the folder of a model of these sizes.
-        layer_map: for "teacher": the teacher's layer (from 1) for each of the student's, that of tap "extra" aside;
-            evenly spaced unless said.
-        capture_layer: for "teacher": the captured layer (from 1), where an even map ends; the last unless said.
+        init: "random", "teacher" (its weights, cut as the module says) or the folder of a model of
+            these sizes.
+        layer_map: for "teacher": the teacher's layer (from 1) for each of the student's, that of
+            tap "extra" aside; evenly spaced unless said.
+        capture_layer: for "teacher": the captured layer (from 1), where an even map ends; the last
+            unless said.
         seed: of the random weights.
-        dropout: for training; the config, and so the export, keeps its values, for fine-tuning. None: those here too.
-        tap: "last", or "extra": the last of `config`'s blocks is the projection, which a folder's model lacks.
+        dropout: for training; the config, and so the export, keeps its values, for fine-tuning.
+            None: those here too.
+        tap: "last", or "extra": the last of `config`'s blocks is the projection, which a folder's
+            model lacks.
         name: the student's key in `students`, for messages.
         stored: for "teacher": the weights of a `teacher` that has none, from `open_encoder`.
 
@@ -117,14 +133,22 @@ def build_student(
     """
     teacher_config = None if teacher is None else base_encoder(teacher).config
     layers = check_init(
-        init, config, teacher_config, layer_map=layer_map, capture_layer=capture_layer, tap=tap, name=name
+        init,
+        config,
+        teacher_config,
+        layer_map=layer_map,
+        capture_layer=capture_layer,
+        tap=tap,
+        name=name,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs too
         student = build_encoder(config)
     if init == "teacher" and teacher is not None:
         encoder = base_encoder(teacher)
-        student.load_state_dict(_cut_weights(encoder.config, stored or encoder.state_dict(), student, layers))
+        student.load_state_dict(
+            _cut_weights(encoder.config, stored or encoder.state_dict(), student, layers)
+        )
     elif init != "random":
         weights = load_encoder(init, setting=f"students.{name}.init").state_dict()
         student.load_state_dict(student.state_dict() | weights)
@@ -143,11 +167,12 @@ def check_init(
     tap: str = "last",
     name: str = "student",
 ) -> list[int]:
-    """Check, without weights, that a student of `config` can start from `init`; return its layer map for "teacher".
+    """Check, without weights, that a student of `config` can start from `init`; return its layer
+    map for "teacher".
 
     Raises:
-        ConfigError: the teacher is too small to be cut to this shape, the layer map does not fit, or the folder's model
-            has another shape.
+        ConfigError: the teacher is too small to be cut to this shape, the layer map does not fit,
+            or the folder's model has another shape.
         DataError: the folder holds no model.
     """
     if init == "random":
@@ -157,7 +182,8 @@ def check_init(
         return []
     if teacher_config is None:
         raise ConfigError(
-            f"students.{name}.init='teacher' needs the teacher's weights; pass the teacher, or use 'random'"
+            f"students.{name}.init='teacher' needs the teacher's weights; pass the teacher, or use "
+            "'random'"
         )
     _check_cut(config, teacher_config, name)
     extra, last = int(tap == "extra"), capture_layer or teacher_config.num_hidden_layers
@@ -165,8 +191,9 @@ def check_init(
     if layer_map is None:
         if num_layers > last - extra:
             raise ConfigError(
-                f"students.{name}.num_layers={num_layers} is more than the {last - extra} teacher layers to start "
-                f"from; use {last - extra} or fewer, set students.{name}.layer_map, or students.{name}.init='random'"
+                f"students.{name}.num_layers={num_layers} is more than the {last - extra} teacher "
+                f"layers to start from; use {last - extra} or fewer, set "
+                f"students.{name}.layer_map, or students.{name}.init='random'"
             )
         return even_layer_map(num_layers + extra, last)
     if len(layer_map) != num_layers:
@@ -182,28 +209,35 @@ def check_init(
 def exported(
     config: PreTrainedConfig, state: Mapping[str, Tensor], num_layers: int
 ) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
-    """Return a student's config and state (or named parameters) without what tap "extra" adds above `num_layers`."""
+    """Return a student's config and state (or named parameters) without what tap "extra" adds above
+    `num_layers`.
+    """
     blocks = f"{architecture_of(config).blocks}."
     config = copy.deepcopy(config)
     config.num_hidden_layers = num_layers
     return config, {
         key: tensor
         for key, tensor in state.items()
-        if not key.startswith(blocks) or int(key.removeprefix(blocks).partition(".")[0]) < num_layers
+        if not key.startswith(blocks)
+        or int(key.removeprefix(blocks).partition(".")[0]) < num_layers
     }
 
 
 def even_layer_map(num_layers: int, capture_layer: int) -> list[int]:
     """Spread `num_layers` evenly over the teacher's layers 1 to `capture_layer`, ending there.
 
-    Layer i (from 1) gets i · capture_layer / num_layers, halves rounded up: 6 layers captured at 21 get 4, 7, 11, 14,
-    18, 21.
+    Layer i (from 1) gets i · capture_layer / num_layers, halves rounded up: 6 layers captured at 21
+    get 4, 7, 11, 14, 18, 21.
     """
-    return [(2 * i * capture_layer + num_layers) // (2 * num_layers) for i in range(1, num_layers + 1)]
+    return [
+        (2 * i * capture_layer + num_layers) // (2 * num_layers) for i in range(1, num_layers + 1)
+    ]
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set every dropout of `model`, that of attention included. Its config, which an export writes, is not touched."""
+    """Set every dropout of `model`, that of attention included. Its config, which an export writes,
+    is not touched.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability
@@ -217,8 +251,9 @@ def _check_folder(folder: str, config: PreTrainedConfig, tap: str, name: str) ->
     differing = [key for key in SHAPE if getattr(found, key, None) != getattr(config, key, None)]
     if differing:
         raise ConfigError(
-            f"students.{name}.init={folder!r} has {_values(found, differing)}, the student is to have "
-            f"{_values(config, differing)}; give a model of the same shape or change students.{name}"
+            f"students.{name}.init={folder!r} has {_values(found, differing)}, the student is to "
+            f"have {_values(config, differing)}; give a model of the same shape or change "
+            f"students.{name}"
         )
 
 
@@ -235,14 +270,15 @@ def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig, name: str) -
     ):
         if found > most:
             raise ConfigError(
-                f"students.{name}.{key}={found} is more than the teacher's {most}, from which it is to be cut; use at "
-                f"most {most}, or students.{name}.init='random'"
+                f"students.{name}.{key}={found} is more than the teacher's {most}, from which it "
+                f"is to be cut; use at most {most}, or students.{name}.init='random'"
             )
     embedding_size = getattr(teacher, "embedding_size", teacher.hidden_size)
     if embedding_size != teacher.hidden_size and embedding_size == config.hidden_size:
         raise ConfigError(
-            f"students.{name}.hidden_size={config.hidden_size} is the width of the teacher's embeddings, so that "
-            f"the student cannot take over their projection; use another width, or students.{name}.init='random'"
+            f"students.{name}.hidden_size={config.hidden_size} is the width of the teacher's "
+            "embeddings, so that the student cannot take over their projection; use another "
+            f"width, or students.{name}.init='random'"
         )
 
 
@@ -251,9 +287,14 @@ def _head_size(config: PreTrainedConfig) -> int:
 
 
 def _cut_weights(
-    teacher: PreTrainedConfig, weights: Mapping[str, Tensor], student: PreTrainedModel, layers: Sequence[int]
+    teacher: PreTrainedConfig,
+    weights: Mapping[str, Tensor],
+    student: PreTrainedModel,
+    layers: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Return the student's state dict, cut from the teacher's: its block i from the teacher's layer `layers[i]`."""
+    """Return the student's state dict, cut from the teacher's: its block i from the teacher's layer
+    `layers[i]`.
+    """
     row = architecture_of(teacher)
     head_axes = {f"{path}.{kind}": 0 for path in row.projections for kind in ("weight", "bias")}
     head_axes[f"{row.attention_output}.weight"] = 1

@@ -1,7 +1,9 @@
-"""Load an encoder from a folder or the hub, only as far up as needed, and run it as a frozen teacher.
+"""Load an encoder from a folder or the hub, only as far up as needed, and run it as a frozen
+teacher.
 
-Enters: a model's name and a layer. Leaves: a checked `PreTrainedModel` (also the start of a student that continues from
-a folder) and `Teacher`, which turns token ids into Q, K and V. How a teacher is sharded is left to the engines.
+Enters: a model's name and a layer. Leaves: a checked `PreTrainedModel` (also the start of a student
+that continues from a folder) and `Teacher`, which turns token ids into Q, K and V. How a teacher is
+sharded is left to the engines.
 
 Legend: B sequences, T tokens, D width of one projection.
 """
@@ -56,8 +58,8 @@ from scaledistill.storage.files import is_path, near_folder, no_such_folder, rea
 logger = logging.getLogger(__name__)
 
 Shard = Callable[[nn.Module, list[nn.Module], Iterable[tuple[str, Tensor]]], nn.Module]
-"""Puts a view's weights, handed out in the order of the names, in parts on the ranks, block by block; returns what runs
-them. Collective."""
+"""Puts a view's weights, handed out in the order of the names, in parts on the ranks, block by
+block; returns what runs them. Collective."""
 CONFIG_FILES = ("config.json", "adapter_config.json", "*.py")
 WEIGHT_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", INDEX)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
@@ -71,7 +73,8 @@ def resolve_folder(
     setting: str = "teacher.model",
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Return the local folder of a model; for a hub name, of its files that match `patterns`, fetched or cached.
+    """Return the local folder of a model; for a hub name, of its files that match `patterns`,
+    fetched or cached.
 
     Files of the hub are kept in `cache_dir`, by default in the hub's usual folder.
 
@@ -87,36 +90,50 @@ def resolve_folder(
     def download(version: str | None) -> str:
         logger.info("looking for %s on the hub", model)
         with quiet_transformers():
-            return snapshot_download(str(model), revision=version, allow_patterns=list(patterns), cache_dir=cache_dir)
+            return snapshot_download(
+                str(model), revision=version, allow_patterns=list(patterns), cache_dir=cache_dir
+            )
 
     try:
         return model_folder(str(model), revision, patterns, download)
     except Exception as error:
         version = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().partition("\n")[0]
-        remedy = "correct the name, or download the model where there is a network and give its folder"
+        remedy = (
+            "correct the name, or download the model where there is a network and give its folder"
+        )
         if near := near_folder(model):
             remedy = f"did you mean the folder {near}? Otherwise {remedy}"
         raise DataError(
-            f"{setting}={str(model)!r} is not a folder, and the hub gave no such model{version} ({reason}); {remedy}"
+            f"{setting}={str(model)!r} is not a folder, and the hub gave no such model{version} "
+            f"({reason}); {remedy}"
         ) from error
 
 
 def load_config(
-    model: str | Path, revision: str | None = None, trust_remote_code: bool = False, *, setting: str = "teacher.model"
+    model: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    setting: str = "teacher.model",
 ) -> PreTrainedConfig:
     """Read a model's config, no weights.
 
     Raises:
-        ConfigError: it needs its own Python code and `trust_remote_code` is off, or its `model_type` is not supported.
+        ConfigError: it needs its own Python code and `trust_remote_code` is off, or its
+            `model_type` is not supported.
         DataError: no such model, no `config.json`, or one that cannot be read.
     """
     folder = resolve_folder(model, revision, CONFIG_FILES, setting=setting)
     name, found = f"{setting}={str(model)!r}", read_json(folder / "config.json") or {}
-    if not trust_remote_code and "auto_map" in found and found.get("model_type") not in CONFIG_MAPPING:
+    if (
+        not trust_remote_code
+        and "auto_map" in found
+        and found.get("model_type") not in CONFIG_MAPPING
+    ):
         raise ConfigError(
-            f"{name} runs only with Python code of its own, which is refused; if you trust that code, set "
-            "teacher.trust_remote_code=true"
+            f"{name} runs only with Python code of its own, which is refused; if you trust that "
+            "code, set teacher.trust_remote_code=true"
         )
     config = read_config(folder, name, trust_remote_code)
     architecture_of(config, setting=setting)
@@ -124,10 +141,12 @@ def load_config(
 
 
 def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read the config in a folder, of whatever architecture, and make it plain; `name` is the model's in messages.
+    """Read the config in a folder, of whatever architecture, and make it plain; `name` is the
+    model's in messages.
 
     Raises:
-        DataError: no `config.json`, one that cannot be read, or one that asks for what is not computed here.
+        DataError: no `config.json`, one that cannot be read, or one that asks for what is not
+            computed here.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -141,14 +160,19 @@ def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> Pre
             if own_code or model_type not in CONFIG_MAPPING:
                 return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             known = CONFIG_MAPPING[str(model_type)]
-            config = known.from_dict(plain_dict(found, known, name, encoder=model_type in ARCHITECTURES))
+            config = known.from_dict(
+                plain_dict(found, known, name, encoder=model_type in ARCHITECTURES)
+            )
     except DataError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{name}: its config.json cannot be used ({reason}); fetch the model again") from error
+        raise DataError(
+            f"{name}: its config.json cannot be used ({reason}); fetch the model again"
+        ) from error
     config.name_or_path = str(folder)
-    if trust_remote_code and "auto_map" in found:  # the code of the model alone, for a config that is transformers' own
+    # The code of the model alone, for a config that is transformers' own.
+    if trust_remote_code and "auto_map" in found:
         config.auto_map = found["auto_map"]
     settle_padding(config, name)
     return config
@@ -163,7 +187,8 @@ def load_encoder(
     trust_remote_code: bool = False,
     setting: str = "teacher.model",
 ) -> PreTrainedModel:
-    """Load an encoder on the CPU, in eval mode: its first `num_layers` blocks (all unless said), no pooler, no head.
+    """Load an encoder on the CPU, in eval mode: its first `num_layers` blocks (all unless said), no
+    pooler, no head.
 
     Args:
         model: a folder or a hub name, with weights in safetensors.
@@ -172,7 +197,8 @@ def load_encoder(
 
     Raises:
         ConfigError: see `load_config`; or fewer blocks than `num_layers`.
-        DataError: no safetensors, a damaged or missing file, or a weight that the file lacks or has in another shape.
+        DataError: no safetensors, a damaged or missing file, or a weight that the file lacks or has
+            in another shape.
     """
     config, folder = _locate(model, revision, num_layers, trust_remote_code, setting)
     name = f"{setting}={str(model)!r}"
@@ -191,8 +217,12 @@ def load_encoder(
             )
     except Exception as error:
         raise _not_loaded(name, error) from error
-    wrong: dict[str, tuple[list[int] | None, list[int]]] = {name: (None, []) for name in info["missing_keys"]}
-    wrong |= {name: (list(found), list(expected)) for name, found, expected in info["mismatched_keys"]}
+    wrong: dict[str, tuple[list[int] | None, list[int]]] = {
+        name: (None, []) for name in info["missing_keys"]
+    }
+    wrong |= {
+        name: (list(found), list(expected)) for name, found, expected in info["mismatched_keys"]
+    }
     check_complete(wrong, name)
     for key, tensor in encoder.state_dict().items():
         check_finite(key, tensor, name)
@@ -207,22 +237,32 @@ def open_encoder(
     trust_remote_code: bool = False,
     setting: str = "teacher.model",
 ) -> tuple[PreTrainedModel, StoredWeights]:
-    """Return what `load_encoder` does with its parameters on the meta device, and the weights for them, still on disk.
+    """Return what `load_encoder` does with its parameters on the meta device, and the weights for
+    them, still on disk.
 
     Raises:
-        ConfigError, DataError: see `load_encoder`; a weight that is damaged itself is found when it is read.
+        ConfigError, DataError: see `load_encoder`; a weight that is damaged itself is found when it
+            is read.
     """
     config, folder = _locate(model, revision, num_layers, trust_remote_code, setting)
     name = f"{setting}={str(model)!r}"
-    options = encoder_options(config) if type(config) in MODEL_MAPPING else {"trust_remote_code": trust_remote_code}
+    options = (
+        encoder_options(config)
+        if type(config) in MODEL_MAPPING
+        else {"trust_remote_code": trust_remote_code}
+    )
     stated = config.dtype is not None
     try:
         with quiet_transformers(), init_empty_weights(include_buffers=False):
-            encoder = AutoModel.from_config(config, dtype=config.dtype or torch.float32, **options).eval()
+            encoder = AutoModel.from_config(
+                config, dtype=config.dtype or torch.float32, **options
+            ).eval()
     except Exception as error:
         raise _not_loaded(name, error) from error
     dtype = encoder.dtype if stated else None
-    return encoder, StoredWeights(folder, encoder, prefix=encoder.base_model_prefix, dtype=dtype, model=name)
+    return encoder, StoredWeights(
+        folder, encoder, prefix=encoder.base_model_prefix, dtype=dtype, model=name
+    )
 
 
 def _not_loaded(name: str, error: Exception) -> DataError:
@@ -231,7 +271,11 @@ def _not_loaded(name: str, error: Exception) -> DataError:
 
 
 def _locate(
-    model: str | Path, revision: str | None, num_layers: int | None, trust_remote_code: bool, setting: str
+    model: str | Path,
+    revision: str | None,
+    num_layers: int | None,
+    trust_remote_code: bool,
+    setting: str,
 ) -> tuple[PreTrainedConfig, Path]:
     """Return a model's config, cut to `num_layers`, and the folder of its weights."""
     config = copy.deepcopy(load_config(model, revision, trust_remote_code, setting=setting))
@@ -241,7 +285,9 @@ def _locate(
     folder = resolve_folder(model, revision, WEIGHT_FILES, setting=setting)
     check_weight_files(folder, name)
     if heads := check_unused(folder, config, name):
-        logger.info("%s: weights that an encoder has no use for are left out: %s", name, ", ".join(heads))
+        logger.info(
+            "%s: weights that an encoder has no use for are left out: %s", name, ", ".join(heads)
+        )
     if num_layers is not None:
         config.num_hidden_layers = num_layers
     return config, folder
@@ -251,22 +297,28 @@ def check_unused(folder: Path, config: PreTrainedConfig, model: str) -> list[str
     """Look at the names in a model's files, given its whole config; return those of its heads.
 
     Raises:
-        DataError: weights or adapters that change what the encoder computes, and that it does not read.
+        DataError: weights or adapters that change what the encoder computes, and that it does not
+            read.
     """
     check_adapter(folder, model)
-    if type(config) not in MODEL_MAPPING or config.model_type not in ARCHITECTURES:  # names that we do not know
+    # Names that we do not know.
+    if type(config) not in MODEL_MAPPING or config.model_type not in ARCHITECTURES:
         return []
     try:
-        encoder = build_encoder(copy.deepcopy(config), device="meta")  # it sets the dtype of its config
+        # It sets the dtype of its config.
+        encoder = build_encoder(copy.deepcopy(config), device="meta")
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
         raise _not_loaded(model, error) from error
-    return check_names(stored_keys(folder, model), encoder, prefix=encoder.base_model_prefix, model=model)
+    return check_names(
+        stored_keys(folder, model), encoder, prefix=encoder.base_model_prefix, model=model
+    )
 
 
 class Teacher(nn.Module):
     """A frozen encoder, cut at a block: token ids in, that block's Q, K and V out.
 
-    Always in eval mode, never with gradients. `view` does the work; placing the teacher elsewhere means replacing it.
+    Always in eval mode, never with gradients. `view` does the work; placing the teacher elsewhere
+    means replacing it.
     """
 
     def __init__(
@@ -278,12 +330,14 @@ class Teacher(nn.Module):
         stored: Mapping[str, Tensor] | None = None,
         shard: Shard | None = None,
     ) -> None:
-        """Take over `encoder`: freeze and cast its weights in place. What lies above goes when the caller drops it.
+        """Take over `encoder`: freeze and cast its weights in place. What lies above goes when the
+        caller drops it.
 
         Args:
             layer: the block whose Q, K and V are returned, counted from 1.
             dtype: the precision to run in; that of `encoder` unless said.
-            stored: the weights of an `encoder` that has none, from `open_encoder`; needs `shard`. Collective then.
+            stored: the weights of an `encoder` that has none, from `open_encoder`; needs `shard`.
+                Collective then.
             shard: puts them in parts on the ranks.
 
         Raises:
@@ -304,7 +358,9 @@ class Teacher(nn.Module):
                     check_cast(name, tensor, loaded, "the teacher")
         else:
             digest, names = hashlib.sha256(), sorted(view.state_dict())
-            weights = ((name, _cast(_hashed(digest, name, stored[name]), name, dtype)) for name in names)
+            weights = (
+                (name, _cast(_hashed(digest, name, stored[name]), name, dtype)) for name in names
+            )
             self.view = shard(view.eval(), blocks_of(view), weights)
             self.sha256 = digest.hexdigest()
         self.train(False)
@@ -330,15 +386,18 @@ class Teacher(nn.Module):
             mask_BT: bool, true on real tokens; None when there is no padding.
             segment_ids_BT: with the next two, to stay within documents: see `view_inputs`.
         """
-        inputs = view_inputs(self.config, input_ids_BT, mask_BT, segment_ids_BT, position_ids_BT, cu_seqlens)
+        inputs = view_inputs(
+            self.config, input_ids_BT, mask_BT, segment_ids_BT, position_ids_BT, cu_seqlens
+        )
         return split_qkv(self.view(**inputs).last_hidden_state, self.qkv_widths)
 
 
 def weights_sha256(module: nn.Module) -> str:
     """Hash a module's weights: names, dtypes, shapes and bytes, in the order of the names.
 
-    `Teacher` takes it from the weights as they came from the file, before they are cast, so that it depends neither on
-    the precision nor on the file's layout, its head, the layers above the captured one or where the teacher is placed.
+    `Teacher` takes it from the weights as they came from the file, before they are cast, so that it
+    depends neither on the precision nor on the file's layout, its head, the layers above the
+    captured one or where the teacher is placed.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -359,8 +418,13 @@ def _cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' reports and progress bars: what matters in them is checked and raised here."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    """Silence transformers' reports and progress bars: what matters in them is checked and raised
+    here.
+    """
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity_error()
     if bars:
         transformers_logging.disable_progress_bar()
@@ -373,7 +437,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def check_weight_files(folder: Path, model: str) -> None:
-    """Raise DataError, naming `model`, unless every weight file of its folder is there and is safetensors.
+    """Raise DataError, naming `model`, unless every weight file of its folder is there and is
+    safetensors.
 
     None is opened.
     """
@@ -381,15 +446,25 @@ def check_weight_files(folder: Path, model: str) -> None:
     try:
         names = weight_files(folder)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise DataError(f"{model}: {INDEX} is not a weight index ({error}); fetch the model again") from error
-    if foreign := [name for name in names if not name.endswith(".safetensors") or Path(name).name != name]:
-        raise DataError(f"{model}: {INDEX} names {foreign[0]!r}; expected safetensors files in the same folder")
+        raise DataError(
+            f"{model}: {INDEX} is not a weight index ({error}); fetch the model again"
+        ) from error
+    if foreign := [
+        name for name in names if not name.endswith(".safetensors") or Path(name).name != name
+    ]:
+        raise DataError(
+            f"{model}: {INDEX} names {foreign[0]!r}; expected safetensors files in the same folder"
+        )
     if missing := [name for name in names if not (folder / name).is_file()]:
         if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED):
             raise DataError(
-                f"{model} has pickled weights only ({pickled[0]}), which can run code when loaded; expected "
-                f"{missing[0]}. If you trust them, convert them once: AutoModel.from_pretrained(folder, "
-                "use_safetensors=False).save_pretrained(new_folder), and copy the tokenizer there as well (tokenizer*, "
-                "vocab*, merges.txt, *.model, special_tokens_map.json, added_tokens.json)"
+                f"{model} has pickled weights only ({pickled[0]}), which can run code when loaded; "
+                f"expected {missing[0]}. If you trust them, convert them once: "
+                "AutoModel.from_pretrained(folder, "
+                "use_safetensors=False).save_pretrained(new_folder), and copy the tokenizer there "
+                "as well (tokenizer*, vocab*, merges.txt, *.model, special_tokens_map.json, "
+                "added_tokens.json)"
             )
-        raise DataError(f"{model} lacks {missing[0]}; give a folder with all of its safetensors files")
+        raise DataError(
+            f"{model} lacks {missing[0]}; give a folder with all of its safetensors files"
+        )

@@ -1,7 +1,8 @@
-"""The weights in a model folder under their names in the encoder, each read from its safetensors file when asked for.
+"""The weights in a model folder under their names in the encoder, each read from its safetensors
+file when asked for.
 
-Enters: a folder and an encoder without weights. Leaves: a mapping of names to tensors on the CPU, which holds none of
-them. `models.teacher` loads models whole, by transformers' own code.
+Enters: a folder and an encoder without weights. Leaves: a mapping of names to tensors on the CPU,
+which holds none of them. `models.teacher` loads models whole, by transformers' own code.
 """
 
 from __future__ import annotations
@@ -18,11 +19,20 @@ from torch import Tensor, nn
 from scaledistill.errors import DataError
 
 INDEX = "model.safetensors.index.json"
-OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # in BERT's first files
+# In BERT's first files.
+OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 # Buffers that older versions stored and that the model makes itself.
 HARMLESS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias)$")
-HEADS = ("cls", "lm_head", "classifier", "qa_outputs", "score", "discriminator_predictions", "generator_predictions")
+HEADS = (
+    "cls",
+    "lm_head",
+    "classifier",
+    "qa_outputs",
+    "score",
+    "discriminator_predictions",
+    "generator_predictions",
+)
 ADAPTER = re.compile(
     r"(^|[._])(lora|dora|lokr|loha|hada|ia3|oft|boft|vera|adapters?|prefix|prompt|base_layer|modules_to_save"
     r"|original_module)([._]|$)"
@@ -31,18 +41,21 @@ QUANTISED = re.compile(
     r"(\.SCB|\.weight_format|\.qweight|\.qzeros|\.scales|\.g_idx|_scale|_scale_inv|_zero_point|\.weight_packed"
     r"|\.absmax|\.quant_map|\.quant_state\..*)$"
 )
-WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPER = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 CHANGING = re.compile(f"{ADAPTER.pattern}|{QUANTISED.pattern}|distance_embedding|{WRAPPER.pattern}")
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 UNQUANTISED = "give the model before quantisation, in fp32, bf16 or fp16"
 UNWRAPPED = (
-    "save the model inside it with save_pretrained: model.module (DistributedDataParallel), model._orig_mod "
-    "(torch.compile), merge_and_unload() (PEFT), self.model (a module of your own)"
+    "save the model inside it with save_pretrained: model.module (DistributedDataParallel), "
+    "model._orig_mod (torch.compile), merge_and_unload() (PEFT), self.model (a module of your own)"
 )
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of a folder's weight files, as its index or the usual name says; they may be missing.
+    """Return the names of a folder's weight files, as its index or the usual name says; they may be
+    missing.
 
     Raises:
         ValueError, KeyError, AttributeError, TypeError: the index is not one.
@@ -52,8 +65,11 @@ def weight_files(folder: Path) -> list[str]:
     return ["model.safetensors"]
 
 
-def check_names(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str, model: str) -> list[str]:
-    """Return the first parts of the names that belong to heads and poolers, which an encoder can do without.
+def check_names(
+    keys: Mapping[str, str], encoder: nn.Module, *, prefix: str, model: str
+) -> list[str]:
+    """Return the first parts of the names that belong to heads and poolers, which an encoder can do
+    without.
 
     Args:
         keys: the names in the files, with safetensors' names of their dtypes.
@@ -62,16 +78,20 @@ def check_names(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str, mod
         model: names the model in messages.
 
     Raises:
-        DataError: other weights are not the encoder's, so that it would compute something else without them.
+        DataError: other weights are not the encoder's, so that it would compute something else
+            without them.
     """
     parameters = {name for name, _ in encoder.named_parameters()}
     known = parameters | {name for name, _ in encoder.named_buffers()}
     own = {key for key in keys if encoder_name(key, prefix) in parameters}
     if coded := sorted(key for key in own if keys[key] not in FLOATS):
-        raise DataError(f"{model} is quantised: {coded[0]} is stored as {keys[coded[0]]}; {UNQUANTISED}")
+        raise DataError(
+            f"{model} is quantised: {coded[0]} is stored as {keys[coded[0]]}; {UNQUANTISED}"
+        )
     if not own and (wrapper := _wrapper(keys, parameters, prefix)):
         raise DataError(
-            f"{model} was saved inside a wrapper: the names of its weights begin with {wrapper!r}; {UNWRAPPED}"
+            f"{model} was saved inside a wrapper: the names of its weights begin with {wrapper!r}; "
+            f"{UNWRAPPED}"
         )
     children = {name for name, _ in encoder.named_children()}
     heads, foreign = set(), []
@@ -90,17 +110,25 @@ def check_names(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str, mod
         return sorted(heads)
     names = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
     what = "has weights that its encoder has no place for"
-    remedy = "give a model that transformers loads whole, with the config.json that belongs to its weights"
+    remedy = (
+        "give a model that transformers loads whole, with the config.json that belongs to its "
+        "weights"
+    )
     if any(QUANTISED.search(key) for key in foreign):
         what, remedy = "is quantised", UNQUANTISED
     elif any(ADAPTER.search(key) for key in foreign):
         what = "has adapters that are not merged into its weights"
         remedy = "merge them (PEFT: merge_and_unload), then save_pretrained"
     elif any("distance_embedding" in key for key in foreign):
-        what, remedy = "has relative positions, which transformers no longer computes", "give another model"
+        what, remedy = (
+            "has relative positions, which transformers no longer computes",
+            "give another model",
+        )
     elif all(WRAPPER.search(key) for key in foreign):
         what, remedy = "was saved inside a wrapper", UNWRAPPED
-    raise DataError(f"{model} {what}: {names}; it would compute something else without them: {remedy}")
+    raise DataError(
+        f"{model} {what}: {names}; it would compute something else without them: {remedy}"
+    )
 
 
 def _wrapper(keys: Iterable[str], parameters: set[str], prefix: str) -> str | None:
@@ -123,7 +151,9 @@ def encoder_name(key: str, prefix: str) -> str:
 
 
 def stored_keys(folder: Path, model: str) -> dict[str, str]:
-    """Return the names of all weights in a folder's files and safetensors' names of their dtypes. Raises: DataError."""
+    """Return the names of all weights in a folder's files and safetensors' names of their dtypes.
+    Raises: DataError.
+    """
     keys: dict[str, str] = {}
     for path in (folder / name for name in weight_files(folder)):
         try:
@@ -131,17 +161,23 @@ def stored_keys(folder: Path, model: str) -> dict[str, str]:
                 for key in file.keys():  # noqa: SIM118 - not a dictionary
                     keys[key] = str(file.get_slice(key).get_dtype())
         except (SafetensorError, OSError) as error:
-            raise DataError(f"{model}: {path.name} cannot be read ({error}); fetch the model again") from error
+            raise DataError(
+                f"{model}: {path.name} cannot be read ({error}); fetch the model again"
+            ) from error
     return keys
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a tensor has no NaN and no infinite value; the host waits for its device."""
-    return not (tensor.is_floating_point() and tensor.numel()) or all(x.isfinite() for x in tensor.aminmax())
+    return not (tensor.is_floating_point() and tensor.numel()) or all(
+        x.isfinite() for x in tensor.aminmax()
+    )
 
 
 def check_cast(name: str, tensor: Tensor, stored: torch.dtype, model: str) -> Tensor:
-    """Return a weight that was cast from the finite dtype `stored`. Raises: DataError if it overflowed."""
+    """Return a weight that was cast from the finite dtype `stored`. Raises: DataError if it
+    overflowed.
+    """
     if not is_finite(tensor):
         before, now = (str(dtype).removeprefix("torch.") for dtype in (stored, tensor.dtype))
         raise DataError(
@@ -155,8 +191,8 @@ def check_finite(name: str, tensor: Tensor, model: str) -> Tensor:
     """Return a weight. Raises: DataError if it has values that are not finite."""
     if not is_finite(tensor):
         raise DataError(
-            f"{model}: its weight {name} has values that are not finite (NaN or infinite) in {tensor.dtype}; fetch the "
-            "model again, or take an earlier checkpoint of it"
+            f"{model}: its weight {name} has values that are not finite (NaN or infinite) in "
+            f"{tensor.dtype}; fetch the model again, or take an earlier checkpoint of it"
         )
     return tensor
 
@@ -164,7 +200,15 @@ def check_finite(name: str, tensor: Tensor, model: str) -> Tensor:
 class StoredWeights(Mapping[str, Tensor]):
     """Weights by name in an encoder: read when asked for, in one dtype, and not kept."""
 
-    def __init__(self, folder: Path, encoder: nn.Module, *, prefix: str, dtype: torch.dtype | None, model: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        encoder: nn.Module,
+        *,
+        prefix: str,
+        dtype: torch.dtype | None,
+        model: str,
+    ) -> None:
         """Find each parameter of `encoder` in the folder's files.
 
         Args:
@@ -214,21 +258,29 @@ class StoredWeights(Mapping[str, Tensor]):
             raise self._damaged(path, error) from error
 
     def _damaged(self, path: Path, error: Exception) -> DataError:
-        return DataError(f"{self._model}: {path.name} cannot be read ({error}); fetch the model again")
+        return DataError(
+            f"{self._model}: {path.name} cannot be read ({error}); fetch the model again"
+        )
 
 
 def check_complete(shapes: Mapping[str, tuple[list[int] | None, list[int]]], model: str) -> None:
-    """Raise DataError unless, of each weight, the shape found (None: no such weight) is the one expected."""
+    """Raise DataError unless, of each weight, the shape found (None: no such weight) is the one
+    expected.
+    """
     wrong = [
-        f"{name} (not in the file)" if found is None else f"{name} (file: {found}, config: {expected})"
-        for name, (found, expected) in sorted(shapes.items(), key=lambda item: (item[1][0] is not None, item[0]))
+        f"{name} (not in the file)"
+        if found is None
+        else f"{name} (file: {found}, config: {expected})"
+        for name, (found, expected) in sorted(
+            shapes.items(), key=lambda item: (item[1][0] is not None, item[0])
+        )
         if found != expected
     ]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise DataError(
-            f"{model} lacks weights that are needed: {', '.join(wrong[:4])}{more}; give a complete model whose "
-            "config.json belongs to its weights"
+            f"{model} lacks weights that are needed: {', '.join(wrong[:4])}{more}; give a complete "
+            "model whose config.json belongs to its weights"
         )
 
 
@@ -239,6 +291,6 @@ def check_adapter(folder: Path, model: str) -> None:
     alone = not any(folder.glob("model*.safetensors"))
     what = "is an adapter without its model" if alone else "has an adapter beside its weights"
     raise DataError(
-        f"{model} {what} (adapter_config.json), which is not read; merge it (PEFT: merge_and_unload), "
-        "save_pretrained, and give that folder"
+        f"{model} {what} (adapter_config.json), which is not read; merge it (PEFT: "
+        "merge_and_unload), save_pretrained, and give that folder"
     )

@@ -1,7 +1,8 @@
-"""Pre-flight checks: everything about a run that can be known without loading weights, and the plan that follows.
+"""Pre-flight checks: everything about a run that can be known without loading weights, and the plan
+that follows.
 
-Enters: a configuration and the number of ranks. Leaves: a `Plan` with the resolved configuration, or one error that
-lists every problem found. Left to others: showing the plan to people (`plan`).
+Enters: a configuration and the number of ranks. Leaves: a `Plan` with the resolved configuration,
+or one error that lists every problem found. Left to others: showing the plan to people (`plan`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ from scaledistill.metrics.trackers import check_trackers
 from scaledistill.models.capture import check_layer, max_sequence_length
 from scaledistill.models.hub import names_resolved_once
 from scaledistill.models.student import check_init, student_config
-from scaledistill.models.teacher import check_unused, check_weight_files, load_config, resolve_folder
+from scaledistill.models.teacher import (
+    check_unused,
+    check_weight_files,
+    load_config,
+    resolve_folder,
+)
 from scaledistill.preflight.estimate import Estimate, estimate
 from scaledistill.preflight.microbatch import free_bytes, predict, with_micro_batch
 from scaledistill.relations import check_relation_heads, resolve_backend
@@ -57,7 +63,8 @@ class Plan:
     stated: DistillConfig
     """As it was given."""
     evaluation: str | None = None
-    """How many fine-tunings follow the run; None where none do, or where it is not this rank's to check."""
+    """How many fine-tunings follow the run; None where none do, or where it is not this rank's to
+    check."""
     evaluation_flops: float = 0.0
 
 
@@ -71,10 +78,12 @@ def check(
     fresh: bool = False,
     gpu_bytes: int | None = None,
 ) -> Plan:
-    """Check a configuration against models, data, disk and ranks, and return the plan. No weights are read.
+    """Check a configuration against models, data, disk and ranks, and return the plan. No weights
+    are read.
 
-    `writes` says whether the run folder is to be written, and so needs space; `fresh` that nothing is to be resumed.
-    `gpu_bytes` sizes the plan for GPUs with so much memory, whatever `device` is here.
+    `writes` says whether the run folder is to be written, and so needs space; `fresh` that nothing
+    is to be resumed. `gpu_bytes` sizes the plan for GPUs with so much memory, whatever `device` is
+    here.
 
     Raises:
         ConfigError: settings that do not fit; every problem found is in the message, one a line.
@@ -86,11 +95,16 @@ def check(
     resolved = attempt(resolve, config, world_size, device)
     teacher = attempt(_teacher_config, config)
     student = attempt(_student_config, config, name, teacher) if teacher else None
-    for setting, model in (("teacher.model", config.teacher.model), (f"students.{name}.init", spec.init)):
-        if model not in ("random", "teacher") and Path(model).is_dir():  # a hub's are checked when they are fetched
+    for setting, model in (
+        ("teacher.model", config.teacher.model),
+        (f"students.{name}.init", spec.init),
+    ):
+        # A hub's are checked when they are fetched.
+        if model not in ("random", "teacher") and Path(model).is_dir():
             attempt(_check_weights, config, setting, model)
     attempt(check_trackers, config.logging.trackers)
-    if writes and config.checkpoint.remote and os.environ.get("RANK", "0") == "0":  # one probe a job
+    # One probe a job.
+    if writes and config.checkpoint.remote and os.environ.get("RANK", "0") == "0":
         attempt(mirror.check, config.checkpoint.remote)
     evaluation = None
     if writes and config.evaluation and os.environ.get("RANK", "0") == "0":
@@ -98,12 +112,22 @@ def check(
 
         evaluation = attempt(check_evaluation, config)
     shards = attempt(_open_set, config, "data.train", config.data.train)
-    held_out = attempt(_open_set, config, "data.validation", config.data.validation) if config.data.validation else None
+    held_out = (
+        attempt(_open_set, config, "data.validation", config.data.validation)
+        if config.data.validation
+        else None
+    )
     for setting, reader in (("data.train", shards), ("data.validation", held_out)):
         if reader and teacher:
             attempt(_check_shards, config, setting, reader, teacher)
     order = attempt(_order, config, shards) if shards else None
-    if resolved and order and writes and not fresh and (state := newest_state(Path(config.run.folder) / "checkpoints")):
+    if (
+        resolved
+        and order
+        and writes
+        and not fresh
+        and (state := newest_state(Path(config.run.folder) / "checkpoints"))
+    ):
         attempt(check_same_run, state, resolved, order)
     problems.raise_all()
     if not (resolved and teacher and student and shards and order):
@@ -127,10 +151,12 @@ def check(
 
 
 def resolve(config: DistillConfig, world_size: int, device: torch.device) -> DistillConfig:
-    """Return the configuration with precisions, backend and micro-batch settled for these ranks; `auto` as all of it.
+    """Return the configuration with precisions, backend and micro-batch settled for these ranks;
+    `auto` as all of it.
 
     Raises:
-        ConfigError: the global batch does not divide, the engine's block is wrong, or a precision is not to be had.
+        ConfigError: the global batch does not divide, the engine's block is wrong, or a precision
+            is not to be had.
     """
     train, teacher = config.train, config.teacher
     try:
@@ -147,7 +173,9 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
     compiles = _compiles(config, backend, device)
     settled = config.model_copy(
         update={
-            "train": train.model_copy(update={"precision": precision, "micro_batch_size": micro, "compile": compiles}),
+            "train": train.model_copy(
+                update={"precision": precision, "micro_batch_size": micro, "compile": compiles}
+            ),
             "teacher": teacher.model_copy(update={"dtype": teacher_dtype}),
             "relations": config.relations.model_copy(update={"backend": backend}),
         }
@@ -155,14 +183,19 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
     if config.engine.name == "deepspeed":
         resolve_block(settled, world_size)
     elif precision == "fp16":
-        raise ConfigError("train.precision=fp16 with engine.name=fsdp: it has no loss scaling; use bf16, or deepspeed")
+        raise ConfigError(
+            "train.precision=fp16 with engine.name=fsdp: it has no loss scaling; use bf16, or "
+            "deepspeed"
+        )
     return settled
 
 
 def _indivisible(batch: int, world_size: int, share: int, micro: int | None) -> str:
     """Return what is wrong with a global batch, and which batches or micro-batches would do."""
     unit = world_size * (micro or share)
-    batches = " or ".join(str(size) for size in (batch // unit * unit, batch // unit * unit + unit) if size)
+    batches = " or ".join(
+        str(size) for size in (batch // unit * unit, batch // unit * unit + unit) if size
+    )
     ranks = counted(world_size, "rank")
     if micro is None or batch % world_size:
         what = ranks if micro is None else f"{ranks} × train.micro_batch_size={micro}"
@@ -170,19 +203,27 @@ def _indivisible(batch: int, world_size: int, share: int, micro: int | None) -> 
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     nearest = sorted(sorted(sizes, key=lambda size: abs(size - micro))[:4])
     return (
-        f"train.global_batch_size={batch} is not divisible by {ranks} × train.micro_batch_size={micro}; use "
-        f"train.micro_batch_size={' or '.join(map(str, nearest))}, or train.global_batch_size={batches}"
+        f"train.global_batch_size={batch} is not divisible by {ranks} × "
+        f"train.micro_batch_size={micro}; use "
+        f"train.micro_batch_size={' or '.join(map(str, nearest))}, or "
+        f"train.global_batch_size={batches}"
     )
 
 
 def clipped_micro_batch(config: DistillConfig, world_size: int) -> str | None:
-    """Return that `train.micro_batch_size` is more than a rank's share of the batch, which is used then; else None."""
-    stated, share = config.train.micro_batch_size, max(1, config.train.global_batch_size // world_size)
+    """Return that `train.micro_batch_size` is more than a rank's share of the batch, which is used
+    then; else None.
+    """
+    stated, share = (
+        config.train.micro_batch_size,
+        max(1, config.train.global_batch_size // world_size),
+    )
     if not isinstance(stated, int) or stated <= share:
         return None
     return (
         f"train.micro_batch_size={stated} is more than a rank's share of train.global_batch_size="
-        f"{config.train.global_batch_size} on {counted(world_size, 'rank')}: {share} is used; set it to {share} or "
+        f"{config.train.global_batch_size} on {counted(world_size, 'rank')}: {share} is used; set "
+        f"it to {share} or "
         '"auto", or raise train.global_batch_size'
     )
 
@@ -192,16 +233,18 @@ def _compiles(config: DistillConfig, backend: str, device: torch.device) -> bool
     setting, on_gpu = config.train.compile, device.type == "cuda"
     if setting is True and config.run.deterministic:
         raise ConfigError(
-            "train.compile=true with run.deterministic=true: what is compiled depends on where a run was resumed, and "
-            "so do its last bits; switch one of them off"
+            "train.compile=true with run.deterministic=true: what is compiled depends on where a "
+            "run was resumed, and so do its last bits; switch one of them off"
         )
     compiles = on_gpu and not config.run.deterministic if setting == "auto" else bool(setting)
-    compilers = [os.environ.get("CC", ""), "gcc", "clang"] if on_gpu else [os.environ.get("CXX", "g++")]
+    compilers = (
+        [os.environ.get("CC", ""), "gcc", "clang"] if on_gpu else [os.environ.get("CXX", "g++")]
+    )
     if (compiles or backend == "triton") and not any(map(shutil.which, compilers)):
         raise ConfigError(
-            f"train.compile={setting!r} and relations.backend={backend!r} need a compiler, found none of "
-            f"{', '.join(filter(None, compilers))}; install one, or set train.compile=false and "
-            "relations.backend=reference"
+            f"train.compile={setting!r} and relations.backend={backend!r} need a compiler, found "
+            f"none of {', '.join(filter(None, compilers))}; install one, or set "
+            "train.compile=false and relations.backend=reference"
         )
     return compiles
 
@@ -234,20 +277,25 @@ def _open_set(config: DistillConfig, setting: str, location: str) -> ShardReader
 
 
 def _teacher_config(config: DistillConfig) -> PretrainedConfig:
-    teacher = load_config(config.teacher.model, config.teacher.revision, config.teacher.trust_remote_code)
+    teacher = load_config(
+        config.teacher.model, config.teacher.revision, config.teacher.trust_remote_code
+    )
     check_layer(config.teacher.layer, teacher.num_hidden_layers)
     limit = max_sequence_length(teacher)
     if config.data.sequence_length > limit:
         raise ConfigError(
-            f"data.sequence_length={config.data.sequence_length} is more than the {limit} positions of "
-            f"teacher.model={config.teacher.model}; make shards with at most {limit}"
+            f"data.sequence_length={config.data.sequence_length} is more than the {limit} "
+            f"positions of teacher.model={config.teacher.model}; make shards with at most {limit}"
         )
     return teacher
 
 
 def _check_weights(config: DistillConfig, setting: str, model: str) -> None:
     """Check a folder's weights by their files' headers."""
-    name, trusted = f"{setting}={model!r}", setting == "teacher.model" and config.teacher.trust_remote_code
+    name, trusted = (
+        f"{setting}={model!r}",
+        setting == "teacher.model" and config.teacher.trust_remote_code,
+    )
     check_weight_files(Path(model), name)
     check_unused(Path(model), load_config(model, trust_remote_code=trusted, setting=setting), name)
 
@@ -270,10 +318,16 @@ def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -
     )
 
 
-def _student_config(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:
+def _student_config(
+    config: DistillConfig, name: str, teacher: PretrainedConfig
+) -> PretrainedConfig:
     spec = config.students[name]
     student = student_shape(config, name, teacher)
-    options: dict[str, Any] = {"layer_map": spec.layer_map, "capture_layer": config.teacher.layer, "tap": spec.tap}
+    options: dict[str, Any] = {
+        "layer_map": spec.layer_map,
+        "capture_layer": config.teacher.layer,
+        "tap": spec.tap,
+    }
     check_init(spec.init, student, teacher, **options, name=name)
     setting = f"students.{name}.relation_heads" if spec.relation_heads else "relations.num_heads"
     widths = {"teacher": teacher.hidden_size, f"student {name}": spec.hidden_size}
@@ -284,35 +338,42 @@ def _student_config(config: DistillConfig, name: str, teacher: PretrainedConfig)
     return student
 
 
-def _check_shards(config: DistillConfig, setting: str, shards: ShardReader, teacher: PretrainedConfig) -> None:
+def _check_shards(
+    config: DistillConfig, setting: str, shards: ShardReader, teacher: PretrainedConfig
+) -> None:
     manifest, location = shards.manifest, shards.location
     if manifest.sequence_length != config.data.sequence_length:
         raise ConfigError(
-            f"data.sequence_length={config.data.sequence_length}, but the shards in {setting}={location} have rows of "
-            f"{manifest.sequence_length} tokens; set it to {manifest.sequence_length} or make shards of that length"
+            f"data.sequence_length={config.data.sequence_length}, but the shards in "
+            f"{setting}={location} have rows of {manifest.sequence_length} tokens; set it to "
+            f"{manifest.sequence_length} or make shards of that length"
         )
     if manifest.largest_id >= teacher.vocab_size:
         raise DataError(
             f"{setting}={location} holds token id {manifest.largest_id}, beyond the vocabulary of "
-            f"teacher.model={config.teacher.model} (ids 0 to {teacher.vocab_size - 1}); make the shards with its "
-            "tokenizer"
+            f"teacher.model={config.teacher.model} (ids 0 to {teacher.vocab_size - 1}); make the "
+            "shards with its tokenizer"
         )
     if problem := manifest.unknown_problem():
         raise DataError(f"{setting}: {location}: {problem}")
-    if (problem := manifest.unknown_problem(MAX_UNKNOWN_FRACTION)) and os.environ.get("RANK", "0") == "0":
+    if (problem := manifest.unknown_problem(MAX_UNKNOWN_FRACTION)) and os.environ.get(
+        "RANK", "0"
+    ) == "0":
         log.warning("%s: %s: %s", setting, location, problem)  # accepted when the set was made
     folder = resolve_folder(config.teacher.model, config.teacher.revision, TOKENIZER_FILES)
     expected = tokenizer_fingerprint(load_tokenizer(folder))
     if (found := manifest.tokenizer["sha256"]) != expected:
         raise DataError(
             f"{setting}={location} was made with the tokenizer {manifest.tokenizer['name']} "
-            f"(sha256 {str(found)[:12]}…), teacher.model={config.teacher.model} has another (sha256 {expected[:12]}…); "
-            f"make the shards again with --tokenizer {config.teacher.model}"
+            f"(sha256 {str(found)[:12]}…), teacher.model={config.teacher.model} has another "
+            f"(sha256 {expected[:12]}…); make the shards again with --tokenizer "
+            f"{config.teacher.model}"
         )
 
 
 def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: SampleOrder) -> None:
-    """Refuse to go on from a checkpoint's state where the result would not be that of the run that was begun.
+    """Refuse to go on from a checkpoint's state where the result would not be that of the run that
+    was begun.
 
     Raises:
         ConfigError: naming the keys that differ.
@@ -320,11 +381,13 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Sampl
     before, now = state["config"], config.model_dump()
     steps = [tree["train"]["max_steps"] for tree in (before, now)]
     if steps[0] != steps[1] and state["step"] <= min(before["train"]["warmup_steps"], steps[1]):
-        before = {**before, "train": {**before["train"], "max_steps": steps[1]}}  # warm-up does not depend on it
+        # Warm-up does not depend on it.
+        before = {**before, "train": {**before["train"], "max_steps": steps[1]}}
     differences = differing_keys(before, now)
     if len(differences) == 1 and differences[0].startswith("train.max_steps:"):
         raise _other_length(state, config)
-    named = {line.partition(":")[0].rpartition(".")[2] for line in differences}  # run.seed is the order's seed
+    # run.seed is the order's seed.
+    named = {line.partition(":")[0].rpartition(".")[2] for line in differences}
     differences += [
         f"data.train: {key} {state['data'].get(key)} -> {value}"
         for key, value in order.fingerprint().items()
@@ -344,40 +407,49 @@ def _other_length(state: Mapping[str, Any], config: DistillConfig) -> ConfigErro
     student = folder / "export" / (name if done else f"{name}-step-{step}")
     export = "" if done else " (write it with --export newest)"
     return ConfigError(
-        f"{folder} holds a run at step {step} with other settings: train.max_steps: {before} -> {now}. The learning "
-        f"rate decays to 0 at train.max_steps, so that the steps made after train.warmup_steps="
-        f"{config.train.warmup_steps} had another one. Set train.max_steps={before} to go on; to train longer, start a "
-        f"new run from its student: another run.folder and students.{name}.init={student}{export}"
+        f"{folder} holds a run at step {step} with other settings: train.max_steps: {before} -> "
+        f"{now}. The learning rate decays to 0 at train.max_steps, so that the steps made after "
+        f"train.warmup_steps={config.train.warmup_steps} had another one. Set "
+        f"train.max_steps={before} to go on; to train longer, start a new run from its student: "
+        f"another run.folder and students.{name}.init={student}{export}"
     )
 
 
 def other_run(state: Mapping[str, Any], config: DistillConfig, differences: str) -> ConfigError:
     """Return the error that refuses to go on with another run."""
     return ConfigError(
-        f"{config.run.folder} holds a run at step {state['step']} with other settings: {differences}. Restore them to "
-        "go on, use --fresh to start over (the old folder is kept, renamed), or set run.folder"
+        f"{config.run.folder} holds a run at step {state['step']} with other settings: "
+        f"{differences}. Restore them to go on, use --fresh to start over (the old folder is kept, "
+        "renamed), or set run.folder"
     )
 
 
 def _order(config: DistillConfig, shards: ShardReader) -> SampleOrder:
     data = config.data
     shards.check_cache(data.num_lanes)
-    return shards.order(seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows)
+    return shards.order(
+        seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
+    )
 
 
 def _free_disk_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:
-    """Return the free space where the run will write; it must hold the checkpoints kept, and one in the making."""
+    """Return the free space where the run will write; it must hold the checkpoints kept, and one in
+    the making.
+    """
     folder = Path(config.run.folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise DataError(f"run.folder={config.run.folder}: {existing} is not a folder to write to; set another folder")
+        raise DataError(
+            f"run.folder={config.run.folder}: {existing} is not a folder to write to; set another "
+            "folder"
+        )
     free = shutil.disk_usage(existing).free
     standing = sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/*"))
     needed = max(checkpoint_bytes, (config.checkpoint.keep + 1) * checkpoint_bytes - standing)
     if free < needed:
         raise DataError(
-            f"run.folder={config.run.folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
-            f"checkpoint.keep={config.checkpoint.keep} checkpoints and one in the making; free some space or set "
-            "another folder"
+            f"run.folder={config.run.folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB "
+            f"needed for checkpoint.keep={config.checkpoint.keep} checkpoints and one in the "
+            "making; free some space or set another folder"
         )
     return free

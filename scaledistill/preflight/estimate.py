@@ -1,6 +1,7 @@
 """What a run will need, from shapes alone: parameters, FLOPs, memory, checkpoint size.
 
-Models are built on the meta device and run on fake tensors: no weights are read and no memory is taken.
+Models are built on the meta device and run on fake tensors: no weights are read and no memory is
+taken.
 
 Legend: B sequences, T tokens, D width.
 """
@@ -21,25 +22,36 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from scaledistill.config.schema import DistillConfig
 from scaledistill.engines.deepspeed_block import resolve_block, zero_settings
-from scaledistill.models.capture import blocks_of, build_encoder, capture_view, forward_flops, split_qkv, view_inputs
+from scaledistill.models.capture import (
+    blocks_of,
+    build_encoder,
+    capture_view,
+    forward_flops,
+    split_qkv,
+    view_inputs,
+)
 from scaledistill.models.student import exported, set_dropout
 from scaledistill.relations import QKV, relation_loss
 from scaledistill.relations.spec import letters_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
-# Sequences of the counted micro-batch: so many that what does not grow with them vanishes in the quotient.
+# Sequences of the counted micro-batch: so many that what does not grow with them vanishes in the
+# quotient.
 _COUNTED_SEQUENCES = 4096
-# On a CPU the heap adds to what is alive: libraries' buffers, and holes between blocks that glibc does not map one by
-# one, those below 32 MB. Measured with BERT-base → 6×384: 180 to 230 MB at 74 MB of activations, 420 to 540 MB at 450
-# to 900 MB; a twentieth of the whole more or less from run to run.
+# On a CPU the heap adds to what is alive: libraries' buffers, and holes between blocks that glibc
+# does not map one by one, those below 32 MB. Measured with BERT-base → 6×384: 180 to 230 MB at 74
+# MB of activations, 420 to 540 MB at 450 to 900 MB; a twentieth of the whole more or less from run
+# to run.
 _HEAP_BYTES = 350_000_000
 _MOST_HOLES_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes in bytes are per rank, unless said otherwise; memory is the GPU's, or the host's where there is none."""
+    """Sizes in bytes are per rank, unless said otherwise; memory is the GPU's, or the host's where
+    there is none.
+    """
 
     teacher_parameters: int
     """Of the truncated teacher."""
@@ -50,7 +62,8 @@ class Estimate:
     """Teacher forward, student forward and backward."""
     teacher_flops_fraction: float
     placements: dict[str, tuple[int, int]]
-    """The teacher's bytes for each `teacher.placement`: in memory of the device, and of the host beside it."""
+    """The teacher's bytes for each `teacher.placement`: in memory of the device, and of the host
+    beside it."""
     teacher_bytes: int
     """On the device, as it is placed."""
     weights_and_gradients_bytes: int
@@ -58,9 +71,11 @@ class Estimate:
     """fp32 master weights and both Adam moments."""
     optimizer_on_host: bool
     engine_bytes: int
-    """Buckets that gradients are reduced in; where the student is sharded also its gathered weights."""
+    """Buckets that gradients are reduced in; where the student is sharded also its gathered
+    weights."""
     activation_bytes_per_sequence: int
-    """What a sequence more in the micro-batch adds to the peak of teacher, student, relation loss and backward."""
+    """What a sequence more in the micro-batch adds to the peak of teacher, student, relation loss
+    and backward."""
     relation_bytes: int
     """The relation loss's part of it, for one micro-batch."""
     data_bytes: int
@@ -81,7 +96,11 @@ class Estimate:
     def memory_bytes(self, sequences: int) -> int:
         """Return the peak with micro-batches of so many sequences."""
         activations = sequences * self.activation_bytes_per_sequence
-        return self.state_bytes + activations + (min(activations // 2, _MOST_HOLES_BYTES) if self.on_host else 0)
+        return (
+            self.state_bytes
+            + activations
+            + (min(activations // 2, _MOST_HOLES_BYTES) if self.on_host else 0)
+        )
 
 
 def estimate(
@@ -92,7 +111,9 @@ def estimate(
     world_size: int,
     device_type: str = "cpu",
 ) -> Estimate:
-    """Return what student `name` of a resolved configuration needs on devices of `device_type`, "cpu" or "cuda"."""
+    """Return what student `name` of a resolved configuration needs on devices of `device_type`,
+    "cpu" or "cuda".
+    """
     data, length, on_host = config.data, config.data.sequence_length, device_type == "cpu"
     whole_teacher = build_encoder(teacher, device="meta")
     teacher_view = capture_view(whole_teacher, config.teacher.layer)
@@ -109,7 +130,8 @@ def estimate(
     gradient_share = world_size if stage >= 2 else 1
     weights = trained * BYTES[config.train.precision] // weight_share
     if config.engine.name == "fsdp" or (parameters_on_host and not on_host):
-        weights = 0  # FSDP2 computes on gathered copies of the fp32 weights, which count as the optimizer's
+        # FSDP2 computes on gathered copies of the fp32 weights, which count as the optimizer's.
+        weights = 0
     placements = _placements(teacher_view, BYTES[config.teacher.dtype], world_size, on_host)
     # Without a backward two blocks in a row need what many need.
     short_view = capture_view(whole_teacher, min(3, config.teacher.layer))
@@ -128,22 +150,32 @@ def estimate(
         engine_bytes=_engine_bytes(config, student_view, world_size, on_host),
         activation_bytes_per_sequence=activations,
         relation_bytes=relation * int(config.train.micro_batch_size or 1),
-        data_bytes=data.num_lanes * data.window_rows * length * (9 if teacher.vocab_size <= 1 << 16 else 17) // 4,
+        data_bytes=data.num_lanes
+        * data.window_rows
+        * length
+        * (9 if teacher.vocab_size <= 1 << 16 else 17)
+        // 4,
         checkpoint_bytes=whole * 4 + trained * 8,
         on_host=on_host,
     )
 
 
 def _forward_flops(model: PreTrainedModel, num_layers: int, length: int) -> int:
-    """Return the FLOPs of a view of `num_layers`, counted from shallow ones: blocks are alike, counting takes long."""
+    """Return the FLOPs of a view of `num_layers`, counted from shallow ones: blocks are alike,
+    counting takes long.
+    """
     if num_layers <= 3:
         return forward_flops(capture_view(model, num_layers), length)
     two, three = (forward_flops(capture_view(model, layers), length) for layers in (2, 3))
     return three + (num_layers - 3) * (three - two)
 
 
-def batch_arguments(config: DistillConfig, sequences: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return a micro-batch as `Teacher.forward` and `view_inputs` take it: all that a batch of the run may have."""
+def batch_arguments(
+    config: DistillConfig, sequences: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Return a micro-batch as `Teacher.forward` and `view_inputs` take it: all that a batch of the
+    run may have.
+    """
     shape, mode = (sequences, config.data.sequence_length), config.data.attention
     arguments = {"input_ids_BT": torch.zeros(shape, dtype=torch.long, device=device)}
     if mode == "row":
@@ -157,10 +189,11 @@ def batch_arguments(config: DistillConfig, sequences: int, device: torch.device 
 def _bytes_per_sequence(
     config: DistillConfig, name: str, teacher_view: nn.Module, student_view: nn.Module
 ) -> tuple[int, int]:
-    """Return the peak of what is alive during a micro-batch, and what of it the loss adds, per sequence.
+    """Return the peak of what is alive during a micro-batch, and what of it the loss adds, per
+    sequence.
 
-    The views are on the meta device; the step is made on fake tensors of the CPU. On the meta device attention would
-    not take the fused kernel that it takes on real ones.
+    The views are on the meta device; the step is made on fake tensors of the CPU. On the meta
+    device attention would not take the fused kernel that it takes on real ones.
     """
     student_view.train()
     set_dropout(student_view, config.students[name].dropout)
@@ -183,7 +216,9 @@ def _bytes_per_sequence(
 def _fake_tensors(view: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     named = [*view.named_parameters(), *view.named_buffers()]
     return {
-        name: torch.empty(x.shape, dtype=dtype if x.is_floating_point() else x.dtype).requires_grad_(x.requires_grad)
+        name: torch.empty(
+            x.shape, dtype=dtype if x.is_floating_point() else x.dtype
+        ).requires_grad_(x.requires_grad)
         for name, x in named
     }
 
@@ -194,18 +229,34 @@ def _forward(view: nn.Module, tensors: dict[str, Tensor], batch: dict[str, Tenso
     return split_qkv(output_BTD, cast("tuple[int, int, int]", view.qkv_widths))
 
 
-def _loss(config: DistillConfig, name: str, teacher: QKV, student: QKV, batch: dict[str, Tensor]) -> Tensor:
-    heads, pairs, backend = config.relation_heads(name), config.relations.pairs, config.relations.backend
+def _loss(
+    config: DistillConfig, name: str, teacher: QKV, student: QKV, batch: dict[str, Tensor]
+) -> Tensor:
+    heads, pairs, backend = (
+        config.relation_heads(name),
+        config.relations.pairs,
+        config.relations.backend,
+    )
     if backend == "reference":
         mask_BT, ids_BT = batch.get("mask_BT"), batch.get("segment_ids_BT")
         return relation_loss(
-            teacher, student, num_heads=heads, pairs=pairs, mask_BT=mask_BT, segment_ids_BT=ids_BT, backend=backend
+            teacher,
+            student,
+            num_heads=heads,
+            pairs=pairs,
+            mask_BT=mask_BT,
+            segment_ids_BT=ids_BT,
+            backend=backend,
         ).total
     letters = letters_of(pairs)
     inputs = [getattr(student, letter) for letter in letters]
-    if backend == "triton":  # computes scores again, from both models' tensors and the logarithmic sums of their rows
-        sums = torch.empty(4, len(pairs), heads, *student.q.shape[:2])  # and the factors made of them
-        return _LinearLoss.apply([*(getattr(teacher, letter) for letter in letters), *inputs, sums], *inputs)
+    # Computes scores again, from both models' tensors and the logarithmic sums of their rows.
+    if backend == "triton":
+        # And the factors made of them.
+        sums = torch.empty(4, len(pairs), heads, *student.q.shape[:2])
+        return _LinearLoss.apply(
+            [*(getattr(teacher, letter) for letter in letters), *inputs, sums], *inputs
+        )
     return _LinearLoss.apply([torch.empty(x.shape) for x in inputs], *inputs)  # the gradients
 
 
@@ -224,7 +275,9 @@ class _LinearLoss(torch.autograd.Function):
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows how many bytes of tensors are alive, those of `ignored` ones aside; storages count once."""
+    """Follows how many bytes of tensors are alive, those of `ignored` ones aside; storages count
+    once.
+    """
 
     def __init__(self, *ignored: Tensor) -> None:
         super().__init__()
@@ -234,7 +287,10 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+            if (
+                isinstance(tensor, Tensor)
+                and (storage := tensor.untyped_storage())._cdata not in self._known
+            ):
                 self._known[storage._cdata] = storage.nbytes()
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._free, storage._cdata)
@@ -245,7 +301,9 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= self._known.pop(key)
 
 
-def _placements(view: nn.Module, itemsize: int, world_size: int, on_host: bool) -> dict[str, tuple[int, int]]:
+def _placements(
+    view: nn.Module, itemsize: int, world_size: int, on_host: bool
+) -> dict[str, tuple[int, int]]:
     whole = sum(parameter.numel() for parameter in view.parameters()) * itemsize
     part, gathered = -(-whole // world_size), _gathered_elements(view) * itemsize
     offload = (part + gathered, 0) if on_host else (gathered, part)
@@ -253,8 +311,12 @@ def _placements(view: nn.Module, itemsize: int, world_size: int, on_host: bool) 
 
 
 def _gathered_elements(view: nn.Module) -> int:
-    """Return the most elements that are whole at a time where parameters are gathered by blocks: one and the next."""
-    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(view)]
+    """Return the most elements that are whole at a time where parameters are gathered by blocks:
+    one and the next.
+    """
+    blocks = [
+        sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(view)
+    ]
     rest = sum(parameter.numel() for parameter in view.parameters()) - sum(blocks)
     return rest + sum(sorted(blocks)[-2:])
 
@@ -264,7 +326,8 @@ def _engine_bytes(config: DistillConfig, view: nn.Module, world_size: int, on_ho
     itemsize = BYTES[config.train.precision]
     if config.engine.name == "fsdp":
         gathered = _gathered_elements(view) if config.engine.fsdp.reshard_after_forward else trained
-        return gathered * itemsize + 4 * _gathered_elements(view)  # and gradients, before they are reduced
+        # And gradients, before they are reduced.
+        return gathered * itemsize + 4 * _gathered_elements(view)
     zero = resolve_block(config, world_size)["zero_optimization"]
     bucket = zero["reduce_bucket_size"]
     buckets = (2 if zero["overlap_comm"] else 1) * (min(bucket, trained) if on_host else bucket)

@@ -1,7 +1,8 @@
-"""A run's models from the hub, fetched by the first rank of each machine; the others use what it found.
+"""A run's models from the hub, fetched by the first rank of each machine; the others use what it
+found.
 
-Inputs: names and ranks. Outputs: nothing; `resolve_folder` knows the folders from then on, or why there are none. A
-thousand ranks that ask at once would be refused by the hub.
+Inputs: names and ranks. Outputs: nothing; `resolve_folder` knows the folders from then on, or why
+there are none. A thousand ranks that ask at once would be refused by the hub.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ NO_NAMES = ("random", "teacher")
 
 
 def fetch_configs(config: DistillConfig, ranks: Ranks) -> None:
-    """Fetch what the checks before a run read of its models; a failure is left to them. Collective."""
+    """Fetch what the checks before a run read of its models; a failure is left to them.
+    Collective.
+    """
     teacher = (config.teacher.model, config.teacher.revision)
     inits = [(spec.init, None) for spec in config.students.values()]
     _fetch([teacher, *inits], (*CONFIG_FILES, *TOKENIZER_FILES), ranks)
@@ -40,7 +43,8 @@ def _fetch(models: Iterable[tuple[str, str | None]], patterns: Sequence[str], ra
             with suppress(Exception):  # raised again, on all ranks, where the model is needed
                 resolve_folder(model, revision, patterns)
     here = socket.gethostname()
-    # All ranks meet here, whatever their names are: a teacher's folder may differ from machine to machine.
+    # All ranks meet here, whatever their names are: a teacher's folder may differ from machine to
+    # machine.
     for host, known in gather_objects((here, known_models() if is_first else {})):
         if host == here and not is_first:
             learn(known)

@@ -1,7 +1,9 @@
-"""The largest micro-batch that memory takes, for `train.micro_batch_size="auto"`: predicted, and on GPUs tried.
+"""The largest micro-batch that memory takes, for `train.micro_batch_size="auto"`: predicted, and on
+GPUs tried.
 
-Enters: a configuration and models, as shapes or as modules. Leaves: a number of sequences that divides the rank's share
-of the global batch, the same on all ranks. On a CPU nothing is tried: a process that takes too much is killed there.
+Enters: a configuration and models, as shapes or as modules. Leaves: a number of sequences that
+divides the rank's share of the global batch, the same on all ranks. On a CPU nothing is tried: a
+process that takes too much is killed there.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from scaledistill.relations import relation_loss
 log = logging.getLogger(__name__)
 
 MARGIN_FRACTION = 0.06
-"""Of a GPU's memory, or of what is free on a host: left for fragments, communication and what varies between steps."""
+"""Of a GPU's memory, or of what is free on a host: left for fragments, communication and what
+varies between steps."""
 _OUT_OF_MEMORY = (
     *("CUDA out of memory", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory"),
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -45,7 +48,8 @@ def predict(
     limit_bytes: int,
     device_type: str = "cpu",
 ) -> int:
-    """Return the largest micro-batch that should fit in `limit_bytes` of free memory, see `free_bytes`. Nothing is run.
+    """Return the largest micro-batch that should fit in `limit_bytes` of free memory, see
+    `free_bytes`. Nothing is run.
 
     `config` is resolved, but for the micro-batch.
 
@@ -54,8 +58,12 @@ def predict(
     """
     facts = estimate(with_micro_batch(config, 1), name, teacher, student, world_size, device_type)
     room = limit_bytes * (1 - MARGIN_FRACTION)
-    found = f"needs {facts.memory_bytes(1) / 1e9:.2f} GB, {room / 1e9:.2f} GB are free for each rank"
-    return largest_that_fits(candidates(config, world_size), lambda size: facts.memory_bytes(size) <= room, found=found)
+    found = (
+        f"needs {facts.memory_bytes(1) / 1e9:.2f} GB, {room / 1e9:.2f} GB are free for each rank"
+    )
+    return largest_that_fits(
+        candidates(config, world_size), lambda size: facts.memory_bytes(size) <= room, found=found
+    )
 
 
 def choose(
@@ -72,12 +80,14 @@ def choose(
     Call it before blocks are compiled: they would be compiled again for each size that is tried.
 
     Args:
-        config: resolved; its micro-batch is the prediction: the first to be tried on a GPU, the answer on a CPU.
+        config: resolved; its micro-batch is the prediction: the first to be tried on a GPU, the
+            answer on a CPU.
         teacher: on the rank's device.
         student: the training view that the engine is to get, wherever it lies; it stays as it is.
         facts: the estimate for this run; memory for its states is held while a size is tried.
-        attempt: tries a size, or raises `torch.OutOfMemoryError`; unless said, `Trial` does on a GPU, except with a
-            sharded teacher, whose forward all ranks would have to try together: there the prediction is the answer.
+        attempt: tries a size, or raises `torch.OutOfMemoryError`; unless said, `Trial` does on a
+            GPU, except with a sharded teacher, whose forward all ranks would have to try together:
+            there the prediction is the answer.
 
     Raises:
         ConfigError: not even the smallest fits.
@@ -101,7 +111,9 @@ def choose(
 
 def with_micro_batch(config: DistillConfig, size: int | Literal["auto"]) -> DistillConfig:
     """Return the configuration with a micro-batch of `size` sequences."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": size})})
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"micro_batch_size": size})}
+    )
 
 
 def candidates(config: DistillConfig, world_size: int) -> list[int]:
@@ -128,26 +140,32 @@ def largest_that_fits(
         index = (fitting + failing) // 2
     if fitting < 0:
         raise ConfigError(
-            f"train.micro_batch_size='auto': not even {sizes[0]} fits in memory ({found}); use shards with a smaller "
-            "data.sequence_length, a smaller student, teacher.dtype='bf16' or, on a GPU, "
-            "engine.deepspeed.zero_optimization.offload_optimizer={'device': 'cpu'}"
+            f"train.micro_batch_size='auto': not even {sizes[0]} fits in memory ({found}); use "
+            "shards with a smaller data.sequence_length, a smaller student, teacher.dtype='bf16' "
+            "or, on a GPU, engine.deepspeed.zero_optimization.offload_optimizer={'device': 'cpu'}"
         )
     return sizes[fitting]
 
 
 def fits(attempt: Callable[[int], None], size: int) -> bool:
-    """Return whether `attempt(size)` ends without running out of memory; any other error is raised."""
+    """Return whether `attempt(size)` ends without running out of memory; any other error is
+    raised.
+    """
     try:
         attempt(size)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+        if isinstance(error, torch.OutOfMemoryError) or any(
+            text in str(error) for text in _OUT_OF_MEMORY
+        ):
             return False
         raise
     return True
 
 
 class Trial:
-    """Runs teacher, a copy of the student, loss and backward on a micro-batch, beside `held_bytes` of nothing."""
+    """Runs teacher, a copy of the student, loss and backward on a micro-batch, beside `held_bytes`
+    of nothing.
+    """
 
     def __init__(
         self,
@@ -175,7 +193,9 @@ class Trial:
         batch = batch_arguments(config, size, self._device)
         target = self._teacher(**batch)
         inputs = view_inputs(cast(PretrainedConfig, student.config), **batch)
-        output = split_qkv(student(**inputs).last_hidden_state, cast("tuple[int, int, int]", student.qkv_widths))
+        output = split_qkv(
+            student(**inputs).last_hidden_state, cast("tuple[int, int, int]", student.qkv_widths)
+        )
         loss = relation_loss(
             target,
             output,
@@ -199,7 +219,8 @@ def _release(device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device, ranks_on_node: int, root: Path = Path("/")) -> int:
-    """Return what this rank may still take: the GPU's free memory, or its part of the host's and of its cgroup's.
+    """Return what this rank may still take: the GPU's free memory, or its part of the host's and of
+    its cgroup's.
 
     `root` is where `proc` and `sys` are.
     """
@@ -210,21 +231,32 @@ def free_bytes(device: torch.device, ranks_on_node: int, root: Path = Path("/"))
 
 
 def _cgroup_rooms(root: Path) -> Iterator[int]:
-    """Yield limit − usage of each memory cgroup that holds this process, v2 or v1; file cache gives way and is free."""
+    """Yield limit − usage of each memory cgroup that holds this process, v2 or v1; file cache gives
+    way and is free.
+    """
     groups = root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else []:
         number, controllers, path = line.split(":", 2)
         if number == "0":
-            base, files, cache = root / "sys/fs/cgroup", ("memory.max", "memory.current"), "inactive_file"
+            base, files, cache = (
+                root / "sys/fs/cgroup",
+                ("memory.max", "memory.current"),
+                "inactive_file",
+            )
         elif "memory" in controllers.split(","):
             base, cache = root / "sys/fs/cgroup/memory", "total_inactive_file"
             files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
-        inside = Path(path.lstrip("/"))  # in a container perhaps the host's path, of which only the top is visible
+        # In a container perhaps the host's path, of which only the top is visible.
+        inside = Path(path.lstrip("/"))
         for folder in (base / part for part in (inside, *inside.parents)):
-            if (folder / files[0]).exists() and (limit := (folder / files[0]).read_text().strip()) != "max":
-                used = int((folder / files[1]).read_text()) - _numbers(folder / "memory.stat")[cache]
+            if (folder / files[0]).exists() and (
+                limit := (folder / files[0]).read_text().strip()
+            ) != "max":
+                used = (
+                    int((folder / files[1]).read_text()) - _numbers(folder / "memory.stat")[cache]
+                )
                 yield max(0, int(limit) - used)
 
 

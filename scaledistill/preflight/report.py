@@ -1,7 +1,7 @@
 """What a run on any number of ranks will ask of memory, network and storage, for people to read.
 
-Enters: a `doctor.Plan`. Leaves: tables and warnings. Left to others: the checks (`doctor`), the sizes of models and
-activations (`estimate`).
+Enters: a `doctor.Plan`. Leaves: tables and warnings. Left to others: the checks (`doctor`), the
+sizes of models and activations (`estimate`).
 
 Legend: L lanes, W ranks.
 """
@@ -32,7 +32,8 @@ class Reads:
     """What one rank reads from storage, on average."""
 
     lanes: int
-    """Lanes that its samples come from: L / gcd(L, W), because sample n is lane n mod L and a rank's are r mod W."""
+    """Lanes that its samples come from: L / gcd(L, W), because sample n is lane n mod L and a
+    rank's are r mod W."""
     sharers: int
     """Ranks that read the same lanes."""
     reads_per_step: float
@@ -43,12 +44,16 @@ class Reads:
 
 
 def reads(plan: Plan) -> Reads:
-    """Return what a rank reads; rows of a lane are shuffled, so that it touches nearly every block of its lanes."""
+    """Return what a rank reads; rows of a lane are shuffled, so that it touches nearly every block
+    of its lanes.
+    """
     manifest, order, train = plan.shards.manifest, plan.order, plan.config.train
     together = math.gcd(order.num_lanes, plan.world_size)
     lanes, sharers = order.num_lanes // together, plan.world_size // together
     at_once = plan.shards.blocks_around(0, 0)  # blocks of a read
-    rows_per_read = min(sum(manifest.shards[0].block_rows[block] for block in at_once), order.window_rows)
+    rows_per_read = min(
+        sum(manifest.shards[0].block_rows[block] for block in at_once), order.window_rows
+    )
     touched = 1 - (1 - 1 / sharers) ** rows_per_read if sharers > 1 else 1.0
     rows_per_step = train.global_batch_size * touched / together
     return Reads(
@@ -62,12 +67,13 @@ def reads(plan: Plan) -> Reads:
 
 
 def traffic(config: DistillConfig, facts: Estimate, world_size: int) -> dict[str, float]:
-    """Return the bytes that each rank sends in a step, and receives, with ring collectives, by what they are for.
+    """Return the bytes that each rank sends in a step, and receives, with ring collectives, by what
+    they are for.
 
-    A ring moves (W - 1) / W of a tensor for an all-gather or a reduce-scatter, twice that for an all-reduce.
-    DeepSpeed's stages 1 and 2 all-reduce gradients in buckets, stage 2 in every micro-batch, and gather the new weights
-    once. Where the student is sharded its weights are gathered for each forward and again for each backward, at most:
-    small ones stay gathered.
+    A ring moves (W - 1) / W of a tensor for an all-gather or a reduce-scatter, twice that for an
+    all-reduce. DeepSpeed's stages 1 and 2 all-reduce gradients in buckets, stage 2 in every
+    micro-batch, and gather the new weights once. Where the student is sharded its weights are
+    gathered for each forward and again for each backward, at most: small ones stay gathered.
     """
     train, teacher = config.train, config.teacher
     ring = (world_size - 1) / world_size
@@ -75,7 +81,10 @@ def traffic(config: DistillConfig, facts: Estimate, world_size: int) -> dict[str
     weights = ring * facts.trained_parameters * BYTES[train.precision]
     if config.engine.name == "fsdp":  # gradients travel in fp32, after the last micro-batch
         gathers = 2 if config.engine.fsdp.reshard_after_forward else 1
-        sent = {"weights": gathers * micro_batches * weights, "gradients": ring * facts.trained_parameters * 4}
+        sent = {
+            "weights": gathers * micro_batches * weights,
+            "gradients": ring * facts.trained_parameters * 4,
+        }
     else:
         stage = zero_settings(config)[0]
         gradients = ring * facts.trained_parameters * BYTES[communication_dtype(config)]
@@ -98,31 +107,36 @@ def warnings_of(plan: Plan) -> list[str]:
     if found.times_over > _MANY_READS:
         more = math.lcm(order.num_lanes, ranks)
         told.append(
-            f"data.num_lanes={order.num_lanes} with {counted(ranks, 'rank')}: {found.sharers} ranks share a lane, and "
-            f"storage serves each row {found.times_over:.0f} times an epoch; {_lanes_advice(more, order.num_rows)} "
-            "(before the first step: it is part of the order)"
+            f"data.num_lanes={order.num_lanes} with {counted(ranks, 'rank')}: {found.sharers} "
+            f"ranks share a lane, and storage serves each row {found.times_over:.0f} times an "
+            f"epoch; {_lanes_advice(more, order.num_rows)} (before the first step: it is part of "
+            "the order)"
         )
     if shards < ranks:
         told.append(
-            f"{counted(shards, 'shard')} for {counted(ranks, 'rank')}: many read the same file at once, fine "
-            "on a parallel file system, slow on one disk; make more shards with tools/make_shards.py --rows-per-shard"
+            f"{counted(shards, 'shard')} for {counted(ranks, 'rank')}: many read the same file at "
+            "once, fine on a parallel file system, slow on one disk; make more shards with "
+            "tools/make_shards.py --rows-per-shard"
         )
     if order.rows_per_lane <= order.window_rows:
         told.append(
-            f"data.window_rows ({order.window_rows}) is at least the rows per lane ({order.rows_per_lane}), so all "
-            "lanes read at the same step; lower it or data.num_lanes"
+            f"data.window_rows ({order.window_rows}) is at least the rows per lane "
+            f"({order.rows_per_lane}), so all lanes read at the same step; lower it or "
+            "data.num_lanes"
         )
     if plan.estimate.on_host and train.precision == "bf16":
         told.append(BF16_ON_CPU)
     micro = int(train.micro_batch_size or 1)
     if ranks > 1 and micro * length < _FEW_TOKENS:
         told.append(
-            f"a forward has {micro} × {length} = {micro * length} tokens: too few to fill a GPU; raise "
-            "train.global_batch_size, or take fewer ranks"
+            f"a forward has {micro} × {length} = {micro * length} tokens: too few to fill a GPU; "
+            "raise train.global_batch_size, or take fewer ranks"
         )
     epochs = train.max_steps * train.global_batch_size / order.rows_per_epoch
     if epochs > 100:
-        told.append(f"each row is seen {epochs:,.0f} times; make more shards or lower train.max_steps")
+        told.append(
+            f"each row is seen {epochs:,.0f} times; make more shards or lower train.max_steps"
+        )
     return told
 
 
@@ -145,14 +159,27 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
     found, sent = reads(plan), traffic(config, facts, ranks)
     rows = {
         "teacher": f"{config.teacher.model}, up to layer {config.teacher.layer}: "
-        f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}, placement {config.teacher.placement}",
-        "student": f"{plan.student_name}: {_millions(facts.student_parameters)}, {_trained(plan)}, {train.precision}",
-        "relations": f"{config.relation_heads(plan.student_name)} heads, pairs {', '.join(config.relations.pairs)}",
+        f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}, placement "
+        f"{config.teacher.placement}",
+        "student": (
+            f"{plan.student_name}: {_millions(facts.student_parameters)}, {_trained(plan)}, "
+            f"{train.precision}"
+        ),
+        "relations": (
+            f"{config.relation_heads(plan.student_name)} heads, pairs "
+            f"{', '.join(config.relations.pairs)}"
+        ),
         "engine": f"{engine_name(config)}, {counted(ranks, 'rank')}",
         "step": f"{train.global_batch_size} sequences × {length} = {tokens:,} tokens; "
         f"{counted(accumulation, 'micro-batch', 'micro-batches')} of {micro} per rank",
-        "FLOPs": f"{short(facts.flops_per_token)} per token, {facts.teacher_flops_fraction:.0%} the teacher's",
-        "run": f"{counted(train.max_steps, 'step')}, {short(train.max_steps * tokens)} tokens, {epochs:,.1f} epochs",
+        "FLOPs": (
+            f"{short(facts.flops_per_token)} per token, {facts.teacher_flops_fraction:.0%} the "
+            "teacher's"
+        ),
+        "run": (
+            f"{counted(train.max_steps, 'step')}, {short(train.max_steps * tokens)} tokens, "
+            f"{epochs:,.1f} epochs"
+        ),
         **(_duration(plan, tokens_per_second, sum(sent.values())) if tokens_per_second else {}),
         "data": f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}; "
         f"{counted(plan.order.dropped_rows_per_epoch, 'row')} left out of an epoch",
@@ -160,7 +187,11 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
         f"{counted(plan.order.num_lanes, 'lane')}, about {found.shards_per_epoch:.1f} shards",
         "  rank and step": f"{found.reads_per_step:.2g} reads, {_size(found.bytes_per_step)}",
         "network": f"{_size(sum(sent.values()))} sent by each rank in a step"
-        + (f" ({', '.join(f'{what} {_size(size)}' for what, size in sent.items())})" if ranks > 1 else ""),
+        + (
+            f" ({', '.join(f'{what} {_size(size)}' for what, size in sent.items())})"
+            if ranks > 1
+            else ""
+        ),
         "memory per rank": _size(facts.memory_bytes(micro)),
         "  teacher": _size(facts.teacher_bytes),
         "  weights, gradients": _size(facts.weights_and_gradients_bytes),
@@ -195,27 +226,34 @@ def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list
     epochs = last_step * train.global_batch_size / plan.order.rows_per_epoch
     validation = f", validation {config.data.validation}" if config.data.validation else ""
     lines = [
-        f"student {plan.student_name}: {_millions(facts.student_parameters)} in its export, {_trained(plan)}",
-        f"teacher {config.teacher.model}, up to layer {config.teacher.layer}: {_millions(facts.teacher_parameters)}, "
-        f"{config.teacher.dtype}, placement {config.teacher.placement}",
-        f"batch: {counted(ranks, 'rank')} × {micro} × {counted(accumulation, 'micro-batch', 'micro-batches')} = "
-        f"{train.global_batch_size} sequences of {config.data.sequence_length}, {tokens:,} tokens a step",
+        f"student {plan.student_name}: {_millions(facts.student_parameters)} in its export, "
+        f"{_trained(plan)}",
+        f"teacher {config.teacher.model}, up to layer {config.teacher.layer}: "
+        f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}, placement "
+        f"{config.teacher.placement}",
+        f"batch: {counted(ranks, 'rank')} × {micro} × "
+        f"{counted(accumulation, 'micro-batch', 'micro-batches')} = {train.global_batch_size} "
+        f"sequences of {config.data.sequence_length}, {tokens:,} tokens a step",
         f"steps: {last_step:,}, {short(last_step * tokens)} tokens in all, {epochs:,.1f} epochs of "
         f"{counted(plan.order.rows_per_epoch, 'row')}",
-        f"engine: {engine_name(config)}, {train.precision} on {device}, compile {'on' if train.compile else 'off'}, "
-        f"relations by {config.relations.backend}",
+        f"engine: {engine_name(config)}, {train.precision} on {device}, compile "
+        f"{'on' if train.compile else 'off'}, relations by {config.relations.backend}",
         f"paths: run {run.folder}, training data {config.data.train}{validation}",
     ]
     if step:
         checkpoint = f"{run.folder}/checkpoints/step-{step:09d}"
-        lines.append(f"resumed from {checkpoint}: {counted(last_step - step, 'step')} of {last_step:,} left")
+        lines.append(
+            f"resumed from {checkpoint}: {counted(last_step - step, 'step')} of {last_step:,} left"
+        )
     if clipped := clipped_micro_batch(plan.stated, ranks):
         lines.append(f"note: {clipped}")
     return lines
 
 
 def placement_table(plan: Plan, memory_bytes: int | None = None) -> Table:
-    """Return what each `teacher.placement` asks of a rank, and whether it fits in `memory_bytes`."""
+    """Return what each `teacher.placement` asks of a rank, and whether it fits in
+    `memory_bytes`.
+    """
     config, facts = plan.config, plan.estimate
     micro = int(config.train.micro_batch_size or 1)
     beside = facts.memory_bytes(micro) - facts.teacher_bytes
@@ -225,8 +263,15 @@ def placement_table(plan: Plan, memory_bytes: int | None = None) -> Table:
     if memory_bytes:
         table.add_column(f"in {_size(memory_bytes)}")
     for placement, (device_bytes, host_bytes) in facts.placements.items():
-        placed = config.model_copy(update={"teacher": config.teacher.model_copy(update={"placement": placement})})
-        cells = [device_bytes, host_bytes, beside + device_bytes, sum(traffic(placed, facts, plan.world_size).values())]
+        placed = config.model_copy(
+            update={"teacher": config.teacher.model_copy(update={"placement": placement})}
+        )
+        cells = [
+            device_bytes,
+            host_bytes,
+            beside + device_bytes,
+            sum(traffic(placed, facts, plan.world_size).values()),
+        ]
         fits = [] if not memory_bytes else ["fits" if cells[2] <= memory_bytes else "too large"]
         table.add_row(placement, *map(_size, cells), *fits)
     return table
@@ -235,10 +280,13 @@ def placement_table(plan: Plan, memory_bytes: int | None = None) -> Table:
 def _evaluation(plan: Plan) -> dict[str, str]:
     if plan.evaluation is None:
         return {}
-    from scaledistill.glue.listing import duration, estimated_seconds  # slow to import: other plans needn't wait
+    # Slow to import: other plans needn't wait.
+    from scaledistill.glue.listing import duration, estimated_seconds
 
     time = duration(estimated_seconds(plan.evaluation_flops))
-    return {"evaluation": f"{plan.evaluation}, about {time} on this machine (estimated from the FLOPs)"}
+    return {
+        "evaluation": f"{plan.evaluation}, about {time} on this machine (estimated from the FLOPs)"
+    }
 
 
 def _duration(plan: Plan, tokens_per_second: float, sent: float) -> dict[str, str]:
@@ -246,7 +294,10 @@ def _duration(plan: Plan, tokens_per_second: float, sent: float) -> dict[str, st
     seconds = train.global_batch_size * length / (tokens_per_second * plan.world_size)
     speed = tokens_per_second * plan.world_size
     text = f"{3600 / seconds:,.0f} steps and {short(3600 * speed)} tokens an hour, "
-    text += f"{train.max_steps * seconds / 3600:,.1f} hours, at {short(tokens_per_second)} tokens/s per rank"
+    text += (
+        f"{train.max_steps * seconds / 3600:,.1f} hours, at {short(tokens_per_second)} tokens/s "
+        "per rank"
+    )
     if plan.world_size > 1:
         text += f"; the network must carry {_size(sent / seconds)}/s per rank beside it"
     return {"  time": text}
@@ -260,7 +311,9 @@ def _trained(plan: Plan) -> str:
     facts = plan.estimate
     if plan.config.students[plan.student_name].tap == "extra":
         projection = facts.trained_parameters - facts.student_parameters
-        return f"all of which train, and a projection of {_millions(projection)} that the export drops"
+        return (
+            f"all of which train, and a projection of {_millions(projection)} that the export drops"
+        )
     return f"of which {_millions(facts.trained_parameters)} train"
 
 
@@ -271,4 +324,8 @@ def _millions(count: int) -> str:
 def _size(num_bytes: float) -> str:
     if num_bytes >= 1e9:
         return f"{num_bytes / 1e9:.2f} GB"
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 or not num_bytes else f"{num_bytes / 1e3:.1f} kB"
+    return (
+        f"{num_bytes / 1e6:.1f} MB"
+        if num_bytes >= 1e6 or not num_bytes
+        else f"{num_bytes / 1e3:.1f} kB"
+    )

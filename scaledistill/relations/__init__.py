@@ -1,8 +1,9 @@
-"""The MiniLMv2 relation loss: how far the student's multi-head self-attention relations are from the teacher's.
+"""The MiniLMv2 relation loss: how far the student's multi-head self-attention relations are from
+the teacher's.
 
-In: `QKV` of one teacher block and one student block. Out: `RelationLoss`. A backend computes it: `reference` (any
-device, whole maps), `sdpa` (CPU, tiles) or `triton` (GPU, fused kernels). Where Q/K/V come from is `models.capture`'s
-affair.
+In: `QKV` of one teacher block and one student block. Out: `RelationLoss`. A backend computes it:
+`reference` (any device, whole maps), `sdpa` (CPU, tiles) or `triton` (GPU, fused kernels). Where
+Q/K/V come from is `models.capture`'s affair.
 
 Legend: B sequences, T tokens, D width, P pairs, S sequences laid end to end.
 """
@@ -19,7 +20,13 @@ from torch import Tensor
 
 from scaledistill.relations.reference import reference_loss
 from scaledistill.relations.sdpa import sdpa_loss
-from scaledistill.relations.spec import QKV, RelationSpec, check_relation_heads, check_request, normalise_pairs
+from scaledistill.relations.spec import (
+    QKV,
+    RelationSpec,
+    check_relation_heads,
+    check_request,
+    normalise_pairs,
+)
 
 __all__ = [
     "BACKENDS",
@@ -34,20 +41,27 @@ __all__ = [
 
 
 def _triton_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor, Tensor]:
-    from scaledistill.relations.triton import triton_loss  # Triton is imported where it is used, and only there
+    # Triton is imported where it is used, and only there.
+    from scaledistill.relations.triton import triton_loss
 
     return triton_loss(teacher, student, spec)
 
 
-# A backend takes Q/K/V as they come (any strides and floating dtypes; slices of one tensor are usual) and a checked
-# request, computes all pairs, and returns the weighted total with its gradient in the student, and the unweighted
-# losses `[P]` without one.
+# A backend takes Q/K/V as they come (any strides and floating dtypes; slices of one tensor are
+# usual) and a checked request, computes all pairs, and returns the weighted total with its gradient
+# in the student, and the unweighted losses `[P]` without one.
 Backend = Callable[[QKV, QKV, RelationSpec], tuple[Tensor, Tensor]]
-BACKENDS: dict[str, Backend] = {"reference": reference_loss, "sdpa": sdpa_loss, "triton": _triton_loss}
+BACKENDS: dict[str, Backend] = {
+    "reference": reference_loss,
+    "sdpa": sdpa_loss,
+    "triton": _triton_loss,
+}
 
 
 class RelationLoss(NamedTuple):
-    """Scalars on the inputs' device: the weighted sum with its gradient, and each pair's unweighted loss, detached."""
+    """Scalars on the inputs' device: the weighted sum with its gradient, and each pair's unweighted
+    loss, detached.
+    """
 
     total: Tensor
     by_pair: dict[str, Tensor]
@@ -66,13 +80,23 @@ def resolve_backend(backend: str, device_type: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"relations.backend={backend!r}; expected auto, {', '.join(BACKENDS)}")
     if backend == "sdpa" and device_type != "cpu":
-        raise ValueError(f"relations.backend='sdpa' computes on the CPU, found {device_type}; use auto or reference")
+        raise ValueError(
+            f"relations.backend='sdpa' computes on the CPU, found {device_type}; use auto or "
+            "reference"
+        )
     if backend == "triton":
         if not _triton_installed():
-            raise ValueError("relations.backend='triton' needs the package triton, which is not installed; use auto")
+            raise ValueError(
+                "relations.backend='triton' needs the package triton, which is not installed; use "
+                "auto"
+            )
         # Triton's interpreter runs its kernels on the CPU, slowly, for tests.
-        if device_type != "cuda" and (device_type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1"):
-            raise ValueError(f"relations.backend='triton' computes on CUDA GPUs, found {device_type}; use auto")
+        if device_type != "cuda" and (
+            device_type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1"
+        ):
+            raise ValueError(
+                f"relations.backend='triton' computes on CUDA GPUs, found {device_type}; use auto"
+            )
     return backend
 
 
@@ -92,11 +116,12 @@ def relation_loss(
     causal: bool = False,
     backend: str = "auto",
 ) -> RelationLoss:
-    """Compute the weighted sum over pairs of the mean over sequences of Σ_heads Σ_rows KL(teacher ‖ student) / (R · n).
+    """Compute the weighted sum over pairs of the mean over sequences of Σ_heads Σ_rows KL(teacher ‖
+    student) / (R · n).
 
-    A pair "ab" compares softmax(a bᵀ / √E) of both models, head by head, row by row, among the n real tokens of a
-    sequence. A sequence without a real token adds 0 to the mean. The teacher gets no gradient. Widths and dtypes of
-    teacher and student may differ.
+    A pair "ab" compares softmax(a bᵀ / √E) of both models, head by head, row by row, among the n
+    real tokens of a sequence. A sequence without a real token adds 0 to the mean. The teacher gets
+    no gradient. Widths and dtypes of teacher and student may differ.
 
     Args:
         teacher: `[B, T, D]` each, floating; only the tensors that `pairs` names are read.
@@ -104,9 +129,11 @@ def relation_loss(
         num_heads: R, the relation heads; divides each width used.
         pairs: weights by name: "qq", "kk", "vv", "qk", …
         mask_BT: bool or integer, true on real tokens, wherever they stand.
-        segment_ids_BT: integer, less than 2^31 apart; a token sees only tokens of its segment. n stays that of the row.
-        cu_seqlens: `[S + 1]` int32 or int64, ascending from 0: B is 1, and the tokens from one bound to the next are a
-            sequence of the mean, with n of its own; tokens after the last bound are padding. Without mask and segments.
+        segment_ids_BT: integer, less than 2^31 apart; a token sees only tokens of its segment. n
+            stays that of the row.
+        cu_seqlens: `[S + 1]` int32 or int64, ascending from 0: B is 1, and the tokens from one
+            bound to the next are a sequence of the mean, with n of its own; tokens after the last
+            bound are padding. Without mask and segments.
         causal: a token sees only itself and earlier tokens.
         backend: "auto", "reference", "sdpa" or "triton".
 
@@ -118,9 +145,13 @@ def relation_loss(
 
     Source: MiniLMv2, arXiv 2012.15828, eq. 5–8.
     """
-    spec = check_request(teacher, student, num_heads, pairs, mask_BT, segment_ids_BT, cu_seqlens, causal)
+    spec = check_request(
+        teacher, student, num_heads, pairs, mask_BT, segment_ids_BT, cu_seqlens, causal
+    )
     device_type = getattr(student, spec.letters[0]).device.type
     compute = BACKENDS[resolve_backend(backend, device_type)]
     with torch.autocast(device_type, enabled=False):
         total, losses_P = compute(teacher, student, spec)
-    return RelationLoss(total, dict(zip((name for name, _ in spec.pairs), losses_P.unbind(), strict=True)))
+    return RelationLoss(
+        total, dict(zip((name for name, _ in spec.pairs), losses_P.unbind(), strict=True))
+    )

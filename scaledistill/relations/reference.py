@@ -1,6 +1,8 @@
-"""The relation loss in plain PyTorch, with whole T×T maps: the oracle of the other backends, on any device.
+"""The relation loss in plain PyTorch, with whole T×T maps: the oracle of the other backends, on any
+device.
 
-In: Q/K/V and a checked request. Out: the total, differentiable in the student, and the losses of the pairs.
+In: Q/K/V and a checked request. Out: the total, differentiable in the student, and the losses of
+the pairs.
 
 Legend: B sequences, T tokens, D width, R relation heads, E width per relation head, P pairs.
 """
@@ -14,7 +16,8 @@ from scaledistill.relations.spec import QKV, RelationSpec
 
 
 def reference_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor, Tensor]:
-    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached), both of `spec.dtype`.
+    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached), both of
+    `spec.dtype`.
 
     Source: MiniLMv2, arXiv 2012.15828, eq. 5–8.
     """

@@ -1,20 +1,22 @@
 """The relation loss on the CPU without T×T maps: flash-style tiles, value and gradient in one pass.
 
-In: Q/K/V on the CPU and a checked request. Out: the total, differentiable in the student, and the losses of the pairs.
+In: Q/K/V on the CPU and a checked request. Out: the total, differentiable in the student, and the
+losses of the pairs.
 
-A tile of a few heads' scaled dot products stays in cache through softmax, KL and the products with q, k, v. With P and
-S the teacher's and the student's softmax and M = S − P, the gradients of a pair (a, b) are dA = c M B and dB = c Mᵀ A,
-c = weight / (√E · R · n · B). They need nothing from above but a scalar factor, so forward computes them and backward
-scales them: each score is computed once, and nothing of size T² is kept.
-PyTorch's own CPU flash attention and its backward (private operators) compose to the same numbers, but in five passes,
-each with its scores and two with gradients that nobody needs. That took twice as long; it also wants equal head widths
-and a bias for every kind of mask.
+A tile of a few heads' scaled dot products stays in cache through softmax, KL and the products with
+q, k, v. With P and S the teacher's and the student's softmax and M = S − P, the gradients of a pair
+(a, b) are dA = c M B and dB = c Mᵀ A, c = weight / (√E · R · n · B). They need nothing from above
+but a scalar factor, so forward computes them and backward scales them: each score is computed once,
+and nothing of size T² is kept. PyTorch's own CPU flash attention and its backward (private
+operators) compose to the same numbers, but in five passes, each with its scores and two with
+gradients that nobody needs. That took twice as long; it also wants equal head widths and a bias for
+every kind of mask.
 
-Tokens that see each other — the real tokens of a sequence, or of a document in it — are gathered first, so padding and
-other documents cost nothing.
+Tokens that see each other — the real tokens of a sequence, or of a document in it — are gathered
+first, so padding and other documents cost nothing.
 
-Legend: B sequences, T tokens, n gathered tokens, D width, R relation heads, E width per relation head, P pairs; in a
-tile h heads, m rows, c columns.
+Legend: B sequences, T tokens, n gathered tokens, D width, R relation heads, E width per relation
+head, P pairs; in a tile h heads, m rows, c columns.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from torch import Tensor
 
 from scaledistill.relations.spec import QKV, RelationSpec
 
-# Scores in a tile: few enough for a core's cache, many enough to hide PyTorch's cost per call; flat from 2^17 to 2^19.
+# Scores in a tile: few enough for a core's cache, many enough to hide PyTorch's cost per call; flat
+# from 2^17 to 2^19.
 TILE_SCORES = 1 << 18
 _TILE_ROWS = 128
 # Finite, so that the difference of two hidden scores is 0 and not NaN.
@@ -36,7 +39,9 @@ _HIDDEN = -1e30
 
 
 def sdpa_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor, Tensor]:
-    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached), both of `spec.dtype`."""
+    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached), both of
+    `spec.dtype`.
+    """
     tensors = [getattr(student, letter) for letter in spec.letters]
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return _TiledLoss.apply(teacher, spec, with_grad, *tensors)
@@ -44,38 +49,62 @@ def sdpa_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor, T
 
 class _TiledLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, teacher: QKV, spec: RelationSpec, with_grad: bool, *student: Tensor) -> tuple[Tensor, Tensor]:
-        losses, grads = _losses_and_grads(teacher, dict(zip(spec.letters, student, strict=True)), spec, with_grad)
+    def forward(
+        ctx: Any, teacher: QKV, spec: RelationSpec, with_grad: bool, *student: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        losses, grads = _losses_and_grads(
+            teacher, dict(zip(spec.letters, student, strict=True)), spec, with_grad
+        )
         losses_P = torch.tensor(losses, dtype=spec.dtype)
         ctx.mark_non_differentiable(losses_P)
         ctx.save_for_backward(*grads.values())
         ctx.dtypes = [x.dtype for x in student]
-        return losses_P.new_tensor(sum(w * loss for (_, w), loss in zip(spec.pairs, losses, strict=True))), losses_P
+        return losses_P.new_tensor(
+            sum(w * loss for (_, w), loss in zip(spec.pairs, losses, strict=True))
+        ), losses_P
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [(grad * grad_total).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        grads = [
+            (grad * grad_total).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
         return None, None, None, *grads
 
 
 def _losses_and_grads(
     teacher: QKV, student: dict[str, Tensor], spec: RelationSpec, with_grad: bool
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Return the losses of the pairs and, by letter, the total's gradient `[B, T, D]` in `spec.dtype` if wanted."""
+    """Return the losses of the pairs and, by letter, the total's gradient `[B, T, D]` in
+    `spec.dtype` if wanted.
+    """
     T = spec.share_BT.shape[1]
     losses = [0.0] * len(spec.pairs)
-    grads = {letter: torch.zeros(x.shape, dtype=spec.dtype) for letter, x in student.items()} if with_grad else {}
+    grads = (
+        {letter: torch.zeros(x.shape, dtype=spec.dtype) for letter, x in student.items()}
+        if with_grad
+        else {}
+    )
     work = torch.empty(3, max(TILE_SCORES, _TILE_ROWS * T), dtype=spec.dtype)
     for row, tokens_n in _token_groups(spec):
-        teacher_RnE = {letter: _gather(getattr(teacher, letter)[row], tokens_n, spec) for letter in student}
+        teacher_RnE = {
+            letter: _gather(getattr(teacher, letter)[row], tokens_n, spec) for letter in student
+        }
         student_RnE = {letter: _gather(x[row], tokens_n, spec) for letter, x in student.items()}
-        grads_RnE = {letter: torch.zeros_like(x) for letter, x in student_RnE.items()} if with_grad else {}
+        grads_RnE = (
+            {letter: torch.zeros_like(x) for letter, x in student_RnE.items()} if with_grad else {}
+        )
         share = spec.share_BT[row, tokens_n[0]].item() / spec.num_heads
         for p, (pair, weight) in enumerate(spec.pairs):
             a, b = tuple(pair)
             sides = _Sides(
-                teacher_RnE[a], teacher_RnE[b], student_RnE[a], student_RnE[b], grads_RnE.get(a), grads_RnE.get(b)
+                teacher_RnE[a],
+                teacher_RnE[b],
+                student_RnE[a],
+                student_RnE[b],
+                grads_RnE.get(a),
+                grads_RnE.get(b),
             )
             losses[p] += share * _pair_kl(sides, weight * share, spec.causal, work)
         for letter, grad_RnE in grads_RnE.items():
@@ -103,7 +132,9 @@ def _gather(x_TD: Tensor, tokens_n: Tensor, spec: RelationSpec) -> Tensor:
 
 
 class _Sides(NamedTuple):
-    """The two sides of one pair for one group of tokens, each `[R, n, E]`, with the student's gradients to add to."""
+    """The two sides of one pair for one group of tokens, each `[R, n, E]`, with the student's
+    gradients to add to.
+    """
 
     teacher_a: Tensor
     teacher_b: Tensor
@@ -114,7 +145,9 @@ class _Sides(NamedTuple):
 
 
 def _pair_kl(sides: _Sides, weight: float, causal: bool, work: Tensor) -> float:
-    """Return Σ KL(P ‖ S) over heads and rows; add `weight` times its gradients to `sides`. `work` holds three tiles."""
+    """Return Σ KL(P ‖ S) over heads and rows; add `weight` times its gradients to `sides`. `work`
+    holds three tiles.
+    """
     R, n, _ = sides.student_a.shape
     num_rows = min(n, _TILE_ROWS)
     num_heads = min(R, max(1, TILE_SCORES // (num_rows * n)))
@@ -127,20 +160,29 @@ def _pair_kl(sides: _Sides, weight: float, causal: bool, work: Tensor) -> float:
             columns = slice(0, rows.stop if causal else n)
             shape = (len(side.student_a), rows.stop - row, columns.stop)
             t_hmc, s_hmc, p_hmc = (flat[: math.prod(shape)].view(shape) for flat in work)
-            for scores_hmc, a, b in ((t_hmc, side.teacher_a, side.teacher_b), (s_hmc, side.student_a, side.student_b)):
+            for scores_hmc, a, b in (
+                (t_hmc, side.teacher_a, side.teacher_b),
+                (s_hmc, side.student_a, side.student_b),
+            ):
                 a_hmE, b_hcE = a[:, rows], b[:, columns]
-                torch.baddbmm(scores_hmc, a_hmE, b_hcE.mT, beta=0, alpha=a.shape[-1] ** -0.5, out=scores_hmc)
+                torch.baddbmm(
+                    scores_hmc, a_hmE, b_hcE.mT, beta=0, alpha=a.shape[-1] ** -0.5, out=scores_hmc
+                )
                 if causal:
                     scores_hmc[:, :, rows].masked_fill_(future_mm[: shape[1], : shape[1]], _HIDDEN)
                 scores_hmc -= scores_hmc.amax(-1, keepdim=True)
-            # With t and s shifted by their rows' maxima: KL = Σ p (t − s) + log Σ exp s − log Σ exp t.
+            # With t and s shifted by their rows' maxima: KL = Σ p (t − s) + log Σ exp s − log Σ exp
+            # t.
             torch.exp(t_hmc, out=p_hmc)
             sum_t_hm1 = p_hmc.sum(-1, keepdim=True)
             p_hmc *= sum_t_hm1.reciprocal()
             t_hmc -= s_hmc
             s_hmc.exp_()
             sum_s_hm1 = s_hmc.sum(-1, keepdim=True)
-            kl += torch.dot(p_hmc.flatten(), t_hmc.flatten()).item() + (sum_s_hm1 / sum_t_hm1).log().sum().item()
+            kl += (
+                torch.dot(p_hmc.flatten(), t_hmc.flatten()).item()
+                + (sum_s_hm1 / sum_t_hm1).log().sum().item()
+            )
             if side.grad_a is None or side.grad_b is None:
                 continue
             torch.addcmul(p_hmc, s_hmc, sum_s_hm1.reciprocal(), value=-1, out=s_hmc)  # P − S

@@ -1,9 +1,11 @@
 """What a relation loss is asked to compute, and the checks on it.
 
-In: the settings `relations.num_heads` and `relations.pairs`, widths or Q/K/V tensors. Out: a `RelationSpec` that a
-backend can trust, or a `ValueError` that names the setting. The mathematics is the backends' affair.
+In: the settings `relations.num_heads` and `relations.pairs`, widths or Q/K/V tensors. Out: a
+`RelationSpec` that a backend can trust, or a `ValueError` that names the setting. The mathematics
+is the backends' affair.
 
-Legend: B sequences, T tokens, D width (q, k and v of a model may differ in it, and so may teacher and student).
+Legend: B sequences, T tokens, D width (q, k and v of a model may differ in it, and so may teacher
+and student).
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from torch import Tensor
 
 
 class QKV(NamedTuple):
-    """Queries, keys and values of one transformer block, each `[B, T, D]`, heads side by side in `D`."""
+    """Queries, keys and values of one transformer block, each `[B, T, D]`, heads side by side in
+    `D`.
+    """
 
     q: Tensor
     k: Tensor
@@ -27,10 +31,11 @@ class QKV(NamedTuple):
 class RelationSpec(NamedTuple):
     """A checked request: which relations of which tokens.
 
-    `pairs` holds (name, weight), e.g. ("qk", 1.0). `keys_BT` is int32: tokens of a row see each other where their keys
-    are equal; -1 is padding; None: every token sees its whole row. `share_BT` is what a token's row, summed over heads,
-    counts in the loss before the division by R: 1 / (n · B), or 1 / (n · S) among S sequences laid end to end; 0 on
-    padding. `dtype` is that of scores, softmax, shares and losses: float64 where an input is float64, else float32.
+    `pairs` holds (name, weight), e.g. ("qk", 1.0). `keys_BT` is int32: tokens of a row see each
+    other where their keys are equal; -1 is padding; None: every token sees its whole row.
+    `share_BT` is what a token's row, summed over heads, counts in the loss before the division by
+    R: 1 / (n · B), or 1 / (n · S) among S sequences laid end to end; 0 on padding. `dtype` is that
+    of scores, softmax, shares and losses: float64 where an input is float64, else float32.
     """
 
     num_heads: int
@@ -53,22 +58,32 @@ def letters_of(pairs: Iterable[str]) -> list[str]:
 
 
 def normalise_pairs(pairs: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-    """Check the setting `relations.pairs` and return it as (name, weight) tuples in the given order.
+    """Check the setting `relations.pairs` and return it as (name, weight) tuples in the given
+    order.
 
     Raises:
-        ValueError: no pair; a name that is not two of q, k, v; a negative or non-finite weight; only zero weights.
+        ValueError: no pair; a name that is not two of q, k, v; a negative or non-finite weight;
+            only zero weights.
     """
     if not pairs:
-        raise ValueError('relations.pairs is empty; name at least one pair, e.g. {"qq": 1.0, "kk": 1.0, "vv": 1.0}')
+        raise ValueError(
+            'relations.pairs is empty; name at least one pair, e.g. {"qq": 1.0, "kk": 1.0, "vv": '
+            "1.0}"
+        )
     for name, weight in pairs.items():
         if len(name) != 2 or not set(name) <= set(QKV._fields):
             raise ValueError(
-                f"relations.pairs has '{name}'; a pair is two of the letters q, k and v, e.g. 'qq' or 'qk'"
+                f"relations.pairs has '{name}'; a pair is two of the letters q, k and v, e.g. 'qq' "
+                "or 'qk'"
             )
         if not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"relations.pairs.{name}={weight}; a weight is a finite number, 0 or more")
+            raise ValueError(
+                f"relations.pairs.{name}={weight}; a weight is a finite number, 0 or more"
+            )
     if not any(pairs.values()):
-        raise ValueError("relations.pairs has only zero weights; give at least one pair a weight above 0")
+        raise ValueError(
+            "relations.pairs has only zero weights; give at least one pair a weight above 0"
+        )
     return tuple((name, float(weight)) for name, weight in pairs.items())
 
 
@@ -78,17 +93,21 @@ def check_relation_heads(
     pairs: Iterable[str] = ("qq", "kk", "vv"),
     setting: str = "relations.num_heads",
 ) -> None:
-    """Check, without tensors, that every width that the pairs use can be cut into `num_heads` relation heads.
+    """Check, without tensors, that every width that the pairs use can be cut into `num_heads`
+    relation heads.
 
-    `widths` maps a model's name for messages ("teacher", "student l6") to the width of its q, k and v, or to
-    {"q": …, "k": …, "v": …} where they differ (grouped-query attention).
+    `widths` maps a model's name for messages ("teacher", "student l6") to the width of its q, k and
+    v, or to {"q": …, "k": …, "v": …} where they differ (grouped-query attention).
 
     Raises:
-        ValueError: `num_heads` does not divide a used width, or a pair joins tensors of unequal width.
+        ValueError: `num_heads` does not divide a used width, or a pair joins tensors of unequal
+            width.
     """
     pairs = list(pairs)
     letters = letters_of(pairs)
-    used = {name: {x: w if isinstance(w, int) else w[x] for x in letters} for name, w in widths.items()}
+    used = {
+        name: {x: w if isinstance(w, int) else w[x] for x in letters} for name, w in widths.items()
+    }
     for name, model in used.items():
         for pair in pairs:
             a, b = tuple(pair)
@@ -102,7 +121,10 @@ def check_relation_heads(
                 which = "width" if len(set(model.values())) == 1 else f"{letter} width"
                 common = math.gcd(*(w for other in used.values() for w in other.values()))
                 divisors = [d for d in range(1, common + 1) if common % d == 0]
-                nearest = [*[d for d in divisors if d < num_heads][-1:], *[d for d in divisors if d > num_heads][:1]]
+                nearest = [
+                    *[d for d in divisors if d < num_heads][-1:],
+                    *[d for d in divisors if d > num_heads][:1],
+                ]
                 raise ValueError(
                     f"{setting}={num_heads} does not divide the {name}'s {which} {width}; "
                     f"use {' or '.join(map(str, nearest))}"
@@ -119,17 +141,21 @@ def check_request(
     cu_seqlens: Tensor | None,
     causal: bool,
 ) -> RelationSpec:
-    """Check settings and tensors against each other; never wait for a GPU, whose values of `cu_seqlens` are trusted.
+    """Check settings and tensors against each other; never wait for a GPU, whose values of
+    `cu_seqlens` are trusted.
 
     Raises:
-        ValueError: as `normalise_pairs` and `check_relation_heads`; tensors that differ in B, T or device or are not
-            floating; a mask, segment ids or `cu_seqlens` of another shape or device or of floating dtype.
+        ValueError: as `normalise_pairs` and `check_relation_heads`; tensors that differ in B, T or
+            device or are not floating; a mask, segment ids or `cu_seqlens` of another shape or
+            device or of floating dtype.
     """
     weighted = normalise_pairs(pairs)
     names = [name for name, _ in weighted]
     letters = letters_of(names)
     tensors = {
-        f"{who}.{x}": getattr(qkv, x) for who, qkv in (("teacher", teacher), ("student", student)) for x in letters
+        f"{who}.{x}": getattr(qkv, x)
+        for who, qkv in (("teacher", teacher), ("student", student))
+        for x in letters
     }
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
@@ -140,28 +166,38 @@ def check_request(
             )
         if not x.dtype.is_floating_point or x.device != first.device:
             raise ValueError(
-                f"{name} is {x.dtype} on {x.device}; expected a floating dtype on {first.device}, where {first_name} is"
+                f"{name} is {x.dtype} on {x.device}; expected a floating dtype on {first.device}, "
+                f"where {first_name} is"
             )
     for name, ids in (("mask_BT", mask_BT), ("segment_ids_BT", segment_ids_BT)):
         if ids is None:
             continue
-        if ids.shape != first.shape[:2] or ids.dtype.is_floating_point or ids.device != first.device:
+        if (
+            ids.shape != first.shape[:2]
+            or ids.dtype.is_floating_point
+            or ids.device != first.device
+        ):
             raise ValueError(
                 f"{name} is {ids.dtype} of shape {list(ids.shape)} on {ids.device}; "
                 f"expected {'bool or ' if name == 'mask_BT' else ''}integers "
                 f"of shape {list(first.shape[:2])} on {first.device}"
             )
     widths = {
-        who: {x: getattr(qkv, x).shape[2] for x in letters} for who, qkv in (("teacher", teacher), ("student", student))
+        who: {x: getattr(qkv, x).shape[2] for x in letters}
+        for who, qkv in (("teacher", teacher), ("student", student))
     }
     check_relation_heads(num_heads, widths, names)
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
+    dtype = (
+        torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
+    )
     if cu_seqlens is None:
         keys_BT, share_BT = _tokens_in_rows(mask_BT, segment_ids_BT, first, dtype)
     elif mask_BT is None and segment_ids_BT is None:
         keys_BT, share_BT = _tokens_laid_end_to_end(cu_seqlens, first, dtype)
     else:
-        raise ValueError("cu_seqlens says which tokens see each other; leave mask_BT and segment_ids_BT out")
+        raise ValueError(
+            "cu_seqlens says which tokens see each other; leave mask_BT and segment_ids_BT out"
+        )
     return RelationSpec(num_heads, weighted, keys_BT, share_BT, causal, dtype)
 
 
@@ -182,18 +218,24 @@ def _tokens_in_rows(
     return keys_BT.masked_fill(~real_BT, -1), share_BT
 
 
-def _tokens_laid_end_to_end(cu_seqlens: Tensor, first: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return keys and shares of `RelationSpec` where the tokens between two bounds are a sequence of the mean."""
+def _tokens_laid_end_to_end(
+    cu_seqlens: Tensor, first: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return keys and shares of `RelationSpec` where the tokens between two bounds are a sequence
+    of the mean.
+    """
     B, N, _ = first.shape
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or B != 1 or cu_seqlens.device != first.device:
         raise ValueError(
-            f"cu_seqlens has shape {list(cu_seqlens.shape)} on {cu_seqlens.device}, Q/K/V have B = {B}; "
-            f"expected [S + 1] bounds of S sequences on {first.device} and B = 1"
+            f"cu_seqlens has shape {list(cu_seqlens.shape)} on {cu_seqlens.device}, Q/K/V have B = "
+            f"{B}; expected [S + 1] bounds of S sequences on {first.device} and B = 1"
         )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}; expected int32 or int64")
     lengths_S = cu_seqlens.diff()
-    if cu_seqlens.device.type == "cpu" and (cu_seqlens[0] != 0 or cu_seqlens[-1] > N or bool((lengths_S < 0).any())):
+    if cu_seqlens.device.type == "cpu" and (
+        cu_seqlens[0] != 0 or cu_seqlens[-1] > N or bool((lengths_S < 0).any())
+    ):
         raise ValueError(
             f"cu_seqlens goes from {cu_seqlens[0]} to {cu_seqlens[-1]}; "
             f"expected bounds that ascend from 0 to at most {N}, the tokens"

@@ -1,17 +1,21 @@
-"""The relation loss on GPUs without T×T maps: two fused kernels, launched for all pairs of equal width at once.
+"""The relation loss on GPUs without T×T maps: two fused kernels, launched for all pairs of equal
+width at once.
 
-In: Q/K/V on a GPU, read where they lie (slices of one captured tensor are usual), and a checked request. Out: the
-total, differentiable in the student, and the losses of the pairs. The kernels are `relations.triton_kernels`' affair,
-how they are launched `relations.triton_launch`'s.
+In: Q/K/V on a GPU, read where they lie (slices of one captured tensor are usual), and a checked
+request. Out: the total, differentiable in the student, and the losses of the pairs. The kernels are
+`relations.triton_kernels`' affair, how they are launched `relations.triton_launch`'s.
 
-Nothing waits for the GPU, but for the first call with new widths, dtypes or lengths: it may time a few launches. Two
-calls give the same bits: partial sums are stored and added up in a fixed order, without atomics.
+Nothing waits for the GPU, but for the first call with new widths, dtypes or lengths: it may time a
+few launches. Two calls give the same bits: partial sums are stored and added up in a fixed order,
+without atomics.
 
-Tokens of padding, of other documents and of other sequences laid end to end cost next to nothing: a tile meets only the
-tiles from the first to the last whose range of keys touches its own. That is exact where keys ascend along a row, as
-those of packed documents do; elsewhere tiles may be met in vain, and are then masked.
+Tokens of padding, of other documents and of other sequences laid end to end cost next to nothing: a
+tile meets only the tiles from the first to the last whose range of keys touches its own. That is
+exact where keys ascend along a row, as those of packed documents do; elsewhere tiles may be met in
+vain, and are then masked.
 
-Legend: B sequences, T tokens, D width, R relation heads, E width per relation head, P pairs, G tiles of a sequence.
+Legend: B sequences, T tokens, D width, R relation heads, E width per relation head, P pairs, G
+tiles of a sequence.
 """
 
 from __future__ import annotations
@@ -28,10 +32,17 @@ from triton.runtime.errors import OutOfResources
 
 from scaledistill.relations.reference import reference_loss
 from scaledistill.relations.spec import QKV, RelationSpec
-from scaledistill.relations.triton_kernels import NO_PAIR, Model, Tokens, relation_backward, relation_forward
+from scaledistill.relations.triton_kernels import (
+    NO_PAIR,
+    Model,
+    Tokens,
+    relation_backward,
+    relation_forward,
+)
 from scaledistill.relations.triton_launch import Launch, Winners, cache_file, candidates
 
-# Of wider heads, even tiles of 32 tokens spill registers and take over 100 KiB of a multiprocessor in float32.
+# Of wider heads, even tiles of 32 tokens spill registers and take over 100 KiB of a multiprocessor
+# in float32.
 MAX_HEAD_WIDTH = 128
 Result = TypeVar("Result")
 
@@ -42,10 +53,14 @@ def triton_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor,
     Float64 and heads wider than `MAX_HEAD_WIDTH` are computed by `reference`.
     """
     teacher_tensors, student_tensors = _readable(teacher, spec), _readable(student, spec)
-    widest = max(x.shape[2] for x in (*teacher_tensors.values(), *student_tensors.values())) // spec.num_heads
+    widest = (
+        max(x.shape[2] for x in (*teacher_tensors.values(), *student_tensors.values()))
+        // spec.num_heads
+    )
     if spec.dtype == torch.float64 or widest > MAX_HEAD_WIDTH:
         return reference_loss(teacher, student, spec)
-    # Widths are compiled into the kernels. Letters of unequal widths (grouped-query models) share no pair.
+    # Widths are compiled into the kernels. Letters of unequal widths (grouped-query models) share
+    # no pair.
     by_widths: dict[tuple[int, int], list[int]] = {}
     for number, (pair, _) in enumerate(spec.pairs):
         widths = teacher_tensors[pair[0]].shape[2], student_tensors[pair[0]].shape[2]
@@ -55,28 +70,37 @@ def triton_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor,
     for numbers in by_widths.values():
         part = spec._replace(pairs=tuple(spec.pairs[number] for number in numbers))
         targets = [teacher_tensors[letter].detach() for letter in part.letters]
-        total, losses_P = _FusedLoss.apply(part, targets, *(student_tensors[letter] for letter in part.letters))
+        total, losses_P = _FusedLoss.apply(
+            part, targets, *(student_tensors[letter] for letter in part.letters)
+        )
         totals.append(total)
         losses.update(zip(numbers, losses_P.unbind(), strict=True))
     return torch.stack(totals).sum(), torch.stack([losses[number] for number in sorted(losses)])
 
 
 def _readable(model: QKV, spec: RelationSpec) -> dict[str, Tensor]:
-    """Return the tensors that the pairs use as the kernels take them; usually they are that already."""
+    """Return the tensors that the pairs use as the kernels take them; usually they are that
+    already.
+    """
     tensors = {letter: getattr(model, letter) for letter in spec.letters}
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors.values()))
     # Triton's interpreter multiplies the bits of bf16 as if they were integers.
     interpreted = not isinstance(relation_forward, triton.JITFunction)
     low = (torch.float16,) if interpreted else (torch.float16, torch.bfloat16)
     dtype = dtype if dtype in low else torch.float32
-    return {letter: x.to(dtype) if x.stride(2) == 1 else x.to(dtype).contiguous() for letter, x in tensors.items()}
+    return {
+        letter: x.to(dtype) if x.stride(2) == 1 else x.to(dtype).contiguous()
+        for letter, x in tensors.items()
+    }
 
 
 class _FusedLoss(torch.autograd.Function):
     """The pairs of one width in each model."""
 
     @staticmethod
-    def forward(ctx: Any, spec: RelationSpec, teacher: list[Tensor], *student: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, spec: RelationSpec, teacher: list[Tensor], *student: Tensor
+    ) -> tuple[Tensor, Tensor]:
         losses_P, lse_2PBRT = _forward(spec, teacher, student)
         ctx.spec = spec
         ctx.save_for_backward(lse_2PBRT, *teacher, *student)  # all of it is freed by the backward
@@ -95,11 +119,15 @@ class _FusedLoss(torch.autograd.Function):
             for letter, needed in zip(ctx.spec.letters, ctx.needs_input_grad[2:], strict=True)
             if needed and any(letter in pair for pair in pairs)
         ]
-        grads = _backward(ctx.spec, teacher, student, lse_2PBRT, grad_total, wanted) if wanted else {}
+        grads = (
+            _backward(ctx.spec, teacher, student, lse_2PBRT, grad_total, wanted) if wanted else {}
+        )
         return None, None, *(grads.get(letter) for letter in ctx.spec.letters)
 
 
-def _forward(spec: RelationSpec, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _forward(
+    spec: RelationSpec, teacher: Sequence[Tensor], student: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Return the pairs' losses `[P]` and the normalisers of all rows."""
     B, T = spec.share_BT.shape
     P = len(spec.pairs)
@@ -139,7 +167,9 @@ def _backward(
     centre_2PBR, reach_2PBR = (highest_2PBR + lowest_2PBR) / 2, (highest_2PBR - lowest_2PBR) / 2
     factor_2PBRT = torch.exp2(centre_2PBR[..., None] - lse_2PBRT)
     largest, weights_P = _weights(spec, lse_2PBRT.device)
-    numbers = {_pair_code(pair): number for number, (pair, weight) in enumerate(spec.pairs) if weight}
+    numbers = {
+        _pair_code(pair): number for number, (pair, weight) in enumerate(spec.pairs) if weight
+    }
     boost = 2.0**14 if student[0].dtype == torch.float16 else 1.0
     scale = largest / (boost * spec.num_heads * math.sqrt(student[0].shape[2] // spec.num_heads))
 
@@ -172,7 +202,9 @@ def _backward(
 
 
 def _model(spec: RelationSpec, tensors: Sequence[Tensor]) -> Model:
-    """Describe the tensors of `spec.letters` to a kernel; the first stands in for letters that no pair names."""
+    """Describe the tensors of `spec.letters` to a kernel; the first stands in for letters that no
+    pair names.
+    """
     by_letter = dict(zip(spec.letters, tensors, strict=True))
     qkv = tuple(by_letter.get(letter, tensors[0]) for letter in QKV._fields)
     strides_B, strides_T, _ = zip(*(x.stride() for x in qkv), strict=True)
@@ -186,12 +218,16 @@ def _tokens(keys_BT: Tensor | None, share_BT: Tensor, block: int) -> Tokens:
         return Tokens(share_BT, None, None, None, None)
     B, T = keys_BT.shape
     tiles = triton.cdiv(T, block)
-    keys_BGK = torch.nn.functional.pad(keys_BT, (0, tiles * block - T), value=-1).view(B, tiles, block)
+    keys_BGK = torch.nn.functional.pad(keys_BT, (0, tiles * block - T), value=-1).view(
+        B, tiles, block
+    )
     no_key = torch.iinfo(torch.int32).max
     low_BG = keys_BGK.masked_fill(keys_BGK < 0, no_key).amin(2)
     high_BG = keys_BGK.amax(2)
     common_BG = torch.where(keys_BGK.amin(2) == high_BG, high_BG, -1)
-    touch_BGG = (low_BG[:, :, None] <= high_BG[:, None, :]) & (low_BG[:, None, :] <= high_BG[:, :, None])
+    touch_BGG = (low_BG[:, :, None] <= high_BG[:, None, :]) & (
+        low_BG[:, None, :] <= high_BG[:, :, None]
+    )
     numbers_G = torch.arange(tiles, dtype=torch.int32, device=keys_BT.device)
     first_BG = numbers_G.where(touch_BGG, tiles).amin(2)
     end_BG = (numbers_G + 1).where(touch_BGG, 0).amax(2)
@@ -218,7 +254,9 @@ def _pair_code(pair: str) -> int:
 
 
 def _nibbles(numbers: Iterable[int]) -> int:
-    """Pack numbers below 16 into one, the first lowest: a table that a kernel gets without a copy to the GPU."""
+    """Pack numbers below 16 into one, the first lowest: a table that a kernel gets without a copy
+    to the GPU.
+    """
     return sum(number << 4 * place for place, number in enumerate(numbers))
 
 
@@ -242,7 +280,9 @@ def _run_fastest(
     student: Sequence[Tensor],
     run: Callable[[Launch], Result],
 ) -> Result:
-    """Run a kernel as launched fastest; by the table's default where results must not depend on a measurement."""
+    """Run a kernel as launched fastest; by the table's default where results must not depend on a
+    measurement.
+    """
     E_T, E_S = (x[0].shape[2] // spec.num_heads for x in (teacher, student))
     length = spec.share_BT.shape[1]
     in_float32 = torch.float32 in (teacher[0].dtype, student[0].dtype)
@@ -254,12 +294,16 @@ def _run_fastest(
         kind = f"{kernel}{' causal' * spec.causal}{' keyed' * (spec.keys_BT is not None)}"
         models = f"teacher {E_T} {teacher[0].dtype} student {E_S} {student[0].dtype}"
         key = f"{kind} T{triton.next_power_of_2(length)} {models}"
-        return run(_winners(device).choose(key, among, lambda launch: _seconds(lambda: run(launch))))
+        return run(
+            _winners(device).choose(key, among, lambda launch: _seconds(lambda: run(launch)))
+        )
 
 
 @functools.cache
 def _winners(device: torch.device) -> Winners:
-    return Winners(cache_file(), f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}")
+    return Winners(
+        cache_file(), f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}"
+    )
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -1,23 +1,27 @@
 """The relation loss as two Triton kernels, forward and backward; `relations.triton` launches them.
 
-In: Q, K and V as they lie in memory, the tokens' keys and shares. Out: partial losses and every row's two softmax
-normalisers (forward), the student's gradients (backward). A T×T map exists only as tiles in registers.
+In: Q, K and V as they lie in memory, the tokens' keys and shares. Out: partial losses and every
+row's two softmax normalisers (forward), the student's gradients (backward). A T×T map exists only
+as tiles in registers.
 
-Forward makes one pass over the columns: running maximum and sum of the teacher's and of the student's row, and the
-running Σ p (t − s), rescaled with the teacher's maximum; KL = that / Σ − lse_t + lse_s.
+Forward makes one pass over the columns: running maximum and sum of the teacher's and of the
+student's row, and the running Σ p (t − s), rescaled with the teacher's maximum; KL = that / Σ −
+lse_t + lse_s.
 
-Backward owns a tile of tokens of one letter x and meets the tokens of every letter o that a pair joins it with. One
-tile of scores x_i·o_j serves both pairs: xo, where x_i is the row (normaliser lse_i), and ox, where it is the column
-(normaliser lse_j). So xx, qk alone, and qk with kq are one pass each, and nothing needs atomics: the gradient is
-Σ_o Σ_j [(S − P)^xo_ij + (S − P)^ox_ji] o_j.
+Backward owns a tile of tokens of one letter x and meets the tokens of every letter o that a pair
+joins it with. One tile of scores x_i·o_j serves both pairs: xo, where x_i is the row (normaliser
+lse_i), and ox, where it is the column (normaliser lse_j). So xx, qk alone, and qk with kq are one
+pass each, and nothing needs atomics: the gradient is Σ_o Σ_j [(S − P)^xo_ij + (S − P)^ox_ji] o_j.
 
-What bounds both on an H100 or H200 at E = 6 or 16 is 2^x: 16 a clock and SM, against 128 other float operations and
-1024 multiply-adds of bf16. So scores are in units of log2(e), and backward takes one 2^x per score and model instead of
-two: 2^(s − lse_i) + 2^(s − lse_j) = 2^(s − c) · (2^(c − lse_i) + 2^(c − lse_j)). That is as exact while a head's
-normalisers all lie within `_REACH` of c; a head where they don't takes both powers.
+What bounds both on an H100 or H200 at E = 6 or 16 is 2^x: 16 a clock and SM, against 128 other
+float operations and 1024 multiply-adds of bf16. So scores are in units of log2(e), and backward
+takes one 2^x per score and model instead of two: 2^(s − lse_i) + 2^(s − lse_j) = 2^(s − c) · (2^(c
+− lse_i) + 2^(c − lse_j)). That is as exact while a head's normalisers all lie within `_REACH` of c;
+a head where they don't takes both powers.
 
-Legend: B sequences, T tokens, R relation heads, E width per relation head (padded to a power of two), P pairs, G tiles
-of a sequence, M tokens of the tile that a program owns, N of a tile that it meets; t, s scores of teacher and student.
+Legend: B sequences, T tokens, R relation heads, E width per relation head (padded to a power of
+two), P pairs, G tiles of a sequence, M tokens of the tile that a program owns, N of a tile that it
+meets; t, s scores of teacher and student.
 """
 
 from __future__ import annotations
@@ -30,14 +34,17 @@ import triton.language as tl
 NO_PAIR = 15
 _NO_PAIR = tl.constexpr(NO_PAIR)
 _LN2 = tl.constexpr(0.6931471805599453)
-# Scores of tokens that don't see each other: finite, so that the difference of two is 0 and not NaN.
+# Scores of tokens that don't see each other: finite, so that the difference of two is 0 and not
+# NaN.
 _HIDDEN = tl.constexpr(-1e30)
 # In log2: factors stay within 2^±60, products within 2^120, and what underflows was below 2^-66.
 _REACH = tl.constexpr(60.0)
 
 
 class Model(NamedTuple):
-    """One model's tensors q, k and v, `[B, T, D]`, or None where no pair names them; `scale` is log2(e) / √E."""
+    """One model's tensors q, k and v, `[B, T, D]`, or None where no pair names them; `scale` is
+    log2(e) / √E.
+    """
 
     tensors: tuple[Any, ...]
     strides_B: tuple[int, ...]
@@ -46,10 +53,11 @@ class Model(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Who sees whom, int32 but for the shares; all but the shares are None where every token sees the whole row.
+    """Who sees whom, int32 but for the shares; all but the shares are None where every token sees
+    the whole row.
 
-    Keys are equal among tokens that see each other, and -1 on padding. A tile has a common key if all its tokens have
-    it, else -1; it may meet tiles `first_BG` to `end_BG`, without the last.
+    Keys are equal among tokens that see each other, and -1 on padding. A tile has a common key if
+    all its tokens have it, else -1; it may meet tiles `first_BG` to `end_BG`, without the last.
     """
 
     share_BT: Any
@@ -120,7 +128,9 @@ def relation_forward(
         rescale_s_M = tl.exp2(max_s_M - new_max_s_M)
         sum_t_M = sum_t_M * rescale_t_M + tl.sum(p_MN, 1)
         sum_s_M = sum_s_M * rescale_s_M + tl.sum(exp_s_MN, 1)
-        difference_M = difference_M * rescale_t_M + tl.sum(p_MN * (t_MN * teacher.scale - s_MN * student.scale), 1)
+        difference_M = difference_M * rescale_t_M + tl.sum(
+            p_MN * (t_MN * teacher.scale - s_MN * student.scale), 1
+        )
         max_t_M = new_max_t_M
         max_s_M = new_max_s_M
 
@@ -153,7 +163,8 @@ def relation_backward(
     grad_total: tl.tensor,
     grads: Model,  # out: the student's, of its dtype
     letter_codes: tl.tensor,  # a nibble per letter that gets a gradient
-    pair_numbers: tl.tensor,  # nibble 3 · first letter + second: the number of that pair, or NO_PAIR
+    # Nibble 3 · first letter + second: the number of that pair, or NO_PAIR.
+    pair_numbers: tl.tensor,
     P: tl.tensor,
     B: tl.tensor,
     T: tl.tensor,
@@ -195,8 +206,12 @@ def relation_backward(
         centre_s, shift_s, near_s = _centre(centre_2PBR, reach_2PBR, row_s, column_s)
         near = near_t & near_s
         inside_M = positions_M < T
-        factor_t_M = row_weight * tl.load(factor_2PBRT + row_t * T + positions_M, mask=inside_M, other=0.0)
-        factor_s_M = row_weight * tl.load(factor_2PBRT + row_s * T + positions_M, mask=inside_M, other=0.0)
+        factor_t_M = row_weight * tl.load(
+            factor_2PBRT + row_t * T + positions_M, mask=inside_M, other=0.0
+        )
+        factor_s_M = row_weight * tl.load(
+            factor_2PBRT + row_s * T + positions_M, mask=inside_M, other=0.0
+        )
         to, to_stride = _head(teacher, o, sequence, head, TEACHER_E)
         so, so_stride = _head(student, o, sequence, head, STUDENT_E)
         for other in range(first, end):
@@ -211,39 +226,63 @@ def relation_backward(
                 t_MN = tl.where(visible_MN, t_MN, _HIDDEN)
                 s_MN = tl.where(visible_MN, s_MN, _HIDDEN)
             if near:
-                factor_t_N = tl.load(factor_2PBRT + column_t * T + positions_N, mask=positions_N < T, other=0.0)
-                factor_s_N = tl.load(factor_2PBRT + column_s * T + positions_N, mask=positions_N < T, other=0.0)
+                factor_t_N = tl.load(
+                    factor_2PBRT + column_t * T + positions_N, mask=positions_N < T, other=0.0
+                )
+                factor_s_N = tl.load(
+                    factor_2PBRT + column_s * T + positions_N, mask=positions_N < T, other=0.0
+                )
                 row_factor_t, row_factor_s = factor_t_M[:, None], factor_s_M[:, None]
                 column_factor_t = column_weight * shift_t * factor_t_N[None, :]
                 column_factor_s = column_weight * shift_s * factor_s_N[None, :]
                 if CAUSAL:
-                    row_factor_t = tl.where(positions_N[None, :] <= positions_M[:, None], row_factor_t, 0.0)
-                    row_factor_s = tl.where(positions_N[None, :] <= positions_M[:, None], row_factor_s, 0.0)
-                    column_factor_t = tl.where(positions_N[None, :] >= positions_M[:, None], column_factor_t, 0.0)
-                    column_factor_s = tl.where(positions_N[None, :] >= positions_M[:, None], column_factor_s, 0.0)
+                    row_factor_t = tl.where(
+                        positions_N[None, :] <= positions_M[:, None], row_factor_t, 0.0
+                    )
+                    row_factor_s = tl.where(
+                        positions_N[None, :] <= positions_M[:, None], row_factor_s, 0.0
+                    )
+                    column_factor_t = tl.where(
+                        positions_N[None, :] >= positions_M[:, None], column_factor_t, 0.0
+                    )
+                    column_factor_s = tl.where(
+                        positions_N[None, :] >= positions_M[:, None], column_factor_s, 0.0
+                    )
                 t_MN = t_MN * teacher.scale - centre_t
                 s_MN = s_MN * student.scale - centre_s
-                if CAUSAL:  # a score that neither direction sees may lie far above: 0 · ∞ would be NaN
+                # A score that neither direction sees may lie far above: 0 · ∞ would be NaN.
+                if CAUSAL:
                     t_MN = _at_most(t_MN, 2 * _REACH)
                     s_MN = _at_most(s_MN, 2 * _REACH)
                 t_MN = tl.exp2(t_MN) * (row_factor_t + column_factor_t)
                 s_MN = tl.exp2(s_MN) * (row_factor_s + column_factor_s)
                 gradient_MN = s_MN - t_MN
             else:
-                # A direction that is not wanted has borrowed normalisers, which its scores may exceed by far: none.
+                # A direction that is not wanted has borrowed normalisers, which its scores may
+                # exceed by far: none.
                 wanted_M = positions_M < tl.where(as_rows, T, 0)
                 wanted_N = positions_N < tl.where(as_columns, T, 0)
-                lse_t_M = tl.load(lse_2PBRT + row_t * T + positions_M, mask=wanted_M, other=-_HIDDEN)
-                lse_s_M = tl.load(lse_2PBRT + row_s * T + positions_M, mask=wanted_M, other=-_HIDDEN)
-                lse_t_N = tl.load(lse_2PBRT + column_t * T + positions_N, mask=wanted_N, other=-_HIDDEN)
-                lse_s_N = tl.load(lse_2PBRT + column_s * T + positions_N, mask=wanted_N, other=-_HIDDEN)
+                lse_t_M = tl.load(
+                    lse_2PBRT + row_t * T + positions_M, mask=wanted_M, other=-_HIDDEN
+                )
+                lse_s_M = tl.load(
+                    lse_2PBRT + row_s * T + positions_M, mask=wanted_M, other=-_HIDDEN
+                )
+                lse_t_N = tl.load(
+                    lse_2PBRT + column_t * T + positions_N, mask=wanted_N, other=-_HIDDEN
+                )
+                lse_s_N = tl.load(
+                    lse_2PBRT + column_s * T + positions_N, mask=wanted_N, other=-_HIDDEN
+                )
                 t_MN *= teacher.scale
                 s_MN *= student.scale
                 rows_MN = tl.exp2(s_MN - lse_s_M[:, None]) - tl.exp2(t_MN - lse_t_M[:, None])
                 columns_MN = tl.exp2(s_MN - lse_s_N[None, :]) - tl.exp2(t_MN - lse_t_N[None, :])
                 if CAUSAL:
                     rows_MN = tl.where(positions_N[None, :] <= positions_M[:, None], rows_MN, 0.0)
-                    columns_MN = tl.where(positions_N[None, :] >= positions_M[:, None], columns_MN, 0.0)
+                    columns_MN = tl.where(
+                        positions_N[None, :] >= positions_M[:, None], columns_MN, 0.0
+                    )
                 gradient_MN = row_weight * rows_MN + column_weight * columns_MN
             grad_ME = tl.dot(gradient_MN.to(so_NE.dtype), so_NE, grad_ME, input_precision="ieee")
 
@@ -260,7 +299,9 @@ def relation_backward(
 
 @triton.jit
 def _locate(T: tl.tensor, R: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """Return a program's tile, head and sequence; tiles of one head are neighbours, they share its columns in cache."""
+    """Return a program's tile, head and sequence; tiles of one head are neighbours, they share its
+    columns in cache.
+    """
     tiles = tl.cdiv(T, BLOCK)
     program = tl.program_id(0)
     return program % tiles, program // tiles % R, program // (tiles * R)
@@ -268,7 +309,13 @@ def _locate(T: tl.tensor, R: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _index(
-    model: tl.constexpr, pair: tl.tensor, P: tl.tensor, sequence: tl.tensor, B: tl.tensor, head: tl.tensor, R: tl.tensor
+    model: tl.constexpr,
+    pair: tl.tensor,
+    P: tl.tensor,
+    sequence: tl.tensor,
+    B: tl.tensor,
+    head: tl.tensor,
+    R: tl.tensor,
 ) -> tl.tensor:
     """Return where in `[2, P, B, R]` something is."""
     return (((model * P + pair) * B + sequence) * R + head).to(tl.int64)
@@ -276,7 +323,9 @@ def _index(
 
 @triton.jit
 def _centre(centre: tl.tensor, reach: tl.tensor, row: tl.tensor, column: tl.tensor) -> tl.tensor:
-    """Return the rows' centre, the columns' factors' correction to it, and whether factors are exact with it."""
+    """Return the rows' centre, the columns' factors' correction to it, and whether factors are
+    exact with it.
+    """
     apart = tl.load(centre + row) - tl.load(centre + column)
     near = (tl.load(reach + row) <= _REACH) & (tl.load(reach + column) + tl.abs(apart) <= _REACH)
     return tl.load(centre + row), tl.exp2(apart), near
@@ -299,7 +348,9 @@ def _pick(of_letters: tl.tensor, letter: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _head(model: Model, letter: tl.tensor, sequence: tl.tensor, head: tl.tensor, E: tl.constexpr) -> tl.tensor:
+def _head(
+    model: Model, letter: tl.tensor, sequence: tl.tensor, head: tl.tensor, E: tl.constexpr
+) -> tl.tensor:
     """Return the pointer to a head of a sequence's first token, and the stride between tokens."""
     start = sequence * _pick(model.strides_B, letter).to(tl.int64) + head * E
     return _pick(model.tensors, letter) + start, _pick(model.strides_T, letter)
@@ -307,7 +358,12 @@ def _head(model: Model, letter: tl.tensor, sequence: tl.tensor, head: tl.tensor,
 
 @triton.jit
 def _load_tile(
-    head: tl.tensor, stride: tl.tensor, tile: tl.tensor, keys: tl.tensor, E: tl.constexpr, BLOCK: tl.constexpr
+    head: tl.tensor,
+    stride: tl.tensor,
+    tile: tl.tensor,
+    keys: tl.tensor,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> tl.tensor:
     """Load a head of a tile's tokens, `[BLOCK, padded E]`; zeros for padding, whatever it holds."""
     PADDED_E: tl.constexpr = max(16, triton.next_power_of_2(E))
@@ -318,7 +374,9 @@ def _load_tile(
 
 
 @triton.jit
-def _load_keys(tokens: Tokens, sequence: tl.tensor, positions: tl.tensor, T: tl.tensor) -> tl.tensor:
+def _load_keys(
+    tokens: Tokens, sequence: tl.tensor, positions: tl.tensor, T: tl.tensor
+) -> tl.tensor:
     """Load the tokens' keys, -1 past the end."""
     keys = tl.where(positions < T, 0, -1)
     if tokens.keys_BT is not None:
@@ -330,7 +388,9 @@ def _load_keys(tokens: Tokens, sequence: tl.tensor, positions: tl.tensor, T: tl.
 def _tiles_to_meet(
     tokens: Tokens, sequence: tl.tensor, tile: tl.tensor, T: tl.tensor, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Return the first tile that may hold tokens that this one's see, and the one after the last."""
+    """Return the first tile that may hold tokens that this one's see, and the one after the
+    last.
+    """
     first, end = 0, tl.cdiv(T, BLOCK)
     if tokens.keys_BT is not None:
         at = sequence * end + tile
@@ -340,7 +400,12 @@ def _tiles_to_meet(
 
 @triton.jit
 def _may_hide(
-    tokens: Tokens, sequence: tl.tensor, tile: tl.tensor, other: tl.tensor, T: tl.tensor, BLOCK: tl.constexpr
+    tokens: Tokens,
+    sequence: tl.tensor,
+    tile: tl.tensor,
+    other: tl.tensor,
+    T: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> tl.tensor:
     """Return whether some token of a tile may not see some token of another."""
     may_hide = (other + 1) * BLOCK > T

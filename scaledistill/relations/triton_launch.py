@@ -1,8 +1,9 @@
-"""Tile size, warps and pipeline stages of a kernel: a table, and on GPUs the fastest of it, measured once and kept.
+"""Tile size, warps and pipeline stages of a kernel: a table, and on GPUs the fastest of it,
+measured once and kept.
 
-In: what tells launches apart (kernel, widths, dtypes, length) and a function that times one. Out: a `Launch`. The
-winners are kept in a JSON file in the user's cache folder, by GPU and Triton version, so that later runs use the same
-tiles and give the same bits.
+In: what tells launches apart (kernel, widths, dtypes, length) and a function that times one. Out: a
+`Launch`. The winners are kept in a JSON file in the user's cache folder, by GPU and Triton version,
+so that later runs use the same tiles and give the same bits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class Launch(NamedTuple):
-    """`block` tokens on either side of a tile; a program's warps, stages of its loads' pipeline, registers a thread."""
+    """`block` tokens on either side of a tile; a program's warps, stages of its loads' pipeline,
+    registers a thread.
+    """
 
     block: int
     num_warps: int
@@ -32,24 +35,42 @@ class Launch(NamedTuple):
 def candidates(kernel: str, width: int, in_float32: bool, length: int) -> list[Launch]:
     """List the launches worth trying, the default first.
 
-    A tile's scores and exponentials stay in registers: 64 × 64 on 4 warps take 32 a thread and model. None of these
-    spills registers at bf16 (few in causal backward), compiled for compute capability 8.0 and 9.0.
+    A tile's scores and exponentials stay in registers: 64 × 64 on 4 warps take 32 a thread and
+    model. None of these spills registers at bf16 (few in causal backward), compiled for compute
+    capability 8.0 and 9.0.
 
     Args:
         kernel: "forward" or "backward".
         width: the wider model's head.
-        in_float32: a model is float32, so that its products are sums of float32 multiply-adds, on no matrix unit.
+        in_float32: a model is float32, so that its products are sums of float32 multiply-adds, on
+            no matrix unit.
         length: tokens of a row; tiles of 64 would be mostly empty up to 32.
     """
     if in_float32:
-        launches = [Launch(64, 8, 2), Launch(32, 4, 2)] if width <= 32 else [Launch(32, 4, 1), Launch(16, 4, 1)]
+        launches = (
+            [Launch(64, 8, 2), Launch(32, 4, 2)]
+            if width <= 32
+            else [Launch(32, 4, 1), Launch(16, 4, 1)]
+        )
     elif width > 32:
         launches = [Launch(64, 8, 1), Launch(64, 4, 1), Launch(32, 4, 1)]
     elif kernel == "forward":
-        launches = [Launch(64, 4, 2), Launch(64, 4, 3), Launch(64, 8, 2), Launch(128, 8, 2), Launch(32, 4, 2)]
+        launches = [
+            Launch(64, 4, 2),
+            Launch(64, 4, 3),
+            Launch(64, 8, 2),
+            Launch(128, 8, 2),
+            Launch(32, 4, 2),
+        ]
     else:
         # Three programs to a multiprocessor instead of two.
-        launches = [Launch(64, 4, 2, 168), Launch(64, 4, 2), Launch(64, 8, 2), Launch(32, 4, 2), Launch(32, 2, 2, 128)]
+        launches = [
+            Launch(64, 4, 2, 168),
+            Launch(64, 4, 2),
+            Launch(64, 8, 2),
+            Launch(32, 4, 2),
+            Launch(32, 2, 2, 128),
+        ]
     return [launch for launch in launches if launch.block <= 32 or length > 32]
 
 
@@ -61,7 +82,9 @@ class Winners:
         self._chosen: dict[str, Launch] = {}
 
     def choose(self, key: str, among: list[Launch], seconds: Callable[[Launch], float]) -> Launch:
-        """Return the launch kept under `key`; else time all (infinite: cannot run), keep the fastest and return it."""
+        """Return the launch kept under `key`; else time all (infinite: cannot run), keep the
+        fastest and return it.
+        """
         if key not in self._chosen:
             kept = self._read().get(self._hardware, {}).get(key)
             if kept is not None and Launch(*kept) in among:
@@ -70,7 +93,9 @@ class Winners:
                 times = {launch: seconds(launch) for launch in among}
                 self._chosen[key] = min(among, key=times.__getitem__)
                 if math.isfinite(times[self._chosen[key]]):
-                    logger.info("%s: fastest of %d launches is %s", key, len(among), self._chosen[key])
+                    logger.info(
+                        "%s: fastest of %d launches is %s", key, len(among), self._chosen[key]
+                    )
                     self._keep(key)
         return self._chosen[key]
 
@@ -93,13 +118,19 @@ class Winners:
                     json.dump(tree, out, indent=1, sort_keys=True)
                 partial.replace(self._file)
         except OSError as error:
-            logger.warning("%s: %s; kernel launches are measured again in the next run", self._file, error)
+            logger.warning(
+                "%s: %s; kernel launches are measured again in the next run", self._file, error
+            )
 
 
 def cache_file() -> Path:
-    """Return where winners are kept: `scaledistill/launches.json` in the user's cache folder, if there is a home."""
+    """Return where winners are kept: `scaledistill/launches.json` in the user's cache folder, if
+    there is a home.
+    """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # no HOME, and no home in the passwd file, as in containers that run with any user id
+    except (
+        RuntimeError
+    ):  # no HOME, and no home in the passwd file, as in containers that run with any user id
         folder = Path(tempfile.gettempdir())
     return folder / "scaledistill" / "launches.json"

@@ -1,8 +1,8 @@
 """A run's folder: who owns it, its resolved configuration, `status.json`, and requests to stop.
 
-Layout: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `export/<student>/`, the best by
-validation loss, `export/<student>-best/`, those of `--export`, `export/<student>-step-N/`, and, with trackers that a
-resumed run goes on with, `trackers.json`.
+Layout: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`,
+`export/<student>/`, the best by validation loss, `export/<student>-best/`, those of `--export`,
+`export/<student>-step-N/`, and, with trackers that a resumed run goes on with, `trackers.json`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from types import FrameType
 from typing import Any
 
 from scaledistill.distributed.ranks import Ranks, explain_lost_peer, failing_together
-from scaledistill.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ConfigError, DataError, DivergedError, PeerError
+from scaledistill.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    DataError,
+    DivergedError,
+    PeerError,
+)
 from scaledistill.storage.background import Background, ended
 from scaledistill.storage.files import locked, read_json, write_json
 
@@ -32,7 +39,8 @@ log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOOK_SECONDS = 0.25
-"""A step waits for the run's folder this long, once: a folder that is slow to answer is not waited for again."""
+"""A step waits for the run's folder this long, once: a folder that is slow to answer is not waited
+for again."""
 AT_ONCE_SECONDS = 0.05
 """A folder that answers in less is waited for at the next step too."""
 WRITE_SECONDS = 30.0
@@ -47,14 +55,16 @@ _writers: dict[Path, Background] = {}
 class Status:
     """`status.json`: the authority on how a run stands or ended.
 
-    Keys: `state` ("running", "evaluating", "done", "stopped", "failed", "diverged"), `step`, `max_steps`, `exit_code`
-    (null while running or evaluating), `message`, `updated`, `host`, `pid`.
+    Keys: `state` ("running", "evaluating", "done", "stopped", "failed", "diverged"), `step`,
+    `max_steps`, `exit_code` (null while running or evaluating), `message`, `updated`, `host`,
+    `pid`.
     """
 
     def __init__(self, folder: Path, max_steps: int) -> None:
         self.path = folder / "status.json"
         self.max_steps = max_steps
-        self.step = (read_json(self.path) or {}).get("step", 0)  # of the run before, until this one takes over
+        # Of the run before, until this one takes over.
+        self.step = (read_json(self.path) or {}).get("step", 0)
         self.started = False
         # One a file, whoever writes it, so that what was given last stands in the end.
         self._writer = _writers.setdefault(self.path.absolute(), Background("status.json"))
@@ -66,16 +76,21 @@ class Status:
         Raises:
             OSError: the disk refused it, or has not taken it yet after half a minute.
         """
-        self._finish(self._writer.submit(write_json, self.path, self._content(state, message, exit_code)))
+        self._finish(
+            self._writer.submit(write_json, self.path, self._content(state, message, exit_code))
+        )
 
     def write_soon(self, state: str, message: str) -> None:
-        """Write as soon as the disk takes it, without waiting: for a state that is written again and again.
+        """Write as soon as the disk takes it, without waiting: for a state that is written again
+        and again.
 
         One that was not begun yet is left out; what is written later stands in the end.
         """
         if self._soon:
             self._soon.cancel()
-        self._soon = self._writer.submit(self._write_if_possible, self._content(state, message, None))
+        self._soon = self._writer.submit(
+            self._write_if_possible, self._content(state, message, None)
+        )
 
     def write_failure(self, state: str, message: str, exit_code: int) -> None:
         """Write an end, unless another rank's cause stands there already."""
@@ -108,7 +123,11 @@ class Status:
 
     def _finish(self, written: Future[None]) -> None:
         if not ended(written, WRITE_SECONDS):
-            raise OSError(errno.ETIMEDOUT, f"the disk has not answered for {WRITE_SECONDS:.0f} s", str(self.path))
+            raise OSError(
+                errno.ETIMEDOUT,
+                f"the disk has not answered for {WRITE_SECONDS:.0f} s",
+                str(self.path),
+            )
         written.result()
 
     def _write_if_possible(self, content: Mapping[str, Any]) -> None:
@@ -145,7 +164,9 @@ def owned(folder: Path, max_steps: int, ranks: Ranks, *, fresh: bool) -> Iterato
                     folder.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(locked(folder, "run.folder"))
                 except OSError as error:
-                    raise ConfigError(f"run.folder={str(folder)!r} cannot be written: {error.strerror}") from None
+                    raise ConfigError(
+                        f"run.folder={str(folder)!r} cannot be written: {error.strerror}"
+                    ) from None
         status = Status(folder, max_steps)
         # A refused resume says nothing about the run that stands there.
         with failures_told(status, of_settings=not status.path.exists()):
@@ -175,8 +196,12 @@ def failures_told(status: Status, *, of_settings: bool) -> Iterator[None]:
         raise
     except BaseException as error:
         lost = explain_lost_peer(error)
-        message, code = (lost, EXIT_ENVIRONMENT) if lost else (f"{type(error).__name__}: {error}", 1)
-        status.write_failure("failed", message, EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else code)
+        message, code = (
+            (lost, EXIT_ENVIRONMENT) if lost else (f"{type(error).__name__}: {error}", 1)
+        )
+        status.write_failure(
+            "failed", message, EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else code
+        )
         raise
 
 
@@ -184,7 +209,10 @@ def described(folder: Path) -> str:
     """Return who holds a run's folder, and where that run stands, as its `status.json` says."""
     status = read_json(folder / "status.json") or {}
     who = f"pid {status.get('pid', '?')} on {status.get('host', '?')}"
-    return f"{who}, {status.get('state', 'starting')}, step {status.get('step', '?')} of {status.get('max_steps', '?')}"
+    return (
+        f"{who}, {status.get('state', 'starting')}, step {status.get('step', '?')} of "
+        f"{status.get('max_steps', '?')}"
+    )
 
 
 def set_aside(folder: Path) -> Path:
@@ -196,17 +224,20 @@ def set_aside(folder: Path) -> Path:
 
 
 def job_seconds() -> float:
-    """Return how long ago the job's process started: ours, or torchrun's, which outlives restarts of ours."""
+    """Return how long ago the job's process started: ours, or torchrun's, which outlives restarts
+    of ours.
+    """
     process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 class StopRequest:
-    """Whether the run is to stop: for a signal, a file named STOP in the run's folder, or the job's age.
+    """Whether the run is to stop: for a signal, a file named STOP in the run's folder, or the job's
+    age.
 
-    A STOP file that lies there when a run starts counts; it is removed when the run stops. A thread looks for it: a
-    folder that hangs must not hold up the step, and with it all ranks.
+    A STOP file that lies there when a run starts counts; it is removed when the run stops. A thread
+    looks for it: a folder that hangs must not hold up the step, and with it all ranks.
     """
 
     def __init__(
@@ -220,9 +251,12 @@ class StopRequest:
     ) -> None:
         self._file = folder / "STOP" if watch_file else None
         self._max_hours = max_hours
-        self._deadline = math.inf if max_hours is None else time.monotonic() + max_hours * 3600 - job_seconds()
+        self._deadline = (
+            math.inf if max_hours is None else time.monotonic() + max_hours * 3600 - job_seconds()
+        )
         self._speaks = speaks
-        self.answer = answer  # what a signal is answered by; it says what is saved, which depends on how far the run is
+        # What a signal is answered by; it says what is saved, which depends on how far the run is.
+        self.answer = answer
         self._signal: int | None = None
         self._since = 0.0
         self._background = Background("STOP file")
@@ -269,14 +303,20 @@ class StopRequest:
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
-            log.warning("%s cannot be removed: %s; remove it before you rerun the command", file, error.strerror)
+            log.warning(
+                "%s cannot be removed: %s; remove it before you rerun the command",
+                file,
+                error.strerror,
+            )
         self._found = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals as requests; a second SIGINT, a second or more after the first signal, leaves at once.
+        """Take signals as requests; a second SIGINT, a second or more after the first signal,
+        leaves at once.
 
-        Python gives signals to the main thread alone: in another one they stay with whoever started it.
+        Python gives signals to the main thread alone: in another one they stay with whoever started
+        it.
         """
         if threading.current_thread() is not threading.main_thread():
             if self._speaks:
@@ -289,7 +329,8 @@ class StopRequest:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
+                # None: not set by Python.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -1,7 +1,8 @@
 """What to say about resuming a run that ended: it depends on whether there is a checkpoint.
 
-Inputs: a run's folder. Outputs: text. Imports nothing heavy, so that an interrupt during the imports can use it. Not
-handled here: whether the checkpoint is good (`checkpoint` finds out when the run resumes).
+Inputs: a run's folder. Outputs: text. Imports nothing heavy, so that an interrupt during the
+imports can use it. Not handled here: whether the checkpoint is good (`checkpoint` finds out when
+the run resumes).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ DISK_SECONDS = 2.0
 
 
 def newest_step(folder: Path) -> int | None:
-    """Return the step of the newest checkpoint in a run's folder, unverified; None where there is none."""
+    """Return the step of the newest checkpoint in a run's folder, unverified; None where there is
+    none.
+    """
     manifests = folder.glob("checkpoints/step-*/manifest.json")
     steps = [int(found[1]) for path in manifests if (found := FOLDER.fullmatch(path.parent.name))]
     return max(steps, default=None)

@@ -1,6 +1,8 @@
-"""Calls that may hang, such as those to a file system, made in a thread so that the caller does not.
+"""Calls that may hang, such as those to a file system, made in a thread so that the caller does
+not.
 
-Inputs: functions, in order. Outputs: a future for each. What to do about one that takes long is left to the caller.
+Inputs: functions, in order. Outputs: a future for each. What to do about one that takes long is
+left to the caller.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from typing import Any
 class Background:
     """Makes calls one after another, in the order in which they were submitted.
 
-    The thread ends when there is nothing left to do, and is a daemon: unlike those of a `ThreadPoolExecutor`, a call
-    that hangs does not keep the interpreter from exiting.
+    The thread ends when there is nothing left to do, and is a daemon: unlike those of a
+    `ThreadPoolExecutor`, a call that hangs does not keep the interpreter from exiting.
     """
 
     def __init__(self, name: str) -> None:
@@ -26,7 +28,9 @@ class Background:
         self._last: Future[Any] | None = None
         self._is_working = False
 
-    def submit(self, function: Callable[..., Any], *arguments: Any, patience: float = 0.0) -> Future[Any]:
+    def submit(
+        self, function: Callable[..., Any], *arguments: Any, patience: float = 0.0
+    ) -> Future[Any]:
         """Have a function called, and return its future.
 
         Args:

@@ -1,7 +1,9 @@
-"""Durable files: atomic replacement, fsync, hashes; locks, and folders that one process at a time may hold.
+"""Durable files: atomic replacement, fsync, hashes; locks, and folders that one process at a time
+may hold.
 
-File systems differ in what they can do (Lustre mounted without flock, NFS without its lock service, CIFS, FUSE). What
-one cannot do is no failure: the run goes on without it, after one warning. What a disk refuses stays an `OSError`.
+File systems differ in what they can do (Lustre mounted without flock, NFS without its lock service,
+CIFS, FUSE). What one cannot do is no failure: the run goes on without it, after one warning. What a
+disk refuses stays an `OSError`.
 """
 
 from __future__ import annotations
@@ -25,13 +27,15 @@ from scaledistill.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-LOCK_HELD_ELSEWHERE = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}  # EACCES: NFS, as fcntl(2) allows
+# EACCES: NFS, as fcntl(2) allows.
+LOCK_HELD_ELSEWHERE = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 NO_FOLDER_SYNC = NO_SYNC | {errno.EBADF, errno.EACCES, errno.EISDIR, errno.EPERM}
 
 _warned: set[str] = set()
-"""What this process has warned of: each ability that is missing is worth one line, not one a checkpoint."""
+"""What this process has warned of: each ability that is missing is worth one line, not one a
+checkpoint."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -71,7 +75,9 @@ def is_path(name: str | Path) -> bool:
 
 
 def near_folder(name: str | Path) -> Path | None:
-    """Return the folder of nearly that path, each part of which may be misspelt; None if there is none."""
+    """Return the folder of nearly that path, each part of which may be misspelt; None if there is
+    none.
+    """
     path = Path(name).expanduser()
     found = Path(path.anchor)
     for part in path.parts[1 if path.anchor else 0 :]:
@@ -89,14 +95,22 @@ def near_folder(name: str | Path) -> Path | None:
 
 
 def no_such_folder(name: str | Path, remedy: str) -> str:
-    """Return that there is no such folder, with one of nearly that name, or else `remedy`, and where it was sought."""
+    """Return that there is no such folder, with one of nearly that name, or else `remedy`, and
+    where it was sought.
+    """
     near = near_folder(name)
-    looked = "" if Path(name).expanduser().is_absolute() else f" (looked for in the working folder {Path.cwd()})"
+    looked = (
+        ""
+        if Path(name).expanduser().is_absolute()
+        else f" (looked for in the working folder {Path.cwd()})"
+    )
     return f"no such folder; {f'did you mean {near}?' if near else remedy}{looked}"
 
 
 def set_default_mode(path: Path) -> None:
-    """Give a file the mode of a new one in its folder, by the umask; safetensors' own writer makes private files."""
+    """Give a file the mode of a new one in its folder, by the umask; safetensors' own writer makes
+    private files.
+    """
     probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
     probe.touch()
     try:
@@ -111,7 +125,8 @@ def sync(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        if error.errno in NO_FOLDER_SYNC and path.is_dir():  # a folder that may be written but not read
+        # A folder that may be written but not read.
+        if error.errno in NO_FOLDER_SYNC and path.is_dir():
             return
         raise
     try:
@@ -123,7 +138,8 @@ def sync(path: Path) -> None:
 def flush(descriptor: int) -> None:
     """Flush an open file or folder to the disk, as far as its file system can.
 
-    Where a folder cannot be flushed, the renames in it are done all the same; only a power cut may undo them.
+    Where a folder cannot be flushed, the renames in it are done all the same; only a power cut may
+    undo them.
     """
     try:
         os.fsync(descriptor)
@@ -134,7 +150,11 @@ def flush(descriptor: int) -> None:
         elif error.errno not in NO_SYNC:
             raise
         else:
-            _warn_once("this file system cannot flush files to the disk", error, "a power cut may damage the newest")
+            _warn_once(
+                "this file system cannot flush files to the disk",
+                error,
+                "a power cut may damage the newest",
+            )
 
 
 def lock(descriptor: int, *, wait: bool = False) -> Literal["locked", "in use", "no locks"]:
@@ -149,14 +169,20 @@ def lock(descriptor: int, *, wait: bool = False) -> Literal["locked", "in use", 
         if error.errno in LOCK_HELD_ELSEWHERE and not wait:
             return "in use"
         if error.errno in NO_LOCKS:
-            _warn_once("this file system has no file locks", error, "start nothing else that writes to the same folder")
+            _warn_once(
+                "this file system has no file locks",
+                error,
+                "start nothing else that writes to the same folder",
+            )
             return "no locks"
         raise
     return "locked"
 
 
 def disk_remedy(error: Exception) -> str:
-    """Return what to do about a file that could not be written: an `OSError`, or one that a Rust library passes on."""
+    """Return what to do about a file that could not be written: an `OSError`, or one that a Rust
+    library passes on.
+    """
     number = getattr(error, "errno", None)
     if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(found[1])
@@ -186,7 +212,8 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
-    """Hold a folder while others that would hold it are refused; where there are no locks, nobody is.
+    """Hold a folder while others that would hold it are refused; where there are no locks, nobody
+    is.
 
     Raises:
         ConfigError: another process holds it.
@@ -195,7 +222,8 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
         if lock(file.fileno()) == "in use":
             raise ConfigError(
-                f"{setting}={str(folder)!r} is in use by another process; wait for it, or set another {setting}"
+                f"{setting}={str(folder)!r} is in use by another process; wait for it, or set "
+                f"another {setting}"
             )
         yield
 

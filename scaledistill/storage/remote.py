@@ -1,4 +1,5 @@
-"""Files behind fsspec URLs: which URLs are allowed, small reads, changes, and a bounded, verified cache of whole files.
+"""Files behind fsspec URLs: which URLs are allowed, small reads, changes, and a bounded, verified
+cache of whole files.
 
 Enters: URLs. Leaves: bytes and local paths. What a shard is, `data.manifest` knows.
 """
@@ -39,14 +40,22 @@ Result = TypeVar("Result")
 def is_url(location: str) -> bool:
     """Tell URLs from paths.
 
-    Raises: ConfigError for URLs that are not allowed: other schemes (`pipe:` runs a shell) and those chained by `::`.
+    Raises: ConfigError for URLs that are not allowed: other schemes (`pipe:` runs a shell) and
+    those chained by `::`.
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", location)
     if scheme is None and "::" not in location:
         return False
-    if scheme is None or "::" in location or scheme[1] not in SCHEMES or not location.startswith(f"{scheme[1]}://"):
+    if (
+        scheme is None
+        or "::" in location
+        or scheme[1] not in SCHEMES
+        or not location.startswith(f"{scheme[1]}://")
+    ):
         allowed = ", ".join(f"{name}://" for name in SCHEMES)
-        raise ConfigError(f"data location {location!r}: not an allowed URL; expected a folder or one of {allowed}")
+        raise ConfigError(
+            f"data location {location!r}: not an allowed URL; expected a folder or one of {allowed}"
+        )
     return True
 
 
@@ -66,18 +75,25 @@ def read_first(urls: Sequence[str]) -> tuple[str, bytes]:
             return url, read_bytes(url)
         except DataError as error:
             failure = failure or error
-            # Object stores answer "forbidden" for a file that is not there where listing is not allowed.
+            # Object stores answer "forbidden" for a file that is not there where listing is not
+            # allowed.
             if not isinstance(error.__cause__, FileNotFoundError | PermissionError):
                 break
     raise failure or DataError("no files to read")
 
 
 def sizes(folder_url: str) -> dict[str, int] | None:
-    """List the files of a folder with their sizes in bytes; None over HTTP, which has no listings."""
+    """List the files of a folder with their sizes in bytes; None over HTTP, which has no
+    listings.
+    """
     if folder_url.startswith("http"):
         return None
     listing = _retry(folder_url, lambda files, path: files.ls(path, detail=True))
-    return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in listing if entry["type"] == "file"}
+    return {
+        entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"]
+        for entry in listing
+        if entry["type"] == "file"
+    }
 
 
 def change(url: str, action: Callable[[Any, str], Result]) -> Result:
@@ -94,7 +110,9 @@ def change(url: str, action: Callable[[Any, str], Result]) -> Result:
 
 
 def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
-    """Call `action(filesystem, path)` until it succeeds, at most ATTEMPTS times, waiting twice as long each time."""
+    """Call `action(filesystem, path)` until it succeeds, at most ATTEMPTS times, waiting twice as
+    long each time.
+    """
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
@@ -102,15 +120,23 @@ def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
             files, path = fsspec.core.url_to_fs(url)
             return action(files, path)
         except ImportError as error:
-            raise DataError(f"{url}: its file system needs a package that is not installed: {error}") from error
+            raise DataError(
+                f"{url}: its file system needs a package that is not installed: {error}"
+            ) from error
         except (FileNotFoundError, PermissionError) as error:
             raise DataError(
-                f"{url}: {type(error).__name__}; check the URL, the access rights and that what wrote it finished"
+                f"{url}: {type(error).__name__}; check the URL, the access rights and that what "
+                "wrote it finished"
             ) from error
         except Exception as error:  # noqa: BLE001 - every file system has its own errors; the last one is raised below
             failure = error
             logger.warning(
-                "%s: attempt %d of %d failed: %s: %s", url, attempt + 1, ATTEMPTS, type(error).__name__, error
+                "%s: attempt %d of %d failed: %s: %s",
+                url,
+                attempt + 1,
+                ATTEMPTS,
+                type(error).__name__,
+                error,
             )
     raise DataError(
         f"{url}: failed {ATTEMPTS} times, the last time with {type(failure).__name__}: {failure}"
@@ -118,12 +144,14 @@ def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
 
 
 class ShardCache:
-    """Whole files of URLs, named by their sha256, in one folder of at most `limit_bytes`; the least recently used go.
+    """Whole files of URLs, named by their sha256, in one folder of at most `limit_bytes`; the least
+    recently used go.
 
-    Several processes of a host share the folder. A file is downloaded under a lock of its own, checked, then renamed.
-    The lock file's (sparse) size is the reservation of a download under way, so that the bound holds for all processes
-    together; it is removed when its holder is done, and one without a holder, which a killed process leaves, by whoever
-    comes across it. A file that is evicted while it is read stays readable, because it is open.
+    Several processes of a host share the folder. A file is downloaded under a lock of its own,
+    checked, then renamed. The lock file's (sparse) size is the reservation of a download under way,
+    so that the bound holds for all processes together; it is removed when its holder is done, and
+    one without a holder, which a killed process leaves, by whoever comes across it. A file that is
+    evicted while it is read stays readable, because it is open.
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = DEFAULT_BYTES) -> None:
@@ -134,7 +162,8 @@ class ShardCache:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder, made when it is first asked for: a run on local shards needs neither it nor a home.
+        """The folder, made when it is first asked for: a run on local shards needs neither it nor a
+        home.
 
         Raises: ConfigError if it can't be made or written.
         """
@@ -142,12 +171,19 @@ class ShardCache:
         try:
             folder = folder.expanduser()
             folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError) as error:  # RuntimeError: no HOME, and no home in the passwd file
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # RuntimeError: no HOME, and no home in the passwd file
             raise ConfigError(
-                f"data.cache_folder={folder} can't be made: {error}; name a folder that this user may write"
+                f"data.cache_folder={folder} can't be made: {error}; name a folder that this user "
+                "may write"
             ) from error
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise ConfigError(f"data.cache_folder={folder} can't be written; name a folder that this user may write")
+            raise ConfigError(
+                f"data.cache_folder={folder} can't be written; name a folder that this user may "
+                "write"
+            )
         return folder
 
     def path(self, sha256: str) -> Path:
@@ -155,25 +191,32 @@ class ShardCache:
         return self.folder / f"{sha256}.tar"
 
     def open(self, url: str, *, num_bytes: int, sha256: str) -> int:
-        """Return a file descriptor of the local copy, downloading it first if need be. The caller closes it.
+        """Return a file descriptor of the local copy, downloading it first if need be. The caller
+        closes it.
 
-        Raises: ConfigError if it is larger than the cache; DataError if it can't be had or isn't as the manifest says.
+        Raises: ConfigError if it is larger than the cache; DataError if it can't be had or isn't as
+        the manifest says.
         """
         if num_bytes > self.limit_bytes:
             raise ConfigError(
-                f"data.cache_bytes={self.limit_bytes} is too small for one shard of {num_bytes} bytes; raise it"
+                f"data.cache_bytes={self.limit_bytes} is too small for one shard of {num_bytes} "
+                "bytes; raise it"
             )
         descriptor = self._open(url, num_bytes, sha256, evict_kept=True)
         if descriptor is None:
-            raise AssertionError("unreachable: there is always room once everything else is evicted")
+            raise AssertionError(
+                "unreachable: there is always room once everything else is evicted"
+            )
         return descriptor
 
     def fetch(self, url: str, *, num_bytes: int, sha256: str) -> bool:
-        """Download a file ahead of its use, unless files to `keep` would have to go; return whether it is there.
+        """Download a file ahead of its use, unless files to `keep` would have to go; return whether
+        it is there.
 
         Raises: DataError if it can't be had or isn't as the manifest says.
         """
-        for name in self.keep:  # other processes, which don't know what is kept here, go by the last use
+        # Other processes, which don't know what is kept here, go by the last use.
+        for name in self.keep:
             with contextlib.suppress(OSError):
                 os.utime(self.path(name))
         descriptor = self._open(url, num_bytes, sha256, evict_kept=False)
@@ -201,7 +244,11 @@ class ShardCache:
         """Make room and reserve it; return False if that would take files to keep."""
         while True:
             with _locked(self.folder / "cache.lock", remove=False):
-                locks = [(path, _size(path)) for path in self.folder.glob("*.lock") if path.name != "cache.lock"]
+                locks = [
+                    (path, _size(path))
+                    for path in self.folder.glob("*.lock")
+                    if path.name != "cache.lock"
+                ]
                 reserved = sum(_reserved_bytes(path) for path, size in locks if size)
                 files = sorted(
                     (entry.stem in self.keep, entry.stat().st_mtime_ns, entry.stat().st_size, entry)
@@ -217,12 +264,14 @@ class ShardCache:
                     used -= size
                 if fits := used + num_bytes <= self.limit_bytes:
                     os.truncate(lock, num_bytes)
-            for path, size in itertools.islice(locks, MOST_REMOVED):  # earlier versions left one a shard
+            # Earlier versions left one a shard.
+            for path, size in itertools.islice(locks, MOST_REMOVED):
                 if not size:
                     _reserved_bytes(path)
             if fits:
                 return True
-            time.sleep(0.05)  # downloads under way fill the cache; they end, and then their files can be evicted
+            # Downloads under way fill the cache; they end, and then their files can be evicted.
+            time.sleep(0.05)
 
 
 def _open_used(path: Path) -> int:
@@ -261,7 +310,9 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _reserved_bytes(path: Path) -> int:
-    """Read the reservation of a lock file; remove both where its process is gone, with what that had downloaded."""
+    """Read the reservation of a lock file; remove both where its process is gone, with what that
+    had downloaded.
+    """
     try:
         lock = os.open(path, os.O_RDWR)
     except FileNotFoundError:
@@ -273,7 +324,8 @@ def _reserved_bytes(path: Path) -> int:
             if size:
                 _remove_partials(path)
             path.unlink(missing_ok=True)
-        return size if found == "in use" else 0  # without locks nobody can say whether its process still lives
+        # Without locks nobody can say whether its process still lives.
+        return size if found == "in use" else 0
     finally:
         os.close(lock)
 
@@ -292,7 +344,8 @@ def _remove_partials(path: Path) -> None:
 
 
 def _download(url: str, path: Path, num_bytes: int, sha256: str) -> int:
-    partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")  # two write it where nothing locks
+    # Two write it where nothing locks.
+    partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
 
     def get(files: Any, remote_path: str) -> int:
         files.get_file(remote_path, str(partial))
@@ -301,7 +354,9 @@ def _download(url: str, path: Path, num_bytes: int, sha256: str) -> int:
         if (found, digest) == (num_bytes, sha256):
             return descriptor
         os.close(descriptor)
-        raise DataError(f"found {found} bytes with sha256 {digest}, the manifest says {num_bytes} and {sha256}")
+        raise DataError(
+            f"found {found} bytes with sha256 {digest}, the manifest says {num_bytes} and {sha256}"
+        )
 
     try:
         descriptor = _retry(url, get)

@@ -1,8 +1,9 @@
-"""What a run exports: the student in training, or that of any checkpoint, as a plain transformers model.
+"""What a run exports: the student in training, or that of any checkpoint, as a plain transformers
+model.
 
-Inputs: a configuration, and a student's full fp32 state or a run folder with checkpoints. Outputs: a folder in
-`<run.folder>/export`. Checkpoints are only read, so a run may be in progress. Not handled here: the files themselves
-(`models.export`), when a run exports (`train`).
+Inputs: a configuration, and a student's full fp32 state or a run folder with checkpoints. Outputs:
+a folder in `<run.folder>/export`. Checkpoints are only read, so a run may be in progress. Not
+handled here: the files themselves (`models.export`), when a run exports (`train`).
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def write_student(
     Args:
         model: the model config of the student under training.
         weights: every parameter of that model, fp32, on the CPU.
-        check: gets what was read back, before it replaces an older export; raises what keeps it from that.
+        check: gets what was read back, before it replaces an older export; raises what keeps it
+            from that.
 
     Raises:
         DataError: the disk did not take it, or what was read back differs.
@@ -89,70 +91,96 @@ def write_student(
             check=check,
         )
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder}: the export could not be written: {error}; {disk_remedy(error)}") from None
+        raise DataError(
+            f"{folder}: the export could not be written: {error}; {disk_remedy(error)}"
+        ) from None
 
 
 @names_resolved_once()
 def export_checkpoint(config: DistillConfig, wanted: int | str) -> Path:
-    """Export the student of a checkpoint to `<run.folder>/export/<student>-step-N`, and return that folder.
+    """Export the student of a checkpoint to `<run.folder>/export/<student>-step-N`, and return that
+    folder.
 
-    The checkpoint's own settings count; of `config` only where things lie: the run folder, the teacher.
+    The checkpoint's own settings count; of `config` only where things lie: the run folder, the
+    teacher.
 
     Args:
         wanted: a step that has a checkpoint, or "newest", the newest one that is not damaged.
 
     Raises:
         ConfigError: there is no such checkpoint, or the teacher is another.
-        DataError: the checkpoint or the teacher's folder cannot be read, or the export cannot be written.
+        DataError: the checkpoint or the teacher's folder cannot be read, or the export cannot be
+            written.
     """
     checkpoint = _find(config, wanted)
     state = checkpoint.state
     try:
         settled = parse_config(state["config"])
-        step, teacher_sha256, data_sha256 = state["step"], state["teacher_sha256"], state["data"]["data_sha256"]
+        step, teacher_sha256, data_sha256 = (
+            state["step"],
+            state["teacher_sha256"],
+            state["data"]["data_sha256"],
+        )
         written_with = state["versions"]
     except (KeyError, TypeError, ConfigError) as error:  # its hash holds: another version's
         raise DataError(
-            f"{checkpoint.folder} was written by another version and cannot be exported: {error}; resume the run with "
-            "the version that wrote it"
+            f"{checkpoint.folder} was written by another version and cannot be exported: {error}; "
+            "resume the run with the version that wrote it"
         ) from None
     settled = settled.model_copy(
         update={
             "run": settled.run.model_copy(update={"folder": config.run.folder}),
             "teacher": settled.teacher.model_copy(
-                update={key: getattr(config.teacher, key) for key in ("model", "revision", "trust_remote_code")}
+                update={
+                    key: getattr(config.teacher, key)
+                    for key in ("model", "revision", "trust_remote_code")
+                }
             ),
         }
     )
     [name] = settled.students
     teacher = settled.teacher
-    model = student_shape(settled, name, load_config(teacher.model, teacher.revision, teacher.trust_remote_code))
+    model = student_shape(
+        settled, name, load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
+    )
     weights = checkpoint.tensors(f"{name}.weights")
     folder = Path(config.run.folder) / "export" / f"{name}-step-{step}"
     losses = _losses_at(Path(config.run.folder), step)
     try:
-        write_student(folder, settled, model, weights, Facts(step, teacher_sha256, data_sha256, losses, written_with))
+        write_student(
+            folder,
+            settled,
+            model,
+            weights,
+            Facts(step, teacher_sha256, data_sha256, losses, written_with),
+        )
     except ValueError as error:  # the shapes are the teacher's
         raise ConfigError(
-            f"teacher.model={teacher.model!r} is not the one that {checkpoint.folder} was trained with: {error}; set "
-            f"it to {state['config']['teacher']['model']!r}, or where that lies now"
+            f"teacher.model={teacher.model!r} is not the one that {checkpoint.folder} was trained "
+            f"with: {error}; set it to {state['config']['teacher']['model']!r}, or where that lies "
+            "now"
         ) from None
     return folder
 
 
 def _find(config: DistillConfig, wanted: int | str) -> Checkpoint:
     root = Path(config.run.folder) / "checkpoints"
-    committed = sorted((path for path in root.glob("step-*") if FOLDER.fullmatch(path.name)), reverse=True)
+    committed = sorted(
+        (path for path in root.glob("step-*") if FOLDER.fullmatch(path.name)), reverse=True
+    )
     if not committed:
-        raise ConfigError(f"run.folder={config.run.folder!r} has no checkpoints{_elsewhere(config)}")
+        raise ConfigError(
+            f"run.folder={config.run.folder!r} has no checkpoints{_elsewhere(config)}"
+        )
     steps = [int(path.name.removeprefix("step-")) for path in committed]
     known = f"there {'is' if len(steps) == 1 else 'are'} {', '.join(map(str, sorted(steps)))}"
     if wanted != "newest":
         committed = [root / folder_name(int(wanted))]
         if int(wanted) not in steps:
             raise ConfigError(
-                f"--export {wanted}: {root} has no checkpoint of step {wanted}; {known} (checkpoint.every_steps and "
-                f"checkpoint.keep say which are kept){_elsewhere(config)}"
+                f"--export {wanted}: {root} has no checkpoint of step {wanted}; {known} "
+                "(checkpoint.every_steps and checkpoint.keep say which are "
+                f"kept){_elsewhere(config)}"
             )
     for folder in committed:
         damage = verify(folder)
@@ -161,8 +189,12 @@ def _find(config: DistillConfig, wanted: int | str) -> Checkpoint:
                 return Checkpoint(folder, json.loads((folder / STATE).read_text()))
             except (OSError, ValueError) as error:
                 damage = str(error)
-        log.warning("checkpoint %s is damaged, or the run has removed it meanwhile (%s)", folder, damage)
-    raise DataError(f"--export {wanted}: no checkpoint in {root} can be used; {known}, see the warnings above")
+        log.warning(
+            "checkpoint %s is damaged, or the run has removed it meanwhile (%s)", folder, damage
+        )
+    raise DataError(
+        f"--export {wanted}: no checkpoint in {root} can be used; {known}, see the warnings above"
+    )
 
 
 def _elsewhere(config: DistillConfig) -> str:
@@ -171,14 +203,23 @@ def _elsewhere(config: DistillConfig) -> str:
     there = list(mirror.checkpoints(remote)) if remote else []
     if not there:
         return ""
-    return f"; {remote} has {', '.join(sorted(there))}: copy one to {Path(config.run.folder) / 'checkpoints'} first"
+    return (
+        f"; {remote} has {', '.join(sorted(there))}: copy one to "
+        f"{Path(config.run.folder) / 'checkpoints'} first"
+    )
 
 
 def _losses_at(folder: Path, step: int) -> dict[str, str | None]:
-    """Return the losses that the record has of a step, or of the last one before it that has some."""
+    """Return the losses that the record has of a step, or of the last one before it that has
+    some.
+    """
     losses: dict[str, str | None] = {}
     for label, key in (("validation loss", "validation_loss"), ("training loss", "loss")):
-        rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step and row.get(key) is not None]
+        rows = [
+            row
+            for row in read_rows(folder / "metrics.jsonl")
+            if row["step"] <= step and row.get(key) is not None
+        ]
         if rows:
             when = "" if rows[-1]["step"] == step else f" (at step {rows[-1]['step']:,})"
             losses[label] = f"{rows[-1][key]:.4f}{when}"

@@ -1,6 +1,7 @@
 """The loop: which steps are made, and what is due between them.
 
-Everything that computes lives in the modules imported here; this one says in which order it happens.
+Everything that computes lives in the modules imported here; this one says in which order it
+happens.
 """
 
 from __future__ import annotations
@@ -21,9 +22,23 @@ import torch
 from scaledistill.checkpoint import mirror
 from scaledistill.checkpoint.saver import Outcome
 from scaledistill.config.schema import DistillConfig
-from scaledistill.distributed.ranks import Ranks, any_rank, failing_together, process_group, reported_once
+from scaledistill.distributed.ranks import (
+    Ranks,
+    any_rank,
+    failing_together,
+    process_group,
+    reported_once,
+)
 from scaledistill.distributed.watchdog import Watchdog
-from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, DataError, DivergedError, PeerError, counted
+from scaledistill.errors import (
+    EXIT_DONE,
+    EXIT_ENVIRONMENT,
+    EXIT_STOPPED,
+    DataError,
+    DivergedError,
+    PeerError,
+    counted,
+)
 from scaledistill.metrics.recorder import Pace, Recorder, line
 from scaledistill.metrics.stopwatch import Stopwatch, memory_peak_bytes
 from scaledistill.models.hub import names_resolved_once
@@ -35,7 +50,13 @@ from scaledistill.run.resume_hint import newest_step, resume_hint
 from scaledistill.storage.files import disk_remedy, write_json
 from scaledistill.training.profiling import WARMUP_STEPS, check_trial_steps, profile_run
 from scaledistill.training.session import Session, open_session
-from scaledistill.training.step import NOT_FINITE, ExportProbe, StepResult, train_step, validation_loss
+from scaledistill.training.step import (
+    NOT_FINITE,
+    ExportProbe,
+    StepResult,
+    train_step,
+    validation_loss,
+)
 
 if TYPE_CHECKING:
     from scaledistill.training.probe import StudentProbe
@@ -43,7 +64,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COMPILING_STEPS = 10
-"""After so many steps nothing is compiled any more: batches of shapes not seen by then run uncompiled."""
+"""After so many steps nothing is compiled any more: batches of shapes not seen by then run
+uncompiled."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +80,8 @@ class RunResult:
 
 
 class Bookkeeper:
-    """What is due between steps: the finite check, validation, rows of figures, checkpoints, exports, the status.
+    """What is due between steps: the finite check, validation, rows of figures, checkpoints,
+    exports, the status.
 
     Every method is collective. A dry run has no status, and writes nothing.
     """
@@ -98,7 +121,8 @@ class Bookkeeper:
             if session.ranks.is_main:
                 self._open_record(stack, self._status)
         if self._config.evaluation and self._config.evaluation.probe:
-            from scaledistill.training.probe import StudentProbe  # seconds, that other runs needn't spend
+            # Seconds, that other runs needn't spend.
+            from scaledistill.training.probe import StudentProbe
 
             self._probe = StudentProbe(session)
 
@@ -119,7 +143,9 @@ class Bookkeeper:
                 run_name=self._config.logging.run_name,
             )
         except OSError as error:
-            raise DataError(f"run.folder={self._folder} cannot be written: {error}; {disk_remedy(error)}") from None
+            raise DataError(
+                f"run.folder={self._folder} cannot be written: {error}; {disk_remedy(error)}"
+            ) from None
         self._recorder = stack.enter_context(recorder)
 
     def after_step(self, result: StepResult) -> None:
@@ -140,7 +166,12 @@ class Bookkeeper:
             with self.watch.paused():
                 validation = self._validate()
         leaving = at_end or self.stop_requested
-        if validation is not None or leaving or session.step == 1 or due(self._config.logging.every_steps):
+        if (
+            validation is not None
+            or leaving
+            or session.step == 1
+            or due(self._config.logging.every_steps)
+        ):
             self._record(result, validation)
         elif self._recorder:
             self._recorder.advance(session.step)
@@ -153,14 +184,22 @@ class Bookkeeper:
         session = self._session
         if self._status is None:
             return RunResult(
-                "dry run", EXIT_DONE, session.step, f"{counted(session.step, 'step')} made, nothing written"
+                "dry run",
+                EXIT_DONE,
+                session.step,
+                f"{counted(session.step, 'step')} made, nothing written",
             )
         self._at("export")
-        self._stop.answer = "all steps are done and saved; the run ends as soon as the student is exported"
+        self._stop.answer = (
+            "all steps are done and saved; the run ends as soon as the student is exported"
+        )
         losses = {"validation loss": session.last_validation}
         folder = session.export(session.student.name, losses, ExportProbe(session).check)
         curve = self._folder / "loss.png"
-        message = f"{counted(session.step, 'step')} done; the student is in {folder}, the loss curve in {curve}"
+        message = (
+            f"{counted(session.step, 'step')} done; the student is in {folder}, the loss curve in "
+            f"{curve}"
+        )
         if session.ranks.is_main:
             self._status.write_if_possible("done", message, EXIT_DONE)
         return RunResult("done", EXIT_DONE, session.step, message)
@@ -195,21 +234,27 @@ class Bookkeeper:
         self._warn("step %d skipped: %s not finite on %s", session.step, what, samples)
         if self._skipped_in_a_row > self._config.train.max_skipped_steps:
             message = (
-                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last on {samples}, "
-                f"where {what} not finite; train.max_skipped_steps={self._config.train.max_skipped_steps} allows no "
-                f"more. {remedy}; {self._newest_checkpoint()}"
+                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the "
+                f"last on {samples}, where {what} not finite; "
+                f"train.max_skipped_steps={self._config.train.max_skipped_steps} allows no more. "
+                f"{remedy}; {self._newest_checkpoint()}"
             )
             with reported_once(session.ranks):
                 raise DivergedError(message)
 
     def _newest_checkpoint(self) -> str:
-        """Wait for the save under way, and say which checkpoint there is to go back to. Collective."""
+        """Wait for the save under way, and say which checkpoint there is to go back to.
+        Collective.
+        """
         self._settle(wait=True)
         step = newest_step(self._folder)
-        return "there is no checkpoint yet" if step is None else f"the last checkpoint is step {step}"
+        return (
+            "there is no checkpoint yet" if step is None else f"the last checkpoint is step {step}"
+        )
 
     def _validate(self) -> dict[str, float] | None:
-        """Validate, and export the student if it is the best so far; return the figures, with those of the probe.
+        """Validate, and export the student if it is the best so far; return the figures, with those
+        of the probe.
 
         None where someone asked to stop meanwhile.
         """
@@ -225,9 +270,17 @@ class Bookkeeper:
             self._at("export")
             try:
                 session.export(f"{session.student.name}-best", {"validation loss": loss})
-                session.best = {"step": session.step, "validation_loss": loss, "yardstick": yardstick}
+                session.best = {
+                    "step": session.step,
+                    "validation_loss": loss,
+                    "yardstick": yardstick,
+                }
             except (DataError, PeerError) as error:
-                kept = "the best export before is kept" if session.best else "there is no best export yet"
+                kept = (
+                    "the best export before is kept"
+                    if session.best
+                    else "there is no best export yet"
+                )
                 self._warn("%s; training goes on, %s", error, kept)
         self._at("probe")
         return {"validation_loss": loss, **(self._probe.scores() if self._probe else {})}
@@ -235,9 +288,18 @@ class Bookkeeper:
     def _record(self, result: StepResult, validation: dict[str, float] | None) -> None:
         session, data = self._session, self._config.data
         seconds, phases = self.watch.lap()
-        tokens = (session.step - self._lap_start) * self._config.train.global_batch_size * data.sequence_length
+        tokens = (
+            (session.step - self._lap_start)
+            * self._config.train.global_batch_size
+            * data.sequence_length
+        )
         self._lap_start = session.step
-        row = {"step": session.step, **result.losses, "lr": result.learning_rate, "grad_norm": float(result.grad_norm)}
+        row = {
+            "step": session.step,
+            **result.losses,
+            "lr": result.learning_rate,
+            "grad_norm": float(result.grad_norm),
+        }
         row |= validation or {}
         row["tokens_per_second"] = tokens / seconds
         row["mfu"] = tokens / seconds * session.flops_per_token / session.peak_flops
@@ -253,7 +315,9 @@ class Bookkeeper:
             log.info("step %d/%d  %s", session.step, self._last_step, line(row, seconds_left))
 
     def _save(self, leaving: bool, due: bool) -> None:
-        """Settle the save before, save where that is due or has failed, and wait for it where the run ends."""
+        """Settle the save before, save where that is due or has failed, and wait for it where the
+        run ends.
+        """
         session, settings = self._session, self._config.checkpoint
         if not (leaving or due or session.step == self._settle_at):
             return
@@ -261,13 +325,18 @@ class Bookkeeper:
         failed = self._settle(wait=leaving or due)
         if failed and not leaving and self._failed_saves > settings.max_failed_saves:
             limit = f"checkpoint.max_failed_saves={settings.max_failed_saves}"
-            self._give_up(failed, f"{counted(self._failed_saves, 'save')} failed in a row, {limit} allows no more")
+            self._give_up(
+                failed,
+                f"{counted(self._failed_saves, 'save')} failed in a row, {limit} allows no more",
+            )
         if leaving or due or failed:
             session.save()
         if leaving and (failed := self._settle(wait=True)):
             self._give_up(failed, "the run ends here")
         # Asked how it went after these steps, and again while it is not over.
-        self._settle_at = session.step + max(1, settings.every_steps // 10) if session.saver.pending else None
+        self._settle_at = (
+            session.step + max(1, settings.every_steps // 10) if session.saver.pending else None
+        )
 
     def _settle(self, *, wait: bool) -> Outcome | None:
         """Return how a save ended if it failed."""
@@ -289,18 +358,25 @@ class Bookkeeper:
 
 @names_resolved_once()
 def distill(
-    config: DistillConfig, *, fresh: bool = False, dry_run_steps: int | None = None, profile_steps: int | None = None
+    config: DistillConfig,
+    *,
+    fresh: bool = False,
+    dry_run_steps: int | None = None,
+    profile_steps: int | None = None,
 ) -> RunResult:
-    """Distil the configured student, going on from the run folder's newest good checkpoint. Collective.
+    """Distil the configured student, going on from the run folder's newest good checkpoint.
+    Collective.
 
     Args:
         config: the run's settings.
         fresh: start over; an existing run folder is renamed, not deleted.
         dry_run_steps: make so many real steps from the start and write nothing.
-        profile_steps: likewise, some more to warm up and so many under the profiler; write only the profile.
+        profile_steps: likewise, some more to warm up and so many under the profiler; write only the
+            profile.
 
     Raises:
-        ConfigError: the settings don't fit each other, the models, the data, or the run that they would resume.
+        ConfigError: the settings don't fit each other, the models, the data, or the run that they
+            would resume.
         DataError: data, model or disk are not what the run needs.
         DivergedError: too many steps in a row had a non-finite loss or gradient.
     """
@@ -313,19 +389,25 @@ def distill(
         return result
     from scaledistill.glue.api import evaluate_run  # seconds, that other runs needn't spend
 
-    state, exit_code, message = evaluate_run(config, result.message)  # the other ranks have left, with their weights
+    # The other ranks have left, with their weights.
+    state, exit_code, message = evaluate_run(config, result.message)
     return replace(result, state=state, exit_code=exit_code, message=message)
 
 
-def _distill(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None) -> RunResult:
+def _distill(
+    config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None
+) -> RunResult:
     """Make the run and free everything that it held, for what this process does next."""
     result = _run(config, fresh, dry_run_steps, profile_steps)
-    for _ in range(2):  # models and engines are in cycles, and their parameters in others behind autograd's references
+    # Models and engines are in cycles, and their parameters in others behind autograd's references.
+    for _ in range(2):
         gc.collect()
     return result
 
 
-def _run(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None) -> RunResult:
+def _run(
+    config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None
+) -> RunResult:
     with ExitStack() as stack:
         run = config.run
         # The group's own limit is the later one, so that the watchdog speaks first.
@@ -334,7 +416,10 @@ def _run(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_
         hint = (lambda: "rerun the same command") if trial else partial(resume_hint, run.folder)
         watchdog = stack.enter_context(Watchdog(ranks, run, writes=not trial, resume_hint=hint))
         stop = runfolder.StopRequest(
-            Path(run.folder), watch_file=ranks.is_main and not trial, speaks=ranks.is_main, max_hours=run.max_hours
+            Path(run.folder),
+            watch_file=ranks.is_main and not trial,
+            speaks=ranks.is_main,
+            max_hours=run.max_hours,
         )
         stack.enter_context(stop.listening())
         if config.run.deterministic:
@@ -342,7 +427,9 @@ def _run(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_
         status = None
         if not trial:
             last_step = config.train.max_steps
-            status = stack.enter_context(runfolder.owned(Path(run.folder), last_step, ranks, fresh=fresh))
+            status = stack.enter_context(
+                runfolder.owned(Path(run.folder), last_step, ranks, fresh=fresh)
+            )
             with failing_together():
                 remote = config.checkpoint.remote if fresh and ranks.is_main else None
                 if remote and (aside := mirror.set_aside(remote)):
@@ -362,12 +449,18 @@ def _run(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_
         watchdog.at("loading")
         sized_by = plan.estimate if config.train.micro_batch_size == "auto" else None
         session = open_session(
-            plan.config, ranks, resume=status is not None, sized_by=sized_by, opened=(plan.shards, plan.held_out)
+            plan.config,
+            ranks,
+            resume=status is not None,
+            sized_by=sized_by,
+            opened=(plan.shards, plan.held_out),
         )
         stack.enter_context(session.saver)
         if ranks.is_main:
             plan = replace(plan, config=session.config)  # with the micro-batch that was chosen
-            for text in start_summary(plan, ranks.device.type, step=session.step, last_step=last_step):
+            for text in start_summary(
+                plan, ranks.device.type, step=session.step, last_step=last_step
+            ):
                 log.info("%s", text)
         if profile_steps:
             folder = profile_run(session, last_step, watchdog.at)
@@ -377,9 +470,15 @@ def _run(config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_
         return run_steps(session, bookkeeper, last_step, stop, watchdog.at)
 
 
-def stopped(status: runfolder.Status | None, ranks: Ranks, step: int, reason: str | None) -> RunResult:
+def stopped(
+    status: runfolder.Status | None, ranks: Ranks, step: int, reason: str | None
+) -> RunResult:
     """Say that a run was stopped; the ranks leave together. Collective."""
-    then = "rerun the same command to resume" if step and status else "rerun the same command to start again"
+    then = (
+        "rerun the same command to resume"
+        if step and status
+        else "rerun the same command to start again"
+    )
     message = f"stopped after step {step} ({reason or 'another rank was asked to'}); {then}"
     with failing_together():  # a launcher that sees one rank leave ends the others
         if status and ranks.is_main:
@@ -394,7 +493,9 @@ def run_steps(
     stop: runfolder.StopRequest,
     at: Callable[[str, int], None],
 ) -> RunResult:
-    """Make the steps up to `last_step`, each followed by what is due, unless someone asks to stop. Collective."""
+    """Make the steps up to `last_step`, each followed by what is due, unless someone asks to stop.
+    Collective.
+    """
     first_step = session.step
     with ExitStack() as stack:
         stream = stack.enter_context(session.stream())

@@ -1,6 +1,7 @@
 """The probe of a run: the student under training, scored as its export would be.
 
-Enters: a session. Leaves: figures for the run's record. When to probe is left to `train`, the score to `glue.probe`.
+Enters: a session. Leaves: figures for the run's record. When to probe is left to `train`, the score
+to `glue.probe`.
 """
 
 from __future__ import annotations
@@ -36,14 +37,18 @@ class StudentProbe:
                 self._probe = SimilarityProbe(tokenizer, Path(folder) if folder else None, limit)
 
     def scores(self) -> dict[str, float]:
-        """Return "probe/<metric>" of the student as it is now, on rank 0; empty elsewhere. Collective."""
+        """Return "probe/<metric>" of the student as it is now, on rank 0; empty elsewhere.
+        Collective.
+        """
         session = self._session
         student, weights = session.student, session.student.engine.weights()
         found: dict[str, float] = {}
         with failing_together():
             if session.ranks.is_main:
                 num_layers = session.config.students[student.name].num_layers
-                config, state = exported(student.config, {**student.untrained, **weights}, num_layers)
+                config, state = exported(
+                    student.config, {**student.untrained, **weights}, num_layers
+                )
                 encoder = build_encoder(config)
                 encoder.load_state_dict(state)
                 nn.Module.to(encoder, session.ranks.device)

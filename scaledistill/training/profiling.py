@@ -1,7 +1,8 @@
 """Where the time of a step goes: `--profile N` writes a trace for a viewer and a table for people.
 
-Enters: the steps as they are made and their clock. Leaves: `<run.folder>/profile/` with `trace-rank0.json.gz` (open it
-at https://ui.perfetto.dev) and `table.txt`: the phases of the step, and the operators that take the most.
+Enters: the steps as they are made and their clock. Leaves: `<run.folder>/profile/` with
+`trace-rank0.json.gz` (open it at https://ui.perfetto.dev) and `table.txt`: the phases of the step,
+and the operators that take the most.
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ NUM_OPERATORS = 20
 
 
 class StepProfiler:
-    """Profiles the steps after the warm-up; a context manager around the loop, told of every step."""
+    """Profiles the steps after the warm-up; a context manager around the loop, told of every
+    step.
+    """
 
     def __init__(self, folder: Path, watch: Stopwatch) -> None:
-        """`watch` is the clock that the steps run on; it must not be read by anyone else meanwhile."""
+        """`watch` is the clock that the steps run on; it must not be read by anyone else
+        meanwhile.
+        """
         self._folder = folder / "profile"
         self._watch = watch
         self._made = 0
@@ -51,7 +56,10 @@ class StepProfiler:
             self._profile.start()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         steps = self._made - WARMUP_STEPS
         if error or steps < 1:
@@ -67,13 +75,23 @@ class StepProfiler:
                     console.print(table)
         except OSError as failure:
             raise DataError(
-                f"run.folder={self._folder.parent}: the profile could not be written: {failure}; {disk_remedy(failure)}"
+                f"run.folder={self._folder.parent}: the profile could not be written: {failure}; "
+                f"{disk_remedy(failure)}"
             ) from None
-        log.info("%s\nprofile of %d steps in %s", (self._folder / "table.txt").read_text(), steps, self._folder)
+        log.info(
+            "%s\nprofile of %d steps in %s",
+            (self._folder / "table.txt").read_text(),
+            steps,
+            self._folder,
+        )
 
     def _operator_table(self, steps: int) -> Table:
-        """Return the operators by the time that they take themselves: on the GPU where there is one."""
-        table = Table("operator", "ms per step", "calls per step", title="operators, time of their own")
+        """Return the operators by the time that they take themselves: on the GPU where there is
+        one.
+        """
+        table = Table(
+            "operator", "ms per step", "calls per step", title="operators, time of their own"
+        )
         events = [event for event in self._profile.key_averages() if not event.is_user_annotation]
         on_gpu = any(event.device_type != DeviceType.CPU for event in events)
         events = [event for event in events if (event.device_type != DeviceType.CPU) == on_gpu]
@@ -82,24 +100,34 @@ class StepProfiler:
             return getattr(event, "self_device_time_total" if on_gpu else "self_cpu_time_total")
 
         for event in sorted(events, key=own_time, reverse=True)[:NUM_OPERATORS]:
-            table.add_row(event.key[:80], f"{own_time(event) / 1000 / steps:.2f}", f"{event.count / steps:.1f}")
+            table.add_row(
+                event.key[:80],
+                f"{own_time(event) / 1000 / steps:.2f}",
+                f"{event.count / steps:.1f}",
+            )
         return table
 
 
 def phase_table(lap: Lap, steps: int) -> Table:
     """Return a step's phases, what they take and their shares; "rest" is what lies between them."""
-    table = Table("phase", "ms per step", "share", title=f"a step: {1000 * lap.seconds / steps:.1f} ms")
+    table = Table(
+        "phase", "ms per step", "share", title=f"a step: {1000 * lap.seconds / steps:.1f} ms"
+    )
     for name, seconds in {**lap.phases, "rest": lap.seconds - sum(lap.phases.values())}.items():
         table.add_row(name, f"{1000 * seconds / steps:.2f}", f"{seconds / lap.seconds:.1%}")
     return table
 
 
 def profile_run(session: Session, last_step: int, at: Callable[[str], None]) -> Path:
-    """Make the steps up to `last_step`, the last ones under rank 0's profiler; return the run folder. Collective."""
+    """Make the steps up to `last_step`, the last ones under rank 0's profiler; return the run
+    folder. Collective.
+    """
     folder, watch = Path(session.config.run.folder), Stopwatch(session.ranks.device, at)
     with ExitStack() as stack:
         stream = stack.enter_context(session.stream())
-        profiler = stack.enter_context(StepProfiler(folder, watch)) if session.ranks.is_main else None
+        profiler = (
+            stack.enter_context(StepProfiler(folder, watch)) if session.ranks.is_main else None
+        )
         while session.step < last_step:
             train_step(session, stream, lambda: None, watch)
             if profiler:
@@ -108,7 +136,9 @@ def profile_run(session: Session, last_step: int, at: Callable[[str], None]) -> 
 
 
 def check_trial_steps(last_step: int, max_steps: int, dry_run_steps: int | None) -> None:
-    """Raise ConfigError if a dry run, or else a profile with its warm-up, has more steps than `max_steps`."""
+    """Raise ConfigError if a dry run, or else a profile with its warm-up, has more steps than
+    `max_steps`.
+    """
     if last_step > max_steps:
         what = (
             f"--dry-run {dry_run_steps} is"

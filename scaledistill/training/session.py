@@ -1,6 +1,8 @@
-"""What a run holds while it lasts: teacher, student under its engine, data order, and where in it the run stands.
+"""What a run holds while it lasts: teacher, student under its engine, data order, and where in it
+the run stands.
 
-Enters: a resolved configuration. Leaves: a `Session` at the step to go on from, its checkpoints and its exports.
+Enters: a resolved configuration. Leaves: a `Session` at the step to go on from, its checkpoints and
+its exports.
 """
 
 from __future__ import annotations
@@ -23,13 +25,25 @@ from scaledistill.checkpoint.saver import Groups, Saver
 from scaledistill.config.schema import DistillConfig
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
-from scaledistill.distributed.ranks import BF16_ON_CPU, Ranks, failing_together, gather_objects, reported_once
+from scaledistill.distributed.ranks import (
+    BF16_ON_CPU,
+    Ranks,
+    failing_together,
+    gather_objects,
+    reported_once,
+)
 from scaledistill.engines import Engine, EngineState, create_engine, shard_teacher
 from scaledistill.engines.deepspeed_block import zero_settings
 from scaledistill.errors import ConfigError
 from scaledistill.metrics.stopwatch import measured_matrix_rate, peak_flops
 from scaledistill.models.attention import use_varlen_attention
-from scaledistill.models.capture import blocks_of, build_encoder, capture_view, compile_blocks, forward_flops
+from scaledistill.models.capture import (
+    blocks_of,
+    build_encoder,
+    capture_view,
+    compile_blocks,
+    forward_flops,
+)
 from scaledistill.models.student import build_student
 from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
 from scaledistill.preflight.checks import check_same_run, open_shards, other_run, student_shape
@@ -55,7 +69,8 @@ class Student:
     qkv_widths: tuple[int, int, int]
     dropout: float
     untrained: dict[str, Tensor]
-    """What the training view leaves out of the full model: the initialisation's weights, fp32, on the CPU."""
+    """What the training view leaves out of the full model: the initialisation's weights, fp32, on
+    the CPU."""
     checkpoint_bytes: int
     """Of its weights and moments."""
 
@@ -72,13 +87,16 @@ class Session:
     order: SampleOrder
     held_out: ShardReader | None
     flops_per_token: float
-    """What a step needs: the truncated teacher's forward, and the truncated student's three times."""
+    """What a step needs: the truncated teacher's forward, and the truncated student's three
+    times."""
     peak_flops: float
-    """In FLOP/s, of all devices: a data sheet's at 16 bits, or a quickly measured one in the teacher's precision."""
+    """In FLOP/s, of all devices: a data sheet's at 16 bits, or a quickly measured one in the
+    teacher's precision."""
     step: int = 0
     skipped_steps: int = 0
     best: dict[str, Any] = field(default_factory=dict)
-    """"step", "validation_loss" and "yardstick" (see `validation_identity`) of the best export so far."""
+    """"step", "validation_loss" and "yardstick" (see `validation_identity`) of the best export so
+    far."""
     last_validation: float | None = None
     saver: Saver = field(init=False)
 
@@ -89,7 +107,9 @@ class Session:
     @property
     def accumulation(self) -> int:
         """Micro-batches per rank and optimizer step."""
-        return self.config.train.global_batch_size // (self.ranks.world_size * self.micro_batch_size)
+        return self.config.train.global_batch_size // (
+            self.ranks.world_size * self.micro_batch_size
+        )
 
     @property
     def micro_batch_size(self) -> int:
@@ -107,14 +127,17 @@ class Session:
             micro_batch_size=self.micro_batch_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            first_sample=(self.step if step is None else step) * self.config.train.global_batch_size,
+            first_sample=(self.step if step is None else step)
+            * self.config.train.global_batch_size,
             prefetch_batches=self.config.data.prefetch_batches,
             with_documents=self.config.data.attention == "document",
             device=self.ranks.device,
         )
 
     def validation_batches(self) -> Iterator[Batch]:
-        """Return this rank's share of the held-out rows; all ranks get the same number of batches."""
+        """Return this rank's share of the held-out rows; all ranks get the same number of
+        batches.
+        """
         if self.held_out is None:
             raise ConfigError("data.validation is not set; name a folder of held-out shards")
         batches = iter_validation(
@@ -125,7 +148,9 @@ class Session:
             world_size=self.ranks.world_size,
             with_documents=self.config.data.attention == "document",
         )
-        return (batch.with_tensors(lambda tensor: tensor.to(self.ranks.device)) for batch in batches)
+        return (
+            batch.with_tensors(lambda tensor: tensor.to(self.ranks.device)) for batch in batches
+        )
 
     def validation_identity(self) -> str | None:
         """Return what validation losses must share to be compared: the held-out rows."""
@@ -134,7 +159,9 @@ class Session:
         return f"{self.config.train.validation_rows} rows of {self.held_out.manifest.sha256}"
 
     def save(self) -> None:
-        """Gather a checkpoint of the current step; `saver` writes it and tells how that ended. Collective."""
+        """Gather a checkpoint of the current step; `saver` writes it and tells how that ended.
+        Collective.
+        """
         self.saver.begin(self.step, self.student.checkpoint_bytes, self._gather)
 
     def _gather(self) -> tuple[Groups, dict[str, Any]]:
@@ -167,9 +194,11 @@ class Session:
         losses: Mapping[str, float | None],
         check: Callable[[PreTrainedModel], None] = lambda model: None,
     ) -> Path:
-        """Write the full student as a plain transformers model, reload and compare it. Collective; rank 0 writes.
+        """Write the full student as a plain transformers model, reload and compare it. Collective;
+        rank 0 writes.
 
-        `check` gets the student that was read back, with what tap "extra" adds, before it replaces an older export.
+        `check` gets the student that was read back, with what tap "extra" adds, before it replaces
+        an older export.
 
         Raises:
             DataError: the disk did not take it, or what was read back differs.
@@ -192,7 +221,8 @@ class Session:
         whole = {**student.untrained, **weights}
 
         def check_read_back(model: PreTrainedModel) -> None:
-            if self.config.students[student.name].tap == "extra":  # the export lacks the projection of the tap
+            # The export lacks the projection of the tap.
+            if self.config.students[student.name].tap == "extra":
                 tapped = build_encoder(student.config)
                 tapped.load_state_dict({**whole, **model.state_dict()})
                 model = tapped
@@ -223,14 +253,17 @@ def open_session(
     sized_by: Estimate | None = None,
     opened: DataSets | None = None,
 ) -> Session:
-    """Set up everything that a run needs, at the step of its newest good checkpoint if it is to resume. Collective.
+    """Set up everything that a run needs, at the step of its newest good checkpoint if it is to
+    resume. Collective.
 
-    `sized_by` is the estimate that predicted the micro-batch in `config`, where it is to be the most that fits; a run
-    that is resumed on as many ranks keeps the one that it had, and so its rounding. `opened` are the data sets, where
-    they are open already: a manifest may take seconds to read, and memory.
+    `sized_by` is the estimate that predicted the micro-batch in `config`, where it is to be the
+    most that fits; a run that is resumed on as many ranks keeps the one that it had, and so its
+    rounding. `opened` are the data sets, where they are open already: a manifest may take seconds
+    to read, and memory.
 
     Raises:
-        ConfigError: the run that would be resumed had other settings, another teacher or other data.
+        ConfigError: the run that would be resumed had other settings, another teacher or other
+            data.
         DataError: data or models are not what the run needs.
     """
     data, teacher_settings = config.data, config.teacher
@@ -243,7 +276,9 @@ def open_session(
         shards, held_out = opened or _open_data(config)
         if not config.train.validation_every_steps:
             held_out = None
-        order = shards.order(seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows)
+        order = shards.order(
+            seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
+        )
         whole = teacher_settings.placement == "replicate"
         encoder, stored = (_load_whole if whole else open_encoder)(
             teacher_settings.model,
@@ -267,9 +302,13 @@ def open_session(
     if data.attention == "document":
         dropout = config.students[name].dropout
         use_varlen_attention(teacher.config, ranks.device, DTYPES[config.teacher.dtype])
-        use_varlen_attention(model.config, ranks.device, DTYPES[config.train.precision], dropout=dropout)
+        use_varlen_attention(
+            model.config, ranks.device, DTYPES[config.train.precision], dropout=dropout
+        )
     # Where the micro-batch is still a prediction, each rank has its own.
-    _check_same_everywhere(with_micro_batch(config, "auto") if sized_by else config, teacher, order, ranks)
+    _check_same_everywhere(
+        with_micro_batch(config, "auto") if sized_by else config, teacher, order, ranks
+    )
     if checkpoint and sized_by and checkpoint.state["world_size"] == ranks.world_size:
         config = with_micro_batch(config, checkpoint.state["config"]["train"]["micro_batch_size"])
     elif sized_by:
@@ -278,12 +317,16 @@ def open_session(
     if checkpoint:
         with reported_once(ranks):
             _check_same_teacher(checkpoint, config, teacher)
-    peak = peak_flops(ranks.device) or measured_matrix_rate(ranks.device, DTYPES[config.teacher.dtype])
+    peak = peak_flops(ranks.device) or measured_matrix_rate(
+        ranks.device, DTYPES[config.teacher.dtype]
+    )
     if config.train.compile and not _gathered_by_hooks_within_blocks(config, teacher=True):
         compile_blocks(teacher.view)
     with reported_once(ranks):
         student = _train_student(config, name, model, ranks)
-    session = Session(config, ranks, teacher, student, shards, order, held_out, flops, peak * ranks.world_size)
+    session = Session(
+        config, ranks, teacher, student, shards, order, held_out, flops, peak * ranks.world_size
+    )
     if checkpoint:
         _restore(session, checkpoint)
     return session
@@ -291,7 +334,9 @@ def open_session(
 
 def _open_data(config: DistillConfig) -> DataSets:
     data = config.data
-    return open_shards(config, data.train), open_shards(config, data.validation) if data.validation else None
+    return open_shards(config, data.train), open_shards(
+        config, data.validation
+    ) if data.validation else None
 
 
 def _load_whole(model: str, **options: Any) -> tuple[PreTrainedModel, None]:
@@ -299,13 +344,18 @@ def _load_whole(model: str, **options: Any) -> tuple[PreTrainedModel, None]:
 
 
 def _place_teacher(
-    config: DistillConfig, encoder: PreTrainedModel, stored: Mapping[str, Tensor] | None, ranks: Ranks
+    config: DistillConfig,
+    encoder: PreTrainedModel,
+    stored: Mapping[str, Tensor] | None,
+    ranks: Ranks,
 ) -> Teacher:
     """Put the teacher where `teacher.placement` says. Collective where it is sharded."""
     dtype, layer = DTYPES[config.teacher.dtype], config.teacher.layer
     if stored is None:
         return Teacher(encoder, layer, dtype=dtype).to(ranks.device)
-    return Teacher(encoder, layer, dtype=dtype, stored=stored, shard=partial(shard_teacher, config, ranks))
+    return Teacher(
+        encoder, layer, dtype=dtype, stored=stored, shard=partial(shard_teacher, config, ranks)
+    )
 
 
 def _gathered_by_hooks_within_blocks(config: DistillConfig, *, teacher: bool) -> bool:
@@ -340,31 +390,48 @@ def _create_student(
     return model
 
 
-def _train_student(config: DistillConfig, name: str, model: PreTrainedModel, ranks: Ranks) -> Student:
+def _train_student(
+    config: DistillConfig, name: str, model: PreTrainedModel, ranks: Ranks
+) -> Student:
     """Cut the student's training view and hand it to an engine. Collective."""
     view = capture_view(model, model.config.num_hidden_layers)
     trained = {parameter_name for parameter_name, _ in view.named_parameters()}
-    untrained = {key: value.clone() for key, value in model.state_dict().items() if key not in trained}
+    untrained = {
+        key: value.clone() for key, value in model.state_dict().items() if key not in trained
+    }
     num_bytes = sum(value.nbytes for value in model.state_dict().values())
     num_bytes += 2 * sum(parameter.nbytes for parameter in view.parameters())
     blocks = blocks_of(view)
-    engine = create_engine(config, view, blocks, ranks)  # its first step is of another shape: not to be compiled
+    # Its first step is of another shape: not to be compiled.
+    engine = create_engine(config, view, blocks, ranks)
     if config.train.compile and not _gathered_by_hooks_within_blocks(config, teacher=False):
         compile_blocks(view)
     widths = cast(tuple[int, int, int], view.qkv_widths)
-    return Student(name, model.config, engine, widths, config.students[name].dropout, untrained, num_bytes)
+    return Student(
+        name, model.config, engine, widths, config.students[name].dropout, untrained, num_bytes
+    )
 
 
-def _flops_per_token(encoder: PreTrainedModel, model: PreTrainedModel, config: DistillConfig) -> float:
+def _flops_per_token(
+    encoder: PreTrainedModel, model: PreTrainedModel, config: DistillConfig
+) -> float:
     length = config.data.sequence_length
     teacher_view = capture_view(encoder, config.teacher.layer)
     student_view = capture_view(model, model.config.num_hidden_layers)
     return (forward_flops(teacher_view, length) + 3 * forward_flops(student_view, length)) / length
 
 
-def _check_same_everywhere(config: DistillConfig, teacher: Teacher, order: SampleOrder, ranks: Ranks) -> None:
-    """Refuse ranks that differ in settings, teacher or data: each reads its own files. Collective."""
-    facts = {"settings": config.model_dump(exclude={"data": {"train", "validation", "cache_folder"}, "logging": True})}
+def _check_same_everywhere(
+    config: DistillConfig, teacher: Teacher, order: SampleOrder, ranks: Ranks
+) -> None:
+    """Refuse ranks that differ in settings, teacher or data: each reads its own files.
+    Collective.
+    """
+    facts = {
+        "settings": config.model_dump(
+            exclude={"data": {"train", "validation", "cache_folder"}, "logging": True}
+        )
+    }
     facts |= {"teacher.model": {"sha256": teacher.sha256}, "data.train": order.fingerprint()}
     facts["settings"]["teacher"].pop("model")  # a path that may differ; its weights are compared
     everyone = gather_objects(facts)
@@ -373,14 +440,17 @@ def _check_same_everywhere(config: DistillConfig, teacher: Teacher, order: Sampl
         if different:
             with reported_once(ranks):
                 raise ConfigError(
-                    f"rank {rank} has another {' and '.join(different)} than rank 0; give all nodes the same "
-                    "configuration file, hardware, teacher and shards"
+                    f"rank {rank} has another {' and '.join(different)} than rank 0; give all "
+                    "nodes the same configuration file, hardware, teacher and shards"
                 )
 
 
 def _check_same_teacher(checkpoint: Checkpoint, config: DistillConfig, teacher: Teacher) -> None:
     if checkpoint.state["teacher_sha256"] != teacher.sha256:
-        difference = f"teacher.model: the weights of {config.teacher.model} are not those that the run began with"
+        difference = (
+            f"teacher.model: the weights of {config.teacher.model} are not those that the run "
+            "began with"
+        )
         raise other_run(checkpoint.state, config, difference)
 
 

@@ -22,29 +22,38 @@ from scaledistill.relations import QKV, RelationLoss, relation_loss
 from scaledistill.training.session import Session
 
 STOP_CHECK_BATCHES = 4
-"""After so many batches of a validation the ranks agree on whether to stop: on a GPU, a wait for the device."""
+"""After so many batches of a validation the ranks agree on whether to stop: on a GPU, a wait for
+the device."""
 LOWER_RATE = "Lower train.learning_rate or lengthen train.warmup_steps"
 NOT_FINITE = {
     "teacher": (
         "the teacher's Q, K or V were",
-        'Set teacher.dtype to "bf16" or "fp32" if it is "fp16"; otherwise check the weights of teacher.model',
+        'Set teacher.dtype to "bf16" or "fp32" if it is "fp16"; otherwise check the weights of '
+        "teacher.model",
     ),
     "student": (
         "the student's output was",
         f'{LOWER_RATE}, or set train.precision to "bf16" or "fp32" if it is "fp16"',
     ),
     "loss": ("the loss, though neither model's output, was", LOWER_RATE),
-    "gradient": ("a gradient, though not the loss, was", f"{LOWER_RATE}, or lower train.max_grad_norm"),
+    "gradient": (
+        "a gradient, though not the loss, was",
+        f"{LOWER_RATE}, or lower train.max_grad_norm",
+    ),
 }
 """By what was not finite in a skipped step: the words for it, and what to do about it."""
 
 
 PROBE_BATCHES = 2
 """Micro-batches that an export is tried on."""
-PROBE_TOLERANCE = {torch.float32: (0.01, 1e-4), torch.bfloat16: (0.05, 1e-3), torch.float16: (0.05, 1e-3)}
-"""How far the loss of an export may be from the run's own on the same rows, relative and absolute, by the precision of
-the student's output. Both compute the same; kernels and their order of sums may differ, and compiled blocks round less
-often. Weights in the wrong places give tens of percent."""
+PROBE_TOLERANCE = {
+    torch.float32: (0.01, 1e-4),
+    torch.bfloat16: (0.05, 1e-3),
+    torch.float16: (0.05, 1e-3),
+}
+"""How far the loss of an export may be from the run's own on the same rows, relative and absolute,
+by the precision of the student's output. Both compute the same; kernels and their order of sums may
+differ, and compiled blocks round less often. Weights in the wrong places give tens of percent."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +73,25 @@ class StepResult:
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int) -> float:
-    """Return the rate of a step, from 0: linear warm-up over `warmup_steps`, linear decay to 0 at `max_steps`."""
+    """Return the rate of a step, from 0: linear warm-up over `warmup_steps`, linear decay to 0 at
+    `max_steps`.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * (max_steps - step) / (max_steps - warmup_steps)
 
 
 def train_step(
-    session: Session, stream: Iterator[Batch], stop_reason: Callable[[], str | None], watch: Stopwatch
+    session: Session,
+    stream: Iterator[Batch],
+    stop_reason: Callable[[], str | None],
+    watch: Stopwatch,
 ) -> StepResult:
     """Make one optimizer step on the next global batch. Collective."""
     student, ranks, train = session.student, session.ranks, session.config.train
     pairs = list(session.config.relations.pairs)
-    sums = torch.zeros(2 + len(pairs), dtype=torch.float64, device=ranks.device)  # loss, pairs, stop requests
+    # Loss, pairs, stop requests.
+    sums = torch.zeros(2 + len(pairs), dtype=torch.float64, device=ranks.device)
     batches = []
     for micro in range(session.accumulation):
         with watch.phase("data wait"):
@@ -85,32 +100,46 @@ def train_step(
         if student.dropout:
             seed_dropout(session.config.run.seed, session.step, micro, ranks.rank)
         loss = forward_loss(session, batch, watch)
-        # A loss that is not finite poisons the gradients: the engine then skips the step, on all ranks.
+        # A loss that is not finite poisons the gradients: the engine then skips the step, on all
+        # ranks.
         poison = torch.where(torch.isfinite(loss.total.detach()), 1.0, torch.nan)
         with watch.phase("backward"):
             student.engine.backward(loss.total * poison, last=micro + 1 == session.accumulation)
-        sums[:-1] += torch.stack([loss.total.detach(), *(loss.by_pair[pair].detach() for pair in pairs)])
-        del loss, poison  # what the loss's graph holds would stay through the next micro-batch's forward
+        sums[:-1] += torch.stack(
+            [loss.total.detach(), *(loss.by_pair[pair].detach() for pair in pairs)]
+        )
+        # What the loss's graph holds would stay through the next micro-batch's forward.
+        del loss, poison
     rate = learning_rate(
-        session.step, peak=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
+        session.step,
+        peak=train.learning_rate,
+        warmup_steps=train.warmup_steps,
+        max_steps=train.max_steps,
     )
     with watch.phase("optimizer"):
         outcome = student.engine.step(rate)
     sums[-1] = float(stop_reason() is not None)
-    *losses, stops = all_reduce_sum(sums).tolist()  # the step's one wait for the device that is ours
+    # The step's one wait for the device that is ours.
+    *losses, stops = all_reduce_sum(sums).tolist()
     names = ["loss", *(f"loss/{student.name}/{pair}" for pair in pairs)]
     means = [loss / (session.accumulation * ranks.world_size) for loss in losses]
     session.step += 1
     skipped = outcome.skipped or not math.isfinite(means[0])
-    cause = skip_cause(session, batches, loss_is_finite=math.isfinite(means[0])) if skipped else None
-    return StepResult(dict(zip(names, means, strict=True)), rate, outcome.grad_norm, skipped, stops > 0, cause)
+    cause = (
+        skip_cause(session, batches, loss_is_finite=math.isfinite(means[0])) if skipped else None
+    )
+    return StepResult(
+        dict(zip(names, means, strict=True)), rate, outcome.grad_norm, skipped, stops > 0, cause
+    )
 
 
 @torch.no_grad()
 def skip_cause(session: Session, batches: Iterable[Batch], *, loss_is_finite: bool) -> str:
-    """Run a skipped step's batches again and return what first was not finite, by any rank. Collective.
+    """Run a skipped step's batches again and return what first was not finite, by any rank.
+    Collective.
 
-    The weights are still those of the step, since it was skipped; so a step that goes well pays nothing for this.
+    The weights are still those of the step, since it was skipped; so a step that goes well pays
+    nothing for this.
     """
     student, ranks = session.student, session.ranks
     student.engine.train_mode(False)
@@ -129,7 +158,9 @@ def skip_cause(session: Session, batches: Iterable[Batch], *, loss_is_finite: bo
 
 
 def _count_not_finite(qkv: QKV, mask_BT: Tensor | None) -> Tensor:
-    """Return the number of values on real tokens that are NaN or infinite, a float64 scalar on their device."""
+    """Return the number of values on real tokens that are NaN or infinite, a float64 scalar on
+    their device.
+    """
     count = torch.zeros((), dtype=torch.float64, device=qkv.q.device)
     for values_BTD in qkv:
         wrong_BT = (~values_BTD.isfinite()).sum(-1)
@@ -145,7 +176,9 @@ def forward_loss(session: Session, batch: Batch, watch: Stopwatch) -> RelationLo
 
 
 def both_outputs(session: Session, batch: Batch, watch: Stopwatch) -> tuple[QKV, Tensor]:
-    """Return the teacher's Q, K and V of a micro-batch, and the student's side by side, [B, T, D]."""
+    """Return the teacher's Q, K and V of a micro-batch, and the student's side by side, [B, T,
+    D].
+    """
     student, tokens = session.student, _tokens(batch)
     with watch.phase("teacher"):
         target = session.teacher(*tokens)
@@ -153,8 +186,16 @@ def both_outputs(session: Session, batch: Batch, watch: Stopwatch) -> tuple[QKV,
         return target, student.engine.forward(view_inputs(student.config, *tokens))
 
 
-def _tokens(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    return batch.input_ids_BT, batch.mask_BT, batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens
+def _tokens(
+    batch: Batch,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    return (
+        batch.input_ids_BT,
+        batch.mask_BT,
+        batch.segment_ids_BT,
+        batch.position_ids_BT,
+        batch.cu_seqlens,
+    )
 
 
 def _relation_loss(session: Session, batch: Batch, target: QKV, output_BTD: Tensor) -> RelationLoss:
@@ -173,7 +214,8 @@ def _relation_loss(session: Session, batch: Batch, target: QKV, output_BTD: Tens
 class ExportProbe:
     """What the student under training computes on a few rows, for its export to be compared with.
 
-    The rows are the first of `data.validation` where there are any, else of the first training step.
+    The rows are the first of `data.validation` where there are any, else of the first training
+    step.
     """
 
     @torch.no_grad()
@@ -182,43 +224,61 @@ class ExportProbe:
         self._session, engine = session, session.student.engine
         engine.train_mode(False)
         with ExitStack() as stack:
-            batches = session.validation_batches() if session.held_out else stack.enter_context(session.stream(0))
+            batches = (
+                session.validation_batches()
+                if session.held_out
+                else stack.enter_context(session.stream(0))
+            )
             count = PROBE_BATCHES if session.held_out else min(PROBE_BATCHES, session.accumulation)
             self._batches = list(islice(batches, count))
         self._targets = [session.teacher(*_tokens(batch)) for batch in self._batches]
-        outputs = [engine.forward(view_inputs(session.student.config, *_tokens(batch))) for batch in self._batches]
+        outputs = [
+            engine.forward(view_inputs(session.student.config, *_tokens(batch)))
+            for batch in self._batches
+        ]
         self._dtype = outputs[0].dtype
         self._loss = self._mean_loss(outputs)
         engine.train_mode(True)
 
     @torch.no_grad()
     def check(self, model: PreTrainedModel) -> None:
-        """Compare the loss of an export that was loaded again, whole up to the student's tap. On one rank.
+        """Compare the loss of an export that was loaded again, whole up to the student's tap. On
+        one rank.
 
         Raises:
             DataError: it is further from the run's own than rounding can move it.
         """
         config, device = self._session.student.config, self._session.ranks.device
         view = capture_view(model, config.num_hidden_layers).to(device, self._dtype).eval()
-        outputs = [view(**view_inputs(config, *_tokens(batch))).last_hidden_state for batch in self._batches]
+        outputs = [
+            view(**view_inputs(config, *_tokens(batch))).last_hidden_state
+            for batch in self._batches
+        ]
         loss = self._mean_loss(outputs)
         relative, absolute = PROBE_TOLERANCE[self._dtype]
         if not abs(loss - self._loss) <= relative * abs(self._loss) + absolute:
             rows = "data.validation" if self._session.held_out else "data.train"
             raise DataError(
-                f"the student's loss on rows of {rows} is {self._loss:.4f} in the run, but {loss:.4f} once exported "
-                f"and loaded again; expected equal losses within {relative:.0%}. The export was not put in place, and "
-                "the run's checkpoints may be wrong too: start over with other settings in `engine`, and report this"
+                f"the student's loss on rows of {rows} is {self._loss:.4f} in the run, but "
+                f"{loss:.4f} once exported and loaded again; expected equal losses within "
+                f"{relative:.0%}. The export was not put in place, and the run's checkpoints may "
+                "be wrong too: start over with other settings in `engine`, and report this"
             )
 
     def _mean_loss(self, outputs: list[torch.Tensor]) -> float:
         compared = zip(self._batches, self._targets, outputs, strict=True)
-        return sum(float(_relation_loss(self._session, *each).total) for each in compared) / len(outputs)
+        return sum(float(_relation_loss(self._session, *each).total) for each in compared) / len(
+            outputs
+        )
 
 
 def seed_dropout(*numbers: int) -> None:
-    """Seed all randomness of a forward by where the run stands, so that nothing of it needs saving."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    """Seed all randomness of a forward by where the run stands, so that nothing of it needs
+    saving.
+    """
+    torch.manual_seed(
+        int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    )
 
 
 @torch.no_grad()
@@ -227,7 +287,8 @@ def validation_loss(
     stop_reason: Callable[[], str | None] = lambda: None,
     on_batch: Callable[[str], None] = lambda phase: None,
 ) -> float | None:
-    """Return the mean loss of the held-out rows, whatever the number of ranks and the micro-batch. Collective.
+    """Return the mean loss of the held-out rows, whatever the number of ranks and the micro-batch.
+    Collective.
 
     None where a rank had a reason to stop meanwhile.
     """
@@ -237,10 +298,14 @@ def validation_loss(
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # Σ loss × rows, Σ rows
     for number, batch in enumerate(session.validation_batches()):
         on_batch("validation")
-        if number % STOP_CHECK_BATCHES == 0 and (stopped := any_rank(stop_reason() is not None, ranks.device)):
+        if number % STOP_CHECK_BATCHES == 0 and (
+            stopped := any_rank(stop_reason() is not None, ranks.device)
+        ):
             break
         loss = forward_loss(session, batch, Stopwatch())
-        sums += torch.stack([loss.total.double() * batch.weight, torch.full_like(sums[0], batch.weight)])
+        sums += torch.stack(
+            [loss.total.double() * batch.weight, torch.full_like(sums[0], batch.weight)]
+        )
         del loss
     student.engine.train_mode(True)
     if stopped:

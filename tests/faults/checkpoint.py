@@ -133,7 +133,11 @@ def falls_back(run_folder: Path, damaged: list[int], expected: int) -> list[str]
     from scaledistill.distributed.ranks import Ranks as RankFacts
 
     root = run_folder / "checkpoints"
-    problems = [f"step {step} passes for good" for step in damaged if verify(root / f"step-{step:09d}") is None]
+    problems = [
+        f"step {step} passes for good"
+        for step in damaged
+        if verify(root / f"step-{step:09d}") is None
+    ]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         checkpoint = newest_checkpoint(root, RankFacts(0, 1, 0, torch.device("cpu")))

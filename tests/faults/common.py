@@ -1,4 +1,6 @@
-"""What the kinds of faults share: a place with tiny models and data, and jobs on forked ranks to hurt."""
+"""What the kinds of faults share: a place with tiny models and data, and jobs on forked ranks to
+hurt.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ WHOLE: dict[str, dict[str, Any]] = {
 }
 """What kinds share that need a run of a few steps."""
 ENGINES: dict[str, dict[str, Any]] = {
-    **{f"zero{stage}": {"deepspeed": {"zero_optimization": {"stage": stage}}} for stage in (1, 2, 3)},
+    **{
+        f"zero{stage}": {"deepspeed": {"zero_optimization": {"stage": stage}}}
+        for stage in (1, 2, 3)
+    },
     "fsdp": {"name": "fsdp"},
 }
 
@@ -74,7 +79,11 @@ class Place:
 
     def tree(self, name: str, **blocks: dict[str, Any]) -> dict[str, Any]:
         """Return the configuration of a run in a folder of its own."""
-        run = {"folder": str(self.folder / name / "run"), "timeout_seconds": 60, **blocks.pop("run", {})}
+        run = {
+            "folder": str(self.folder / name / "run"),
+            "timeout_seconds": 60,
+            **blocks.pop("run", {}),
+        }
         return tiny_tree(self.folder, self.teacher, self.shards, run=run, **blocks)
 
     @cached_property
@@ -95,9 +104,13 @@ def true_rows(folder: Path) -> list[np.ndarray]:
 
 
 class Ranks:
-    """A run on forked ranks: `folder` holds their output, their process numbers and the record of their steps."""
+    """A run on forked ranks: `folder` holds their output, their process numbers and the record of
+    their steps.
+    """
 
-    def __init__(self, folder: Path, tree: Mapping[str, Any], *, world_size: int = 2, **facts: Any) -> None:
+    def __init__(
+        self, folder: Path, tree: Mapping[str, Any], *, world_size: int = 2, **facts: Any
+    ) -> None:
         self.folder = folder
         self.run_folder = Path(tree["run"]["folder"])
         self._job = Job(rank.run, world_size, write_facts(folder, tree, **facts))
@@ -111,7 +124,9 @@ class Ranks:
         return all(process.exitcode is None for process in self.processes)
 
     def seconds_until_gone(self, limit: float) -> float | None:
-        """Wait for the end of all ranks and return how long it took; None, and kill them, where they do not end."""
+        """Wait for the end of all ranks and return how long it took; None, and kill them, where
+        they do not end.
+        """
         start = time.monotonic()
         for process in self.processes:
             process.join(max(0.0, start + limit - time.monotonic()))
@@ -140,16 +155,22 @@ class Ranks:
 
 
 def whole_run(place: Place, **blocks: dict[str, Any]) -> WholeRun:
-    """Return the run that nothing happens to, with a checkpoint every third step; made once for each configuration."""
+    """Return the run that nothing happens to, with a checkpoint every third step; made once for
+    each configuration.
+    """
     key = json.dumps([blocks["engine"], blocks["train"]])
     if key not in place.whole_runs:
         name = f"whole-{len(place.whole_runs)}"
         tree = place.tree(name, **{**blocks, "checkpoint": {"every_steps": 3, "keep": 9}})
         job = Ranks(place.folder / name / "start", tree)
         if job.seconds_until_gone(300) is None or job.exit_codes() != [0, 0]:
-            raise RuntimeError(f"a run that nothing happens to ended with {job.exit_codes()}:\n{job.output()}")
+            raise RuntimeError(
+                f"a run that nothing happens to ended with {job.exit_codes()}:\n{job.output()}"
+            )
         if wrong := misplaced_rows(place, tree, [job.steps(0), job.steps(1)]):
-            raise RuntimeError(f"{wrong} rows of a run that nothing happens to are not in their places")
+            raise RuntimeError(
+                f"{wrong} rows of a run that nothing happens to are not in their places"
+            )
         place.whole_runs[key] = WholeRun(job.run_folder, [row["loss"] for row in job.steps()])
     return place.whole_runs[key]
 
@@ -199,8 +220,11 @@ def end_state(run_folder: Path) -> dict[str, str]:
     return {name: facts["sha256"] for name, facts in files.items() if name.endswith(".safetensors")}
 
 
-def misplaced_rows(place: Place, tree: Mapping[str, Any], records: list[list[dict[str, Any]]]) -> int:
-    """Count the samples that ranks trained on and the order does not give them, or gives and they did not train on.
+def misplaced_rows(
+    place: Place, tree: Mapping[str, Any], records: list[list[dict[str, Any]]]
+) -> int:
+    """Count the samples that ranks trained on and the order does not give them, or gives and they
+    did not train on.
 
     `records`: for each rank, one row for each step of the history that survived.
     """
@@ -208,15 +232,23 @@ def misplaced_rows(place: Place, tree: Mapping[str, Any], records: list[list[dic
 
     data, batch = tree["data"], tree["train"]["global_batch_size"]
     order = ShardReader(data["train"]).order(
-        seed=tree["run"].get("seed", 1), num_lanes=data["num_lanes"], window_rows=data["window_rows"]
+        seed=tree["run"].get("seed", 1),
+        num_lanes=data["num_lanes"],
+        window_rows=data["window_rows"],
     )
     wrong = 0
     for number, rows in enumerate(records):
         for step, row in enumerate(rows):
             samples = list(range(step * batch + number, (step + 1) * batch, len(records)))
             where = zip(*order.locate(np.array(samples)), strict=True)
-            tokens = b"".join(place.rows[shard][at].astype(np.int64).tobytes() for shard, at in where)
-            if row["step"] != step + 1 or row["samples"] != samples or row["crc"] != zlib.crc32(tokens):
+            tokens = b"".join(
+                place.rows[shard][at].astype(np.int64).tobytes() for shard, at in where
+            )
+            if (
+                row["step"] != step + 1
+                or row["samples"] != samples
+                or row["crc"] != zlib.crc32(tokens)
+            ):
                 wrong += len(samples)
         wrong += (tree["train"]["max_steps"] - len(rows)) * batch // len(records)
     return wrong

@@ -1,4 +1,6 @@
-"""A small disk that is full in different ways while a run saves: training goes on, the newest good checkpoint stays."""
+"""A small disk that is full in different ways while a run saves: training goes on, the newest good
+checkpoint stays.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,11 @@ def fill(place: Place, tally: Tally, mount: Path, saves: int) -> None:
     }
     whole = whole_run(place, **blocks)
     tree = place.tree("disk", **blocks)
-    job = Ranks(place.folder / "disk-start", tree, disk={"mount": str(mount), "plan": plan, "stages": STAGES})
+    job = Ranks(
+        place.folder / "disk-start",
+        tree,
+        disk={"mount": str(mount), "plan": plan, "stages": STAGES},
+    )
     problems = []
     if job.seconds_until_gone(300) is None or job.exit_codes() != [0, 0]:
         problems.append(f"the run ended with {job.exit_codes()}:\n{tail(job.output())}")
@@ -66,7 +72,8 @@ def fill(place: Place, tally: Tally, mount: Path, saves: int) -> None:
     lost = misplaced_rows(place, tree, [job.steps(0), job.steps(1)])
     rows = [json.loads(line) for line in (job.folder / "disk.jsonl").read_text().splitlines()]
     failed = {
-        int(step): reason for step, reason in re.findall(r"checkpoint of step (\d+) not saved: (.*)", job.output())
+        int(step): reason
+        for step, reason in re.findall(r"checkpoint of step (\d+) not saved: (.*)", job.output())
     }
     for number, (step, way) in enumerate(plan.items()):
         found = list(problems)
@@ -79,5 +86,6 @@ def fill(place: Place, tally: Tally, mount: Path, saves: int) -> None:
             found.append(f"training ended in step {rows[-1]['step']}")
         tally.case(f"save {number} ({way})", found, lost=lost if number == 0 else 0)
     tally.notes.append(
-        f"reasons given: {'; '.join(sorted({reason.split('(')[0].strip() for reason in failed.values()}))}"
+        "reasons given: "
+        f"{'; '.join(sorted({reason.split('(')[0].strip() for reason in failed.values()}))}"
     )

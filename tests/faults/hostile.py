@@ -1,6 +1,8 @@
-"""Hostile input: nothing of it is executed or written outside, memory stays bounded, each is refused with a message.
+"""Hostile input: nothing of it is executed or written outside, memory stays bounded, each is
+refused with a message.
 
-The cases are in `hostile_models`, `hostile_text` and `hostile_data`; they run in a child with little address space.
+The cases are in `hostile_models`, `hostile_text` and `hostile_data`; they run in a child with
+little address space.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Case:
     prepare: Callable[[Box], Callable[[], object]]
     """Writes the hostile files and returns what a user would have the package do with them."""
     refusal: str | None
-    """Part of the message; None where nothing has to be refused, because what is hostile is not looked at."""
+    """Part of the message; None where nothing has to be refused, because what is hostile is not
+    looked at."""
 
 
 def case(refusal: str | None) -> Callable[[Callable[[Box], Callable[[], object]]], Case]:
@@ -84,7 +87,15 @@ def run(place: Place) -> Tally:
     tally.need(control.exists(), "run the hostile code by itself")
     while wanted:
         results.write_text("")
-        job = Job(try_cases, 1, str(place.folder), str(place.teacher), str(place.shards), wanted, str(results))
+        job = Job(
+            try_cases,
+            1,
+            str(place.folder),
+            str(place.teacher),
+            str(place.shards),
+            wanted,
+            str(results),
+        )
         job.processes[0].join(300)
         job.kill()
         for line in results.read_text().splitlines():
@@ -96,7 +107,9 @@ def run(place: Place) -> Tally:
             code = job.processes[0].exitcode
             if code == 0 and not results.read_text():
                 raise RuntimeError("the child tried nothing")
-            tally.case(f"case {wanted[0]} ({cases[wanted[0]].name})", [f"the process ended with {code}"])
+            tally.case(
+                f"case {wanted[0]} ({cases[wanted[0]].name})", [f"the process ended with {code}"]
+            )
             wanted.pop(0)
     tally.notes.append(f"memory grew by {largest / 1e6:.0f} MB at most")
     return tally
@@ -111,7 +124,10 @@ def try_cases(folder: str, teacher: str, shards: str, wanted: list[int], results
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 2)
     os.environ |= {"HF_HUB_OFFLINE": "1"}
-    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + ADDRESS_BYTES
+    limit = (
+        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        + ADDRESS_BYTES
+    )
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     cases = all_cases()
     for number in wanted:
@@ -141,7 +157,9 @@ def attempt(action: Callable[[], object], refusal: str | None) -> tuple[int, lis
         if refusal is None or refusal not in str(error):
             problems.append(f"refused with {str(error)[:300]!r}, expected {refusal!r}")
     except BaseException as error:  # noqa: BLE001 - a defect, which is what is looked for
-        problems.append(f"not refused with a message, but {type(error).__name__}: {str(error)[:200]}")
+        problems.append(
+            f"not refused with a message, but {type(error).__name__}: {str(error)[:200]}"
+        )
     grown = peak_bytes() - before
     if grown > MEMORY_BYTES:
         problems.append(f"memory grew by {grown / 1e6:.0f} MB")

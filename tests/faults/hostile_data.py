@@ -28,7 +28,9 @@ def location(name: str, text: str) -> Case:
 a_command = location("a command as the data", "pipe:{command}")
 a_command_as_a_url = location("a command as a URL", "pipe://{command}")
 a_chain = location("a chain of file systems", "simplecache::file://{shards}")
-a_chain_on_an_allowed_scheme = location("a chain on an allowed scheme", "https://example.org::file://{shards}")
+a_chain_on_an_allowed_scheme = location(
+    "a chain on an allowed scheme", "https://example.org::file://{shards}"
+)
 a_shell = location("a remote shell", "ssh://localhost{shards}")
 a_local_url = location("a file URL", "file://{shards}")
 
@@ -41,7 +43,9 @@ def a_command_as_text(box: Box) -> Callable[[], object]:
 
 
 def shards_with(box: Box, change: Callable[[dict[str, Any]], object]) -> Callable[[], object]:
-    """Copy the sound shards with another manifest, its own hash right; return what a run does with them."""
+    """Copy the sound shards with another manifest, its own hash right; return what a run does with
+    them.
+    """
     shutil.copytree(box.shards / "train", box.folder, dirs_exist_ok=True)
     path = box.folder / "shards.manifest"
     manifest = json.loads(path.read_text())
@@ -81,8 +85,12 @@ a_shard_of_2_60 = manifest_case(
 a_block_of_2_60 = manifest_case(
     "a block of 2^60 rows", set_first(rows=1 << 60, block_rows=[1 << 60]), "expected 1 to 65535"
 )
-documents_of_2_60 = manifest_case("documents of 6 × 2^60 bytes", set_first(documents_bytes=[6 << 60]), "out of order")
-rows_of_2_60 = manifest_case("2^60 rows in all", lambda manifest: manifest.update(rows=1 << 60), "but the shards hold")
+documents_of_2_60 = manifest_case(
+    "documents of 6 × 2^60 bytes", set_first(documents_bytes=[6 << 60]), "out of order"
+)
+rows_of_2_60 = manifest_case(
+    "2^60 rows in all", lambda manifest: manifest.update(rows=1 << 60), "but the shards hold"
+)
 a_sequence_of_2_60 = manifest_case(
     "a sequence of 2^60 tokens",
     lambda manifest: manifest.update(sequence_length=1 << 60),
@@ -98,8 +106,12 @@ def manifest_text(name: str, text: str, refusal: str) -> Case:
     return Case(name, prepare, refusal)
 
 
-a_deep_manifest = manifest_text("a manifest nested too deep", "[" * 200_000 + "]" * 200_000, "is not a JSON object")
-a_long_number = manifest_text("a number of a million digits", f'{{"rows": {"1" * 1_000_000}}}', "is not a JSON object")
+a_deep_manifest = manifest_text(
+    "a manifest nested too deep", "[" * 200_000 + "]" * 200_000, "is not a JSON object"
+)
+a_long_number = manifest_text(
+    "a number of a million digits", f'{{"rows": {"1" * 1_000_000}}}', "is not a JSON object"
+)
 
 
 @case("block")
@@ -114,5 +126,7 @@ def a_shard_full_of_pickles(box: Box) -> Callable[[], object]:
     info.size = len(evil)
     with tarfile.open(fileobj=stream, mode="w") as tar:
         tar.addfile(info, io.BytesIO(evil))
-    (box.folder / shard.file).write_bytes(stream.getvalue()[: shard.bytes].ljust(shard.bytes, b"\0"))
+    (box.folder / shard.file).write_bytes(
+        stream.getvalue()[: shard.bytes].ljust(shard.bytes, b"\0")
+    )
     return lambda: read_shards(box)

@@ -49,7 +49,13 @@ def write_header(path: Path, header: dict[str, Any] | bytes, length: int | None 
 
 
 def entry(shape: list[int], end: int) -> dict[str, Any]:
-    return {"embeddings.word_embeddings.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}
+    return {
+        "embeddings.word_embeddings.weight": {
+            "dtype": "F32",
+            "shape": shape,
+            "data_offsets": [0, end],
+        }
+    }
 
 
 @case("pickled weights only")
@@ -162,7 +168,11 @@ def a_config_nested_too_deep(box: Box) -> Callable[[], object]:
 
 
 def with_remote_code(box: Box, model_type: str) -> None:
-    code = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    code = {
+        "AutoConfig": "evil.Evil",
+        "AutoModel": "evil.Evil",
+        "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+    }
     copy_teacher(box, auto_map=code, model_type=model_type)
     (box.folder / "evil.py").write_text(REMOTE_CODE.format(command=box.command()))
 
@@ -192,13 +202,18 @@ def remote_code_of_a_tokenizer(box: Box) -> Callable[[], object]:
 
     with_remote_code(box, "evil")
     (box.folder / "tokenizer.json").unlink()
-    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    settings = {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    }
     (box.folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return lambda: load_tokenizer(box.folder)
 
 
 def with_checkpoint(box: Box, name: str, content: bytes) -> Callable[[], object]:
-    """Commit a checkpoint with hashes that hold, one of its files hostile; return what a resume does with it."""
+    """Commit a checkpoint with hashes that hold, one of its files hostile; return what a resume
+    does with it.
+    """
     import torch
     import torch.distributed as dist
 
@@ -210,7 +225,10 @@ def with_checkpoint(box: Box, name: str, content: bytes) -> Callable[[], object]
     folder.mkdir()
     (folder / "state.json").write_text(json.dumps({"step": 3}))
     (folder / name).write_bytes(content)
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in folder.iterdir()}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in folder.iterdir()
+    }
     manifest = {"format": "scaledistill-checkpoint", "version": 1, "files": files}
     if name != "manifest.json":
         (folder / "manifest.json").write_text(json.dumps(manifest))

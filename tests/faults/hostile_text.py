@@ -29,7 +29,9 @@ def member(name: str, data: bytes = b"", **fields: Any) -> tuple[tarfile.TarInfo
     return info, data
 
 
-def write_tar(box: Box, *members: tuple[tarfile.TarInfo, bytes], form: int = tarfile.GNU_FORMAT) -> Path:
+def write_tar(
+    box: Box, *members: tuple[tarfile.TarInfo, bytes], form: int = tarfile.GNU_FORMAT
+) -> Path:
     """Write an archive whose headers may say anything."""
     content = b""
     for info, data in members:
@@ -94,7 +96,11 @@ def a_pickled_member(box: Box) -> Callable[[], object]:
 @case(None)
 def a_pickled_member_beside_text(box: Box) -> Callable[[], object]:
     evil = pickle.dumps(Evil(box.canary))
-    path = write_tar(box, *(member(f"1.{kind}", evil) for kind in ("pkl", "pth", "pyd")), member("1.txt", b"text"))
+    path = write_tar(
+        box,
+        *(member(f"1.{kind}", evil) for kind in ("pkl", "pth", "pyd")),
+        member("1.txt", b"text"),
+    )
     return lambda: documents(path)
 
 
@@ -106,7 +112,9 @@ def a_member_of_2_60_bytes(box: Box) -> Callable[[], object]:
 
 @case("text.tar")
 def a_name_of_2_40_bytes(box: Box) -> Callable[[], object]:
-    path = write_tar(box, member("././@LongLink", b"name\0", type=tarfile.GNUTYPE_LONGNAME, size=1 << 40), SOUND)
+    path = write_tar(
+        box, member("././@LongLink", b"name\0", type=tarfile.GNUTYPE_LONGNAME, size=1 << 40), SOUND
+    )
     return lambda: documents(path)
 
 
@@ -131,7 +139,11 @@ def a_sparse_member_of_2_40_bytes(box: Box) -> Callable[[], object]:
 @case("is a sparse file")
 def a_sparse_member_of_2_40_bytes_by_an_extended_header(box: Box) -> Callable[[], object]:
     info, data = member("1.txt", b"1\n0\n0\n".ljust(512, b"\0"))
-    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 40)}
+    info.pax_headers = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.realsize": str(1 << 40),
+    }
     path = write_tar(box, (info, data), form=tarfile.PAX_FORMAT)
     return lambda: documents(path)
 
@@ -166,7 +178,9 @@ def an_xz_dictionary_of_4_gb(box: Box) -> Callable[[], object]:
 
 @case("text.parquet")
 def a_parquet_footer_of_2_gb(box: Box) -> Callable[[], object]:
-    return read_text(box, "text.parquet", b"PAR1" + bytes(64) + struct.pack("<I", (1 << 31) - 9) + b"PAR1")
+    return read_text(
+        box, "text.parquet", b"PAR1" + bytes(64) + struct.pack("<I", (1 << 31) - 9) + b"PAR1"
+    )
 
 
 @case("cannot be read")

@@ -1,4 +1,6 @@
-"""SIGKILL of rank 0, rank 1 or both, at random and at each stage of a commit; the same command goes on."""
+"""SIGKILL of rank 0, rank 1 or both, at random and at each stage of a commit; the same command goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,23 @@ from faults.tally import Tally
 
 STAGES = [
     f"checkpoint.{name}"
-    for name in ("write_group", "write_state", "read_back", "sync", "write_manifest", "write_json", "commit", "prune")
+    for name in (
+        "write_group",
+        "write_state",
+        "read_back",
+        "sync",
+        "write_manifest",
+        "write_json",
+        "commit",
+        "prune",
+    )
 ]
 POINTS = [(stage, side) for stage in STAGES for side in ("before", "after")]
 WHO = ([0], [1], [0, 1])
 KILLS_PER_ENGINE, KILLS_PER_CHAIN, STEPS = 50, 10, 100
 PEER_SECONDS = 40
-"""What a rank that is left alone has, to notice it; before the ranks have met, only run.timeout_seconds ends it."""
+"""What a rank that is left alone has, to notice it; before the ranks have met, only
+run.timeout_seconds ends it."""
 
 
 @dataclass
@@ -35,7 +47,9 @@ def run(place: Place) -> Tally:
     """Kill runs under each engine until each has been killed often enough."""
     figures = Figures()
     engines = ["fsdp"] if place.short else list(ENGINES)
-    kills, per_chain, steps = (2, 2, 24) if place.short else (KILLS_PER_ENGINE, KILLS_PER_CHAIN, STEPS)
+    kills, per_chain, steps = (
+        (2, 2, 24) if place.short else (KILLS_PER_ENGINE, KILLS_PER_CHAIN, STEPS)
+    )
     tally = Tally("kill", kills * len(engines), place.say)
     for case in itertools.count() if place.only is None else [place.only]:
         engine, done = engines[case % len(engines)], tally.tried
@@ -59,7 +73,9 @@ def run(place: Place) -> Tally:
 class Chain:
     """A run that is killed and started again until it is done."""
 
-    def __init__(self, place: Place, case: int, engine: str, max_steps: int, tally: Tally, figures: Figures) -> None:
+    def __init__(
+        self, place: Place, case: int, engine: str, max_steps: int, tally: Tally, figures: Figures
+    ) -> None:
         self.place, self.case, self.tally, self.figures = place, case, tally, figures
         self.draw = place.draw("kill", case)
         self.folder = place.folder / f"kill-{case}"
@@ -81,7 +97,11 @@ class Chain:
         for number in range(kills + 1):
             kill = self.plan(number) if number < kills else None
             expected = next(iter(good_checkpoints(self.folder / "run")), 0) + 1
-            job = Ranks(self.folder / f"start-{number}", self.tree, kill=kill if kill and "stage" in kill else None)
+            job = Ranks(
+                self.folder / f"start-{number}",
+                self.tree,
+                kill=kill if kill and "stage" in kill else None,
+            )
             problems = self.strike(job, kill)
             pending += self.take(job, expected)
             finished = job.exit_codes() == [0, 0]
@@ -101,12 +121,18 @@ class Chain:
             stage, side = POINTS[index // 2 % len(POINTS)]
             return {"stage": stage, "side": side, "nth": self.draw.randint(1, 2), "ranks": who}
         at_start = self.draw.random() < 0.2
-        return {"ranks": who, "at_start": at_start, "seconds": self.draw.uniform(0, 2.5 if at_start else 0.6)}
+        return {
+            "ranks": who,
+            "at_start": at_start,
+            "seconds": self.draw.uniform(0, 2.5 if at_start else 0.6),
+        }
 
     def strike(self, job: Ranks, kill: dict[str, Any] | None) -> list[str]:
         """Kill as planned and wait for the end; return what is wrong with it."""
         if kill and "stage" not in kill:
-            job.wait_for(lambda: bool((job.folder / "pid-1").exists() if kill["at_start"] else job.steps()))
+            job.wait_for(
+                lambda: bool((job.folder / "pid-1").exists() if kill["at_start"] else job.steps())
+            )
             job.wait_for(lambda: False, kill["seconds"])
             job.kill(kill["ranks"])
         job.wait_for(lambda: False, 120)
@@ -115,7 +141,10 @@ class Chain:
         if kill is None or job.exit_codes() == [0, 0]:
             return []
         if took is None:
-            return [f"a rank was left alone by {kill}, and did not end in {PEER_SECONDS} s:\n{tail(job.output())}"]
+            return [
+                f"a rank was left alone by {kill}, and did not end in {PEER_SECONDS} "
+                f"s:\n{tail(job.output())}"
+            ]
         if not killed:
             return [f"ended by itself with {job.exit_codes()}:\n{tail(job.output())}"]
         self.figures.slowest = max(self.figures.slowest, took)
@@ -133,7 +162,9 @@ class Chain:
         if first is None:
             return []
         if first != expected:
-            problems.append(f"went on with step {first}, expected {expected}, after the newest good checkpoint")
+            problems.append(
+                f"went on with step {first}, expected {expected}, after the newest good checkpoint"
+            )
         self.figures.replayed += max(0, len(self.history[0]) - first + 1)
         for rows, more in zip(self.history, records, strict=True):
             del rows[first - 1 :]
@@ -141,12 +172,15 @@ class Chain:
         for row in itertools.chain(*records):
             if row["loss"] != self.whole.losses[row["step"] - 1]:
                 problems.append(
-                    f"loss of step {row['step']} is {row['loss']}, not {self.whole.losses[row['step'] - 1]}"
+                    f"loss of step {row['step']} is {row['loss']}, not "
+                    f"{self.whole.losses[row['step'] - 1]}"
                 )
         return problems[:3]
 
     def end(self, problems: list[str]) -> int:
-        """Compare a finished chain with the whole run; return how many rows were lost or repeated."""
+        """Compare a finished chain with the whole run; return how many rows were lost or
+        repeated.
+        """
         problems += self.whole.differences(self.folder / "run")
         lost = misplaced_rows(self.place, self.tree, self.history)
         if lost:

@@ -24,7 +24,9 @@ LAUNCHERS = {
 
 
 class Launched:
-    """Two ranks under `torchrun` or `deepspeed`, in a session of their own, as a terminal would start them."""
+    """Two ranks under `torchrun` or `deepspeed`, in a session of their own, as a terminal would
+    start them.
+    """
 
     def __init__(self, launcher: str, folder: Path, tree: Mapping[str, Any], **facts: Any) -> None:
         self.folder, self.run_folder = folder, Path(tree["run"]["folder"])
@@ -32,8 +34,15 @@ class Launched:
         bin_folder = Path(sys.executable).parent
         program, *options = LAUNCHERS[launcher]
         words = [str(bin_folder / program), *options, str(free_port())]
-        environment = {key: text for key, text in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environment |= {"PATH": f"{bin_folder}{os.pathsep}{environment['PATH']}", "OMP_NUM_THREADS": "1"}
+        environment = {
+            key: text
+            for key, text in os.environ.items()
+            if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
+        environment |= {
+            "PATH": f"{bin_folder}{os.pathsep}{environment['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
         facts_file = write_facts(folder, tree, **facts)
         with (folder / "log-launcher").open("wb") as log:
             self.process = subprocess.Popen(
@@ -59,7 +68,9 @@ class Launched:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def seconds_until_gone(self, limit: float) -> float | None:
-        """Wait for the end of every process of the job; return how long it took, or None, and kill what is left."""
+        """Wait for the end of every process of the job; return how long it took, or None, and kill
+        what is left.
+        """
         start = time.monotonic()
         gone = wait_for(lambda: not self.pids(), limit)
         for pid in self.pids():
@@ -73,7 +84,9 @@ class Launched:
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                marked = f"{MARK}={self._mark}".encode() in (path / "environ").read_bytes().split(b"\0")
+                marked = f"{MARK}={self._mark}".encode() in (path / "environ").read_bytes().split(
+                    b"\0"
+                )
                 if marked and (path / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
                     found.append(int(path.name))
             except OSError:

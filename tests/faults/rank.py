@@ -1,8 +1,10 @@
-"""One rank of a job that a fault will hit: the command line of a run, with a record of what it trained on.
+"""One rank of a job that a fault will hit: the command line of a run, with a record of what it
+trained on.
 
-Enters: the facts of the job, as JSON. A forked process calls `run`; a launcher runs this file. What `facts` may
-ask for: `kill` (die at a stage of a save), `slow` (seconds that a phase takes more, so that a fault finds it), `disk`
-(fill it for some saves), `stall` (the step at which a rank's main thread hangs).
+Enters: the facts of the job, as JSON. A forked process calls `run`; a launcher runs this file. What
+`facts` may ask for: `kill` (die at a stage of a save), `slow` (seconds that a phase takes more, so
+that a fault finds it), `disk` (fill it for some saves), `stall` (the step at which a rank's main
+thread hangs).
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ from typing import Any
 def run(facts_file: str) -> None:
     """Run the command line in this forked rank, its output in a file; never returns."""
     facts = json.loads(Path(facts_file).read_text())
-    log = os.open(Path(facts["folder"]) / f"log-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(
+        Path(facts["folder"]) / f"log-{os.environ['RANK']}",
+        os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+        0o644,
+    )
     os.dup2(log, 1)
     os.dup2(log, 2)
     code = 1
@@ -45,12 +51,18 @@ def command_line(facts: dict[str, Any]) -> int:
     folder = Path(facts["folder"])
     (folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     phases = Phases(folder, facts.get("slow", {}))
-    hook("train.open_session", before=lambda: phases.enter("start"), after=lambda: phases.leave("start"))
+    hook(
+        "train.open_session",
+        before=lambda: phases.enter("start"),
+        after=lambda: phases.leave("start"),
+    )
     for stage in facts.get("save_stages", ()):
         hook(stage, before=lambda: phases.enter("save"), after=lambda: phases.leave("save"))
     if kill := facts.get("kill"):
         die_at(folder, **kill)
-    full_disk = FullDisk(folder, **facts["disk"]) if "disk" in facts and os.environ["RANK"] == "0" else None
+    full_disk = (
+        FullDisk(folder, **facts["disk"]) if "disk" in facts and os.environ["RANK"] == "0" else None
+    )
     record_steps(folder, phases, facts, full_disk)
     from scaledistill.cli.distill import main
 
@@ -74,7 +86,9 @@ class Phases:
         return self._folder / f"in-{name}-{os.environ['RANK']}"
 
 
-def hook(name: str, before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None) -> None:
+def hook(
+    name: str, before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None
+) -> None:
     """Call something before and after a function, named module.function, of the package."""
     module_name, _, function_name = name.rpartition(".")
     module = importlib.import_module(f"scaledistill.{module_name}")
@@ -89,13 +103,19 @@ def hook(name: str, before: Callable[[], None] = lambda: None, after: Callable[[
     setattr(module, function_name, hooked)
 
 
-def record_steps(folder: Path, phases: Phases, facts: dict[str, Any], full_disk: FullDisk | None) -> None:
-    """Append a line for every step that is made: its loss to the bit, its samples and the crc32 of their tokens."""
+def record_steps(
+    folder: Path, phases: Phases, facts: dict[str, Any], full_disk: FullDisk | None
+) -> None:
+    """Append a line for every step that is made: its loss to the bit, its samples and the crc32 of
+    their tokens.
+    """
     from scaledistill.training import loop as train
     from scaledistill.training import step
 
     train_step, forward_loss = train.train_step, step.forward_loss
-    record = os.open(folder / f"steps-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    record = os.open(
+        folder / f"steps-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+    )
     stall = facts.get("stall")
 
     def recorded(session: Any, stream: Any, *arguments: Any, **options: Any) -> Any:
@@ -112,7 +132,12 @@ def record_steps(folder: Path, phases: Phases, facts: dict[str, Any], full_disk:
         result = train_step(session, noted(), *arguments, **options)
         samples = [int(sample) for batch in batches for sample in batch.samples_B]
         crc = zlib.crc32(b"".join(batch.input_ids_BT.numpy().tobytes() for batch in batches))
-        line = {"step": session.step, "loss": result.losses["loss"].hex(), "samples": samples, "crc": crc}
+        line = {
+            "step": session.step,
+            "loss": result.losses["loss"].hex(),
+            "samples": samples,
+            "crc": crc,
+        }
         os.write(record, json.dumps(line).encode() + b"\n")
         if full_disk:
             full_disk.after_step(session.step)
@@ -148,9 +173,13 @@ def die_at(folder: Path, stage: str, side: str, nth: int, ranks: list[int]) -> N
 
 
 class FullDisk:
-    """Fills the disk of a run for some saves, frees it later, and says after each step how the checkpoints are."""
+    """Fills the disk of a run for some saves, frees it later, and says after each step how the
+    checkpoints are.
+    """
 
-    def __init__(self, folder: Path, mount: str, plan: dict[str, dict[str, Any]], stages: list[str]) -> None:
+    def __init__(
+        self, folder: Path, mount: str, plan: dict[str, dict[str, Any]], stages: list[str]
+    ) -> None:
         self._mount, self._plan = Path(mount), {int(step): how for step, how in plan.items()}
         self._record = (folder / "disk.jsonl").open("a")
         self._how: dict[str, Any] | None = None
@@ -159,13 +188,18 @@ class FullDisk:
             hook(stage, before=lambda stage=stage: self._at_stage(stage))
 
     def after_step(self, step: int) -> None:
-        if self._how and step >= self._full_since + 2:  # a failed save is tried again with the next step
+        # A failed save is tried again with the next step.
+        if self._how and step >= self._full_since + 2:
             for thread in threading.enumerate():
                 if thread.name.startswith("checkpoint of step"):
                     thread.join(10)
             self._free()
         newest = max((self._mount / "run" / "checkpoints").glob("step-*"), default=None)
-        row = {"step": step, "newest": newest and newest.name, "damage": newest and self._damage(newest)}
+        row = {
+            "step": step,
+            "newest": newest and newest.name,
+            "damage": newest and self._damage(newest),
+        }
         self._record.write(json.dumps(row) + "\n")
         self._record.flush()
         if step in self._plan:

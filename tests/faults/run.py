@@ -1,6 +1,8 @@
-"""Hurt runs in every way we know, and see that nothing is lost: kills, stops, damage, full disks, hostile input.
+"""Hurt runs in every way we know, and see that nothing is lost: kills, stops, damage, full disks,
+hostile input.
 
-Prints a line for each kind; ends with 1 if anything did not survive. `--kinds KIND --case N` repeats one case.
+Prints a line for each kind; ends with 1 if anything did not survive. `--kinds KIND --case N`
+repeats one case.
 """
 
 from __future__ import annotations
@@ -20,9 +22,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--kinds", default=ALL, help="which, by commas (default: %(default)s)")
     parser.add_argument("--short", action="store_true", help="a few cases of each kind")
-    parser.add_argument("--seed", type=int, default=1, help="draws the places and moments of faults (default: 1)")
-    parser.add_argument("--case", type=int, metavar="N", help="only this case of the one kind named, to repeat it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here: name, value, unit, n")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="draws the places and moments of faults (default: 1)"
+    )
+    parser.add_argument(
+        "--case", type=int, metavar="N", help="only this case of the one kind named, to repeat it"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures here: name, value, unit, n"
+    )
     parser.add_argument("--folder", type=Path, help="make the temporary files in this folder")
     options = parser.parse_args()
     options.kinds = options.kinds.split(",")
@@ -37,11 +45,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
-    sys.path[0] = str(Path(__file__).parent.parent)  # of the tests; our neighbours are no modules of anybody's
+    # Of the tests; our neighbours are no modules of anybody's.
+    sys.path[0] = str(Path(__file__).parent.parent)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out
     from faults.suite import figures, make_place, run_kind
 
-    logging.getLogger("scaledistill").addHandler(logging.NullHandler())  # what it says of damage is looked at
+    # What it says of damage is looked at.
+    logging.getLogger("scaledistill").addHandler(logging.NullHandler())
     with tempfile.TemporaryDirectory(prefix="faults-", dir=options.folder) as name:
         place = make_place(Path(name), seed=options.seed, short=options.short, only=options.case)
         tallies = [run_kind(kind, place) for kind in options.kinds]

@@ -1,4 +1,6 @@
-"""Damaged shards: bit flips, cuts at tar blocks, zeroed headers, damage at rates from 0.1 % to 10 %."""
+"""Damaged shards: bit flips, cuts at tar blocks, zeroed headers, damage at rates from 0.1 % to 10
+%.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def cut_at_a_block(data: bytearray, draw: Random) -> bytearray:
 
 
 def lose_the_end(data: bytearray, draw: Random) -> bytearray:
-    """Zeros from a block on, at full size: what a disk leaves of a file that it had only made room for."""
+    """Zeros from a block on, at full size: what a disk leaves of a file that it had only made room
+    for.
+    """
     start = TAR_BLOCK * draw.randrange(len(data) // TAR_BLOCK)
     data[start:] = bytes(len(data) - start)
     return data
@@ -70,7 +74,9 @@ def run(place: Place) -> Tally:
     sound = place.folder / "shard-sound"
     ids_NT, real_NT = write_rows(sound)
     served, error = read_epoch(str(sound), place, ids_NT, real_NT)
-    tally.need(served == (ROWS, 0) and error is None, f"read its own sound shards: {served} {error}")
+    tally.need(
+        served == (ROWS, 0) and error is None, f"read its own sound shards: {served} {error}"
+    )
     for case in cases:
         draw, folder = place.draw("shard", case), place.folder / f"shard-{case}"
         shutil.copytree(sound, folder)
@@ -81,7 +87,11 @@ def run(place: Place) -> Tally:
             pass  # zeros for zeros
         shard.write_bytes(after)
         problems, wrong = judge(folder, shard.name, case % 5 == 0, place, (ids_NT, real_NT), found)
-        tally.case(f"case {case} ({damage.__name__} in {shard.name}, seed {place.seed})", problems, lost=wrong)
+        tally.case(
+            f"case {case} ({damage.__name__} in {shard.name}, seed {place.seed})",
+            problems,
+            lost=wrong,
+        )
         shutil.rmtree(folder)
     tally.notes += [
         f"found by check_shards: {found['check_shards']}",
@@ -93,7 +103,12 @@ def run(place: Place) -> Tally:
 
 
 def judge(
-    folder: Path, shard: str, by_url: bool, place: Place, rows: tuple[np.ndarray, np.ndarray], found: Counter[str]
+    folder: Path,
+    shard: str,
+    by_url: bool,
+    place: Place,
+    rows: tuple[np.ndarray, np.ndarray],
+    found: Counter[str],
 ) -> tuple[list[str], int]:
     """Return what is wrong, and how many rows were served that are not as they were written."""
     from scaledistill.data.shards import verify
@@ -130,10 +145,14 @@ def write_rows(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     end_N = np.where(generator.random(ROWS) < 0.2, generator.integers(6, T, ROWS), T)
     real_NT = np.arange(T) < end_N[:, None]
     ids_NT *= real_NT
-    documents = np.array([(row, *span) for row in range(ROWS) for span in ((0, 5), (5, end_N[row]))])
+    documents = np.array(
+        [(row, *span) for row in range(ROWS) for span in ((0, 5), (5, end_N[row]))]
+    )
     tokenizer = {"name": "tiny", "sha256": "0" * 64}
     sizes = {"rows_per_block": 8, "rows_per_shard": 40}
-    with ShardWriter(folder, sequence_length=T, vocab_size=3000, tokenizer=tokenizer, pad_token_id=0, **sizes) as file:
+    with ShardWriter(
+        folder, sequence_length=T, vocab_size=3000, tokenizer=tokenizer, pad_token_id=0, **sizes
+    ) as file:
         file.write(ids_NT, documents)
     return ids_NT, real_NT
 
@@ -149,7 +168,9 @@ def read_epoch(
 
     served = wrong = 0
     try:
-        cache = ShardCache(place.folder / f"cache-{Path(location).name}") if "://" in location else None
+        cache = (
+            ShardCache(place.folder / f"cache-{Path(location).name}") if "://" in location else None
+        )
         reader = ShardReader(location, cache=cache)
         order = reader.order(seed=place.seed, num_lanes=4, window_rows=16)
         first_row = np.cumsum([0, *(shard.rows for shard in reader.manifest.shards)])

@@ -1,4 +1,6 @@
-"""A rank that stands still, by SIGSTOP or by itself: the job ends in the stated time and names it, nothing is left."""
+"""A rank that stands still, by SIGSTOP or by itself: the job ends in the stated time and names it,
+nothing is left.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ LOST_RANK_SECONDS, TIMEOUT_SECONDS = 4, 15
 SLACK_SECONDS = 10
 """For the verdict, the stack dumps and the end of the processes."""
 LAUNCHER_SECONDS = 35
-"""What launchers wait before they kill a process that does not end on SIGTERM, as one that is stopped cannot."""
+"""What launchers wait before they kill a process that does not end on SIGTERM, as one that is
+stopped cannot."""
 
 
 class Case(NamedTuple):
@@ -29,7 +32,11 @@ class Case(NamedTuple):
 
 
 CASES = [
-    *(Case("ranks", rank, "SIGSTOP", phase) for phase in ("train", "validate", "save") for rank in (1, 0)),
+    *(
+        Case("ranks", rank, "SIGSTOP", phase)
+        for phase in ("train", "validate", "save")
+        for rank in (1, 0)
+    ),
     *(Case("ranks", rank, "hang", "train") for rank in (1, 0)),
     Case("torchrun", 1, "SIGSTOP", "train"),
     Case("deepspeed", 0, "SIGSTOP", "train"),
@@ -49,7 +56,8 @@ def run(place: Place) -> Tally:
         tally.case(f"case {number} ({', '.join(map(str, case))})", problems)
     if slowest:
         tally.notes.append(
-            f"run.lost_rank_seconds={LOST_RANK_SECONDS}: the others gone {slowest:.1f} s after a SIGSTOP"
+            f"run.lost_rank_seconds={LOST_RANK_SECONDS}: the others gone {slowest:.1f} s after a "
+            "SIGSTOP"
         )
     if launched:
         tally.notes.append(f"all of a launcher's processes after {launched:.1f} s")
@@ -57,7 +65,9 @@ def run(place: Place) -> Tally:
 
 
 def try_case(place: Place, number: int, case: Case) -> tuple[list[str], float]:
-    """Let a rank stand still; return what is wrong with how the job ended, and how long that took."""
+    """Let a rank stand still; return what is wrong with how the job ended, and how long that
+    took.
+    """
     blocks: dict[str, dict[str, Any]] = {
         "train": {"max_steps": 2000},
         "checkpoint": {"every_steps": 4},
@@ -65,15 +75,26 @@ def try_case(place: Place, number: int, case: Case) -> tuple[list[str], float]:
     }
     if case.phase == "validate":
         blocks["train"] |= {"validation_every_steps": 3, "validation_rows": 59}
-    tree = place.tree(f"stall-{number}", data={"validation": str(place.shards / "validation")}, **blocks)
-    facts: dict[str, Any] = {"slow": {case.phase: 0.1 if case.phase == "train" else 0.4}, "save_stages": [SAVE_STAGE]}
+    tree = place.tree(
+        f"stall-{number}", data={"validation": str(place.shards / "validation")}, **blocks
+    )
+    facts: dict[str, Any] = {
+        "slow": {case.phase: 0.1 if case.phase == "train" else 0.4},
+        "save_stages": [SAVE_STAGE],
+    }
     if case.how == "hang":
         facts["stall"] = {"step": 9, "rank": case.rank}
     folder = place.folder / f"stall-{number}" / "start"
-    job = Ranks(folder, tree, **facts) if case.launcher == "ranks" else Launched(case.launcher, folder, tree, **facts)
+    job = (
+        Ranks(folder, tree, **facts)
+        if case.launcher == "ranks"
+        else Launched(case.launcher, folder, tree, **facts)
+    )
     phase = folder / f"in-{case.phase}-{0 if case.phase == 'save' else case.rank}"
     steps = folder / f"steps-{case.rank}"
-    reached = job.wait_for(lambda: steps.exists() and steps.read_text().count("\n") > 8 and phase.exists())
+    reached = job.wait_for(
+        lambda: steps.exists() and steps.read_text().count("\n") > 8 and phase.exists()
+    )
     if not reached:
         job.seconds_until_gone(0)
         return [f"{case.phase} was not reached:\n{tail(job.output(), 20)}"], 0.0
@@ -85,7 +106,11 @@ def try_case(place: Place, number: int, case: Case) -> tuple[list[str], float]:
         gone = job.seconds_until_gone(limit + LAUNCHER_SECONDS) is not None
         others = []
     else:
-        others = [process for rank, process in enumerate(job.processes) if case.how == "hang" or rank != case.rank]
+        others = [
+            process
+            for rank, process in enumerate(job.processes)
+            if case.how == "hang" or rank != case.rank
+        ]
         for process in others:
             process.join(max(0.0, since + limit - time.monotonic()))
         gone = all(process.exitcode is not None for process in others)
@@ -95,7 +120,9 @@ def try_case(place: Place, number: int, case: Case) -> tuple[list[str], float]:
     if not gone:
         problems.append(f"not gone after {took:.0f} s")
     if (status.get("state"), status.get("exit_code")) != ("failed", 3):
-        problems.append(f"status.json says {status.get('state')}, {status.get('exit_code')}, expected failed, 3")
+        problems.append(
+            f"status.json says {status.get('state')}, {status.get('exit_code')}, expected failed, 3"
+        )
     for where, text in (("status.json", str(status.get("message"))), ("the output", job.output())):
         if f"rank {case.rank}" not in text:
             problems.append(f"{where} does not name rank {case.rank}: {text[-300:]}")

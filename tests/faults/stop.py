@@ -1,6 +1,8 @@
-"""Requests to stop, by every way there is, in training, validation and saving: gone in time, with a checkpoint.
+"""Requests to stop, by every way there is, in training, validation and saving: gone in time, with a
+checkpoint.
 
-Launchers take 15 s to start, so that only cases in which a launcher passes a request on, or gets in its way, use one.
+Launchers take 15 s to start, so that only cases in which a launcher passes a request on, or gets in
+its way, use one.
 """
 
 from __future__ import annotations
@@ -38,8 +40,14 @@ CASES = [
     *(Case("deepspeed", "two Ctrl-C", "all", phase) for phase in ("train", "validate", "save")),
     *(Case("ranks", "deadline", "all", phase) for phase in ("train", "validate", "save")),
     *(Case("ranks", "STOP", "run folder", phase) for phase in ("train", "validate")),
-    *(Case("ranks", "SIGTERM", to, phase) for to, phase in (("rank 0", "validate"), ("all", "save"))),
-    *(Case("ranks", "SIGINT", to, phase) for to, phase in (("rank 1", "train"), ("rank 0", "save"))),
+    *(
+        Case("ranks", "SIGTERM", to, phase)
+        for to, phase in (("rank 0", "validate"), ("all", "save"))
+    ),
+    *(
+        Case("ranks", "SIGINT", to, phase)
+        for to, phase in (("rank 1", "train"), ("rank 0", "save"))
+    ),
     *(Case("ranks", "SIGUSR1", to, phase) for to, phase in (("rank 1", "save"), ("all", "train"))),
     Case("ranks", "SIGTERM", "rank 1", "start"),
     *(Case("ranks", "two SIGINT", "all", phase) for phase in ("train", "save")),
@@ -76,7 +84,9 @@ def try_case(place: Place, number: int, case: Case) -> tuple[list[str], float]:
         blocks["train"] |= {"validation_every_steps": 3, "validation_rows": 59}
     if case.how == "deadline":
         blocks["run"] |= {"max_hours": DEADLINE_SECONDS / 3600}
-    tree = place.tree(f"stop-{number}", data={"validation": str(place.shards / "validation")}, **blocks)
+    tree = place.tree(
+        f"stop-{number}", data={"validation": str(place.shards / "validation")}, **blocks
+    )
     folder = place.folder / f"stop-{number}" / "start"
     facts = {"slow": slow, "save_stages": [SAVE_STAGE]}
     job: Launched | Ranks
@@ -98,16 +108,26 @@ def reached(job: Launched | Ranks, case: Case) -> bool:
     """Wait until the run is where the request is to find it."""
     steps = job.folder / "steps-0"
     if case.phase == "start":
-        return job.wait_for(lambda: (job.folder / "in-start-0").exists() and (job.folder / "in-start-1").exists())
+        return job.wait_for(
+            lambda: (job.folder / "in-start-0").exists() and (job.folder / "in-start-1").exists()
+        )
     if case.how == "deadline":
-        return job.wait_for(lambda: (job.folder / "pid-0").exists() and seconds_past_deadline(job) > 0)
+        return job.wait_for(
+            lambda: (job.folder / "pid-0").exists() and seconds_past_deadline(job) > 0
+        )
     return job.wait_for(
-        lambda: steps.exists() and steps.read_text().count("\n") > 4 and (job.folder / f"in-{case.phase}-0").exists()
+        lambda: (
+            steps.exists()
+            and steps.read_text().count("\n") > 4
+            and (job.folder / f"in-{case.phase}-0").exists()
+        )
     )
 
 
 def seconds_past_deadline(job: Launched | Ranks) -> float:
-    """Return how long ago the deadline was: it counts from the start of the process, which may have waited for one."""
+    """Return how long ago the deadline was: it counts from the start of the process, which may have
+    waited for one.
+    """
     return time.time() - (job.folder / "pid-0").stat().st_mtime - DEADLINE_SECONDS
 
 
@@ -125,7 +145,9 @@ def request(job: Launched | Ranks, case: Case) -> float:
         if isinstance(job, Launched) and case.to == "all":
             job.interrupt()
             continue
-        targets = {"agent": [], "all": [0, 1]}.get(case.to, [int(case.to[-1])] if case.to.startswith("rank") else [])
+        targets = {"agent": [], "all": [0, 1]}.get(
+            case.to, [int(case.to[-1])] if case.to.startswith("rank") else []
+        )
         pids = [int((job.folder / f"pid-{number}").read_text()) for number in targets]
         if isinstance(job, Launched) and case.to == "agent":
             pids = [job.process.pid]
@@ -137,7 +159,11 @@ def request(job: Launched | Ranks, case: Case) -> float:
 def judge(job: Launched | Ranks, case: Case, before: list[int], took: float) -> list[str]:
     status, problems = status_of(job.run_folder), []
     good = good_checkpoints(job.run_folder)[:1]
-    made = len((job.folder / "steps-0").read_text().splitlines()) if (job.folder / "steps-0").exists() else 0
+    made = (
+        len((job.folder / "steps-0").read_text().splitlines())
+        if (job.folder / "steps-0").exists()
+        else 0
+    )
     if took > LIMIT_SECONDS:
         problems.append(f"gone only after {took:.0f} s")
     found = status.get("state"), status.get("exit_code")
@@ -148,10 +174,13 @@ def judge(job: Launched | Ranks, case: Case, before: list[int], took: float) -> 
             problems.append(f"the newest checkpoint is {good}, before it was {before}")
     else:
         if found != ("stopped", 75):
-            problems.append(f"status.json says {found}, expected stopped, 75: {status.get('message')}")
+            problems.append(
+                f"status.json says {found}, expected stopped, 75: {status.get('message')}"
+            )
         if (good or [0])[0] < made - 1 or (good or [0])[0] != status.get("step"):
             problems.append(
-                f"the newest checkpoint is {good} after {made} steps, status.json says {status.get('step')}"
+                f"the newest checkpoint is {good} after {made} steps, status.json says "
+                f"{status.get('step')}"
             )
     if problems:
         problems[-1] += "\n" + tail(job.output(), 12)

@@ -36,7 +36,10 @@ class Tally:
             self.say(f"not survived: {problem}")
         if time.monotonic() > self._told + TELL_SECONDS:
             self._told = time.monotonic()
-            self.say(f"{self.kind}: {self.tried} of {self.planned}, {self.tried - self.survived} not survived")
+            self.say(
+                f"{self.kind}: {self.tried} of {self.planned}, {self.tried - self.survived} not "
+                "survived"
+            )
 
     def need(self, met: bool, what: str) -> None:
         """Fail if the suite did not do what it must have done to prove anything."""
@@ -45,4 +48,7 @@ class Tally:
 
     def line(self) -> str:
         notes = "".join(f"; {note}" for note in self.notes)
-        return f"{self.kind}: {self.tried} tried, {self.survived} survived, {self.lost} rows lost or repeated{notes}"
+        return (
+            f"{self.kind}: {self.tried} tried, {self.survived} survived, {self.lost} rows lost or "
+            f"repeated{notes}"
+        )

@@ -1,4 +1,6 @@
-"""The quick start of bertdistiller 0.1.1's README (Apache-2.0): other imports and data, and the argument it forgets."""
+"""The quick start of bertdistiller 0.1.1's README (Apache-2.0): other imports and data, and the
+argument it forgets.
+"""
 
 from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding

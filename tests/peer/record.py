@@ -1,6 +1,8 @@
-"""Record bertdistiller's losses for tests/test_trainer.py: run in its environment, `python record.py FOLDER`.
+"""Record bertdistiller's losses for tests/test_trainer.py: run in its environment, `python
+record.py FOLDER`.
 
-Leaves a tiny teacher and student, batches of unequal lengths and, of each of 20 steps, the loss: fp32, no dropout.
+Leaves a tiny teacher and student, batches of unequal lengths and, of each of 20 steps, the loss:
+fp32, no dropout.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ def examples() -> list[dict[str, list[int]]]:
     generator = random.Random(7)
     lengths = [generator.randint(3, LENGTH) for _ in range(STEPS * BATCH)]
     return [
-        {"input_ids": [generator.randrange(5, VOCABULARY) for _ in range(n)], "attention_mask": [1] * n}
+        {
+            "input_ids": [generator.randrange(5, VOCABULARY) for _ in range(n)],
+            "attention_mask": [1] * n,
+        }
         for n in lengths
     ]
 
@@ -70,7 +75,11 @@ def losses_of(trainer_class: type, arguments: Any, teacher: Any, student: Any) -
             return SequentialSampler(examples())
 
     Trainer(
-        model=student, teacher_model=teacher, args=arguments, train_dataset=examples(), data_collator=collate
+        model=student,
+        teacher_model=teacher,
+        args=arguments,
+        train_dataset=examples(),
+        data_collator=collate,
     ).train()
     return losses
 
@@ -86,13 +95,20 @@ def record(folder: Path) -> None:
     shapes = {"teacher": (24, 4, 4, 32), "student": (12, 2, 2, 24)}
     for name, (width, layers, heads, inner) in shapes.items():
         shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-        BertModel(BertConfig(**sizes, **shape, intermediate_size=inner)).save_pretrained(folder / name)
+        BertModel(BertConfig(**sizes, **shape, intermediate_size=inner)).save_pretrained(
+            folder / name
+        )
     teacher, student = (BertModel.from_pretrained(folder / name) for name in shapes)
-    teacher.config.architectures = ["BertForMaskedLM"]  # the one name that it takes, for the same encoder
-    arguments = MiniLMTrainingArguments(**ARGUMENTS, relations=RELATIONS, output_dir=str(folder / "output"))
+    # The one name that it takes, for the same encoder.
+    teacher.config.architectures = ["BertForMaskedLM"]
+    arguments = MiniLMTrainingArguments(
+        **ARGUMENTS, relations=RELATIONS, output_dir=str(folder / "output")
+    )
     losses = losses_of(MiniLMTrainer, arguments, teacher, student)
     versions = {name: version(name) for name in ("bertdistiller", "torch", "transformers")}
-    (folder / "losses.json").write_text(json.dumps({"versions": versions, "losses": losses}, indent=1) + "\n")
+    (folder / "losses.json").write_text(
+        json.dumps({"versions": versions, "losses": losses}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Tar archives of text, checked before webdataset reads them, because it ends quietly where they are damaged.
+"""Tar archives of text, checked before webdataset reads them, because it ends quietly where they
+are damaged.
 
 In: an open archive. Out: the number of its files, or a `DataError`.
 """
@@ -17,8 +18,8 @@ from scaledistill.errors import DataError
 def check_archive(path: Path, file: IO[bytes]) -> int:
     """Walk the archive to its end mark and return how many files webdataset has to give.
 
-    tarfile, and so webdataset, takes a damaged header or a missing end for the end of the archive; so what follows the
-    last member must be the end mark: zeros alone, two blocks of them at least.
+    tarfile, and so webdataset, takes a damaged header or a missing end for the end of the archive;
+    so what follows the last member must be the end mark: zeros alone, two blocks of them at least.
 
     Raises:
         DataError: the archive is damaged or cut, or has members that are not plain files.
@@ -29,32 +30,45 @@ def check_archive(path: Path, file: IO[bytes]) -> int:
             for member in archive:
                 if problem := _member_problem(member):
                     raise DataError(
-                        f"{path}: member {member.name!r} {problem}; expected plain files in folders of the archive, "
-                        "make it again from those"
+                        f"{path}: member {member.name!r} {problem}; expected plain files in "
+                        "folders of the archive, make it again from those"
                     )
-                if member.size > LARGEST_DOCUMENT_BYTES and member.name.lower().endswith((".txt", ".json")):
+                if member.size > LARGEST_DOCUMENT_BYTES and member.name.lower().endswith(
+                    (".txt", ".json")
+                ):
                     raise too_long(f"{path}, member {member.name!r}", "break it up")
                 # Names between double underscores are webdataset's own.
                 num_files += member.isreg() and not member.name.split("/")[0].startswith("__")
             end = archive.offset
-    except (tarfile.TarError, MemoryError) as error:  # tarfile reads as many bytes as an extended header declares
+    except (
+        tarfile.TarError,
+        MemoryError,
+    ) as error:  # tarfile reads as many bytes as an extended header declares
         reason = str(error) or "a header declares more than memory holds"
-        raise DataError(f"{path} is damaged or not a tar archive: {reason}; fetch or make it again") from error
+        raise DataError(
+            f"{path} is damaged or not a tar archive: {reason}; fetch or make it again"
+        ) from error
     file.seek(end)
     rest_bytes = 0
     while piece := file.read(READ_BYTES):
         rest_bytes += len(piece)
         if piece.count(0) != len(piece):
             raise DataError(
-                f"{path}: a damaged header, or another archive, at byte {end}, after {num_files} files; make it again"
+                f"{path}: a damaged header, or another archive, at byte {end}, after {num_files} "
+                "files; make it again"
             )
     if rest_bytes < 2 * tarfile.BLOCKSIZE:
-        raise DataError(f"{path} is cut short: no end mark at byte {end}, after {num_files} files; fetch it again")
+        raise DataError(
+            f"{path} is cut short: no end mark at byte {end}, after {num_files} files; fetch it "
+            "again"
+        )
     return num_files
 
 
 def _member_problem(member: tarfile.TarInfo) -> str | None:
-    """Say why a member is not read, if it isn't: nothing is unpacked here, but webdataset would skip links silently."""
+    """Say why a member is not read, if it isn't: nothing is unpacked here, but webdataset would
+    skip links silently.
+    """
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return "has a name that leaves its folder"
     if member.issparse():  # reads as zeros of any size that it declares

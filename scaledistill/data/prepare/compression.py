@@ -1,8 +1,10 @@
-"""Open a stored file: its bytes decompressed by suffix (.gz, .xz, .zst, .bz2), and what is read counted.
+"""Open a stored file: its bytes decompressed by suffix (.gz, .xz, .zst, .bz2), and what is read
+counted.
 
-In: a path. Out: every byte that the file holds, or an error: a file may hold several streams (gzip calls them members,
-zstd frames) with padding between them where the format allows it, and nothing else. The readers of the standard library
-and of zstandard end quietly at some of what may follow the first stream.
+In: a path. Out: every byte that the file holds, or an error: a file may hold several streams (gzip
+calls them members, zstd frames) with padding between them where the format allows it, and nothing
+else. The readers of the standard library and of zstandard end quietly at some of what may follow
+the first stream.
 """
 
 from __future__ import annotations
@@ -28,11 +30,14 @@ LARGEST_WINDOW_BYTES = 1 << 31
 """zstd's own limit, of `zstd --long=31`."""
 
 _OUTPUT_BYTES = 1 << 20  # decompressed at a time: a few bytes may stand for gigabytes
-_ZSTD_PIECE_BYTES = 1 << 13  # given to zstd at a time, for the same reason; it cannot be told a limit
+# Given to zstd at a time, for the same reason; it cannot be told a limit.
+_ZSTD_PIECE_BYTES = 1 << 13
 
 
 class StoredError(Exception):
-    """Compressed data cannot be read; the message goes on from the name of the file: "is damaged …"."""
+    """Compressed data cannot be read; the message goes on from the name of the file: "is damaged
+    …".
+    """
 
 
 def _damaged(reason: str) -> StoredError:
@@ -60,7 +65,8 @@ class _CountedFile(io.FileIO):
         return count
 
 
-# --- one stream -----------------------------------------------------------------------------------------------------
+# --- one stream
+#
 
 
 class _Decompressor(Protocol):
@@ -79,7 +85,8 @@ class _GzipMember:
     """zlib's decompressor, which leaves input and output to its caller that the others keep."""
 
     def __init__(self) -> None:
-        self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)  # 16: with gzip's header and checksum
+        # 16: with gzip's header and checksum.
+        self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
         self.needs_input = True
 
     @property
@@ -100,7 +107,9 @@ class _ZstdFrame:
     """zstandard's decompressor, fed little by little because it gives all output at once."""
 
     def __init__(self) -> None:
-        self._frame = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW_BYTES).decompressobj()
+        self._frame = zstandard.ZstdDecompressor(
+            max_window_size=LARGEST_WINDOW_BYTES
+        ).decompressobj()
         self._left = b""
         self._header = b""
 
@@ -126,24 +135,33 @@ class _ZstdFrame:
             if "memory" not in str(error):
                 raise
             window_bytes = _zstd_window_bytes(self._header)
-            limit = "more than zstd reads" if window_bytes > LARGEST_WINDOW_BYTES else "more than memory holds"
+            limit = (
+                "more than zstd reads"
+                if window_bytes > LARGEST_WINDOW_BYTES
+                else "more than memory holds"
+            )
             raise StoredError(
-                f"cannot be decompressed: a zstd window of {window_bytes >> 20:,} MiB is {limit}; unpack it elsewhere "
-                f"and compress it with --long={25 if limit.endswith('holds') else 31} or less"
+                f"cannot be decompressed: a zstd window of {window_bytes >> 20:,} MiB is {limit}; "
+                "unpack it elsewhere and compress it with "
+                f"--long={25 if limit.endswith('holds') else 31} or less"
             ) from error
 
 
 def _zstd_window_bytes(header: bytes) -> int:
-    """Return the window of a frame; zstandard tells it of those alone that it can read (RFC 8878, section 3.1.1.1)."""
+    """Return the window of a frame; zstandard tells it of those alone that it can read (RFC 8878,
+    section 3.1.1.1).
+    """
     descriptor = header[4]
     if not descriptor & 0x20:
         exponent, mantissa = header[5] >> 3, header[5] & 7
         return (8 + mantissa) << (10 + exponent) >> 3
-    first = 5 + (0, 1, 2, 4)[descriptor & 3]  # after the id of a dictionary comes the size of the content
+    # After the id of a dictionary comes the size of the content.
+    first = 5 + (0, 1, 2, 4)[descriptor & 3]
     return int.from_bytes(header[first : first + (1, 2, 4, 8)[descriptor >> 6]], "little")
 
 
-# --- all streams of a file ------------------------------------------------------------------------------------------
+# --- all streams of a file
+# ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -158,7 +176,9 @@ class _Format:
 
 
 _GZIP = _Format("gzip", "member", (b"\x1f\x8b",), _GzipMember, padding=1)
-_XZ = _Format("xz", "stream", (b"\xfd7zXZ\0",), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=4)
+_XZ = _Format(
+    "xz", "stream", (b"\xfd7zXZ\0",), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=4
+)
 _SKIPPABLE = tuple(bytes([byte]) + b"\x2a\x4d\x18" for byte in range(0x50, 0x60))
 _ZSTD = _Format("zstd", "frame", (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), _ZstdFrame)
 _BZIP2 = _Format("bzip2", "stream", (b"BZh",), bz2.BZ2Decompressor)
@@ -178,7 +198,8 @@ class _Streams(io.RawIOBase):
         self._stored, self._format = stored, form
         self._stream: _Decompressor | None = None
         self._number = 0
-        self._first_byte = self._read_bytes = 0  # in the file: where the stream begins, what was read
+        # In the file: where the stream begins, what was read.
+        self._first_byte = self._read_bytes = 0
         self._compressed = b""
         self._ready = memoryview(b"")
 
@@ -207,7 +228,12 @@ class _Streams(io.RawIOBase):
                 output = self._stream.decompress(self._compressed, _OUTPUT_BYTES)
             except MemoryError as error:
                 raise _damaged(f"{self._where()}: it asks for more memory than there is") from error
-            except (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError) as error:  # bz2 raises OSError
+            except (
+                zlib.error,
+                lzma.LZMAError,
+                zstandard.ZstdError,
+                OSError,
+            ) as error:  # bz2 raises OSError
                 raise _damaged(f"{self._where()}: {error}") from error
             self._compressed = b""
             self._ready = memoryview(output)
@@ -229,8 +255,8 @@ class _Streams(io.RawIOBase):
             self._compressed = content
         if num_zeros and num_zeros % self._format.padding:
             raise _damaged(
-                f"{num_zeros} zero bytes follow {self._where()}; {self._format.name} allows multiples of "
-                f"{self._format.padding}"
+                f"{num_zeros} zero bytes follow {self._where()}; {self._format.name} allows "
+                f"multiples of {self._format.padding}"
             )
         while len(self._compressed) < _MAGIC_BYTES and self._read():
             pass
@@ -246,7 +272,10 @@ class _Streams(io.RawIOBase):
     def _not_a_stream(self, first_byte: int) -> str:
         found = self._compressed[:_MAGIC_BYTES]
         if any(magic.startswith(found) for magic in self._format.magics):
-            return f"the file ends inside the first bytes of a {self._format.stream}, at byte {first_byte}"
+            return (
+                f"the file ends inside the first bytes of a {self._format.stream}, at byte "
+                f"{first_byte}"
+            )
         if not self._number:
             return f"it begins with {found!r}, as no {self._format.name} file does"
         return (
@@ -255,7 +284,10 @@ class _Streams(io.RawIOBase):
         )
 
     def _where(self) -> str:
-        return f"{self._format.name} {self._format.stream} {self._number}, from byte {self._first_byte}"
+        return (
+            f"{self._format.name} {self._format.stream} {self._number}, from byte "
+            f"{self._first_byte}"
+        )
 
     def _read(self) -> bool:
         """Add a piece of the file to what is to be decompressed; False at its end."""
@@ -265,16 +297,20 @@ class _Streams(io.RawIOBase):
         return bool(piece)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files
+#
 
 
 @contextlib.contextmanager
-def open_stored(path: Path, progress: ReadProgress | None = None) -> Iterator[io.BufferedReader[Any]]:
+def open_stored(
+    path: Path, progress: ReadProgress | None = None
+) -> Iterator[io.BufferedReader[Any]]:
     """Open for reading, decompressed by suffix.
 
     Raises:
         DataError: the file is compressed otherwise than its suffix says.
-        StoredError: (while reading) the compressed data are damaged, cut short, or followed by something else.
+        StoredError: (while reading) the compressed data are damaged, cut short, or followed by
+            something else.
     """
     with io.BufferedReader(_CountedFile(path, progress or ReadProgress()), READ_BYTES) as stored:
         form = _FORMATS.get(path.suffix.lower())
@@ -302,20 +338,28 @@ def _check_suffix(path: Path, head: bytes, form: _Format | None) -> None:
         return
     found = content_of(head)
     if form is None:
-        if found is not None and found.name in {f"{known.name} data" for known in _FORMATS.values()}:
-            raise DataError(f"{path} holds {found.name}, which its suffix does not say; {found.remedy}")
+        if found is not None and found.name in {
+            f"{known.name} data" for known in _FORMATS.values()
+        }:
+            raise DataError(
+                f"{path} holds {found.name}, which its suffix does not say; {found.remedy}"
+            )
     elif found is not None:
-        raise DataError(f"{path} holds {found.name}, not the {form.name} data of its suffix; {found.remedy}")
+        raise DataError(
+            f"{path} holds {found.name}, not the {form.name} data of its suffix; {found.remedy}"
+        )
     elif not any(magic.startswith(head[:_MAGIC_BYTES]) for magic in form.magics):
         raise DataError(
-            f"{path} is no {form.name} file: it begins with {head[:16]!r}; fetch it again, or give it the suffix of "
-            "what it is (.txt if it is plain text)"
+            f"{path} is no {form.name} file: it begins with {head[:16]!r}; fetch it again, or give "
+            "it the suffix of what it is (.txt if it is plain text)"
         )
 
 
 @contextlib.contextmanager
 def seekable(path: Path, stream: IO[bytes]) -> Iterator[IO[bytes]]:
-    """The stream itself, or its decompressed copy on disk where going back would decompress again."""
+    """The stream itself, or its decompressed copy on disk where going back would decompress
+    again.
+    """
     if path.suffix.lower() not in _FORMATS:
         yield stream
         return

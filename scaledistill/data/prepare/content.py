@@ -1,7 +1,7 @@
 """What a file holds, told by its first bytes, where the name says nothing or something else.
 
-In: the first bytes of a file. Out: its kind with a remedy, or the form of JSON in it. Nothing is decided here: readers
-compare it with what they expect.
+In: the first bytes of a file. Out: its kind with a remedy, or the form of JSON in it. Nothing is
+decided here: readers compare it with what they expect.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ _EXTRACT = "extract its text first"
 _CONVERT = "convert it to Parquet or JSON lines first"
 
 PARQUET = Content("a Parquet table", "name it .parquet")
-TAR = Content("a tar archive", "read WebDataset text shards with --wds; unpack any other archive first")
+TAR = Content(
+    "a tar archive", "read WebDataset text shards with --wds; unpack any other archive first"
+)
 HTML = Content("an HTML page", f"{_EXTRACT}; if it should be a data file, fetch it again")
 XML = Content("XML", _EXTRACT)
 WIKI = Content("the <doc> form of wikiextractor", "run wikiextractor with --json")
 LZMA = Content(
-    "data in the legacy .lzma format", "it cannot be checked for damage: convert it, xz -dc FILE | xz > FILE.xz"
+    "data in the legacy .lzma format",
+    "it cannot be checked for damage: convert it, xz -dc FILE | xz > FILE.xz",
 )
 
 _MAGICS: tuple[tuple[bytes, Content], ...] = (
@@ -71,7 +74,8 @@ _MAGICS: tuple[tuple[bytes, Content], ...] = (
     (b"\xff\xfe", Content("UTF-16 text", "convert it first (iconv -f utf-16 -t utf-8)")),
     (b"\xfe\xff", Content("UTF-16 text", "convert it first (iconv -f utf-16 -t utf-8)")),
 )
-_BZIP2 = re.compile(rb"BZh[1-9](?:1AY&SY|\x17\x72\x45\x38\x50\x90)")  # a text, too, may begin with BZh
+# A text, too, may begin with BZh.
+_BZIP2 = re.compile(rb"BZh[1-9](?:1AY&SY|\x17\x72\x45\x38\x50\x90)")
 _MARKUP = (
     (re.compile(rb"<!doctype\s+html|<html[\s>]", re.IGNORECASE), HTML),
     (re.compile(rb"<\?xml\s|<mediawiki[\s>]"), XML),
@@ -80,7 +84,9 @@ _MARKUP = (
 
 
 def content_of(head: bytes) -> Content | None:
-    """Name what the first bytes of a file are known to begin; None for text, JSON and what is not known."""
+    """Name what the first bytes of a file are known to begin; None for text, JSON and what is not
+    known.
+    """
     if head[257:262] == b"ustar":
         return TAR
     for magic, content in _MAGICS:
@@ -107,13 +113,15 @@ def binary_content(head: bytes) -> Content | None:
 def json_form(head: bytes) -> Literal["lines", "array", "object"] | None:
     """Tell JSON lines from one JSON array or object that spans lines; None for anything else.
 
-    A text may quote JSON, or begin with a JSON header: it is JSON lines only if most lines begin as objects do, and one
-    JSON value only if no text follows it.
+    A text may quote JSON, or begin with a JSON header: it is JSON lines only if most lines begin as
+    objects do, and one JSON value only if no text follows it.
     """
     text = head.decode("utf-8", errors="replace").lstrip("\ufeff \t\r\n")
     if not text.startswith(("{", "[")) and "\n{" not in text[:HEAD_BYTES]:
         return None
-    lines = [line for line in text.split("\n", 4 * _LINES_LOOKED_AT) if line.strip()][:_LINES_LOOKED_AT]
+    lines = [line for line in text.split("\n", 4 * _LINES_LOOKED_AT) if line.strip()][
+        :_LINES_LOOKED_AT
+    ]
     num_objects = sum(_OBJECT_START.match(line) is not None for line in lines)
     if not text.startswith("[") and num_objects > len(lines) / 2:
         return "lines"

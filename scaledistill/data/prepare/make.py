@@ -1,7 +1,8 @@
 """Text to shards: documents in, a train and a held-out data set out.
 
-In: an iterator of documents, a tokenizer. Out: `OUTPUT/train` and, if asked for, `OUTPUT/validation`, each complete
-with its manifest or absent. The bytes depend on the documents and the settings, not on the number of workers.
+In: an iterator of documents, a tokenizer. Out: `OUTPUT/train` and, if asked for,
+`OUTPUT/validation`, each complete with its manifest or absent. The bytes depend on the documents
+and the settings, not on the number of workers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from scaledistill.data.manifest import MAX_SEQUENCE_LENGTH, MAX_UNKNOWN_FRACTION, manifest_path, too_many_unknown
+from scaledistill.data.manifest import (
+    MAX_SEQUENCE_LENGTH,
+    MAX_UNKNOWN_FRACTION,
+    manifest_path,
+    too_many_unknown,
+)
 from scaledistill.data.prepare.longtext import LONG_CHARACTERS, PIECE_CHARACTERS
 from scaledistill.data.prepare.pool import parallel_map
 from scaledistill.data.prepare.text import (
@@ -35,7 +41,8 @@ if TYPE_CHECKING:
 _CHUNK_CHARACTERS = PIECE_CHARACTERS
 _CHUNK_DOCUMENTS = 4096
 _ROWS_PER_BLOCK = 256
-_UNKNOWN_SAMPLE_TOKENS = 1_000_000  # enough to say that a tokenizer does not fit, before hours have passed
+# Enough to say that a tokenizer does not fit, before hours have passed.
+_UNKNOWN_SAMPLE_TOKENS = 1_000_000
 
 
 @dataclass
@@ -80,7 +87,10 @@ class ShardReport:
                 (f"{split}/padding", counts.padding, "positions"),
                 (f"{split}/dropped_tokens", counts.dropped_tokens, "tokens"),
             ]
-        return [{"name": f"make_shards/{name}", "value": value, "unit": unit, "n": 1} for name, value, unit in rows]
+        return [
+            {"name": f"make_shards/{name}", "value": value, "unit": unit, "n": 1}
+            for name, value, unit in rows
+        ]
 
 
 def make_shards(
@@ -107,25 +117,29 @@ def make_shards(
     Args:
         source: JSON-able description of the input, for the manifests.
         last_row: what happens to the last row if it is partial; either way it is counted.
-        held_out_fraction: share of the documents that go to `validation`, chosen by a hash of seed and text, so that
-            equal documents stay together; after `held_out_max_documents` different ones the rest goes to `train`.
+        held_out_fraction: share of the documents that go to `validation`, chosen by a hash of seed
+            and text, so that equal documents stay together; after `held_out_max_documents`
+            different ones the rest goes to `train`.
         max_documents: stop after so many documents.
         max_tokens: stop after the document that reaches so many tokens.
-        max_unknown_fraction: the largest share of unknown tokens in a data set, see `too_many_unknown`; 1 accepts any.
-            Checked once a million tokens are there, and at the end.
+        max_unknown_fraction: the largest share of unknown tokens in a data set, see
+            `too_many_unknown`; 1 accepts any. Checked once a million tokens are there, and at the
+            end.
         rows_per_shard: a multiple of 256, or less than 256.
         workers: processes that tokenise; one per available core if None, 0 for none but this one.
         on_progress: called with the counts so far, several times a second.
 
     Raises:
         ConfigError: settings contradict each other.
-        DataError: the source is damaged or empty, its text unknown to the tokenizer, or `output` is in use. No manifest
-            is left then, nor on Ctrl-C.
+        DataError: the source is damaged or empty, its text unknown to the tokenizer, or `output` is
+            in use. No manifest is left then, nor on Ctrl-C.
     """
     _check_rows(sequence_length, rows_per_shard)
     _check_selection(held_out_fraction, held_out_max_documents, max_documents, max_tokens, workers)
     if not 0 <= max_unknown_fraction <= 1:
-        raise ConfigError(f"max_unknown_fraction={max_unknown_fraction:g}; expected 0 to 1, for instance 0.05")
+        raise ConfigError(
+            f"max_unknown_fraction={max_unknown_fraction:g}; expected 0 to 1, for instance 0.05"
+        )
     start = time.perf_counter()
     vocabulary = Vocabulary.of(tokenizer)
     selection = {
@@ -151,7 +165,9 @@ def make_shards(
         for split, counts in report.splits.items():
             enough = counts.tokens >= smallest_sample
             if enough and too_many_unknown(counts.unknown, counts.tokens, max_unknown_fraction):
-                raise _too_many_unknown(split, counts, max_unknown_fraction, tokenizer, itertools.chain(*sample))
+                raise _too_many_unknown(
+                    split, counts, max_unknown_fraction, tokenizer, itertools.chain(*sample)
+                )
 
     with contextlib.ExitStack() as stack:
 
@@ -178,11 +194,12 @@ def make_shards(
             report.validation = validation.counts
         elif manifest_path(output / "validation").exists():
             raise DataError(
-                f"{output / 'validation'} was made by another run and may share documents with this one's train; "
-                "remove it, set held_out_fraction, or name another output folder"
+                f"{output / 'validation'} was made by another run and may share documents with "
+                "this one's train; remove it, set held_out_fraction, or name another output folder"
             )
         num_to_hold_out = float("inf") if held_out_max_documents is None else held_out_max_documents
-        held_out_keys: set[float] = set()  # so that a repetition after the last one still finds its equals
+        # So that a repetition after the last one still finds its equals.
+        held_out_keys: set[float] = set()
 
         if isinstance(documents, Generator):
             stack.callback(documents.close)
@@ -196,13 +213,17 @@ def make_shards(
             end = 0
             piece = pieces.popleft()
             is_end = piece is None or piece.is_last
-            for length, key in zip(lengths.tolist(), keys.tolist() if piece is None else [piece.key], strict=True):
+            for length, key in zip(
+                lengths.tolist(), keys.tolist() if piece is None else [piece.key], strict=True
+            ):
                 num_document_tokens += length
                 if is_end:
                     report.documents += 1
                     report.empty_documents += not num_document_tokens
                     num_document_tokens = 0
-                is_held_out = key < held_out_fraction and (key in held_out_keys or len(held_out_keys) < num_to_hold_out)
+                is_held_out = key < held_out_fraction and (
+                    key in held_out_keys or len(held_out_keys) < num_to_hold_out
+                )
                 if is_held_out and length:
                     held_out_keys.add(key)
                 (validation if is_held_out else train).add(ids_n[end : end + length], is_end=is_end)
@@ -218,10 +239,13 @@ def make_shards(
                 break
 
         if report.documents == 0:
-            raise DataError(f"the source {dict(source)} gave no document; check its path and options")
+            raise DataError(
+                f"the source {dict(source)} gave no document; check its path and options"
+            )
         if report.validation is not None and not report.validation.documents:
             raise DataError(
-                f"held_out_fraction={held_out_fraction:g} chose none of {report.documents} documents; use a larger one"
+                f"held_out_fraction={held_out_fraction:g} chose none of {report.documents} "
+                "documents; use a larger one"
             )
         train.finish(last_row)
         if report.validation is not None:
@@ -243,21 +267,26 @@ def _first_and_last_kept(chunks: Iterator[list[str]], kept: list[list[str]]) -> 
 
 
 def _too_many_unknown(
-    split: str, counts: PackCounts, bound: float, tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]
+    split: str,
+    counts: PackCounts,
+    bound: float,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Iterable[str],
 ) -> DataError:
     examples = ", ".join(map(repr, unknown_words(tokenizer, texts)))
     return DataError(
-        f"{counts.unknown_fraction:.1%} of the {counts.tokens:,} tokens for {split} are unknown to the tokenizer "
-        f"{tokenizer.name_or_path}{f' (such as {examples})' if examples else ''}, more than "
-        f"max_unknown_fraction={bound:g}; give the teacher's tokenizer with all of its files, or text that it knows, "
-        "or raise the bound (1 accepts any)"
+        f"{counts.unknown_fraction:.1%} of the {counts.tokens:,} tokens for {split} are unknown to "
+        f"the tokenizer {tokenizer.name_or_path}{f' (such as {examples})' if examples else ''}, "
+        f"more than max_unknown_fraction={bound:g}; give the teacher's tokenizer with all of its "
+        "files, or text that it knows, or raise the bound (1 accepts any)"
     )
 
 
 def _check_rows(sequence_length: int, rows_per_shard: int) -> None:
     if not 3 <= sequence_length <= MAX_SEQUENCE_LENGTH:
         raise ConfigError(
-            f"sequence_length={sequence_length}; expected 3 ([CLS] token [SEP]) to {MAX_SEQUENCE_LENGTH}, such as 512"
+            f"sequence_length={sequence_length}; expected 3 ([CLS] token [SEP]) to "
+            f"{MAX_SEQUENCE_LENGTH}, such as 512"
         )
     num_blocks = max(1, -(-rows_per_shard // _ROWS_PER_BLOCK))
     if rows_per_shard < 1 or (num_blocks > 1 and rows_per_shard % _ROWS_PER_BLOCK):
@@ -275,10 +304,13 @@ def _check_selection(
     workers: int | None,
 ) -> None:
     if not 0 <= held_out_fraction < 1:
-        raise ConfigError(f"held_out_fraction={held_out_fraction:g}; expected 0 to below 1, for instance 0.01")
+        raise ConfigError(
+            f"held_out_fraction={held_out_fraction:g}; expected 0 to below 1, for instance 0.01"
+        )
     if held_out_max_documents is not None and not held_out_fraction:
         raise ConfigError(
-            f"held_out_max_documents={held_out_max_documents} without a held_out_fraction holds nothing out; set both"
+            f"held_out_max_documents={held_out_max_documents} without a held_out_fraction holds "
+            "nothing out; set both"
         )
     limits = {
         "held_out_max_documents": held_out_max_documents,
@@ -300,11 +332,15 @@ class _Piece(NamedTuple):
 
 
 def _chunks(
-    documents: Iterator[str], max_documents: int | None, encoder: TextEncoder, pieces: deque[_Piece | None]
+    documents: Iterator[str],
+    max_documents: int | None,
+    encoder: TextEncoder,
+    pieces: deque[_Piece | None],
 ) -> Iterator[list[str]]:
     """Group documents into pieces of work; how they are grouped does not change the result.
 
-    A long document becomes several: `pieces` gets an entry for each list that is yielded, None for whole documents.
+    A long document becomes several: `pieces` gets an entry for each list that is yielded, None for
+    whole documents.
     """
     chunk: list[str] = []
     num_characters = 0

@@ -1,4 +1,5 @@
-"""Input paths: each is a plain file that can be read, given once, and not empty; else it is refused by its own name.
+"""Input paths: each is a plain file that can be read, given once, and not empty; else it is refused
+by its own name.
 
 In: paths as given or found by a pattern. Out: nothing, or a `DataError` before any work is done.
 """
@@ -14,7 +15,8 @@ from scaledistill.data.prepare.compression import COMPRESSIONS, StoredError, ope
 from scaledistill.errors import DataError
 
 _SHOWN_FILES = 5
-_LARGEST_COMPRESSED_NOTHING = 512  # bytes: what compressors make of an empty file, with a long name in it
+# Bytes: what compressors make of an empty file, with a long name in it.
+_LARGEST_COMPRESSED_NOTHING = 512
 
 _SPECIAL_FILES = (
     (stat.S_ISFIFO, "a pipe"),
@@ -48,7 +50,8 @@ def check_inputs(paths: Sequence[Path]) -> None:
         more = f" and {len(empty) - _SHOWN_FILES} more" if len(empty) > _SHOWN_FILES else ""
         are, them = ("input file is", "it") if len(empty) == 1 else ("input files are", "them")
         raise DataError(
-            f"{len(empty)} {are} empty, of {len(paths)}: {shown}{more}; leave {them} out, or make {them} again"
+            f"{len(empty)} {are} empty, of {len(paths)}: {shown}{more}; leave {them} out, or make "
+            f"{them} again"
         )
 
 
@@ -60,21 +63,27 @@ def _status(path: Path) -> os.stat_result:
         if path.is_symlink():
             target = os.readlink(path)
             raise DataError(
-                f"input file {str(path)!r} is a link to {target!r}, which does not exist; mend or remove the link"
+                f"input file {str(path)!r} is a link to {target!r}, which does not exist; mend or "
+                "remove the link"
             ) from error
         remedy = "write standard input to a file first" if str(path) == "-" else "check the path"
-        raise DataError(f"input file {str(path)!r} does not exist (looked in {Path.cwd()}); {remedy}") from error
+        raise DataError(
+            f"input file {str(path)!r} does not exist (looked in {Path.cwd()}); {remedy}"
+        ) from error
     except OSError as error:  # a folder that may not be entered, links in a circle, a name too long
-        raise DataError(f"input file {str(path)!r} cannot be reached: {error.strerror}; check the path") from error
+        raise DataError(
+            f"input file {str(path)!r} cannot be reached: {error.strerror}; check the path"
+        ) from error
     for is_special, what in _SPECIAL_FILES:
         if is_special(status.st_mode):
             raise DataError(
-                f"input {str(path)!r} is {what}, which cannot be read as a file; write its text to a file first"
+                f"input {str(path)!r} is {what}, which cannot be read as a file; write its text to "
+                "a file first"
             )
     if not os.access(path, os.R_OK):
         raise DataError(
-            f"input file {str(path)!r} may not be read (mode {stat.filemode(status.st_mode)}); ask its owner for "
-            "permission (chmod a+r)"
+            f"input file {str(path)!r} may not be read (mode {stat.filemode(status.st_mode)}); ask "
+            "its owner for permission (chmod a+r)"
         )
     return status
 

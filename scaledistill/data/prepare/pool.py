@@ -1,6 +1,7 @@
 """An ordered map over spawned processes, for the making of shards.
 
-In: a picklable function and items. Out: results in the order of the items, whatever the number of workers.
+In: a picklable function and items. Out: results in the order of the items, whatever the number of
+workers.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def parallel_map(
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` in the order of the items, computed by spawned processes.
 
-    `function` is pickled once per worker. Few items are in flight, so `items` may be endless. Close the generator (or
-    let Ctrl-C through it) and the workers end.
+    `function` is pickled once per worker. Few items are in flight, so `items` may be endless. Close
+    the generator (or let Ctrl-C through it) and the workers end.
 
     Args:
         workers: one per available core if None; 0 computes in this process.
@@ -41,7 +42,9 @@ def parallel_map(
         yield from map(function, items)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(function,))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(function,)
+    )
     in_flight: deque[Future[Any]] = deque()
     try:
         for item in items:
@@ -53,8 +56,8 @@ def parallel_map(
             yield in_flight.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            f"a worker process (of {workers}) was killed, most often for lack of memory: each may take 0.6 GB; use "
-            "fewer --workers, or free memory"
+            f"a worker process (of {workers}) was killed, most often for lack of memory: each may "
+            "take 0.6 GB; use fewer --workers, or free memory"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -62,7 +65,9 @@ def parallel_map(
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold SIGINT back in this thread; processes started meanwhile never see it, so Ctrl-C is the parent's alone."""
+    """Hold SIGINT back in this thread; processes started meanwhile never see it, so Ctrl-C is the
+    parent's alone.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,8 +1,9 @@
 """Text sources: files, WebDataset text shards and `datasets`.
 
-In: paths or names. Out: iterators of documents (`str`), in an order that depends on the input alone. A source either
-gives every document, empty ones included, or raises a `DataError` that names file and line. Tokenising is left to
-`data.text`; the docstrings of installed packages are a source of their own, `data.docstrings`.
+In: paths or names. Out: iterators of documents (`str`), in an order that depends on the input
+alone. A source either gives every document, empty ones included, or raises a `DataError` that names
+file and line. Tokenising is left to `data.text`; the docstrings of installed packages are a source
+of their own, `data.docstrings`.
 """
 
 from __future__ import annotations
@@ -52,22 +53,34 @@ _LINES_AT_ONCE = 4096
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
-    """Return the files that the paths and glob patterns (`**` too) name: in the given order, sorted within a glob.
+    """Return the files that the paths and glob patterns (`**` too) name: in the given order, sorted
+    within a glob.
 
     Raises:
-        DataError: a pattern names nothing, a folder, a URL or what is no file, or a file is empty or comes twice.
+        DataError: a pattern names nothing, a folder, a URL or what is no file, or a file is empty
+            or comes twice.
     """
     paths: list[Path] = []
     for pattern in patterns:
         if "://" in pattern or pattern.startswith("pipe:"):
-            raise DataError(f"input {pattern!r} is a URL or a command; expected a local file: download it first")
+            raise DataError(
+                f"input {pattern!r} is a URL or a command; expected a local file: download it first"
+            )
         is_plain = os.path.lexists(pattern) or not glob.has_magic(pattern)
-        found = [Path(name) for name in ([pattern] if is_plain else sorted(glob.glob(pattern, recursive=True)))]
+        found = [
+            Path(name)
+            for name in ([pattern] if is_plain else sorted(glob.glob(pattern, recursive=True)))
+        ]
         files = found if is_plain else [path for path in found if not os.path.isdir(path)]
         if not files:
-            raise DataError(f"input pattern {pattern!r} matches no file in {Path.cwd()}; check the pattern")
+            raise DataError(
+                f"input pattern {pattern!r} matches no file in {Path.cwd()}; check the pattern"
+            )
         if is_plain and os.path.isdir(pattern):
-            raise DataError(f"input {pattern!r} is a folder; give files or a pattern such as '{found[0]}/**/*.txt'")
+            raise DataError(
+                f"input {pattern!r} is a folder; give files or a pattern such as "
+                f"'{found[0]}/**/*.txt'"
+            )
         paths += files
     check_inputs(paths)
     return paths
@@ -80,17 +93,19 @@ def file_documents(
     split_by: SplitBy = "blank-line",
     progress: ReadProgress | None = None,
 ) -> Iterator[str]:
-    """Yield the documents of text, JSON-lines and Parquet files, told by their suffix, each plain or compressed.
+    """Yield the documents of text, JSON-lines and Parquet files, told by their suffix, each plain
+    or compressed.
 
     A file without a suffix is read as JSON lines if it holds such, else as text.
 
     Args:
         column: the key or column that holds the text in JSON lines and Parquet.
-        split_by: what a document is in a text file: a group of lines between blank ones, a line, or the file.
+        split_by: what a document is in a text file: a group of lines between blank ones, a line, or
+            the file.
 
     Raises:
-        DataError: a file is missing, damaged, empty, not UTF-8, lacks the column, holds something else
-            than its suffix says or, told at once, has another suffix.
+        DataError: a file is missing, damaged, empty, not UTF-8, lacks the column, holds something
+            else than its suffix says or, told at once, has another suffix.
     """
     for path in paths:
         _check_kind(path)
@@ -109,9 +124,17 @@ def file_documents(
         if form in ("array", "object") or (form == "lines" and not is_json):
             raise DataError(_json_in_another_form(path, form, column))
         if is_json and not kind and not has_said:
-            logger.info("%s holds JSON lines: the text is column %r, here and in other files like it", path, column)
+            logger.info(
+                "%s holds JSON lines: the text is column %r, here and in other files like it",
+                path,
+                column,
+            )
             has_said = True
-        return _json_documents(path, stream, column) if is_json else _text_documents(path, stream, split_by)
+        return (
+            _json_documents(path, stream, column)
+            if is_json
+            else _text_documents(path, stream, split_by)
+        )
 
     return _documents_of_files(paths, documents, progress)
 
@@ -119,9 +142,11 @@ def file_documents(
 def webdataset_documents(
     paths: Sequence[Path], *, column: str = "text", progress: ReadProgress | None = None
 ) -> Iterator[str]:
-    """Yield the text of every sample of WebDataset tars: its `.txt` member, else key `column` of its `.json` member.
+    """Yield the text of every sample of WebDataset tars: its `.txt` member, else key `column` of
+    its `.json` member.
 
-    Each archive is walked to its end mark first, because webdataset ends quietly at a damaged header or a cut.
+    Each archive is walked to its end mark first, because webdataset ends quietly at a damaged
+    header or a cut.
 
     Raises:
         DataError: an archive is damaged or cut, or a sample has no such text.
@@ -134,7 +159,9 @@ def webdataset_documents(
     return _documents_of_files(paths, documents, progress)
 
 
-def dataset_documents(name: str, *, config: str | None, split: str, column: str = "text") -> Iterator[str]:
+def dataset_documents(
+    name: str, *, config: str | None, split: str, column: str = "text"
+) -> Iterator[str]:
     """Yield one column of a `datasets` data set (a Hub name or a local folder), streamed.
 
     Raises:
@@ -158,17 +185,20 @@ def dataset_documents(name: str, *, config: str | None, split: str, column: str 
         raise
     except ConnectionError as error:
         raise DataError(
-            f"{label} is neither a local folder nor cached, and the Hub cannot be reached; correct --dataset, or fetch "
-            "it where there is a network and give its folder"
+            f"{label} is neither a local folder nor cached, and the Hub cannot be reached; correct "
+            "--dataset, or fetch it where there is a network and give its folder"
         ) from error
     except StoredError as error:
         raise DataError(f"{label}: one of its files {error}") from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{label} cannot be read: {error}; check --dataset, --dataset-config and --split") from error
+        raise DataError(
+            f"{label} cannot be read: {error}; check --dataset, --dataset-config and --split"
+        ) from error
 
 
 def _read_every_byte() -> None:
-    """Let `datasets` decompress with our readers; those that fsspec has end quietly after a damaged or a first stream.
+    """Let `datasets` decompress with our readers; those that fsspec has end quietly after a damaged
+    or a first stream.
 
     fsspec keeps its readers for the whole process; these read all that the others do.
     """
@@ -184,7 +214,9 @@ def _read_every_byte() -> None:
 
 
 def _offline_unless_reachable(name: str) -> None:
-    """Ask the Hub once: `load_dataset` would try for half a minute before it looks into its cache."""
+    """Ask the Hub once: `load_dataset` would try for half a minute before it looks into its
+    cache.
+    """
     import datasets
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -197,7 +229,8 @@ def _offline_unless_reachable(name: str) -> None:
         pass  # load_dataset says it better
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files
+#
 
 
 def _documents_of_files(
@@ -220,7 +253,9 @@ def _documents_of_files(
         except StoredError as error:
             raise DataError(f"{path} {error}") from error
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}; check the file and the disk") from error
+            raise DataError(
+                f"{path} cannot be read: {error.strerror or error}; check the file and the disk"
+            ) from error
         if is_empty:
             raise DataError(f"{path} holds no document; leave it out, or make it again")
 
@@ -242,14 +277,16 @@ def _check_kind(path: Path) -> None:
         raise DataError(f"{path} is named as {LZMA.name}, which is not read; {LZMA.remedy}")
     if kind not in (*_TEXT, *_JSON_LINES, *_PARQUET):
         raise DataError(
-            f"{path}: unknown suffix {kind!r}; expected {', '.join(filter(None, _TEXT))} or none (text), "
-            f"{', '.join(_JSON_LINES)} (JSON lines) or {', '.join(_PARQUET)}, each plain or "
-            f"{', '.join(COMPRESSIONS)}; convert it, or name it .txt if it is plain text"
+            f"{path}: unknown suffix {kind!r}; expected {', '.join(filter(None, _TEXT))} or none "
+            f"(text), {', '.join(_JSON_LINES)} (JSON lines) or {', '.join(_PARQUET)}, each plain "
+            f"or {', '.join(COMPRESSIONS)}; convert it, or name it .txt if it is plain text"
         )
 
 
 def _check_content(path: Path, head: bytes, expected: Content | None) -> None:
-    """Refuse a file whose first bytes are known to be something else; None: text or JSON lines are expected."""
+    """Refuse a file whose first bytes are known to be something else; None: text or JSON lines are
+    expected.
+    """
     found = content_of(head)
     if found is None and expected is None:
         found = binary_content(head)
@@ -260,15 +297,19 @@ def _check_content(path: Path, head: bytes, expected: Content | None) -> None:
 
 def _json_in_another_form(path: Path, form: str | None, column: str) -> str:
     if form == "lines":
-        return f"{path} holds JSON lines, not text; name it .jsonl, so that its column {column!r} is read"
+        return (
+            f"{path} holds JSON lines, not text; name it .jsonl, so that its column {column!r} is "
+            "read"
+        )
     expression = ".[]" if form == "array" else "."
     return (
-        f"{path} holds one JSON {form} that spans lines, not one JSON object a line; convert it to JSON lines "
-        f"(jq -c '{expression}')"
+        f"{path} holds one JSON {form} that spans lines, not one JSON object a line; convert it to "
+        f"JSON lines (jq -c '{expression}')"
     )
 
 
-# --- formats ---------------------------------------------------------------------------------------------------------
+# --- formats
+#
 
 
 def _decode(data: bytes, where: str, first_line: int = 1) -> str:
@@ -277,8 +318,8 @@ def _decode(data: bytes, where: str, first_line: int = 1) -> str:
     except UnicodeDecodeError as error:
         line = first_line + data.count(b"\n", 0, error.start)
         raise DataError(
-            f"{where}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the text first "
-            "(iconv -t utf-8), or decompress it: .gz, .xz, .zst and .bz2 are known"
+            f"{where}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the text "
+            "first (iconv -t utf-8), or decompress it: .gz, .xz, .zst and .bz2 are known"
         ) from error
 
 
@@ -306,7 +347,9 @@ def _text_documents(path: Path, stream: IO[bytes], split_by: SplitBy) -> Iterato
 
 
 def _groups_of_lines(path: Path, stream: IO[bytes]) -> Iterator[str]:
-    """Yield what stands between blank lines; a group of millions of lines is joined bit by bit, to spare memory."""
+    """Yield what stands between blank lines; a group of millions of lines is joined bit by bit, to
+    spare memory.
+    """
     joined: list[str] = []
     group: list[str] = []
     first = num_characters = 0
@@ -340,20 +383,25 @@ def _json_document(text: str, column: str, where: str) -> str:
         raise DataError(f"{where}: not JSON ({error}); expected one JSON object") from error
     if not isinstance(record, dict):
         raise DataError(
-            f"{where}: found a JSON {type(record).__name__}; expected an object with the key {column!r}; an "
-            "array becomes lines with jq -c '.[]'"
+            f"{where}: found a JSON {type(record).__name__}; expected an object with the key "
+            f"{column!r}; an array becomes lines with jq -c '.[]'"
         )
     return _column_of(record, column, where)
 
 
 def _column_of(record: dict[str, Any], column: str, where: str) -> str:
     if column not in record:
-        raise DataError(f"{where}: no column {column!r} among {sorted(record)}; name the text with --column")
+        raise DataError(
+            f"{where}: no column {column!r} among {sorted(record)}; name the text with --column"
+        )
     text = record[column]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise DataError(f"{where}: column {column!r} holds {type(text).__name__}, not text; choose another --column")
+        raise DataError(
+            f"{where}: column {column!r} holds {type(text).__name__}, not text; choose another "
+            "--column"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -372,19 +420,25 @@ def _parquet_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[s
             table = pyarrow.parquet.ParquetFile(file)
             if column not in table.schema_arrow.names:
                 names = sorted(table.schema_arrow.names)
-                raise DataError(f"{path}: no column {column!r} among {names}; name the text with --column")
+                raise DataError(
+                    f"{path}: no column {column!r} among {names}; name the text with --column"
+                )
             first = 1
-            for batch in table.iter_batches(batch_size=128, columns=[column]):  # a row may be a book
+            # A row may be a book.
+            for batch in table.iter_batches(batch_size=128, columns=[column]):
                 for number, text in enumerate(batch.column(0).to_pylist(), first):
                     where = f"{path}, row {number}"
                     yield placed(_column_of({column: text}, column, where), where)
                 first += len(batch)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is damaged or not Parquet: {error}; fetch or make it again") from error
+            raise DataError(
+                f"{path} is damaged or not Parquet: {error}; fetch or make it again"
+            ) from error
 
 
 def _tar_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
-    os.environ["WDS_SECURE"] = "1"  # before the import, which reads it; ours alone opens files below
+    # Before the import, which reads it; ours alone opens files below.
+    os.environ["WDS_SECURE"] = "1"
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     with seekable(path, stream) as file:
@@ -398,10 +452,19 @@ def _tar_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
                 if "txt" in members:
                     yield placed(_decode(sample["txt"], where), where)
                 elif "json" in members:
-                    yield placed(_json_document(_decode(sample["json"], where), column, where), where)
+                    yield placed(
+                        _json_document(_decode(sample["json"], where), column, where), where
+                    )
                 else:
-                    raise DataError(f"{where}: found {sorted(members)}; expected a .txt or .json member")
+                    raise DataError(
+                        f"{where}: found {sorted(members)}; expected a .txt or .json member"
+                    )
         except (tarfile.TarError, ValueError) as error:
-            raise DataError(f"{path} is damaged or no WebDataset: {error.args[0]}; fetch or make it again") from error
+            raise DataError(
+                f"{path} is damaged or no WebDataset: {error.args[0]}; fetch or make it again"
+            ) from error
     if num_members:
-        raise DataError(f"{path}: {num_members} members are not named key.extension, as in a WebDataset; rename them")
+        raise DataError(
+            f"{path}: {num_members} members are not named key.extension, as in a WebDataset; "
+            "rename them"
+        )

@@ -1,8 +1,9 @@
 """Documents to packed rows of token ids: tokenizer, encoder and packer.
 
-In: documents (`str`) and a fast tokenizer. Out: full rows of ids with the bounds of every piece of a document in them.
-Reading text is left to `data.sources`, writing shards to `data.shards`, putting them together to `data.make`. Worker
-processes import this module, so it imports nothing heavy at the top.
+In: documents (`str`) and a fast tokenizer. Out: full rows of ids with the bounds of every piece of
+a document in them. Reading text is left to `data.sources`, writing shards to `data.shards`, putting
+them together to `data.make`. Worker processes import this module, so it imports nothing heavy at
+the top.
 
 Legend: N rows, T positions of a row, n tokens of a document.
 """
@@ -26,30 +27,42 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# Cases, accents, scripts, numbers and white space on which vocabularies with equal tokens but other rules differ.
-_PROBE = "The Quick brown fox's naïve café, 北京 Ünïversität: 3.14159 & 1,000\n\t  re-tokenised? (don't) Привет x²=α"
+# Cases, accents, scripts, numbers and white space on which vocabularies with equal tokens but other
+# rules differ.
+_PROBE = (
+    "The Quick brown fox's naïve café, 北京 Ünïversität: 3.14159 & 1,000\n\t  re-tokenised? (don't) "
+    "Привет x²=α"
+)
 _HASHED_CHARACTERS = 1 << 20  # at a time
 
 
-# --- tokenizer ------------------------------------------------------------------------------------------------------
+# --- tokenizer
+#
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the sha256 of vocabulary, special ids and the ids of a probe text; the tokenizer is left as it was.
+    """Return the sha256 of vocabulary, special ids and the ids of a probe text; the tokenizer is
+    left as it was.
 
-    Truncation, padding and the version of the libraries do not enter: equal fingerprints mean equal ids.
+    Truncation, padding and the version of the libraries do not enter: equal fingerprints mean equal
+    ids.
 
     Raises:
         DataError: the tokenizer has no fast form.
     """
     encoder = TextEncoder(tokenizer)
-    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad", "mask", "unk")}
+    special = {
+        name: getattr(tokenizer, f"{name}_token_id")
+        for name in ("cls", "sep", "pad", "mask", "unk")
+    }
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": special,
         "probe": encoder([_PROBE]).ids_n.tolist(),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 class Vocabulary(NamedTuple):
@@ -60,7 +73,8 @@ class Vocabulary(NamedTuple):
     sep_id: int
     pad_id: int
     unk_id: int | None = None
-    """What text outside the vocabulary becomes; None where all text is inside, as with byte-level ones."""
+    """What text outside the vocabulary becomes; None where all text is inside, as with byte-level
+    ones."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -69,7 +83,8 @@ class Vocabulary(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
-        """Read the ids of [CLS], [SEP] and [PAD], whatever they are called here (RoBERTa: <s>, </s>, <pad>).
+        """Read the ids of [CLS], [SEP] and [PAD], whatever they are called here (RoBERTa: <s>,
+        </s>, <pad>).
 
         Raises:
             DataError: one of the three is missing.
@@ -78,15 +93,18 @@ class Vocabulary(NamedTuple):
         missing = [f"{name}_token" for name, token_id in ids.items() if token_id is None]
         if missing:
             raise DataError(
-                f"tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)}; expected cls, sep and pad tokens, "
-                "because every document stands as [CLS] … [SEP] in its row: use the teacher's encoder tokenizer"
+                f"tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)}; expected cls, "
+                "sep and pad tokens, because every document stands as [CLS] … [SEP] in its row: "
+                "use the teacher's encoder tokenizer"
             )
         size = 1 + max(tokenizer.get_vocab().values())
         return cls(size, ids["cls"], ids["sep"], ids["pad"], _unknown_id(tokenizer))
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Return the id that the model gives to unknown text, whatever the tokenizer's other files call unknown."""
+    """Return the id that the model gives to unknown text, whatever the tokenizer's other files call
+    unknown.
+    """
     backend = tokenizer.backend_tokenizer
     model = json.loads(backend.to_str())["model"]
     if model.get("unk_id") is not None:  # Unigram
@@ -95,12 +113,20 @@ def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return None if token is None else backend.token_to_id(token)
 
 
-def unknown_words(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], most: int = 5) -> list[str]:
-    """Return a few different pieces of text that the tokenizer does not know, of at most 20 characters each."""
+def unknown_words(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], most: int = 5
+) -> list[str]:
+    """Return a few different pieces of text that the tokenizer does not know, of at most 20
+    characters each.
+    """
     unknown, found = _unknown_id(tokenizer), dict[str, None]()
     for text in itertools.islice(texts, 1000):
         encoding = tokenizer.backend_tokenizer.encode(text[:10_000], add_special_tokens=False)
-        spans = [span for token_id, span in zip(encoding.ids, encoding.offsets, strict=True) if token_id == unknown]
+        spans = [
+            span
+            for token_id, span in zip(encoding.ids, encoding.offsets, strict=True)
+            if token_id == unknown
+        ]
         found |= dict.fromkeys(text[start : min(end, start + 20)] for start, end in spans)
         if len(found) >= most:
             break
@@ -121,7 +147,9 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no fast form; expected tokenizer.json")
+            raise DataError(
+                f"tokenizer {tokenizer.name_or_path!r} has no fast form; expected tokenizer.json"
+            )
         self._state = (backend.to_str(), Vocabulary.of(tokenizer).dtype, seed)
         self.__setstate__(self._state)
 
@@ -145,22 +173,27 @@ class TextEncoder:
             encodings = self._backend.encode_batch_fast(documents, add_special_tokens=False)
         except Exception as error:  # tokenizers has no class of its own
             raise DataError(
-                f"the tokenizer cannot encode this text ({error}); check its vocabulary and tokenizer.json"
+                f"the tokenizer cannot encode this text ({error}); check its vocabulary and "
+                "tokenizer.json"
             ) from error
         ids = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         flat = np.fromiter(itertools.chain.from_iterable(ids), self._dtype, int(lengths.sum()))
-        return EncodedDocuments(flat, lengths, np.fromiter(map(self.key, documents), np.float64, len(ids)))
+        return EncodedDocuments(
+            flat, lengths, np.fromiter(map(self.key, documents), np.float64, len(ids))
+        )
 
     def key(self, document: str) -> float:
         """Return the hash of seed and text, from 0 to below 1."""
         digest = hashlib.blake2b(digest_size=6, key=self._salt)
-        for first in range(0, len(document), _HASHED_CHARACTERS):  # a long document is not encoded whole
+        # A long document is not encoded whole.
+        for first in range(0, len(document), _HASHED_CHARACTERS):
             digest.update(document[first : first + _HASHED_CHARACTERS].encode())
         return int.from_bytes(digest.digest(), "little") / 2.0**48
 
     def pieces(self, document: str, where: str) -> Iterator[tuple[str, bool]]:
-        """Take a long document apart into pieces whose ids, one after the other, are its own; and tell the last.
+        """Take a long document apart into pieces whose ids, one after the other, are its own; and
+        tell the last.
 
         Raises:
             DataError: there is no place to cut it; the message begins with `where`.
@@ -170,12 +203,15 @@ class TextEncoder:
         return self._cutter.pieces(document, where)
 
 
-# --- packer ---------------------------------------------------------------------------------------------------------
+# --- packer
+#
 
 
 @dataclass
 class PackCounts:
-    """What went into the rows. `tokens` are tokens of text, without [CLS], [SEP] and padding; `unknown` are [UNK]."""
+    """What went into the rows. `tokens` are tokens of text, without [CLS], [SEP] and padding;
+    `unknown` are [UNK].
+    """
 
     documents: int = 0
     rows: int = 0
@@ -193,11 +229,13 @@ class PackCounts:
 class Packer:
     """Pack documents one after the other into full rows and hand the rows to `write` in blocks.
 
-    Every piece of a document stands as [CLS] … [SEP]; what does not fit goes on in the next row. One or two positions
-    left at the end of a row cannot hold a piece (three are needed), so they are padded, and counted in `padding`.
+    Every piece of a document stands as [CLS] … [SEP]; what does not fit goes on in the next row.
+    One or two positions left at the end of a row cannot hold a piece (three are needed), so they
+    are padded, and counted in `padding`.
 
     Args:
-        write: called with ids [N, T] and the pieces, int64 [pieces, 3]: row in this call, start, end (exclusive).
+        write: called with ids [N, T] and the pieces, int64 [pieces, 3]: row in this call, start,
+            end (exclusive).
     """
 
     def __init__(
@@ -210,7 +248,8 @@ class Packer:
     ) -> None:
         if sequence_length < 3:
             raise ConfigError(
-                f"sequence_length={sequence_length} holds no [CLS] token [SEP]; use 3 or more, for instance 512"
+                f"sequence_length={sequence_length} holds no [CLS] token [SEP]; use 3 or more, for "
+                "instance 512"
             )
         self.counts = PackCounts()
         self._write = write
@@ -222,7 +261,8 @@ class Packer:
         self._start_block()
 
     def add(self, ids_n: np.ndarray, *, is_end: bool = True) -> None:
-        """Append one document, given by its token ids without special tokens; one without tokens adds nothing.
+        """Append one document, given by its token ids without special tokens; one without tokens
+        adds nothing.
 
         Args:
             is_end: False if more ids of the document follow in the next call.
@@ -253,12 +293,16 @@ class Packer:
             start += length
 
     def finish(self, last_row: Literal["pad", "drop"]) -> None:
-        """Pad or drop the last row if it is partial (3 positions or more are free), and write what is left."""
+        """Pad or drop the last row if it is partial (3 positions or more are free), and write what
+        is left.
+        """
         if self._column and last_row == "drop" and self._shape[1] - self._column >= 3:
             while self._pieces and self._pieces[-1][0] == self._row:
                 _, start, end = self._pieces.pop()
                 self.counts.dropped_tokens += end - start - 2
-                self.counts.unknown -= self._num_unknown(self._ids_NT[self._row, start + 1 : end - 1])
+                self.counts.unknown -= self._num_unknown(
+                    self._ids_NT[self._row, start + 1 : end - 1]
+                )
             self.counts.tokens -= self.counts.dropped_tokens
         elif self._column:
             self._end_row()
