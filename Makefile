@@ -43,6 +43,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/shellcheck -x -P SCRIPTDIR -P . launch/*.sh launch/slurm.sbatch .ci/run
 
 format: $(READY)
