@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {  # imported on first use: `import scaledistill` and --help stay quick
+# Modules are imported on first use, so that `import scaledistill` and --help stay fast.
+_HOMES = {
     "DistillConfig": "config",
     "MiniLMTrainer": "integrations.transformers",
     "MiniLMTrainingArguments": "integrations.transformers",

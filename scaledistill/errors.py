@@ -1,7 +1,7 @@
-"""Errors that end a run with a stated exit code.
+"""Errors that end a run with a documented exit code.
 
-A message names the setting, what was found, what was expected and the remedy. Anything else that is
-raised is a defect.
+A message names the setting, the actual value, the expected one and the remedy. Any other exception
+is a bug.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 
 
 class ConfigError(ValueError):
-    """A setting is wrong or settings contradict each other; found before any training."""
+    """A setting is wrong or settings contradict each other; raised before any training."""
 
     exit_code = EXIT_CONFIG
 
 
 class DataError(RuntimeError):
-    """Data, a model folder, the disk or the machine is not what the run needs."""
+    """Data, a model folder, the disk or the machine does not meet the run's needs."""
 
     exit_code = EXIT_ENVIRONMENT
 
@@ -44,13 +44,13 @@ class DivergedError(RuntimeError):
 
 
 class Problems:
-    """What several checks find wrong, to be told at once."""
+    """Collects the problems of several checks, to report them all at once."""
 
     def __init__(self) -> None:
         self.found: list[ConfigError | DataError] = []
 
     def attempt(self, check: Callable[..., Result], *arguments: Any) -> Result | None:
-        """Return what a check returns, None where it found something wrong."""
+        """Return the result of a check; None, and the problem is kept, if it fails."""
         try:
             return check(*arguments)
         except (ConfigError, DataError) as error:
@@ -58,8 +58,9 @@ class Problems:
             return None
 
     def raise_all(self) -> None:
-        """Raise one error of the first one's kind with every message, each once, a line each; none
-        if there is none.
+        """Raise one error that lists all problems; do nothing if there are none.
+
+        Its type is that of the first problem; each distinct message takes one line.
         """
         if self.found:
             messages = dict.fromkeys(str(problem) for problem in self.found)
@@ -67,9 +68,7 @@ class Problems:
 
 
 class PeerError(RuntimeError):
-    """A failure that rank 0 reports for all: this rank leaves with the same exit code and says
-    nothing.
-    """
+    """A failure that rank 0 reports for all: this rank exits silently with the same exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

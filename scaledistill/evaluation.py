@@ -1,6 +1,4 @@
-"""Fine-tuning and scoring from Python, under the names that bertdistiller's users know; see
-`glue.api`.
-"""
+"""Fine-tune and score models from Python, with bertdistiller's function names; see `glue.api`."""
 
 from scaledistill.glue.api import create_summary_table, evaluate
 

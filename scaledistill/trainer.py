@@ -1,4 +1,4 @@
-"""Distillation by `transformers.Trainer`; see `integrations.transformers`."""
+"""Distil with `transformers.Trainer`; see `integrations.transformers`."""
 
 from scaledistill.integrations.transformers import (
     MiniLMTrainer,

@@ -425,7 +425,7 @@ def test_disk_too_small(
     assert asked == [tmp_path]
     assert line == (
         f"run.folder={tmp_path}/not/there/yet: 0.0 GB free, 0.0 GB needed for checkpoint.keep=4 "
-        "checkpoints and one in the making; free some space or set another folder"
+        "checkpoints and one being written; free some space or set another folder"
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
     assert doctor.check(config, 1, CPU).free_disk_bytes == needed
@@ -434,9 +434,9 @@ def test_disk_too_small(
 def test_run_folder_that_is_a_file(tiny_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     [line] = problems_of(tiny_config(run={"folder": str(tmp_path / "file" / "run")}), DataError)
-    assert (
-        line
-        == f"run.folder={tmp_path}/file/run: {tmp_path}/file is not a folder to write to; set another folder"
+    assert line == (
+        f"run.folder={tmp_path}/file/run: {tmp_path}/file is not a writable folder; set another "
+        "folder"
     )
 
 
@@ -545,7 +545,7 @@ def test_the_plan_of_bert_large_takes_seconds(
     plan = " ".join(ended.stdout.split())
     for part in (
         "up to layer 21: 286.9 M parameters, bf16",
-        "l6-h384: 22.6 M parameters, of which 21.2 M parameters train, bf16",
+        "l6-h384: 22.6 M parameters, of which 21.2 M parameters are trained, bf16",
         "64 heads, pairs qq, kk, vv",
         "DeepSpeed ZeRO-2, 1 rank",
         "256 sequences × 512 = 131,072 tokens; 8 micro-batches of 32 per rank",

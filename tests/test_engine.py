@@ -503,7 +503,7 @@ def test_bad_blocks_are_refused(block: dict[str, Any], message: str) -> None:
         (
             "round_robin_gradients",
             True,
-            "expected False; DeepSpeed then takes weights for one another",
+            "expected False; DeepSpeed then mixes up weights",
         ),
         ("parameter_alignment", True, "expected False; it pads the flat buffers"),
         ("contiguous_gradients", False, "expected True; gradients that are reduced one by one"),
@@ -523,8 +523,8 @@ def test_bad_blocks_are_refused(block: dict[str, Any], message: str) -> None:
         ("overlap_comm", "yes", "expected true, false or null; correct"),
         ("reduce_scatter", 1, "expected true or false; correct"),
         ("zero_hpz_partition_size", 2, "expected 1; a second partition of the weights"),
-        ("zero_quantized_weights", True, "expected False; what is quantized on the way"),
-        ("zero_quantized_gradients", True, "expected False; what is quantized on the way"),
+        ("zero_quantized_weights", True, "expected False; quantized communication changes"),
+        ("zero_quantized_gradients", True, "expected False; quantized communication changes"),
         (
             "elastic_checkpoint",
             True,

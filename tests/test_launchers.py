@@ -564,7 +564,7 @@ def test_two_hosts_lose_a_rank(two_hosts: TwoHosts, config_file: MakeFile, tmp_p
     os.kill(int(rank), signal.SIGKILL)
     told = [host.communicate(timeout=240)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], "\n".join(told)
-    assert "going on at step " in told[0]
+    assert "resuming at step " in told[0]
     assert status(folder)["state"] == "done"
     assert list(losses(folder)) == list(range(1, 121))
 
@@ -600,9 +600,9 @@ def test_two_hosts_lose_their_link(
         )
     assert all(host.returncode for host in hosts)
     first, second = two_hosts.names
-    assert f"ERROR rank 1 on {second} is lost: not heard of for " in told[0]
+    assert f"ERROR rank 1 on {second} is lost: no heartbeat for " in told[0]
     assert (
-        f"[rank 1] ERROR rank 0 on {first}, which holds the job's store, does not answer any more"
+        f"[rank 1] ERROR rank 0 on {first}, which holds the job's store, no longer answers"
         in told[1]
     )
     assert status(folder)["state"] == "failed"

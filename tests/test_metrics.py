@@ -115,7 +115,7 @@ def test_a_full_disk_delays_rows(tmp_path: Path, caplog: pytest.LogCaptureFixtur
             record.record(row(3))
         record.record(row(4))
     assert read_rows(tmp_path / "metrics.jsonl") == [row(step) for step in (1, 2, 3, 4)]
-    assert caplog.text.count("metrics.jsonl: File too large; training goes on") == 2
+    assert caplog.text.count("metrics.jsonl: File too large; training continues") == 2
 
 
 def test_a_full_disk_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -152,7 +152,7 @@ def test_a_disk_that_hangs_does_not_hold_up_a_step(
 ) -> None:
     monkeypatch.setattr(metrics, "WORD_SECONDS", 0.3)
     told = (
-        "metrics.jsonl: the disk has not answered for 0 s; training goes on, and the rows are "
+        "metrics.jsonl: the disk has not answered for 0 s; training continues, and the rows are "
         "written when it does"
     )
     with recorder(tmp_path) as record:

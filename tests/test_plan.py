@@ -159,7 +159,7 @@ def test_a_run_says_what_it_is_about_to_do(tiny_config: MakeConfig) -> None:
     found = doctor.check(config, 3, CPU)
     rows = found.order.rows_per_epoch
     assert plan.start_summary(found, "cpu", step=0, last_step=500) == [
-        "student l2: 10,848 parameters in its export, of which 8,384 parameters train",
+        "student l2: 10,848 parameters in its export, of which 8,384 parameters are trained",
         f"teacher {config.teacher.model}, up to layer 3: 28,832 parameters, fp32, placement "
         "replicate",
         "batch: 3 ranks × 2 × 4 micro-batches = 24 sequences of 16, 384 tokens a step",

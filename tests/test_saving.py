@@ -110,7 +110,7 @@ def test_what_the_disk_gives_back_is_compared(
     monkeypatch.setattr(checkpoint, "write_state", rotten)
     error = save(saver, 20)
     assert error is not None
-    assert error.startswith("what the disk gives back is not what was written (")
+    assert error.startswith("the data read back differs from what was written (")
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000010"]
 
 
@@ -168,7 +168,7 @@ def test_a_disk_that_hangs_is_told(
     assert saver.settle(wait=True) == Outcome(10, None)
     words = [record.getMessage() for record in caplog.records]
     told = re.compile(
-        rf"waiting for the checkpoint of step 10 since \d+ s; is {re.escape(str(tmp_path))} slow, "
+        rf"waiting for the checkpoint of step 10 for \d+ s; is {re.escape(str(tmp_path))} slow, "
         r"or gone\?"
     )
     assert all(told.fullmatch(word) for word in words), words
@@ -356,7 +356,7 @@ def test_an_upload_that_fails_keeps_the_save(
     assert warning.startswith(
         f"{tmp_path / 'step-000000010'} is not copied: checkpoint.remote: {place}/step-000000010: "
     )
-    assert "reset by peer; training goes on and the next save tries again" in warning
+    assert "reset by peer; training continues and the next save tries again" in warning
     assert mirror.checkpoints(place) == []
 
 

@@ -93,7 +93,7 @@ def test_the_job_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     assert stop.reason() is None
     now[0] += 10.5
-    assert stop.reason() == "run.max_hours=1 are over"
+    assert stop.reason() == "run.max_hours=1 reached"
     assert forever.reason() is None
 
 

@@ -155,7 +155,7 @@ def test_a_tracker_that_fails_ends_no_run(
     assert [call[0] for call in sound] == ["new", "start", "config", "log", "log", "log", "finish"]
     [warning] = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
     assert warning.startswith("logging.trackers: broken could not ")
-    assert warning.endswith("; the run goes on without it, metrics.jsonl has every figure")
+    assert warning.endswith("; the run continues without it, metrics.jsonl has every figure")
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 3
     assert (tmp_path / "loss.png").is_file()
 

@@ -819,7 +819,7 @@ def dry_run(tree: dict[str, Any]) -> tuple[str, int, str]:
 
 def test_a_dry_run_writes_nothing(make_tree: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     tree = make_tree()
-    assert run_ranks(dry_run, 2, tree)[0] == ("dry run", 0, "2 steps made, nothing written")
+    assert run_ranks(dry_run, 2, tree)[0] == ("dry run", 0, "2 steps run, nothing written")
     assert not Path(tree["run"]["folder"]).exists()
     [end] = run_ranks(
         dry_run, 1, make_tree(train={**tree["train"], "max_steps": 1, "warmup_steps": 1})

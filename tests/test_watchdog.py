@@ -131,8 +131,8 @@ def test_a_silent_rank_is_named_by_its_neighbour(
     assert dogs[0].ended == [3]
     host = os.uname().nodename
     message = (
-        f"rank 2 on {host} is lost: not heard of for 10 s (run.lost_rank_seconds=10): killed, "
-        "stopped, or the machine or its network is gone; last seen at step 7, 'teacher'; rerun the "
+        f"rank 2 on {host} is lost: no heartbeat for 10 s (run.lost_rank_seconds=10): killed, "
+        "stopped, or the machine or its network is down; last seen at step 7, 'teacher'; rerun the "
         "same command to resume from the checkpoint of step 5"
     )
     assert (dogs[0].told, dogs[1].told) == ([message], []), "the lowest rank that is left speaks"
@@ -156,7 +156,7 @@ def test_a_lost_machine_is_named_whole(make: Callable[..., list[Ranked]], clock:
 def test_a_rank_that_never_comes(make: Callable[..., list[Ranked]], clock: Clock) -> None:
     dogs = make(2)
     go_round(dogs[:1], clock, 11)
-    assert "rank 1 on a host that is not known is lost: not heard of for 10 s" in dogs[0].told[0]
+    assert "rank 1 on a host that is not known is lost: no heartbeat for 10 s" in dogs[0].told[0]
     assert "never seen" in dogs[0].told[0]
 
 
@@ -180,8 +180,8 @@ def test_a_stall_names_who_is_behind(
     assert not any(dog.ended for dog in dogs)
     go_round(dogs, clock, 4, moving=False)
     assert dogs[0].told == [
-        f"no progress for 30 s (run.timeout_seconds=30): rank 1 on {os.uname().nodename} stands at "
-        f"step 7, 'teacher'; what the ranks were doing is in {tmp_path / 'stacks'}; no checkpoint "
+        f"no progress for 30 s (run.timeout_seconds=30): rank 1 on {os.uname().nodename} is at "
+        f"step 7, 'teacher'; the stacks of the ranks are in {tmp_path / 'stacks'}; no checkpoint "
         "was saved yet: rerun the same command to start from the beginning"
     ]
     for dog in dogs[1:]:
@@ -209,7 +209,7 @@ def test_a_rank_that_works_while_others_wait_is_no_stall(
 def test_all_stand_at_one_place(make: Callable[..., list[Ranked]], clock: Clock) -> None:
     dogs = make(2, timeout_seconds=30)
     go_round(dogs, clock, 33, moving=False)
-    assert "each rank stands at step 0, 'starting'" in dogs[0].told[0]
+    assert "each rank is at step 0, 'starting'" in dogs[0].told[0]
 
 
 @pytest.mark.parametrize("left", ["failed", ""])
@@ -272,8 +272,8 @@ def test_a_store_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         assert ended.wait(10)
     assert time.monotonic() - started < 4
     assert caplog.messages == [
-        f"rank 0 on {os.uname().nodename}, which holds the job's store, does not answer any more "
-        "(run.lost_rank_seconds=1): killed, stopped, or the machine or its network is gone; this "
+        f"rank 0 on {os.uname().nodename}, which holds the job's store, no longer answers "
+        "(run.lost_rank_seconds=1): killed, stopped, or the machine or its network is down; this "
         "rank was at step 5, 'backward'; no checkpoint was saved yet: rerun the same command to "
         "start from the beginning"
     ]

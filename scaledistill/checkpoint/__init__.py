@@ -1,1 +1,1 @@
-"""Checkpoints: their format, saving beside training, and copies in other places."""
+"""Checkpoints: their format, saving in the background, and copies in other places."""

@@ -1,11 +1,11 @@
-"""Checkpoints: folders of safetensors and one JSON, committed atomically, verified on load, the
-newest good one wins.
+"""Checkpoints: folders of safetensors and one JSON, committed atomically and verified on load.
 
-Enters: named groups of tensors and a JSON-able state. Leaves: the same, bit for bit. What they mean
-is left to others, the thread that writes them to `saving`, copies elsewhere to `mirror`.
+Inputs: named groups of tensors and a JSON-serialisable state. Outputs: the same, bit for bit, from
+the newest good checkpoint. Not handled here: what tensors and state mean, the thread that writes
+them (`checkpoint.saver`), copies elsewhere (`checkpoint.mirror`).
 
 The stages of a save, in this order: `write_group` for each group, `write_state`, `read_back`,
-`write_manifest`, `commit`, `prune`. Nothing that was committed before is touched until `commit`.
+`write_manifest`, `commit`, `prune`. Earlier checkpoints are not touched until `commit`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FALLING_BACK, NONE_LEFT = (
     "falling back to the one before",
     "there is none before it: the run starts from the beginning",
 )
-# In the order of safetensors, which puts the last ones first in a file.
+# In the order of safetensors, which writes tensors of the last dtype first.
 DTYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -67,25 +67,30 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """Return a group of tensors, on the CPU. Raises: DataError."""
+        """Return a group of tensors, on the CPU.
+
+        Raises:
+            DataError: the file cannot be read as safetensors.
+        """
         path = self.folder / f"{group}.safetensors"
         try:
             return load_file(path)
-        except (SafetensorError, OSError) as error:  # its hash holds: somebody else's file
+        except (SafetensorError, OSError) as error:  # the hash matches, but we did not write it
             raise DataError(
-                f"{path} cannot be used ({error}); remove {self.folder} to go on from before it"
+                f"{path} cannot be used ({error}); remove {self.folder} to resume from the "
+                "checkpoint before it"
             ) from None
 
 
 def folder_name(step: int) -> str:
-    """Return the name of a step's checkpoint."""
+    """Return the folder name of a step's checkpoint."""
     return f"step-{step:09d}"
 
 
 def write_checkpoint(
     root: Path, step: int, groups: dict[str, dict[str, Tensor]], state: str, *, keep: int
 ) -> Path:
-    """Commit a checkpoint, then drop all but the `keep` newest up to this step; return its folder.
+    """Commit a checkpoint, prune to the `keep` newest up to this step, and return its folder.
 
     Args:
         groups: tensors on the CPU; emptied on the way, so that each is freed as soon as it is
@@ -93,7 +98,7 @@ def write_checkpoint(
         state: JSON.
 
     Raises:
-        OSError: the disk did not take it, or gave back something else; nothing is left behind then.
+        OSError: it cannot be written, or reads back differently; no partial folder is left behind.
     """
     root.mkdir(parents=True, exist_ok=True)
     partial, folder = root / f".partial-{folder_name(step)}", root / folder_name(step)
@@ -117,10 +122,9 @@ def write_checkpoint(
 
 
 def write_group(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write tensors as safetensors' own `save_file` does, but without a copy of them all; return
-    the file's sha256.
+    """Write tensors like safetensors' `save_file`, without copying them all; return the sha256.
 
-    `tensors` is emptied on the way.
+    `tensors` is emptied on the way, so that each is freed as soon as it is written.
     """
     order = list(DTYPES)
     names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
@@ -146,34 +150,36 @@ def write_group(path: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def _append(file: io.FileIO, data: memoryview, digest: Any) -> None:
-    while data:  # a write may take less than it was given
+    while data:  # an unbuffered write may be partial
         written = file.write(data[:CHUNK_BYTES])
         digest.update(data[:written])
         data = data[written:]
 
 
 def write_state(path: Path, state: str) -> str:
-    """Write the JSON of a checkpoint; return its sha256."""
+    """Write a checkpoint's JSON; return its sha256."""
     path.write_text(state)
     return hashlib.sha256(state.encode()).hexdigest()
 
 
 def read_back(partial: Path, digests: Mapping[str, str]) -> None:
-    """Flush the files to the disk, and compare what it gives back with what was written. Raises:
-    OSError.
+    """Flush the files to the disk and compare their contents with what was written.
+
+    Raises:
+        OSError: they cannot be flushed or read, or differ.
     """
     for name, digest in digests.items():
         path = partial / name
         sync(path)
-        # From the disk, not from the page cache, where that can be.
+        # Drop the page cache if possible, so that the data is read from the disk.
         with path.open("rb") as file, suppress(OSError):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if sha256_of(path) != digest:
-            raise OSError(errno.EIO, "what the disk gives back is not what was written", str(path))
+            raise OSError(errno.EIO, "the data read back differs from what was written", str(path))
 
 
 def write_manifest(partial: Path, digests: Mapping[str, str]) -> None:
-    """Write sizes and hashes, which makes a folder a checkpoint."""
+    """Write the sizes and hashes of the files, which completes a checkpoint."""
     files = {
         name: {"bytes": (partial / name).stat().st_size, "sha256": digests[name]}
         for name in sorted(digests)
@@ -182,7 +188,7 @@ def write_manifest(partial: Path, digests: Mapping[str, str]) -> None:
 
 
 def commit(partial: Path, folder: Path) -> None:
-    """Put a complete folder in its place."""
+    """Move a complete folder to its final name."""
     aside = folder.with_name(f".partial-old-{folder.name}")
     if folder.exists():  # the same step, saved again after a resume from an earlier one
         folder.rename(aside)
@@ -193,20 +199,19 @@ def commit(partial: Path, folder: Path) -> None:
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints up to this one."""
-    # A later one is damaged, or this step would not have been made again: it must not push this one
-    # out.
+    # A later checkpoint is damaged, or the run would have resumed from it: it must not count.
     for old in [path for path in _committed(folder.parent) if path.name <= folder.name][keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def newest_checkpoint(root: Path, ranks: Ranks, remote: str | None = None) -> Checkpoint | None:
-    """Return the newest checkpoint whose sizes and hashes hold; each damaged one is named in a
-    warning. Collective.
+    """Return the newest good checkpoint, or None. Collective.
 
-    Where the folder `remote` has a newer good one, that is fetched first.
+    It is good if all sizes and hashes match; a warning names each damaged one. If `remote` has a
+    newer good one, that is downloaded first.
 
     Raises:
-        DataError: rank 0 found one that another rank does not see; `remote` cannot be read.
+        DataError: a rank cannot read the checkpoint that rank 0 reads, or `remote` cannot be read.
         PeerError: the same, on the other ranks.
     """
     name = None
@@ -225,16 +230,16 @@ def newest_checkpoint(root: Path, ranks: Ranks, remote: str | None = None) -> Ch
                 f"checkpoint {folder}: rank 0 reads it, rank {ranks.rank} does not "
                 f"({error.strerror}); run.folder must be on a file system that all ranks share"
             ) from None
-        except (ValueError, RecursionError) as error:  # its hash holds: somebody else's file
+        except (ValueError, RecursionError) as error:  # the hash matches, but we did not write it
             raise DataError(
-                f"{folder / STATE} cannot be used ({error}); remove {folder} to go on from before "
-                "it"
+                f"{folder / STATE} cannot be used ({error}); remove {folder} to resume from the "
+                "checkpoint before it"
             ) from None
     return Checkpoint(folder, state)
 
 
 def _newest_good(root: Path, remote: str | None) -> str | None:
-    """Return the name of the newest good checkpoint in `root`, after fetching it if need be."""
+    """Return the name of the newest good checkpoint in `root`, downloading it if need be."""
     for leftover in root.glob(".partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     name = None
@@ -255,7 +260,7 @@ def _newest_good(root: Path, remote: str | None) -> str | None:
         partial = root / f".partial-{newer}"
         if (damage := _fetch(f"{remote}/{newer}", partial)) is None:
             commit(partial, root / newer)
-            log.info("going on from %s/%s, which is newer than what %s has", remote, newer, root)
+            log.info("resuming from %s/%s, which is newer than all in %s", remote, newer, root)
             return newer
         then = FALLING_BACK if name or number < len(copies) else NONE_LEFT
         log.warning("checkpoint %s/%s is damaged (%s); %s", remote, newer, damage, then)
@@ -284,14 +289,12 @@ def _fetch(url: str, partial: Path) -> str | None:
 
 
 def newest_state(root: Path) -> dict[str, Any] | None:
-    """Return the JSON of the newest checkpoint, unverified; None where there is none that can be
-    read.
-    """
+    """Return the newest checkpoint's JSON, unverified; None if there is no readable one."""
     return next(filter(None, (read_json(folder / STATE) for folder in _committed(root))), None)
 
 
 def verify(folder: Path) -> str | None:
-    """Return what is wrong with a committed checkpoint; None where every size and hash holds."""
+    """Return what is wrong with a committed checkpoint; None if all sizes and hashes match."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]

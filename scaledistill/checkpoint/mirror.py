@@ -1,8 +1,8 @@
-"""Copies of checkpoints in `checkpoint.remote`: a bucket, or a folder of another disk.
+"""Copies of checkpoints in `checkpoint.remote`: a bucket, or a folder on another disk.
 
-Enters: committed folders and where to copy them. Leaves: the same folders there. A folder counts
-once its manifest is there, which is written last and removed first; whether its files are good,
-`checkpoint` finds out.
+Inputs: committed folders and where to copy them. Outputs: the same folders there. A copy counts
+once its manifest is there, which is written last and removed first. Not handled here: verifying the
+files (`checkpoint.format`).
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def check(remote: str) -> None:
-    """Try to write where the copies are to be, and remove it again.
+    """Check that copies can be written, by writing an empty file and removing it.
 
     Raises:
-        ConfigError: not a place that can be written.
-        DataError: it cannot be reached, or refuses.
+        ConfigError: `remote` is of a kind that cannot be written to.
+        DataError: it cannot be reached, or denies access.
     """
     _check_scheme(remote)
     probe = f".probe-{socket.gethostname()}-{os.getpid()}"
 
     def write_and_remove(files: Any, path: str) -> None:
+        """Write the empty file and remove it."""
         files.makedirs(path, exist_ok=True)
         files.pipe_file(f"{path}/{probe}", b"")
         files.rm_file(f"{path}/{probe}")
@@ -57,17 +58,23 @@ def checkpoints(remote: str) -> list[str]:
     """Return the names of the checkpoints whose manifest is there, newest first."""
 
     def find(files: Any, path: str) -> list[str]:
+        """Return the folders that have a manifest."""
         return [name for name in _folders(files, path) if files.exists(f"{path}/{name}/{MANIFEST}")]
 
     return _named(remote, find)
 
 
 def upload(folder: Path, remote: str, keep: int) -> None:
-    """Copy a checkpoint, then drop all but the `keep` newest up to it. Raises: DataError."""
+    """Copy a checkpoint, then remove all but the `keep` newest up to it.
+
+    Raises:
+        DataError: `remote` cannot be reached, or denies access.
+    """
 
     def forget(files: Any, path: str) -> None:
+        """Make the folder, and remove its manifest if it has one."""
         files.makedirs(path, exist_ok=True)
-        # The same step of before: not good until it is whole again.
+        # An earlier copy of this step must not count while it is overwritten.
         if files.exists(f"{path}/{MANIFEST}"):
             files.rm_file(f"{path}/{MANIFEST}")
 
@@ -81,9 +88,15 @@ def upload(folder: Path, remote: str, keep: int) -> None:
 
 
 def download(url: str, folder: Path) -> None:
-    """Copy the files of a checkpoint into a folder. Raises: DataError, OSError."""
+    """Copy the files of a checkpoint into a folder.
+
+    Raises:
+        DataError: `url` cannot be reached, or denies access.
+        OSError: the files cannot be written.
+    """
 
     def get(files: Any, path: str) -> None:
+        """Download every file with a plain name."""
         for entry in files.ls(path, detail=True):
             name = _name(entry)
             if entry["type"] == "file" and FILE.fullmatch(name):
@@ -93,8 +106,9 @@ def download(url: str, folder: Path) -> None:
 
 
 def set_aside(remote: str) -> str | None:
-    """Move the checkpoints to the first free `<remote>.1`, `<remote>.2`, …; return where, None
-    where there are none.
+    """Move the checkpoints to the first free `<remote>.1`, `<remote>.2`, …, and return it.
+
+    Returns None if there are no checkpoints.
 
     Raises:
         ConfigError, DataError: see `check`.
@@ -102,6 +116,7 @@ def set_aside(remote: str) -> str | None:
     _check_scheme(remote)
 
     def move(files: Any, path: str) -> str | None:
+        """Move the folders and return where to."""
         names = list(_folders(files, path))
         if not names:
             return None
@@ -126,7 +141,7 @@ def _prune(files: Any, path: str, newest: str, keep: int) -> None:
 
 
 def _folders(files: Any, path: str) -> Iterator[str]:
-    """Yield the folders that are named as checkpoints, newest first."""
+    """Yield the folders with names of checkpoints, newest first."""
     entries = files.ls(path, detail=True) if files.exists(path) else []
     names = {_name(entry) for entry in entries if entry["type"] == "directory"}
     yield from sorted(filter(FOLDER.fullmatch, names), reverse=True)
@@ -137,7 +152,7 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _named(url: str, action: Any) -> Any:
-    """Do something there; errors name the setting."""
+    """Apply an action to a location; its errors name the setting."""
     try:
         return change(url, lambda files, path: action(files, path.rstrip("/")))
     except DataError as error:

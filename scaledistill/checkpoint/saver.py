@@ -1,8 +1,8 @@
-"""Saving beside training: a thread of rank 0 writes what was gathered, while the loop goes on.
+"""Saving in the background: a thread of rank 0 writes the gathered checkpoint during training.
 
-Enters: a way to gather a checkpoint. Leaves: checkpoints in the run's folder and copies in
-`checkpoint.remote`, and how each save ended, the same on every rank. What a checkpoint is,
-`checkpoint` knows; when one is due, `train`.
+Inputs: a function that gathers a checkpoint. Outputs: checkpoints in the run's folder, copies in
+`checkpoint.remote`, and the outcome of each save, the same on every rank. Not handled here: the
+format (`checkpoint.format`), when to save (`training.loop`).
 """
 
 from __future__ import annotations
@@ -33,16 +33,15 @@ log = logging.getLogger(__name__)
 
 NICENESS = 10
 SPARE_BYTES = 1 << 16
-"""For the JSON files."""
+"""Space for the JSON files."""
 ROUND_SECONDS = 5.0
-"""Ranks that wait for rank 0's disk hear from it this often, so that nothing of theirs times
-out."""
+"""Interval of messages to ranks that wait for rank 0's disk, so that no collective times out."""
 WORD_SECONDS = 30.0
-"""People hear this often."""
+"""Interval of warnings while the disk is waited for."""
 ROOM_SECONDS = 5.0
-"""How long a save waits to hear whether the disk has room."""
+"""How long a save waits to learn whether the disk has enough space."""
 GRACE_SECONDS = 10.0
-"""What a write under way gets where an error ends the run."""
+"""Time given to a write under way when an error ends the run."""
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -54,14 +53,15 @@ class Outcome:
     step: int
     error: str | None
     ended: float = field(default=0.0, compare=False)
-    """When, by rank 0's `time.perf_counter`."""
+    """When it ended, by rank 0's `time.perf_counter`."""
     remedy: str = field(default="", compare=False)
     """What to do about the error."""
 
 
 class Saver:
-    """Saves, at most one in flight. Used as a context manager around the loop; its methods are
-    collective.
+    """Saves checkpoints, one at a time; a context manager around the loop.
+
+    `begin` and `settle` are collective.
     """
 
     def __init__(self, root: Path, ranks: Ranks, *, keep: int, remote: str | None = None) -> None:
@@ -83,33 +83,35 @@ class Saver:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        """Give a write under way a moment, unless someone wants to leave at once. Not
-        collective.
-        """
+        """Wait briefly for a write under way, except on KeyboardInterrupt. Not collective."""
         if self._thread and (kind is None or issubclass(kind, Exception)):
             self._thread.join(GRACE_SECONDS)
 
     @property
     def pending(self) -> bool:
-        """Whether a save was begun that is not settled."""
+        """Whether a save has begun and is not settled yet."""
         return self._step is not None
 
     def begin(
         self, step: int, num_bytes: int, gather: Callable[[], tuple[Groups, Mapping[str, Any]]]
     ) -> None:
-        """Gather a checkpoint of `num_bytes` and have it written; where the disk has no room,
-        neither. Collective.
+        """Gather a checkpoint and start to write it; do neither if the disk is full. Collective.
 
         Args:
-            gather: returns tensors and a JSON-able state, both empty on all ranks but the first.
-                The tensors are written later: nobody may change them any more.
+            step: the step of the checkpoint.
+            num_bytes: its size.
+            gather: returns tensors and a JSON-serialisable state, both empty except on rank 0. The
+                tensors are written later, so they must not be changed any more.
+
+        Raises:
+            RuntimeError: the previous save is not settled.
         """
         if self.pending:
             raise RuntimeError(f"the save of step {self._step} is not settled")
         self._step, self._error = step, None
         self._ended.clear()
         if self._ranks.is_main:
-            # A folder that hangs must not hold up the ranks: then the thread that writes finds out.
+            # A folder that hangs must not block the ranks; the writing thread then finds out.
             asked = self._disk.submit(self._no_room, num_bytes, patience=ROOM_SECONDS)
             self._error = asked.result() if asked.done() else None
             if self._error:
@@ -128,8 +130,10 @@ class Saver:
             self._thread.start()
 
     def settle(self, *, wait: bool) -> Outcome | None:
-        """Return how the save that was begun ended; None where there is none, or it is not over
-        yet. Collective.
+        """Return the outcome of the pending save; None without one or if not ended. Collective.
+
+        Args:
+            wait: wait until it has ended.
         """
         if self._step is None:
             return None
@@ -158,7 +162,7 @@ class Saver:
                     else self._root
                 )
                 log.warning(
-                    "waiting for the checkpoint of step %d since %.0f s; is %s slow, or gone?",
+                    "waiting for the checkpoint of step %d for %.0f s; is %s slow, or gone?",
                     *(self._step, told - start, where),
                 )
 
@@ -174,8 +178,8 @@ class Saver:
         return f"{free / 1e6:,.1f} MB free, {needed / 1e6:,.1f} MB needed ({self._root})"
 
     def _write(self, step: int, groups: Groups, state: str) -> None:
-        """Be the thread of rank 0."""
-        with contextlib.suppress(OSError):  # Linux alone has a priority for each thread
+        """Write and copy a checkpoint; runs in rank 0's thread."""
+        with contextlib.suppress(OSError):  # only Linux has priorities per thread
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             folder = write_checkpoint(self._root, step, groups, state, keep=self._keep)
@@ -183,7 +187,7 @@ class Saver:
                 self._copy(folder, self._remote)
         except OSError as failure:
             self._error = self._refused(failure)
-        except Exception as failure:  # told by the loop, which must not wait for ever
+        except Exception as failure:  # reported by the loop, which must not wait forever
             log.exception("the checkpoint of step %d", step)
             self._error, self._remedy = repr(failure), "see the traceback above"
         finally:
@@ -195,14 +199,12 @@ class Saver:
         return f"{failure.strerror or failure} ({failure.filename or self._root})"
 
     def _copy(self, folder: Path, remote: str) -> None:
-        """Copy a checkpoint; where that fails the save did not: what is needed to go on stands in
-        the run's folder.
-        """
+        """Copy a checkpoint; only warn on failure, since the run's folder suffices to resume."""
         try:
             mirror.upload(folder, remote, self._keep)
         except (DataError, OSError) as failure:
             log.warning(
-                "%s is not copied: %s; training goes on and the next save tries again. Check "
-                "network and access rights",
+                "%s is not copied: %s; training continues and the next save tries again. Check "
+                "the network and access rights",
                 *(folder, failure),
             )

@@ -1,1 +1,1 @@
-"""Ranks, the launchers that start them, and the watchdog that finds lost ones."""
+"""Ranks, the launchers that start them, and the watchdog that detects lost ones."""

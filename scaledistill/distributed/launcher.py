@@ -1,7 +1,8 @@
-"""What a launcher says about this process: its rank, and where the ranks meet.
+"""What the launcher set for this process: its rank, and where the ranks meet.
 
-Inputs: the environment that `deepspeed`, `torchrun`, `accelerate launch` or nobody made. Outputs:
-numbers, checked. Imports nothing heavy. Not handled here: joining the other ranks (`distributed`).
+Inputs: the environment of `deepspeed`, `torchrun` or `accelerate launch`, or of no launcher.
+Outputs: checked numbers. Imports nothing heavy. Not handled here: joining the other ranks
+(`distributed.ranks`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ LEAST = {
 }
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 BATCH_STEPS = 0xFFFFFFF0
-"""Slurm numbers the steps of batch scripts and interactive shells from here; the steps of `srun`
-from 0."""
+"""First number of Slurm's steps for batch scripts and shells; those of `srun` count from 0."""
 LAUNCHERS = (
     "start the run with `deepspeed`, `torchrun` or `accelerate launch`, which set them all, or "
     "unset them for one process"
@@ -35,7 +35,7 @@ LAUNCHERS = (
 
 
 class LauncherFacts(NamedTuple):
-    """This process among the processes of the job."""
+    """The place of this process in the job."""
 
     rank: int
     world_size: int
@@ -44,7 +44,7 @@ class LauncherFacts(NamedTuple):
 
 
 def check_numbers() -> None:
-    """Check that the variables of a launcher that are set hold numbers.
+    """Check that the launcher's variables, where set, hold valid numbers.
 
     Raises:
         ConfigError: one does not.
@@ -68,11 +68,11 @@ def check_numbers() -> None:
 
 
 def launcher_facts() -> LauncherFacts:
-    """Return what the launcher set; without a launcher, that this process is alone.
+    """Return the place of this process in the job; without a launcher, it is the only one.
 
     Raises:
-        ConfigError: the variables are incomplete or contradict each other, or something started
-            several processes that do not know of each other.
+        ConfigError: the variables are incomplete or contradict each other, or several processes
+            were started that do not know of each other.
     """
     check_numbers()
     given = [name for name in NAMES if name in os.environ]
@@ -95,7 +95,7 @@ def launcher_facts() -> LauncherFacts:
                 f"the environment sets {name}={number} and {size_name}={size}, expected {name} to "
                 f"be from 0 to {size - 1}; {LAUNCHERS}"
             )
-    # One rank, which meets nobody, may have any.
+    # A single rank opens no port, so that any number will do.
     if world_size > 1 and int(os.environ["MASTER_PORT"]) == 0:
         raise ConfigError(
             "the environment sets MASTER_PORT=0, expected a whole number from 1 to 65535; "
@@ -110,12 +110,16 @@ def launcher_facts() -> LauncherFacts:
 
 
 def _local_name() -> str:
-    """Return which variable holds the number of ranks on this machine."""
+    """Return the name of the variable with the number of ranks on this machine."""
     return next((name for name in LOCAL_SIZES if os.environ.get(name)), "WORLD_SIZE")
 
 
 def _check_alone() -> None:
-    """Refuse processes that were started together and would each take itself for the whole job."""
+    """Refuse processes that were started together but would each run the whole job.
+
+    Raises:
+        ConfigError: this is one of several tasks of Slurm or MPI.
+    """
     tasks = _slurm_tasks()
     if tasks > 1:
         raise ConfigError(
@@ -140,9 +144,7 @@ def _check_alone() -> None:
 
 
 def _slurm_tasks() -> int:
-    """Return how many tasks the `srun` has that started this process; 1 without one, as in a batch
-    script.
-    """
+    """Return the number of tasks of this process's `srun`; 1 without one, as in a batch script."""
     step, task = (
         os.environ.get("SLURM_STEP_ID") or os.environ.get("SLURM_STEPID", ""),
         os.environ.get("SLURM_PROCID"),
@@ -150,7 +152,8 @@ def _slurm_tasks() -> int:
     in_step = (step.isdecimal() and int(step) < BATCH_STEPS) or "SLURM_STEP_NUM_TASKS" in os.environ
     if task is None or not (in_step or task != "0"):
         return 1
-    # In a batch script SLURM_NTASKS counts the tasks of the job, of which the script is none.
+    # In a batch script SLURM_NTASKS counts the tasks of the job, not the script itself: that is why
+    # batch scripts have returned above.
     sizes = (
         os.environ.get(name, "")
         for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")

@@ -1,7 +1,8 @@
-"""Rank facts, the process group's lifetime, and the few reductions of ours.
+"""Ranks: the process group, collectives, errors across ranks, and the precision of a device.
 
-Enters: the environment of a launcher (`deepspeed`, `torchrun`, `accelerate launch`) or none (plain
-`python`: one rank). Leaves: `Ranks`.
+Inputs: the environment of a launcher (`deepspeed`, `torchrun`, `accelerate launch`) or of none
+(plain `python`: one rank). Outputs: `Ranks`. Not handled here: the launcher's variables
+(`distributed.launcher`), lost or stalled ranks (`distributed.watchdog`).
 """
 
 from __future__ import annotations
@@ -29,23 +30,22 @@ from scaledistill.errors import EXIT_ENVIRONMENT, ConfigError, DataError, Diverg
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 5.0
-"""How long a rank waits for rank 0 to report the failure of both."""
+"""How long a rank waits for rank 0 to report a failure that both have."""
 CPU_BF16_VARIABLE = "SCALEDISTILL_CPU_BF16"
-"""Of the environment: 1 or 0 says whether the CPU has fast bf16, in place of what is found; tests
-set both."""
+"""Environment variable: 1 or 0 overrides whether the CPU has fast bf16; tests set both."""
 BF16_ON_CPU = (
     "train.precision=bf16 on a CPU: PyTorch adds the gradients of LayerNorms and of the token "
     "types over tokens in bf16, 10 to 80 % off; use fp32 or auto (teacher.dtype may stay bf16)"
 )
 LEAVE_SECONDS = 30
-"""How long leaving a process group may take; NCCL waits for peers that are gone."""
+"""How long leaving a process group may take: NCCL waits for peers that have died."""
 
 _at_leaving: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the processes of the job."""
+    """The place of this process in the job, and its device."""
 
     rank: int
     world_size: int
@@ -54,16 +54,16 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
 
 @contextmanager
 def process_group(timeout_seconds: int) -> Iterator[Ranks]:
-    """Join the job's process group, and leave it at the end; a group that stands already is used.
-    Collective.
+    """Join the job's process group, and leave it at the end. Collective.
 
-    NCCL and one GPU a rank where there are GPUs, gloo on the CPU otherwise. Every group that is
-    made meanwhile has the same timeout.
+    Uses NCCL with one GPU per rank if there are GPUs, else gloo on the CPU. A group that already
+    exists is used and not left. Groups created during the block have the same timeout.
 
     Raises:
         ConfigError: a launcher's variables are wrong, or there are more ranks than GPUs on this
@@ -71,11 +71,11 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
         DataError: the ranks cannot meet: the port is in use, or rank 0 cannot be reached.
     """
     rank, world_size, local_rank, local_world_size = facts_here = launcher_facts()
-    # Read by run.deterministic, before any CUDA work.
+    # Needed for run.deterministic; must be set before any CUDA work.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
-        # Slurm's --gpus-per-task=1 shows each task its own.
+        # With Slurm's --gpus-per-task=1, each task sees only its own GPU.
         own_gpu = num_gpus == 1 and "SLURM_PROCID" in os.environ
         if local_rank >= num_gpus and not own_gpu:
             raise ConfigError(
@@ -88,11 +88,11 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
         device, backend = torch.device("cuda", index), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-        # DeepSpeed warns where it has to find that out.
+        # DeepSpeed warns if it has to detect this itself.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-    # DeepSpeed reads these even where the group already stands, and would otherwise ask for MPI.
+    # DeepSpeed reads these even if the group already exists, and requires MPI without them.
     facts = {
         "RANK": rank,
         "WORLD_SIZE": world_size,
@@ -105,7 +105,7 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     }
     timeout = timedelta(seconds=timeout_seconds)
     with _environment({**facts, **address}), _default_timeout(timeout):
-        if dist.is_initialized():  # the caller's own group, left as it is
+        if dist.is_initialized():  # the caller's own group, which stays as it is
             with _callbacks_at_leaving():
                 yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
             return
@@ -117,9 +117,9 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
             local_world_size == world_size
             and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         ):
-            # The agent's store outlives a restart: a rank that reads a dead one's address would
-            # never meet the living one. Of several agents each counts its own restarts: there,
-            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes new stores.
+            # The agent's store survives a restart, and a rank that read a dead rank's address from
+            # it would never connect: so each attempt has its own prefix. Several agents count
+            # restarts separately; there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes new stores.
             with _meeting(facts_here):
                 store, *_ = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(
@@ -137,7 +137,7 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
             with _callbacks_at_leaving(backstop.start):
                 yield Ranks(rank, world_size, local_rank, device)
         finally:
-            # It keeps groups of its own, of which the next run would hear.
+            # DeepSpeed keeps groups of its own, which the next run would otherwise reuse.
             comm = sys.modules.get("deepspeed.comm")
             leave = (
                 comm.destroy_process_group
@@ -149,19 +149,16 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
 
 
 def at_leaving(callback: Callable[[], None]) -> None:
-    """Call `callback` when the process group is left; within a caller's own group, when the run
-    ends.
+    """Call `callback` when the process group is left; in a caller's own group, when the run ends.
 
-    Not called if another rank is gone: what waits for the device would then wait for that rank.
+    It is not called if another rank is lost: waiting for the device would then wait for that rank.
     """
     _at_leaving.append(callback)
 
 
 @contextmanager
 def _callbacks_at_leaving(leaving: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Call `leaving` at the end of the block, then what the block gave to `at_leaving`, the last
-    one first.
-    """
+    """Call `leaving` after the block, then the block's `at_leaving` callbacks, last one first."""
     outer = len(_at_leaving)
     alone = False
     try:
@@ -184,8 +181,9 @@ def _callbacks_at_leaving(leaving: Callable[[], None] = lambda: None) -> Iterato
 
 @contextmanager
 def _default_timeout(timeout: timedelta) -> Iterator[None]:
-    """Make `timeout` the default of new groups: DeepSpeed makes its own and states none (10 minutes
-    on NCCL then).
+    """Make `timeout` the default of new process groups.
+
+    DeepSpeed creates groups of its own without one, and NCCL's default is only 10 minutes.
     """
     names = ("default_pg_timeout", "default_pg_nccl_timeout")
     before = {name: getattr(distributed_c10d, name) for name in names}
@@ -200,7 +198,7 @@ def _default_timeout(timeout: timedelta) -> Iterator[None]:
 
 @contextmanager
 def _meeting(facts: LauncherFacts) -> Iterator[None]:
-    """Say what is wrong where the ranks' store cannot be had.
+    """Explain why the ranks' store cannot be reached.
 
     Raises:
         DataError: the port is in use, or rank 0 does not answer.
@@ -217,22 +215,20 @@ def _meeting(facts: LauncherFacts) -> Iterator[None]:
                 "in launch/ find one"
             ) from error
         if facts.rank and facts.local_world_size == facts.world_size:
-            # Rank 0 is on this machine, reports its own failure, and then the launcher ends this
+            # Rank 0 is on this machine and reports its own failure; the launcher then ends this
             # rank.
             time.sleep(REPORT_SECONDS)
         reason = str(error).splitlines()[0][:200]
         raise DataError(
             f"rank {facts.rank} on {socket.gethostname()} cannot meet the other ranks at "
             f"{host}:{port} ({reason}); check that rank 0 runs there, that MASTER_ADDR and "
-            "MASTER_PORT are its address, and the firewall between"
+            "MASTER_PORT are its address, and that no firewall blocks it"
         ) from error
 
 
 @contextmanager
 def _environment(values: Mapping[str, object]) -> Iterator[None]:
-    """Set variables, and in the end what was there before: what else this process does needs no
-    launcher.
-    """
+    """Set environment variables during the block, and restore the previous ones afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ |= {name: str(value) for name, value in values.items()}
     try:
@@ -246,8 +242,9 @@ def _environment(values: Mapping[str, object]) -> Iterator[None]:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Return whether the device computes bf16 faster than fp32; $SCALEDISTILL_CPU_BF16 overrides
-    what a CPU says.
+    """Return whether the device computes bf16 faster than fp32.
+
+    $SCALEDISTILL_CPU_BF16 overrides what is detected on a CPU.
 
     Raises:
         ConfigError: the variable is neither 0 nor 1.
@@ -267,11 +264,10 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(setting: str, device: torch.device) -> str:
-    """Return the student's "fp32", "bf16" or "fp16" for `train.precision`; "auto" is fp32 on all
-    CPUs.
+    """Return the student's "fp32", "bf16" or "fp16" for `train.precision`.
 
-    PyTorch's CPU backward of LayerNorm and Embedding adds over tokens in bf16: over 512 tokens
-    these gradients are a tenth off, over 16,384 four fifths.
+    "auto" is fp32 on all CPUs: PyTorch's CPU backward of LayerNorm and Embedding sums over tokens
+    in bf16, which makes these gradients 10 % wrong over 512 tokens and 80 % over 16,384.
 
     Raises:
         ConfigError: fp16 on a CPU, which DeepSpeed refuses.
@@ -282,10 +278,10 @@ def resolve_precision(setting: str, device: torch.device) -> str:
 
 
 def resolve_teacher_dtype(setting: str, precision: str, device: torch.device) -> str:
-    """Return the teacher's "fp32", "bf16" or "fp16" for `teacher.dtype`, from the stated
-    `train.precision` if "auto".
+    """Return the teacher's "fp32", "bf16" or "fp16" for `teacher.dtype`.
 
-    Where both are "auto" it is bf16 if that is fast, on CPUs too: a forward sums in fp32.
+    "auto" takes the configured `train.precision`. If that is "auto" too, it is bf16 if that is
+    fast, on CPUs too, since a forward sums in fp32.
 
     Raises:
         ConfigError: fp16 on a CPU.
@@ -314,9 +310,9 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def private_store(name: str) -> dist.Store:
-    """Return a store that all ranks share: with a connection of its own, and empty. Collective."""
+    """Return an empty store that all ranks share, with its own connection. Collective."""
     group_store = distributed_c10d._get_default_store()
-    # Torchrun's store outlives restarts, and restart counts may differ.
+    # A random prefix: torchrun's store survives restarts, and restart counts may differ.
     token = broadcast_object(secrets.token_hex(8))
     return dist.PrefixStore(f"{name}-{token}", group_store.clone())  # type: ignore[attr-defined]
 
@@ -339,7 +335,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def explain_lost_peer(error: BaseException) -> str | None:
-    """Return a message where an error means that another rank is gone; None for other errors."""
+    """Return a message if an error means that another rank is lost; None for other errors."""
     text = str(error)
     if isinstance(error, RuntimeError) and any(
         part in text for part in ("gloo", "NCCL", "Connection closed by peer")
@@ -366,19 +362,18 @@ def reported_once(ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Run a block that has no collectives in it; if it fails on some ranks, fail on all of them.
-    Collective.
+    """Run a block without collectives; if it fails on any rank, fail on all. Collective.
 
     Raises:
-        ConfigError, DataError: on rank 0, its own error, or that of the first rank that has one,
-            with rank and host.
+        ConfigError, DataError: on rank 0, its own error or else the first failing rank's, with that
+            rank and its host.
         PeerError: on the other ranks.
         Exception: any other error, on the rank that has it.
     """
     error = None
     try:
         yield
-    except Exception as caught:  # noqa: BLE001 - none may leave the others waiting
+    except Exception as caught:  # noqa: BLE001 - no error may leave the other ranks waiting
         error = caught
     expected = isinstance(error, ConfigError | DataError)
     kind = (type(error) if expected else DataError) if error else None

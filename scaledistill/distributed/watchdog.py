@@ -1,16 +1,15 @@
-"""Ends a job in which a rank is gone or stands still, with a message that names it: never a silent
-hang.
+"""The watchdog: ends a job in which a rank is lost or stalled, with a message that names it.
 
-Enters: the ranks, a store that they share, what the main thread is at. Leaves: nothing while all is
-well; else a verdict, the same on all ranks: each writes the Python stacks of its threads to
-`<run.folder>/stacks/rank-<rank>.txt` and ends its process with exit code 3; one speaks, and writes
-`status.json`.
+Inputs: the ranks, a store that they share, the current phase of the main thread. Outputs: nothing
+while all is well; otherwise a verdict, the same on all ranks: each writes the Python stacks of its
+threads to `<run.folder>/stacks/rank-<rank>.txt` and ends its process with exit code 3; one of them
+logs the message and has it written to `status.json`.
 
-Every rank beats into the store and looks at the beat of the next rank alone, so that the traffic
-grows with the ranks, not with their square; a verdict stands under one key, which each reads with
-every beat. Calls to a store whose host is stopped never return, whatever their timeout: so one
-thread talks and another one looks after it. While C code holds the interpreter's lock, both stand
-still, and the others take this rank for lost.
+Every rank writes its heartbeat to the store and reads only that of the next rank, so that traffic
+grows linearly with the ranks. A verdict is stored under a single key, which each rank reads with
+every heartbeat. Calls to a store whose host is stopped never return, whatever their timeout, so one
+thread talks to the store and another one watches that thread. While native code holds the GIL, both
+stand still, and the other ranks take this one for lost.
 """
 
 from __future__ import annotations
@@ -41,18 +40,18 @@ NAMED_RANKS = 8
 
 
 class Beat(NamedTuple):
-    """What a rank says of itself."""
+    """A rank's heartbeat."""
 
     number: int
     host: str
     step: int
     phase: str
     progress: int
-    """How many times the main thread got on; ranks do so alike, so that the lowest number is
-    furthest behind."""
+    """How many times the main thread has reported progress. Ranks report at the same places, so the
+    rank with the lowest number is furthest behind."""
     idle_seconds: float
     left: str = ""
-    """"done" or "failed" where the rank has left the run by itself."""
+    """"done" or "failed" if the rank has left the run by itself."""
 
 
 class Verdict(NamedTuple):
@@ -63,10 +62,10 @@ class Verdict(NamedTuple):
 
 
 class Unchanged:
-    """For how long a value has been the same.
+    """Measures for how long a value has not changed.
 
-    Time in which nobody looked counts for `longest_tick` at most: a job that was suspended whole
-    has lost nobody.
+    The time between two looks counts for `longest_tick` seconds at most: if the whole job was
+    suspended, no rank is lost.
     """
 
     def __init__(self, longest_tick: float, clock: Callable[[], float]) -> None:
@@ -77,7 +76,7 @@ class Unchanged:
         self._seconds = 0.0
 
     def seconds(self, value: object) -> float:
-        """Look at the value."""
+        """Return for how many seconds `value` has not changed, as far as was looked at."""
         now = self._clock()
         self._seconds += min(now - self._looked, self._longest_tick)
         self._looked = now
@@ -87,10 +86,10 @@ class Unchanged:
 
 
 class Watchdog:
-    """Watches a job from each of its ranks, while its context lasts."""
+    """Watches a job from each of its ranks; a context manager around the run."""
 
     tell: Callable[[str], None] | None = None
-    """Called with the message of a verdict by the rank that speaks: to write it down."""
+    """Called with a verdict's message on the rank that reports it, to write `status.json`."""
 
     def __init__(
         self,
@@ -109,7 +108,7 @@ class Watchdog:
         self._store = store or (private_store("watchdog") if ranks.world_size > 1 else None)
         self._interval = min(BEAT_SECONDS, settings.lost_rank_seconds / 5)
         self._next = (ranks.rank + 1) % ranks.world_size
-        # Progress, step, phase: replaced whole, so that no lock is needed.
+        # (progress, step, phase): replaced as a whole, so that no lock is needed.
         self._place = (0, 0, "starting")
         self._beats, self._left = 0, ""
         self._known: dict[int, Beat] = {}
@@ -137,19 +136,19 @@ class Watchdog:
         self._left = "failed" if kind else "done"
         self._over.set()
         for thread in self._threads:
-            thread.join(2 * self._interval + 1)  # the store may not answer any more
+            thread.join(2 * self._interval + 1)  # the store may no longer answer
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """Say that the main thread gets on; in the same places on all ranks."""
+        """Report that the main thread makes progress; call it at the same places on all ranks."""
         progress, known_step, _ = self._place
         self._place = (progress + 1, known_step if step is None else step, phase)
 
     @contextmanager
     def naming_lost_ranks(self) -> Iterator[None]:
-        """Turn the error of a collective that lost a peer into one that names it.
+        """Turn the error of a collective that lost a peer into one that names the lost rank.
 
         Raises:
-            DataError: on the lowest rank that is left.
+            DataError: on the lowest remaining rank.
             PeerError: on the others.
         """
         try:
@@ -166,9 +165,7 @@ class Watchdog:
             raise PeerError(self._verdict.message, EXIT_ENVIRONMENT) from error
 
     def _look_after(self) -> None:
-        """End this rank where its store does not answer, or where a rank that is alone stands
-        still.
-        """
+        """End this rank if its store does not answer, or if it is the only rank and has stalled."""
         while not self._over.wait(self._interval):
             if self._store is None:
                 if self._idle.seconds(self._place) >= self._settings.timeout_seconds:
@@ -180,23 +177,24 @@ class Watchdog:
                 self._end(self._store_lost())
 
     def _talk(self) -> None:
+        """Exchange heartbeats until the run is over; runs in the store's thread."""
         try:
             while True:
                 self._round()
                 if self._over.wait(self._interval):
                     return self._publish()
-        except RuntimeError:  # broken for good
+        except RuntimeError:  # the connection to the store is broken for good
             while not self._over.wait(self._interval):
                 if self._asked.is_set():
                     self._verdict = self._verdict or self._store_lost()
                     return self._decided.set()
 
     def _round(self) -> None:
-        """Beat, and see how the others are."""
+        """Publish a heartbeat, check the next rank, and act on a verdict."""
         assert self._store is not None
         self._publish()
         if 0 not in self._known:
-            self._read(0)  # it may hold the store, and is named if that is lost
+            self._read(0)  # rank 0 may hold the store; its host is named if the store is lost
         asked = self._asked.is_set()
         self._verdict = self._known_verdict() or self._judge(asked)
         if self._verdict:
@@ -207,7 +205,7 @@ class Watchdog:
             self._decided.set()
 
     def _judge(self, asked: bool) -> Verdict | None:
-        """Return a verdict if one is due; `asked`: our main thread lost some rank."""
+        """Return a verdict if one is due; `asked` means that our main thread lost some rank."""
         next_beat = self._read(self._next)
         silent = self._neighbour.seconds(next_beat and next_beat.number)
         lost = silent >= self._settings.lost_rank_seconds and not _done(next_beat)
@@ -216,7 +214,7 @@ class Watchdog:
             if self._next in gone or (gone and asked):
                 return self._publish_verdict(self._lost(gone, silent if lost else None))
         stands_still = self._idle.seconds(self._place) >= self._settings.timeout_seconds
-        if self._ranks.is_main and stands_still:  # one rank asks all
+        if self._ranks.is_main and stands_still:  # only rank 0 reads all heartbeats
             beats = self._read_all()
             if all(
                 beat.idle_seconds >= self._settings.timeout_seconds
@@ -227,9 +225,7 @@ class Watchdog:
         return None
 
     def _gone(self) -> dict[int, Beat | None]:
-        """Return the ranks that left by a failure, or else those that are not heard of while we
-        wait a little.
-        """
+        """Return the ranks that failed, or else those without a heartbeat during a short wait."""
         before = self._read_all()
         if failed := {rank: beat for rank, beat in before.items() if beat.left == "failed"}:
             return dict(failed)
@@ -273,12 +269,12 @@ class Watchdog:
         )
 
     def _publish_verdict(self, verdict: Verdict) -> Verdict:
-        """Return the first one that was published."""
+        """Publish a verdict if there is none yet; return the one that was published first."""
         assert self._store is not None
         return Verdict(*json.loads(self._store.compare_set("verdict", "", json.dumps(verdict))))
 
     def _let_all_read(self) -> None:
-        """Wait, on the rank that may hold the store, until the others know the verdict too."""
+        """Wait on rank 0, which may hold the store, until the other ranks have read the verdict."""
         assert self._store is not None
         assert self._verdict is not None
         self._store.add("read", 1)
@@ -289,6 +285,7 @@ class Watchdog:
             time.sleep(self._interval / 2)
 
     def _lost(self, gone: Mapping[int, Beat | None], silent: float | None) -> Verdict:
+        """Return the verdict on lost ranks; `silent`: seconds without heartbeat, None if ended."""
         beats = [beat for beat in gone.values() if beat]
         hosts = ", ".join(sorted({beat.host for beat in beats})) or "a host that is not known"
         if silent is None:
@@ -296,8 +293,8 @@ class Watchdog:
         else:
             limit = f"run.lost_rank_seconds={self._settings.lost_rank_seconds}"
             why = (
-                f"not heard of for {silent:.0f} s ({limit}): killed, stopped, or the machine or "
-                "its network is gone"
+                f"no heartbeat for {silent:.0f} s ({limit}): killed, stopped, or the machine or "
+                "its network is down"
             )
         last = max(beats, key=lambda beat: beat.progress, default=None)
         seen = f"last seen at step {last.step}, {last.phase!r}" if last else "never seen"
@@ -314,9 +311,9 @@ class Watchdog:
         }
         beat = beats[min(behind)]
         who = "each rank" if len(behind) == len(beats) > 1 else f"{_named(behind)} on {beat.host}"
-        where = f"{who} stands at step {beat.step}, {beat.phase!r}"
+        where = f"{who} is at step {beat.step}, {beat.phase!r}"
         stacks = (
-            f"what the ranks were doing is in {self._folder}"
+            f"the stacks of the ranks are in {self._folder}"
             if self._folder
             else "the stacks are above"
         )
@@ -337,16 +334,15 @@ class Watchdog:
             )
             who, lost = f"rank 0 on {host}, which holds the job's store,", [0]
         limit = f"run.lost_rank_seconds={self._settings.lost_rank_seconds}"
-        why = (
-            f"does not answer any more ({limit}): killed, stopped, or the machine or its network "
-            "is gone"
-        )
+        why = f"no longer answers ({limit}): killed, stopped, or the machine or its network is down"
         here = f"this rank was at step {self._place[1]}, {self._place[2]!r}"
         return Verdict(f"{who} {why}; {here}; {self._resume_hint()}", lost)
 
     def _speaks(self, verdict: Verdict) -> bool:
-        """Whether this is the lowest rank left: of all; or of this machine, where ranks cannot
-        agree.
+        """Return whether this rank reports the verdict: the lowest of those left.
+
+        If rank 0 is lost, and the store perhaps with it, the ranks cannot agree, and the lowest
+        rank of each machine reports.
         """
         if verdict.lost == [0] and self._ranks.world_size > 1:
             zero = self._known.get(0)
@@ -356,8 +352,8 @@ class Watchdog:
         return self._ranks.rank == min(set(range(self._ranks.world_size)) - set(verdict.lost))
 
     def _end(self, verdict: Verdict) -> None:
-        """Write this rank's stacks, speak if it is for us to, and end the process."""
-        # A dead disk must not keep us.
+        """Write this rank's stacks, report if this rank is to, and end the process."""
+        # A disk that hangs must not keep the process alive.
         backstop = threading.Timer(10, self._leave, [EXIT_ENVIRONMENT])
         backstop.daemon = True
         backstop.start()

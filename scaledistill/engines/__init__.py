@@ -1,9 +1,8 @@
-"""Engines: each owns one student's parameters, gradients and optimizer, whatever they are sharded
-by.
+"""Engines: each owns one student's parameters, gradients and optimizer, sharded or not.
 
-Enters: the student's training view and its settings. Leaves: forward, backward, an optimizer step,
-and the whole state by parameter name in fp32. Losses, data, learning-rate schedule and checkpoint
-files are left to others.
+Inputs: the student's training view and its settings. Outputs: forward, backward, an optimizer step,
+and the full state by parameter name in fp32. Not handled here: losses, data, the learning-rate
+schedule, checkpoint files.
 """
 
 from __future__ import annotations
@@ -19,65 +18,60 @@ from scaledistill.distributed.ranks import Ranks
 
 
 class StepOutcome(NamedTuple):
-    """What an optimizer step did."""
+    """The outcome of an optimizer step."""
 
     skipped: bool
     """A gradient was not finite on some rank: nothing was updated."""
     grad_norm: float | Tensor
-    """Global L2 norm before clipping, perhaps still on the device; infinite where the step was
-    skipped."""
+    """Global L2 norm before clipping, possibly on the device; infinite if the step was skipped."""
 
 
 @dataclass(frozen=True)
 class EngineState:
-    """A student's whole training state by parameter name: fp32 on the CPU, on rank 0; other ranks
-    hold no tensors.
+    """A student's full training state by parameter name, fp32 on the CPU.
+
+    `Engine.state` returns tensors on rank 0 only.
     """
 
     weights: Mapping[str, Tensor]
     exp_avg: Mapping[str, Tensor]
     exp_avg_sq: Mapping[str, Tensor]
     optimizer_steps: int
-    """Steps that were applied, Adam's own count."""
+    """Steps that were applied, as Adam counts them."""
     loss_scaler: Mapping[str, Any] = field(default_factory=dict)
     """fp16 only."""
 
 
 class Engine(Protocol):
-    """One student under training. Every method is collective but `train_mode`."""
+    """One student under training. All methods except `train_mode` are collective."""
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the view's output [B, T, D] on its keyword arguments: the student's Q, K and V
-        side by side.
-        """
+        """Return the view's output [B, T, D] for its inputs: the student's Q, K, V concatenated."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add a micro-batch's gradients; `last` is true on the last micro-batch of a step."""
+        """Accumulate a micro-batch's gradients; `last` marks the last micro-batch of a step."""
 
     def step(self, learning_rate: float) -> StepOutcome:
-        """Clip and apply the gradients that were added since the last step, averaged over
-        micro-batches and ranks.
+        """Clip and apply the gradients since the last step, averaged over micro-batches and ranks.
+
+        Skips the update if a gradient is not finite on some rank.
         """
 
     def train_mode(self, mode: bool) -> None:
         """Switch dropout on (True) or off."""
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Return the fp32 master weights by parameter name, on the CPU of rank 0; empty
-        elsewhere.
-        """
+        """Return the fp32 master weights by parameter name, on rank 0's CPU; empty elsewhere."""
 
     def state(self) -> EngineState:
-        """Return everything that training goes on from."""
+        """Return everything that is needed to resume; only rank 0 gets the tensors."""
 
     def load_state(self, state: EngineState) -> None:
-        """Set everything that training goes on from; every rank passes the same whole state."""
+        """Set everything that is needed to resume; all ranks pass the same full state."""
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups: vectors (biases and LayerNorms) are exempt from weight
-    decay.
-    """
+    """Return AdamW's parameter groups, with no weight decay for vectors (biases, LayerNorms)."""
     matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
     groups = [
@@ -90,14 +84,15 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 def create_engine(
     config: DistillConfig, view: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks
 ) -> Engine:
-    """Return the engine that `engine.name` names, holding `view`, of which `blocks` are parts.
-    Collective.
+    """Create the engine that `engine.name` selects. Collective.
 
-    `config` is resolved: no precision or micro-batch is left open. The module belongs to the engine
-    afterwards.
+    Args:
+        config: resolved: precision and micro-batch are not "auto".
+        view: the student's training view; it belongs to the engine afterwards.
+        blocks: the blocks of `view`.
 
     Raises:
-        ConfigError: the engine's block is wrong.
+        ConfigError: the engine's settings are wrong.
     """
     if config.engine.name == "fsdp":
         from scaledistill.engines.fsdp import FsdpEngine
@@ -115,13 +110,15 @@ def shard_teacher(
     blocks: Sequence[nn.Module],
     weights: Iterable[tuple[str, Tensor]],
 ) -> nn.Module:
-    """Put a teacher's weights in parts on the ranks, by the student's kind of engine; return what
-    runs it. Collective.
+    """Shard a teacher over the ranks with the student's engine. Collective.
 
     Args:
-        view: its parameters on the meta device.
-        blocks: those of `view`.
-        weights: by name, whole, in the dtype to run in, in the order of the names; none is kept.
+        view: the teacher's view, with parameters on the meta device.
+        blocks: the blocks of `view`.
+        weights: full weights by name, in the dtype to run in, ordered by name; none is kept.
+
+    Returns:
+        The module to call in place of `view`.
     """
     offload = config.teacher.placement == "offload"
     if config.engine.name == "fsdp":

@@ -1,5 +1,8 @@
-"""The DeepSpeed engine: ZeRO 1 to 3, with optimizer and parameter offload; a teacher in parts. The
-only importer.
+"""The DeepSpeed engine: ZeRO stages 1 to 3 with offload for students, and sharded teachers.
+
+Inputs: a student's view with its weights; a teacher's view with the weights still on disk. Outputs:
+an `Engine`; a teacher to call. Not handled here: checking the settings (`engines.deepspeed_block`).
+Only this module imports DeepSpeed.
 """
 
 from __future__ import annotations
@@ -36,15 +39,15 @@ from scaledistill.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# On CPUs DeepSpeed would compile a shared-memory all-reduce for a minute at first use; gloo serves
-# as well.
+# On CPUs DeepSpeed would spend a minute at first use to compile a shared-memory all-reduce; gloo is
+# good enough.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class DeepSpeedEngine:
-    """A student under DeepSpeed's ZeRO; see `Engine` for the methods."""
+    """A student under DeepSpeed's ZeRO; see `Engine` for the methods. Creation is collective."""
 
     def __init__(self, config: DistillConfig, view: nn.Module, ranks: Ranks) -> None:
         block = resolve_block(config, ranks.world_size)
@@ -70,34 +73,40 @@ class DeepSpeedEngine:
         self._create_optimizer_state(next(view.parameters()).device)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the view's output; see `Engine.forward`. Collective."""
         return self._engine(**inputs).last_hidden_state
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate a micro-batch's gradients. Collective."""
         self._engine.backward(loss)
         if not last:
-            self._engine.step()  # counts the micro-batch
+            self._engine.step()  # only counts the micro-batch
 
     def step(self, learning_rate: float) -> StepOutcome:
+        """Clip and apply the accumulated gradients; see `Engine.step`. Collective."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
         skipped = not self._engine.was_step_applied()
         zero_optimizer = self._engine.optimizer
         if skipped and getattr(zero_optimizer, "cpu_offload", False):
-            # DeepSpeed 0.19.8 keeps the offloaded gradients of a skipped step and adds the next
-            # ones to them.
+            # DeepSpeed 0.19.8 keeps the offloaded gradients of a skipped step and would add the
+            # next ones to them.
             zero_optimizer.averaged_gradients = dict.fromkeys(zero_optimizer.averaged_gradients)
         return StepOutcome(
             skipped, float("inf") if skipped else self._engine.get_global_grad_norm()
         )
 
     def train_mode(self, mode: bool) -> None:
+        """Switch dropout on (True) or off."""
         self._engine.train(mode)
 
     def weights(self) -> dict[str, Tensor]:
+        """Return the fp32 master weights on rank 0's CPU; empty elsewhere. Collective."""
         return self._gather(safe_get_full_fp32_param)
 
     def state(self) -> EngineState:
+        """Return everything that is needed to resume; see `EngineState`. Collective."""
         return EngineState(
             weights=self.weights(),
             exp_avg=self._gather(
@@ -111,6 +120,7 @@ class DeepSpeedEngine:
         )
 
     def load_state(self, state: EngineState) -> None:
+        """Set everything that is needed to resume; see `Engine.load_state`. Collective."""
         for name, parameter in self._engine.module.named_parameters():
             safe_set_full_fp32_param(parameter, state.weights[name])
             safe_set_full_optimizer_state(parameter, state.exp_avg[name], "exp_avg")
@@ -120,9 +130,7 @@ class DeepSpeedEngine:
             setattr(self._engine.optimizer.loss_scaler, key, value)
 
     def _gather(self, get: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """Gather parameter by parameter, so that no rank but the first holds more than one whole
-        tensor. Collective.
-        """
+        """Gather full tensors on rank 0; other ranks hold one full tensor at a time. Collective."""
         gathered = {}
         for name, parameter in self._engine.module.named_parameters():
             value = get(parameter)
@@ -135,8 +143,9 @@ class DeepSpeedEngine:
         return gathered
 
     def _create_optimizer_state(self, device: torch.device) -> None:
-        """Make Adam's moments exist by one step with learning rate 0 and zero gradients, and count
-        it out again.
+        """Create Adam's moments by a step with learning rate 0 and zero gradients. Collective.
+
+        The step is not counted.
         """
         self._engine.train()
         inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device)}
@@ -151,8 +160,8 @@ class DeepSpeedEngine:
             )
         zero_optimizer = self._engine.optimizer
         if hasattr(zero_optimizer, "_hp_optimizer_states_linked"):
-            # With two parameter groups DeepSpeed 0.19.8 links after the first group's step only,
-            # when the second group has no state yet ("exp_avg not found").
+            # DeepSpeed 0.19.8 links the optimizer state once, after the first parameter group's
+            # step, when the second group has no state yet ("exp_avg not found"): link it again.
             zero_optimizer._hp_optimizer_states_linked = False
             zero_optimizer._lazy_init_hp_params_optimizer_state()
         self._set_optimizer_steps(0)
@@ -176,14 +185,18 @@ def shard_teacher(
     dtype: str,
     offload: bool,
 ) -> nn.Module:
-    """Put a teacher in parts on the ranks, under ZeRO-3 of its own; return what runs it.
-    Collective.
+    """Shard a teacher over the ranks with a ZeRO-3 engine of its own. Collective.
 
     Args:
-        view: its parameters on the meta device.
-        weights: by name, whole, in `dtype`, in the order of the names; each layer's are dropped
-            before the next's.
-        offload: keep the parts in host memory.
+        view: the teacher's view, with parameters on the meta device.
+        blocks: the blocks of `view`.
+        weights: full weights by name, in `dtype`, ordered by name; each layer's are freed before
+            the next layer's are read.
+        dtype: "fp32", "bf16" or "fp16".
+        offload: keep the shards in host memory.
+
+    Returns:
+        The module to call in place of `view`.
     """
     elements = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
     settings: dict[str, Any] = {
@@ -194,12 +207,12 @@ def shard_teacher(
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": True,
-            # The next block is gathered while one runs, and no more.
+            # While a block runs, gather the next one, but no more.
             "stage3_prefetch_bucket_size": elements,
             "stage3_max_live_parameters": 2 * elements,
             "stage3_max_reuse_distance": 0,
             "stage3_param_persistence_threshold": 0,
-            # Else torch's linear, the student's too, rounds otherwise.
+            # It would replace torch's linear, for the student too, by one that rounds differently.
             "memory_efficient_linear": False,
         },
     }
@@ -219,8 +232,9 @@ def shard_teacher(
 def _initialize(
     view: nn.Module, block: dict[str, Any], optimizer: torch.optim.Optimizer | None
 ) -> Any:
-    """Return DeepSpeed's engine, which lives until the group is left; what it prints goes to the
-    log. Collective.
+    """Return DeepSpeed's engine, released when the process group is left. Collective.
+
+    What DeepSpeed prints goes to the debug log.
     """
     linear = torch.nn.functional.linear
     if groups._WORLD_GROUP is None:
@@ -237,34 +251,30 @@ def _initialize(
 
 
 def _leave_group() -> None:
-    """Give up DeepSpeed's copy of the job's group: a later run, perhaps in another group, makes one
-    of its own.
-    """
+    """Destroy DeepSpeed's copy of the job's group: a later run may be in another group."""
     if groups._WORLD_GROUP is not None:
         deepspeed.comm.destroy_process_group(groups._WORLD_GROUP)
 
 
 def _release(engine: Any, linear: Callable[..., Tensor]) -> None:
-    """Remove what DeepSpeed 0.19.8 would keep of an engine for as long as the process lives."""
+    """Remove what DeepSpeed 0.19.8 would keep of an engine until the process ends."""
     with contextlib.redirect_stdout(io.StringIO()):
-        # Hooks on autograd's nodes, which hold the optimizer where the garbage collector cannot
-        # see.
+        # Removes hooks on autograd's nodes, which hold the optimizer where the garbage collector
+        # cannot see it.
         engine.destroy()
     torch.nn.functional.linear = linear  # ZeRO-3 replaces it, for every model
-    # ZeRO-3's stack of modules keeps the outermost one, and a cache of a method keeps every module
-    # it was asked for.
+    # ZeRO-3's stack of modules keeps the outermost one, and a method's cache keeps every module it
+    # was called with.
     FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
     cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
 def scaler_state(scaler: Any) -> dict[str, Any]:
-    """Return what of DeepSpeed's loss scaler changes from step to step; the rest is
-    configuration.
-    """
+    """Return the part of DeepSpeed's loss scaler that changes; the rest is configuration."""
     return {key: getattr(scaler, key) for key in SCALER_STATE if hasattr(scaler, key)}
 
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the whole shape of a parameter, which ZeRO-3 keeps beside the emptied tensor."""
+    """Return a parameter's full shape; ZeRO-3 empties the tensor and keeps the shape in it."""
     return getattr(parameter, "ds_shape", parameter.shape)

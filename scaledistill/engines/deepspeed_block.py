@@ -1,8 +1,10 @@
-"""The DeepSpeed block of a configuration: what a user may set in it, and what we set. Imports
-nothing of DeepSpeed.
+"""The DeepSpeed block of a configuration: what users may set in it, and what we set.
 
-DeepSpeed ignores a misspelt top-level key, reads `"bf16": "auto"` as off and clips at 1.0 where
-nothing is said; so every key is checked here, and every value that it would guess is written out.
+Inputs: a configuration and the number of ranks. Outputs: the full block for `deepspeed.initialize`.
+Does not import DeepSpeed.
+
+DeepSpeed ignores a misspelt top-level key, reads `"bf16": "auto"` as off and clips at 1.0 by
+default; so every key is checked here, and every value that it would guess is set explicitly.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ REMEDY = "correct the value or remove the key"
 
 
 class Check(NamedTuple):
-    """What a key of the block may be set to."""
+    """The values that a key of the block may have."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -28,9 +30,10 @@ class Check(NamedTuple):
 
 
 def _whole(least: int, remedy: str = REMEDY) -> Check:
-    """A count of elements and the like; 5e8 is one."""
+    """Return a check for whole numbers; a float such as 5e8 counts."""
 
     def holds(value: Any) -> bool:
+        """Return whether `value` is a whole number of `least` or more."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and value == value // 1 and value >= least
 
@@ -38,19 +41,20 @@ def _whole(least: int, remedy: str = REMEDY) -> Check:
 
 
 def _only(value: Any, why: str) -> Check:
-    """A key that may be written out, as others' examples do, but only with DeepSpeed's default."""
+    """Return a check that allows only DeepSpeed's default, which examples often write out."""
 
     def holds(found: Any) -> bool:
+        """Return whether `found` is the default, with bools distinct from numbers."""
         return found == value and isinstance(found, bool) == isinstance(value, bool)
 
     return Check(repr(value), holds, f"{why}; remove the key")
 
 
-# Elements. DeepSpeed's 500 M hold a whole student: its gradients would travel only when the
-# backward is over.
+# In elements. DeepSpeed's default of 500 M holds a whole student, so that its gradients would only
+# be sent once the backward is over.
 REDUCE_BUCKET_SIZE = 5_000_000
-# Of gradients that travel. In bf16 each hop of a ring rounds the sum: 1.7 to 7 % off over 256
-# ranks.
+# Dtype of gradients that are sent. In bf16 each hop of a ring rounds the sum, which makes it 1.7 to
+# 7 % wrong over 256 ranks.
 COMMUNICATION_DTYPE = "fp32"
 SWITCH = Check("true or false", lambda value: isinstance(value, bool))
 SWITCH_OR_NULL = Check(
@@ -63,11 +67,11 @@ BLOCK_OR_NULL = Check(
 NVME_ONLY = "it is read for device='nvme' only, which is not supported"
 NOT_OURS = "DeepSpeed's checkpoints are not used"
 FULL_PRECISION = "master weights and moments are fp32"
-QUANTIZED = "what is quantized on the way is not what the loss was computed with"
+QUANTIZED = "quantized communication changes the values that the loss is computed with"
 
-# Every key that DeepSpeed knows stands in one of these tables or in REFUSED_KEYS. What may take
-# more than one value is tried in `tests/test_engine.py`: state out, state in, export. fp16's, which
-# only GPUs have, leave the layout alone.
+# Every key that DeepSpeed knows is in one of these tables or in REFUSED_KEYS. Keys that may have
+# more than one value are tested in `tests/test_engine.py` (save state, load state, export), except
+# those of fp16, which need a GPU and do not affect the layout.
 TOP_KEYS = {
     "zero_optimization": BLOCK,
     "bf16": BLOCK,
@@ -97,12 +101,12 @@ TOP_KEYS = {
     "wall_clock_breakdown": SWITCH,
     "memory_breakdown": SWITCH,
     "dump_state": SWITCH,
-    "disable_python_gc": _only(False, "what a run held would stay in memory"),
+    "disable_python_gc": _only(False, "models and engines of a run would stay in memory"),
 }
 BF16_KEYS = {
     "enabled": SWITCH,
     "check_grad_overflow": SWITCH,
-    "immediate_grad_update": _only(False, "it is not tried with the state that checkpoints hold"),
+    "immediate_grad_update": _only(False, "it is not tested with checkpoints"),
     "bf16_master_weights_and_grads": _only(False, FULL_PRECISION),
     "bf16_optimizer_states": _only(False, FULL_PRECISION),
 }
@@ -135,7 +139,7 @@ ZERO_KEYS = {
     "allgather_partitions": SWITCH,
     "compute_grad_norm": SWITCH,
     "contiguous_gradients": _only(
-        True, "gradients that are reduced one by one are not tried with checkpoints"
+        True, "gradients that are reduced one by one are not tested with checkpoints"
     ),
     "cpu_offload": _only(None, "DeepSpeed has replaced it by offload_optimizer={'device': 'cpu'}"),
     "cpu_offload_param": _only(
@@ -146,7 +150,7 @@ ZERO_KEYS = {
     ),
     "elastic_checkpoint": _only(False, NOT_OURS),
     "enable_sanity_checks": SWITCH,
-    "ignore_unused_parameters": _only(True, "a step without a gradient somewhere is no fault"),
+    "ignore_unused_parameters": _only(True, "a step may leave parameters without a gradient"),
     "leaf_module": _only(None, "blocks are gathered part by part"),
     "legacy_stage1": _only(False, "DeepSpeed has no other stage 1 any more"),
     "load_from_fp32_weights": _only(True, NOT_OURS),
@@ -166,7 +170,7 @@ ZERO_KEYS = {
     "reduce_scatter": SWITCH,
     "round_robin_gradients": _only(
         False,
-        "DeepSpeed then takes weights for one another: checkpoints and exports would be wrong",
+        "DeepSpeed then mixes up weights: checkpoints and exports would be wrong",
     ),
     "save_muon_momentum_buffer_in_memory": _only(False, "the optimizer is AdamW"),
     "stage": Check("1, 2 or 3", lambda value: True),
@@ -184,7 +188,7 @@ ZERO_KEYS = {
     "use_multi_rank_bucket_allreduce": SWITCH,
     "zenflow": _only(None, "it updates some weights steps later than the schedule says"),
     "zero_hpz_partition_size": _only(
-        1, "a second partition of the weights is not tried with checkpoints"
+        1, "a second partition of the weights is not tested with checkpoints"
     ),
     "zero_quantized_gradients": _only(False, QUANTIZED),
     "zero_quantized_nontrainable_weights": _only(False, QUANTIZED),
@@ -220,7 +224,9 @@ OFFLOAD_KEYS = {
 REFUSED_KEYS = {
     "train_batch_size": "set train.global_batch_size instead",
     "train_micro_batch_size_per_gpu": "set train.micro_batch_size instead",
-    "gradient_accumulation_steps": "it follows from train.global_batch_size, train.micro_batch_size and the ranks",
+    "gradient_accumulation_steps": (
+        "it follows from train.global_batch_size, train.micro_batch_size and the ranks"
+    ),
     "managed_gradient_accumulation": "accumulation is ours",
     "optimizer": (
         "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, "
@@ -231,8 +237,10 @@ REFUSED_KEYS = {
         "train.warmup_steps"
     ),
     "torch_autocast": "set train.precision instead",
-    "activation_checkpointing": "it acts on models that call DeepSpeed's own function; use engine.name=fsdp with "
-    "engine.fsdp.activation_checkpointing=true",
+    "activation_checkpointing": (
+        "it acts on models that call DeepSpeed's own function; use engine.name=fsdp with "
+        "engine.fsdp.activation_checkpointing=true"
+    ),
     "aio": NVME_ONLY,
     "comms_logger": "profile a run with --profile instead",
     "compile": "set train.compile instead",
@@ -246,8 +254,9 @@ REFUSED_KEYS = {
 
 
 def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
-    """Return the whole configuration for `deepspeed.initialize`; precision and micro-batch of
-    `config` are resolved.
+    """Return the full configuration for `deepspeed.initialize`.
+
+    Precision and micro-batch of `config` must be resolved.
 
     Raises:
         ConfigError: a key is unknown or ours to set, ZeRO's stage is not 1, 2 or 3, or a value
@@ -269,7 +278,7 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
             f"{key}.enabled",
             "train.precision",
         )
-    # What skips a step with non-finite gradients, which is all that protects the weights from them.
+    # This skips steps with non-finite gradients; nothing else protects the weights from them.
     _settle(block["bf16"], "check_grad_overflow", True, "bf16.check_grad_overflow")
     _settle(
         block["zero_optimization"], "compute_grad_norm", True, "zero_optimization.compute_grad_norm"
@@ -284,7 +293,7 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
         "data_types.grad_accum_dtype",
     )
     block["communication_data_type"] = communication_dtype(config)
-    # PyTorch's fused AdamW also steps offloaded state: exact to restore.
+    # PyTorch's fused AdamW steps offloaded state too, and can be restored exactly.
     block["zero_force_ds_cpu_optimizer"] = False
     block.setdefault("steps_per_print", None)
     micro_batch_size = int(train.micro_batch_size or 1)
@@ -301,15 +310,14 @@ def resolve_block(config: DistillConfig, world_size: int) -> dict[str, Any]:
 
 
 def communication_dtype(config: DistillConfig) -> Any:
-    """Return the dtype that gradients travel in under DeepSpeed: fp32 unless the block names
-    another.
-    """
+    """Return the dtype of gradients that DeepSpeed sends (default: fp32)."""
     return config.engine.deepspeed.get("communication_data_type") or COMMUNICATION_DTYPE
 
 
 def zero_settings(config: DistillConfig) -> tuple[int, bool, bool]:
-    """Return (ZeRO stage, optimizer state offloaded, parameters offloaded); FSDP2 shards what stage
-    3 does.
+    """Return (ZeRO stage, optimizer state offloaded, parameters offloaded).
+
+    FSDP2 shards the same as stage 3.
     """
     if config.engine.name == "fsdp":
         return 3, config.engine.fsdp.cpu_offload, config.engine.fsdp.cpu_offload
@@ -356,8 +364,10 @@ def _resolve_zero(block: dict[str, Any], hidden_size: int, world_size: int) -> N
 
 
 def _check_keys(block: dict[str, Any], known: Mapping[str, Check], path: str = "") -> None:
-    """Check the keys of the block at `path` and their values; "auto" is left to those who resolve
-    it.
+    """Check the keys of the block at `path` and their values; "auto" is resolved later.
+
+    Raises:
+        ConfigError: a key is unknown or not allowed, or its value is.
     """
     for key, value in block.items():
         name = f"{path}.{key}".lstrip(".")
@@ -379,7 +389,11 @@ def _check_keys(block: dict[str, Any], known: Mapping[str, Check], path: str = "
 
 
 def _settle(block: dict[str, Any], key: str, value: Any, name: str, owner: str = "") -> None:
-    """Write our value; a stated other one is an error."""
+    """Set our value for a key.
+
+    Raises:
+        ConfigError: the block sets another value.
+    """
     if not isinstance(block, dict):
         raise ConfigError(
             f"engine.deepspeed.{name.partition('.')[0]}: found {block!r}, expected a block"

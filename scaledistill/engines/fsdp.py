@@ -1,8 +1,7 @@
-"""The FSDP2 engine: student and teacher in equal parts on the ranks, gathered block by block. The
-only user of FSDP.
+"""The FSDP2 engine: student and teacher sharded evenly over the ranks, gathered block by block.
 
-Enters: views, a student's with its weights, a teacher's with the weights still on disk. Leaves: an
-`Engine`; a teacher.
+Inputs: a student's view with its weights; a teacher's view with the weights still on disk. Outputs:
+an `Engine`; a teacher to call. Only this module imports FSDP.
 """
 
 from __future__ import annotations
@@ -31,7 +30,10 @@ COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 class FsdpEngine:
-    """A student under FSDP2, its weights and moments in fp32; see `Engine` for the methods."""
+    """A student under FSDP2, with weights and moments in fp32; see `Engine` for the methods.
+
+    Creation is collective.
+    """
 
     def __init__(
         self, config: DistillConfig, view: nn.Module, blocks: Iterable[nn.Module], ranks: Ranks
@@ -56,7 +58,7 @@ class FsdpEngine:
         self._optimizer = torch.optim.AdamW(
             groups, lr=0.0, betas=betas, eps=train.adam_epsilon, fused=True
         )
-        # A step with learning rate 0 makes Adam's moments exist.
+        # A step with learning rate 0 and zero gradients creates Adam's moments.
         for parameter in view.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self._optimizer.step()
@@ -64,13 +66,16 @@ class FsdpEngine:
         self._set_optimizer_steps(0)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the view's output; see `Engine.forward`. Collective."""
         return self._view(**inputs).last_hidden_state
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate a micro-batch's gradients. Collective."""
         self._view.set_requires_gradient_sync(last)
         (loss / self._accumulation).backward()
 
     def step(self, learning_rate: float) -> StepOutcome:
+        """Clip and apply the accumulated gradients; see `Engine.step`. Collective."""
         gradients = [
             cast(DTensor, parameter.grad).to_local() for parameter in self._view.parameters()
         ]
@@ -78,7 +83,8 @@ class FsdpEngine:
         norm = all_reduce_sum(squares).sqrt()
         skipped = not bool(torch.isfinite(norm))
         if not skipped:
-            if self._max_grad_norm:  # as clip_grads_with_norm_, which does not take parts
+            # The same as clip_grads_with_norm_, which does not accept local shards.
+            if self._max_grad_norm:
                 factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
                 torch._foreach_mul_(gradients, factor.to(gradients[0].device))
             for group in self._optimizer.param_groups:
@@ -88,12 +94,15 @@ class FsdpEngine:
         return StepOutcome(skipped, float("inf") if skipped else norm)
 
     def train_mode(self, mode: bool) -> None:
+        """Switch dropout on (True) or off."""
         self._view.train(mode)
 
     def weights(self) -> dict[str, Tensor]:
+        """Return the fp32 weights on rank 0's CPU; empty elsewhere. Collective."""
         return self._gather(dict(self._view.named_parameters()))
 
     def state(self) -> EngineState:
+        """Return everything that is needed to resume; see `EngineState`. Collective."""
         moments = {
             name: self._optimizer.state[parameter]
             for name, parameter in self._view.named_parameters()
@@ -107,6 +116,7 @@ class FsdpEngine:
 
     @torch.no_grad()
     def load_state(self, state: EngineState) -> None:
+        """Set everything that is needed to resume; see `Engine.load_state`. Collective."""
         for name, parameter in self._view.named_parameters():
             entry = self._optimizer.state[parameter]
             _fill(parameter, state.weights[name])
@@ -115,9 +125,7 @@ class FsdpEngine:
         self._set_optimizer_steps(state.optimizer_steps)
 
     def _gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather tensor by tensor, so that no rank but the first holds more than one whole.
-        Collective.
-        """
+        """Gather full tensors on rank 0; other ranks hold one full tensor at a time. Collective."""
         gathered = {}
         for name, part in parts.items():
             whole = cast(DTensor, part.detach().to(self._ranks.device)).full_tensor()
@@ -138,14 +146,14 @@ def shard_teacher(
     *,
     offload: bool,
 ) -> nn.Module:
-    """Put a teacher in parts on the ranks, weight by weight; return `view`, which runs it.
-    Collective.
+    """Shard a teacher over the ranks, weight by weight, and return `view`. Collective.
 
     Args:
-        view: its parameters on the meta device.
-        weights: by name, whole, in the dtype to run in; each is dropped before the next is asked
-            for.
-        offload: keep the parts in host memory.
+        view: the teacher's view, with parameters on the meta device.
+        blocks: the blocks of `view`.
+        weights: full weights by name, in the dtype to run in; each is freed before the next is
+            read.
+        offload: keep the shards in host memory.
     """
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     policy = MixedPrecisionPolicy()
@@ -175,8 +183,9 @@ def _shard(
     precision: MixedPrecisionPolicy,
     recompute: bool = False,
 ) -> Any:
-    """Shard a view by its blocks, what is left (the embeddings) as one more; the next block is
-    gathered ahead.
+    """Shard a view by its blocks, and the rest (the embeddings) as one more unit.
+
+    The next block is gathered while one runs.
     """
     on_host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     options: dict[str, Any] = {
@@ -195,7 +204,7 @@ def _shard(
 
 
 def _fill(part: Tensor, whole: Tensor) -> None:
-    """Set a rank's part of a tensor from the whole one. No communication."""
+    """Set a rank's shard of a tensor from the full tensor, without communication."""
     target = cast(DTensor, part)
     source = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
     target.to_local().copy_(source.to_local())

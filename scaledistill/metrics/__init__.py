@@ -1,1 +1,1 @@
-"""Figures of a run: their record, the stopwatch, experiment trackers, benchmarks."""
+"""Metrics of a run: their record, the stopwatch, experiment trackers, benchmarks."""

@@ -1,9 +1,8 @@
-"""Benchmarks: variants measured in turn, figures by name, the table for people, and where it was
-all taken.
+"""Benchmarks: variants measured in turn, named figures, tables, and facts about the machine.
 
-Enters: what the tools under `tools/` measure. Leaves: a table on the console, `--markdown` for
-docs/benchmarks.md and `--json` for machines. At the top only the standard library: a peer's
-process, in an environment of its own, reads this module too (`Turns`).
+Inputs: what the tools under `tools/` measure. Outputs: tables on the console, `--markdown` for
+docs/benchmarks.md and `--json` for machines. Module-level imports are from the standard library
+only: a peer's process imports this module (for `Turns`) in an environment of its own.
 """
 
 from __future__ import annotations
@@ -28,26 +27,27 @@ VERSIONED = ("torch", "transformers", "deepspeed", "triton")
 
 @dataclass
 class Report:
-    """Figures for machines, tables for people."""
+    """The results of a benchmark: figures for machines, tables for people."""
 
     figures: list[dict[str, Any]] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
 
     def add(self, name: str, values: float | Sequence[float], unit: str) -> float:
-        """Keep the median of `values` (n of them) under a name, and return it."""
+        """Add the median of `values` (n of them) under a name, and return it."""
         values = values if isinstance(values, Sequence) else [values]
         median = statistics.median(values)
         self.figures.append({"name": name, "value": median, "unit": unit, "n": len(values)})
         return median
 
     def table(self, title: str, columns: Sequence[str]) -> Table:
-        """Begin a table and return it."""
+        """Add an empty table and return it."""
         self.tables.append(Table(title, columns))
         return self.tables[-1]
 
     def publish(self, options: argparse.Namespace, *, gpu: str | None = None) -> None:
-        """Print the tables, and write what `add_options` offers. `gpu` is the name of the GPU
-        measured on, if any.
+        """Print the tables, and write the files that `--json` and `--markdown` ask for.
+
+        `gpu` is the name of the GPU measured on, if any.
         """
         from rich.console import Console
 
@@ -76,7 +76,7 @@ class Table:
     rows: list[Sequence[str]] = field(default_factory=list)
 
     def rich(self) -> Any:
-        """Return it for a rich console."""
+        """Return the table for a rich console."""
         from rich.table import Table as RichTable
 
         table = RichTable(*self.columns, title=self.title, title_justify="left")
@@ -85,7 +85,7 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """Return it as a Markdown table."""
+        """Return the table as Markdown."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         return "\n".join(
             [f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)]
@@ -104,7 +104,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _file(text: str) -> Path:
     path = Path(text)
-    if not path.parent.is_dir():  # better now than when all is measured
+    if not path.parent.is_dir():  # fail now rather than after all measurements
         raise argparse.ArgumentTypeError(f"{path.parent} is not a folder; make it first")
     return path
 
@@ -112,12 +112,12 @@ def _file(text: str) -> Path:
 def in_turn(
     runs: Mapping[str, Callable[[], float]], *, rounds: int, max_seconds: float, title: str
 ) -> dict[str, list[float]]:
-    """Make each run once per round, so that what disturbs the machine disturbs all alike; return
-    the seconds of each.
+    """Call each run once per round and return the seconds of each.
 
-    A run returns the seconds that it took. Once they add up to `max_seconds`, it sits out the other
-    rounds and its list is shorter: the same place in two lists is the same round. A line per round
-    on stderr, after `title`.
+    Taking turns spreads disturbances of the machine over all runs alike. A run returns the seconds
+    that it took. Once they add up to `max_seconds`, it is left out of later rounds and its list is
+    shorter: equal indices in two lists are the same round. Each round prints a line on stderr that
+    starts with `title`.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(1, rounds + 1):
@@ -132,14 +132,12 @@ def in_turn(
 
 
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
-    """Return slow / fast of each round that both were in: noise that lasts longer than a round
-    cancels.
-    """
+    """Return slow / fast per round that both were in: noise longer than a round cancels out."""
     return [one / other for one, other in zip(slow, fast, strict=False)]
 
 
 def machine_facts(gpu: str | None) -> dict[str, str]:
-    """Return hardware, versions and commit, for people."""
+    """Return hardware, versions, commit and command, as text for people."""
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(errors="replace"))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0))
@@ -180,9 +178,9 @@ def _commit(folder: Path) -> str:
 
 
 class Turns:
-    """A worker's end of the pipes to its `Worker`: wait for a turn, answer with what it measured.
+    """A worker's end of the pipes to its `Worker`: waits for a turn, answers with its figures.
 
-    What libraries print goes to stderr, so that answers have stdout for themselves.
+    Other output to stdout is redirected to stderr, so that stdout carries only answers.
     """
 
     def __init__(self) -> None:
@@ -190,23 +188,21 @@ class Turns:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def wait(self) -> None:
-        """Block until it is this worker's turn; leave the process where the other end is gone."""
+        """Block until it is this worker's turn; exit the process if the other end is closed."""
         if not sys.stdin.readline():
             sys.exit()
 
     def answer(self, **figures: Any) -> None:
-        """End the turn."""
+        """Send the figures, which ends the turn."""
         self._answers.write(json.dumps(figures) + "\n")
 
 
 class WorkerError(RuntimeError):
-    """A worker ended before its time."""
+    """A worker process ended too early."""
 
 
 class Worker:
-    """A process that does something each time that it is its turn. A context manager: leaving it
-    ends the process.
-    """
+    """A process that works when given a turn; as a context manager, it is killed on exit."""
 
     def __init__(
         self, name: str, command: Sequence[str], *, log: Path, environment: Mapping[str, str]
@@ -226,7 +222,7 @@ class Worker:
         """Give the worker its turn and return its answer.
 
         Raises:
-            WorkerError: it has ended; with its exit status and last words.
+            WorkerError: it has ended; the message has its exit status and last lines of output.
         """
         asked, answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
         line = ""

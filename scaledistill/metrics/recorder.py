@@ -1,8 +1,7 @@
-"""The record of a run: `metrics.jsonl` for machines, a display or lines for people, trackers, and
-`loss.png`.
+"""The record of a run: `metrics.jsonl`, a progress bar or log lines, trackers, and `loss.png`.
 
-Enters: one row per logging step, as plain numbers. Leaves: files and the console. Only rank 0 makes
-a `Recorder`.
+Inputs: one row per logging step, as plain numbers. Outputs: files and console output. Only rank 0
+creates a `Recorder`.
 """
 
 from __future__ import annotations
@@ -29,17 +28,15 @@ from scaledistill.storage.background import Background, ended
 log = logging.getLogger(__name__)
 
 ROW_SECONDS = 0.1
-"""A step waits for the disk this long, and not at all while it has not taken the rows before."""
+"""A step waits this long for the disk, and not at all while earlier rows are still waiting."""
 WORD_SECONDS = 30.0
-"""People hear of rows that wait for longer."""
+"""A warning is logged if rows wait for longer."""
 CLOSE_SECONDS = 30.0
 """How long the end of a run waits for the disk."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`; a line that cannot be read, such as a last one cut
-    short, is left out.
-    """
+    """Return the rows of a `metrics.jsonl`, without unreadable lines such as a truncated last."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -52,7 +49,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Recorder:
-    """Writes a run's figures wherever they go. Used as a context manager around the loop."""
+    """Writes a run's metrics to all their destinations; a context manager around the loop."""
 
     def __init__(
         self,
@@ -69,7 +66,7 @@ class Recorder:
         self._path = folder / "metrics.jsonl"
         self._max_steps = max_steps
         self._trackers = Trackers(trackers, folder, config, project=project, run_name=run_name)
-        # Later ones are made again.
+        # A resumed run repeats the later steps, and records them again.
         kept = [row for row in read_rows(self._path) if row["step"] <= resumed_at]
         partial = self._path.with_name(".metrics.jsonl")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -106,8 +103,9 @@ class Recorder:
             self._display.progress.update(self._display.task, completed=step)
 
     def record(self, row: Mapping[str, Any], seconds_left: float | None = None) -> None:
-        """Write a logging step's row; a value that is not finite becomes null. `seconds_left` is
-        for people only.
+        """Write a logging step's row; values that are not finite become null.
+
+        `seconds_left` is only shown to people.
         """
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -127,7 +125,7 @@ class Recorder:
             log.info("step %d/%d  %s", row["step"], self._max_steps, line(clean, seconds_left))
 
     def _warn_of_waiting(self) -> None:
-        """Say once that the disk hangs, and again if it does so again."""
+        """Warn once each time that the disk hangs."""
         while self._waiting and self._waiting[0][1].done():
             self._waiting.popleft()
         if not self._waiting:
@@ -137,23 +135,22 @@ class Recorder:
         if seconds >= WORD_SECONDS and not self._has_warned:
             self._has_warned = True
             log.warning(
-                "%s: the disk has not answered for %.0f s; training goes on, and the rows are "
+                "%s: the disk has not answered for %.0f s; training continues, and the rows are "
                 "written when it does",
                 *(self._path, seconds),
             )
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        """Be the thread."""
+        """Write a row; runs in the background thread."""
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        except (
-            OSError
-        ) as error:  # what the disk did not take stays in the buffer and goes with the next row
-            log.warning("%s: %s; training goes on", self._path, error.strerror)
+        except OSError as error:
+            # What could not be written stays in the buffer and is written with the next row.
+            log.warning("%s: %s; training continues", self._path, error.strerror)
 
     def _close(self) -> None:
-        """Be the thread."""
+        """Close the file and draw the loss curve; runs in the background thread."""
         try:
             self._file.close()
             draw_losses(self._folder)
@@ -162,15 +159,16 @@ class Recorder:
 
 
 class Pace:
-    """How long a run takes, by the steps since its first row: what compiles has done so by then."""
+    """Estimates the time left from the steps since the first row, when compilation is done."""
 
     def __init__(self, last_step: int) -> None:
         self._last_step = last_step
         self._since: tuple[int, float] | None = None
 
     def seconds_left(self, step: int) -> float | None:
-        """Return the seconds that the steps after this one will take, validations and saves
-        included, if known.
+        """Return the seconds that the remaining steps will take, or None if not known yet.
+
+        Validations and saves are included.
         """
         now = time.monotonic()
         first, start = self._since = self._since or (step, now)
@@ -180,7 +178,7 @@ class Pace:
 
 
 def summary(row: Mapping[str, Any]) -> str:
-    """Return a row's figures for people, on one line."""
+    """Return a row's metrics for people, on one line."""
     parts = ["loss " + ("not finite" if row["loss"] is None else f"{row['loss']:.4f}")]
     if row.get("validation_loss") is not None:
         parts.append(f"validation {row['validation_loss']:.4f}")
@@ -198,9 +196,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 
 def line(row: Mapping[str, Any], seconds_left: float | None = None) -> str:
-    """Return a row's figures for a log, which shows no bar: with the learning rate and the time
-    that is left.
-    """
+    """Return a row's metrics as a log line, with the learning rate and the time left."""
     parts = [summary(row)]
     if row.get("lr") is not None:
         parts.append(f"lr {row['lr']:.2e}")
@@ -210,7 +206,7 @@ def line(row: Mapping[str, Any], seconds_left: float | None = None) -> str:
 
 
 def short(number: float) -> str:
-    """Return a number with three figures or so and a unit: 1.2M."""
+    """Return a number with one decimal and a unit prefix: 1.2M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.1f}{unit}"
@@ -218,20 +214,19 @@ def short(number: float) -> str:
 
 
 class _Bar(Progress):
-    """A bar, and the last row's figures on lines of their own: beside it, 80 columns would cut
-    them.
-    """
+    """A progress bar with the last row's metrics below it: beside it, 80 columns would cut them."""
 
     figures = ""
 
     def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the bar, then the metrics; rich calls this to draw."""
         yield self.make_tasks_table(self.tasks)
         if self.figures:
             yield Text(self.figures)
 
 
 class _Display:
-    """A progress bar on the terminal, with the last row's figures below it."""
+    """The progress bar on the terminal."""
 
     def __init__(self, max_steps: int, resumed_at: int) -> None:
         self.progress = _Bar(
@@ -248,7 +243,7 @@ class _Display:
         self.task = self.progress.add_task("distil", total=max_steps, completed=resumed_at)
 
     def show(self, row: Mapping[str, Any]) -> None:
-        """Move to a row; one with a validation loss also stays above the bar."""
+        """Show a row; print one with a validation loss above the bar, where it stays."""
         self.progress.figures = line(row)
         self.progress.update(self.task, completed=row["step"])
         if row.get("validation_loss") is not None:

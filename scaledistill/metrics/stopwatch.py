@@ -1,7 +1,7 @@
-"""How fast a run is: the clock of a step's phases, and the rates to hold it against.
+"""The speed of a run: a stopwatch for the phases of a step, and the peaks to compare with.
 
-Enters: the device and the phases as they happen. Leaves: seconds by phase, a peak in FLOP/s, a peak
-in bytes.
+Inputs: the device, and the phases as they happen. Outputs: seconds per phase, the peak FLOP/s, the
+peak memory in bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.profiler import record_function
 
-# Dense 16-bit peak in FLOP/s by a part of the device's name; data sheets of the makers.
+# Dense 16-bit peak in FLOP/s by part of the device's name, from the vendors' data sheets.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -32,7 +32,7 @@ PHASES = ("data wait", "teacher", "student", "loss", "backward", "optimizer")
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return a GPU's dense bf16 peak in FLOP/s, or None where it is not known."""
+    """Return a GPU's dense bf16 peak in FLOP/s, or None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -42,10 +42,9 @@ def peak_flops(device: torch.device) -> float | None:
 def measured_matrix_rate(
     device: torch.device, dtype: torch.dtype, *, size: int | None = None
 ) -> float:
-    """Return the FLOP/s of the best of a few matrix products, `[size, size]` by `[size, 4 size]`:
-    0.2 s or so.
+    """Return the best FLOP/s of a few matrix products, `[size, size]` by `[size, 4 size]`.
 
-    On a CPU it is this process's share of the machine: its threads, beside whatever else runs.
+    Takes about 0.2 s. On a CPU this is what this process's threads reach, whatever else runs.
     """
     size = size or (8192 if device.type == "cuda" else 768)
     a, b = (torch.ones(size, columns, device=device, dtype=dtype) for columns in (size, 4 * size))
@@ -58,31 +57,31 @@ def measured_matrix_rate(
         return time.perf_counter() - start
 
     tries = [seconds()]
-    while len(tries) < 6 and sum(tries) < 1:  # where a dtype is emulated, one may take seconds
+    while len(tries) < 6 and sum(tries) < 1:  # with an emulated dtype, one may take seconds
         tries.append(seconds())
     return 8 * size**3 / min(tries)
 
 
 def memory_peak_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: of the GPU, or of this process where there is none."""
+    """Return the peak memory so far in bytes: of the GPU, or of this process without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Lap(NamedTuple):
-    """What passed since the last lap."""
+    """The time since the last lap."""
 
     seconds: float
     phases: dict[str, float]
-    """Seconds by phase, every one of `PHASES`; on a GPU those of its stream."""
+    """Seconds for each of `PHASES`; on a GPU, of its stream."""
 
 
 class Stopwatch:
-    """Time since the last lap, and by phase of the step. Costs no wait for the device while the
-    laps are not read.
+    """Measures the time since the last lap, in total and by phase of the step.
 
-    A phase also names its part of a profiler's trace, and is told to `on_phase` as it begins.
+    Only `lap` waits for the device. Each phase also labels its part of a profiler's trace, and
+    `on_phase` is called with its name as it begins.
     """
 
     def __init__(
@@ -97,10 +96,11 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time of a block to one of `PHASES`."""
+        """Add the time of a block to one of `PHASES`."""
         self._on_phase(name)
         with record_function(name):
-            # The wait for data, too: what its stream idles, not what the host runs ahead.
+            # Also for the wait for data: it measures how long the stream idles. The host runs
+            # ahead of the GPU, so its own waiting does not count.
             if self._on_gpu:
                 first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 first.record()
@@ -115,17 +115,13 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of a block out: what is not a step does not count against the
-        throughput.
-        """
+        """Exclude the time of a block: what is not a step must not lower the throughput."""
         begin = time.perf_counter()
         yield
         self._start += time.perf_counter() - begin
 
     def lap(self) -> Lap:
-        """Return what passed since the last lap, and start the next; waits for a GPU to finish what
-        it was given.
-        """
+        """Return the time since the last lap and start the next; waits for the GPU to finish."""
         if self._on_gpu:
             torch.cuda.synchronize()
         now = time.perf_counter()

@@ -1,10 +1,9 @@
-"""Trackers of accelerate that get a run's figures: TensorBoard, W&B, MLflow, trackio and the
-others.
+"""Experiment trackers, through accelerate: TensorBoard, W&B, MLflow, trackio and others.
 
-Inputs: the run's folder and settings, then rows of figures. Outputs: what each tracker makes of
-them, and `trackers.json` in the run folder, by which a resumed run goes on in the same one. A
-tracker that fails is reported once and left out from then on: training does not depend on it. Only
-rank 0 makes `Trackers`.
+Inputs: the run's folder and settings, then rows of metrics. Outputs: what each tracker stores, and
+`trackers.json` in the run folder, so that a resumed run continues the same tracker runs. A tracker
+that fails is reported once and then dropped: training does not depend on it. Only rank 0 creates
+`Trackers`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def check_trackers(names: Iterable[str]) -> None:
             key.
     """
     for name in names:
-        from accelerate import tracking  # seconds, that a run without trackers needn't spend
+        from accelerate import tracking  # imported here because it takes seconds
 
         if name not in tracking.LOGGER_TYPE_TO_CLASS:
             known = ", ".join(sorted(tracking.LOGGER_TYPE_TO_CLASS))
@@ -58,15 +57,16 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def _has_wandb_key() -> bool:
-    """Return whether W&B has a key, or needs none: from its variables, its settings and netrc,
-    where it looks too.
+    """Return whether W&B has a key or needs none.
+
+    Looks where W&B itself does: in environment variables, its settings files and netrc.
     """
     given = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
     if given or os.environ.get("RANK", "0") != "0":  # other ranks do not use it
         return True
     mode, host = os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_BASE_URL", "")
     configured = Path(os.environ.get("WANDB_CONFIG_DIR") or Path("~/.config/wandb").expanduser())
-    # What `wandb offline` and the like write.
+    # These files are written by `wandb offline` and the like.
     for path in (configured / "settings", Path("wandb/settings")):
         try:
             settings = ConfigParser(interpolation=None)
@@ -92,7 +92,7 @@ def _has_wandb_key() -> bool:
 
 
 class Trackers:
-    """The trackers of a run; a call never raises."""
+    """The trackers of a run; `log` and `finish` never raise."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Trackers:
         project: str | None = None,
         run_name: str | None = None,
     ) -> None:
-        """Start the trackers, each in the run that `trackers.json` names if there is one.
+        """Start the trackers, each continuing the run that `trackers.json` names, if any.
 
         Raises:
             ConfigError: see `check_trackers`.
@@ -123,17 +123,15 @@ class Trackers:
             self._attempt(name, "start", self._start, name, config)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Give a step's figures to every tracker."""
+        """Pass a step's metrics to every tracker."""
         for name, tracker in list(self._running.items()):
             self._attempt(
                 name, f"take the figures of step {step}", tracker.log, dict(values), step=step
             )
 
     def finish(self) -> None:
-        """Close every tracker; the run's own files are to be closed before, as this may take
-        long.
-        """
-        # It may hold files open; that it failed has been said.
+        """Close every tracker; close the run's own files first, since this may take long."""
+        # Failed trackers may hold files open; their failure has been reported already.
         for tracker in self._failed.values():
             try:
                 tracker.finish()
@@ -151,7 +149,7 @@ class Trackers:
         except (Exception, SystemExit) as error:  # noqa: BLE001 - any package's errors; some exit
             reason = " ".join(str(error).split())[:300]
             log.warning(
-                "logging.trackers: %s could not %s (%s: %s); the run goes on without it, "
+                "logging.trackers: %s could not %s (%s: %s); the run continues without it, "
                 "metrics.jsonl has every figure",
                 *(name, what, type(error).__name__, reason),
             )
@@ -162,7 +160,8 @@ class Trackers:
         from accelerate import tracking
 
         known = tracking.LOGGER_TYPE_TO_CLASS[name]
-        # Only rank 0 comes here; accelerate's own rank check and its logger would need its runtime.
+        # Only rank 0 gets here. Accelerate's own rank check and logger would need its runtime, so
+        # both are replaced.
         tracking.logger = _Messages(log, {})
         cls = type(known.__name__, (known,), {"main_process_only": False})
         accepted = inspect.signature(known.__init__).parameters.values()
@@ -170,7 +169,7 @@ class Trackers:
         named = {parameter.name for parameter in accepted}
         options = self._options(name)
         options = {key: value for key, value in options.items() if takes_any or key in named}
-        if known.requires_logging_directory:  # a folder in the run's own, as if it were a project
+        if known.requires_logging_directory:  # a folder in the run's folder, as if for a project
             tracker = cls(self._run_name, logging_dir=str(self._folder), **options)
         else:
             tracker = cls(self._project, **options)
@@ -182,9 +181,9 @@ class Trackers:
             tracker.store_init_configuration({"config": json.dumps(config)})
 
     def _options(self, name: str) -> dict[str, Any]:
-        """Return what starts a tracker in a run of this name, or in the one that it had before."""
+        """Return the options that start a tracker's run, or continue its earlier one."""
         before = self._known.get(name)
-        # Count where no setting says otherwise.
+        # The trackers' own variables name the run unless logging.run_name does.
         own_names = {"wandb": "WANDB_NAME", "mlflow": "MLFLOW_RUN_NAME"}
         run_name = os.environ.get(own_names.get(name, ""), "") if not self._is_named else ""
         run_name = run_name or self._run_name
@@ -198,14 +197,14 @@ class Trackers:
         return {}
 
     def _remember(self, name: str, tracker: Any, options: Mapping[str, Any]) -> None:
-        """Write down by what a tracker's run is found again."""
+        """Store the identity of a tracker's run, so that a resumed run can continue it."""
         if name == "wandb":
             identity = options.get("id")
         elif name == "mlflow":
             identity = getattr(
                 getattr(getattr(tracker, "active_run", None), "info", None), "run_id", None
             )
-        elif name == "trackio":  # a name that was taken is replaced by another
+        elif name == "trackio":  # it replaces a name that is already taken
             identity = getattr(getattr(tracker, "run", None), "name", None) or options.get("name")
         else:
             return
@@ -215,8 +214,9 @@ class Trackers:
 
 
 class _Messages(logging.LoggerAdapter):
-    """What accelerate's trackers expect of their logger."""
+    """Provides the methods that accelerate's trackers expect of their logger."""
 
     def warning_once(self, message: str, *arguments: Any, **options: Any) -> None:
+        """Log a warning, without accelerate's `main_process_only` option."""
         options.pop("main_process_only", None)
         self.warning(message, *arguments, **options)

@@ -1,1 +1,1 @@
-"""What is settled and checked before a run: settings, models, data, memory, the plan."""
+"""Everything before a run: resolving and checking settings, models, data and memory; the plan."""

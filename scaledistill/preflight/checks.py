@@ -1,8 +1,7 @@
-"""Pre-flight checks: everything about a run that can be known without loading weights, and the plan
-that follows.
+"""Pre-flight checks: everything about a run that can be checked without loading weights.
 
-Enters: a configuration and the number of ranks. Leaves: a `Plan` with the resolved configuration,
-or one error that lists every problem found. Left to others: showing the plan to people (`plan`).
+Inputs: a configuration and the number of ranks. Outputs: a `Plan` with the resolved configuration,
+or one error that lists every problem. Not handled here: showing the plan (`preflight.report`).
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do."""
+    """The plan of a run: its resolved configuration, data and sizes."""
 
     config: DistillConfig
-    """Resolved: precisions and the micro-batch are settled."""
+    """Resolved: precisions and the micro-batch are not "auto"."""
     world_size: int
     order: SampleOrder
     shards: ShardReader
@@ -61,10 +60,9 @@ class Plan:
     estimate: Estimate
     free_disk_bytes: int
     stated: DistillConfig
-    """As it was given."""
+    """The configuration before it was resolved."""
     evaluation: str | None = None
-    """How many fine-tunings follow the run; None where none do, or where it is not this rank's to
-    check."""
+    """How many fine-tunings follow the run; None without any, and on ranks that do not check it."""
     evaluation_flops: float = 0.0
 
 
@@ -78,16 +76,21 @@ def check(
     fresh: bool = False,
     gpu_bytes: int | None = None,
 ) -> Plan:
-    """Check a configuration against models, data, disk and ranks, and return the plan. No weights
-    are read.
+    """Check a configuration against models, data, disk and ranks, and return the plan.
 
-    `writes` says whether the run folder is to be written, and so needs space; `fresh` that nothing
-    is to be resumed. `gpu_bytes` sizes the plan for GPUs with so much memory, whatever `device` is
-    here.
+    No weights are read.
+
+    Args:
+        config: as given by the user.
+        world_size: the number of ranks.
+        device: this rank's.
+        writes: the run folder will be written to, and needs space.
+        fresh: the run will not resume.
+        gpu_bytes: size the plan for GPUs with this much memory, whatever `device` is.
 
     Raises:
-        ConfigError: settings that do not fit; every problem found is in the message, one a line.
-        DataError: the same, where the first problem is with data or model files.
+        ConfigError: settings do not fit; the message has all problems, one per line.
+        DataError: the same, if the first problem is with data or model files.
     """
     problems = Problems()
     attempt = problems.attempt
@@ -99,16 +102,16 @@ def check(
         ("teacher.model", config.teacher.model),
         (f"students.{name}.init", spec.init),
     ):
-        # A hub's are checked when they are fetched.
+        # Models from the hub are checked when their weights are fetched.
         if model not in ("random", "teacher") and Path(model).is_dir():
             attempt(_check_weights, config, setting, model)
     attempt(check_trackers, config.logging.trackers)
-    # One probe a job.
+    # Rank 0 alone writes to the remote folder, to probe it.
     if writes and config.checkpoint.remote and os.environ.get("RANK", "0") == "0":
         attempt(mirror.check, config.checkpoint.remote)
     evaluation = None
     if writes and config.evaluation and os.environ.get("RANK", "0") == "0":
-        from scaledistill.glue.api import check_evaluation  # seconds, that other runs needn't spend
+        from scaledistill.glue.api import check_evaluation  # imported here: it takes seconds
 
         evaluation = attempt(check_evaluation, config)
     shards = attempt(_open_set, config, "data.train", config.data.train)
@@ -131,7 +134,8 @@ def check(
         attempt(check_same_run, state, resolved, order)
     problems.raise_all()
     if not (resolved and teacher and student and shards and order):
-        raise AssertionError("what is missing was no problem")
+        raise AssertionError("unreachable: an input is missing but no problem was recorded")
+    # A plan for GPUs may be made on a machine without any: "auto" must mean the same there.
     sized_for = "cuda" if gpu_bytes else device.type
     if sized_for != device.type and config.relations.backend == "auto":
         resolved = resolved.model_copy(
@@ -151,12 +155,13 @@ def check(
 
 
 def resolve(config: DistillConfig, world_size: int, device: torch.device) -> DistillConfig:
-    """Return the configuration with precisions, backend and micro-batch settled for these ranks;
-    `auto` as all of it.
+    """Return the configuration with precisions, backend, micro-batch and compile resolved.
+
+    A micro-batch of "auto" becomes the rank's whole share of the global batch.
 
     Raises:
-        ConfigError: the global batch does not divide, the engine's block is wrong, or a precision
-            is not to be had.
+        ConfigError: the global batch is not divisible, the engine's block is wrong, or the device
+            or engine lacks a precision.
     """
     train, teacher = config.train, config.teacher
     try:
@@ -191,7 +196,7 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
 
 
 def _indivisible(batch: int, world_size: int, share: int, micro: int | None) -> str:
-    """Return what is wrong with a global batch, and which batches or micro-batches would do."""
+    """Return the message for an indivisible global batch, with sizes that would work."""
     unit = world_size * (micro or share)
     batches = " or ".join(
         str(size) for size in (batch // unit * unit, batch // unit * unit + unit) if size
@@ -211,8 +216,9 @@ def _indivisible(batch: int, world_size: int, share: int, micro: int | None) -> 
 
 
 def clipped_micro_batch(config: DistillConfig, world_size: int) -> str | None:
-    """Return that `train.micro_batch_size` is more than a rank's share of the batch, which is used
-    then; else None.
+    """Return a warning if `train.micro_batch_size` is more than a rank's share, which is then used.
+
+    Returns None otherwise.
     """
     stated, share = (
         config.train.micro_batch_size,
@@ -223,18 +229,17 @@ def clipped_micro_batch(config: DistillConfig, world_size: int) -> str | None:
     return (
         f"train.micro_batch_size={stated} is more than a rank's share of train.global_batch_size="
         f"{config.train.global_batch_size} on {counted(world_size, 'rank')}: {share} is used; set "
-        f"it to {share} or "
-        '"auto", or raise train.global_batch_size'
+        f'it to {share} or "auto", or raise train.global_batch_size'
     )
 
 
 def _compiles(config: DistillConfig, backend: str, device: torch.device) -> bool:
-    """Settle `train.compile`; check that what compiles finds its compiler."""
+    """Resolve `train.compile`, and check that the compiler it needs is installed."""
     setting, on_gpu = config.train.compile, device.type == "cuda"
     if setting is True and config.run.deterministic:
         raise ConfigError(
-            "train.compile=true with run.deterministic=true: what is compiled depends on where a "
-            "run was resumed, and so do its last bits; switch one of them off"
+            "train.compile=true with run.deterministic=true: what is compiled depends on the step "
+            "at which a run was resumed, and so do its last bits; switch one of them off"
         )
     compiles = on_gpu and not config.run.deterministic if setting == "auto" else bool(setting)
     compilers = (
@@ -250,9 +255,9 @@ def _compiles(config: DistillConfig, backend: str, device: torch.device) -> bool
 
 
 def open_shards(config: DistillConfig, location: str) -> ShardReader:
-    """Open a data set, through the local cache where it is a URL.
+    """Open a data set, through the local cache if it is a URL.
 
-    The first rank of each machine looks for every shard; the others would ask the same file system.
+    Only the first rank of each machine checks that all shards exist: the others see the same files.
 
     Raises:
         ConfigError, DataError: see `ShardReader`.
@@ -291,7 +296,7 @@ def _teacher_config(config: DistillConfig) -> PretrainedConfig:
 
 
 def _check_weights(config: DistillConfig, setting: str, model: str) -> None:
-    """Check a folder's weights by their files' headers."""
+    """Check the weights in a folder by the headers of their files."""
     name, trusted = (
         f"{setting}={model!r}",
         setting == "teacher.model" and config.teacher.trust_remote_code,
@@ -301,7 +306,7 @@ def _check_weights(config: DistillConfig, setting: str, model: str) -> None:
 
 
 def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:
-    """Return the model config of a student under training, as its settings ask for.
+    """Return the model config of a student under training, from its settings.
 
     Raises:
         ConfigError: see `student_config`.
@@ -433,14 +438,17 @@ def _order(config: DistillConfig, shards: ShardReader) -> SampleOrder:
 
 
 def _free_disk_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:
-    """Return the free space where the run will write; it must hold the checkpoints kept, and one in
-    the making.
+    """Return the free bytes on the run folder's disk.
+
+    Raises:
+        DataError: they do not suffice for the checkpoints kept and one more, or the folder cannot
+            be written to.
     """
     folder = Path(config.run.folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise DataError(
-            f"run.folder={config.run.folder}: {existing} is not a folder to write to; set another "
+            f"run.folder={config.run.folder}: {existing} is not a writable folder; set another "
             "folder"
         )
     free = shutil.disk_usage(existing).free
@@ -449,7 +457,7 @@ def _free_disk_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:
     if free < needed:
         raise DataError(
             f"run.folder={config.run.folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB "
-            f"needed for checkpoint.keep={config.checkpoint.keep} checkpoints and one in the "
-            "making; free some space or set another folder"
+            f"needed for checkpoint.keep={config.checkpoint.keep} checkpoints and one being "
+            "written; free some space or set another folder"
         )
     return free

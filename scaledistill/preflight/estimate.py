@@ -1,7 +1,8 @@
-"""What a run will need, from shapes alone: parameters, FLOPs, memory, checkpoint size.
+"""Estimate what a run needs, from shapes alone: parameters, FLOPs, memory, checkpoint size.
 
+Inputs: a resolved configuration, the model configs and the number of ranks. Outputs: an `Estimate`.
 Models are built on the meta device and run on fake tensors: no weights are read and no memory is
-taken.
+allocated.
 
 Legend: B sequences, T tokens, D width.
 """
@@ -36,71 +37,67 @@ from scaledistill.relations.spec import letters_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
-# Sequences of the counted micro-batch: so many that what does not grow with them vanishes in the
-# quotient.
+# Sequences in the micro-batch that is counted: so many that, divided by them, sizes that do not
+# depend on their number vanish.
 _COUNTED_SEQUENCES = 4096
-# On a CPU the heap adds to what is alive: libraries' buffers, and holes between blocks that glibc
-# does not map one by one, those below 32 MB. Measured with BERT-base → 6×384: 180 to 230 MB at 74
-# MB of activations, 420 to 540 MB at 450 to 900 MB; a twentieth of the whole more or less from run
-# to run.
+# On a CPU the heap holds more than live tensors: libraries' buffers, and holes between blocks of
+# less than 32 MB, which glibc does not map separately. Measured with BERT-base → 6×384: 180 to
+# 230 MB at 74 MB of activations, 420 to 540 MB at 450 to 900 MB; it varies by ±5 % of the total
+# from run to run.
 _HEAP_BYTES = 350_000_000
 _MOST_HOLES_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes in bytes are per rank, unless said otherwise; memory is the GPU's, or the host's where
-    there is none.
+    """What a run needs.
+
+    Bytes are per rank unless noted otherwise, and of the GPU's memory, or the host's without a GPU.
     """
 
     teacher_parameters: int
-    """Of the truncated teacher."""
+    """Parameters of the truncated teacher."""
     student_parameters: int
-    """Of the full student, as exported."""
+    """Parameters of the full student, as exported."""
     trained_parameters: int
     flops_per_token: float
     """Teacher forward, student forward and backward."""
     teacher_flops_fraction: float
     placements: dict[str, tuple[int, int]]
-    """The teacher's bytes for each `teacher.placement`: in memory of the device, and of the host
-    beside it."""
+    """The teacher's bytes for each `teacher.placement`: (on the device, on the host as well)."""
     teacher_bytes: int
-    """On the device, as it is placed."""
+    """The teacher's bytes on the device, for the configured placement."""
     weights_and_gradients_bytes: int
     optimizer_bytes: int
     """fp32 master weights and both Adam moments."""
     optimizer_on_host: bool
     engine_bytes: int
-    """Buckets that gradients are reduced in; where the student is sharded also its gathered
-    weights."""
+    """Buckets for reducing gradients; for a sharded student also its gathered weights."""
     activation_bytes_per_sequence: int
-    """What a sequence more in the micro-batch adds to the peak of teacher, student, relation loss
-    and backward."""
+    """What each sequence of the micro-batch adds to the peak of teacher, student, relation loss and
+    backward."""
     relation_bytes: int
-    """The relation loss's part of it, for one micro-batch."""
+    """The relation loss's part of the activations of one micro-batch."""
     data_bytes: int
-    """Rows that the data order holds in host memory, at most."""
+    """The rows that the data order holds in host memory, at most."""
     checkpoint_bytes: int
-    """One checkpoint on disk."""
+    """Size of one checkpoint on disk."""
     on_host: bool
-    """The run has no GPU: all of it lies in the host's memory."""
+    """The run has no GPU: everything is in host memory."""
 
     @property
     def state_bytes(self) -> int:
-        """What is held whatever the micro-batch."""
+        """Bytes that do not depend on the micro-batch."""
         held = self.teacher_bytes + self.weights_and_gradients_bytes + self.engine_bytes
         if self.on_host:
             return held + self.optimizer_bytes + self.data_bytes + _HEAP_BYTES
         return held + (0 if self.optimizer_on_host else self.optimizer_bytes)
 
     def memory_bytes(self, sequences: int) -> int:
-        """Return the peak with micro-batches of so many sequences."""
+        """Return the peak in bytes with micro-batches of `sequences`."""
         activations = sequences * self.activation_bytes_per_sequence
-        return (
-            self.state_bytes
-            + activations
-            + (min(activations // 2, _MOST_HOLES_BYTES) if self.on_host else 0)
-        )
+        holes = min(activations // 2, _MOST_HOLES_BYTES) if self.on_host else 0
+        return self.state_bytes + activations + holes
 
 
 def estimate(
@@ -111,8 +108,15 @@ def estimate(
     world_size: int,
     device_type: str = "cpu",
 ) -> Estimate:
-    """Return what student `name` of a resolved configuration needs on devices of `device_type`,
-    "cpu" or "cuda".
+    """Return what a run with student `name` needs.
+
+    Args:
+        config: resolved.
+        name: the student.
+        teacher: its full model config.
+        student: its model config under training.
+        world_size: the number of ranks.
+        device_type: "cpu" or "cuda".
     """
     data, length, on_host = config.data, config.data.sequence_length, device_type == "cpu"
     whole_teacher = build_encoder(teacher, device="meta")
@@ -130,12 +134,16 @@ def estimate(
     gradient_share = world_size if stage >= 2 else 1
     weights = trained * BYTES[config.train.precision] // weight_share
     if config.engine.name == "fsdp" or (parameters_on_host and not on_host):
-        # FSDP2 computes on gathered copies of the fp32 weights, which count as the optimizer's.
+        # FSDP2 computes on gathered copies of the fp32 weights, which are counted as the
+        # optimizer's; offloaded parameters are on the host.
         weights = 0
     placements = _placements(teacher_view, BYTES[config.teacher.dtype], world_size, on_host)
-    # Without a backward two blocks in a row need what many need.
+    # Without a backward, activations do not add up over layers: two blocks in a row need as much
+    # memory as many.
     short_view = capture_view(whole_teacher, min(3, config.teacher.layer))
     activations, relation = _bytes_per_sequence(config, name, short_view, student_view)
+    # Each token of a window takes a 16- or 32-bit id and two bits of layout.
+    quarter_bytes_per_token = 9 if teacher.vocab_size <= 1 << 16 else 17
     return Estimate(
         teacher_parameters=held,
         student_parameters=sum(parameter.numel() for parameter in kept.values()),
@@ -150,19 +158,16 @@ def estimate(
         engine_bytes=_engine_bytes(config, student_view, world_size, on_host),
         activation_bytes_per_sequence=activations,
         relation_bytes=relation * int(config.train.micro_batch_size or 1),
-        data_bytes=data.num_lanes
-        * data.window_rows
-        * length
-        * (9 if teacher.vocab_size <= 1 << 16 else 17)
-        // 4,
+        data_bytes=data.num_lanes * data.window_rows * length * quarter_bytes_per_token // 4,
         checkpoint_bytes=whole * 4 + trained * 8,
         on_host=on_host,
     )
 
 
 def _forward_flops(model: PreTrainedModel, num_layers: int, length: int) -> int:
-    """Return the FLOPs of a view of `num_layers`, counted from shallow ones: blocks are alike,
-    counting takes long.
+    """Return the FLOPs of a view of `num_layers`, extrapolated from shallow views.
+
+    All blocks are alike, and counting takes long.
     """
     if num_layers <= 3:
         return forward_flops(capture_view(model, num_layers), length)
@@ -173,8 +178,9 @@ def _forward_flops(model: PreTrainedModel, num_layers: int, length: int) -> int:
 def batch_arguments(
     config: DistillConfig, sequences: int, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Return a micro-batch as `Teacher.forward` and `view_inputs` take it: all that a batch of the
-    run may have.
+    """Return a micro-batch of arguments for `Teacher.forward` and `view_inputs`.
+
+    It has every tensor that a batch of the run may have, of shape [B, T].
     """
     shape, mode = (sequences, config.data.sequence_length), config.data.attention
     arguments = {"input_ids_BT": torch.zeros(shape, dtype=torch.long, device=device)}
@@ -189,11 +195,10 @@ def batch_arguments(
 def _bytes_per_sequence(
     config: DistillConfig, name: str, teacher_view: nn.Module, student_view: nn.Module
 ) -> tuple[int, int]:
-    """Return the peak of what is alive during a micro-batch, and what of it the loss adds, per
-    sequence.
+    """Return the peak bytes of live tensors per sequence of a micro-batch, and the loss's part.
 
-    The views are on the meta device; the step is made on fake tensors of the CPU. On the meta
-    device attention would not take the fused kernel that it takes on real ones.
+    The views are on the meta device, but the step runs on fake CPU tensors: on the meta device,
+    attention would not use the fused kernel that it uses on real tensors.
     """
     student_view.train()
     set_dropout(student_view, config.students[name].dropout)
@@ -205,6 +210,7 @@ def _bytes_per_sequence(
             with torch.no_grad():
                 target = _forward(teacher_view, teacher_tensors, batch)
             output = _forward(student_view, student_tensors, batch)
+            # Restart the peak, to see what the loss's forward adds; the backward raises it further.
             kept, peak, live.peak = live.now, live.peak, live.now
             loss = _loss(config, name, target, output, batch)
             relation, live.peak = live.peak - kept, max(peak, live.peak)
@@ -250,34 +256,35 @@ def _loss(
         ).total
     letters = letters_of(pairs)
     inputs = [getattr(student, letter) for letter in letters]
-    # Computes scores again, from both models' tensors and the logarithmic sums of their rows.
+    # Triton's backward recomputes the scores from both models' tensors, and from the logarithmic
+    # sums of their rows and the factors derived from them.
     if backend == "triton":
-        # And the factors made of them.
         sums = torch.empty(4, len(pairs), heads, *student.q.shape[:2])
         return _LinearLoss.apply(
             [*(getattr(teacher, letter) for letter in letters), *inputs, sums], *inputs
         )
-    return _LinearLoss.apply([torch.empty(x.shape) for x in inputs], *inputs)  # the gradients
+    # The sdpa backend keeps only the student's gradients, in fp32.
+    return _LinearLoss.apply([torch.empty(x.shape) for x in inputs], *inputs)
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Stands for a backend without maps: holds what that one keeps for its backward."""
+    """Stands in for a backend that does not store score maps, and keeps what that one keeps."""
 
     @staticmethod
     def forward(ctx: Any, kept: Sequence[Tensor], *student: Tensor) -> Tensor:
+        """Keep the tensors `kept` for the backward and return a scalar."""
         ctx.save_for_backward(*kept)
         ctx.student = [(x.shape, x.dtype) for x in student]
         return torch.empty(())
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Return empty gradients of the student's shapes and dtypes."""
         return None, *(torch.empty(shape, dtype=dtype) for shape, dtype in ctx.student)
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows how many bytes of tensors are alive, those of `ignored` ones aside; storages count
-    once.
-    """
+    """Tracks the bytes of live tensors except `ignored` ones; each storage counts once."""
 
     def __init__(self, *ignored: Tensor) -> None:
         super().__init__()
@@ -287,10 +294,10 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if (
-                isinstance(tensor, Tensor)
-                and (storage := tensor.untyped_storage())._cdata not in self._known
-            ):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
                 self._known[storage._cdata] = storage.nbytes()
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._free, storage._cdata)
@@ -311,9 +318,7 @@ def _placements(
 
 
 def _gathered_elements(view: nn.Module) -> int:
-    """Return the most elements that are whole at a time where parameters are gathered by blocks:
-    one and the next.
-    """
+    """Return the most elements gathered at a time: two blocks, and what belongs to no block."""
     blocks = [
         sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(view)
     ]
@@ -326,7 +331,7 @@ def _engine_bytes(config: DistillConfig, view: nn.Module, world_size: int, on_ho
     itemsize = BYTES[config.train.precision]
     if config.engine.name == "fsdp":
         gathered = _gathered_elements(view) if config.engine.fsdp.reshard_after_forward else trained
-        # And gradients, before they are reduced.
+        # The gathered weights, and their fp32 gradients before they are reduced.
         return gathered * itemsize + 4 * _gathered_elements(view)
     zero = resolve_block(config, world_size)["zero_optimization"]
     bucket = zero["reduce_bucket_size"]

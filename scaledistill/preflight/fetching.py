@@ -1,8 +1,7 @@
-"""A run's models from the hub, fetched by the first rank of each machine; the others use what it
-found.
+"""Fetch a run's models from the hub on the first rank of each machine, for all ranks there.
 
-Inputs: names and ranks. Outputs: nothing; `resolve_folder` knows the folders from then on, or why
-there are none. A thousand ranks that ask at once would be refused by the hub.
+Inputs: names and ranks. Outputs: nothing; afterwards `resolve_folder` knows the folders, or why
+there are none. The hub would refuse the requests of a thousand ranks at once.
 """
 
 from __future__ import annotations
@@ -19,20 +18,18 @@ from scaledistill.models.teacher import CONFIG_FILES, WEIGHT_FILES, resolve_fold
 from scaledistill.storage.files import is_path
 
 NO_NAMES = ("random", "teacher")
-"""What `init` may be besides a folder or a name."""
+"""Values of `init` that are neither a folder nor a model's name."""
 
 
 def fetch_configs(config: DistillConfig, ranks: Ranks) -> None:
-    """Fetch what the checks before a run read of its models; a failure is left to them.
-    Collective.
-    """
+    """Fetch the model files that the checks read; the checks report failures. Collective."""
     teacher = (config.teacher.model, config.teacher.revision)
     inits = [(spec.init, None) for spec in config.students.values()]
     _fetch([teacher, *inits], (*CONFIG_FILES, *TOKENIZER_FILES), ranks)
 
 
 def fetch_weights(model: str, revision: str | None, ranks: Ranks) -> None:
-    """Fetch a model's weights; a failure is left to whoever loads them. Collective."""
+    """Fetch a model's weights; failures are raised when they are loaded. Collective."""
     _fetch([(model, revision)], WEIGHT_FILES, ranks)
 
 
@@ -40,11 +37,11 @@ def _fetch(models: Iterable[tuple[str, str | None]], patterns: Sequence[str], ra
     is_first = ranks.local_rank == 0
     for model, revision in models if is_first else ():
         if not is_path(model) and model not in NO_NAMES:
-            with suppress(Exception):  # raised again, on all ranks, where the model is needed
+            with suppress(Exception):  # raised again, on all ranks, when the model is needed
                 resolve_folder(model, revision, patterns)
     here = socket.gethostname()
-    # All ranks meet here, whatever their names are: a teacher's folder may differ from machine to
-    # machine.
+    # All ranks take part, even if no name is a hub's here: a teacher's folder may differ from
+    # machine to machine.
     for host, known in gather_objects((here, known_models() if is_first else {})):
         if host == here and not is_first:
             learn(known)

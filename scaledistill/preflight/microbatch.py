@@ -1,9 +1,8 @@
-"""The largest micro-batch that memory takes, for `train.micro_batch_size="auto"`: predicted, and on
-GPUs tried.
+"""The largest micro-batch that fits in memory, for `train.micro_batch_size="auto"`.
 
-Enters: a configuration and models, as shapes or as modules. Leaves: a number of sequences that
-divides the rank's share of the global batch, the same on all ranks. On a CPU nothing is tried: a
-process that takes too much is killed there.
+Inputs: a configuration and models, as shapes or as modules. Outputs: a number of sequences that
+divides the rank's share of the global batch, the same on all ranks. It is predicted, and on GPUs
+also tried; not on CPUs, where a process that takes too much memory is killed.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from scaledistill.relations import relation_loss
 log = logging.getLogger(__name__)
 
 MARGIN_FRACTION = 0.06
-"""Of a GPU's memory, or of what is free on a host: left for fragments, communication and what
-varies between steps."""
+"""Part of a GPU's memory, or of a host's free memory, that is left for fragmentation, communication
+and variation between steps."""
 _OUT_OF_MEMORY = (
     *("CUDA out of memory", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory"),
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -48,10 +47,16 @@ def predict(
     limit_bytes: int,
     device_type: str = "cpu",
 ) -> int:
-    """Return the largest micro-batch that should fit in `limit_bytes` of free memory, see
-    `free_bytes`. Nothing is run.
+    """Return the largest micro-batch predicted to fit, without running anything.
 
-    `config` is resolved, but for the micro-batch.
+    Args:
+        config: resolved, except for the micro-batch.
+        name: the student.
+        teacher: its model config.
+        student: its model config.
+        world_size: the number of ranks.
+        limit_bytes: free memory per rank; see `free_bytes`.
+        device_type: "cpu" or "cuda".
 
     Raises:
         ConfigError: not even the smallest fits.
@@ -80,14 +85,16 @@ def choose(
     Call it before blocks are compiled: they would be compiled again for each size that is tried.
 
     Args:
-        config: resolved; its micro-batch is the prediction: the first to be tried on a GPU, the
-            answer on a CPU.
+        config: resolved; its micro-batch is the prediction, which is tried first on a GPU and
+            returned on a CPU.
+        name: the student.
         teacher: on the rank's device.
-        student: the training view that the engine is to get, wherever it lies; it stays as it is.
-        facts: the estimate for this run; memory for its states is held while a size is tried.
-        attempt: tries a size, or raises `torch.OutOfMemoryError`; unless said, `Trial` does on a
-            GPU, except with a sharded teacher, whose forward all ranks would have to try together:
-            there the prediction is the answer.
+        student: the training view for the engine, on any device; it is not changed.
+        facts: the estimate for this run; memory for its states is reserved while a size is tried.
+        ranks: this process and its device.
+        attempt: tries a size and raises `torch.OutOfMemoryError` if it does not fit (default: on a
+            GPU a `Trial`). With a sharded teacher, the default is to return the prediction, since
+            all ranks would have to run its forward together.
 
     Raises:
         ConfigError: not even the smallest fits.
@@ -117,7 +124,7 @@ def with_micro_batch(config: DistillConfig, size: int | Literal["auto"]) -> Dist
 
 
 def candidates(config: DistillConfig, world_size: int) -> list[int]:
-    """Return the micro-batches that cut a rank's share of the global batch evenly, ascending."""
+    """Return the micro-batches that divide a rank's share of the global batch, ascending."""
     share = max(1, config.train.global_batch_size // world_size)
     return [size for size in range(1, share + 1) if share % size == 0]
 
@@ -125,10 +132,10 @@ def candidates(config: DistillConfig, world_size: int) -> list[int]:
 def largest_that_fits(
     sizes: Sequence[int], fits: Callable[[int], bool], *, first: int | None = None, found: str
 ) -> int:
-    """Return the largest of the ascending `sizes` that fits, by bisection; `first` is asked first.
+    """Return the largest of the ascending `sizes` that fits, by bisection; `first` is tried first.
 
     Raises:
-        ConfigError: none fits; `found` says how that was found.
+        ConfigError: none fits; `found` is the reason in the message.
     """
     fitting, failing = -1, len(sizes)
     index = sizes.index(first) if first in sizes else len(sizes) // 2
@@ -148,9 +155,7 @@ def largest_that_fits(
 
 
 def fits(attempt: Callable[[int], None], size: int) -> bool:
-    """Return whether `attempt(size)` ends without running out of memory; any other error is
-    raised.
-    """
+    """Return whether `attempt(size)` does not run out of memory; other errors are raised."""
     try:
         attempt(size)
     except RuntimeError as error:
@@ -163,8 +168,9 @@ def fits(attempt: Callable[[int], None], size: int) -> bool:
 
 
 class Trial:
-    """Runs teacher, a copy of the student, loss and backward on a micro-batch, beside `held_bytes`
-    of nothing.
+    """Runs a micro-batch through teacher, a copy of the student, loss and backward.
+
+    Meanwhile `held_bytes` of memory are reserved.
     """
 
     def __init__(
@@ -211,7 +217,7 @@ class Trial:
 
 
 def _release(device: torch.device) -> None:
-    """Give a GPU the memory back that nothing holds, and forget its peak."""
+    """Return unused memory to the GPU, and reset its peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -219,10 +225,10 @@ def _release(device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device, ranks_on_node: int, root: Path = Path("/")) -> int:
-    """Return what this rank may still take: the GPU's free memory, or its part of the host's and of
-    its cgroup's.
+    """Return the bytes that this rank may still allocate.
 
-    `root` is where `proc` and `sys` are.
+    That is the GPU's free memory, or this rank's share of what the host and its cgroups have left.
+    `root` is the folder with `proc` and `sys`.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -231,8 +237,9 @@ def free_bytes(device: torch.device, ranks_on_node: int, root: Path = Path("/"))
 
 
 def _cgroup_rooms(root: Path) -> Iterator[int]:
-    """Yield limit − usage of each memory cgroup that holds this process, v2 or v1; file cache gives
-    way and is free.
+    """Yield limit − usage in bytes of each memory cgroup of this process, v1 or v2.
+
+    File cache counts as free, since the kernel evicts it.
     """
     groups = root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else []:
@@ -248,18 +255,22 @@ def _cgroup_rooms(root: Path) -> Iterator[int]:
             files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
-        # In a container perhaps the host's path, of which only the top is visible.
+        # In a container, `path` may be the host's, of which only the top is visible.
         inside = Path(path.lstrip("/"))
         for folder in (base / part for part in (inside, *inside.parents)):
-            if (folder / files[0]).exists() and (
-                limit := (folder / files[0]).read_text().strip()
-            ) != "max":
-                used = (
-                    int((folder / files[1]).read_text()) - _numbers(folder / "memory.stat")[cache]
-                )
+            if not (folder / files[0]).exists():
+                continue
+            limit = (folder / files[0]).read_text().strip()
+            if limit != "max":
+                used = int((folder / files[1]).read_text())
+                used -= _numbers(folder / "memory.stat")[cache]
                 yield max(0, int(limit) - used)
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Read lines of a name, a number and perhaps a unit."""
-    return {name: int(value) for name, value, *_ in map(str.split, path.read_text().splitlines())}
+    """Read lines of a name, a number and perhaps a unit, which is dropped."""
+    numbers = {}
+    for line in path.read_text().splitlines():
+        name, value, *_ = line.split()
+        numbers[name] = int(value)
+    return numbers

@@ -1,7 +1,7 @@
-"""What a run on any number of ranks will ask of memory, network and storage, for people to read.
+"""A report of what a run needs of memory, network and storage, on any number of ranks.
 
-Enters: a `doctor.Plan`. Leaves: tables and warnings. Left to others: the checks (`doctor`), the
-sizes of models and activations (`estimate`).
+Inputs: a `preflight.checks.Plan`. Outputs: tables and warnings. Not handled here: the checks
+(`preflight.checks`), the sizes of models and activations (`preflight.estimate`).
 
 Legend: L lanes, W ranks.
 """
@@ -21,9 +21,9 @@ from scaledistill.metrics.recorder import short
 from scaledistill.preflight.checks import Plan, clipped_micro_batch
 from scaledistill.preflight.estimate import BYTES, Estimate
 
-# Fewer tokens in a forward don't fill a large GPU's matrix units.
+# A forward with fewer tokens does not fill a large GPU's matrix units.
 _FEW_TOKENS = 2048
-# Blocks read more often than this in an epoch, over all ranks, are worth a warning.
+# Warn if all ranks together read each row more often than this per epoch.
 _MANY_READS = 1.5
 
 
@@ -32,28 +32,30 @@ class Reads:
     """What one rank reads from storage, on average."""
 
     lanes: int
-    """Lanes that its samples come from: L / gcd(L, W), because sample n is lane n mod L and a
-    rank's are r mod W."""
+    """Lanes that its samples come from: L / gcd(L, W), since sample n is in lane n mod L, and rank
+    n mod W reads it."""
     sharers: int
     """Ranks that read the same lanes."""
     reads_per_step: float
     bytes_per_step: float
     times_over: float
-    """How often all ranks together read each row: 1 at best."""
+    """How often all ranks together read each row per epoch: 1 at best."""
     shards_per_epoch: float
 
 
 def reads(plan: Plan) -> Reads:
-    """Return what a rank reads; rows of a lane are shuffled, so that it touches nearly every block
-    of its lanes.
+    """Return what a rank reads from storage.
+
+    The rows of a lane are shuffled, so a rank touches nearly every block of its lanes.
     """
     manifest, order, train = plan.shards.manifest, plan.order, plan.config.train
     together = math.gcd(order.num_lanes, plan.world_size)
     lanes, sharers = order.num_lanes // together, plan.world_size // together
-    at_once = plan.shards.blocks_around(0, 0)  # blocks of a read
+    at_once = plan.shards.blocks_around(0, 0)  # the blocks that one read covers
     rows_per_read = min(
         sum(manifest.shards[0].block_rows[block] for block in at_once), order.window_rows
     )
+    # The probability that at least one row of a read is this rank's.
     touched = 1 - (1 - 1 / sharers) ** rows_per_read if sharers > 1 else 1.0
     rows_per_step = train.global_batch_size * touched / together
     return Reads(
@@ -67,19 +69,18 @@ def reads(plan: Plan) -> Reads:
 
 
 def traffic(config: DistillConfig, facts: Estimate, world_size: int) -> dict[str, float]:
-    """Return the bytes that each rank sends in a step, and receives, with ring collectives, by what
-    they are for.
+    """Return the bytes that each rank sends and receives per step with ring collectives, by use.
 
     A ring moves (W - 1) / W of a tensor for an all-gather or a reduce-scatter, twice that for an
     all-reduce. DeepSpeed's stages 1 and 2 all-reduce gradients in buckets, stage 2 in every
-    micro-batch, and gather the new weights once. Where the student is sharded its weights are
-    gathered for each forward and again for each backward, at most: small ones stay gathered.
+    micro-batch, and gather the new weights once. A sharded student's weights are gathered at most
+    once for each forward and once for each backward: small ones stay gathered.
     """
     train, teacher = config.train, config.teacher
     ring = (world_size - 1) / world_size
     micro_batches = train.global_batch_size // (world_size * int(train.micro_batch_size or 1))
     weights = ring * facts.trained_parameters * BYTES[train.precision]
-    if config.engine.name == "fsdp":  # gradients travel in fp32, after the last micro-batch
+    if config.engine.name == "fsdp":  # gradients are sent in fp32, after the last micro-batch
         gathers = 2 if config.engine.fsdp.reshard_after_forward else 1
         sent = {
             "weights": gathers * micro_batches * weights,
@@ -98,7 +99,7 @@ def traffic(config: DistillConfig, facts: Estimate, world_size: int) -> dict[str
 
 
 def warnings_of(plan: Plan) -> list[str]:
-    """Return what will work, but slower than it could, with the setting to change."""
+    """Return warnings about what will work but could be faster, with the setting to change."""
     order, shards, ranks = plan.order, len(plan.shards.manifest.shards), plan.world_size
     train, length, found = plan.config.train, plan.config.data.sequence_length, reads(plan)
     told = []
@@ -147,7 +148,7 @@ def _lanes_advice(lanes: int, num_rows: int) -> str:
 
 
 def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
-    """Return the plan as a table; `tokens_per_second` of one rank adds how long the run takes."""
+    """Return the plan as a table; with `tokens_per_second` of one rank, it shows the duration."""
     config, facts, manifest = plan.config, plan.estimate, plan.shards.manifest
     train, length, ranks = config.train, config.data.sequence_length, plan.world_size
     tokens = train.global_batch_size * length
@@ -196,7 +197,9 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
         "  teacher": _size(facts.teacher_bytes),
         "  weights, gradients": _size(facts.weights_and_gradients_bytes),
         "  optimizer": _size(facts.optimizer_bytes) + where,
-        "  activations": f"{_size(activations)}, of which the relation loss {_size(facts.relation_bytes)}",
+        "  activations": (
+            f"{_size(activations)}, of which the relation loss {_size(facts.relation_bytes)}"
+        ),
         "checkpoint": f"{_size(facts.checkpoint_bytes)}, {config.checkpoint.keep} kept; "
         f"{_size(plan.free_disk_bytes)} free",
         "run folder": config.run.folder,
@@ -211,12 +214,12 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
 
 
 def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list[str]:
-    """Return what a run is about to do, a line each, for its log.
+    """Return the log lines that say what a run is about to do.
 
     Args:
         device: "cuda" or "cpu".
-        step: the steps that were made before, where it resumes.
-        last_step: the last one to be made.
+        step: the step that the run resumes from, or 0.
+        last_step: the last step of the run.
     """
     config, facts = plan.config, plan.estimate
     train, ranks, run = config.train, plan.world_size, config.run
@@ -251,14 +254,12 @@ def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list
 
 
 def placement_table(plan: Plan, memory_bytes: int | None = None) -> Table:
-    """Return what each `teacher.placement` asks of a rank, and whether it fits in
-    `memory_bytes`.
-    """
+    """Return what a rank needs for each `teacher.placement`, and if it fits in `memory_bytes`."""
     config, facts = plan.config, plan.estimate
     micro = int(config.train.micro_batch_size or 1)
     beside = facts.memory_bytes(micro) - facts.teacher_bytes
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("teacher.placement", "teacher", "host", "rank in all", "network/step"):
+    for heading in ("teacher.placement", "teacher", "host", "rank total", "network/step"):
         table.add_column(heading, justify="left" if heading == "teacher.placement" else "right")
     if memory_bytes:
         table.add_column(f"in {_size(memory_bytes)}")
@@ -280,7 +281,7 @@ def placement_table(plan: Plan, memory_bytes: int | None = None) -> Table:
 def _evaluation(plan: Plan) -> dict[str, str]:
     if plan.evaluation is None:
         return {}
-    # Slow to import: other plans needn't wait.
+    # Imported here because it takes seconds.
     from scaledistill.glue.listing import duration, estimated_seconds
 
     time = duration(estimated_seconds(plan.evaluation_flops))
@@ -299,11 +300,12 @@ def _duration(plan: Plan, tokens_per_second: float, sent: float) -> dict[str, st
         "per rank"
     )
     if plan.world_size > 1:
-        text += f"; the network must carry {_size(sent / seconds)}/s per rank beside it"
+        text += f"; the network must carry {_size(sent / seconds)}/s per rank"
     return {"  time": text}
 
 
 def engine_name(config: DistillConfig) -> str:
+    """Return the engine's name for people, with DeepSpeed's ZeRO stage."""
     return "FSDP2" if config.engine.name == "fsdp" else f"DeepSpeed ZeRO-{zero_settings(config)[0]}"
 
 
@@ -311,10 +313,8 @@ def _trained(plan: Plan) -> str:
     facts = plan.estimate
     if plan.config.students[plan.student_name].tap == "extra":
         projection = facts.trained_parameters - facts.student_parameters
-        return (
-            f"all of which train, and a projection of {_millions(projection)} that the export drops"
-        )
-    return f"of which {_millions(facts.trained_parameters)} train"
+        return f"all trained, and a projection of {_millions(projection)} that the export drops"
+    return f"of which {_millions(facts.trained_parameters)} are trained"
 
 
 def _millions(count: int) -> str:

@@ -1,1 +1,1 @@
-"""A run's folder: who owns it, how the run stands, requests to stop."""
+"""A run's folder: its owner, its status, requests to stop, and how to resume."""

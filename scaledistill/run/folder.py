@@ -1,8 +1,12 @@
-"""A run's folder: who owns it, its resolved configuration, `status.json`, and requests to stop.
+"""A run's folder: its lock, `status.json`, and requests to stop.
 
-Layout: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`,
-`export/<student>/`, the best by validation loss, `export/<student>-best/`, those of `--export`,
-`export/<student>-step-N/`, and, with trackers that a resumed run goes on with, `trackers.json`.
+Inputs: the folder, the number of steps, signals. Outputs: the lock on the folder, `status.json`,
+and why to stop. Not handled here: the folder's other files.
+
+Layout: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, the final student
+in `export/<student>/`, the best by validation loss in `export/<student>-best/`, those written by
+`--export` in `export/<student>-step-N/`, and `trackers.json` if a resumed run needs it to continue
+its trackers.
 """
 
 from __future__ import annotations
@@ -39,21 +43,20 @@ log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOOK_SECONDS = 0.25
-"""A step waits for the run's folder this long, once: a folder that is slow to answer is not waited
-for again."""
+"""How long a step waits for the run's folder; the next steps do not wait for a slow one."""
 AT_ONCE_SECONDS = 0.05
-"""A folder that answers in less is waited for at the next step too."""
+"""A folder that answers faster than this is waited for at the next step too."""
 WRITE_SECONDS = 30.0
-"""How long a state that is not one of many waits for the disk."""
+"""How long `Status.write` waits for the disk."""
 REMOVE_SECONDS = 5.0
-"""How long a run that stops waits until the STOP file is removed."""
+"""How long a stopping run waits for the STOP file to be removed."""
 
 
 _writers: dict[Path, Background] = {}
 
 
 class Status:
-    """`status.json`: the authority on how a run stands or ended.
+    """`status.json`: the authority on the state of a run and on how it ended.
 
     Keys: `state` ("running", "evaluating", "done", "stopped", "failed", "diverged"), `step`,
     `max_steps`, `exit_code` (null while running or evaluating), `message`, `updated`, `host`,
@@ -63,28 +66,27 @@ class Status:
     def __init__(self, folder: Path, max_steps: int) -> None:
         self.path = folder / "status.json"
         self.max_steps = max_steps
-        # Of the run before, until this one takes over.
+        # The previous run's step, until this run starts.
         self.step = (read_json(self.path) or {}).get("step", 0)
         self.started = False
-        # One a file, whoever writes it, so that what was given last stands in the end.
+        # One writer per file, so that the last status submitted is the last one written.
         self._writer = _writers.setdefault(self.path.absolute(), Background("status.json"))
         self._soon: Future[None] | None = None
 
     def write(self, state: str, message: str, exit_code: int | None = None) -> None:
-        """Write, after what was given before.
+        """Write a status, after those submitted earlier, and wait for the disk.
 
         Raises:
-            OSError: the disk refused it, or has not taken it yet after half a minute.
+            OSError: the disk refused it, or has not answered for `WRITE_SECONDS`.
         """
         self._finish(
             self._writer.submit(write_json, self.path, self._content(state, message, exit_code))
         )
 
     def write_soon(self, state: str, message: str) -> None:
-        """Write as soon as the disk takes it, without waiting: for a state that is written again
-        and again.
+        """Write a status without waiting for the disk: for one that is written again and again.
 
-        One that was not begun yet is left out; what is written later stands in the end.
+        It replaces an earlier one that is still waiting.
         """
         if self._soon:
             self._soon.cancel()
@@ -93,10 +95,11 @@ class Status:
         )
 
     def write_failure(self, state: str, message: str, exit_code: int) -> None:
-        """Write an end, unless another rank's cause stands there already."""
+        """Write how the run failed, unless another rank has written its cause already."""
         content = self._content(state, message, exit_code)
 
         def write_first_cause() -> None:
+            """Write the content if the file holds no failure of this run."""
             known = read_json(self.path)
             if not (self.started and known and known["state"] in ("failed", "diverged")):
                 write_json(self.path, content)
@@ -105,7 +108,7 @@ class Status:
             self._finish(self._writer.submit(write_first_cause))
 
     def write_if_possible(self, state: str, message: str, exit_code: int | None) -> None:
-        """Write, but survive a full disk, and one that hangs."""
+        """Write a status, but only log an error if the disk is full or hangs."""
         with self._survived():
             self.write(state, message, exit_code)
 
@@ -131,13 +134,13 @@ class Status:
         written.result()
 
     def _write_if_possible(self, content: Mapping[str, Any]) -> None:
-        """Be the thread."""
+        """Write the content; runs in the background thread."""
         with self._survived():
             write_json(self.path, content)
 
     @contextmanager
     def _survived(self) -> Iterator[None]:
-        """Log an error of the disk: it must not hide why the run ended."""
+        """Log a disk error instead of raising it: it must not hide why the run ended."""
         try:
             yield
         except OSError as error:
@@ -146,7 +149,7 @@ class Status:
 
 @contextmanager
 def owned(folder: Path, max_steps: int, ranks: Ranks, *, fresh: bool) -> Iterator[Status]:
-    """Hold a run's folder while the run lasts, and leave how it ended in `status.json`. Collective.
+    """Lock a run's folder during the run and write failures to `status.json`. Collective.
 
     Args:
         fresh: set an existing folder aside first.
@@ -168,17 +171,17 @@ def owned(folder: Path, max_steps: int, ranks: Ranks, *, fresh: bool) -> Iterato
                         f"run.folder={str(folder)!r} cannot be written: {error.strerror}"
                     ) from None
         status = Status(folder, max_steps)
-        # A refused resume says nothing about the run that stands there.
+        # A refused resume must not overwrite the status of the run that is in the folder.
         with failures_told(status, of_settings=not status.path.exists()):
             yield status
 
 
 @contextmanager
 def failures_told(status: Status, *, of_settings: bool) -> Iterator[None]:
-    """Write into `status.json` which error ends what is done meanwhile.
+    """Write the error that ends the block to `status.json` and raise it again.
 
     Args:
-        of_settings: those of the configuration too.
+        of_settings: write configuration errors too.
     """
     try:
         yield
@@ -206,7 +209,7 @@ def failures_told(status: Status, *, of_settings: bool) -> Iterator[None]:
 
 
 def described(folder: Path) -> str:
-    """Return who holds a run's folder, and where that run stands, as its `status.json` says."""
+    """Return who holds a run's folder, its state and its step, from `status.json`."""
     status = read_json(folder / "status.json") or {}
     who = f"pid {status.get('pid', '?')} on {status.get('host', '?')}"
     return (
@@ -224,8 +227,9 @@ def set_aside(folder: Path) -> Path:
 
 
 def job_seconds() -> float:
-    """Return how long ago the job's process started: ours, or torchrun's, which outlives restarts
-    of ours.
+    """Return the seconds since the job's process started.
+
+    That is torchrun's process, if there is one, since it survives restarts of ours.
     """
     process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -233,11 +237,10 @@ def job_seconds() -> float:
 
 
 class StopRequest:
-    """Whether the run is to stop: for a signal, a file named STOP in the run's folder, or the job's
-    age.
+    """Requests to stop a run: by a signal, by a file STOP in its folder, or by the job's age.
 
-    A STOP file that lies there when a run starts counts; it is removed when the run stops. A thread
-    looks for it: a folder that hangs must not hold up the step, and with it all ranks.
+    A STOP file that exists when the run starts counts too; it is removed when the run stops. A
+    thread checks for it, so that a folder that hangs cannot block the step, and with it all ranks.
     """
 
     def __init__(
@@ -255,13 +258,13 @@ class StopRequest:
             math.inf if max_hours is None else time.monotonic() + max_hours * 3600 - job_seconds()
         )
         self._speaks = speaks
-        # What a signal is answered by; it says what is saved, which depends on how far the run is.
+        # Printed in answer to a signal; it says what will be saved, which depends on the phase.
         self.answer = answer
         self._signal: int | None = None
         self._since = 0.0
         self._background = Background("STOP file")
         self._look: Future[None] | None = None
-        self._found, self._answers_at_once = False, True  # by the last look
+        self._found, self._answers_at_once = False, True  # results of the last check
 
     def reason(self) -> str | None:
         """Return why to stop, or None."""
@@ -270,18 +273,18 @@ class StopRequest:
         if self._file is not None and self._look_for(self._file):
             return f"found {self._file}"
         if time.monotonic() >= self._deadline:
-            return f"run.max_hours={self._max_hours:g} are over"
+            return f"run.max_hours={self._max_hours:g} reached"
         return None
 
     def acknowledge(self) -> str | None:
-        """Return why to stop, and remove the STOP file, so that the same command goes on."""
+        """Return why to stop, and remove the STOP file, so that rerunning the command resumes."""
         reason = self.reason()
         if self._file is not None:
             self._background.submit(self._remove, self._file, patience=REMOVE_SECONDS)
         return reason
 
     def _look_for(self, file: Path) -> bool:
-        """Return whether the file was there at the last look, and take another look."""
+        """Return whether the file existed at the last check, and start another check."""
         if self._look is None or self._look.done():
             patience = LOOK_SECONDS if self._answers_at_once else 0.0
             self._look = self._background.submit(self._take_look, file, patience=patience)
@@ -290,16 +293,16 @@ class StopRequest:
         return self._found
 
     def _take_look(self, file: Path) -> None:
-        """Be the thread."""
+        """Check for the file and time the check; runs in the background thread."""
         start = time.monotonic()
         try:
             self._found = file.exists()
-        except OSError:  # a folder that cannot be read now: the next look may tell
+        except OSError:  # the folder cannot be read now; the next check may succeed
             self._found = False
         self._answers_at_once = time.monotonic() - start < AT_ONCE_SECONDS
 
     def _remove(self, file: Path) -> None:
-        """Be the thread."""
+        """Remove the STOP file; runs in the background thread."""
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
@@ -312,11 +315,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals as requests; a second SIGINT, a second or more after the first signal,
-        leaves at once.
+        """Handle signals as requests to stop during the block.
 
-        Python gives signals to the main thread alone: in another one they stay with whoever started
-        it.
+        A SIGINT a second or more after the first signal raises KeyboardInterrupt. Python delivers
+        signals to the main thread only: in another thread, the caller's handlers stay in place.
         """
         if threading.current_thread() is not threading.main_thread():
             if self._speaks:
@@ -329,7 +331,7 @@ class StopRequest:
             yield
         finally:
             for number, handler in before.items():
-                # None: not set by Python.
+                # None: the handler was not installed from Python.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

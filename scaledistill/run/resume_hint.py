@@ -1,8 +1,8 @@
-"""What to say about resuming a run that ended: it depends on whether there is a checkpoint.
+"""How to resume a run that ended, which depends on whether there is a checkpoint.
 
-Inputs: a run's folder. Outputs: text. Imports nothing heavy, so that an interrupt during the
-imports can use it. Not handled here: whether the checkpoint is good (`checkpoint` finds out when
-the run resumes).
+Inputs: a run's folder. Outputs: text. Imports nothing heavy, so that it can be used if a run is
+interrupted during its imports. Not handled here: whether the checkpoint is good, which
+`checkpoint.format` verifies when the run resumes.
 """
 
 from __future__ import annotations
@@ -13,26 +13,25 @@ from pathlib import Path
 
 FOLDER = re.compile(r"step-(\d{9})")
 DISK_SECONDS = 2.0
-"""How long to wait for the disk, which may be what made the run end."""
+"""How long to wait for the disk, which may be the reason that the run ended."""
 
 
 def newest_step(folder: Path) -> int | None:
-    """Return the step of the newest checkpoint in a run's folder, unverified; None where there is
-    none.
-    """
+    """Return the step of the newest checkpoint in a run's folder, unverified; None without one."""
     manifests = folder.glob("checkpoints/step-*/manifest.json")
     steps = [int(found[1]) for path in manifests if (found := FOLDER.fullmatch(path.parent.name))]
     return max(steps, default=None)
 
 
 def resume_hint(folder: str | Path) -> str:
-    """Return how to resume the run in a folder, true whether or not it has a checkpoint."""
+    """Return how to resume the run in a folder, whether or not it has a checkpoint."""
     found: list[int | None] = []
 
     def look() -> None:
+        """Append the newest step; append nothing if the folder cannot be read."""
         try:
             found.append(newest_step(Path(folder)))
-        except OSError:  # nothing is known then, as where the disk does not answer
+        except OSError:  # the same as for a disk that does not answer
             return
 
     thread = threading.Thread(target=look, name="resume hint", daemon=True)

@@ -1,1 +1,1 @@
-"""The loop, the step, and what belongs to a run while it trains."""
+"""Training: the loop, the optimizer step, a run's session, exports and profiles."""

@@ -1,9 +1,8 @@
-"""What a run exports: the student in training, or that of any checkpoint, as a plain transformers
-model.
+"""Export the student in training, or that of any checkpoint, as a plain transformers model.
 
 Inputs: a configuration, and a student's full fp32 state or a run folder with checkpoints. Outputs:
 a folder in `<run.folder>/export`. Checkpoints are only read, so a run may be in progress. Not
-handled here: the files themselves (`models.export`), when a run exports (`train`).
+handled here: the files themselves (`models.export`), when a run exports (`training.loop`).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Facts:
-    """What the model card says of a run's student."""
+    """What the model card says about a run's student."""
 
     step: int
     teacher_sha256: str
@@ -59,11 +58,11 @@ def write_student(
     Args:
         model: the model config of the student under training.
         weights: every parameter of that model, fp32, on the CPU.
-        check: gets what was read back, before it replaces an older export; raises what keeps it
-            from that.
+        check: called with the model that was read back, before it replaces an older export; raises
+            to keep the older one.
 
     Raises:
-        DataError: the disk did not take it, or what was read back differs.
+        DataError: the export cannot be written, or what was read back differs.
     """
     [(name, spec)] = config.students.items()
     train, data = config.train, config.data
@@ -98,17 +97,16 @@ def write_student(
 
 @names_resolved_once()
 def export_checkpoint(config: DistillConfig, wanted: int | str) -> Path:
-    """Export the student of a checkpoint to `<run.folder>/export/<student>-step-N`, and return that
-    folder.
+    """Export a checkpoint's student; return the folder, `<run.folder>/export/<student>-step-N`.
 
-    The checkpoint's own settings count; of `config` only where things lie: the run folder, the
-    teacher.
+    Settings are the checkpoint's own, except for the locations of the run folder and the teacher,
+    which are those of `config`.
 
     Args:
         wanted: a step that has a checkpoint, or "newest", the newest one that is not damaged.
 
     Raises:
-        ConfigError: there is no such checkpoint, or the teacher is another.
+        ConfigError: there is no such checkpoint, or the teacher differs from the run's.
         DataError: the checkpoint or the teacher's folder cannot be read, or the export cannot be
             written.
     """
@@ -122,11 +120,13 @@ def export_checkpoint(config: DistillConfig, wanted: int | str) -> Path:
             state["data"]["data_sha256"],
         )
         written_with = state["versions"]
-    except (KeyError, TypeError, ConfigError) as error:  # its hash holds: another version's
+    # The hashes match, so the file is not damaged: another version wrote it.
+    except (KeyError, TypeError, ConfigError) as error:
         raise DataError(
             f"{checkpoint.folder} was written by another version and cannot be exported: {error}; "
             "resume the run with the version that wrote it"
         ) from None
+    # The run folder and the teacher may have moved since the checkpoint was written.
     settled = settled.model_copy(
         update={
             "run": settled.run.model_copy(update={"folder": config.run.folder}),
@@ -154,11 +154,11 @@ def export_checkpoint(config: DistillConfig, wanted: int | str) -> Path:
             weights,
             Facts(step, teacher_sha256, data_sha256, losses, written_with),
         )
-    except ValueError as error:  # the shapes are the teacher's
+    except ValueError as error:  # the student's shapes follow from the teacher's
         raise ConfigError(
             f"teacher.model={teacher.model!r} is not the one that {checkpoint.folder} was trained "
-            f"with: {error}; set it to {state['config']['teacher']['model']!r}, or where that lies "
-            "now"
+            f"with: {error}; set it to {state['config']['teacher']['model']!r}, or to its current "
+            "path"
         ) from None
     return folder
 
@@ -198,7 +198,7 @@ def _find(config: DistillConfig, wanted: int | str) -> Checkpoint:
 
 
 def _elsewhere(config: DistillConfig) -> str:
-    """Return which checkpoints lie at `checkpoint.remote`, which an export does not read."""
+    """Return a hint at the checkpoints in `checkpoint.remote`, which an export does not read."""
     remote = config.checkpoint.remote
     there = list(mirror.checkpoints(remote)) if remote else []
     if not there:
@@ -210,9 +210,7 @@ def _elsewhere(config: DistillConfig) -> str:
 
 
 def _losses_at(folder: Path, step: int) -> dict[str, str | None]:
-    """Return the losses that the record has of a step, or of the last one before it that has
-    some.
-    """
+    """Return the recorded losses of a step, or of the last step before it that has any."""
     losses: dict[str, str | None] = {}
     for label, key in (("validation loss", "validation_loss"), ("training loss", "loss")):
         rows = [

@@ -1,7 +1,7 @@
-"""The loop: which steps are made, and what is due between them.
+"""The training loop: runs the steps and does what is due between them.
 
-Everything that computes lives in the modules imported here; this one says in which order it
-happens.
+Inputs: a configuration. Outputs: how the run ended; its files are in `run.folder`. Not handled
+here: the step itself (`training.step`) and opening models and data (`training.session`).
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COMPILING_STEPS = 10
-"""After so many steps nothing is compiled any more: batches of shapes not seen by then run
-uncompiled."""
+"""After this many steps nothing more is compiled: batches with new shapes then run uncompiled."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ class RunResult:
 
 
 class Bookkeeper:
-    """What is due between steps: the finite check, validation, rows of figures, checkpoints,
-    exports, the status.
+    """Does what is due between steps.
 
-    Every method is collective. A dry run has no status, and writes nothing.
+    That is: the check for non-finite losses, validation, metrics, checkpoints, exports, the status.
+    Every method is collective. A dry run has no status and writes nothing.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class Bookkeeper:
         self.watch = Stopwatch(session.ranks.device, at)
 
     def start(self, stack: ExitStack) -> None:
-        """Open what is written to."""
+        """Open the record and the status, and load the probe if there is one. Collective."""
         session = self._session
         if self._status is None:
             return
@@ -121,14 +120,14 @@ class Bookkeeper:
             if session.ranks.is_main:
                 self._open_record(stack, self._status)
         if self._config.evaluation and self._config.evaluation.probe:
-            # Seconds, that other runs needn't spend.
+            # Imported here because it takes seconds.
             from scaledistill.training.probe import StudentProbe
 
             self._probe = StudentProbe(session)
 
     def _open_record(self, stack: ExitStack, status: runfolder.Status) -> None:
         session = self._session
-        origin = f"going on at step {session.step}" if session.step else "starting"
+        origin = f"resuming at step {session.step}" if session.step else "starting"
         log.info("%s: %s, up to step %d", self._folder, origin, self._last_step)
         try:
             write_json(self._folder / "config.json", self._config.model_dump())
@@ -149,7 +148,7 @@ class Bookkeeper:
         self._recorder = stack.enter_context(recorder)
 
     def after_step(self, result: StepResult) -> None:
-        """Do what is due after a step."""
+        """Do what is due after a step. Collective."""
         session, train = self._session, self._config.train
         if self._status:
             self._status.step = session.step
@@ -180,14 +179,14 @@ class Bookkeeper:
                 self._save(leaving, due(self._config.checkpoint.every_steps))
 
     def finish(self) -> RunResult:
-        """Export, and say how it ended."""
+        """Export the student and return how the run ended. Collective."""
         session = self._session
         if self._status is None:
             return RunResult(
                 "dry run",
                 EXIT_DONE,
                 session.step,
-                f"{counted(session.step, 'step')} made, nothing written",
+                f"{counted(session.step, 'step')} run, nothing written",
             )
         self._at("export")
         self._stop.answer = (
@@ -205,13 +204,13 @@ class Bookkeeper:
         return RunResult("done", EXIT_DONE, session.step, message)
 
     def stop_at_start(self) -> bool:
-        """Return whether someone asked to stop before the first step."""
+        """Return whether a stop was requested before the first step. Collective."""
         if any_rank(self._stop.reason() is not None, self._session.ranks.device):
             self._heed_stop()
         return self.stop_requested
 
     def stop(self) -> RunResult:
-        """Say that the run was stopped; `after_step` has saved it."""
+        """Return that the run was stopped; `after_step` has saved it. Collective."""
         return stopped(self._status, self._session.ranks, self._session.step, self._stop_reason)
 
     def _heed_stop(self) -> None:
@@ -222,7 +221,7 @@ class Bookkeeper:
             log.warning(message, *arguments)
 
     def _check_finite(self, result: StepResult) -> None:
-        """Count skipped steps; too many in a row end the run."""
+        """Count skipped steps; end the run if too many in a row were skipped."""
         session, batch = self._session, self._config.train.global_batch_size
         if not result.skipped:
             self._skipped_in_a_row = 0
@@ -243,9 +242,7 @@ class Bookkeeper:
                 raise DivergedError(message)
 
     def _newest_checkpoint(self) -> str:
-        """Wait for the save under way, and say which checkpoint there is to go back to.
-        Collective.
-        """
+        """Wait for the save under way and return which checkpoint is the last. Collective."""
         self._settle(wait=True)
         step = newest_step(self._folder)
         return (
@@ -253,10 +250,9 @@ class Bookkeeper:
         )
 
     def _validate(self) -> dict[str, float] | None:
-        """Validate, and export the student if it is the best so far; return the figures, with those
-        of the probe.
+        """Validate, and export the student if it is the best so far.
 
-        None where someone asked to stop meanwhile.
+        Returns the validation loss and the probe's scores; None if a stop was requested meanwhile.
         """
         session = self._session
         loss = validation_loss(session, self._stop.reason, self._at)
@@ -264,6 +260,7 @@ class Bookkeeper:
             self._heed_stop()
             return None
         session.last_validation = loss if math.isfinite(loss) else None
+        # Losses on other held-out rows cannot be compared with this one.
         yardstick = session.validation_identity()
         best = session.best if session.best.get("yardstick") == yardstick else {}
         if math.isfinite(loss) and loss < best.get("validation_loss", math.inf):
@@ -277,11 +274,11 @@ class Bookkeeper:
                 }
             except (DataError, PeerError) as error:
                 kept = (
-                    "the best export before is kept"
+                    "the previous best export is kept"
                     if session.best
                     else "there is no best export yet"
                 )
-                self._warn("%s; training goes on, %s", error, kept)
+                self._warn("%s; training continues, %s", error, kept)
         self._at("probe")
         return {"validation_loss": loss, **(self._probe.scores() if self._probe else {})}
 
@@ -315,9 +312,7 @@ class Bookkeeper:
             log.info("step %d/%d  %s", session.step, self._last_step, line(row, seconds_left))
 
     def _save(self, leaving: bool, due: bool) -> None:
-        """Settle the save before, save where that is due or has failed, and wait for it where the
-        run ends.
-        """
+        """Settle the previous save, save if due or if that one failed, and wait if the run ends."""
         session, settings = self._session, self._config.checkpoint
         if not (leaving or due or session.step == self._settle_at):
             return
@@ -333,13 +328,13 @@ class Bookkeeper:
             session.save()
         if leaving and (failed := self._settle(wait=True)):
             self._give_up(failed, "the run ends here")
-        # Asked how it went after these steps, and again while it is not over.
+        # Check the save after this many steps, and again until it has ended.
         self._settle_at = (
             session.step + max(1, settings.every_steps // 10) if session.saver.pending else None
         )
 
     def _settle(self, *, wait: bool) -> Outcome | None:
-        """Return how a save ended if it failed."""
+        """Return the outcome of the pending save if it has failed."""
         outcome = self._session.saver.settle(wait=wait)
         if outcome is None:
             return None
@@ -364,20 +359,21 @@ def distill(
     dry_run_steps: int | None = None,
     profile_steps: int | None = None,
 ) -> RunResult:
-    """Distil the configured student, going on from the run folder's newest good checkpoint.
-    Collective.
+    """Distil the configured student. Collective.
+
+    The run resumes from the newest good checkpoint in its folder, if there is one.
 
     Args:
         config: the run's settings.
         fresh: start over; an existing run folder is renamed, not deleted.
-        dry_run_steps: make so many real steps from the start and write nothing.
-        profile_steps: likewise, some more to warm up and so many under the profiler; write only the
+        dry_run_steps: run this many real steps from the start and write nothing.
+        profile_steps: run a few warm-up steps, then this many under the profiler; write only the
             profile.
 
     Raises:
         ConfigError: the settings don't fit each other, the models, the data, or the run that they
             would resume.
-        DataError: data, model or disk are not what the run needs.
+        DataError: data, model or disk do not meet the run's needs.
         DivergedError: too many steps in a row had a non-finite loss or gradient.
     """
     result = _distill(config, fresh, dry_run_steps, profile_steps)
@@ -387,9 +383,9 @@ def distill(
         or os.environ.get("RANK", "0") != "0"
     ):
         return result
-    from scaledistill.glue.api import evaluate_run  # seconds, that other runs needn't spend
+    from scaledistill.glue.api import evaluate_run  # imported here because it takes seconds
 
-    # The other ranks have left, with their weights.
+    # The other ranks have exited and freed their memory.
     state, exit_code, message = evaluate_run(config, result.message)
     return replace(result, state=state, exit_code=exit_code, message=message)
 
@@ -397,9 +393,10 @@ def distill(
 def _distill(
     config: DistillConfig, fresh: bool, dry_run_steps: int | None, profile_steps: int | None
 ) -> RunResult:
-    """Make the run and free everything that it held, for what this process does next."""
+    """Run, then free all models and engines, so that this process can go on to evaluate."""
     result = _run(config, fresh, dry_run_steps, profile_steps)
-    # Models and engines are in cycles, and their parameters in others behind autograd's references.
+    # Models and engines are in reference cycles; their parameters are in further cycles that only
+    # a second pass can reach, through autograd's references.
     for _ in range(2):
         gc.collect()
     return result
@@ -410,7 +407,7 @@ def _run(
 ) -> RunResult:
     with ExitStack() as stack:
         run = config.run
-        # The group's own limit is the later one, so that the watchdog speaks first.
+        # The group's own timeout is longer, so that the watchdog reports first.
         ranks = stack.enter_context(process_group(run.timeout_seconds + run.lost_rank_seconds))
         trial = dry_run_steps is not None or profile_steps is not None
         hint = (lambda: "rerun the same command") if trial else partial(resume_hint, run.folder)
@@ -464,7 +461,7 @@ def _run(
                 log.info("%s", text)
         if profile_steps:
             folder = profile_run(session, last_step, watchdog.at)
-            message = f"{counted(session.step, 'step')} made, the profile is in {folder}"
+            message = f"{counted(session.step, 'step')} run, the profile is in {folder}"
             return RunResult("dry run", EXIT_DONE, session.step, message)
         bookkeeper = Bookkeeper(session, status, last_step, stop, watchdog.at)
         return run_steps(session, bookkeeper, last_step, stop, watchdog.at)
@@ -473,7 +470,7 @@ def _run(
 def stopped(
     status: runfolder.Status | None, ranks: Ranks, step: int, reason: str | None
 ) -> RunResult:
-    """Say that a run was stopped; the ranks leave together. Collective."""
+    """Record and return that a run was stopped; the ranks leave together. Collective."""
     then = (
         "rerun the same command to resume"
         if step and status
@@ -493,9 +490,7 @@ def run_steps(
     stop: runfolder.StopRequest,
     at: Callable[[str, int], None],
 ) -> RunResult:
-    """Make the steps up to `last_step`, each followed by what is due, unless someone asks to stop.
-    Collective.
-    """
+    """Run the steps up to `last_step`, or until a stop is requested. Collective."""
     first_step = session.step
     with ExitStack() as stack:
         stream = stack.enter_context(session.stream())

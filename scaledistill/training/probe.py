@@ -1,7 +1,7 @@
-"""The probe of a run: the student under training, scored as its export would be.
+"""A run's probe: scores the student under training as its export would be scored.
 
-Enters: a session. Leaves: figures for the run's record. When to probe is left to `train`, the score
-to `glue.probe`.
+Inputs: a session. Outputs: scores for the run's record. Not handled here: when to probe
+(`training.loop`), how the score is computed (`glue.probe`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from scaledistill.training.session import Session
 
 
 class StudentProbe:
-    """Scores a run's student; rank 0 has the pairs and computes."""
+    """Scores a run's student; rank 0 holds the sentence pairs and computes."""
 
     def __init__(self, session: Session) -> None:
-        """Read the pairs that `evaluation` names. Collective.
+        """Read the sentence pairs from `evaluation.data_folder`. Collective.
 
         Raises:
-            DataError: they cannot be read.
+            DataError: the pairs cannot be read.
         """
         self._session, config = session, session.config
         folder = config.evaluation.data_folder if config.evaluation else None
@@ -37,9 +37,7 @@ class StudentProbe:
                 self._probe = SimilarityProbe(tokenizer, Path(folder) if folder else None, limit)
 
     def scores(self) -> dict[str, float]:
-        """Return "probe/<metric>" of the student as it is now, on rank 0; empty elsewhere.
-        Collective.
-        """
+        """Return "probe/<metric>" of the current student on rank 0; {} elsewhere. Collective."""
         session = self._session
         student, weights = session.student, session.student.engine.weights()
         found: dict[str, float] = {}

@@ -1,8 +1,8 @@
-"""Where the time of a step goes: `--profile N` writes a trace for a viewer and a table for people.
+"""Profiling: `--profile N` writes a trace for a viewer and tables of where a step's time goes.
 
-Enters: the steps as they are made and their clock. Leaves: `<run.folder>/profile/` with
+Inputs: the steps as they run, and their stopwatch. Outputs: `<run.folder>/profile/` with
 `trace-rank0.json.gz` (open it at https://ui.perfetto.dev) and `table.txt`: the phases of the step,
-and the operators that take the most.
+and the operators that take the most time.
 """
 
 from __future__ import annotations
@@ -27,23 +27,22 @@ from scaledistill.training.step import train_step
 log = logging.getLogger(__name__)
 
 WARMUP_STEPS = 3
-"""Steps before the first that counts: allocations, compilation, autotuning."""
+"""Steps before profiling starts: they allocate, compile and autotune."""
 NUM_OPERATORS = 20
 
 
 class StepProfiler:
-    """Profiles the steps after the warm-up; a context manager around the loop, told of every
-    step.
+    """Profiles the steps after the warm-up; a context manager around the loop.
+
+    Call `after_step` after every step.
     """
 
     def __init__(self, folder: Path, watch: Stopwatch) -> None:
-        """`watch` is the clock that the steps run on; it must not be read by anyone else
-        meanwhile.
-        """
+        """Create the profiler; `watch` times the steps, and nobody else may read it meanwhile."""
         self._folder = folder / "profile"
         self._watch = watch
         self._made = 0
-        self._profile = profile()  # of every kind of device that is there
+        self._profile = profile()  # by default of every kind of device that is present
 
     def __enter__(self) -> StepProfiler:
         return self
@@ -86,11 +85,9 @@ class StepProfiler:
         )
 
     def _operator_table(self, steps: int) -> Table:
-        """Return the operators by the time that they take themselves: on the GPU where there is
-        one.
-        """
+        """Return the operators by their own time: on the GPU if there is one, else on the CPU."""
         table = Table(
-            "operator", "ms per step", "calls per step", title="operators, time of their own"
+            "operator", "ms per step", "calls per step", title="operators by their own time"
         )
         events = [event for event in self._profile.key_averages() if not event.is_user_annotation]
         on_gpu = any(event.device_type != DeviceType.CPU for event in events)
@@ -109,7 +106,7 @@ class StepProfiler:
 
 
 def phase_table(lap: Lap, steps: int) -> Table:
-    """Return a step's phases, what they take and their shares; "rest" is what lies between them."""
+    """Return a step's phases with their times and shares; "rest" is the time outside of them."""
     table = Table(
         "phase", "ms per step", "share", title=f"a step: {1000 * lap.seconds / steps:.1f} ms"
     )
@@ -119,8 +116,9 @@ def phase_table(lap: Lap, steps: int) -> Table:
 
 
 def profile_run(session: Session, last_step: int, at: Callable[[str], None]) -> Path:
-    """Make the steps up to `last_step`, the last ones under rank 0's profiler; return the run
-    folder. Collective.
+    """Run the steps up to `last_step` and profile them. Collective.
+
+    Rank 0 profiles those after the warm-up. Returns the run folder.
     """
     folder, watch = Path(session.config.run.folder), Stopwatch(session.ranks.device, at)
     with ExitStack() as stack:
@@ -136,8 +134,10 @@ def profile_run(session: Session, last_step: int, at: Callable[[str], None]) -> 
 
 
 def check_trial_steps(last_step: int, max_steps: int, dry_run_steps: int | None) -> None:
-    """Raise ConfigError if a dry run, or else a profile with its warm-up, has more steps than
-    `max_steps`.
+    """Check that a dry run, or a profile with its warm-up, fits in `max_steps`.
+
+    Raises:
+        ConfigError: it has more steps.
     """
     if last_step > max_steps:
         what = (

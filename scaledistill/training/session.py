@@ -1,8 +1,8 @@
-"""What a run holds while it lasts: teacher, student under its engine, data order, and where in it
-the run stands.
+"""The session of a run: teacher, student under its engine, data order and current step.
 
-Enters: a resolved configuration. Leaves: a `Session` at the step to go on from, its checkpoints and
-its exports.
+Inputs: a resolved configuration. Outputs: a `Session` at the step to start or resume from, its
+checkpoints and its exports. Not handled here: the step (`training.step`), when to save and export
+(`training.loop`).
 """
 
 from __future__ import annotations
@@ -69,15 +69,14 @@ class Student:
     qkv_widths: tuple[int, int, int]
     dropout: float
     untrained: dict[str, Tensor]
-    """What the training view leaves out of the full model: the initialisation's weights, fp32, on
-    the CPU."""
+    """Weights of the full model that the training view lacks, as initialised: fp32, on the CPU."""
     checkpoint_bytes: int
-    """Of its weights and moments."""
+    """Size of its weights and moments."""
 
 
 @dataclass
 class Session:
-    """A run in progress; equal on all ranks where not said otherwise."""
+    """A run in progress; equal on all ranks unless noted otherwise."""
 
     config: DistillConfig
     ranks: Ranks
@@ -87,16 +86,15 @@ class Session:
     order: SampleOrder
     held_out: ShardReader | None
     flops_per_token: float
-    """What a step needs: the truncated teacher's forward, and the truncated student's three
-    times."""
+    """The truncated teacher's forward FLOPs plus three times the truncated student's."""
     peak_flops: float
-    """In FLOP/s, of all devices: a data sheet's at 16 bits, or a quickly measured one in the
+    """FLOP/s of all devices: from the data sheet at 16 bits, or else measured briefly in the
     teacher's precision."""
     step: int = 0
     skipped_steps: int = 0
     best: dict[str, Any] = field(default_factory=dict)
-    """"step", "validation_loss" and "yardstick" (see `validation_identity`) of the best export so
-    far."""
+    """Of the best export so far: "step", "validation_loss" and, under "yardstick", the
+    `validation_identity`."""
     last_validation: float | None = None
     saver: Saver = field(init=False)
 
@@ -113,13 +111,18 @@ class Session:
 
     @property
     def micro_batch_size(self) -> int:
+        """Sequences per micro-batch.
+
+        Raises:
+            ValueError: the configuration is not resolved.
+        """
         size = self.config.train.micro_batch_size
         if not isinstance(size, int):
             raise ValueError("the configuration is not resolved")
         return size
 
     def stream(self, step: int | None = None) -> ShardStream:
-        """Return this rank's micro-batches from a step on, the current one unless said."""
+        """Return this rank's micro-batches from a step on (default: the current step)."""
         return ShardStream(
             self.shards,
             self.order,
@@ -135,8 +138,10 @@ class Session:
         )
 
     def validation_batches(self) -> Iterator[Batch]:
-        """Return this rank's share of the held-out rows; all ranks get the same number of
-        batches.
+        """Return this rank's share of the held-out rows; all ranks get equally many batches.
+
+        Raises:
+            ConfigError: `data.validation` is not set.
         """
         if self.held_out is None:
             raise ConfigError("data.validation is not set; name a folder of held-out shards")
@@ -153,14 +158,15 @@ class Session:
         )
 
     def validation_identity(self) -> str | None:
-        """Return what validation losses must share to be compared: the held-out rows."""
+        """Return what identifies the held-out rows; only losses on the same rows are comparable."""
         if self.held_out is None:
             return None
         return f"{self.config.train.validation_rows} rows of {self.held_out.manifest.sha256}"
 
     def save(self) -> None:
-        """Gather a checkpoint of the current step; `saver` writes it and tells how that ended.
-        Collective.
+        """Gather a checkpoint of the current step for `saver` to write. Collective.
+
+        `saver.settle` returns the outcome.
         """
         self.saver.begin(self.step, self.student.checkpoint_bytes, self._gather)
 
@@ -194,14 +200,14 @@ class Session:
         losses: Mapping[str, float | None],
         check: Callable[[PreTrainedModel], None] = lambda model: None,
     ) -> Path:
-        """Write the full student as a plain transformers model, reload and compare it. Collective;
-        rank 0 writes.
+        """Write the full student as a plain transformers model and verify it. Collective.
 
-        `check` gets the student that was read back, with what tap "extra" adds, before it replaces
-        an older export.
+        Rank 0 writes the folder, reads it back and compares. `check` is called with the student
+        that was read back, with the extra projection if the tap is "extra", before it replaces an
+        older export.
 
         Raises:
-            DataError: the disk did not take it, or what was read back differs.
+            DataError: the export cannot be written, or what was read back differs.
         """
         folder = Path(self.config.run.folder) / "export" / folder_name
         weights = self.student.engine.weights()
@@ -221,7 +227,7 @@ class Session:
         whole = {**student.untrained, **weights}
 
         def check_read_back(model: PreTrainedModel) -> None:
-            # The export lacks the projection of the tap.
+            # The export lacks the extra tap's projection, which the loss needs.
             if self.config.students[student.name].tap == "extra":
                 tapped = build_encoder(student.config)
                 tapped.load_state_dict({**whole, **model.state_dict()})
@@ -240,7 +246,7 @@ class Session:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
+    """Return the versions of the packages that results depend on."""
     own = {"scaledistill": __version__, "python": platform.python_version()}
     return own | {name: version(name) for name in VERSIONED}
 
@@ -253,18 +259,19 @@ def open_session(
     sized_by: Estimate | None = None,
     opened: DataSets | None = None,
 ) -> Session:
-    """Set up everything that a run needs, at the step of its newest good checkpoint if it is to
-    resume. Collective.
+    """Set up everything that a run needs. Collective.
 
-    `sized_by` is the estimate that predicted the micro-batch in `config`, where it is to be the
-    most that fits; a run that is resumed on as many ranks keeps the one that it had, and so its
-    rounding. `opened` are the data sets, where they are open already: a manifest may take seconds
-    to read, and memory.
+    Args:
+        config: resolved.
+        resume: start from the newest good checkpoint, if there is one.
+        sized_by: the estimate that predicted the micro-batch in `config`; given if the largest one
+            that fits is wanted. A run resumed on as many ranks keeps its micro-batch, and so its
+            rounding.
+        opened: the data sets, if already open: reading a manifest can take seconds, and memory.
 
     Raises:
-        ConfigError: the run that would be resumed had other settings, another teacher or other
-            data.
-        DataError: data or models are not what the run needs.
+        ConfigError: the run to resume had other settings, another teacher or other data.
+        DataError: data or models do not meet the run's needs.
     """
     data, teacher_settings = config.data, config.teacher
     if ranks.is_main and ranks.device.type == "cpu" and config.train.precision == "bf16":
@@ -305,7 +312,7 @@ def open_session(
         use_varlen_attention(
             model.config, ranks.device, DTYPES[config.train.precision], dropout=dropout
         )
-    # Where the micro-batch is still a prediction, each rank has its own.
+    # A predicted micro-batch may differ from rank to rank, so it is not compared.
     _check_same_everywhere(
         with_micro_batch(config, "auto") if sized_by else config, teacher, order, ranks
     )
@@ -333,10 +340,9 @@ def open_session(
 
 
 def _open_data(config: DistillConfig) -> DataSets:
-    data = config.data
-    return open_shards(config, data.train), open_shards(
-        config, data.validation
-    ) if data.validation else None
+    shards = open_shards(config, config.data.train)
+    held_out = open_shards(config, config.data.validation) if config.data.validation else None
+    return shards, held_out
 
 
 def _load_whole(model: str, **options: Any) -> tuple[PreTrainedModel, None]:
@@ -349,7 +355,7 @@ def _place_teacher(
     stored: Mapping[str, Tensor] | None,
     ranks: Ranks,
 ) -> Teacher:
-    """Put the teacher where `teacher.placement` says. Collective where it is sharded."""
+    """Place the teacher according to `teacher.placement`. Collective if it is sharded."""
     dtype, layer = DTYPES[config.teacher.dtype], config.teacher.layer
     if stored is None:
         return Teacher(encoder, layer, dtype=dtype).to(ranks.device)
@@ -359,7 +365,7 @@ def _place_teacher(
 
 
 def _gathered_by_hooks_within_blocks(config: DistillConfig, *, teacher: bool) -> bool:
-    """Whether ZeRO-3 gathers parameters by hooks within blocks, which cannot be compiled then."""
+    """Return whether ZeRO-3 gathers parameters by hooks inside blocks: those cannot be compiled."""
     sharded = config.teacher.placement != "replicate" if teacher else zero_settings(config)[0] == 3
     return sharded and config.engine.name == "deepspeed"
 
@@ -371,7 +377,7 @@ def _create_student(
     stored: Mapping[str, Tensor] | None,
     checkpoint: Checkpoint | None,
 ) -> PreTrainedModel:
-    """Build the full student, with the checkpoint's weights or else those that `init` asks for."""
+    """Build the full student with the checkpoint's weights, or initialise it by `init`."""
     spec = config.students[name]
     model = build_student(
         encoder,
@@ -402,7 +408,7 @@ def _train_student(
     num_bytes = sum(value.nbytes for value in model.state_dict().values())
     num_bytes += 2 * sum(parameter.nbytes for parameter in view.parameters())
     blocks = blocks_of(view)
-    # Its first step is of another shape: not to be compiled.
+    # Compile only afterwards: the engine runs a first step with another shape.
     engine = create_engine(config, view, blocks, ranks)
     if config.train.compile and not _gathered_by_hooks_within_blocks(config, teacher=False):
         compile_blocks(view)
@@ -424,8 +430,12 @@ def _flops_per_token(
 def _check_same_everywhere(
     config: DistillConfig, teacher: Teacher, order: SampleOrder, ranks: Ranks
 ) -> None:
-    """Refuse ranks that differ in settings, teacher or data: each reads its own files.
-    Collective.
+    """Check that settings, teacher and data are equal on all ranks. Collective.
+
+    Each rank reads its own files, so they may differ.
+
+    Raises:
+        ConfigError: they differ.
     """
     facts = {
         "settings": config.model_dump(

@@ -22,8 +22,7 @@ from scaledistill.relations import QKV, RelationLoss, relation_loss
 from scaledistill.training.session import Session
 
 STOP_CHECK_BATCHES = 4
-"""After so many batches of a validation the ranks agree on whether to stop: on a GPU, a wait for
-the device."""
+"""Validation batches between checks for a stop request, each of which waits for the GPU."""
 LOWER_RATE = "Lower train.learning_rate or lengthen train.warmup_steps"
 NOT_FINITE = {
     "teacher": (
@@ -41,24 +40,22 @@ NOT_FINITE = {
         f"{LOWER_RATE}, or lower train.max_grad_norm",
     ),
 }
-"""By what was not finite in a skipped step: the words for it, and what to do about it."""
-
-
+"""For each cause of a skipped step: its description and the remedy."""
 PROBE_BATCHES = 2
-"""Micro-batches that an export is tried on."""
+"""Micro-batches that an export is compared on."""
 PROBE_TOLERANCE = {
     torch.float32: (0.01, 1e-4),
     torch.bfloat16: (0.05, 1e-3),
     torch.float16: (0.05, 1e-3),
 }
-"""How far the loss of an export may be from the run's own on the same rows, relative and absolute,
-by the precision of the student's output. Both compute the same; kernels and their order of sums may
-differ, and compiled blocks round less often. Weights in the wrong places give tens of percent."""
+"""Tolerances (relative, absolute) between the loss of an export and that of the run on the same
+rows, by the dtype of the student's output. Both compute the same function, but kernels may sum in
+another order and compiled blocks round less often. Misplaced weights are tens of percent off."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """An optimizer step, reduced over micro-batches and ranks: equal on every rank."""
+    """The result of an optimizer step, reduced over micro-batches and ranks: equal on all ranks."""
 
     losses: dict[str, float]
     """"loss" (the weighted sum) and "loss/<student>/<pair>": means over the global batch."""
@@ -69,12 +66,13 @@ class StepResult:
     """The loss or a gradient was not finite: nothing was updated."""
     stop_requested: bool
     cause: str | None = None
-    """Of a skipped step, what first was not finite: "teacher", "student", "loss" or "gradient"."""
+    """What was first not finite in a skipped step: "teacher", "student", "loss" or "gradient"."""
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int) -> float:
-    """Return the rate of a step, from 0: linear warm-up over `warmup_steps`, linear decay to 0 at
-    `max_steps`.
+    """Return the learning rate of a step, counted from 0.
+
+    It warms up linearly over `warmup_steps` and decays linearly to 0 at `max_steps`.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -87,10 +85,10 @@ def train_step(
     stop_reason: Callable[[], str | None],
     watch: Stopwatch,
 ) -> StepResult:
-    """Make one optimizer step on the next global batch. Collective."""
+    """Run one optimizer step on the next global batch. Collective."""
     student, ranks, train = session.student, session.ranks, session.config.train
     pairs = list(session.config.relations.pairs)
-    # Loss, pairs, stop requests.
+    # Sums of the total loss, of each pair's loss and of the stop requests.
     sums = torch.zeros(2 + len(pairs), dtype=torch.float64, device=ranks.device)
     batches = []
     for micro in range(session.accumulation):
@@ -100,34 +98,28 @@ def train_step(
         if student.dropout:
             seed_dropout(session.config.run.seed, session.step, micro, ranks.rank)
         loss = forward_loss(session, batch, watch)
-        # A loss that is not finite poisons the gradients: the engine then skips the step, on all
-        # ranks.
+        # A non-finite loss makes the gradients NaN, so that the engine skips the step on all ranks.
         poison = torch.where(torch.isfinite(loss.total.detach()), 1.0, torch.nan)
         with watch.phase("backward"):
             student.engine.backward(loss.total * poison, last=micro + 1 == session.accumulation)
         sums[:-1] += torch.stack(
             [loss.total.detach(), *(loss.by_pair[pair].detach() for pair in pairs)]
         )
-        # What the loss's graph holds would stay through the next micro-batch's forward.
+        # Else the loss's graph would stay in memory during the next micro-batch's forward.
         del loss, poison
-    rate = learning_rate(
-        session.step,
-        peak=train.learning_rate,
-        warmup_steps=train.warmup_steps,
-        max_steps=train.max_steps,
-    )
+    peak, warmup, last = train.learning_rate, train.warmup_steps, train.max_steps
+    rate = learning_rate(session.step, peak=peak, warmup_steps=warmup, max_steps=last)
     with watch.phase("optimizer"):
         outcome = student.engine.step(rate)
     sums[-1] = float(stop_reason() is not None)
-    # The step's one wait for the device that is ours.
+    # Our one device-to-host synchronisation per step.
     *losses, stops = all_reduce_sum(sums).tolist()
     names = ["loss", *(f"loss/{student.name}/{pair}" for pair in pairs)]
     means = [loss / (session.accumulation * ranks.world_size) for loss in losses]
     session.step += 1
-    skipped = outcome.skipped or not math.isfinite(means[0])
-    cause = (
-        skip_cause(session, batches, loss_is_finite=math.isfinite(means[0])) if skipped else None
-    )
+    is_finite = math.isfinite(means[0])
+    skipped = outcome.skipped or not is_finite
+    cause = skip_cause(session, batches, loss_is_finite=is_finite) if skipped else None
     return StepResult(
         dict(zip(names, means, strict=True)), rate, outcome.grad_norm, skipped, stops > 0, cause
     )
@@ -135,11 +127,10 @@ def train_step(
 
 @torch.no_grad()
 def skip_cause(session: Session, batches: Iterable[Batch], *, loss_is_finite: bool) -> str:
-    """Run a skipped step's batches again and return what first was not finite, by any rank.
-    Collective.
+    """Rerun a skipped step's batches; return what was first not finite on any rank. Collective.
 
-    The weights are still those of the step, since it was skipped; so a step that goes well pays
-    nothing for this.
+    Since the step was skipped, the weights are unchanged and can be used again; successful steps
+    pay nothing for this.
     """
     student, ranks = session.student, session.ranks
     student.engine.train_mode(False)
@@ -158,9 +149,7 @@ def skip_cause(session: Session, batches: Iterable[Batch], *, loss_is_finite: bo
 
 
 def _count_not_finite(qkv: QKV, mask_BT: Tensor | None) -> Tensor:
-    """Return the number of values on real tokens that are NaN or infinite, a float64 scalar on
-    their device.
-    """
+    """Count the NaN or infinite values on real tokens: a float64 scalar on their device."""
     count = torch.zeros((), dtype=torch.float64, device=qkv.q.device)
     for values_BTD in qkv:
         wrong_BT = (~values_BTD.isfinite()).sum(-1)
@@ -176,9 +165,7 @@ def forward_loss(session: Session, batch: Batch, watch: Stopwatch) -> RelationLo
 
 
 def both_outputs(session: Session, batch: Batch, watch: Stopwatch) -> tuple[QKV, Tensor]:
-    """Return the teacher's Q, K and V of a micro-batch, and the student's side by side, [B, T,
-    D].
-    """
+    """Return the teacher's Q, K and V of a micro-batch, and the student's as one [B, T, D]."""
     student, tokens = session.student, _tokens(batch)
     with watch.phase("teacher"):
         target = session.teacher(*tokens)
@@ -212,15 +199,14 @@ def _relation_loss(session: Session, batch: Batch, target: QKV, output_BTD: Tens
 
 
 class ExportProbe:
-    """What the student under training computes on a few rows, for its export to be compared with.
+    """The loss of the student under training on a few rows, to compare its export with.
 
-    The rows are the first of `data.validation` where there are any, else of the first training
-    step.
+    The rows are the first of `data.validation` if it is set, else those of the first training step.
     """
 
     @torch.no_grad()
     def __init__(self, session: Session) -> None:
-        """Run teacher and student on the rows. Collective."""
+        """Run the teacher and the student on the rows. Collective."""
         self._session, engine = session, session.student.engine
         engine.train_mode(False)
         with ExitStack() as stack:
@@ -242,11 +228,13 @@ class ExportProbe:
 
     @torch.no_grad()
     def check(self, model: PreTrainedModel) -> None:
-        """Compare the loss of an export that was loaded again, whole up to the student's tap. On
-        one rank.
+        """Compare the loss of an export that was loaded again. Not collective.
+
+        Args:
+            model: the export, complete up to the student's tap.
 
         Raises:
-            DataError: it is further from the run's own than rounding can move it.
+            DataError: its loss differs from the run's by more than rounding can explain.
         """
         config, device = self._session.student.config, self._session.ranks.device
         view = capture_view(model, config.num_hidden_layers).to(device, self._dtype).eval()
@@ -273,9 +261,7 @@ class ExportProbe:
 
 
 def seed_dropout(*numbers: int) -> None:
-    """Seed all randomness of a forward by where the run stands, so that nothing of it needs
-    saving.
-    """
+    """Seed a forward's randomness from the run's position, so that no random state is saved."""
     torch.manual_seed(
         int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
     )
@@ -287,10 +273,9 @@ def validation_loss(
     stop_reason: Callable[[], str | None] = lambda: None,
     on_batch: Callable[[str], None] = lambda phase: None,
 ) -> float | None:
-    """Return the mean loss of the held-out rows, whatever the number of ranks and the micro-batch.
-    Collective.
+    """Return the mean loss over the held-out rows; None if a stop was requested. Collective.
 
-    None where a rank had a reason to stop meanwhile.
+    It does not depend on the number of ranks or on the micro-batch.
     """
     student, ranks = session.student, session.ranks
     student.engine.train_mode(False)
