@@ -29,7 +29,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(
-    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any  # noqa: F811
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: Any,  # noqa: F811
 ) -> Run:
     """Run the tool with a stub of fine-tuning; keywords add or, with None, remove options."""
     monkeypatch.setattr(worker_module, "COMMAND", glue_stub.COMMAND)
@@ -249,7 +253,10 @@ def test_two_models_of_one_name(run: Run, model: Path) -> None:  # noqa: F811
 
 
 def test_every_wrong_model_and_task_is_named_at_once(
-    run: Run, model: Path, data: Path, tmp_path: Path  # noqa: F811
+    run: Run,
+    model: Path,
+    data: Path,
+    tmp_path: Path,  # noqa: F811
 ) -> None:
     untokenized = copy(model, tmp_path / "untokenized", "tokenizer*", "special*")
     bare = copy(model, tmp_path / "bare", "config.json")
@@ -305,7 +312,12 @@ def test_every_wrong_model_and_task_is_named_at_once(
     ],
 )
 def test_wrong_data(
-    run: Run, data: Path, tmp_path: Path, file: str, content: str | None, message: str  # noqa: F811
+    run: Run,
+    data: Path,
+    tmp_path: Path,
+    file: str,
+    content: str | None,
+    message: str,  # noqa: F811
 ) -> None:
     folder = copy(data, tmp_path / "glue")
     (folder / "CoLA" / file).unlink()
@@ -317,7 +329,10 @@ def test_wrong_data(
 
 
 def test_the_speed_of_models(
-    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    run: Run,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
 ) -> None:
     monkeypatch.setattr(speed_module, "TOKENS", 16)
     monkeypatch.setattr(speed_module, "ROUND_SECONDS", 0.0)

@@ -16,7 +16,11 @@ from faults.tally import Tally
 SAVES, SHORT_SAVES = 30, 3
 EVERY = 3
 DISK_BYTES, CHECKPOINT_BYTES = 1_500_000, 130_000
-STAGES = ("checkpoint.write_group", "checkpoint.write_state", "checkpoint.write_manifest")
+STAGES = (
+    "checkpoint.format.write_group",
+    "checkpoint.format.write_state",
+    "checkpoint.format.write_manifest",
+)
 WAYS: tuple[dict[str, Any], ...] = (
     {"leave": 0},
     {"stage": STAGES[0], "nth": 2},

@@ -13,7 +13,7 @@ from faults.common import ENGINES, Place, Ranks, good_checkpoints, misplaced_row
 from faults.tally import Tally
 
 STAGES = [
-    f"checkpoint.{name}"
+    f"checkpoint.format.{name}"
     for name in (
         "write_group",
         "write_state",

@@ -52,7 +52,7 @@ def command_line(facts: dict[str, Any]) -> int:
     (folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     phases = Phases(folder, facts.get("slow", {}))
     hook(
-        "train.open_session",
+        "training.loop.open_session",
         before=lambda: phases.enter("start"),
         after=lambda: phases.leave("start"),
     )

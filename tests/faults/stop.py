@@ -18,7 +18,7 @@ from faults.launched import Launched
 from faults.tally import Tally
 
 LIMIT_SECONDS = 20
-SAVE_STAGE = "checkpoint.write_state"
+SAVE_STAGE = "checkpoint.format.write_state"
 
 
 class Case(NamedTuple):
