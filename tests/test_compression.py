@@ -80,7 +80,7 @@ def test_what_is_no_stream_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     first, second = map(COMPRESS[suffix], (FIRST, SECOND))
     at = (
-        rf"from byte 0, at byte {len(first)}, where the file or another \w+ should begin or end; "
+        rf"from byte 0, at byte {len(first)}, where the file should end or another \w+ begin; "
         r"fetch or compress it"
     )
     for behind in (b"garbage", b"X" + second[1:], second[8:], b"\n"):
@@ -169,7 +169,7 @@ def test_suffix_and_content_disagree(tmp_path: Path) -> None:
         read(tmp_path / "a.gz", b"<!DOCTYPE html>\n<title>404</title>")
     with pytest.raises(
         DataError,
-        match=r"a.zst is no zstd file: it begins with b'some text'; fetch it again, or give",
+        match=r"a.zst is not a zstd file: it begins with b'some text'; fetch it again, or correct",
     ):
         read(tmp_path / "a.zst", b"some text")
     assert read(tmp_path / "a.txt", b"BZhang wrote this") == b"BZhang wrote this"

@@ -296,7 +296,7 @@ def test_weights_that_overflow_in_the_dtype_of_the_teacher(bert: Path, tmp_path:
     name = "bert.encoder.layer.0.output.dense.bias"
     folder = changed(bert, tmp_path, {}, {name: torch.full((48,), 1e5)})
     message = (
-        r"output.dense.bias is finite in float32, but not in float16, which ends at 65504; set "
+        r"output.dense.bias is finite in float32, but not in float16, whose maximum is 65504; set "
         r"teacher.dtype"
     )
     with pytest.raises(DataError, match=message):

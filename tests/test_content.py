@@ -67,7 +67,7 @@ def test_text_is_left_alone(text: str) -> None:
 def test_nul_bytes() -> None:
     found = binary_content(b"abc\0def")
     assert found is not None
-    assert found.name == "1 NUL bytes among its first 7, as binary data or UTF-16 text do"
+    assert found.name == "1 NUL bytes among its first 7, like binary data or UTF-16 text"
     assert binary_content(b"scanned text, " * 100 + b"\0") is None
 
 

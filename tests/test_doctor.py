@@ -240,7 +240,7 @@ SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no manifest": (
         lambda shards: (shards / "shards.manifest").unlink(),
-        r".*/train has no shards\.manifest: not \(or not completely copied\) shards; make them "
+        r".*/train has no shards\.manifest: it holds no shards, or an incomplete copy; make them "
         r"with .*",
     ),
     "changed manifest": (

@@ -186,14 +186,14 @@ def test_without_a_place_to_cut(
     text = "ab" * 5000
     assert list(cutter.pieces(text, "document 7")) == [(text, True)]
     assert (
-        "document 7: 10,000 characters of a document of 10,000 are tokenised at once, for want of a"
+        "document 7: 10,000 characters of a document of 10,000 are tokenised at once, because there"
         in caplog.text
     )
     monkeypatch.setattr(longtext, "LARGEST_PIECE_CHARACTERS", 6000)
     with pytest.raises(
         DataError,
         match=(
-            r"^document 7: a document of 10,000 characters, .* more than 6,000 of them at once: .* "
+            r"^document 7: a document of 10,000 characters, .* more than 6,000 at once: .* "
             r"--documents line"
         ),
     ):
@@ -212,6 +212,6 @@ def test_places(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatc
     assert (found, found.where, caplog.text) == ("long " * 200, "a.txt, line 3", "")
     placed("long " * 400, "a.txt, line 3")
     assert (
-        "a.txt, line 3: one document of 2,000 characters; if its lines are documents of their own, "
+        "a.txt, line 3: one document of 2,000 characters; if each line is a document, "
         "use" in caplog.text
     )

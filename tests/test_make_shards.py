@@ -317,7 +317,10 @@ def test_old_held_out_documents_do_not_stay_beside_new_shards(
     ("options", "message"),
     [
         ({"held_out_fraction": 1.0}, "held_out_fraction=1; expected 0 to below 1"),
-        ({"held_out_max_documents": 5}, "held_out_max_documents=5 without a held_out_fraction"),
+        (
+            {"held_out_max_documents": 5},
+            "held_out_max_documents=5 has no effect without a held_out_fraction",
+        ),
         ({"max_tokens": 0}, "max_tokens=0; expected 1 or more"),
         (
             {"max_unknown_fraction": 1.5},
@@ -559,7 +562,7 @@ def test_the_other_sources_of_the_tool(
         (
             ["a.txt", "--held-out-max-documents", "5"],
             2,
-            "--held-out-max-documents 5 without a --held-out-fraction holds",
+            "--held-out-max-documents 5 has no effect without a --held-out-fraction",
         ),
         (
             ["a.txt", "--rows-per-shard", "300"],

@@ -192,7 +192,7 @@ def test_overwriting_a_set_of_an_earlier_version_leaves_one_manifest(shards: Pat
 
 def test_two_writers_of_one_folder(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, **SETTINGS) as writer:
-        with pytest.raises(DataError, match="another run writes shards"):
+        with pytest.raises(DataError, match="another run is writing shards"):
             ShardWriter(tmp_path, **SETTINGS)
         writer.write(*make_rows())
     assert list(verify(tmp_path)) == []
@@ -247,7 +247,7 @@ def change_manifest(
 
 def test_missing_manifest(shards: Path) -> None:
     (shards / "shards.manifest").unlink()
-    with pytest.raises(DataError, match="not completely copied"):
+    with pytest.raises(DataError, match="incomplete copy"):
         Manifest.load(shards)
     with pytest.raises(DataError, match="no such folder"):
         Manifest.load(shards / "other")
@@ -463,7 +463,7 @@ BREAK: dict[str, tuple[Callable[[Path, Any], object], str]] = {
     ),
     "extra": (
         lambda path, _: path.with_name("more.tar").touch(),
-        "more.tar: lies in the folder but is not in",
+        "more.tar: is in the folder but not in",
     ),
 }
 
@@ -575,7 +575,7 @@ def test_check_shards_tool(shards: Path, tmp_path: Path) -> None:
     old = check_shards(shards)
     assert (
         old.returncode,
-        "ERROR more.tar: lies in the folder but is not in manifest.json; a" in old.stdout,
+        "ERROR more.tar: is in the folder but not in manifest.json; a" in old.stdout,
     ) == (
         3,
         True,

@@ -349,7 +349,7 @@ def test_expanding_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (
             "a",
             b"text\0\1\2",
-            "a holds 1 NUL bytes among its first 7, as binary data or UTF-16 text do, not text; "
+            "a holds 1 NUL bytes among its first 7, like binary data or UTF-16 text, not text; "
             "conv",
         ),
         (
@@ -419,8 +419,8 @@ def test_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ]
     monkeypatch.setattr("scaledistill.data.prepare.sources.LARGEST_DOCUMENT_BYTES", 60)
     message = (
-        "one document of more than 1,024 MiB, the most that is read; if the lines of the file .* "
-        "--documents line"
+        "one document of more than the limit of 1,024 MiB; if each line of the file is a "
+        "document, use --documents line"
     )
     fails(file_documents([path]), f"a.txt, line 3: {message}")
     fails(file_documents([path], split_by="file"), f"a.txt: {message}")
@@ -458,7 +458,7 @@ def test_broken_compression(tmp_path: Path, compression: str) -> None:
     misnamed = write(tmp_path / f"a.txt{compression}", b"plain text, misnamed")
     fails(
         file_documents([misnamed]),
-        r"is no \w+ file: it begins with b'plain text, misn'; fetch it again, or give it",
+        r"is not a \w+ file: it begins with b'plain text, misn'; fetch it again, or correct its",
     )
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 0x10
@@ -473,14 +473,15 @@ def test_empty_and_wrong_files(tmp_path: Path) -> None:
     empty = write(tmp_path / "empty.txt", b"")
     for split_by in ("blank-line", "line", "file"):
         fails(
-            file_documents([empty], split_by=split_by), r"empty.txt holds no document; leave it out"
+            file_documents([empty], split_by=split_by),
+            r"empty.txt contains no text; remove it from the inputs",
         )
-    fails(file_documents([write(tmp_path / "blank.txt", b"\n \n")]), "blank.txt holds no document")
+    fails(file_documents([write(tmp_path / "blank.txt", b"\n \n")]), "blank.txt contains no text")
     fails(
         file_documents([write(tmp_path / "no.parquet", parquet_bytes({"text": []}))]),
-        "holds no document",
+        "contains no text",
     )
-    fails(webdataset_documents([write(tmp_path / "no.tar", tar_bytes({}))]), "holds no document")
+    fails(webdataset_documents([write(tmp_path / "no.tar", tar_bytes({}))]), "contains no text")
 
 
 @pytest.mark.parametrize(
@@ -496,7 +497,7 @@ def test_empty_and_wrong_files(tmp_path: Path) -> None:
         ("a.txt.lz4", r"unknown suffix '.lz4'; .* each plain or .gz, .xz, .zst, .bz2"),
         (
             "a.txt.lzma",
-            r"a.txt.lzma is named as data in the legacy .lzma format, which is not read; .* xz -dc "
+            r"a.txt.lzma has the suffix of data in the legacy .lzma format, which is not read; .* xz -dc "
             r"FILE \|",
         ),
     ],

@@ -295,7 +295,7 @@ def test_start_from_a_folder(bert: PreTrainedModel, tmp_path: Path) -> None:
     other = student_config(bert.config, **SMALL | {"hidden_size": 24, "num_attention_heads": 4})
     with pytest.raises(
         ConfigError,
-        match=r"students.s.init='.*' has hidden_size=16, .*, the student is to have hidden_size=24",
+        match=r"students.s.init='.*' has hidden_size=16, .*, but the student has hidden_size=24",
     ):
         build_student(None, other, init=str(tmp_path), name="s")
     with pytest.raises(
@@ -418,13 +418,13 @@ def test_model_card(tmp_path: Path, tokenizer_folder: Path) -> None:
     assert "2 layers × 16 (2 heads, FFN 24)" in text
     for label, value in CARD.items():
         assert f"| {label} | {value} |" in text
-    assert "got no\ngradient and holds what was cut from the teacher's layers at the start" in text
+    assert "got no gradient and hold the weights cut from the teacher's layers at the start" in text
     assert "- `encoder.layer.1.attention.output.dense.weight`" in text
     assert 'AutoModel.from_pretrained("l2", add_pooling_layer=False)' in text
     assert "license:" not in text
     for init, described in (
         ("random", "their random initialisation"),
-        ("old/run", "what the model it started from, `old/run`"),
+        ("old/run", "the weights of the model it started from, `old/run`"),
     ):
         assert described in (write({"init": init}) / "README.md").read_text()
 
@@ -527,7 +527,7 @@ def test_failed_export_keeps_the_old_one(
         write(state, empty)
     for broken, error, message in (
         (full_disk, OSError, "No space left"),
-        (bit_flip, DataError, "other than written"),
+        (bit_flip, DataError, "other values than written"),
     ):
         monkeypatch.setattr(export, "save_file", broken)
         with pytest.raises(error, match=message):

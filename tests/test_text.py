@@ -368,6 +368,7 @@ def test_dropping_the_last_row(vocabulary: Vocabulary) -> None:
 
 def test_rows_too_short_are_refused(vocabulary: Vocabulary) -> None:
     with pytest.raises(
-        ConfigError, match=r"sequence_length=2 holds no \[CLS\] token \[SEP\]; use 3 or more"
+        ConfigError,
+        match=r"sequence_length=2 is too short for \[CLS\] token \[SEP\]; use 3 or more",
     ):
         Packer(Rows(), vocabulary, 2)

@@ -270,7 +270,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no CLS": (
         without("[CLS]"),
-        r"used: its cls_token '\[CLS\]' is not in its vocabulary; name the one that is",
+        r"used: its cls_token '\[CLS\]' is not in its vocabulary; correct it in",
     ),
     "no SEP": (without("[SEP]"), r"used: its sep_token '\[SEP\]' is not in its vocabulary"),
     "model of a newer tokenizers": (

@@ -1,8 +1,8 @@
-"""Fetching shards before they are due, by a few threads beside the one that reads.
+"""Fetch shards before they are needed, in a few threads beside the reading one.
 
-Enters: numbers of shards, in the order in which they will be needed. Leaves: nothing; a shard that
-could not be had is fetched again, and its error raised, where it is read. Left to others: what
-fetching means (`data.reader`).
+Inputs: shard numbers, in the order in which they will be needed. Outputs: none; a shard that could
+not be fetched is fetched again when it is read, and its error is raised there. Not handled here:
+how a shard is fetched (`data.reader`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from collections.abc import Callable, Iterable
 logger = logging.getLogger(__name__)
 
 DOWNLOADS = 8
-"""How many shards a process fetches at once."""
+"""How many shards a process fetches at the same time."""
 POLL_SECONDS = 0.2
 
 
 class FetchAhead:
-    """Calls `fetch(shard)` in threads for shards that are asked for, the soonest needed first,
-    until `stop` is set.
+    """Call `fetch(shard)` in threads for requested shards, most urgent first, until `stop`.
 
-    The threads are daemons: one that hangs in a download keeps nobody from leaving.
+    The threads are daemons, so one that hangs in a download does not keep the process from exiting.
     """
 
     def __init__(self, fetch: Callable[[int], object], stop: threading.Event) -> None:
@@ -38,13 +37,13 @@ class FetchAhead:
             thread.start()
 
     def request(self, now: Iterable[int], later: Iterable[int]) -> None:
-        """Ask for shards that are due, and for some that will be."""
+        """Request shards that are needed now, and some that are needed next."""
         for priority, shards in enumerate((now, later)):
             for shard in shards:
                 self._tasks.add(priority, shard)
 
     def wait(self, shard: int) -> None:
-        """Wait for a shard that was asked for; whether it could be had is not said.
+        """Wait until a requested shard was fetched or its fetch failed.
 
         Raises: RuntimeError if `stop` is set meanwhile.
         """
@@ -54,7 +53,7 @@ class FetchAhead:
                 raise RuntimeError("closed while a shard was fetched")
 
     def close(self) -> None:
-        """End the threads; those that are in a download end after it."""
+        """End the threads; one that is in a download ends after it."""
         self._stop.set()
         for _ in self._threads:
             self._tasks.wake()
@@ -63,14 +62,14 @@ class FetchAhead:
 
 
 class _Tasks:
-    """What is asked for and not there yet. The threads hold this, and so not their owner."""
+    """Requested shards that are not fetched yet; the threads hold this and not their owner."""
 
     def __init__(self, fetch: Callable[[int], object], stop: threading.Event) -> None:
         self._fetch, self._stop = fetch, stop
         self._lock = threading.Lock()
         self._queue: queue.PriorityQueue[tuple[int, int, int]] = queue.PriorityQueue()
         self._count = itertools.count()
-        # Shard -> priority, set when it was fetched.
+        # Shard -> (priority, event that is set once it was fetched).
         self._pending: dict[int, tuple[int, threading.Event]] = {}
         self._begun: set[int] = set()
 
@@ -83,11 +82,11 @@ class _Tasks:
         self._queue.put((priority, next(self._count), shard))
 
     def wake(self) -> None:
-        """Have a thread look at `stop` at once."""
+        """Wake a thread so that it checks `stop` at once."""
         self._queue.put((-1, next(self._count), -1))
 
     def pending(self, shard: int) -> threading.Event | None:
-        """Return what is set once a shard is fetched; None if nobody waits for it."""
+        """Return the event set once a shard is fetched; None if it is not pending."""
         with self._lock:
             return self._pending[shard][1] if shard in self._pending else None
 
@@ -98,12 +97,13 @@ class _Tasks:
             except queue.Empty:
                 continue
             with self._lock:
-                if shard not in self._pending or shard in self._begun:  # asked for twice
+                # Requested twice, with two priorities: only the first of the entries counts.
+                if shard not in self._pending or shard in self._begun:
                     continue
                 self._begun.add(shard)
             try:
                 self._fetch(shard)
-            except Exception as error:  # noqa: BLE001 - reading the shard tries again, and raises then
+            except Exception as error:  # noqa: BLE001 - reading the shard retries, and raises then
                 logger.debug("shard %d was not fetched ahead: %s", shard, error)
             finally:
                 with self._lock:

@@ -1,4 +1,8 @@
-"""A block's bytes, checked and seen as arrays; `data.manifest` describes their form."""
+"""Check a block's bytes and view them as arrays; `data.manifest` describes their format.
+
+Inputs: a manifest, one of its shards and a block's bytes. Outputs: ids and documents, and counts of
+tokens in them. Not handled here: reading the bytes (`data.reader`).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,9 @@ from scaledistill.errors import DataError
 
 
 def document_problem(documents: np.ndarray, num_rows: int, sequence_length: int) -> str | None:
-    """Say what is wrong with int triples [n, 3] (row, start, end); None if they ascend, lie apart
-    and in [rows, T].
+    """Return what is wrong with int triples [n, 3] (row, start, end), or None.
+
+    They must ascend, be disjoint and non-empty, and stay within [rows, T].
     """
     row, start, end = documents.T
     if not (
@@ -34,9 +39,11 @@ def count_tokens(documents: np.ndarray, num_rows: int) -> np.ndarray:
 
 
 def count_in_text(ids_NT: np.ndarray, documents: np.ndarray, token_id: int) -> int:
-    """Count an id in the text of triples [n, 3], which begin and end with a token that is not
-    text.
+    """Count an id in the text of document triples [n, 3].
+
+    The first and the last token of each document are not text.
     """
+    # Ascending positions: the hits inside a document are a difference of two binary searches.
     hits = np.flatnonzero(ids_NT.ravel() == token_id)
     row, start, end = documents.astype(np.int64).T
     first = row * ids_NT.shape[1]
@@ -46,8 +53,9 @@ def count_in_text(ids_NT: np.ndarray, documents: np.ndarray, token_id: int) -> i
 
 
 def block_span(manifest: Manifest, shard: Shard, block: int) -> tuple[int, int]:
-    """Return the first byte in the tar and the number of bytes that `decode_block` needs: both
-    members of one block.
+    """Return a block's first byte in the tar and the number of bytes `decode_block` needs.
+
+    The span covers both members of the block.
     """
     first = int(shard.documents_offset[block])
     ids_bytes = int(shard.block_rows[block]) * manifest.row_bytes
@@ -57,8 +65,9 @@ def block_span(manifest: Manifest, shard: Shard, block: int) -> tuple[int, int]:
 def decode_block(
     manifest: Manifest, shard: Shard, block: int, data: bytes | memoryview
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Check the bytes of `block_span` and view them as ids [rows, T] (u16 or u32) and documents [n,
-    3] (uint16).
+    """Check the bytes of `block_span` and return its ids and documents as views.
+
+    Ids are [rows, T] of u16 or u32, documents [n, 3] of uint16.
 
     Raises: DataError naming shard and block if the bytes are too few or a crc32 differs.
     """

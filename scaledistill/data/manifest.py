@@ -1,14 +1,17 @@
-"""The shard format: what a data set's manifest says, loaded and checked. `data.blocks` has a
-block's bytes.
+"""The shard format: load and check the manifest of a data set.
+
+Inputs: a folder or URL. Outputs: a `Manifest`. Not handled here: a block's bytes (`data.blocks`).
 
 A data set is a folder of plain WebDataset tars beside one `shards.manifest`, a JSON file. One
 WebDataset sample is one block of rows: key `000000123`, numbered over the whole data set, with two
 members:
+
 - `000000123.u16` (or `.u32`): token ids, row-major, little-endian, [rows, T];
 - `000000123.documents.u16`: [n, 3] little-endian uint16 triples (row in the block, start, end) of
   all documents, ascending, `end` exclusive. Positions outside every document are padding.
+
 The manifest holds offsets and crc32 of every member and the sha256 of every tar, so that a reader
-needs no tar parser and trusts no byte unchecked. It is written last: a folder without it is not a
+needs no tar parser and uses no unchecked byte. It is written last: a folder without it is not a
 data set.
 """
 
@@ -48,10 +51,9 @@ from scaledistill.errors import DataError
 from scaledistill.storage import remote
 
 MANIFEST_FILE = "shards.manifest"
-"""JSON, but not by its name: `datasets.load_dataset` would take a .json file beside one tar for the
-data."""
+"""JSON without the suffix: `datasets.load_dataset` would take a .json file beside a tar as data."""
 OLD_MANIFEST_FILE = "manifest.json"
-"""What data sets made by earlier versions have instead; of the same form."""
+"""Its name in data sets made by earlier versions; the format is the same."""
 PARTIAL = ".partial-"
 MAX_SEQUENCE_LENGTH = 65_535
 IDS_DTYPES: dict[str, np.dtype[Any]] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
@@ -69,8 +71,9 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _counts(values: object) -> np.ndarray:
-    """Turn a list of whole numbers from 0 into an array: Python's own would take 40 bytes each, of
-    some 25 million.
+    """Turn a list of non-negative integers into an array.
+
+    As Python objects they would take 40 bytes each, and there may be 25 million.
     """
     if isinstance(values, np.ndarray):
         return values
@@ -86,15 +89,15 @@ Counts = Annotated[np.ndarray, PlainValidator(_counts)]
 
 
 def ids_offset_after(documents_offset: Offsets, documents_bytes: Offsets) -> Offsets:
-    """Tell where a block's ids begin in the tar: its documents come first, filled up, then comes
-    the ids' header.
+    """Return where a block's ids begin in the tar, in bytes.
+
+    A block's documents, filled up to whole tar blocks, are followed by the ids' header.
     """
     return documents_offset + -(-documents_bytes // TAR_BLOCK) * TAR_BLOCK + TAR_BLOCK
 
 
 def too_many_unknown(unknown: int, tokens: int, bound: float) -> bool:
-    """Say whether more than a share `bound` of tokens is unknown, by more than chance makes of few
-    tokens.
+    """Return whether the unknown fraction exceeds `bound` by more than chance.
 
     One standard error is allowed: 0.6 points for 1,000 tokens at a bound of 5 %, 0.02 points for a
     million.
@@ -109,9 +112,7 @@ class _Strict(BaseModel):
 
 
 class Shard(_Strict):
-    """One tar; the integer arrays have one entry per block, offsets and sizes are in bytes of the
-    tar.
-    """
+    """One tar; arrays are int with one entry per block, offsets and sizes are bytes of the tar."""
 
     file: Annotated[str, Field(pattern=f"^{SHARD_FILE}$")]
     bytes: Count
@@ -125,14 +126,14 @@ class Shard(_Strict):
     documents_crc32: Counts
 
     def content(self) -> dict[str, object]:
-        """Return what the manifest says of this shard, in plain numbers."""
+        """Return the shard's fields as plain Python values."""
         return {
             name: value.tolist() if isinstance(value := getattr(self, name), np.ndarray) else value
             for name in type(self).model_fields
         }
 
     def problem(self, row_bytes: int) -> str | None:
-        """Say what contradicts itself here, if anything."""
+        """Return what is inconsistent in this shard, or None."""
         lengths = {len(getattr(self, name)) for name in COLUMNS}
         if len(lengths) != 1 or lengths == {0}:
             return (
@@ -141,7 +142,7 @@ class Shard(_Strict):
         if not 1 <= self.block_rows.min() <= self.block_rows.max() <= MAX_BLOCK_ROWS:
             found = f"blocks of {self.block_rows.min()} to {self.block_rows.max()} rows"
             return f"{found}; expected 1 to {MAX_BLOCK_ROWS}"
-        block_rows = self.block_rows.tolist()  # Python's numbers, which do not overflow
+        block_rows = self.block_rows.tolist()  # Python integers do not overflow
         if sum(block_rows) != self.rows:
             return f"rows is {self.rows}, but its blocks hold {sum(block_rows)}"
         offsets = (
@@ -166,8 +167,9 @@ class Shard(_Strict):
 
 
 def _are_sound(shards: Sequence[Shard], row_bytes: int) -> bool:
-    """Check many shards at once, as `Shard.problem` does one: a data set may have millions of
-    blocks.
+    """Check many shards at once, as `Shard.problem` does for one.
+
+    A data set may have millions of blocks, too many for a loop in Python.
     """
     lengths = np.array([[len(getattr(shard, name)) for name in COLUMNS] for shard in shards])
     if (lengths == 0).any() or (lengths != lengths[:, :1]).any():
@@ -176,7 +178,7 @@ def _are_sound(shards: Sequence[Shard], row_bytes: int) -> bool:
         np.concatenate([getattr(shard, name) for shard in shards]).astype(np.int64)
         for name in ("block_rows", "ids_offset", "documents_offset", "documents_bytes")
     )
-    # Sums could overflow.
+    # Sums of larger numbers could overflow.
     if max(values.max() for values in (block_rows, ids, documents, size)) >= 2**61:
         return False
     ends = lengths[:, 0].cumsum()
@@ -199,8 +201,9 @@ def _are_sound(shards: Sequence[Shard], row_bytes: int) -> bool:
 
 
 class Manifest(_Strict):
-    """What a data set holds; `tokens` counts real tokens, `padded_rows` the rows with at least one
-    padding position.
+    """The description of a data set.
+
+    `tokens` counts real tokens, `padded_rows` the rows with at least one padding position.
     """
 
     format: Literal["scaledistill-shards"] = "scaledistill-shards"
@@ -221,31 +224,30 @@ class Manifest(_Strict):
 
     @property
     def ids_dtype(self) -> np.dtype[Any]:
+        """The numpy dtype of the token ids."""
         return IDS_DTYPES[self.dtype]
 
     @property
     def row_bytes(self) -> int:
+        """The bytes of one row of token ids."""
         return self.sequence_length * self.ids_dtype.itemsize
 
     @property
     def unknown_tokens(self) -> int | None:
-        """How many tokens of the text are unknown; None where the set was made before this was
-        counted.
-        """
+        """The number of unknown tokens in the text; None if the data set predates the count."""
         count = self.tokenizer.get("unknown_tokens")
         return count if isinstance(count, int) else None
 
     @property
     def unknown_fraction(self) -> float | None:
-        """The share of the text's tokens, without [CLS] and [SEP], that are unknown; None where it
-        was not counted.
-        """
+        """The unknown share of the text's tokens without [CLS] and [SEP]; None if not counted."""
         text = self.tokens - 2 * self.documents
         return None if self.unknown_tokens is None else self.unknown_tokens / max(1, text)
 
     def unknown_problem(self, bound: float | None = None) -> str | None:
-        """Say whether a larger share of tokens than `bound` is unknown; None is what was accepted
-        at the making.
+        """Return a message if the unknown fraction exceeds `bound`, else None.
+
+        By default `bound` is the one that was accepted when the shards were made.
         """
         if bound is None:
             accepted = self.source.get("max_unknown_fraction")
@@ -261,7 +263,7 @@ class Manifest(_Strict):
 
     @cached_property
     def sha256(self) -> str:
-        """Identity of the data: the hash of the manifest's content, wherever the folder lies."""
+        """The identity of the data: the hash of the manifest's content, wherever the folder is."""
         return self._checked_sha256 or sha256_by_shards(
             self._header(), (canonical(shard.content()) for shard in self.shards)
         )
@@ -315,7 +317,7 @@ class Manifest(_Strict):
     def dump(self) -> bytes:
         """Return the manifest as a file's content, which carries its own hash."""
         head = json.dumps({"sha256": self.sha256, **self._header(), "shards": []}).encode()
-        # One at a time: memory.
+        # One shard at a time, to save memory.
         shards = b", ".join(json.dumps(shard.content()).encode() for shard in self.shards)
         return head[: -len(b"]}")] + shards + b"]}\n"
 
@@ -361,13 +363,13 @@ class Manifest(_Strict):
 
 
 def manifest_path(folder: Path) -> Path:
-    """Return where a folder's manifest is, or would be."""
+    """Return the path of a folder's manifest, whether it exists or not."""
     old = folder / OLD_MANIFEST_FILE
     return old if old.exists() and not (folder / MANIFEST_FILE).exists() else folder / MANIFEST_FILE
 
 
 def _open_manifest(location: str) -> tuple[str, BinaryIO]:
-    """Open the manifest of a folder or URL; return its place too."""
+    """Open the manifest of a folder or URL; return its path or URL and the file."""
     if remote.is_url(location):
         where, data = remote.read_first(
             [f"{location}/{name}" for name in (MANIFEST_FILE, OLD_MANIFEST_FILE)]
@@ -389,8 +391,9 @@ def _unreadable(where: str, error: OSError) -> DataError:
 
 
 def _read_as_written(file: BinaryIO) -> tuple[dict[str, Any], str] | None:
-    """Return the content and sha256 of a manifest of the form that `Manifest.dump` writes; None for
-    any other.
+    """Return the content and sha256 of a manifest in the form that `Manifest.dump` writes.
+
+    None if it has any other form.
     """
     if (found := read_as_written(file)) is None:
         return None
@@ -399,7 +402,7 @@ def _read_as_written(file: BinaryIO) -> tuple[dict[str, Any], str] | None:
 
 
 def _read_json(file: BinaryIO) -> tuple[dict[str, Any], str | None]:
-    """Return the content of any manifest, and its sha256 if that is the stated one.
+    """Return the content of any manifest, and its stated sha256 if that is correct.
 
     Raises: ValueError, RecursionError if it is not a JSON object.
     """
@@ -429,10 +432,10 @@ def _why_missing(folder: Path) -> str:
         )
     if any(folder.glob(f"{PARTIAL}*")):
         return (
-            f"{folder} has no {MANIFEST_FILE} but unfinished files: make_shards was interrupted; "
+            f"{folder} has unfinished files but no {MANIFEST_FILE}: make_shards was interrupted; "
             "run it again"
         )
     return (
-        f"{folder} has no {MANIFEST_FILE}: not (or not completely copied) shards; make them with "
-        "tools/make_shards.py"
+        f"{folder} has no {MANIFEST_FILE}: it holds no shards, or an incomplete copy; make them "
+        "with tools/make_shards.py"
     )

@@ -1,7 +1,7 @@
-"""The text of a manifest with millions of numbers, read in seconds and without an object for each.
+"""Parse a manifest of millions of numbers in seconds, without a Python object for each.
 
-Enters: a file of JSON. Leaves: its header, the fields of its shards with numpy arrays for the
-lists, and its sha256. Left to others: any other form of JSON, and whether the values make sense
+Inputs: a JSON file. Outputs: its header, the fields of its shards with numpy arrays for the lists,
+and its sha256. Not handled here: JSON in any other form, and the validity of the values
 (`data.manifest`).
 """
 
@@ -23,7 +23,7 @@ COLUMNS = (
     "documents_bytes",
     "documents_crc32",
 )
-"""The fields of a shard with a number for each block."""
+"""The fields of a shard that have one number per block."""
 SHARD_FILE = "[A-Za-z0-9][A-Za-z0-9._-]*[.]tar"
 READ_BYTES = 1 << 22
 SHARDS_AT_ONCE = 256
@@ -31,14 +31,17 @@ SHARDS_AT_ONCE = 256
 _SHARDS = re.compile(rb'"shards"\s*:\s*\[')
 _SPACE = b" \t\r\n"
 _SHARD = re.compile(
-    f',?{{"file":"({SHARD_FILE})","bytes":([0-9]{{1,18}}),"sha256":"([0-9a-f]{{64}})","rows":([0-9]{{1,18}}),'.encode()
+    (
+        f',?{{"file":"({SHARD_FILE})","bytes":([0-9]{{1,18}}),'
+        '"sha256":"([0-9a-f]{64})","rows":([0-9]{1,18}),'
+    ).encode()
 )
 _LISTS = [f'{"" if name == COLUMNS[0] else ","}"{name}":['.encode() for name in COLUMNS]
-"""What stands before each list of a shard."""
+"""The text that precedes each list of a shard."""
 
 
 class _Text(NamedTuple):
-    """A shard as `Manifest.dump` writes it, in pieces of text without white space."""
+    """A shard as `Manifest.dump` writes it, as pieces of text without white space."""
 
     file: bytes
     size: bytes
@@ -47,12 +50,13 @@ class _Text(NamedTuple):
     lists: list[bytes]
 
     def canonical(self) -> bytes:
+        """Return the shard as compact JSON with sorted keys."""
         block_rows, ids_offset, ids_crc32, documents_offset, documents_bytes, documents_crc32 = (
             self.lists
         )
         return (
-            b'{"block_rows":[%b],"bytes":%b,"documents_bytes":[%b],"documents_crc32":[%b],"documents_offset":[%b],'
-            b'"file":"%b","ids_crc32":[%b],"ids_offset":[%b],"rows":%b,"sha256":"%b"}'
+            b'{"block_rows":[%b],"bytes":%b,"documents_bytes":[%b],"documents_crc32":[%b],'
+            b'"documents_offset":[%b],"file":"%b","ids_crc32":[%b],"ids_offset":[%b],"rows":%b,"sha256":"%b"}'
         ) % (
             *(block_rows, self.size, documents_bytes, documents_crc32, documents_offset),
             *(self.file, ids_crc32, ids_offset, self.rows, self.sha256),
@@ -60,8 +64,9 @@ class _Text(NamedTuple):
 
 
 def _shard_text(text: bytes) -> _Text:
-    """Take the text of a shard, without white space and the last brace, apart; raise ValueError if
-    it is another.
+    """Split the text of a shard, without white space and the last brace, into its pieces.
+
+    Raises: ValueError if it has another form.
     """
     if (head := _SHARD.match(text)) is None:
         raise ValueError("a shard of another form")
@@ -73,13 +78,14 @@ def _shard_text(text: bytes) -> _Text:
 
 
 def read_as_written(file: BinaryIO) -> tuple[dict[str, Any], list[dict[str, Any]], str] | None:
-    """Return a manifest's header, the fields of its shards and its sha256; None if it is not as
-    `Manifest.dump` writes.
+    """Return a manifest's header, its shards' fields and its sha256.
 
-    A manifest of 16,000 shards of 65,536 rows has 25 million numbers in 0.2 GB of text. As Python's
-    objects they would take gigabytes and many seconds, so the text is read piece by piece, numbers
-    go from text to arrays at once, and the hash, which is that of the compact JSON with sorted
-    keys, is taken from the text too.
+    None if the text is not in the form that `Manifest.dump` writes.
+
+    A manifest of 16,000 shards of 65,536 rows has 25 million numbers in 0.2 GB of text. As Python
+    objects they would take gigabytes and many seconds. So the text is read piece by piece, numbers
+    go from text to arrays directly, and the hash, that of the compact JSON with sorted keys, is
+    computed from the text too.
     """
     head, found = b"", None
     while found is None and (piece := file.read(READ_BYTES)):
@@ -90,17 +96,13 @@ def read_as_written(file: BinaryIO) -> tuple[dict[str, Any], list[dict[str, Any]
     try:
         content = json.loads(head[: found.end()] + b"]}")
         stated = content.pop("sha256", None)
-    except (
-        ValueError,
-        AttributeError,
-        RecursionError,
-    ):  # such as shards that are not on the top level
+    except (ValueError, AttributeError, RecursionError):  # e.g. "shards" is not at the top level
         return None
     shards: list[dict[str, Any]] = []
     header = {key: value for key, value in content.items() if key != "shards"}
     try:
         digest = sha256_by_shards(header, _parse_shards(head[found.end() :], file, shards))
-    except (ValueError, DeprecationWarning):  # the warning is numpy's
+    except (ValueError, DeprecationWarning):  # np.fromstring warns on text that is not a number
         return None
     return (header, shards, digest) if digest == stated else None
 
@@ -114,7 +116,7 @@ def _parse_shards(rest: bytes, file: BinaryIO, shards: list[dict[str, Any]]) -> 
     while rest:
         *entries, rest = rest.translate(None, _SPACE).split(b"}")
         for text in entries:
-            if text == b"]":  # the end of the list, and of the manifest
+            if text == b"]":  # the end of the list and of the manifest
                 if rest or entries[-1] is not text or file.read().translate(None, _SPACE):
                     raise ValueError("something follows the shards")
                 shards.extend(_shards_of(waiting))
@@ -131,7 +133,7 @@ def _parse_shards(rest: bytes, file: BinaryIO, shards: list[dict[str, Any]]) -> 
 
 
 def _shards_of(texts: Sequence[_Text]) -> Iterator[dict[str, Any]]:
-    """Turn texts into the fields of shards, whose arrays are views of common ones."""
+    """Yield the fields of shards, whose arrays are views of shared ones."""
     if not texts:
         return
     lengths = [text.lists[0].count(b",") + 1 for text in texts]
@@ -141,7 +143,7 @@ def _shards_of(texts: Sequence[_Text]) -> Iterator[dict[str, Any]]:
         values = np.fromstring(b",".join(lists), np.int64, sep=",")
         if [numbers.count(b",") + 1 for numbers in lists] != lengths or len(values) != sum(lengths):
             raise ValueError("lists of other lengths")
-        if values.min() < 0 or values.max() == 2**63 - 1:  # numpy's answer to larger ones too
+        if values.min() < 0 or values.max() == 2**63 - 1:  # numpy clips larger numbers to this
             raise ValueError("a number out of range")
         columns.append(compact(values))
     end = 0
@@ -157,14 +159,16 @@ def _shards_of(texts: Sequence[_Text]) -> Iterator[dict[str, Any]]:
 
 
 def canonical(content: object) -> bytes:
-    """Return the compact JSON with sorted keys that hashes are taken of."""
+    """Return compact JSON with sorted keys, the form that is hashed."""
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 def sha256_by_shards(header: Mapping[str, object], shards: Iterable[bytes]) -> str:
-    """Return the sha256 of the canonical JSON of a header and its shards, each given as canonical
-    JSON.
+    """Return the sha256 of the canonical JSON of a header and its shards.
+
+    Each shard is given as canonical JSON.
     """
+    # "shards" is hashed in its sorted place among the header's keys, one shard at a time.
     before = canonical({key: value for key, value in header.items() if key < "shards"})[:-1]
     after = canonical({key: value for key, value in header.items() if key > "shards"})[1:]
     digest = hashlib.sha256(before + b',"shards":[')
@@ -175,5 +179,5 @@ def sha256_by_shards(header: Mapping[str, object], shards: Iterable[bytes]) -> s
 
 
 def compact(values: np.ndarray) -> np.ndarray:
-    """Return int64 values from 0 in the smaller of uint32 and int64."""
+    """Return non-negative int64 values as uint32 if they fit, else unchanged."""
     return values.astype(np.uint32) if len(values) and values.max() < 2**32 else values

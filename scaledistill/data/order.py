@@ -1,13 +1,12 @@
-"""The order of samples: a pure function of (rows of the shards, seed, sample number). No state, no
-torch.
+"""Compute the order of samples from the shards' row counts, a seed and a sample number only.
 
 Epoch e: the shards, shuffled by (seed, e), are concatenated and cut into L equal lanes of
-consecutive rows; the few rows left over are dropped in this epoch. A lane is shuffled inside fixed
-windows, so that a reader needs one window of each lane in memory. Sample n is lane n mod L,
-position n div L. Step s of global batch size B uses samples [sB, (s+1)B), so that one integer is
-the whole state, whatever the number of ranks.
+consecutive rows; the few rows left over are dropped in this epoch. A lane is shuffled within fixed
+windows, so that a reader needs only one window of each lane in memory. Sample n is position n div L
+of lane n mod L. Step s with global batch size B uses samples [sB, (s+1)B), so one integer is the
+whole state, whatever the number of ranks.
 
-Enters: rows per shard, sample numbers. Leaves: (shard, row). Left to others: reading
+Inputs: rows per shard, sample numbers. Outputs: (shard, row). Not handled here: reading
 (`data.stream`).
 """
 
@@ -22,15 +21,15 @@ import numpy as np
 from scaledistill.errors import ConfigError, DataError
 
 ORDER_VERSION = 1
-_ROWS, _SHARDS = 0, 1  # what a key of the generator is for
+_ROWS, _SHARDS = 0, 1  # what is shuffled; part of the generator's key
 
 
 class SampleOrder:
     """The order of the samples of one data set.
 
-    Windows begin elsewhere in each lane (the first one of lane l has (l+1)/L of the usual rows), so
-    that the reads at window changes spread over the steps; a lane that fits in one window has one.
-    `identity`: the manifest's sha256; unless given, a hash of `shard_rows`.
+    Each lane's windows begin at another offset (the first one of lane l has (l+1)/L of the usual
+    rows), so that the reads at window changes spread over the steps; a lane that fits in one window
+    has one. `identity`: the manifest's sha256; by default a hash of `shard_rows`.
 
     Raises: ConfigError for a seed, lane count or window out of range; DataError if there are fewer
     rows than lanes.
@@ -67,21 +66,19 @@ class SampleOrder:
             identity or hashlib.sha256(repr(list(map(int, shard_rows))).encode()).hexdigest()
         )
         self._shard_rows = np.asarray(shard_rows, np.int64)
-        # At most; the first and the last are short.
+        # An upper bound: the first and the last window are short.
         self.windows_per_lane = 1 + -(-self.rows_per_lane // window_rows)
         steps_L = (
             np.arange(1, num_lanes + 1)
             if self.rows_per_lane > window_rows
             else np.full(num_lanes, num_lanes)
         )
-        # Rounded up: no window is empty.
+        # Rounded up, so that no window is empty.
         self._first_window_L = -(-steps_L * window_rows // num_lanes)
         self._shards_of = lru_cache(maxsize=4)(self._shuffle_shards)
 
     def fingerprint(self) -> dict[str, int | str]:
-        """Return what must be equal for a sample number to mean the same row; a resume compares
-        it.
-        """
+        """Return what determines the row of a sample number; a resume compares it."""
         return {
             "order_version": ORDER_VERSION,
             "data_sha256": self.identity,
@@ -104,8 +101,9 @@ class SampleOrder:
         return lane, epoch * self.windows_per_lane + window, np.where(window == 0, position, offset)
 
     def window(self, lane: int, window: int) -> tuple[int, int, np.ndarray]:
-        """Describe a window: (epoch, first place in the epoch's concatenation, shuffled offsets
-        from there, int64).
+        """Return a window's (epoch, first place in the epoch's concatenation, shuffled offsets).
+
+        The offsets, int64, count from that first place.
         """
         epoch, number = divmod(window, self.windows_per_lane)
         end = int(self._first_window_L[lane]) + number * self.window_rows
@@ -117,14 +115,12 @@ class SampleOrder:
         )
 
     def shards_around(self, lane: int, epoch: int, first: int, count: int) -> tuple[list[int], int]:
-        """Return the shards of a lane's places [first, first + count) in an epoch, and the one that
-        it reads next.
-        """
+        """Return the shards of a lane's places [first, first + count) and the lane's next shard."""
         shards, starts = self._shards_of(epoch)
         low, high = np.searchsorted(starts, [first, first + count - 1], side="right").tolist()
         if high < len(starts) and starts[high] < (lane + 1) * self.rows_per_lane:
             following = shards[high]
-        else:
+        else:  # the lane ends here: it goes on at its first place in the next epoch
             later, later_starts = self._shards_of(epoch + 1)
             following = later[
                 np.searchsorted(later_starts, lane * self.rows_per_lane, side="right") - 1
@@ -132,9 +128,7 @@ class SampleOrder:
         return shards[low - 1 : high].tolist(), int(following)
 
     def place(self, epoch: int, places_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Turn places in an epoch's concatenation of shards, int64 [N], into (shard, row in it),
-        int64 [N] each.
-        """
+        """Turn places of an epoch's concatenation into (shard, row in it), all int64 [N]."""
         shards, starts = self._shards_of(epoch)
         at = np.searchsorted(starts, places_N, side="right") - 1
         return shards[at], places_N - starts[at]
@@ -142,7 +136,7 @@ class SampleOrder:
     def locate(self, samples_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Turn sample numbers, int64 [N], into (shard, row in it), int64 [N] each.
 
-        Shuffles every window that it meets: meant for reports and tests, where the stream keeps its
+        It shuffles every window that it meets, so use it for reports and tests; the stream caches
         windows.
         """
         samples_N = np.asarray(samples_N, np.int64)
@@ -161,10 +155,11 @@ class SampleOrder:
         return shards, np.cumsum(rows) - rows
 
     def _shuffle(self, purpose: int, count: int, epoch: int, lane: int, window: int) -> np.ndarray:
-        """Permute range(count), int64, by sorting raw draws: both are stable across numpy versions.
+        """Permute range(count), int64, by a stable sort of raw draws.
 
-        Each (seed, purpose) is a key and each (epoch, lane, window) a counter of its own: no two
-        shuffles share draws, because a shuffle only advances the counter's lowest word.
+        Raw draws and stable sorts do not change between numpy versions. Each (seed, purpose) is a
+        key and each (epoch, lane, window) a counter of its own. No two shuffles share draws,
+        because a shuffle only advances the counter's lowest word.
         """
         key, counter = (
             np.array([self.seed, purpose], np.uint64),

@@ -1,8 +1,7 @@
-"""Reading blocks of a data set from a folder or, through a local cache, from a URL; nothing
-unchecked leaves.
+"""Read blocks of a data set from a folder or, through a local cache, from a URL.
 
-Enters: a folder or an fsspec URL of shards. Leaves: numpy views of blocks. Left to others: the
-order of rows (`data.order`), tensors (`data.stream`).
+Inputs: a folder or fsspec URL of shards. Outputs: numpy views of blocks, every byte checked. Not
+handled here: the order of rows (`data.order`), tensors (`data.stream`).
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from scaledistill.storage import remote
 logger = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 20
-"""Neighbouring blocks are read at once up to about this size: single blocks wait for the disk too
-often."""
+"""Adjacent blocks are read together up to about this size; one by one they would wait for the disk
+too often."""
 
 
 class ShardReader:
-    """Read blocks of a data set, every byte checked against the manifest.
+    """Read blocks of a data set and check every byte against the manifest.
 
-    `location`: a folder, or a URL whose shards are kept in `cache`. That every shard exists with
-    the right size is checked here (over HTTP: when it is read), unless another process does
-    (`check_sizes` off). `rank` is named in errors, because nodes may see different disks.
+    `location`: a folder, or a URL whose shards are kept in `cache`. The presence and size of every
+    shard are checked here (over HTTP: when the shard is read), unless `check_sizes` is off because
+    another process does so. Errors name the host and `rank`, because nodes may see different disks.
 
     Raises: ConfigError for a URL that is not allowed; DataError for a bad manifest, a missing shard
     or a wrong size.
@@ -58,7 +57,7 @@ class ShardReader:
         self._where = f"host {socket.gethostname()}" + ("" if rank is None else f", rank {rank}")
         self._cache = (cache or remote.ShardCache()) if remote.is_url(self.location) else None
         if self._cache is not None:
-            self._cache.folder  # noqa: B018 - made now, so that a wrong one is refused before the run
+            self._cache.folder  # noqa: B018 - created now, so that a bad one fails before the run
         largest = (
             max(int(shard.block_rows.max()) for shard in self.manifest.shards)
             * self.manifest.row_bytes
@@ -69,6 +68,7 @@ class ShardReader:
             self._check_sizes()
 
     def _check_sizes(self) -> None:
+        """Raise DataError if a shard is missing or has a wrong size."""
         if self._cache is None:
             with os.scandir(self.location) as entries:
                 sizes = {entry.name: entry.stat().st_size for entry in entries}
@@ -94,8 +94,9 @@ class ShardReader:
         return f"shards {self.location} ({self._where}): {problem}; {remedy}"
 
     def blocks_around(self, shard: int, row: int, low: int = 0, high: int | None = None) -> range:
-        """Choose blocks to read at once for a row of a shard: its own and neighbours with rows in
-        [low, high).
+        """Choose the blocks to read together for a row of a shard.
+
+        They are its own block and neighbours that have rows in [low, high).
         """
         starts = self._block_starts(shard)
         group = (
@@ -108,8 +109,9 @@ class ShardReader:
         return range(first, end if high is None else min(end, int(np.searchsorted(starts, high))))
 
     def read(self, shard: int, blocks: range) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Read adjacent blocks: for each (its first row, ids [rows, T] of u16 or u32, uint16
-        documents [n, 3]).
+        """Read adjacent blocks; return each one's first row, ids and documents.
+
+        Ids are [rows, T] of u16 or u32, documents [n, 3] of uint16.
 
         Raises: DataError naming shard and block if one can't be read, is cut off or fails its
         crc32.
@@ -144,8 +146,9 @@ class ShardReader:
             raise DataError(self._message(f"{error}{kept}")) from error
 
     def _starts_of(self, shard: int) -> np.ndarray:
-        """Return each block's first row, and the end, int64: for the shards in use only, of maybe
-        thousands.
+        """Return each block's first row, and the end, int64.
+
+        Computed only for the shards in use, of possibly thousands.
         """
         return np.concatenate(
             ([0], np.cumsum(self.manifest.shards[shard].block_rows, dtype=np.int64))
@@ -160,9 +163,7 @@ class ShardReader:
         )
 
     def fetch_ahead(self, num_lanes: int, stop: threading.Event) -> FetchAhead | None:
-        """Return what fetches shards before they are read, until `stop` is set; None for a folder,
-        which needs none.
-        """
+        """Return a `FetchAhead` that works until `stop` is set; None for a local folder."""
         if self._cache is None:
             return None
         needed = self._bytes_at_once(2 * num_lanes)
@@ -176,7 +177,7 @@ class ShardReader:
         return FetchAhead(self._fetch, stop)
 
     def keep(self, shards: Iterable[int]) -> None:
-        """Have the cache hold these shards, which are in use or will be, rather than others."""
+        """Tell the cache which shards are in use or will be, so that it evicts others first."""
         if self._cache:
             self._cache.keep = frozenset(self.manifest.shards[shard].sha256 for shard in shards)
 
@@ -199,30 +200,28 @@ class ShardReader:
         )
 
     def check_cache(self, num_lanes: int) -> None:
-        """Raise ConfigError if the cache can't hold the shards that are read at the same time, one
-        a lane.
-        """
+        """Raise ConfigError if the cache can't hold the shards that all lanes read at once."""
         if self._cache is None:
             return
         if (needed := self._bytes_at_once(num_lanes)) > self._cache.limit_bytes:
             raise ConfigError(
                 f"data.cache_bytes={self._cache.limit_bytes} is less than the {needed} bytes of "
-                f"the shards that data.num_lanes={num_lanes} lanes read at the same time, again "
-                "and again; raise it"
+                f"the shards that data.num_lanes={num_lanes} lanes read at the same time, so "
+                "shards would be fetched again and again; raise it"
             )
 
     def _bytes_at_once(self, num_shards: int) -> int:
-        """Return the bytes of so many shards, the largest, or of all."""
+        """Return the bytes of the `num_shards` largest shards, or of all if there are fewer."""
         return sum(
             sorted((shard.bytes for shard in self.manifest.shards), reverse=True)[:num_shards]
         )
 
 
 def _read_fully(descriptor: int, num_bytes: int, offset: int) -> bytes | bytearray:
-    """Return `num_bytes` bytes of a file from `offset`, fewer only where the file ends.
+    """Return `num_bytes` bytes of a file from `offset`, fewer only at the end of the file.
 
-    One read may return less before the end: on FUSE and some network file systems, after a signal,
-    or above 2 GiB.
+    A single read may return less: on FUSE and some network file systems, after a signal, or above 2
+    GiB.
     """
     data: bytes | bytearray = os.pread(descriptor, num_bytes, offset)
     while len(data) < num_bytes and (

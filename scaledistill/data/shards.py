@@ -1,7 +1,8 @@
-"""Shards: `ShardWriter` writes rows of token ids as a data set, `verify` checks every byte of one.
+"""Write rows of token ids as a data set of shards (`ShardWriter`), and `verify` one.
 
-Enters: rows of ids [N, T] and the documents in them. Leaves: tars and a `Manifest` (`data.manifest`
-tells the format). Left to others: text (`data.text`), reading at speed (`data.stream`).
+Inputs: rows of ids [N, T] and the documents in them. Outputs: tars and a `Manifest`
+(`data.manifest` describes the format). Not handled here: text (`data.prepare.text`), fast reading
+(`data.stream`).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from scaledistill.storage.files import flush, lock, sync
 
 
 class _HashedFile:
-    """The sink that TarWriter writes to: a new file, its size and its sha256."""
+    """A new file that counts and hashes what is written to it; the sink of `TarWriter`."""
 
     def __init__(self, path: Path) -> None:
         self.file: BinaryIO = path.open("wb")
@@ -65,15 +66,15 @@ class _HashedFile:
 
 
 class ShardWriter:
-    """Write rows as shards into `folder`; the same rows give the same bytes, however cut into calls
-    of `write`.
+    """Write rows as shards into `folder`.
 
-    A context manager: leaving it commits (`close`), leaving it by an error removes what was written
-    and folders made for it. Everything has a `.partial-` name until the commit, and the manifest
-    comes last, so that an interrupted run leaves nothing that looks finished.
+    The same rows give the same bytes, however they are split over calls of `write`. Use it as a
+    context manager: leaving it commits (`close`); leaving it by an error removes the written files
+    and the folders created for them. Until the commit every file has a `.partial-` name, and the
+    manifest is written last, so an interrupted run leaves nothing that looks finished.
 
-    Raises: ConfigError on settings that don't fit; DataError if the folder holds shards already and
-    not `overwrite`.
+    Raises: ConfigError on settings that don't fit; DataError if the folder already holds shards and
+    `overwrite` is off.
     """
 
     def __init__(
@@ -122,11 +123,11 @@ class ShardWriter:
             "vocab_size": vocab_size,
             "tokenizer": json.loads(json.dumps(dict(tokenizer))),
             "pad_token_id": pad_token_id,
-            # Fails now rather than at the end.
+            # A round trip through JSON, here and above, makes bad values fail now, not at the end.
             "source": json.loads(json.dumps(dict(source or {}))),
         }
         self.tokenizer_facts = self._header["tokenizer"]
-        """What the manifest says of the tokenizer; more may be put in until the commit."""
+        """The manifest's facts about the tokenizer; callers may add more until the commit."""
         self._vocab_size = vocab_size
         self._overwrite = overwrite
         self._manifest: Manifest | None = None
@@ -153,7 +154,7 @@ class ShardWriter:
         if lock(self._lock.fileno()) == "in use":
             self._lock.close()
             raise DataError(
-                f"another run writes shards to {self._folder} now; wait for it or name another "
+                f"another run is writing shards to {self._folder}; wait for it or name another "
                 "folder"
             )
         for leftover in self._folder.glob(f"{PARTIAL}*.tar"):
@@ -167,8 +168,9 @@ class ShardWriter:
         ]
 
     def write(self, ids_NT: np.ndarray, documents: np.ndarray) -> None:
-        """Add rows: integer ids [N, T] and the documents in them, int [n, 3] (row of this call,
-        start, end), ascending.
+        """Add rows: integer ids [N, T], and the documents in them, int [n, 3].
+
+        A document is (row of this call, start, end); documents ascend.
 
         Raises: DataError on a wrong shape, an id outside the vocabulary or documents that don't
         fit.
@@ -205,7 +207,7 @@ class ShardWriter:
 
     def _write_block(self) -> None:
         if self._sink is None:
-            # Imports torch: seconds that readers and workers needn't spend.
+            # It imports torch, which takes seconds that readers and workers need not spend.
             from webdataset.writer import TarWriter
 
             self._sink = _HashedFile(self._folder / f"{PARTIAL}{self._shard_file}")
@@ -215,7 +217,7 @@ class ShardWriter:
             "documents.u16": documents.astype(DOCUMENTS_DTYPE).tobytes(),
             self._dtype: ids_NT.tobytes(),
         }
-        # TarWriter sorts the members: documents come first.
+        # TarWriter sorts the members, so documents come first.
         documents_offset = self._tar.tarstream.offset + TAR_BLOCK
         documents_bytes = len(members["documents.u16"])
         self._tar.write({"__key__": f"{self._num_blocks:09d}", **members})
@@ -260,8 +262,9 @@ class ShardWriter:
         self._sink, self._blocks = None, []
 
     def close(self) -> Manifest:
-        """Commit: finish the last shard, name the files, write the manifest, return it (again, if
-        called again).
+        """Commit and return the manifest; a further call returns it again.
+
+        The commit finishes the last shard, gives the files their names and writes the manifest.
 
         Raises: DataError if no row was written.
         """
@@ -285,7 +288,8 @@ class ShardWriter:
         manifest = Manifest.model_validate(
             {**self._header, **self._totals, "shards": tuple(self._shards)}
         )
-        for old in self._finished_files():  # empty unless overwrite; the old manifest goes first
+        # Empty unless overwrite. The old manifest goes first: a folder without one is no data set.
+        for old in self._finished_files():
             old.unlink()
         for shard in manifest.shards:
             (self._folder / f"{PARTIAL}{shard.file}").rename(self._folder / shard.file)
@@ -315,7 +319,7 @@ class ShardWriter:
             partial.unlink(missing_ok=True)
         self._unlock()
         for folder in self._made:
-            with contextlib.suppress(OSError):  # something else lies in it by now
+            with contextlib.suppress(OSError):  # it is not empty: others have put files there
                 folder.rmdir()
 
     def __enter__(self) -> ShardWriter:
@@ -336,10 +340,10 @@ class ShardWriter:
 def verify(
     folder: Path, manifest: Manifest | None = None, *, on_shard: Callable[[], object] | None = None
 ) -> Iterator[str]:
-    """Check every byte of a local data set against its manifest; yield every problem, named by
-    shard and block.
+    """Check every byte of a local data set against its manifest; yield every problem.
 
-    A shard is held in memory while it is checked; `on_shard` is called after each.
+    A problem names its shard and block. One shard at a time is held in memory; `on_shard` is called
+    after each.
 
     Raises: DataError if the manifest itself can't be used.
     """
@@ -365,7 +369,7 @@ def verify(
         yield f"{listing}: {unknown}"
     for extra in sorted({path.name for path in folder.glob("*.tar")} - set(names.values())):
         yield (
-            f"{extra}: lies in the folder but is not in {listing}; a reader that lists the folder "
+            f"{extra}: is in the folder but not in {listing}; a reader that lists the folder "
             "would read it"
         )
 
@@ -378,6 +382,7 @@ def _verify_shard(
     names: Mapping[str, str],
     found: dict[str, int],
 ) -> Iterator[str]:
+    """Yield a shard's problems; add its counts to `found`."""
     try:
         data = path.read_bytes()
     except OSError as error:

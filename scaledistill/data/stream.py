@@ -1,11 +1,11 @@
-"""Rows of shards as micro-batches: `ShardStream` for training, `iter_validation` in file order.
+"""Turn rows of shards into micro-batches: `ShardStream` to train, `iter_validation` to validate.
 
-Enters: a `ShardReader` and the order of its samples. Leaves: `Batch`es with the cursor of a
-checkpoint. Left to others: reading and checking blocks (`data.reader`).
+Inputs: a `ShardReader` and the order of its samples. Outputs: `Batch`es, each with the data cursor
+that a checkpoint stores. Not handled here: reading and checking blocks (`data.reader`).
 
 Legend: B sequences of a micro-batch, T tokens, N rows, L lanes, P places of rows in memory, W bytes
-of a row's T bits, S stretches: documents, and padding between, before or behind them, none across
-rows.
+for one bit per token of a row, S stretches. A stretch is a document or a run of padding before,
+between or after documents; none crosses rows.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from scaledistill.errors import ConfigError
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank; what describes documents is None unless asked for."""
+    """One micro-batch of one rank; fields on documents are None unless requested."""
 
     input_ids_BT: Tensor  # int64
     mask_BT: Tensor | None  # bool, True on real tokens; None when every token is real
     segment_ids_BT: Tensor | None  # int32, the document's number in its row, from 0; -1 on padding
     position_ids_BT: Tensor | None  # int64, from 0 in each document; 0 on padding
-    # Int32, where stretches begin in the B · T tokens; B · T fills it to 1 + a power of 2.
+    # int32: where stretches begin in the B · T tokens, filled up with B · T to length 1 + 2^k.
     cu_seqlens: Tensor | None
     samples_B: np.ndarray  # int64 sample numbers; in validation, row numbers in file order
-    cursor: int  # the first sample that no completed step has used, once this micro-batch is done
-    weight: int  # rows that count: B, or 0 for a filler that only keeps ranks in step
+    cursor: int  # the first sample not used by a completed step, after this micro-batch
+    weight: int  # rows that count: B, or 0 for a filler that only keeps the ranks in step
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Return the batch with each of its tensors changed."""
+        """Return the batch with `change` applied to each of its tensors."""
         changed: dict[str, Any] = {
             key: change(value) for key, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -57,7 +57,7 @@ class Batch:
 
 @dataclass
 class _Rows:
-    """Rows as they were read."""
+    """Rows as read from blocks."""
 
     ids_NT: np.ndarray  # u16 or u32
     padded_N: np.ndarray  # bool
@@ -66,8 +66,9 @@ class _Rows:
     def batches(
         self, samples_N: np.ndarray, size: int, with_documents: bool, before: int, after: int
     ) -> Iterator[Batch]:
-        """Cut into micro-batches, views of one tensor, with the cursor `after` on the last and
-        `before` on the rest.
+        """Yield micro-batches of `size` rows, views of one tensor.
+
+        The last one has the cursor `after`, the others `before`: the cursor moves once per step.
         """
         ids_NT = torch.from_numpy(self.ids_NT.astype(np.int64))
         num_rows, T = ids_NT.shape
@@ -92,16 +93,17 @@ class _Rows:
 
 
 def _layout(documents: np.ndarray, num_rows: int, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which rows have padding, bool [N], and two bits a token, uint8 [N, 2, W]: is it real,
-    begins a stretch.
+    """Return which rows have padding, bool [N], and two bits per token, uint8 [N, 2, W].
 
-    `documents`: [n, 3] of (row, start, end), as in a block.
+    The first bit marks real tokens, the second the first token of each stretch. `documents`: [n, 3]
+    of (row, start, end), as in a block.
     """
     first, start, end = documents.T.astype(np.int64)
     first *= T
     padded_N = count_tokens(documents, num_rows) < T
     layout_N2W = np.full((num_rows, 2, -(-T // 8)), 255, np.uint8)
     if padded_N.any():
+        # +1 where a document starts and -1 where it ends: the running sum is 1 on real tokens.
         change = np.zeros(num_rows * T + 1, np.int8)
         change[first + start] += 1
         change[first + end] -= 1
@@ -119,13 +121,13 @@ def _bits(packed_NW: np.ndarray, T: int) -> np.ndarray:
 
 
 def _documents(layout_B2W: np.ndarray, T: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the segment ids, position ids and `cu_seqlens` of a batch."""
+    """Return a batch's segment ids [B, T], position ids [B, T] and `cu_seqlens`."""
     B = len(layout_B2W)
     real = _bits(layout_B2W[:, 0], T).ravel()
     begin_S = np.flatnonzero(_bits(layout_B2W[:, 1], T))
     length_S = np.diff(begin_S, append=B * T)
     document_S = real[begin_S]
-    before_S = document_S.cumsum() - document_S  # documents before, of all rows
+    before_S = document_S.cumsum() - document_S  # documents before this stretch, in all rows
     before_B = before_S[begin_S % T == 0]
     segment_S = np.where(document_S, before_S - before_B[begin_S // T], -1)
     segment_ids = np.repeat(segment_S.astype(np.int32), length_S)
@@ -133,6 +135,7 @@ def _documents(layout_B2W: np.ndarray, T: int) -> tuple[Tensor, Tensor, Tensor]:
     position_ids -= np.repeat(begin_S, length_S)
     if not document_S.all():
         position_ids *= real
+    # Filled up to 1 + a power of 2, so that compiled blocks see few different shapes.
     cu_seqlens = np.full(1 + (1 << (len(begin_S) - 1).bit_length()), B * T, np.int32)
     cu_seqlens[: len(begin_S)] = begin_S
     return (
@@ -143,13 +146,11 @@ def _documents(layout_B2W: np.ndarray, T: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Windows:
-    """Each lane's current window of rows, in one array; read block by block when its rows are first
-    needed.
-    """
+    """Each lane's current window of rows; a block is read when one of its rows is first needed."""
 
     def __init__(self, shards: ShardReader, order: SampleOrder, ahead: FetchAhead | None) -> None:
         self._shards, self._order, self._ahead = shards, order, ahead
-        # By lane: the shards of its window and the next one.
+        # By lane: the shards of its current window and the one after them.
         self._expected: dict[int, list[int]] = {}
         self._size = min(order.window_rows, order.rows_per_lane)
         # A place: lane × size + offset in the window, in file order.
@@ -157,7 +158,7 @@ class _Windows:
         self._ids_PT = np.empty(
             (places, shards.manifest.sequence_length), shards.manifest.ids_dtype
         )
-        # By lane × size + shuffled offset.
+        # The place of a row, indexed by lane × size + shuffled offset.
         self._place_P = np.empty(places, np.int32 if places < 2**31 else np.int64)
         self._loaded_P = np.zeros(places, bool)
         self._padded_P = np.zeros(places, bool)
@@ -166,7 +167,7 @@ class _Windows:
         self._spans = [(0, 0, 0)] * order.num_lanes  # (epoch, first place in the epoch, rows)
 
     def gather(self, samples_N: np.ndarray) -> _Rows:
-        """Read ascending samples, int64 [N]."""
+        """Return the rows of ascending sample numbers, int64 [N]."""
         lane_N, window_N, offset_N = self._order.split(samples_N)
         N = len(samples_N)
         rows = _Rows(
@@ -178,7 +179,7 @@ class _Windows:
         while len(pending):
             lanes, windows = lane_N[pending], window_N[pending]
             ready = self._window_L[lanes] == windows
-            # Samples ascend: the first pending one of each lane tells its next window.
+            # Samples ascend, so the first pending one of each lane gives the lane's next window.
             if not ready.all():
                 for lane, at in zip(*np.unique(lanes, return_index=True), strict=True):
                     if self._window_L[lane] != windows[at]:
@@ -189,6 +190,7 @@ class _Windows:
         return rows
 
     def _enter(self, lane: int, window: int) -> None:
+        """Move a lane to a window and request the shards of it and of the next one."""
         epoch, first, offsets = self._order.window(lane, window)
         own = slice(lane * self._size, lane * self._size + len(offsets))
         self._place_P[own] = own.start + offsets
@@ -201,6 +203,7 @@ class _Windows:
             self._ahead.request(due, [following])
 
     def _take(self, rows: _Rows, at: np.ndarray, shuffled: np.ndarray) -> None:
+        """Copy rows from their places, loading the blocks that are missing."""
         places = self._place_P[shuffled]
         missing = places[~self._loaded_P[places]]
         while len(missing):
@@ -211,13 +214,11 @@ class _Windows:
         rows.layout_N2W[at] = self._layout_P2W[places]
 
     def _load(self, place: int) -> None:
-        """Read the block of one place and some around it; keep those of their rows that lie in the
-        window.
-        """
+        """Read the block of a place and some around it; keep their rows that are in the window."""
         lane, offset = divmod(place, self._size)
         epoch, first, length = self._spans[lane]
         shard, row = (int(value) for value in self._order.place(epoch, np.int64(first + offset)))
-        # Of the window, in rows of this shard: negative where it began in the shard before.
+        # The window's first row, counted in this shard; negative if it began in the shard before.
         begin = row - offset
         blocks = self._shards.blocks_around(shard, row, begin, begin + length)
         if self._ahead:
@@ -234,22 +235,23 @@ class _Windows:
 
 
 class ShardStream:
-    """Iterate over one rank's micro-batches without end, read ahead by one thread; a context
-    manager.
+    """Iterate endlessly over one rank's micro-batches, read ahead by one thread.
 
-    Of a URL, the next shard of each lane is fetched while the lane reads the one before, by threads
-    of their own.
+    A context manager. If the shards are at a URL, further threads fetch each lane's next shard
+    while the lane reads the current one.
 
-    Step s uses samples [sB, (s+1)B) of the order; rank r of W takes slots r::W of them, cut in
-    order into micro-batches: the same global batches for every W, and an exact resume at
-    `first_sample`, the cursor of the last batch of a step. Memory of a process: num_lanes ×
-    window_rows × T × 2¼ bytes (4¼ with u32 ids), which is 0.15 GB at the defaults with T = 128 and
-    0.60 GB with T = 512; less where an epoch is smaller or ranks share out the lanes (the number of
-    ranks divides num_lanes, and num_lanes divides B). Bookkeeping adds 6 bytes a row. What the
-    thread raises, DataError for a damaged block above all, is raised again by `next`.
+    Step s uses samples [sB, (s+1)B) of the order. Rank r of W takes slots r::W of them and cuts
+    them, in order, into micro-batches. So the global batches are the same for every W, and a resume
+    at `first_sample`, the cursor of a step's last batch, is exact.
 
-    Raises: ConfigError naming train.global_batch_size where it does not divide, data.cache_bytes
-    where it is too small.
+    Memory of a process: num_lanes × window_rows × T × 2¼ bytes (4¼ with u32 ids), which is 0.15 GB
+    at the defaults with T = 128 and 0.60 GB with T = 512. It is less if an epoch is smaller, or if
+    ranks share out the lanes (the number of ranks divides num_lanes, and num_lanes divides B).
+    Bookkeeping adds 6 bytes per row. `next` re-raises what the thread raises, such as a DataError
+    for a damaged block.
+
+    Raises: ConfigError naming train.global_batch_size if it does not divide, or data.cache_bytes if
+    it is too small.
     """
 
     def __init__(
@@ -318,7 +320,7 @@ class ShardStream:
         if isinstance(item, BaseException):
             self.close()
             raise item
-        # Made on the stream of the copies: not to be reused while ours needs it.
+        # Allocated on the copy stream: keep its memory until the current stream is done with it.
         if item.input_ids_BT.is_cuda:
             item.with_tensors(_keep_for_current_stream)
         return item
@@ -343,19 +345,20 @@ class ShardStream:
 
 
 def _copies_to(device: torch.device) -> Callable[[Batch], Batch]:
-    """Return how the reading thread brings a batch to a GPU: on a stream of its own, while the step
-    before goes on.
+    """Return a function that copies a batch to a GPU on a CUDA stream of its own.
+
+    The reading thread calls it, so that copies overlap with the current step.
     """
     copies = torch.cuda.Stream(device)
 
     def copy(batch: Batch) -> Batch:
-        # This thread's: leaving the stream would otherwise open a context on GPU 0.
+        # Set for this thread: leaving the stream context would otherwise open a context on GPU 0.
         torch.cuda.set_device(device)
         with torch.cuda.stream(copies):
             copied = batch.with_tensors(
                 lambda tensor: tensor.pin_memory().to(device, non_blocking=True)
             )
-        copies.synchronize()  # this thread waits, nobody else
+        copies.synchronize()  # blocks the reading thread only
         return copied
 
     return copy
@@ -369,6 +372,8 @@ def _keep_for_current_stream(tensor: Tensor) -> Tensor:
 def _fill(
     batches: Iterator[Batch], ready: queue.Queue[Batch | BaseException], stop: threading.Event
 ) -> None:
+    """Put batches, and at last an error, into the queue until `stop` is set."""
+
     def put(item: Batch | BaseException) -> None:
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
@@ -378,7 +383,7 @@ def _fill(
     try:
         while not stop.is_set():
             put(next(batches))
-    except BaseException as error:  # noqa: BLE001 - raised again where the batches are used
+    except BaseException as error:  # noqa: BLE001 - re-raised by ShardStream.__next__
         put(error)
 
 
@@ -391,16 +396,15 @@ def iter_validation(
     world_size: int = 1,
     with_documents: bool = False,
 ) -> Iterator[Batch]:
-    """Iterate once over the first `rows` rows (all, if there are fewer) in file order, as many
-    batches on every rank.
+    """Iterate once over the first `rows` rows in file order, equally many batches per rank.
 
-    The last batches may be smaller; a rank without rows left gets one row with weight 0. With each
-    batch's loss a mean over its rows, Σ weight × loss / Σ weight over batches and ranks is the mean
-    over rows, whatever the world size.
+    If there are fewer rows, all are used. The last batches may be smaller; a rank that has no rows
+    left gets one row with weight 0. If a batch's loss is the mean over its rows, then Σ weight ×
+    loss / Σ weight over batches and ranks is the mean over all rows for any world size.
     """
     total = min(rows, shards.manifest.rows)
     shard_ends = np.cumsum([shard.rows for shard in shards.manifest.shards])
-    num_shards = int(np.searchsorted(shard_ends, total)) + 1  # that are read
+    num_shards = int(np.searchsorted(shard_ends, total)) + 1  # the shards that are read
     ahead = shards.fetch_ahead(1, threading.Event())
 
     @lru_cache(maxsize=1)

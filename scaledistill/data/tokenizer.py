@@ -1,7 +1,8 @@
-"""Load a tokenizer, from a folder or the hub: what its tokenizer.json says, or a refusal.
+"""Load a tokenizer from a folder or the Hub so that its ids match its tokenizer.json.
 
-In: a name. Out: a fast tokenizer that gives the ids of its files. What is made with it is left to
-`data.text`. Imported before the command line has said what it wants, so nothing heavy at the top.
+Inputs: a folder or Hub name. Outputs: a fast tokenizer. Not handled here: tokenising text
+(`data.prepare.text`). This module is imported when the command line starts, so it imports nothing
+heavy at the top.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
-    "config.json",  # names the tokenizer's class where its own files do not
+    "config.json",  # names the tokenizer's class if the tokenizer's own files do not
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -32,7 +33,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "*.model",
 )
-"""What a tokenizer needs of a model's folder."""
+"""The files of a model folder that a tokenizer needs."""
 DEFINITION = "tokenizer.json"
 VOCABULARY_FILES = (DEFINITION, "vocab.txt", "vocab.json", "*.model")
 PROBES = (
@@ -46,13 +47,13 @@ PROBES = (
     "\U0001f600 \U0001f469\u200d\U0001f4bb \u2764\ufe0f \u201cquoted\u201d \u2014 $5 @user #tag "
     "<b> a_b snake_case",
 )
-"""Texts on which tokenizers with one vocabulary but other rules differ."""
+"""Texts that reveal different rules in tokenizers that share a vocabulary."""
 _SEGMENTS = "token_type_ids"
 _COMPANIONS = "expected tokenizer.json and its companions, as save_pretrained writes them"
 
 
 def _find(name_or_folder: str | Path, revision: str | None) -> Path:
-    """Return the folder of a tokenizer; for a Hub name that of its files, fetched or cached."""
+    """Return a tokenizer's folder; for a Hub name, that of its downloaded or cached files."""
     name, folder = str(name_or_folder), Path(name_or_folder)
     if folder.is_dir():
         return folder
@@ -66,7 +67,7 @@ def _find(name_or_folder: str | Path, revision: str | None) -> Path:
 
     from huggingface_hub import snapshot_download
 
-    try:  # AutoTokenizer would ask file by file, and again and again without a network
+    try:  # AutoTokenizer asks for each file in turn, and retries each one without a network
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES))
         )
@@ -81,13 +82,13 @@ def _find(name_or_folder: str | Path, revision: str | None) -> Path:
 def load_tokenizer(
     name_or_folder: str | Path, revision: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer with its own truncation and padding switched off; remote code is never
-    run.
+    """Load a fast tokenizer with its truncation and padding switched off.
 
-    Where the folder has a tokenizer.json, the ids are those of that file. transformers rebuilds
-    some classes from their vocabulary alone; where the result differs, tokenizer.json is used as a
-    `PreTrainedTokenizerFast`. Token type ids are among its outputs if the model in the folder has
-    more than one type, whatever the tokenizer's class says.
+    Remote code is never run. If the folder has a tokenizer.json, the ids are those of that file:
+    transformers rebuilds some classes from their vocabulary alone, and if the result differs,
+    tokenizer.json is loaded as a `PreTrainedTokenizerFast` instead. Token type ids are among the
+    outputs if and only if the model in the folder has more than one type, whatever the tokenizer's
+    class says.
 
     Raises:
         DataError: it cannot be found, loaded or used, it has no vocabulary, or it has no fast form.
@@ -95,37 +96,36 @@ def load_tokenizer(
     name = str(name_or_folder)
     folder = _find(name_or_folder, revision)
     if not has_vocabulary_file(folder):
-        # transformers would invent a vocabulary of special tokens alone, and all text would become
-        # [UNK].
+        # transformers would invent a vocabulary of special tokens only: all text would be [UNK].
         own_code = "auto_map" in (read_json(folder / "tokenizer_config.json") or {})
         raise DataError(
             f"tokenizer {name!r} cannot be loaded: {folder} has none of "
-            f"{', '.join(VOCABULARY_FILES)}; {_COMPANIONS}: copy them there from the model that it "
-            f"was made from{' (remote code is never run)' if own_code else ''}"
+            f"{', '.join(VOCABULARY_FILES)}; {_COMPANIONS}: copy them there from the original "
+            f"model{' (remote code is never run)' if own_code else ''}"
         )
     try:
         tokenizer = _load(folder)
         reason = _problem(tokenizer, folder)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # tokenizers' panics are no Exception
+    except BaseException as error:  # a panic in tokenizers (Rust) is not an Exception
         raise DataError(
             f"tokenizer {name!r} cannot be loaded: {_first_line(error)}; {_COMPANIONS} (remote "
             "code is never run)"
         ) from error
     if reason:
         raise DataError(f"tokenizer {name!r} cannot be used: {reason}")
-    tokenizer.name_or_path = name  # not the folder of the Hub's cache
+    tokenizer.name_or_path = name  # rather than the folder in the Hub cache
     return tokenizer
 
 
 def has_vocabulary_file(folder: Path) -> bool:
-    """Say whether a folder has a file that a tokenizer's vocabulary can be read from."""
+    """Return whether a folder has a file with a tokenizer's vocabulary."""
     return any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES)
 
 
 def _load(folder: Path) -> PreTrainedTokenizerFast:
-    """Load what a folder's files say; whatever transformers and tokenizers raise is passed on."""
+    """Load a folder's tokenizer; errors of transformers and tokenizers pass through."""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
@@ -140,22 +140,21 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
     names = _input_names(tokenizer.model_input_names, folder)
     if names != tokenizer.model_input_names:
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    # all-MiniLM-L6-v2's tokenizer.json, for one, cuts and pads to 128 without a word.
+    # Some files silently truncate and pad: all-MiniLM-L6-v2's tokenizer.json does, to 128 tokens.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer that gives the ids of `defined`, tokenizer.json; `tokenizer` itself
-    where it does.
+    """Return `tokenizer` if its ids match `defined` (tokenizer.json), else a wrapped `defined`.
 
-    Special tokens keep their names. What tokenizer.json leaves open is taken from `tokenizer`:
-    tokens that only the other files add, and the post-processor where there is none.
+    Special tokens keep their names. What tokenizer.json does not define is taken from `tokenizer`:
+    tokens that only the other files add, and the post-processor if there is none.
     """
     from transformers import PreTrainedTokenizerFast
 
-    if type(tokenizer) is PreTrainedTokenizerFast:  # reads tokenizer.json itself
+    if type(tokenizer) is PreTrainedTokenizerFast:  # loaded from tokenizer.json already
         return tokenizer
     built = tokenizer.backend_tokenizer
     known = defined.get_vocab()
@@ -190,6 +189,7 @@ def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedT
 
 @functools.cache
 def _warn_once(folder: Path, tokenizer_class: str, text: str) -> None:
+    """Warn once per process, on rank 0, that a rebuilt tokenizer differs from its file."""
     if os.environ.get("RANK", "0") == "0":
         log.warning(
             "tokenizer %s: transformers rebuilds it as %s, which reads %r differently from its "
@@ -201,9 +201,7 @@ def _warn_once(folder: Path, tokenizer_class: str, text: str) -> None:
 
 
 def _input_names(names: list[str], folder: Path) -> list[str]:
-    """Return `names`, with token type ids if the folder's model tells several types apart, without
-    if it has one.
-    """
+    """Return `names` with token type ids if the folder's model has several types, else without."""
     from transformers import CONFIG_MAPPING
 
     config = read_json(folder / "config.json") or {}
@@ -211,14 +209,14 @@ def _input_names(names: list[str], folder: Path) -> list[str]:
     if types is None and config.get("model_type") in CONFIG_MAPPING:
         types = getattr(CONFIG_MAPPING[config["model_type"]](), "type_vocab_size", None)
     if not isinstance(types, int):
-        return names  # no model here, or one whose config does not say
+        return names  # no model here, or its config does not state the number of types
     if types > 1:
         return names if _SEGMENTS in names else [*names, _SEGMENTS]
     return [name for name in names if name != _SEGMENTS]
 
 
 def gives_same_ids(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
-    """Say whether two tokenizers are defined alike, and give a model the same inputs."""
+    """Return whether two tokenizers have one definition and give a model the same inputs."""
     same_inputs = (_SEGMENTS in one.model_input_names) == (_SEGMENTS in other.model_input_names)
     return same_inputs and _definition(one.backend_tokenizer) == _definition(
         other.backend_tokenizer
@@ -226,7 +224,7 @@ def gives_same_ids(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast)
 
 
 def _definition(backend: Tokenizer) -> dict[str, Any]:
-    """Return what decides a tokenizer's ids."""
+    """Return the parts of a tokenizer's JSON that determine its ids."""
     whole = json.loads(backend.to_str())
     return {
         name: value
@@ -240,8 +238,9 @@ def _plain_ids(backend: Tokenizer, text: str) -> list[int]:
 
 
 def _problem(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str | None:
-    """Say why a tokenizer that was loaded cannot be used, if so; what tokenizers raises on text is
-    passed on.
+    """Return why a loaded tokenizer cannot be used, or None.
+
+    Errors that tokenizers raises while it encodes the probes pass through.
     """
     length = tokenizer.model_max_length
     if not isinstance(length, numbers.Real) or isinstance(length, bool):
@@ -250,31 +249,33 @@ def _problem(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str | None:
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         return (
             f"it has no tokens but {', '.join(tokenizer.all_special_tokens)}, so that all text "
-            f"would be unknown; {_COMPANIONS}, that belong to one another"
+            f"would be unknown; {_COMPANIONS}, all from the same model"
         )
     stated = _stated_tokens(backend, folder)
     for name in ("cls", "sep"):
         token = getattr(tokenizer, f"{name}_token")
         if token is not None and token not in stated:
             return (
-                f"its {name}_token {token!r} is not in its vocabulary; name the one that is in "
-                "tokenizer_config.json, or copy the files from the model that it was made from"
+                f"its {name}_token {token!r} is not in its vocabulary; correct it in "
+                "tokenizer_config.json, or copy the files from the original model"
             )
     if (
         not (folder / DEFINITION).is_file()
         and json.loads(backend.to_str())["model"].get("merges") == []
     ):
         return (
-            f"{folder} has a vocabulary but no merges (merges.txt), so that all text would fall "
-            "into single letters"
+            f"{folder} has a vocabulary but no merges (merges.txt), so that all text would be "
+            "split into single letters"
         )
+    # Encoding pairs exercises the post-processor too: a broken one fails here, not during a run.
     backend.encode_batch([(probe, probe) for probe in PROBES])
     return None
 
 
 def _stated_tokens(backend: Tokenizer, folder: Path) -> set[str]:
-    """Return the tokens that the files name; transformers adds the special ones that they lack,
-    with ids of its own.
+    """Return the tokens that the files define.
+
+    The loaded tokenizer cannot be asked: transformers gives missing special tokens new ids.
     """
     if (folder / DEFINITION).is_file():
         definition = read_json(folder / DEFINITION) or {}

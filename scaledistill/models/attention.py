@@ -1,9 +1,8 @@
-"""Attention that stays within documents of packed rows: a block mask, or `varlen_attn` on GPUs that
-have it.
+"""Attend within documents of packed rows: a block mask, or `varlen_attn` on GPUs that have it.
 
-Enters: what a `Batch` knows of its documents. Leaves: arguments for a transformers model, and an
-attention implementation of transformers, `VARLEN`, that works through the documents one by one
-instead of masking whole rows. Position ids and all other arguments are left to `models.capture`.
+Inputs: a `Batch`'s description of its documents. Outputs: arguments for a transformers model, and a
+transformers attention implementation, `VARLEN`, that handles documents one by one instead of
+masking whole rows. Not handled here: position ids and all other arguments (`models.capture`).
 
 Legend: B sequences, T tokens, H attention heads, E width of a head, S documents and stretches of
 padding.
@@ -25,8 +24,9 @@ VARLEN = "scaledistill_varlen"
 
 
 def varlen_attention_available(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Tell whether `varlen_attn` runs there, forward and backward: CUDA from Ampere on, 16 bits, E
-    8, 16, … 128.
+    """Return whether `varlen_attn` runs forward and backward on a device.
+
+    It needs CUDA from Ampere on, a 16-bit dtype and a head size of 8, 16, … 128.
     """
     return (
         device.type == "cuda"
@@ -42,15 +42,14 @@ def varlen_attention_available(device: torch.device, dtype: torch.dtype, head_si
 def use_varlen_attention(
     config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, *, dropout: float = 0.0
 ) -> bool:
-    """Make models of `config` attend by `varlen_attn` to documents, if they can; return whether
-    they do from now on.
+    """Make models of `config` use `varlen_attn` within documents; return whether they can.
 
-    Rows without documents go on as under "sdpa". What is saved of the config does not change.
+    Rows without documents are handled as by "sdpa". The saved form of the config does not change.
 
     Args:
         device: where the model runs.
         dtype: of its queries, keys and values.
-        dropout: of attention while it trains, which `varlen_attn` does not have.
+        dropout: of attention in training, which `varlen_attn` does not have.
     """
     head_size = config.hidden_size // config.num_attention_heads
     if dropout or not varlen_attention_available(device, dtype, head_size):
@@ -62,19 +61,19 @@ def use_varlen_attention(
 def document_attention(
     config: PreTrainedConfig, segment_ids_BT: Tensor, cu_seqlens: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Return the arguments that make a model attend within documents only; padding attends to
-    padding of its row.
+    """Return the arguments that make a model attend within documents only.
 
-    No value is looked at: on a GPU nothing waits.
+    Padding attends to padding of its row. No tensor value is read, so the host never waits for a
+    GPU.
 
     Args:
         segment_ids_BT: integer, equal within a document, -1 on padding.
         cu_seqlens: int32 [S + 1 or more], where documents and stretches of padding begin in the
-            rows laid end to end, filled up with B · T; only `VARLEN` reads it, and takes the block
+            rows laid end to end, filled up with B · T. Only `VARLEN` reads it, and uses the block
             mask without it.
 
     Raises:
-        ConfigError: the model attends by something else than sdpa or eager attention.
+        ConfigError: the model uses another attention implementation than sdpa or eager.
     """
     implementation = config._attn_implementation
     if implementation == VARLEN and cu_seqlens is not None:
@@ -83,8 +82,8 @@ def document_attention(
     if implementation in ("sdpa", VARLEN):
         return {"attention_mask": visible_B1TT}
     if implementation == "eager":
-        # An integer, so that adding it leaves the scores in the model's dtype, whichever that is;
-        # exp(-32768) is 0.
+        # An integer mask, because adding it keeps the scores in the model's dtype, whichever that
+        # is; exp(-32768) is 0.
         return {
             "attention_mask": torch.where(visible_B1TT, 0, torch.iinfo(torch.int16).min).to(
                 torch.int16
@@ -107,10 +106,10 @@ def _varlen_attention(
     cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as transformers asks its implementations to; return [B, T, H, E].
+    """Attend by transformers' interface for attention implementations; return [B, T, H, E].
 
-    Shapes are those of the batch, whatever its documents: the longest counts as T, so that compiled
-    blocks stay valid.
+    Shapes depend only on the batch, not on its documents: T stands for the longest document, so
+    that compiled blocks stay valid.
     """
     if cu_seqlens is None:
         return sdpa_attention_forward(
@@ -126,6 +125,6 @@ def _varlen_attention(
     return attended.unflatten(0, (B, T)), None
 
 
-# Without a mask function of this name transformers hands on masks that are ready and makes none of
-# its own.
+# No mask function is registered under this name, so transformers passes masks through and makes
+# none.
 AttentionInterface.register(VARLEN, _varlen_attention)

@@ -1,10 +1,9 @@
-"""Q, K and V of one block of an encoder: one table row per architecture, one function that cuts a
-model into a view.
+"""Capture Q, K and V of one block of an encoder, by one table row per architecture.
 
-Enters: a transformers encoder (or a task model around one). Leaves: a view, a module that shares
-its parameters, computes nothing above the chosen block's projections and returns Q, K and V side by
-side as its `last_hidden_state`. Loading, freezing and training are left to `models.teacher` and
-`models.student`.
+Inputs: a transformers encoder, or a task model around one. Outputs: a view, a module that shares
+the encoder's parameters, computes nothing above the chosen block's projections and returns Q, K and
+V side by side as its `last_hidden_state`. Not handled here: loading, freezing and training
+(`models.teacher`, `models.student`).
 
 Legend: B sequences, T tokens, D width of one projection.
 """
@@ -31,8 +30,9 @@ from scaledistill.relations import QKV
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where an architecture keeps its parts: paths in a block, except `blocks`, `final_norm` and
-    `dropped`.
+    """Where an architecture keeps its parts.
+
+    The paths are relative to a block, except `blocks`, `final_norm` and `dropped`.
     """
 
     blocks: str = "encoder.layer"
@@ -40,20 +40,22 @@ class Architecture:
     key: str = "attention.self.key"
     value: str = "attention.self.value"
     attention_output: str = "attention.output.dense"  # reads the heads side by side
-    input_norm: str | None = None  # pre-norm models: applied in front of the projections
-    # Pre-norm models: follows the last block, must not touch Q, K and V.
+    input_norm: str | None = None  # pre-norm models: applied before the projections
+    # Pre-norm models: follows the last block; must not be applied to Q, K and V.
     final_norm: str | None = None
-    dropped: tuple[str, ...] = ("pooler",)  # children that the encoder's forward can do without
-    # Position ids start behind pad_token_id (fairseq's convention).
+    dropped: tuple[str, ...] = ("pooler",)  # children that the encoder's forward does not need
+    # Position ids start after pad_token_id (fairseq's convention).
     positions_follow_padding: bool = False
 
     @property
     def projections(self) -> tuple[str, str, str]:
+        """The paths of the query, key and value projections."""
         return self.query, self.key, self.value
 
     def block_path(self, layer: int) -> str:
-        """The path of block `layer`: the one place where a layer number, from 1, becomes an index,
-        from 0.
+        """Return the path of block `layer`, counted from 1.
+
+        The only place where a layer number becomes an index from 0.
         """
         return f"{self.blocks}.{layer - 1}"
 
@@ -99,9 +101,7 @@ def check_layer(layer: int, num_layers: int, *, setting: str = "teacher.layer") 
 
 
 def max_sequence_length(config: PreTrainedConfig) -> int:
-    """Return how many tokens a sequence may have: the position table's rows that real tokens can
-    use.
-    """
+    """Return the most tokens a sequence may have: the usable rows of the position table."""
     return config.max_position_embeddings - first_position(config)
 
 
@@ -111,11 +111,12 @@ def first_position(config: PreTrainedConfig) -> int:
 
 
 def settle_padding(config: PreTrainedConfig, model: str) -> None:
-    """Make `pad_token_id` None where it names no token and the positions don't count from it;
-    `model` names the model.
+    """Set `pad_token_id` to None if it is not a token id and positions do not depend on it.
+
+    `model` names the model in messages.
 
     Raises:
-        DataError: they do.
+        DataError: positions depend on it.
     """
     row, found = ARCHITECTURES.get(config.model_type), config.pad_token_id
     if row is None or (found is not None and 0 <= found < config.vocab_size):
@@ -135,28 +136,27 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def encoder_options(config: PreTrainedConfig) -> dict[str, bool]:
-    """Return the constructor's arguments that leave out the pooler, for the architectures that have
-    one.
-    """
+    """Return the constructor arguments that leave out the pooler, if the architecture has one."""
     signature = inspect.signature(encoder_class(config).__init__)
     return {"add_pooling_layer": False} if "add_pooling_layer" in signature.parameters else {}
 
 
 def build_encoder(config: PreTrainedConfig, *, device: str = "cpu") -> PreTrainedModel:
-    """Build the fp32 encoder of `config`, random weights, no pooler; on the "meta" device it costs
-    nothing.
+    """Build the fp32 encoder of `config` with random weights and without pooler.
+
+    On the "meta" device this costs nothing.
     """
     with torch.device(device):
         return AutoModel.from_config(config, dtype=torch.float32, **encoder_options(config))
 
 
 def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
-    """Return a view of `model` whose `last_hidden_state` is block `layer`'s Q, K and V, joined: [B,
-    T, Dq + Dk + Dv].
+    """Return a view of `model` whose output is block `layer`'s Q, K and V.
 
-    The view takes what the model takes and shares its parameters under their names in the model, up
-    to block `layer`'s projections; what lies above is not in it. `model` (or the encoder inside a
-    task model) stays as it was. The three widths are `view.qkv_widths`, for `split_qkv`.
+    They are joined in `last_hidden_state`, [B, T, Dq + Dk + Dv]; `view.qkv_widths` has the three
+    widths for `split_qkv`. The view takes the inputs of the model and shares its parameters, under
+    the same names, up to block `layer`'s projections; it does not contain the upper layers. `model`
+    (or the encoder inside a task model) is not changed.
 
     Args:
         model: a supported encoder, or a task model around one.
@@ -169,8 +169,8 @@ def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
     row = architecture_of(encoder.config)
     if getattr(encoder.config, "is_decoder", False):
         raise ConfigError(
-            "teacher.model has is_decoder=true in its config, so its tokens see no later ones; use "
-            "an encoder"
+            "teacher.model has is_decoder=true in its config, so its tokens do not attend to later "
+            "ones; use an encoder"
         )
     try:
         blocks = cast(nn.ModuleList, encoder.get_submodule(row.blocks))
@@ -192,8 +192,8 @@ def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
     if row.final_norm is not None:
         parent, name = _own_parent(view, row.final_norm)
         parent._modules[name] = nn.Identity()
-    # The view never installs transformers' recording hooks: on shared blocks the model would then
-    # install them twice.
+    # Keep the view from installing transformers' recording hooks: its blocks are shared, so the
+    # model would install them a second time.
     view._output_capturing_hooks_installed = True
     view.qkv_widths = tuple(last.get_submodule(path).out_features for path in row.projections)
     return view
@@ -221,22 +221,21 @@ def view_inputs(
     position_ids_BT: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Return the arguments that make a model attend to the tokens of `mask_BT`, or within the
-    documents of a row.
+    """Return the arguments that make a model attend to real tokens, or within documents.
 
-    Without mask and documents attention stays unmasked, hence on its fastest kernels. For `sdpa`
-    masks are handed over ready, because transformers would look at their values, a wait for the
-    device in every forward.
+    Without mask and documents attention is not masked, which allows the fastest kernels. For `sdpa`
+    masks are passed in their final form: otherwise transformers would read their values, and the
+    host would wait for the device in every forward.
 
     Args:
-        mask_BT: bool, true on real tokens; not read where there are documents.
+        mask_BT: bool, true on real tokens; ignored if documents are given.
         segment_ids_BT: integer, equal within a document, -1 on padding.
         position_ids_BT: int64, from 0 in each document.
         cu_seqlens: int32, see `Batch`; only `use_varlen_attention` needs it.
 
     Raises:
         ValueError: only one of segment ids and position ids.
-        ConfigError: documents, but a model with its own kind of attention.
+        ConfigError: documents are given, but the model has its own kind of attention.
     """
     inputs = {"input_ids": input_ids_BT}
     if segment_ids_BT is not None and position_ids_BT is not None:
@@ -260,18 +259,17 @@ def blocks_of(view: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(view: nn.Module, *, backend: str = "inductor") -> None:
-    """Compile the blocks of a view, which its model shares, for fixed shapes; equal blocks share
-    one compiled graph.
+    """Compile the blocks of a view for fixed shapes; equal blocks share one compiled graph.
 
-    A new shape of batch, a mask where there was none, or gradients where there were none compile
-    once more.
+    The blocks are shared with the model. Each new batch shape, and the first call with a mask or
+    with gradients, compiles once more.
     """
-    # Seconds, that a run without compilation needn't spend.
+    # Imported here, because it takes seconds that a run without compilation need not spend.
     from torch._dynamo import config as dynamo
 
     # The blocks of all models count together; beyond the limit, 8, blocks would run uncompiled with
-    # a mere warning. Teacher and student, training and validating, with and without a mask, in
-    # whole and smaller batches are 12.
+    # only a warning. Teacher and student, training and validation, with and without a mask, whole
+    # and smaller batches make 12.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     for block in view.get_submodule(
         architecture_of(cast(PreTrainedConfig, view.config)).blocks
@@ -280,11 +278,10 @@ def compile_blocks(view: nn.Module, *, backend: str = "inductor") -> None:
 
 
 def capture_qkv(model: PreTrainedModel, layer: int, **inputs: Any) -> QKV:
-    """Run `model` on its usual `inputs` up to block `layer` (from 1); return that block's Q, K and
-    V, each [B, T, D].
+    """Run `model` on its usual `inputs`; return block `layer`'s Q, K and V, each [B, T, D].
 
-    For one-off use: `model` keeps its mode, hooks, parameters and outputs. Gradients flow unless
-    the caller turns them off.
+    `layer` counts from 1; upper layers are not run. For one-off use: the mode, hooks, parameters
+    and outputs of `model` are not changed. Gradients flow unless the caller disables them.
 
     Raises:
         ConfigError: the architecture is not supported, or has no such block.
@@ -294,10 +291,10 @@ def capture_qkv(model: PreTrainedModel, layer: int, **inputs: Any) -> QKV:
 
 
 def forward_flops(module: nn.Module, num_tokens: int) -> int:
-    """Return the floating-point operations (2 per multiply-add) of one forward on one sequence of
-    `num_tokens` tokens.
+    """Return the floating-point operations of one forward on one sequence of `num_tokens`.
 
-    Counts on the meta device with the module's own forward: no weights are read, wherever they are.
+    A multiply-add counts as 2. The module's own forward is run on the meta device; no weights are
+    read, wherever they are.
     """
     tensors: Mapping[str, Tensor] = {
         **dict(module.named_parameters()),
@@ -311,8 +308,9 @@ def forward_flops(module: nn.Module, num_tokens: int) -> int:
 
 
 class _CapturedBlock(nn.Module):
-    """A block's projections (and input norm) under the block's own parameter names; returns [B, T,
-    Dq + Dk + Dv].
+    """A block's projections (and input norm), under the block's own parameter names.
+
+    Its output is [B, T, Dq + Dk + Dv].
     """
 
     def __init__(self, block: nn.Module, row: Architecture) -> None:
@@ -337,8 +335,9 @@ class _CapturedBlock(nn.Module):
 
 
 def _own_copy(module: nn.Module) -> Any:
-    """Copy a module object: same children, parameters and hooks, but dictionaries of its own to
-    change.
+    """Copy a module object: same children, parameters and hooks, in dictionaries of its own.
+
+    Changing the copy's dictionaries does not change the original.
     """
     clone = copy.copy(module)
     for name, value in vars(module).items():
@@ -348,8 +347,9 @@ def _own_copy(module: nn.Module) -> Any:
 
 
 def _own_parent(view: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Give `view` its own copies of the modules above `path`; return the last of them and the name
-    below it.
+    """Give `view` its own copies of the modules above `path`.
+
+    Return the last of them and the name below it.
     """
     *parents, name = path.split(".")
     for parent in parents:

@@ -1,13 +1,11 @@
-"""A model's config, made plain where it enters: what changes no value goes, what changes the
-encoder is refused.
+"""Reduce a model's config to what its encoder computes; refuse unsupported computations.
 
-Inputs: the content of a `config.json`, or a config that came with a model. Outputs: a config of
-which only the shape, the arithmetic and the precision are left. Finding the file is left to
-`models.teacher`.
+Inputs: the content of a `config.json`, or the config of a loaded model. Outputs: a config with the
+shape, the arithmetic and the precision only. Not handled here: finding the file (`models.teacher`).
 
-transformers reads many keys that steer a library (what is returned, kernels, memory, generation,
-labels of a head) and drops others without a word, some of which say that the weights were trained
-for another computation.
+transformers reads many keys that control the library (outputs, kernels, memory, generation, labels
+of a head) and silently drops others, some of which mean that the weights were trained for another
+computation.
 """
 
 from __future__ import annotations
@@ -22,8 +20,8 @@ from transformers.activations import ACT2FN
 
 from scaledistill.errors import DataError
 
-# How a model is run, stored, generated from, or what a head was called: nothing that an encoder
-# computes.
+# How a model is run, stored or generated from, and the labels of a head: keys that do not change
+# what an encoder computes.
 STEERING = frozenset(
     [
         "return_dict",
@@ -62,8 +60,8 @@ STEERING = frozenset(
 )
 FREE_TOKEN_IDS = ("bos_token_id", "eos_token_id", "sep_token_id")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-# Keys that a class may not know and then drops, with the values that ask for nothing; any other
-# asks for more.
+# Keys that a config class may not know and then drops, with their neutral values. Any other value
+# means another computation.
 COMPUTING: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": (None, "absolute"),
     "relative_attention": (None, False),
@@ -80,27 +78,28 @@ DECODING = ("is_decoder", "add_cross_attention")
 def plain_dict(
     found: Mapping[str, Any], known: type[PreTrainedConfig], model: str, *, encoder: bool
 ) -> dict[str, Any]:
-    """Return the content of a `config.json` as `known`, its config class, is to get it.
+    """Return the content of a `config.json` reduced to what its config class should get.
 
     Args:
+        found: the content of the file.
+        known: the config class.
         model: names the model in messages.
-        encoder: it is one whose keys we know: those that its class does not have are dropped too.
+        encoder: it is a supported encoder, so keys that its class does not have are dropped too.
 
     Raises:
-        DataError: a key asks for something that this transformers does not compute, or that no
-            encoder does.
+        DataError: a key asks for a computation that this transformers, or no encoder, supports.
     """
     defaults = known().to_dict()
     if found.get("quantization_config") or found.get("compression_config"):
         raise DataError(
-            f"{model} is quantised (quantization_config in its config.json), which is neither run "
-            "nor trained here; give the model before quantisation, in fp32, bf16 or fp16"
+            f"{model} is quantised (quantization_config in its config.json), which is not "
+            "supported; give the model before quantisation, in fp32, bf16 or fp16"
         )
     for key, neutral in COMPUTING.items():
         if key in found and key not in defaults and found[key] not in neutral:
             raise DataError(
                 f"{model}: its config.json has {key}={found[key]!r}, which transformers' "
-                f"{known.__name__} no longer computes, so the model would run as another one; give "
+                f"{known.__name__} no longer computes, so the model would give other results; give "
                 "a model without it"
             )
     plain = {
@@ -119,12 +118,17 @@ def plain_dict(
 def _plain_encoder(
     plain: dict[str, Any], defaults: Mapping[str, Any], model: str
 ) -> dict[str, Any]:
+    """Keep the keys of an encoder's config class; free token ids are dropped unless integers.
+
+    Raises:
+        DataError: the model is a decoder, or its activation is unknown.
+    """
     for key in DECODING:
         if plain.get(key):
             raise DataError(
-                f"{model}: its config.json has {key}={plain[key]!r}, which makes it a decoder; an "
-                f"encoder, whose tokens see the whole row, is needed: if it is one, set {key} to "
-                "false"
+                f"{model}: its config.json has {key}={plain[key]!r}, which makes it a decoder; "
+                "expected an encoder, whose tokens attend to the whole row: if it is one, set "
+                f"{key} to false"
             )
     activation = plain.get("hidden_act", defaults["hidden_act"])
     if activation not in ACT2FN:
@@ -145,10 +149,9 @@ def _plain_encoder(
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of a model that somebody built, without the keys that change what its
-    forward returns.
+    """Return a loaded model's config with the defaults for what its forward returns.
 
-    The same object where there is none, as in all configs that came through `plain_dict`.
+    If nothing differs, as for every config from `plain_dict`, the same object is returned.
     """
     wanted = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
     if all(getattr(config, key, value) == value for key, value in wanted.items()):
@@ -160,16 +163,18 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _is_code(known: type[PreTrainedConfig], key: str) -> bool:
-    """Whether a key has the name of a method of the class, which it would hide, or of a property
-    that is not set.
+    """Return whether a key names a method of the class, or a property without a setter.
+
+    Setting such a key would hide the method, or fail.
     """
     attribute = getattr(known, key, None)
     return callable(attribute) or (isinstance(attribute, property) and attribute.fset is None)
 
 
 def _dtype(old: Any, new: Any, model: str) -> dict[str, str]:
-    """Return the entry for the precision of the weights, empty where it is theirs; older files say
-    `torch_dtype`.
+    """Return the entry for the precision of the weights; empty if the config leaves it to them.
+
+    Older files call it `torch_dtype`.
     """
     key, value = ("torch_dtype", old) if new is None else ("dtype", new)
     if value is None or value == "auto":
@@ -185,15 +190,13 @@ def _dtype(old: Any, new: Any, model: str) -> dict[str, str]:
     if name not in FLOATS:
         raise DataError(
             f"{model}: its config.json has {key}={value!r}; expected {', '.join(FLOATS)}, or no "
-            "such key: the weights' own precision is used then"
+            "such key, to use the weights' own precision"
         )
     return {"dtype": name}
 
 
 def _number(value: Any, default: Any) -> Any:
-    """Return a number in the type that the default has; anything else as it is, for the config
-    class to judge.
-    """
+    """Return a number in the type of its default; leave anything else to the config class."""
     if isinstance(value, bool) or isinstance(default, bool) or not isinstance(default, int | float):
         return value
     try:

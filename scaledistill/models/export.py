@@ -1,9 +1,9 @@
-"""Write a trained student as a folder that plain transformers loads, put in place only once it has
-been read back.
+"""Write a trained student as a folder that plain transformers loads.
 
-Enters: a config, the student's full fp32 state dict, the source of its tokenizer and the facts of
-the run. Leaves: a folder with config, safetensors, tokenizer and model card. Gathering the state
-from an engine, and when to export, are left to others.
+Inputs: a config, the student's full fp32 state dict, the source of its tokenizer and the facts of
+the run. Outputs: a folder with config, safetensors, tokenizer and model card, put in place only
+after it was read back and checked. Not handled here: gathering the state from an engine, and when
+to export.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from scaledistill.storage.files import read_json, set_default_mode, sync, write_
 
 INIT_TEXT = {
     "random": "their random initialisation",
-    "teacher": "what was cut from the teacher's layers at the start",
+    "teacher": "the weights cut from the teacher's layers at the start",
 }
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 UNTRAINED = """\
-The loss ends at query, key and value of the last layer. What lies above, {parameters:.1f} M parameters, got no
-gradient and holds {init}; fine-tuning trains it:
+The loss uses query, key and value of the last layer. The parameters above them, {parameters:.1f} M,
+got no gradient and hold {init}; fine-tuning trains them:
 
 {names}"""
 ALL_TRAINED = """\
-None: the loss was taken from a query, key and value projection after the last layer, which is not part of this
+None: the loss was taken from a query, key and value projection after the last layer, which is not \
+part of this
 model."""
 CARD = """\
 ---
@@ -48,7 +49,8 @@ tags: [distillation, minilmv2, scaledistill]
 
 # {name}
 
-A {model_type} encoder of {num_layers} layers × {hidden_size} ({heads} heads, FFN {intermediate_size}),
+A {model_type} encoder of {num_layers} layers × {hidden_size} \
+({heads} heads, FFN {intermediate_size}),
 {parameters:.1f} M parameters, distilled with MiniLMv2's self-attention relation loss
 ([arXiv 2012.15828](https://arxiv.org/abs/2012.15828)) by scaledistill.
 
@@ -75,7 +77,8 @@ The weights are fp32. There is no pooler and no head: fine-tune it for a task, w
 
 ## Licence
 
-None is stated here: it depends on the teacher's and on the data's. State yours before you publish this.
+None is stated here: it depends on the teacher's and on the data's. State yours before you \
+publish this.
 """
 
 
@@ -90,33 +93,31 @@ def export_student(
     card: Mapping[str, object],
     check: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> Path:
-    """Write a student into `folder`, replacing what is there, and return the folder. One rank calls
-    this.
+    """Write a student into `folder`, replacing what is there, and return the folder.
 
-    Written to a folder beside it, read back with `AutoModel`, compared bit for bit and run once;
-    then the two are exchanged in one step, so that there is a good export at every moment. A
-    failure leaves the old one.
+    Only one rank calls this. The export is written to a folder beside `folder`, read back with
+    `AutoModel`, compared bit for bit and run once. Then the two folders are exchanged in one step,
+    so that there is a good export at every moment. After a failure the old one is still there.
 
     Args:
         folder: ends up with config.json, model.safetensors, the tokenizer without truncation or
             padding, and README.md.
-        config: the student's; written as it is.
+        config: the student's; written unchanged.
         state: every parameter of the full student by its name, fp32.
-        tap: where it was tapped, "last" or "extra", for the model card.
-        tokenizer_source: folder or hub name (at `revision`) that the tokenizer is taken from: the
-            teacher's.
+        tap: the student's tap, "last" or "extra", for the model card.
+        tokenizer_source: folder or hub name (at `revision`) of the tokenizer: the teacher's.
         card: facts for the model card, in order, label to value; None leaves one out. "init", how
-            the student was initialised, is needed.
-        check: gets the model that was read back, in eval mode, before it is put in place; what it
-            raises leaves the old one.
+            the student was initialised, is required.
+        check: called with the model that was read back, in eval mode, before it is put in place; if
+            it raises, the old export stays.
 
     Raises:
-        DataError: the tokenizer cannot be had, or what was read back is not what was written or
-            gives no finite output.
+        DataError: the tokenizer cannot be loaded, or the model that was read back differs from the
+            state or gives no finite output.
         OSError: the disk is full or not writable.
         ValueError: the state is not that of the config, or not fp32.
     """
-    target = Path(os.path.realpath(folder))  # behind a link, which stays one
+    target = Path(os.path.realpath(folder))  # follow a link, so that it stays a link
     _check_state(config, state)
     fresh = target.with_name(f".{target.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -142,8 +143,9 @@ def export_student(
 
 
 def write_card_section(folder: Path, title: str, text: str) -> None:
-    """Put a section into an export's model card, before the licence, in place of one with the same
-    title.
+    """Insert a section into an export's model card, before the licence.
+
+    It replaces a section of the same title.
     """
     path = folder / "README.md"
     sections = path.read_text(encoding="utf-8").split("\n## ")
@@ -156,8 +158,9 @@ def write_card_section(folder: Path, title: str, text: str) -> None:
 
 
 def untrained_parameters(config: PreTrainedConfig) -> list[str]:
-    """Return the names of a student's parameters above its last block's Q, K and V, which take no
-    part in training.
+    """Return the names of a student's parameters above its last block's Q, K and V.
+
+    They get no gradient in training.
     """
     student = build_encoder(config, device="meta")
     view = capture_view(student, config.num_hidden_layers)
@@ -171,7 +174,7 @@ def _card_text(name: str, config: PreTrainedConfig, tap: str, card: Mapping[str,
     untrained = UNTRAINED.format(
         parameters=sum(sizes[key] for key in names) / 1e6,
         names="\n".join(f"- `{key}`" for key in names),
-        init=INIT_TEXT.get(init, f"what the model it started from, `{init}`, had there"),
+        init=INIT_TEXT.get(init, f"the weights of the model it started from, `{init}`"),
     )
     return CARD.format(
         name=name,
@@ -190,6 +193,7 @@ def _card_text(name: str, config: PreTrainedConfig, tap: str, card: Mapping[str,
 
 
 def _check_state(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the state has the config's parameters, shapes and fp32."""
     expected = {
         name: tensor.shape
         for name, tensor in build_encoder(config, device="meta").state_dict().items()
@@ -228,21 +232,23 @@ def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> N
         tokenizer.save_pretrained(folder)
         path = folder / "tokenizer_config.json"
         written = read_json(path) or {}
-        # A name that transformers 4 does not know.
+        # transformers 4 does not know this class name.
         if written.get("tokenizer_class") == "TokenizersBackend":
             write_json(path, written | {"tokenizer_class": "PreTrainedTokenizerFast"})
         read = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder))
         if not gives_same_ids(read, tokenizer):
             raise DataError(
                 f"transformers does not read the tokenizer of {source} back as its tokenizer.json "
-                "says; set "
-                'tokenizer_class to "PreTrainedTokenizerFast" in its tokenizer_config.json'
+                'says; set tokenizer_class to "PreTrainedTokenizerFast" in its '
+                "tokenizer_config.json"
             )
 
 
 def _check_export(folder: Path, weights: Mapping[str, Tensor], kept: str) -> PreTrainedModel:
-    """Return what the folder loads to; raise DataError unless it is exactly `weights` and computes
-    something finite.
+    """Return the model that the folder loads to.
+
+    Raises:
+        DataError: it differs from `weights`, or its output is not finite.
     """
     if broken := next(
         (name for name, tensor in weights.items() if not tensor.isfinite().all()), None
@@ -254,13 +260,15 @@ def _check_export(folder: Path, weights: Mapping[str, Tensor], kept: str) -> Pre
         )
     model = load_encoder(folder, setting="the export")
     read = model.state_dict()
+    # Compared as integers, so that -0.0 and 0.0 differ.
     if different := [
         name
         for name in weights
         if not torch.equal(read[name].view(torch.int32), weights[name].view(torch.int32))
     ]:
         raise DataError(
-            f"{folder}: {different[0]} was read back other than written; check the disk; {kept}"
+            f"{folder}: {different[0]} was read back with other values than written; check the "
+            f"disk; {kept}"
         )
     with torch.no_grad():
         output = model(
@@ -275,7 +283,7 @@ def _check_export(folder: Path, weights: Mapping[str, Tensor], kept: str) -> Pre
 
 
 def _exchange(fresh: Path, target: Path) -> None:
-    """Put `fresh` in the place of `target`, in one step where the system can."""
+    """Put `fresh` in the place of `target`, in one step if the system can."""
     if not target.exists():
         fresh.rename(target)
         return

@@ -1,8 +1,7 @@
-"""Models on the hub within a run: a name is resolved to a commit once, and every file comes from
-that commit.
+"""Resolve a hub model's name to a commit once per run; take every file from that commit.
 
-Inputs: names, and how to download. Outputs: local folders. Which rank downloads is left to
-`fetching`.
+Inputs: names, and a function that downloads. Outputs: local folders. Not handled here: which rank
+downloads (`fetching`).
 """
 
 from __future__ import annotations
@@ -18,33 +17,34 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class UnavailableError(Exception):
-    """The hub did not give a model when it was asked before."""
+    """An earlier request to the hub for this model failed."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run has of a model at a commit."""
+    """A model's local files at one commit."""
 
     folder: Path
     patterns: frozenset[str]
-    """Of the files that were asked for."""
+    """The patterns of the files that were requested."""
 
     @property
     def commit(self) -> str | None:
-        """The hub's cache names its folders by commit."""
+        """The commit, if the folder is in the hub cache, which names folders by commit."""
         return self.folder.name if COMMIT.fullmatch(self.folder.name) else None
 
 
 Known = dict[tuple[str, str | None], Snapshot | str]
-"""By name and revision: what there is, or why there is nothing."""
+"""By name and revision: the snapshot, or the message of the error."""
 
 _known: ContextVar[Known | None] = ContextVar("known hub models", default=None)
 
 
 @contextmanager
 def names_resolved_once() -> Iterator[None]:
-    """Ask the hub once for each name while the block lasts; also as a decorator. Blocks within
-    share what is known.
+    """Ask the hub once for each name while the block lasts; also a decorator.
+
+    Nested blocks share the results.
     """
     if _known.get() is not None:
         yield
@@ -57,12 +57,12 @@ def names_resolved_once() -> Iterator[None]:
 
 
 def known_models() -> Known:
-    """Return what is known in this block, for another rank of this machine to `learn`."""
+    """Return this block's results, for another rank of this machine to `learn`."""
     return dict(_known.get() or {})
 
 
 def learn(known: Mapping[tuple[str, str | None], Snapshot | str]) -> None:
-    """Take over what another rank knows, as far as its folders are there for this one too."""
+    """Take over another rank's results, if this rank can see their folders."""
     here = _known.get()
     if here is not None:
         for key, found in known.items():
@@ -73,15 +73,14 @@ def learn(known: Mapping[tuple[str, str | None], Snapshot | str]) -> None:
 def model_folder(
     name: str, revision: str | None, patterns: Sequence[str], download: Callable[[str | None], str]
 ) -> Path:
-    """Return the folder of a model's files that match `patterns`, downloaded unless it is known to
-    have them.
+    """Return the folder of a model's files that match `patterns`, downloaded if needed.
 
     Args:
-        download: fetches these files at a revision, and returns their folder; what it raises is
-            passed on.
+        download: fetches these files at a revision and returns their folder; its errors pass
+            through.
 
     Raises:
-        UnavailableError: it has failed before, with the same message.
+        UnavailableError: it failed before, with the same message.
     """
     known = _known.get()
     if known is None:
@@ -92,7 +91,7 @@ def model_folder(
     if found and found.patterns.issuperset(patterns):
         return found.folder
     try:
-        # By commit: a branch that moves meanwhile must not mix the files of two versions.
+        # By commit, so that a branch that moves meanwhile does not mix files of two versions.
         folder = Path(download(found.commit or revision if found else revision))
     except Exception as error:
         known[name, revision] = str(error)

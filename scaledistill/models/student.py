@@ -1,16 +1,17 @@
-"""Shape and first weights of a student: any depth, width, heads and FFN width within the teacher's
-architecture.
+"""Choose a student's shape and its first weights, within the teacher's architecture.
 
-Enters: the teacher's config, the sizes wished for and, to start from the teacher's weights, its
-blocks up to the captured layer. Leaves: a full fp32 model without pooler. It trains as a view cut
-at its last block's Q, K and V; what is not in that view keeps the weights given here. With tap
-"extra" that block is one more than the student is to have, and `exported` drops it. Reading the
-settings, training and export are left to others.
+Inputs: the teacher's config, the wanted sizes (any depth, width, heads and FFN width) and, to start
+from the teacher's weights, its blocks up to the captured layer. Outputs: a full fp32 model without
+pooler. Not handled here: reading the settings, training and export.
 
-How a teacher's weight becomes narrower: of q, k, v and the attention output's input, the first
-heads, and of each the first components; of every other axis (hidden, FFN, embedding) the first
-components. So all layers, embeddings and LayerNorms keep the same hidden components, and equal
-sizes give an exact copy.
+A student trains as a view cut at its last block's Q, K and V; the weights that are not in that view
+keep their first values. With tap "extra" the last block is one more than the student should have,
+and `exported` drops it.
+
+A teacher's weight is made narrower by keeping, for q, k, v and the attention output's input, the
+first heads and the first components of each, and for every other axis (hidden, FFN, embedding) the
+first components. So all layers, embeddings and LayerNorms keep the same hidden components, and
+equal sizes give an exact copy.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from scaledistill.models.capture import (
 from scaledistill.models.configs import plain_config
 from scaledistill.models.teacher import load_config, load_encoder
 
-# What two models must have in common for one to go on with the weights of the other.
+# The config fields that must be equal for one model to start from another's weights.
 SHAPE = (
     "model_type",
     "vocab_size",
@@ -60,12 +61,11 @@ def student_config(
     tap: str = "last",
     name: str = "student",
 ) -> PreTrainedConfig:
-    """Return the config of a student: the teacher's, vocabulary, positions and dropout included,
-    with sizes of its own.
+    """Return a student's config: the teacher's, vocabulary and dropout included, with new sizes.
 
-    `intermediate_size` is 4 × `hidden_size` unless said. With tap "extra" there is a block more, to
-    be tapped. ELECTRA's embeddings are as wide as the student if the teacher's are as wide as the
-    teacher; projected ones keep their width.
+    `intermediate_size` defaults to 4 × `hidden_size`. With tap "extra" there is one block more,
+    which is tapped. ELECTRA's embeddings are as wide as the student if the teacher's are as wide as
+    the teacher; projected ones keep their width.
 
     Raises:
         ConfigError: the architecture is not supported, or the heads do not divide the width.
@@ -88,7 +88,7 @@ def student_config(
     config.architectures = [encoder_class(config).__name__]
     config.dtype = torch.float32
     config.name_or_path = ""
-    if hasattr(config, "auto_map"):  # code that the export does not have
+    if hasattr(config, "auto_map"):  # refers to code that the export does not contain
         del config.auto_map
     return config
 
@@ -106,26 +106,27 @@ def build_student(
     name: str = "student",
     stored: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
-    """Build a student: fp32, on the CPU, in training mode, without pooler. The global random state
-    stays as it was.
+    """Build a student: fp32, on the CPU, in training mode, without pooler.
+
+    The global random state is not changed.
 
     Args:
-        teacher: whole blocks up to the captured layer at least, as `load_encoder` gives them; read
-            only for "teacher".
+        teacher: whole blocks up to the captured layer at least, as from `load_encoder`; read only
+            for "teacher".
         config: from `student_config`.
-        init: "random", "teacher" (its weights, cut as the module says) or the folder of a model of
-            these sizes.
-        layer_map: for "teacher": the teacher's layer (from 1) for each of the student's, that of
-            tap "extra" aside; evenly spaced unless said.
-        capture_layer: for "teacher": the captured layer (from 1), where an even map ends; the last
-            unless said.
+        init: "random", "teacher" (its weights, cut as the module's docstring describes) or the
+            folder of a model of these sizes.
+        layer_map: for "teacher": the teacher's layer (from 1) for each of the student's, without
+            that of tap "extra"; evenly spaced by default.
+        capture_layer: for "teacher": the captured layer (from 1), where an even map ends; by
+            default the last.
         seed: of the random weights.
-        dropout: for training; the config, and so the export, keeps its values, for fine-tuning.
-            None: those here too.
+        dropout: for training; the config, and so the export, keeps its own values for fine-tuning.
+            None: train with those of the config.
         tap: "last", or "extra": the last of `config`'s blocks is the projection, which a folder's
             model lacks.
         name: the student's key in `students`, for messages.
-        stored: for "teacher": the weights of a `teacher` that has none, from `open_encoder`.
+        stored: for "teacher": the weights of a `teacher` on the meta device, from `open_encoder`.
 
     Raises:
         ConfigError: see `check_init`.
@@ -167,8 +168,9 @@ def check_init(
     tap: str = "last",
     name: str = "student",
 ) -> list[int]:
-    """Check, without weights, that a student of `config` can start from `init`; return its layer
-    map for "teacher".
+    """Check, without weights, that a student can start from `init`; return its layer map.
+
+    The map is empty unless `init` is "teacher".
 
     Raises:
         ConfigError: the teacher is too small to be cut to this shape, the layer map does not fit,
@@ -209,8 +211,9 @@ def check_init(
 def exported(
     config: PreTrainedConfig, state: Mapping[str, Tensor], num_layers: int
 ) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
-    """Return a student's config and state (or named parameters) without what tap "extra" adds above
-    `num_layers`.
+    """Return a student's config and state (or named parameters) as exported.
+
+    The block that tap "extra" adds above `num_layers` is left out.
     """
     blocks = f"{architecture_of(config).blocks}."
     config = copy.deepcopy(config)
@@ -235,8 +238,9 @@ def even_layer_map(num_layers: int, capture_layer: int) -> list[int]:
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set every dropout of `model`, that of attention included. Its config, which an export writes,
-    is not touched.
+    """Set every dropout of `model`, that of attention included.
+
+    Its config, which an export writes, is not changed.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -251,8 +255,8 @@ def _check_folder(folder: str, config: PreTrainedConfig, tap: str, name: str) ->
     differing = [key for key in SHAPE if getattr(found, key, None) != getattr(config, key, None)]
     if differing:
         raise ConfigError(
-            f"students.{name}.init={folder!r} has {_values(found, differing)}, the student is to "
-            f"have {_values(config, differing)}; give a model of the same shape or change "
+            f"students.{name}.init={folder!r} has {_values(found, differing)}, but the student has "
+            f"{_values(config, differing)}; give a model of the same shape or change "
             f"students.{name}"
         )
 
@@ -271,13 +275,13 @@ def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig, name: str) -
         if found > most:
             raise ConfigError(
                 f"students.{name}.{key}={found} is more than the teacher's {most}, from which it "
-                f"is to be cut; use at most {most}, or students.{name}.init='random'"
+                f"would be cut; use at most {most}, or students.{name}.init='random'"
             )
     embedding_size = getattr(teacher, "embedding_size", teacher.hidden_size)
     if embedding_size != teacher.hidden_size and embedding_size == config.hidden_size:
         raise ConfigError(
             f"students.{name}.hidden_size={config.hidden_size} is the width of the teacher's "
-            "embeddings, so that the student cannot take over their projection; use another "
+            "embeddings, so the student cannot take over their projection; use another "
             f"width, or students.{name}.init='random'"
         )
 
@@ -292,8 +296,9 @@ def _cut_weights(
     student: PreTrainedModel,
     layers: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Return the student's state dict, cut from the teacher's: its block i from the teacher's layer
-    `layers[i]`.
+    """Return the student's state dict, cut from the teacher's weights.
+
+    Block i of the student comes from the teacher's layer `layers[i]`.
     """
     row = architecture_of(teacher)
     head_axes = {f"{path}.{kind}": 0 for path in row.projections for kind in ("weight", "bias")}

@@ -1,9 +1,8 @@
-"""Load an encoder from a folder or the hub, only as far up as needed, and run it as a frozen
-teacher.
+"""Load an encoder from a folder or the hub and run its lower blocks as a frozen teacher.
 
-Enters: a model's name and a layer. Leaves: a checked `PreTrainedModel` (also the start of a student
-that continues from a folder) and `Teacher`, which turns token ids into Q, K and V. How a teacher is
-sharded is left to the engines.
+Inputs: a model's name and a layer. Outputs: a checked `PreTrainedModel` (also the start of a
+student that is initialised from a folder), and `Teacher`, which turns token ids into Q, K and V.
+Not handled here: sharding a teacher (the engines).
 
 Legend: B sequences, T tokens, D width of one projection.
 """
@@ -58,8 +57,8 @@ from scaledistill.storage.files import is_path, near_folder, no_such_folder, rea
 logger = logging.getLogger(__name__)
 
 Shard = Callable[[nn.Module, list[nn.Module], Iterable[tuple[str, Tensor]]], nn.Module]
-"""Puts a view's weights, handed out in the order of the names, in parts on the ranks, block by
-block; returns what runs them. Collective."""
+"""Shards a view's weights over the ranks, block by block, and returns the module that runs them.
+The weights come in the order of their names. Collective."""
 CONFIG_FILES = ("config.json", "adapter_config.json", "*.py")
 WEIGHT_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", INDEX)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
@@ -73,13 +72,12 @@ def resolve_folder(
     setting: str = "teacher.model",
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Return the local folder of a model; for a hub name, of its files that match `patterns`,
-    fetched or cached.
+    """Return a model's local folder; for a hub name, that of its files matching `patterns`.
 
-    Files of the hub are kept in `cache_dir`, by default in the hub's usual folder.
+    They are downloaded, or taken from `cache_dir`, by default the hub's usual cache.
 
     Raises:
-        DataError: neither a folder nor to be had from the hub.
+        DataError: it is not a folder and the hub does not provide it.
     """
     if Path(model).is_dir():
         return Path(model)
@@ -117,7 +115,7 @@ def load_config(
     *,
     setting: str = "teacher.model",
 ) -> PreTrainedConfig:
-    """Read a model's config, no weights.
+    """Read a model's config, without weights.
 
     Raises:
         ConfigError: it needs its own Python code and `trust_remote_code` is off, or its
@@ -141,12 +139,14 @@ def load_config(
 
 
 def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read the config in a folder, of whatever architecture, and make it plain; `name` is the
-    model's in messages.
+    """Read a folder's config, of any architecture, and reduce it (`models.configs`).
+
+    Args:
+        name: names the model in messages.
 
     Raises:
-        DataError: no `config.json`, one that cannot be read, or one that asks for what is not
-            computed here.
+        DataError: no `config.json`, one that cannot be read, or one that asks for an unsupported
+            computation.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -171,7 +171,7 @@ def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> Pre
             f"{name}: its config.json cannot be used ({reason}); fetch the model again"
         ) from error
     config.name_or_path = str(folder)
-    # The code of the model alone, for a config that is transformers' own.
+    # The config is transformers' own, but the model may have code of its own: keep the reference.
     if trust_remote_code and "auto_map" in found:
         config.auto_map = found["auto_map"]
     settle_padding(config, name)
@@ -187,18 +187,18 @@ def load_encoder(
     trust_remote_code: bool = False,
     setting: str = "teacher.model",
 ) -> PreTrainedModel:
-    """Load an encoder on the CPU, in eval mode: its first `num_layers` blocks (all unless said), no
-    pooler, no head.
+    """Load an encoder's first `num_layers` blocks on the CPU, in eval mode, without pooler or head.
 
     Args:
         model: a folder or a hub name, with weights in safetensors.
-        dtype: of the loaded weights; the file's own unless said.
+        num_layers: the number of blocks; all by default.
+        dtype: of the loaded weights; by default the file's own.
         setting: names the model in messages.
 
     Raises:
         ConfigError: see `load_config`; or fewer blocks than `num_layers`.
-        DataError: no safetensors, a damaged or missing file, or a weight that the file lacks or has
-            in another shape.
+        DataError: no safetensors, a damaged or missing file, or a weight that is missing from the
+            file or has another shape there.
     """
     config, folder = _locate(model, revision, num_layers, trust_remote_code, setting)
     name = f"{setting}={str(model)!r}"
@@ -237,12 +237,12 @@ def open_encoder(
     trust_remote_code: bool = False,
     setting: str = "teacher.model",
 ) -> tuple[PreTrainedModel, StoredWeights]:
-    """Return what `load_encoder` does with its parameters on the meta device, and the weights for
-    them, still on disk.
+    """Return the encoder of `load_encoder` on the meta device, and its weights still on disk.
+
+    Only the parameters are on the meta device; buffers are on the CPU.
 
     Raises:
-        ConfigError, DataError: see `load_encoder`; a weight that is damaged itself is found when it
-            is read.
+        ConfigError, DataError: see `load_encoder`; a damaged weight is detected when it is read.
     """
     config, folder = _locate(model, revision, num_layers, trust_remote_code, setting)
     name = f"{setting}={str(model)!r}"
@@ -294,18 +294,17 @@ def _locate(
 
 
 def check_unused(folder: Path, config: PreTrainedConfig, model: str) -> list[str]:
-    """Look at the names in a model's files, given its whole config; return those of its heads.
+    """Check the names of a model's weights, given its full config; return those of its heads.
 
     Raises:
-        DataError: weights or adapters that change what the encoder computes, and that it does not
-            read.
+        DataError: weights or adapters change what the encoder computes, but it does not read them.
     """
     check_adapter(folder, model)
-    # Names that we do not know.
+    # The names of other architectures are unknown here.
     if type(config) not in MODEL_MAPPING or config.model_type not in ARCHITECTURES:
         return []
     try:
-        # It sets the dtype of its config.
+        # A copy, because building sets the dtype of the config.
         encoder = build_encoder(copy.deepcopy(config), device="meta")
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
         raise _not_loaded(model, error) from error
@@ -317,8 +316,8 @@ def check_unused(folder: Path, config: PreTrainedConfig, model: str) -> list[str
 class Teacher(nn.Module):
     """A frozen encoder, cut at a block: token ids in, that block's Q, K and V out.
 
-    Always in eval mode, never with gradients. `view` does the work; placing the teacher elsewhere
-    means replacing it.
+    It is always in eval mode and never computes gradients. `view` does the work; to place the
+    teacher elsewhere, replace `view`.
     """
 
     def __init__(
@@ -330,15 +329,17 @@ class Teacher(nn.Module):
         stored: Mapping[str, Tensor] | None = None,
         shard: Shard | None = None,
     ) -> None:
-        """Take over `encoder`: freeze and cast its weights in place. What lies above goes when the
-        caller drops it.
+        """Take over `encoder`: freeze its weights and cast them in place.
+
+        The upper layers are freed once the caller releases `encoder`. Collective if `shard` is
+        given.
 
         Args:
             layer: the block whose Q, K and V are returned, counted from 1.
-            dtype: the precision to run in; that of `encoder` unless said.
-            stored: the weights of an `encoder` that has none, from `open_encoder`; needs `shard`.
-                Collective then.
-            shard: puts them in parts on the ranks.
+            dtype: the precision to run in; by default that of `encoder`.
+            stored: the weights of an `encoder` on the meta device, from `open_encoder`; needs
+                `shard`.
+            shard: shards them over the ranks.
 
         Raises:
             DataError: a weight is too large for `dtype`.
@@ -366,7 +367,7 @@ class Teacher(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in eval mode, whatever is asked: a teacher has no dropout."""
+        """Stay in eval mode for any `mode`: a teacher has no dropout."""
         super().train(False)
         return self
 
@@ -383,7 +384,7 @@ class Teacher(nn.Module):
 
         Args:
             input_ids_BT: token ids, int64.
-            mask_BT: bool, true on real tokens; None when there is no padding.
+            mask_BT: bool, true on real tokens; None if there is no padding.
             segment_ids_BT: with the next two, to stay within documents: see `view_inputs`.
         """
         inputs = view_inputs(
@@ -395,9 +396,9 @@ class Teacher(nn.Module):
 def weights_sha256(module: nn.Module) -> str:
     """Hash a module's weights: names, dtypes, shapes and bytes, in the order of the names.
 
-    `Teacher` takes it from the weights as they came from the file, before they are cast, so that it
-    depends neither on the precision nor on the file's layout, its head, the layers above the
-    captured one or where the teacher is placed.
+    `Teacher` hashes the weights as they came from the file, before they are cast. So the hash
+    depends neither on the precision, the file's layout and the head, nor on the layers above the
+    captured one or the teacher's placement.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -406,7 +407,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def _hashed(digest: Any, name: str, tensor: Tensor) -> Tensor:
-    """Add a tensor to a digest, and return it."""
+    """Add a tensor to a digest, and return the tensor."""
     digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return tensor
@@ -418,9 +419,7 @@ def _cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' reports and progress bars: what matters in them is checked and raised
-    here.
-    """
+    """Silence transformers' reports and progress bars; what matters in them is checked here."""
     level, bars = (
         transformers_logging.get_verbosity(),
         transformers_logging.is_progress_bar_enabled(),
@@ -437,10 +436,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def check_weight_files(folder: Path, model: str) -> None:
-    """Raise DataError, naming `model`, unless every weight file of its folder is there and is
-    safetensors.
+    """Raise DataError unless every weight file of a folder is present and is safetensors.
 
-    None is opened.
+    No file is opened. `model` names the model in messages.
     """
     check_adapter(folder, model)
     try:

@@ -1,8 +1,8 @@
-"""The weights in a model folder under their names in the encoder, each read from its safetensors
-file when asked for.
+"""Read a model folder's weights one by one, under their names in the encoder.
 
-Enters: a folder and an encoder without weights. Leaves: a mapping of names to tensors on the CPU,
-which holds none of them. `models.teacher` loads models whole, by transformers' own code.
+Inputs: a folder and an encoder without weights. Outputs: a mapping of names to CPU tensors that
+reads each from its safetensors file on access and keeps none. Not handled here: loading whole
+models by transformers' own code (`models.teacher`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from scaledistill.errors import DataError
 
 INDEX = "model.safetensors.index.json"
-# In BERT's first files.
+# The first BERT checkpoints use these names.
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
-# Buffers that older versions stored and that the model makes itself.
+# Buffers that older versions stored and that the model computes itself.
 HARMLESS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias)$")
 HEADS = (
     "cls",
@@ -34,12 +34,12 @@ HEADS = (
     "generator_predictions",
 )
 ADAPTER = re.compile(
-    r"(^|[._])(lora|dora|lokr|loha|hada|ia3|oft|boft|vera|adapters?|prefix|prompt|base_layer|modules_to_save"
-    r"|original_module)([._]|$)"
+    r"(^|[._])(lora|dora|lokr|loha|hada|ia3|oft|boft|vera|adapters?|prefix|prompt|base_layer"
+    r"|modules_to_save|original_module)([._]|$)"
 )
 QUANTISED = re.compile(
-    r"(\.SCB|\.weight_format|\.qweight|\.qzeros|\.scales|\.g_idx|_scale|_scale_inv|_zero_point|\.weight_packed"
-    r"|\.absmax|\.quant_map|\.quant_state\..*)$"
+    r"(\.SCB|\.weight_format|\.qweight|\.qzeros|\.scales|\.g_idx|_scale|_scale_inv|_zero_point"
+    r"|\.weight_packed|\.absmax|\.quant_map|\.quant_state\..*)$"
 )
 WRAPPER = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -54,11 +54,12 @@ UNWRAPPED = (
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of a folder's weight files, as its index or the usual name says; they may be
-    missing.
+    """Return the names of a folder's weight files, from its index or the usual name.
+
+    The files may be missing.
 
     Raises:
-        ValueError, KeyError, AttributeError, TypeError: the index is not one.
+        ValueError, KeyError, AttributeError, TypeError: the index is not a weight index.
     """
     if not (folder / "model.safetensors").is_file() and (folder / INDEX).is_file():
         return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
@@ -68,18 +69,17 @@ def weight_files(folder: Path) -> list[str]:
 def check_names(
     keys: Mapping[str, str], encoder: nn.Module, *, prefix: str, model: str
 ) -> list[str]:
-    """Return the first parts of the names that belong to heads and poolers, which an encoder can do
-    without.
+    """Return the first name parts of heads and poolers, which an encoder does not need.
 
     Args:
         keys: the names in the files, with safetensors' names of their dtypes.
-        encoder: whole, as its config says; may be on the meta device.
-        prefix: what its names begin with inside a task model.
+        encoder: the full one of its config; may be on the meta device.
+        prefix: the first part of the encoder's names inside a task model.
         model: names the model in messages.
 
     Raises:
-        DataError: other weights are not the encoder's, so that it would compute something else
-            without them.
+        DataError: other weights do not belong to the encoder, so that it would compute something
+            else without them.
     """
     parameters = {name for name, _ in encoder.named_parameters()}
     known = parameters | {name for name, _ in encoder.named_buffers()}
@@ -132,7 +132,7 @@ def check_names(
 
 
 def _wrapper(keys: Iterable[str], parameters: set[str], prefix: str) -> str | None:
-    """Return what stands before the encoder's own names in a file; None if they are not in it."""
+    """Return what precedes the encoder's own names in a file; None if it lacks them."""
     for key in sorted(keys):
         parts = key.split(".")
         for start in range(1, len(parts)):
@@ -142,7 +142,7 @@ def _wrapper(keys: Iterable[str], parameters: set[str], prefix: str) -> str | No
 
 
 def encoder_name(key: str, prefix: str) -> str:
-    """Return the name in the encoder of a weight in a file."""
+    """Return the encoder's name for a weight in a file."""
     name = key.removeprefix(f"{prefix}.")
     for old, new in OLD_NAMES.items():
         if name.endswith(old):
@@ -151,8 +151,9 @@ def encoder_name(key: str, prefix: str) -> str:
 
 
 def stored_keys(folder: Path, model: str) -> dict[str, str]:
-    """Return the names of all weights in a folder's files and safetensors' names of their dtypes.
-    Raises: DataError.
+    """Return the names of all weights in a folder's files, with safetensors' dtype names.
+
+    Raises: DataError if a file cannot be read.
     """
     keys: dict[str, str] = {}
     for path in (folder / name for name in weight_files(folder)):
@@ -168,27 +169,31 @@ def stored_keys(folder: Path, model: str) -> dict[str, str]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor has no NaN and no infinite value; the host waits for its device."""
+    """Return whether a tensor has no NaN and no infinity; the host waits for its device."""
     return not (tensor.is_floating_point() and tensor.numel()) or all(
         x.isfinite() for x in tensor.aminmax()
     )
 
 
 def check_cast(name: str, tensor: Tensor, stored: torch.dtype, model: str) -> Tensor:
-    """Return a weight that was cast from the finite dtype `stored`. Raises: DataError if it
-    overflowed.
+    """Return a weight that was cast from the finite dtype `stored`.
+
+    Raises: DataError if it overflowed.
     """
     if not is_finite(tensor):
         before, now = (str(dtype).removeprefix("torch.") for dtype in (stored, tensor.dtype))
         raise DataError(
-            f"{model}: its weight {name} is finite in {before}, but not in {now}, which ends at "
+            f"{model}: its weight {name} is finite in {before}, but not in {now}, whose maximum is "
             f'{torch.finfo(tensor.dtype).max:g}; set teacher.dtype to "bf16" or "fp32"'
         )
     return tensor
 
 
 def check_finite(name: str, tensor: Tensor, model: str) -> Tensor:
-    """Return a weight. Raises: DataError if it has values that are not finite."""
+    """Return a weight.
+
+    Raises: DataError if it has values that are not finite.
+    """
     if not is_finite(tensor):
         raise DataError(
             f"{model}: its weight {name} has values that are not finite (NaN or infinite) in "
@@ -198,7 +203,7 @@ def check_finite(name: str, tensor: Tensor, model: str) -> Tensor:
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """Weights by name in an encoder: read when asked for, in one dtype, and not kept."""
+    """An encoder's weights by name: read on access, in one dtype, and not kept."""
 
     def __init__(
         self,
@@ -209,16 +214,16 @@ class StoredWeights(Mapping[str, Tensor]):
         dtype: torch.dtype | None,
         model: str,
     ) -> None:
-        """Find each parameter of `encoder` in the folder's files.
+        """Locate each parameter of `encoder` in the folder's files.
 
         Args:
-            encoder: may be on the meta device; its buffers are not looked for.
-            prefix: what its names begin with inside a task model.
-            dtype: of the tensors handed out; that of the first weight in the files unless said.
+            encoder: may be on the meta device; its buffers are not looked up.
+            prefix: the first part of the encoder's names inside a task model.
+            dtype: of the returned tensors; by default that of the first weight in the files.
             model: names the model in messages.
 
         Raises:
-            DataError: a file is damaged, or lacks a weight or has it in another shape.
+            DataError: a file is damaged, lacks a weight or has it in another shape.
         """
         self._model = model
         stored: dict[str, tuple[Path, str]] = {}
@@ -264,8 +269,9 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 def check_complete(shapes: Mapping[str, tuple[list[int] | None, list[int]]], model: str) -> None:
-    """Raise DataError unless, of each weight, the shape found (None: no such weight) is the one
-    expected.
+    """Raise DataError unless each weight has the expected shape.
+
+    `shapes` maps a name to the shape in the file (None: no such weight) and the expected one.
     """
     wrong = [
         f"{name} (not in the file)"
@@ -285,7 +291,7 @@ def check_complete(shapes: Mapping[str, tuple[list[int] | None, list[int]]], mod
 
 
 def check_adapter(folder: Path, model: str) -> None:
-    """Raise DataError, naming `model`, if its folder has an adapter, which nothing here reads."""
+    """Raise DataError, naming `model`, if its folder has an adapter; adapters are not read."""
     if not (folder / "adapter_config.json").is_file():
         return
     alone = not any(folder.glob("model*.safetensors"))

@@ -1,9 +1,8 @@
-"""The MiniLMv2 relation loss: how far the student's multi-head self-attention relations are from
-the teacher's.
+"""The MiniLMv2 relation loss between multi-head self-attention relations of two models.
 
-In: `QKV` of one teacher block and one student block. Out: `RelationLoss`. A backend computes it:
-`reference` (any device, whole maps), `sdpa` (CPU, tiles) or `triton` (GPU, fused kernels). Where
-Q/K/V come from is `models.capture`'s affair.
+Inputs: `QKV` of one teacher block and one student block. Outputs: `RelationLoss`. A backend
+computes it: `reference` (any device, whole maps), `sdpa` (CPU, tiles) or `triton` (GPU, fused
+kernels). Not handled here: capturing Q/K/V (`models.capture`).
 
 Legend: B sequences, T tokens, D width, P pairs, S sequences laid end to end.
 """
@@ -41,15 +40,15 @@ __all__ = [
 
 
 def _triton_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor, Tensor]:
-    # Triton is imported where it is used, and only there.
+    # Imported on use, because Triton may be missing.
     from scaledistill.relations.triton import triton_loss
 
     return triton_loss(teacher, student, spec)
 
 
-# A backend takes Q/K/V as they come (any strides and floating dtypes; slices of one tensor are
-# usual) and a checked request, computes all pairs, and returns the weighted total with its gradient
-# in the student, and the unweighted losses `[P]` without one.
+# A backend takes Q/K/V with any strides and floating dtypes (usually slices of one tensor) and a
+# checked request. It computes all pairs and returns the weighted total, differentiable in the
+# student, and the unweighted losses `[P]`, detached.
 Backend = Callable[[QKV, QKV, RelationSpec], tuple[Tensor, Tensor]]
 BACKENDS: dict[str, Backend] = {
     "reference": reference_loss,
@@ -59,8 +58,9 @@ BACKENDS: dict[str, Backend] = {
 
 
 class RelationLoss(NamedTuple):
-    """Scalars on the inputs' device: the weighted sum with its gradient, and each pair's unweighted
-    loss, detached.
+    """The weighted sum with its gradient, and each pair's unweighted loss, detached.
+
+    All are scalars on the inputs' device.
     """
 
     total: Tensor
@@ -68,7 +68,7 @@ class RelationLoss(NamedTuple):
 
 
 def resolve_backend(backend: str, device_type: str) -> str:
-    """Return the backend's name, `auto` resolved for the device ("cpu", "cuda").
+    """Return the backend's name, with `auto` resolved for the device ("cpu", "cuda").
 
     Raises:
         ValueError: no such backend, or it cannot compute on that device.
@@ -90,7 +90,7 @@ def resolve_backend(backend: str, device_type: str) -> str:
                 "relations.backend='triton' needs the package triton, which is not installed; use "
                 "auto"
             )
-        # Triton's interpreter runs its kernels on the CPU, slowly, for tests.
+        # For tests: Triton's interpreter runs the kernels on the CPU, slowly.
         if device_type != "cuda" and (
             device_type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1"
         ):
@@ -116,29 +116,29 @@ def relation_loss(
     causal: bool = False,
     backend: str = "auto",
 ) -> RelationLoss:
-    """Compute the weighted sum over pairs of the mean over sequences of Σ_heads Σ_rows KL(teacher ‖
-    student) / (R · n).
+    """Compute the weighted sum over pairs of the relation loss, averaged over sequences.
 
-    A pair "ab" compares softmax(a bᵀ / √E) of both models, head by head, row by row, among the n
-    real tokens of a sequence. A sequence without a real token adds 0 to the mean. The teacher gets
-    no gradient. Widths and dtypes of teacher and student may differ.
+    The loss of a pair and a sequence of n real tokens is Σ_heads Σ_rows KL(teacher ‖ student) / (R
+    · n). A pair "ab" compares softmax(a bᵀ / √E) of both models, head by head and row by row, among
+    the real tokens. A sequence without a real token adds 0 to the mean. The teacher gets no
+    gradient. Teacher and student may differ in width and dtype.
 
     Args:
         teacher: `[B, T, D]` each, floating; only the tensors that `pairs` names are read.
         student: likewise, same B, T and device.
         num_heads: R, the relation heads; divides each width used.
         pairs: weights by name: "qq", "kk", "vv", "qk", …
-        mask_BT: bool or integer, true on real tokens, wherever they stand.
-        segment_ids_BT: integer, less than 2^31 apart; a token sees only tokens of its segment. n
-            stays that of the row.
+        mask_BT: bool or integer, true on real tokens, in any position.
+        segment_ids_BT: integer, less than 2^31 apart; tokens attend only within their segment. n is
+            still the number of real tokens in the row.
         cu_seqlens: `[S + 1]` int32 or int64, ascending from 0: B is 1, and the tokens from one
-            bound to the next are a sequence of the mean, with n of its own; tokens after the last
-            bound are padding. Without mask and segments.
-        causal: a token sees only itself and earlier tokens.
+            bound to the next are a sequence of the mean, with its own n; tokens after the last
+            bound are padding. Excludes mask and segments.
+        causal: tokens attend only to themselves and earlier tokens.
         backend: "auto", "reference", "sdpa" or "triton".
 
     Returns:
-        Float32 losses, float64 where an input is float64.
+        Float32 losses; float64 if an input is float64.
 
     Raises:
         ValueError: settings or tensors that don't fit together; the message names the setting.

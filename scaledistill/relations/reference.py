@@ -1,8 +1,8 @@
-"""The relation loss in plain PyTorch, with whole T×T maps: the oracle of the other backends, on any
-device.
+"""Compute the relation loss in plain PyTorch with whole T×T maps, the oracle of all backends.
 
-In: Q/K/V and a checked request. Out: the total, differentiable in the student, and the losses of
-the pairs.
+Inputs: Q/K/V on any device and a checked request. Outputs: the total, differentiable in the
+student, and the losses of the pairs. Not handled here: checks (`relations.spec`), memory and speed
+(the other backends).
 
 Legend: B sequences, T tokens, D width, R relation heads, E width per relation head, P pairs.
 """
@@ -16,8 +16,9 @@ from scaledistill.relations.spec import QKV, RelationSpec
 
 
 def reference_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor, Tensor]:
-    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached), both of
-    `spec.dtype`.
+    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached).
+
+    Both are of `spec.dtype`.
 
     Source: MiniLMv2, arXiv 2012.15828, eq. 5–8.
     """
@@ -30,7 +31,7 @@ def reference_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tens
         visible_BTT = real_BT[:, None, :] & (spec.keys_BT[:, :, None] == spec.keys_BT[:, None, :])
     if spec.causal:
         visible_BTT = visible_BTT.tril()
-    # Rows of padding see everything, so that no softmax is empty; their share is 0.
+    # Rows of padding attend to everything, so that no softmax is empty; their share is 0.
     hidden_B1TT = ~(visible_BTT | ~real_BT[:, :, None])[:, None]
 
     def heads(x_BTD: Tensor) -> Tensor:

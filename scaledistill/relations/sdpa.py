@@ -1,19 +1,19 @@
-"""The relation loss on the CPU without T×T maps: flash-style tiles, value and gradient in one pass.
+"""Compute the relation loss on the CPU in flash-style tiles, without T×T maps.
 
-In: Q/K/V on the CPU and a checked request. Out: the total, differentiable in the student, and the
-losses of the pairs.
+Inputs: Q/K/V on the CPU and a checked request. Outputs: the total, differentiable in the student,
+and the losses of the pairs. Not handled here: checks (`relations.spec`), GPUs (`relations.triton`).
 
 A tile of a few heads' scaled dot products stays in cache through softmax, KL and the products with
 q, k, v. With P and S the teacher's and the student's softmax and M = S − P, the gradients of a pair
-(a, b) are dA = c M B and dB = c Mᵀ A, c = weight / (√E · R · n · B). They need nothing from above
-but a scalar factor, so forward computes them and backward scales them: each score is computed once,
-and nothing of size T² is kept. PyTorch's own CPU flash attention and its backward (private
-operators) compose to the same numbers, but in five passes, each with its scores and two with
-gradients that nobody needs. That took twice as long; it also wants equal head widths and a bias for
-every kind of mask.
+(a, b) are dA = c M B and dB = c Mᵀ A, c = weight / (√E · R · n · B). They need only a scalar factor
+from the layers above, so forward computes them and backward scales them: each score is computed
+once, and nothing of size T² is kept. PyTorch's own CPU flash attention and its backward (private
+operators) can give the same numbers, but in five passes, each with its scores, and two of them with
+unused gradients. That took twice as long; it also needs equal head widths and a bias for every kind
+of mask.
 
-Tokens that see each other — the real tokens of a sequence, or of a document in it — are gathered
-first, so padding and other documents cost nothing.
+Tokens that attend to each other — the real tokens of a sequence, or of a document in it — are
+gathered first, so padding and other documents cost nothing.
 
 Legend: B sequences, T tokens, n gathered tokens, D width, R relation heads, E width per relation
 head, P pairs; in a tile h heads, m rows, c columns.
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from scaledistill.relations.spec import QKV, RelationSpec
 
-# Scores in a tile: few enough for a core's cache, many enough to hide PyTorch's cost per call; flat
-# from 2^17 to 2^19.
+# Scores in a tile: few enough for a core's cache, many enough to hide PyTorch's cost per call. The
+# time is the same from 2^17 to 2^19.
 TILE_SCORES = 1 << 18
 _TILE_ROWS = 128
 # Finite, so that the difference of two hidden scores is 0 and not NaN.
@@ -39,8 +39,9 @@ _HIDDEN = -1e30
 
 
 def sdpa_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor, Tensor]:
-    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached), both of
-    `spec.dtype`.
+    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached).
+
+    Both are of `spec.dtype`.
     """
     tensors = [getattr(student, letter) for letter in spec.letters]
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -48,6 +49,8 @@ def sdpa_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor, T
 
 
 class _TiledLoss(torch.autograd.Function):
+    """Compute losses and gradients in forward; backward scales the gradients."""
+
     @staticmethod
     def forward(
         ctx: Any, teacher: QKV, spec: RelationSpec, with_grad: bool, *student: Tensor
@@ -76,8 +79,9 @@ class _TiledLoss(torch.autograd.Function):
 def _losses_and_grads(
     teacher: QKV, student: dict[str, Tensor], spec: RelationSpec, with_grad: bool
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Return the losses of the pairs and, by letter, the total's gradient `[B, T, D]` in
-    `spec.dtype` if wanted.
+    """Return the losses of the pairs and, if requested, the total's gradients.
+
+    The gradients are `[B, T, D]` in `spec.dtype`, keyed by letter.
     """
     T = spec.share_BT.shape[1]
     losses = [0.0] * len(spec.pairs)
@@ -113,7 +117,7 @@ def _losses_and_grads(
 
 
 def _token_groups(spec: RelationSpec) -> Iterator[tuple[int, Tensor]]:
-    """Yield (row of the batch, ascending positions of tokens that see each other)."""
+    """Yield (row of the batch, ascending positions of tokens that attend to each other)."""
     B, T = spec.share_BT.shape
     for row in range(B):
         if spec.keys_BT is None:
@@ -132,8 +136,9 @@ def _gather(x_TD: Tensor, tokens_n: Tensor, spec: RelationSpec) -> Tensor:
 
 
 class _Sides(NamedTuple):
-    """The two sides of one pair for one group of tokens, each `[R, n, E]`, with the student's
-    gradients to add to.
+    """The two sides of one pair for one group of tokens, each `[R, n, E]`.
+
+    The student's gradients are added to `grad_a` and `grad_b`.
     """
 
     teacher_a: Tensor
@@ -145,8 +150,9 @@ class _Sides(NamedTuple):
 
 
 def _pair_kl(sides: _Sides, weight: float, causal: bool, work: Tensor) -> float:
-    """Return Σ KL(P ‖ S) over heads and rows; add `weight` times its gradients to `sides`. `work`
-    holds three tiles.
+    """Return Σ KL(P ‖ S) over heads and rows; add `weight` times its gradients to `sides`.
+
+    `work` holds three tiles.
     """
     R, n, _ = sides.student_a.shape
     num_rows = min(n, _TILE_ROWS)
@@ -171,8 +177,8 @@ def _pair_kl(sides: _Sides, weight: float, causal: bool, work: Tensor) -> float:
                 if causal:
                     scores_hmc[:, :, rows].masked_fill_(future_mm[: shape[1], : shape[1]], _HIDDEN)
                 scores_hmc -= scores_hmc.amax(-1, keepdim=True)
-            # With t and s shifted by their rows' maxima: KL = Σ p (t − s) + log Σ exp s − log Σ exp
-            # t.
+            # With t and s shifted by their rows' maxima:
+            # KL = Σ p (t − s) + log Σ exp s − log Σ exp t.
             torch.exp(t_hmc, out=p_hmc)
             sum_t_hm1 = p_hmc.sum(-1, keepdim=True)
             p_hmc *= sum_t_hm1.reciprocal()

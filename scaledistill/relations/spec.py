@@ -1,8 +1,8 @@
-"""What a relation loss is asked to compute, and the checks on it.
+"""Check the request for a relation loss.
 
-In: the settings `relations.num_heads` and `relations.pairs`, widths or Q/K/V tensors. Out: a
-`RelationSpec` that a backend can trust, or a `ValueError` that names the setting. The mathematics
-is the backends' affair.
+Inputs: the settings `relations.num_heads` and `relations.pairs`, widths or Q/K/V tensors. Outputs:
+a `RelationSpec` that a backend can trust, or a `ValueError` that names the setting. Not handled
+here: the mathematics (the backends).
 
 Legend: B sequences, T tokens, D width (q, k and v of a model may differ in it, and so may teacher
 and student).
@@ -19,8 +19,9 @@ from torch import Tensor
 
 
 class QKV(NamedTuple):
-    """Queries, keys and values of one transformer block, each `[B, T, D]`, heads side by side in
-    `D`.
+    """Queries, keys and values of one transformer block, each `[B, T, D]`.
+
+    The heads are side by side in `D`.
     """
 
     q: Tensor
@@ -31,11 +32,11 @@ class QKV(NamedTuple):
 class RelationSpec(NamedTuple):
     """A checked request: which relations of which tokens.
 
-    `pairs` holds (name, weight), e.g. ("qk", 1.0). `keys_BT` is int32: tokens of a row see each
-    other where their keys are equal; -1 is padding; None: every token sees its whole row.
-    `share_BT` is what a token's row, summed over heads, counts in the loss before the division by
+    `pairs` holds (name, weight), e.g. ("qk", 1.0). `keys_BT` is int32: tokens of a row attend to
+    each other if their keys are equal; -1 is padding; None: every token attends to its whole row.
+    `share_BT` is the weight in the loss of a token's row, summed over heads, before the division by
     R: 1 / (n · B), or 1 / (n · S) among S sequences laid end to end; 0 on padding. `dtype` is that
-    of scores, softmax, shares and losses: float64 where an input is float64, else float32.
+    of scores, softmax, shares and losses: float64 if an input is float64, else float32.
     """
 
     num_heads: int
@@ -52,14 +53,13 @@ class RelationSpec(NamedTuple):
 
 
 def letters_of(pairs: Iterable[str]) -> list[str]:
-    """List which of q, k and v the named pairs use."""
+    """Return which of q, k and v the named pairs use."""
     used = set("".join(pairs))
     return [letter for letter in QKV._fields if letter in used]
 
 
 def normalise_pairs(pairs: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-    """Check the setting `relations.pairs` and return it as (name, weight) tuples in the given
-    order.
+    """Check `relations.pairs` and return it as (name, weight) tuples in the given order.
 
     Raises:
         ValueError: no pair; a name that is not two of q, k, v; a negative or non-finite weight;
@@ -93,11 +93,10 @@ def check_relation_heads(
     pairs: Iterable[str] = ("qq", "kk", "vv"),
     setting: str = "relations.num_heads",
 ) -> None:
-    """Check, without tensors, that every width that the pairs use can be cut into `num_heads`
-    relation heads.
+    """Check, without tensors, that `num_heads` divides every width that the pairs use.
 
     `widths` maps a model's name for messages ("teacher", "student l6") to the width of its q, k and
-    v, or to {"q": …, "k": …, "v": …} where they differ (grouped-query attention).
+    v, or to {"q": …, "k": …, "v": …} if they differ (grouped-query attention).
 
     Raises:
         ValueError: `num_heads` does not divide a used width, or a pair joins tensors of unequal
@@ -141,8 +140,9 @@ def check_request(
     cu_seqlens: Tensor | None,
     causal: bool,
 ) -> RelationSpec:
-    """Check settings and tensors against each other; never wait for a GPU, whose values of
-    `cu_seqlens` are trusted.
+    """Check settings and tensors against each other and return the request.
+
+    It never waits for a GPU: the values of `cu_seqlens` there are not checked.
 
     Raises:
         ValueError: as `normalise_pairs` and `check_relation_heads`; tensors that differ in B, T or
@@ -204,7 +204,7 @@ def check_request(
 def _tokens_in_rows(
     mask_BT: Tensor | None, segment_ids_BT: Tensor | None, first: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
-    """Return keys and shares of `RelationSpec` where each row is one sequence of the mean."""
+    """Return keys and shares of `RelationSpec` if each row is one sequence of the mean."""
     B, T, _ = first.shape
     keys_BT = None
     if segment_ids_BT is not None:
@@ -221,8 +221,9 @@ def _tokens_in_rows(
 def _tokens_laid_end_to_end(
     cu_seqlens: Tensor, first: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return keys and shares of `RelationSpec` where the tokens between two bounds are a sequence
-    of the mean.
+    """Return keys and shares of `RelationSpec` if sequences are laid end to end in one row.
+
+    The tokens between two bounds are a sequence of the mean.
     """
     B, N, _ = first.shape
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or B != 1 or cu_seqlens.device != first.device:

@@ -1,18 +1,18 @@
-"""The relation loss on GPUs without T×T maps: two fused kernels, launched for all pairs of equal
-width at once.
+"""Compute the relation loss on GPUs without T×T maps, by two fused kernels.
 
-In: Q/K/V on a GPU, read where they lie (slices of one captured tensor are usual), and a checked
-request. Out: the total, differentiable in the student, and the losses of the pairs. The kernels are
-`relations.triton_kernels`' affair, how they are launched `relations.triton_launch`'s.
+Inputs: Q/K/V on a GPU, read in place (usually slices of one captured tensor), and a checked
+request. Outputs: the total, differentiable in the student, and the losses of the pairs. Not handled
+here: the kernels (`relations.triton_kernels`), the choice of launches (`relations.triton_launch`).
+A kernel is launched once for all pairs of equal width.
 
-Nothing waits for the GPU, but for the first call with new widths, dtypes or lengths: it may time a
-few launches. Two calls give the same bits: partial sums are stored and added up in a fixed order,
-without atomics.
+The host never waits for the GPU, except at the first call with new widths, dtypes or lengths, which
+may time a few launches. Two calls give the same bits: partial sums are stored and added in a fixed
+order, without atomics.
 
 Tokens of padding, of other documents and of other sequences laid end to end cost next to nothing: a
-tile meets only the tiles from the first to the last whose range of keys touches its own. That is
-exact where keys ascend along a row, as those of packed documents do; elsewhere tiles may be met in
-vain, and are then masked.
+tile meets only the tiles from the first to the last whose range of keys overlaps its own. That is
+exact if keys ascend along a row, as those of packed documents do. Otherwise some tiles are computed
+only to be masked.
 
 Legend: B sequences, T tokens, D width, R relation heads, E width per relation head, P pairs, G
 tiles of a sequence.
@@ -41,16 +41,16 @@ from scaledistill.relations.triton_kernels import (
 )
 from scaledistill.relations.triton_launch import Launch, Winners, cache_file, candidates
 
-# Of wider heads, even tiles of 32 tokens spill registers and take over 100 KiB of a multiprocessor
-# in float32.
+# For wider heads in float32, even tiles of 32 tokens spill registers and take over 100 KiB of a
+# multiprocessor.
 MAX_HEAD_WIDTH = 128
 Result = TypeVar("Result")
 
 
 def triton_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor, Tensor]:
-    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached), both float32.
+    """Return the weighted total (scalar) and the unweighted losses (`[P]`, detached).
 
-    Float64 and heads wider than `MAX_HEAD_WIDTH` are computed by `reference`.
+    Both are float32. `reference` computes float64 and heads wider than `MAX_HEAD_WIDTH`.
     """
     teacher_tensors, student_tensors = _readable(teacher, spec), _readable(student, spec)
     widest = (
@@ -59,8 +59,8 @@ def triton_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor,
     )
     if spec.dtype == torch.float64 or widest > MAX_HEAD_WIDTH:
         return reference_loss(teacher, student, spec)
-    # Widths are compiled into the kernels. Letters of unequal widths (grouped-query models) share
-    # no pair.
+    # Widths are compiled into the kernels. Letters of unequal width (grouped-query models) never
+    # form a pair.
     by_widths: dict[tuple[int, int], list[int]] = {}
     for number, (pair, _) in enumerate(spec.pairs):
         widths = teacher_tensors[pair[0]].shape[2], student_tensors[pair[0]].shape[2]
@@ -79,8 +79,9 @@ def triton_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tensor,
 
 
 def _readable(model: QKV, spec: RelationSpec) -> dict[str, Tensor]:
-    """Return the tensors that the pairs use as the kernels take them; usually they are that
-    already.
+    """Return the tensors that the pairs use in a form that the kernels read.
+
+    Usually they have that form already.
     """
     tensors = {letter: getattr(model, letter) for letter in spec.letters}
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors.values()))
@@ -95,7 +96,7 @@ def _readable(model: QKV, spec: RelationSpec) -> dict[str, Tensor]:
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The pairs of one width in each model."""
+    """The loss of the pairs of one width in each model."""
 
     @staticmethod
     def forward(
@@ -103,7 +104,7 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         losses_P, lse_2PBRT = _forward(spec, teacher, student)
         ctx.spec = spec
-        ctx.save_for_backward(lse_2PBRT, *teacher, *student)  # all of it is freed by the backward
+        ctx.save_for_backward(lse_2PBRT, *teacher, *student)  # all freed by the backward
         ctx.mark_non_differentiable(losses_P)
         largest, weights_P = _weights(spec, losses_P.device)
         return (losses_P * weights_P).sum() * largest, losses_P
@@ -128,7 +129,7 @@ class _FusedLoss(torch.autograd.Function):
 def _forward(
     spec: RelationSpec, teacher: Sequence[Tensor], student: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return the pairs' losses `[P]` and the normalisers of all rows."""
+    """Return the pairs' losses `[P]` and the softmax normalisers of all rows."""
     B, T = spec.share_BT.shape
     P = len(spec.pairs)
 
@@ -163,6 +164,8 @@ def _backward(
 ) -> dict[str, Tensor]:
     """Return the gradients of the student's tensors named by `letters`, in their dtype."""
     B, T = spec.share_BT.shape
+    # Normalisers are split into a centre per head and a factor per row, which saves one 2^x per
+    # score: see `relations.triton_kernels`.
     lowest_2PBR, highest_2PBR = lse_2PBRT.aminmax(dim=-1)
     centre_2PBR, reach_2PBR = (highest_2PBR + lowest_2PBR) / 2, (highest_2PBR - lowest_2PBR) / 2
     factor_2PBRT = torch.exp2(centre_2PBR[..., None] - lse_2PBRT)
@@ -202,8 +205,9 @@ def _backward(
 
 
 def _model(spec: RelationSpec, tensors: Sequence[Tensor]) -> Model:
-    """Describe the tensors of `spec.letters` to a kernel; the first stands in for letters that no
-    pair names.
+    """Describe the tensors of `spec.letters` to a kernel.
+
+    The first tensor is a placeholder for letters that no pair uses.
     """
     by_letter = dict(zip(spec.letters, tensors, strict=True))
     qkv = tuple(by_letter.get(letter, tensors[0]) for letter in QKV._fields)
@@ -213,7 +217,7 @@ def _model(spec: RelationSpec, tensors: Sequence[Tensor]) -> Model:
 
 
 def _tokens(keys_BT: Tensor | None, share_BT: Tensor, block: int) -> Tokens:
-    """Describe to a kernel with tiles of `block` tokens who sees whom."""
+    """Describe to a kernel, with tiles of `block` tokens, which tokens attend to each other."""
     if keys_BT is None:
         return Tokens(share_BT, None, None, None, None)
     B, T = keys_BT.shape
@@ -221,6 +225,7 @@ def _tokens(keys_BT: Tensor | None, share_BT: Tensor, block: int) -> Tokens:
     keys_BGK = torch.nn.functional.pad(keys_BT, (0, tiles * block - T), value=-1).view(
         B, tiles, block
     )
+    # Two tiles meet if their ranges of keys, from low to high without padding, overlap.
     no_key = torch.iinfo(torch.int32).max
     low_BG = keys_BGK.masked_fill(keys_BGK < 0, no_key).amin(2)
     high_BG = keys_BGK.amax(2)
@@ -245,23 +250,25 @@ def _compiled_in(
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
         "maxnreg": launch.max_registers,
-        "enable_fp_fusion": True,  # said, because its default changes with Triton's version
+        "enable_fp_fusion": True,  # explicit, because the default depends on Triton's version
     }
 
 
 def _pair_code(pair: str) -> int:
+    """Return the number of a pair, 0 to 8: 3 · first letter + second."""
     return 3 * "qkv".index(pair[0]) + "qkv".index(pair[1])
 
 
 def _nibbles(numbers: Iterable[int]) -> int:
-    """Pack numbers below 16 into one, the first lowest: a table that a kernel gets without a copy
-    to the GPU.
+    """Pack numbers below 16 into one, the first lowest.
+
+    A kernel gets this table as an argument, without a copy to the GPU.
     """
     return sum(number << 4 * place for place, number in enumerate(numbers))
 
 
 def _weights(spec: RelationSpec, device: torch.device) -> tuple[float, Tensor]:
-    """Return the largest weight, and all relative to it, `[P]`."""
+    """Return the largest weight, and all weights relative to it, `[P]`."""
     weights = tuple(weight for _, weight in spec.pairs)
     largest = max(weights) or 1.0
     return largest, _on_device(tuple(weight / largest for weight in weights), device)
@@ -269,7 +276,7 @@ def _weights(spec: RelationSpec, device: torch.device) -> tuple[float, Tensor]:
 
 @functools.lru_cache
 def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return them as float32, copied once: a copy waits for the GPU."""
+    """Return the numbers as a float32 tensor, copied once: a copy waits for the GPU."""
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
@@ -280,8 +287,9 @@ def _run_fastest(
     student: Sequence[Tensor],
     run: Callable[[Launch], Result],
 ) -> Result:
-    """Run a kernel as launched fastest; by the table's default where results must not depend on a
-    measurement.
+    """Run a kernel with its fastest launch.
+
+    If results must not depend on a measurement, the table's default is used.
     """
     E_T, E_S = (x[0].shape[2] // spec.num_heads for x in (teacher, student))
     length = spec.share_BT.shape[1]
@@ -307,6 +315,7 @@ def _winners(device: torch.device) -> Winners:
 
 
 def _seconds(run: Callable[[], object]) -> float:
+    """Return the median run time in seconds; infinity if the launch exceeds the GPU's resources."""
     try:
         return triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median") / 1000
     except (OutOfResources, torch.OutOfMemoryError):

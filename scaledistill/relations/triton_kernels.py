@@ -1,23 +1,24 @@
-"""The relation loss as two Triton kernels, forward and backward; `relations.triton` launches them.
+"""The relation loss as two Triton kernels, forward and backward.
 
-In: Q, K and V as they lie in memory, the tokens' keys and shares. Out: partial losses and every
-row's two softmax normalisers (forward), the student's gradients (backward). A T×T map exists only
-as tiles in registers.
+Inputs: Q, K and V in place, the tokens' keys and shares. Outputs: partial losses and every row's
+two softmax normalisers (forward), the student's gradients (backward). A T×T map exists only as
+tiles in registers. Not handled here: launching (`relations.triton`).
 
-Forward makes one pass over the columns: running maximum and sum of the teacher's and of the
-student's row, and the running Σ p (t − s), rescaled with the teacher's maximum; KL = that / Σ −
-lse_t + lse_s.
+Forward makes one pass over the columns. It keeps the running maximum and sum of the teacher's and
+of the student's row, and the running Σ p (t − s), rescaled with the teacher's maximum; KL = that /
+Σ − lse_t + lse_s.
 
-Backward owns a tile of tokens of one letter x and meets the tokens of every letter o that a pair
-joins it with. One tile of scores x_i·o_j serves both pairs: xo, where x_i is the row (normaliser
-lse_i), and ox, where it is the column (normaliser lse_j). So xx, qk alone, and qk with kq are one
-pass each, and nothing needs atomics: the gradient is Σ_o Σ_j [(S − P)^xo_ij + (S − P)^ox_ji] o_j.
+In backward a program owns a tile of tokens of one letter x and meets the tokens of every letter o
+that a pair joins with x. One tile of scores x_i·o_j serves both pairs: xo, in which x_i is the row
+(normaliser lse_i), and ox, in which it is the column (normaliser lse_j). So xx, qk alone, and qk
+with kq are one pass each, and nothing needs atomics: the gradient is Σ_o Σ_j [(S − P)^xo_ij + (S −
+P)^ox_ji] o_j.
 
-What bounds both on an H100 or H200 at E = 6 or 16 is 2^x: 16 a clock and SM, against 128 other
-float operations and 1024 multiply-adds of bf16. So scores are in units of log2(e), and backward
-takes one 2^x per score and model instead of two: 2^(s − lse_i) + 2^(s − lse_j) = 2^(s − c) · (2^(c
-− lse_i) + 2^(c − lse_j)). That is as exact while a head's normalisers all lie within `_REACH` of c;
-a head where they don't takes both powers.
+On an H100 or H200 at E = 6 or 16, 2^x limits both kernels: a multiprocessor computes 16 per clock,
+against 128 other float operations and 1024 multiply-adds of bf16. So scores are in units of
+log2(e), and backward takes one 2^x per score and model instead of two: 2^(s − lse_i) + 2^(s −
+lse_j) = 2^(s − c) · (2^(c − lse_i) + 2^(c − lse_j)). That is equally exact while all normalisers of
+a head are within `_REACH` of c; for other heads both powers are computed.
 
 Legend: B sequences, T tokens, R relation heads, E width per relation head (padded to a power of
 two), P pairs, G tiles of a sequence, M tokens of the tile that a program owns, N of a tile that it
@@ -34,16 +35,16 @@ import triton.language as tl
 NO_PAIR = 15
 _NO_PAIR = tl.constexpr(NO_PAIR)
 _LN2 = tl.constexpr(0.6931471805599453)
-# Scores of tokens that don't see each other: finite, so that the difference of two is 0 and not
-# NaN.
+# The score of a hidden token: finite, so that the difference of two is 0 and not NaN.
 _HIDDEN = tl.constexpr(-1e30)
-# In log2: factors stay within 2^±60, products within 2^120, and what underflows was below 2^-66.
+# In log2: factors stay within 2^±60 and products within 2^120; only values below 2^-66 underflow.
 _REACH = tl.constexpr(60.0)
 
 
 class Model(NamedTuple):
-    """One model's tensors q, k and v, `[B, T, D]`, or None where no pair names them; `scale` is
-    log2(e) / √E.
+    """One model's tensors q, k and v, `[B, T, D]`; `scale` is log2(e) / √E.
+
+    A letter that no pair uses has another letter's tensor.
     """
 
     tensors: tuple[Any, ...]
@@ -53,11 +54,12 @@ class Model(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Who sees whom, int32 but for the shares; all but the shares are None where every token sees
-    the whole row.
+    """Which tokens attend to each other.
 
-    Keys are equal among tokens that see each other, and -1 on padding. A tile has a common key if
-    all its tokens have it, else -1; it may meet tiles `first_BG` to `end_BG`, without the last.
+    The shares are floating, all else is int32, and None if every token attends to its whole row.
+    Keys are equal among tokens that attend to each other, and -1 on padding. A tile has a common
+    key if all its tokens have that key, else -1. It meets the tiles from `first_BG` up to, but
+    without, `end_BG`.
     """
 
     share_BT: Any
@@ -72,8 +74,8 @@ def relation_forward(
     teacher: Model,
     student: Model,
     tokens: Tokens,
-    loss_PG: tl.tensor,  # out: a partial sum of each program
-    lse_2PBRT: tl.tensor,  # out: teacher's, student's, in log2; 0 on padding
+    loss_PG: tl.tensor,  # out: one partial sum per program
+    lse_2PBRT: tl.tensor,  # out: the teacher's and the student's, in log2; 0 on padding
     pair_codes: tl.tensor,  # a nibble per pair: 3 · first letter + second
     B: tl.tensor,
     T: tl.tensor,
@@ -83,6 +85,10 @@ def relation_forward(
     BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
 ) -> None:
+    """Compute the losses of all pairs and the normalisers of their rows.
+
+    The grid is (tiles · R · B, P).
+    """
     tile, head, sequence = _locate(T, R, BLOCK)
     pair = tl.program_id(1)
     code = _nibble(pair_codes, pair)
@@ -135,7 +141,7 @@ def relation_forward(
         max_s_M = new_max_s_M
 
     real_M = keys_M >= 0
-    sum_t_M = tl.where(real_M, sum_t_M, 1.0)  # 0 where no tile was met
+    sum_t_M = tl.where(real_M, sum_t_M, 1.0)  # it is 0 if no tile was met
     sum_s_M = tl.where(real_M, sum_s_M, 1.0)
     lse_t_M = max_t_M + tl.log2(sum_t_M)
     lse_s_M = max_s_M + tl.log2(sum_s_M)
@@ -158,12 +164,12 @@ def relation_backward(
     lse_2PBRT: tl.tensor,
     factor_2PBRT: tl.tensor,  # 2^(centre − lse)
     centre_2PBR: tl.tensor,
-    reach_2PBR: tl.tensor,  # how far lse goes from the centre
+    reach_2PBR: tl.tensor,  # the largest distance of lse from the centre
     weights_P: tl.tensor,  # relative to the largest
     grad_total: tl.tensor,
-    grads: Model,  # out: the student's, of its dtype
+    grads: Model,  # out: of the student's tensors, in their dtype
     letter_codes: tl.tensor,  # a nibble per letter that gets a gradient
-    # Nibble 3 · first letter + second: the number of that pair, or NO_PAIR.
+    # Nibble number 3 · first letter + second holds the number of that pair, or NO_PAIR.
     pair_numbers: tl.tensor,
     P: tl.tensor,
     B: tl.tensor,
@@ -173,8 +179,12 @@ def relation_backward(
     STUDENT_E: tl.constexpr,
     BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    BOOST: tl.constexpr,  # lifts S − P of fp16 out of the subnormals; `grads.scale` undoes it
+    BOOST: tl.constexpr,  # scales S − P of fp16 out of the subnormals; `grads.scale` undoes it
 ) -> None:
+    """Compute the gradients of the student's tensors.
+
+    The grid is (tiles · R · B, letters that get a gradient).
+    """
     tile, head, sequence = _locate(T, R, BLOCK)
     x = _nibble(letter_codes, tl.program_id(1))
     positions_M = tile * BLOCK + tl.arange(0, BLOCK)
@@ -193,7 +203,7 @@ def relation_backward(
             end = tl.where(as_columns, end, tl.minimum(end, tile + 1))
             first = tl.where(as_rows, first, tl.maximum(first, tile))
         end = tl.where(as_rows | as_columns, end, first)
-        # A pair that is not wanted borrows the other's normalisers, with weight 0.
+        # A pair that is not requested uses the other's normalisers, with weight 0.
         row_pair = tl.where(as_rows, xo, tl.where(as_columns, ox, 0))
         column_pair = tl.where(as_columns, ox, row_pair)
         row_weight = tl.where(as_rows, tl.load(weights_P + row_pair) * BOOST, 0.0)
@@ -250,7 +260,7 @@ def relation_backward(
                     )
                 t_MN = t_MN * teacher.scale - centre_t
                 s_MN = s_MN * student.scale - centre_s
-                # A score that neither direction sees may lie far above: 0 · ∞ would be NaN.
+                # A score that is hidden in both directions may be very large: 0 · ∞ would be NaN.
                 if CAUSAL:
                     t_MN = _at_most(t_MN, 2 * _REACH)
                     s_MN = _at_most(s_MN, 2 * _REACH)
@@ -258,8 +268,8 @@ def relation_backward(
                 s_MN = tl.exp2(s_MN) * (row_factor_s + column_factor_s)
                 gradient_MN = s_MN - t_MN
             else:
-                # A direction that is not wanted has borrowed normalisers, which its scores may
-                # exceed by far: none.
+                # A pair that is not requested has the other's normalisers, which its scores may far
+                # exceed. A normaliser of +1e30 makes its exponentials 0.
                 wanted_M = positions_M < tl.where(as_rows, T, 0)
                 wanted_N = positions_N < tl.where(as_columns, T, 0)
                 lse_t_M = tl.load(
@@ -299,8 +309,9 @@ def relation_backward(
 
 @triton.jit
 def _locate(T: tl.tensor, R: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """Return a program's tile, head and sequence; tiles of one head are neighbours, they share its
-    columns in cache.
+    """Return a program's tile, head and sequence.
+
+    Tiles of one head are adjacent, because they share its columns in cache.
     """
     tiles = tl.cdiv(T, BLOCK)
     program = tl.program_id(0)
@@ -317,15 +328,13 @@ def _index(
     head: tl.tensor,
     R: tl.tensor,
 ) -> tl.tensor:
-    """Return where in `[2, P, B, R]` something is."""
+    """Return the index of an entry in `[2, P, B, R]`."""
     return (((model * P + pair) * B + sequence) * R + head).to(tl.int64)
 
 
 @triton.jit
 def _centre(centre: tl.tensor, reach: tl.tensor, row: tl.tensor, column: tl.tensor) -> tl.tensor:
-    """Return the rows' centre, the columns' factors' correction to it, and whether factors are
-    exact with it.
-    """
+    """Return the rows' centre, the correction of the columns' factors, and if both are exact."""
     apart = tl.load(centre + row) - tl.load(centre + column)
     near = (tl.load(reach + row) <= _REACH) & (tl.load(reach + column) + tl.abs(apart) <= _REACH)
     return tl.load(centre + row), tl.exp2(apart), near
@@ -333,17 +342,19 @@ def _centre(centre: tl.tensor, reach: tl.tensor, row: tl.tensor, column: tl.tens
 
 @triton.jit
 def _at_most(exponent: tl.tensor, bound: tl.constexpr) -> tl.tensor:
-    """Return the exponent cut at `bound`; NaN stays NaN, which `minimum` does not promise."""
+    """Return the exponent limited to `bound`; unlike `minimum`, this keeps NaN."""
     return tl.where(exponent > bound, bound, exponent)
 
 
 @triton.jit
 def _nibble(codes: tl.tensor, index: tl.tensor) -> tl.tensor:
+    """Return the nibble at `index`, the lowest first."""
     return ((tl.cast(codes, tl.int64) >> (4 * index)) & 15).to(tl.int32)
 
 
 @triton.jit
 def _pick(of_letters: tl.tensor, letter: tl.tensor) -> tl.tensor:
+    """Return the entry of a letter from a tuple for q, k and v."""
     return tl.where(letter == 0, of_letters[0], tl.where(letter == 1, of_letters[1], of_letters[2]))
 
 
@@ -351,7 +362,7 @@ def _pick(of_letters: tl.tensor, letter: tl.tensor) -> tl.tensor:
 def _head(
     model: Model, letter: tl.tensor, sequence: tl.tensor, head: tl.tensor, E: tl.constexpr
 ) -> tl.tensor:
-    """Return the pointer to a head of a sequence's first token, and the stride between tokens."""
+    """Return a pointer to a head of a sequence's first token, and the stride between tokens."""
     start = sequence * _pick(model.strides_B, letter).to(tl.int64) + head * E
     return _pick(model.tensors, letter) + start, _pick(model.strides_T, letter)
 
@@ -365,7 +376,7 @@ def _load_tile(
     E: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Load a head of a tile's tokens, `[BLOCK, padded E]`; zeros for padding, whatever it holds."""
+    """Load a head of a tile's tokens, `[BLOCK, padded E]`; padding gives zeros."""
     PADDED_E: tl.constexpr = max(16, triton.next_power_of_2(E))
     columns = tl.arange(0, PADDED_E)
     offsets = tl.arange(0, BLOCK)[:, None] * stride + columns[None, :]
@@ -388,9 +399,7 @@ def _load_keys(
 def _tiles_to_meet(
     tokens: Tokens, sequence: tl.tensor, tile: tl.tensor, T: tl.tensor, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Return the first tile that may hold tokens that this one's see, and the one after the
-    last.
-    """
+    """Return the first and the last + 1 tile that this tile's tokens may attend to."""
     first, end = 0, tl.cdiv(T, BLOCK)
     if tokens.keys_BT is not None:
         at = sequence * end + tile
@@ -407,7 +416,7 @@ def _may_hide(
     T: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Return whether some token of a tile may not see some token of another."""
+    """Return whether some token of a tile may not attend to some token of another."""
     may_hide = (other + 1) * BLOCK > T
     if tokens.keys_BT is not None:
         common = tokens.common_BG + sequence * tl.cdiv(T, BLOCK)

@@ -1,9 +1,9 @@
-"""Tile size, warps and pipeline stages of a kernel: a table, and on GPUs the fastest of it,
-measured once and kept.
+"""Choose a kernel's tile size, warps and pipeline stages: the fastest of a table, measured once.
 
-In: what tells launches apart (kernel, widths, dtypes, length) and a function that times one. Out: a
-`Launch`. The winners are kept in a JSON file in the user's cache folder, by GPU and Triton version,
-so that later runs use the same tiles and give the same bits.
+Inputs: what distinguishes launches (kernel, widths, dtypes, length) and a function that times one.
+Outputs: a `Launch`. Not handled here: running kernels (`relations.triton`). Winners are kept in a
+JSON file in the user's cache folder, by GPU and Triton version, so that later runs use the same
+tiles and give the same bits.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class Launch(NamedTuple):
-    """`block` tokens on either side of a tile; a program's warps, stages of its loads' pipeline,
-    registers a thread.
+    """Launch options: tokens on each side of a tile, and limits of a program.
+
+    `num_warps` and `num_stages` (of the load pipeline) are per program, `max_registers` per thread.
     """
 
     block: int
@@ -35,16 +36,16 @@ class Launch(NamedTuple):
 def candidates(kernel: str, width: int, in_float32: bool, length: int) -> list[Launch]:
     """List the launches worth trying, the default first.
 
-    A tile's scores and exponentials stay in registers: 64 × 64 on 4 warps take 32 a thread and
+    A tile's scores and exponentials stay in registers: 64 × 64 on 4 warps take 32 per thread and
     model. None of these spills registers at bf16 (few in causal backward), compiled for compute
     capability 8.0 and 9.0.
 
     Args:
         kernel: "forward" or "backward".
-        width: the wider model's head.
-        in_float32: a model is float32, so that its products are sums of float32 multiply-adds, on
-            no matrix unit.
-        length: tokens of a row; tiles of 64 would be mostly empty up to 32.
+        width: the wider model's head width.
+        in_float32: a model is float32, so its products are sums of float32 multiply-adds without
+            matrix units.
+        length: tokens of a row; up to 32, tiles of 64 would be mostly empty.
     """
     if in_float32:
         launches = (
@@ -63,7 +64,7 @@ def candidates(kernel: str, width: int, in_float32: bool, length: int) -> list[L
             Launch(32, 4, 2),
         ]
     else:
-        # Three programs to a multiprocessor instead of two.
+        # At most 168 registers, so that three programs fit a multiprocessor instead of two.
         launches = [
             Launch(64, 4, 2, 168),
             Launch(64, 4, 2),
@@ -82,8 +83,9 @@ class Winners:
         self._chosen: dict[str, Launch] = {}
 
     def choose(self, key: str, among: list[Launch], seconds: Callable[[Launch], float]) -> Launch:
-        """Return the launch kept under `key`; else time all (infinite: cannot run), keep the
-        fastest and return it.
+        """Return the launch kept under `key`, or time all, keep the fastest and return it.
+
+        A launch that cannot run takes infinite seconds.
         """
         if key not in self._chosen:
             kept = self._read().get(self._hardware, {}).get(key)
@@ -103,14 +105,14 @@ class Winners:
         try:
             return json.loads(self._file.read_text())
         except (OSError, ValueError):
-            return {}  # measured again
+            return {}  # launches are measured again
 
     def _keep(self, key: str) -> None:
         tree = self._read()
         tree.setdefault(self._hardware, {})[key] = list(self._chosen[key])
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            # Not by tempfile, whose files are private: the cache's mode follows the umask.
+            # Not by tempfile, whose files only the owner may read: the mode follows the umask.
             partial = self._file.with_name(f"{self._file.name}.{os.getpid()}")
             with contextlib.ExitStack() as stack:
                 stack.callback(partial.unlink, missing_ok=True)
@@ -124,13 +126,12 @@ class Winners:
 
 
 def cache_file() -> Path:
-    """Return where winners are kept: `scaledistill/launches.json` in the user's cache folder, if
-    there is a home.
+    """Return the file of the winners: `scaledistill/launches.json` in the user's cache folder.
+
+    Without a home it is in the folder for temporary files.
     """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except (
-        RuntimeError
-    ):  # no HOME, and no home in the passwd file, as in containers that run with any user id
+    except RuntimeError:  # no home in HOME or the passwd file: a container with an unknown user id
         folder = Path(tempfile.gettempdir())
     return folder / "scaledistill" / "launches.json"

@@ -1,1 +1,1 @@
-"""Files that survive crashes, locks, and remote stores read through a verified cache."""
+"""Durable files, file locks, and remote stores read through a verified cache."""

@@ -1,8 +1,7 @@
-"""Calls that may hang, such as those to a file system, made in a thread so that the caller does
-not.
+"""Make calls that may hang, such as those to a file system, in a thread.
 
-Inputs: functions, in order. Outputs: a future for each. What to do about one that takes long is
-left to the caller.
+Inputs: functions, in order. Outputs: a future for each. Not handled here: what to do about a call
+that takes long.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 
 class Background:
-    """Makes calls one after another, in the order in which they were submitted.
+    """Makes calls one after another in a thread, in the order of submission.
 
     The thread ends when there is nothing left to do, and is a daemon: unlike those of a
     `ThreadPoolExecutor`, a call that hangs does not keep the interpreter from exiting.
@@ -31,10 +30,10 @@ class Background:
     def submit(
         self, function: Callable[..., Any], *arguments: Any, patience: float = 0.0
     ) -> Future[Any]:
-        """Have a function called, and return its future.
+        """Queue a call and return its future.
 
         Args:
-            patience: wait so many seconds for it, unless an earlier call is not over yet.
+            patience: seconds to wait for the call, unless an earlier one is still running.
         """
         future: Future[Any] = Future()
         with self._lock:
@@ -58,12 +57,12 @@ class Background:
                 continue
             try:
                 result = function(*arguments)
-            except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            except BaseException as error:  # noqa: BLE001 - future.result() re-raises it
                 future.set_exception(error)
             else:
                 future.set_result(result)
 
 
 def ended(future: Future[Any], seconds: float) -> bool:
-    """Return whether a call is over, or will be within so many seconds."""
+    """Return whether a call is over, waiting up to `seconds` for it."""
     return bool(wait([future], seconds).done)

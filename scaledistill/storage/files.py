@@ -1,9 +1,11 @@
-"""Durable files: atomic replacement, fsync, hashes; locks, and folders that one process at a time
-may hold.
+"""Write files durably, lock them and hold folders for one process at a time.
 
-File systems differ in what they can do (Lustre mounted without flock, NFS without its lock service,
-CIFS, FUSE). What one cannot do is no failure: the run goes on without it, after one warning. What a
-disk refuses stays an `OSError`.
+Inputs: paths and contents. Outputs: files replaced atomically and flushed, hashes, locks. Not
+handled here: remote files (`storage.remote`).
+
+File systems differ in their abilities (Lustre mounted without flock, NFS without its lock service,
+CIFS, FUSE). A missing ability is not a failure: the run goes on without it, after one warning. A
+real disk error stays an `OSError`.
 """
 
 from __future__ import annotations
@@ -27,15 +29,14 @@ from scaledistill.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# EACCES: NFS, as fcntl(2) allows.
+# NFS may return EACCES, as fcntl(2) allows.
 LOCK_HELD_ELSEWHERE = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 NO_FOLDER_SYNC = NO_SYNC | {errno.EBADF, errno.EACCES, errno.EISDIR, errno.EPERM}
 
 _warned: set[str] = set()
-"""What this process has warned of: each ability that is missing is worth one line, not one a
-checkpoint."""
+"""The abilities this process has warned about: one line each, not one per checkpoint."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -57,7 +58,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON object, or None where there is no readable one."""
+    """Return a JSON object, or None if the file has no readable one."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -66,18 +67,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def is_path(name: str | Path) -> bool:
-    """Return whether a model's name can only be meant as a local folder, not as a name on the hub.
+    """Return whether a model's name can only mean a local folder, not a name on the hub.
 
-    Two parts may be either, also where a folder has the name of the hub's organisation.
+    A name of two parts may be either, even if there is a folder named like the organisation.
     """
     text = str(name)
     return isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
 
 
 def near_folder(name: str | Path) -> Path | None:
-    """Return the folder of nearly that path, each part of which may be misspelt; None if there is
-    none.
-    """
+    """Return a folder of nearly that path, any part of which may be misspelt; None if none."""
     path = Path(name).expanduser()
     found = Path(path.anchor)
     for part in path.parts[1 if path.anchor else 0 :]:
@@ -95,8 +94,9 @@ def near_folder(name: str | Path) -> Path | None:
 
 
 def no_such_folder(name: str | Path, remedy: str) -> str:
-    """Return that there is no such folder, with one of nearly that name, or else `remedy`, and
-    where it was sought.
+    """Return a message that there is no such folder.
+
+    It suggests a folder of nearly that name, or else `remedy`, and says where it looked.
     """
     near = near_folder(name)
     looked = (
@@ -108,8 +108,9 @@ def no_such_folder(name: str | Path, remedy: str) -> str:
 
 
 def set_default_mode(path: Path) -> None:
-    """Give a file the mode of a new one in its folder, by the umask; safetensors' own writer makes
-    private files.
+    """Give a file the mode that the umask gives new files in its folder.
+
+    safetensors' own writer makes files that only their owner may read.
     """
     probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
     probe.touch()
@@ -125,7 +126,7 @@ def sync(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        # A folder that may be written but not read.
+        # A folder may be writable but not readable.
         if error.errno in NO_FOLDER_SYNC and path.is_dir():
             return
         raise
@@ -138,8 +139,8 @@ def sync(path: Path) -> None:
 def flush(descriptor: int) -> None:
     """Flush an open file or folder to the disk, as far as its file system can.
 
-    Where a folder cannot be flushed, the renames in it are done all the same; only a power cut may
-    undo them.
+    If a folder cannot be flushed, its renames are done all the same; only a power cut may undo
+    them.
     """
     try:
         os.fsync(descriptor)
@@ -158,10 +159,10 @@ def flush(descriptor: int) -> None:
 
 
 def lock(descriptor: int, *, wait: bool = False) -> Literal["locked", "in use", "no locks"]:
-    """Lock an open file until it is closed; "in use" is never returned when this waits.
+    """Lock an open file until it is closed; with `wait`, never return "in use".
 
     Raises:
-        OSError: the disk failed; not where it has no locks.
+        OSError: the disk failed. A file system without locks is not an error.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -180,8 +181,9 @@ def lock(descriptor: int, *, wait: bool = False) -> Literal["locked", "in use", 
 
 
 def disk_remedy(error: Exception) -> str:
-    """Return what to do about a file that could not be written: an `OSError`, or one that a Rust
-    library passes on.
+    """Return the remedy for a file that could not be written.
+
+    `error` is an `OSError`, or one that a Rust library passes on in its text.
     """
     number = getattr(error, "errno", None)
     if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
@@ -196,6 +198,7 @@ def disk_remedy(error: Exception) -> str:
 
 
 def _warn_once(missing: str, error: OSError, consequence: str) -> None:
+    """Warn once per process about a missing ability."""
     if missing not in _warned:
         _warned.add(missing)
         log.warning("%s (%s): going on without; %s", missing, error.strerror, consequence)
@@ -212,12 +215,11 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
-    """Hold a folder while others that would hold it are refused; where there are no locks, nobody
-    is.
+    """Hold a folder and refuse it to other processes; without file locks, none is refused.
 
     Raises:
         ConfigError: another process holds it.
-        OSError: its lock file cannot be made.
+        OSError: its lock file cannot be created.
     """
     with (folder / ".lock").open("w") as file:
         if lock(file.fileno()) == "in use":

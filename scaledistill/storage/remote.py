@@ -1,7 +1,7 @@
-"""Files behind fsspec URLs: which URLs are allowed, small reads, changes, and a bounded, verified
-cache of whole files.
+"""Read files at fsspec URLs, directly or through a bounded, verified cache of whole files.
 
-Enters: URLs. Leaves: bytes and local paths. What a shard is, `data.manifest` knows.
+Inputs: URLs. Outputs: bytes, local paths, and changes to remote files. Only allowed kinds of URL
+are accepted. Not handled here: what a shard is (`data.manifest`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 
 def is_url(location: str) -> bool:
-    """Tell URLs from paths.
+    """Return whether a location is a URL rather than a path.
 
     Raises: ConfigError for URLs that are not allowed: other schemes (`pipe:` runs a shell) and
     those chained by `::`.
@@ -60,14 +60,17 @@ def is_url(location: str) -> bool:
 
 
 def read_bytes(url: str) -> bytes:
-    """Read a small file. Raises: DataError if it can't be read after some attempts."""
+    """Read a small file.
+
+    Raises: DataError if it can't be read after some attempts.
+    """
     return _retry(url, lambda files, path: files.cat_file(path))
 
 
 def read_first(urls: Sequence[str]) -> tuple[str, bytes]:
     """Read the first of some small files that exists; return its URL too.
 
-    Raises: DataError if none can be read, with what was wrong with the first.
+    Raises: DataError if none can be read, with the problem of the first.
     """
     failure: DataError | None = None
     for url in urls:
@@ -75,17 +78,14 @@ def read_first(urls: Sequence[str]) -> tuple[str, bytes]:
             return url, read_bytes(url)
         except DataError as error:
             failure = failure or error
-            # Object stores answer "forbidden" for a file that is not there where listing is not
-            # allowed.
+            # Without permission to list, object stores answer "forbidden" for a missing file.
             if not isinstance(error.__cause__, FileNotFoundError | PermissionError):
                 break
     raise failure or DataError("no files to read")
 
 
 def sizes(folder_url: str) -> dict[str, int] | None:
-    """List the files of a folder with their sizes in bytes; None over HTTP, which has no
-    listings.
-    """
+    """List a folder's files with their sizes in bytes; None over HTTP, which has no listings."""
     if folder_url.startswith("http"):
         return None
     listing = _retry(folder_url, lambda files, path: files.ls(path, detail=True))
@@ -97,21 +97,24 @@ def sizes(folder_url: str) -> dict[str, int] | None:
 
 
 def change(url: str, action: Callable[[Any, str], Result]) -> Result:
-    """Return `action(filesystem, path)`, retried; it must do no harm when it is done again.
+    """Return `action(filesystem, path)`, retried; repeating it must do no harm.
 
     Raises: DataError if it fails.
     """
 
     def fresh(files: Any, path: str) -> Result:
-        files.invalidate_cache()  # listings, which others and we ourselves change
+        files.invalidate_cache()  # cached listings are stale: this and other processes change files
         return action(files, path)
 
     return _retry(url, fresh)
 
 
 def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
-    """Call `action(filesystem, path)` until it succeeds, at most ATTEMPTS times, waiting twice as
-    long each time.
+    """Call `action(filesystem, path)` until it succeeds, at most ATTEMPTS times.
+
+    The wait doubles after each attempt.
+
+    Raises: DataError if every attempt failed, or at once if the file is missing or forbidden.
     """
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -125,10 +128,10 @@ def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
             ) from error
         except (FileNotFoundError, PermissionError) as error:
             raise DataError(
-                f"{url}: {type(error).__name__}; check the URL, the access rights and that what "
-                "wrote it finished"
+                f"{url}: {type(error).__name__}; check the URL, the access rights, and that the "
+                "program that wrote it finished"
             ) from error
-        except Exception as error:  # noqa: BLE001 - every file system has its own errors; the last one is raised below
+        except Exception as error:  # noqa: BLE001 - file systems differ in errors; the last is raised
             failure = error
             logger.warning(
                 "%s: attempt %d of %d failed: %s: %s",
@@ -144,37 +147,33 @@ def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
 
 
 class ShardCache:
-    """Whole files of URLs, named by their sha256, in one folder of at most `limit_bytes`; the least
-    recently used go.
+    """Whole remote files, named by their sha256, in one folder of at most `limit_bytes`.
 
-    Several processes of a host share the folder. A file is downloaded under a lock of its own,
-    checked, then renamed. The lock file's (sparse) size is the reservation of a download under way,
-    so that the bound holds for all processes together; it is removed when its holder is done, and
-    one without a holder, which a killed process leaves, by whoever comes across it. A file that is
-    evicted while it is read stays readable, because it is open.
+    The least recently used files are evicted. Several processes of a host share the folder. A file
+    is downloaded under a lock of its own, checked, then renamed. The (sparse) size of the lock file
+    reserves room for the running download, so that the bound holds for all processes together. The
+    holder removes its lock file at the end; one that a killed process left is removed by the next
+    process that meets it. A file that is evicted while it is read stays readable, because it is
+    open.
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = DEFAULT_BYTES) -> None:
         self._folder = folder
         self.limit_bytes = limit_bytes
         self.keep: frozenset[str] = frozenset()
-        """The sha256 of files in use or fetched ahead, which are the last to be evicted."""
+        """The sha256 of files in use or fetched ahead, which are evicted last."""
 
     @cached_property
     def folder(self) -> Path:
-        """The folder, made when it is first asked for: a run on local shards needs neither it nor a
-        home.
+        """The folder, created on first use: a run on local shards needs neither it nor a home.
 
-        Raises: ConfigError if it can't be made or written.
+        Raises: ConfigError if it can't be created or written.
         """
         folder = self._folder or DEFAULT_FOLDER
         try:
             folder = folder.expanduser()
             folder.mkdir(parents=True, exist_ok=True)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # RuntimeError: no HOME, and no home in the passwd file
+        except (OSError, RuntimeError) as error:  # RuntimeError: no home in HOME or the passwd file
             raise ConfigError(
                 f"data.cache_folder={folder} can't be made: {error}; name a folder that this user "
                 "may write"
@@ -187,15 +186,16 @@ class ShardCache:
         return folder
 
     def path(self, sha256: str) -> Path:
-        """Tell where a file's local copy is, or would be."""
+        """Return the path of a file's local copy, whether it exists or not."""
         return self.folder / f"{sha256}.tar"
 
     def open(self, url: str, *, num_bytes: int, sha256: str) -> int:
-        """Return a file descriptor of the local copy, downloading it first if need be. The caller
-        closes it.
+        """Return a file descriptor of the local copy, downloaded first if needed.
 
-        Raises: ConfigError if it is larger than the cache; DataError if it can't be had or isn't as
-        the manifest says.
+        The caller closes it.
+
+        Raises: ConfigError if the file is larger than the cache; DataError if it can't be
+        downloaded or differs from the manifest.
         """
         if num_bytes > self.limit_bytes:
             raise ConfigError(
@@ -210,12 +210,13 @@ class ShardCache:
         return descriptor
 
     def fetch(self, url: str, *, num_bytes: int, sha256: str) -> bool:
-        """Download a file ahead of its use, unless files to `keep` would have to go; return whether
-        it is there.
+        """Download a file ahead of its use; return whether it is there.
 
-        Raises: DataError if it can't be had or isn't as the manifest says.
+        It is not downloaded if files in `keep` would have to be evicted for it.
+
+        Raises: DataError if it can't be downloaded or differs from the manifest.
         """
-        # Other processes, which don't know what is kept here, go by the last use.
+        # Other processes do not know `keep` and evict by last use, so refresh it.
         for name in self.keep:
             with contextlib.suppress(OSError):
                 os.utime(self.path(name))
@@ -229,7 +230,7 @@ class ShardCache:
         with contextlib.suppress(FileNotFoundError):
             return _open_used(path)
         with _locked(path.with_suffix(".lock")) as lock:
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
                 return _open_used(path)
             if lock_file(lock) == "locked":
                 _remove_partials(path)
@@ -241,7 +242,7 @@ class ShardCache:
                 os.truncate(lock, 0)
 
     def _reserve(self, lock: int, num_bytes: int, *, evict_kept: bool = True) -> bool:
-        """Make room and reserve it; return False if that would take files to keep."""
+        """Make room and reserve it; return False if files in `keep` would have to be evicted."""
         while True:
             with _locked(self.folder / "cache.lock", remove=False):
                 locks = [
@@ -264,26 +265,26 @@ class ShardCache:
                     used -= size
                 if fits := used + num_bytes <= self.limit_bytes:
                     os.truncate(lock, num_bytes)
-            # Earlier versions left one a shard.
+            # Earlier versions left one lock file per shard.
             for path, size in itertools.islice(locks, MOST_REMOVED):
                 if not size:
                     _reserved_bytes(path)
             if fits:
                 return True
-            # Downloads under way fill the cache; they end, and then their files can be evicted.
+            # Running downloads fill the cache; once they end, their files can be evicted.
             time.sleep(0.05)
 
 
 def _open_used(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # another user's file, in a cache that several share
-        os.utime(descriptor)  # the use that "least recently used" goes by
+    with contextlib.suppress(OSError):  # another user's file in a shared cache
+        os.utime(descriptor)  # the last use, by which files are evicted
     return descriptor
 
 
 @contextlib.contextmanager
 def _locked(path: Path, *, remove: bool = True) -> Iterator[int]:
-    """Hold a lock file, made if need be; at the end it is removed, unless `remove` is off."""
+    """Hold a lock file, created if needed; remove it at the end unless `remove` is off."""
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -293,16 +294,17 @@ def _locked(path: Path, *, remove: bool = True) -> Iterator[int]:
         except BaseException:
             os.close(lock)
             raise
-        os.close(lock)  # whoever held it has removed it: another one stands there by now, or none
+        os.close(lock)  # its former holder removed it: try again with the path's current file
     try:
         yield lock
     finally:
         if remove:
             path.unlink(missing_ok=True)
-        os.close(lock)  # which unlocks it
+        os.close(lock)  # this unlocks it
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
+    """Return whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -310,8 +312,9 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _reserved_bytes(path: Path) -> int:
-    """Read the reservation of a lock file; remove both where its process is gone, with what that
-    had downloaded.
+    """Return the reservation of a lock file.
+
+    If its process is gone, remove the lock file and the process's partial download.
     """
     try:
         lock = os.open(path, os.O_RDWR)
@@ -324,7 +327,7 @@ def _reserved_bytes(path: Path) -> int:
             if size:
                 _remove_partials(path)
             path.unlink(missing_ok=True)
-        # Without locks nobody can say whether its process still lives.
+        # Without locks it is unknown whether its process is alive.
         return size if found == "in use" else 0
     finally:
         os.close(lock)
@@ -338,13 +341,13 @@ def _size(path: Path) -> int:
 
 
 def _remove_partials(path: Path) -> None:
-    """Remove what killed processes had downloaded of a file; its lock is held."""
+    """Remove a file's partial downloads by killed processes; the caller holds its lock."""
     for partial in path.parent.glob(f"{path.stem}*.partial"):
         partial.unlink(missing_ok=True)
 
 
 def _download(url: str, path: Path, num_bytes: int, sha256: str) -> int:
-    # Two write it where nothing locks.
+    # A name per process, because without file locks two processes may download the file.
     partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
 
     def get(files: Any, remote_path: str) -> int:

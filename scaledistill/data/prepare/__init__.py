@@ -1,1 +1,1 @@
-"""From text to shards: sources, compression, tokenisation, packing."""
+"""Make shards from text: read sources, decompress, tokenise, pack."""

@@ -1,7 +1,7 @@
-"""Tar archives of text, checked before webdataset reads them, because it ends quietly where they
-are damaged.
+"""Check tar archives of text before webdataset reads them, because it ignores damage.
 
-In: an open archive. Out: the number of its files, or a `DataError`.
+Inputs: an open archive. Outputs: the number of its files, or a `DataError`. Not handled here: the
+text of the members (`data.prepare.sources`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from scaledistill.errors import DataError
 
 
 def check_archive(path: Path, file: IO[bytes]) -> int:
-    """Walk the archive to its end mark and return how many files webdataset has to give.
+    """Walk the archive to its end mark and return how many files webdataset should yield.
 
-    tarfile, and so webdataset, takes a damaged header or a missing end for the end of the archive;
-    so what follows the last member must be the end mark: zeros alone, two blocks of them at least.
+    tarfile, and so webdataset, takes a damaged header or a missing end mark for the end of the
+    archive. So this function requires the end mark after the last member: at least two blocks, all
+    zeros.
 
     Raises:
         DataError: the archive is damaged or cut, or has members that are not plain files.
@@ -31,19 +32,17 @@ def check_archive(path: Path, file: IO[bytes]) -> int:
                 if problem := _member_problem(member):
                     raise DataError(
                         f"{path}: member {member.name!r} {problem}; expected plain files in "
-                        "folders of the archive, make it again from those"
+                        "folders of the archive: make it again from those"
                     )
                 if member.size > LARGEST_DOCUMENT_BYTES and member.name.lower().endswith(
                     (".txt", ".json")
                 ):
                     raise too_long(f"{path}, member {member.name!r}", "break it up")
-                # Names between double underscores are webdataset's own.
+                # webdataset skips names between double underscores, which are its own.
                 num_files += member.isreg() and not member.name.split("/")[0].startswith("__")
             end = archive.offset
-    except (
-        tarfile.TarError,
-        MemoryError,
-    ) as error:  # tarfile reads as many bytes as an extended header declares
+    # MemoryError: tarfile reads as many bytes as an extended header declares.
+    except (tarfile.TarError, MemoryError) as error:
         reason = str(error) or "a header declares more than memory holds"
         raise DataError(
             f"{path} is damaged or not a tar archive: {reason}; fetch or make it again"
@@ -66,11 +65,12 @@ def check_archive(path: Path, file: IO[bytes]) -> int:
 
 
 def _member_problem(member: tarfile.TarInfo) -> str | None:
-    """Say why a member is not read, if it isn't: nothing is unpacked here, but webdataset would
-    skip links silently.
+    """Return why a member cannot be read, or None.
+
+    Nothing is unpacked, so links do no harm, but webdataset would skip them silently.
     """
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return "has a name that leaves its folder"
-    if member.issparse():  # reads as zeros of any size that it declares
+    if member.issparse():  # it would read as zeros, as many as it declares
         return "is a sparse file"
     return None if member.isreg() or member.isdir() else "is not a plain file"

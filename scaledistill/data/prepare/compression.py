@@ -1,10 +1,9 @@
-"""Open a stored file: its bytes decompressed by suffix (.gz, .xz, .zst, .bz2), and what is read
-counted.
+"""Open a stored file, decompress it by suffix (.gz, .xz, .zst, .bz2) and count what is read.
 
-In: a path. Out: every byte that the file holds, or an error: a file may hold several streams (gzip
-calls them members, zstd frames) with padding between them where the format allows it, and nothing
-else. The readers of the standard library and of zstandard end quietly at some of what may follow
-the first stream.
+Inputs: a path. Outputs: every byte that the file holds, or an error. A file may hold several
+streams (gzip calls them members, zstd frames), with padding between them if the format allows it,
+and nothing else. The readers of the standard library and of zstandard silently ignore some of what
+may follow the first stream. Not handled here: the meaning of the bytes (`data.prepare.sources`).
 """
 
 from __future__ import annotations
@@ -27,16 +26,17 @@ from scaledistill.errors import DataError
 
 READ_BYTES = 1 << 20
 LARGEST_WINDOW_BYTES = 1 << 31
-"""zstd's own limit, of `zstd --long=31`."""
+"""The limit of zstd itself, reached with `zstd --long=31`."""
 
-_OUTPUT_BYTES = 1 << 20  # decompressed at a time: a few bytes may stand for gigabytes
-# Given to zstd at a time, for the same reason; it cannot be told a limit.
+_OUTPUT_BYTES = 1 << 20  # decompressed at a time: a few bytes may expand to gigabytes
+# Input given to zstd at a time, for the same reason: its output cannot be limited.
 _ZSTD_PIECE_BYTES = 1 << 13
 
 
 class StoredError(Exception):
-    """Compressed data cannot be read; the message goes on from the name of the file: "is damaged
-    …".
+    """Compressed data cannot be read.
+
+    The message continues a sentence that begins with the file's name: "is damaged …".
     """
 
 
@@ -46,7 +46,7 @@ def _damaged(reason: str) -> StoredError:
 
 @dataclass
 class ReadProgress:
-    """Bytes of the input files (as stored, compressed or not) read so far, for a display."""
+    """Bytes of the input files read so far, as stored, compressed or not; for a display."""
 
     done_bytes: int = 0
     total_bytes: int = 0
@@ -65,12 +65,11 @@ class _CountedFile(io.FileIO):
         return count
 
 
-# --- one stream
-#
+# --- one stream ---
 
 
 class _Decompressor(Protocol):
-    """One stream; the interface of `lzma.LZMADecompressor`."""
+    """The decompressor of one stream; the interface of `lzma.LZMADecompressor`."""
 
     @property
     def eof(self) -> bool: ...
@@ -82,10 +81,10 @@ class _Decompressor(Protocol):
 
 
 class _GzipMember:
-    """zlib's decompressor, which leaves input and output to its caller that the others keep."""
+    """zlib's decompressor with the buffering that the other decompressors do themselves."""
 
     def __init__(self) -> None:
-        # 16: with gzip's header and checksum.
+        # 16: expect gzip's header and checksum.
         self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
         self.needs_input = True
 
@@ -104,7 +103,7 @@ class _GzipMember:
 
 
 class _ZstdFrame:
-    """zstandard's decompressor, fed little by little because it gives all output at once."""
+    """zstandard's decompressor, fed in small pieces because it returns all output at once."""
 
     def __init__(self) -> None:
         self._frame = zstandard.ZstdDecompressor(
@@ -126,7 +125,7 @@ class _ZstdFrame:
         return self._frame.unused_data + self._left
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        self._header = (self._header + data)[:18]  # as long as a header gets
+        self._header = (self._header + data)[:18]  # the longest header
         data = self._left + data
         data, self._left = data[:_ZSTD_PIECE_BYTES], data[_ZSTD_PIECE_BYTES:]
         try:
@@ -148,31 +147,32 @@ class _ZstdFrame:
 
 
 def _zstd_window_bytes(header: bytes) -> int:
-    """Return the window of a frame; zstandard tells it of those alone that it can read (RFC 8878,
-    section 3.1.1.1).
+    """Return the window size of a frame (RFC 8878, section 3.1.1.1).
+
+    zstandard reports it only for frames that it can read.
     """
     descriptor = header[4]
     if not descriptor & 0x20:
         exponent, mantissa = header[5] >> 3, header[5] & 7
         return (8 + mantissa) << (10 + exponent) >> 3
-    # After the id of a dictionary comes the size of the content.
+    # A single-segment frame has no window field: its window is the content size, which follows the
+    # dictionary id.
     first = 5 + (0, 1, 2, 4)[descriptor & 3]
     return int.from_bytes(header[first : first + (1, 2, 4, 8)[descriptor >> 6]], "little")
 
 
-# --- all streams of a file
-# ------------------------------------------------------------------------------------------
+# --- all streams of a file ---
 
 
 @dataclass(frozen=True)
 class _Format:
     name: str
     stream: str
-    """What the format calls one stream."""
+    """The format's name for one stream."""
     magics: tuple[bytes, ...]
     start: Callable[[], _Decompressor]
     padding: int = 0
-    """Zero bytes may follow a stream in multiples of this; 0: none."""
+    """Zero bytes may follow a stream in multiples of this; 0 allows none."""
 
 
 _GZIP = _Format("gzip", "member", (b"\x1f\x8b",), _GzipMember, padding=1)
@@ -184,7 +184,7 @@ _ZSTD = _Format("zstd", "frame", (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), _ZstdFrame)
 _BZIP2 = _Format("bzip2", "stream", (b"BZh",), bz2.BZ2Decompressor)
 _FORMATS = {".gz": _GZIP, ".tgz": _GZIP, ".xz": _XZ, ".zst": _ZSTD, ".bz2": _BZIP2}
 COMPRESSIONS = tuple(suffix for suffix in _FORMATS if suffix != ".tgz")
-_MAGIC_BYTES = 6  # the longest
+_MAGIC_BYTES = 6  # the length of the longest magic
 
 
 class _Streams(io.RawIOBase):
@@ -198,7 +198,7 @@ class _Streams(io.RawIOBase):
         self._stored, self._format = stored, form
         self._stream: _Decompressor | None = None
         self._number = 0
-        # In the file: where the stream begins, what was read.
+        # Positions in the file: the first byte of the stream, the bytes read so far.
         self._first_byte = self._read_bytes = 0
         self._compressed = b""
         self._ready = memoryview(b"")
@@ -218,7 +218,7 @@ class _Streams(io.RawIOBase):
         return filled
 
     def _decompress(self) -> bool:
-        """Make some bytes ready; False at the end of the file."""
+        """Make some bytes ready; return False at the end of the file."""
         while not self._ready:
             self._stream = self._stream or self._next_stream()
             if self._stream is None:
@@ -227,13 +227,9 @@ class _Streams(io.RawIOBase):
             try:
                 output = self._stream.decompress(self._compressed, _OUTPUT_BYTES)
             except MemoryError as error:
-                raise _damaged(f"{self._where()}: it asks for more memory than there is") from error
-            except (
-                zlib.error,
-                lzma.LZMAError,
-                zstandard.ZstdError,
-                OSError,
-            ) as error:  # bz2 raises OSError
+                raise _damaged(f"{self._where()}: it needs more memory than there is") from error
+            # bz2 raises OSError.
+            except (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError) as error:
                 raise _damaged(f"{self._where()}: {error}") from error
             self._compressed = b""
             self._ready = memoryview(output)
@@ -245,7 +241,7 @@ class _Streams(io.RawIOBase):
         return True
 
     def _next_stream(self) -> _Decompressor | None:
-        """Go to the next stream, over padding; None at the end of the file."""
+        """Skip padding and start the next stream; return None at the end of the file."""
         num_zeros = 0
         while self._compressed or self._read():
             if not self._format.padding or not self._number or self._compressed[0]:
@@ -277,10 +273,10 @@ class _Streams(io.RawIOBase):
                 f"{first_byte}"
             )
         if not self._number:
-            return f"it begins with {found!r}, as no {self._format.name} file does"
+            return f"it begins with {found!r}, unlike any {self._format.name} file"
         return (
-            f"{found!r} follows {self._where()}, at byte {first_byte}, where the file or another "
-            f"{self._format.stream} should begin or end"
+            f"{found!r} follows {self._where()}, at byte {first_byte}, where the file should end "
+            f"or another {self._format.stream} begin"
         )
 
     def _where(self) -> str:
@@ -290,25 +286,24 @@ class _Streams(io.RawIOBase):
         )
 
     def _read(self) -> bool:
-        """Add a piece of the file to what is to be decompressed; False at its end."""
+        """Append a piece of the file to the compressed input; return False at the end."""
         piece = self._stored.read(READ_BYTES // 8)
         self._compressed += piece
         self._read_bytes += len(piece)
         return bool(piece)
 
 
-# --- files
-#
+# --- files ---
 
 
 @contextlib.contextmanager
 def open_stored(
     path: Path, progress: ReadProgress | None = None
 ) -> Iterator[io.BufferedReader[Any]]:
-    """Open for reading, decompressed by suffix.
+    """Open a file for reading, decompressed by suffix.
 
     Raises:
-        DataError: the file is compressed otherwise than its suffix says.
+        DataError: the file's compression is not the one of its suffix.
         StoredError: (while reading) the compressed data are damaged, cut short, or followed by
             something else.
     """
@@ -333,7 +328,7 @@ def decompressed(stored: IO[bytes], format_name: str) -> io.BufferedReader:
 
 
 def _check_suffix(path: Path, head: bytes, form: _Format | None) -> None:
-    """Compare the first bytes with the suffix."""
+    """Raise DataError if the first bytes contradict the suffix."""
     if form is not None and (not head or head.startswith(form.magics)):
         return
     found = content_of(head)
@@ -350,15 +345,16 @@ def _check_suffix(path: Path, head: bytes, form: _Format | None) -> None:
         )
     elif not any(magic.startswith(head[:_MAGIC_BYTES]) for magic in form.magics):
         raise DataError(
-            f"{path} is no {form.name} file: it begins with {head[:16]!r}; fetch it again, or give "
-            "it the suffix of what it is (.txt if it is plain text)"
+            f"{path} is not a {form.name} file: it begins with {head[:16]!r}; fetch it again, or "
+            "correct its suffix (.txt if it is plain text)"
         )
 
 
 @contextlib.contextmanager
 def seekable(path: Path, stream: IO[bytes]) -> Iterator[IO[bytes]]:
-    """The stream itself, or its decompressed copy on disk where going back would decompress
-    again.
+    """Yield the stream itself, or a decompressed copy on disk if it is compressed.
+
+    Seeking back in a compressed stream would decompress it again.
     """
     if path.suffix.lower() not in _FORMATS:
         yield stream

@@ -1,7 +1,7 @@
-"""What a file holds, told by its first bytes, where the name says nothing or something else.
+"""Recognise the content of a file by its first bytes, for suffixes that are missing or wrong.
 
-In: the first bytes of a file. Out: its kind with a remedy, or the form of JSON in it. Nothing is
-decided here: readers compare it with what they expect.
+Inputs: the first bytes of a file. Outputs: its kind with a remedy, or its form of JSON. Not handled
+here: the decision to refuse a file; readers compare the kind with what they expect.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import re
 from typing import Literal, NamedTuple
 
 HEAD_BYTES = 1 << 20
-"""So many bytes are enough to see whole lines of JSON in most files."""
+"""In most files this many bytes contain whole lines of JSON."""
 
 _LINES_LOOKED_AT = 100
-_MOST_NULS = 1 / 1000  # of the bytes; text from old scanners has one here and there
+_MOST_NULS = 1 / 1000  # of the bytes; text from old scanners has a few
 
 _KEY = r'"(?:[^"\\\n]|\\.){0,200}"\s*:'
 _OBJECT_START = re.compile(r"\s*\{[ \t]*" + _KEY)
@@ -22,7 +22,7 @@ _DOCUMENT_START = re.compile(r"(?:\[\s*)?\{\s*" + _KEY)
 
 
 class Content(NamedTuple):
-    """A kind of content, and what a person does about it who expected another one."""
+    """A kind of content, and the remedy for a user who expected another one."""
 
     name: str
     remedy: str
@@ -61,9 +61,9 @@ _MAGICS: tuple[tuple[bytes, Content], ...] = (
     (b"ARROW1\0\0", Content("an Arrow file", _CONVERT)),
     (b"\xff\xff\xff\xff", Content("an Arrow stream", _CONVERT)),
     (b"Obj\x01", Content("an Avro file", _CONVERT)),
-    (b"SQLite format 3\0", Content("an SQLite data base", _CONVERT)),
+    (b"SQLite format 3\0", Content("an SQLite database", _CONVERT)),
     (b"\x89HDF\r\n", Content("an HDF5 file", _CONVERT)),
-    (b"\x93NUMPY", Content("a NumPy array", "this tool makes token ids from text alone")),
+    (b"\x93NUMPY", Content("a NumPy array", "this tool makes token ids from text only")),
     (b"%PDF-", Content("a PDF document", _EXTRACT)),
     (b"{\\rtf", Content("an RTF document", _EXTRACT)),
     (b"WARC/1.", Content("WARC records", _EXTRACT)),
@@ -74,7 +74,7 @@ _MAGICS: tuple[tuple[bytes, Content], ...] = (
     (b"\xff\xfe", Content("UTF-16 text", "convert it first (iconv -f utf-16 -t utf-8)")),
     (b"\xfe\xff", Content("UTF-16 text", "convert it first (iconv -f utf-16 -t utf-8)")),
 )
-# A text, too, may begin with BZh.
+# Stricter than the magic bytes, because a text may begin with BZh too.
 _BZIP2 = re.compile(rb"BZh[1-9](?:1AY&SY|\x17\x72\x45\x38\x50\x90)")
 _MARKUP = (
     (re.compile(rb"<!doctype\s+html|<html[\s>]", re.IGNORECASE), HTML),
@@ -84,9 +84,7 @@ _MARKUP = (
 
 
 def content_of(head: bytes) -> Content | None:
-    """Name what the first bytes of a file are known to begin; None for text, JSON and what is not
-    known.
-    """
+    """Return the kind of content that starts with `head`; None for text, JSON and unknown kinds."""
     if head[257:262] == b"ustar":
         return TAR
     for magic, content in _MAGICS:
@@ -100,21 +98,21 @@ def content_of(head: bytes) -> Content | None:
 
 
 def binary_content(head: bytes) -> Content | None:
-    """Name what cannot be text for its many NUL bytes, if it is such."""
+    """Return a kind for bytes with too many NULs to be text, else None."""
     num_nuls = head.count(0)
     if not num_nuls or num_nuls < _MOST_NULS * len(head):
         return None
     return Content(
-        f"{num_nuls} NUL bytes among its first {len(head)}, as binary data or UTF-16 text do",
+        f"{num_nuls} NUL bytes among its first {len(head)}, like binary data or UTF-16 text",
         "convert it to UTF-8 text, or leave it out",
     )
 
 
 def json_form(head: bytes) -> Literal["lines", "array", "object"] | None:
-    """Tell JSON lines from one JSON array or object that spans lines; None for anything else.
+    """Tell JSON lines from one JSON array or object over several lines; None if neither.
 
-    A text may quote JSON, or begin with a JSON header: it is JSON lines only if most lines begin as
-    objects do, and one JSON value only if no text follows it.
+    A text may quote JSON or begin with a JSON header. So it is JSON lines only if most lines begin
+    like objects, and one JSON value only if no text follows it.
     """
     text = head.decode("utf-8", errors="replace").lstrip("\ufeff \t\r\n")
     if not text.startswith(("{", "[")) and "\n{" not in text[:HEAD_BYTES]:
@@ -129,7 +127,7 @@ def json_form(head: bytes) -> Literal["lines", "array", "object"] | None:
         return None
     try:
         _, end = json.JSONDecoder().raw_decode(text)
-    except (json.JSONDecodeError, RecursionError):  # cut at the end of the head, or damaged
+    except (json.JSONDecodeError, RecursionError):  # cut off at the end of the head, or damaged
         end = len(text)
     rest = text[end:].lstrip(" \t\r\n,")
     if rest and rest[0] not in "{[":

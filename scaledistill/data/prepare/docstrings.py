@@ -1,7 +1,8 @@
-"""The English docstrings of the installed packages: a text source that every machine has.
+"""Read the English docstrings of the installed packages, a text source that every machine has.
 
-In: folders of packages. Out: one document per module, sorted by package and path. Nothing is
-imported, only parsed; worker processes import this module, so it imports nothing heavy at the top.
+Inputs: folders of packages. Outputs: one document per module, sorted by package and path. Not
+handled here: tokenising (`data.prepare.text`). Packages are parsed and never imported. Worker
+processes import this module, so it imports nothing heavy at the top.
 """
 
 from __future__ import annotations
@@ -27,16 +28,15 @@ _SKIPPED_FOLDERS = {"__pycache__", "test", "tests", "testing", "_vendor", "vendo
 def installed_docs(
     map_function: MapFunction = map, folders: Sequence[Path] | None = None
 ) -> Iterator[str]:
-    """Yield the English docstrings of the installed packages, one document per module, sorted by
-    package and path.
+    """Yield the English docstrings of installed packages, one document per module.
 
-    Nothing is imported. Tests, tiny docstrings and repeated ones are left out. The log says how
-    many modules could not be parsed.
+    Documents are sorted by package and path. Nothing is imported. Tests, tiny docstrings and
+    repeated ones are left out. The number of modules that cannot be parsed is logged.
 
     Args:
-        map_function: like `map`; a parallel one makes this quicker (most of the time is Python's
+        map_function: like `map`; a parallel one is faster (most of the time is spent in Python's
             parser).
-        folders: where packages stand; by default every site-packages and dist-packages on
+        folders: folders of packages; by default every site-packages and dist-packages on
             `sys.path`.
     """
     if folders is None:
@@ -48,7 +48,7 @@ def installed_docs(
     modules: dict[str, str] = {}
     for folder in folders:
         for path in _module_paths(folder):
-            # The first on the path is the one that is imported.
+            # Of modules with one name, keep the first on the path: it is the one that is imported.
             modules.setdefault(os.path.relpath(path, folder), path)
     paths = [modules[name] for name in sorted(modules, key=lambda name: name.split(os.sep))]
     seen: set[bytes] = set()
@@ -84,9 +84,7 @@ def _module_paths(folder: Path) -> Iterator[str]:
 
 
 def _module_docstrings(paths: list[str]) -> list[list[str] | None]:
-    """Return the English docstrings of each module, in the order of the source; None where it
-    cannot be parsed.
-    """
+    """Return the English docstrings of each module in source order; None if it cannot be parsed."""
     found: list[list[str] | None] = []
     for path in paths:
         try:
@@ -95,7 +93,7 @@ def _module_docstrings(paths: list[str]) -> list[list[str] | None]:
                 found.append([])
                 continue
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # other people's invalid escapes
+                warnings.simplefilter("ignore")  # invalid escapes in other people's code
                 tree = ast.parse(source)
         except (OSError, SyntaxError, ValueError, RecursionError):
             found.append(None)
@@ -117,12 +115,13 @@ def _documented(
 
 
 def _is_english(text: str) -> bool:
-    """Tell long enough and mostly ASCII letters; a rule of thumb that drops tables, code and most
-    other languages.
+    """Return whether a text is long enough and consists mostly of ASCII letters.
+
+    A rule of thumb that drops tables, code and most other languages.
     """
     data = text.encode("ascii", "ignore")
     num_letters = len(data.translate(None, _NOT_LETTERS))
-    # No half of a surrogate pair.
+    # Lone surrogates cannot be encoded.
     is_unicode = text.isascii() or text.encode("utf-8", "ignore").decode() == text
     return (
         is_unicode

@@ -1,8 +1,9 @@
-"""Text to shards: documents in, a train and a held-out data set out.
+"""Make a train and a held-out data set of shards from documents.
 
-In: an iterator of documents, a tokenizer. Out: `OUTPUT/train` and, if asked for,
+Inputs: an iterator of documents, a tokenizer. Outputs: `OUTPUT/train` and, if requested,
 `OUTPUT/validation`, each complete with its manifest or absent. The bytes depend on the documents
-and the settings, not on the number of workers.
+and the settings, not on the number of workers. Not handled here: reading text
+(`data.prepare.sources`), packing (`data.prepare.text`).
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
 _CHUNK_CHARACTERS = PIECE_CHARACTERS
 _CHUNK_DOCUMENTS = 4096
 _ROWS_PER_BLOCK = 256
-# Enough to say that a tokenizer does not fit, before hours have passed.
+# Enough tokens to find, within minutes, that a tokenizer does not fit.
 _UNKNOWN_SAMPLE_TOKENS = 1_000_000
 
 
 @dataclass
 class ShardReport:
-    """What was read and written; `documents` counts the empty and the held-out ones too."""
+    """Counts of what was read and written; `documents` includes empty and held-out ones."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -57,16 +58,17 @@ class ShardReport:
 
     @property
     def splits(self) -> dict[str, PackCounts]:
-        """The counts of each data set by its folder's name."""
+        """The counts of each data set, keyed by its folder's name."""
         return {"train": self.train} | ({"validation": self.validation} if self.validation else {})
 
     @property
     def tokens(self) -> int:
-        """Tokens of text in all rows, without [CLS], [SEP] and padding."""
+        """The tokens of text in all rows, without [CLS], [SEP] and padding."""
         return sum(counts.tokens for counts in self.splits.values())
 
     @property
     def tokens_per_second(self) -> float:
+        """The tokens of text divided by the wall-clock seconds; 0 before any time was measured."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def measurements(self) -> list[dict[str, object]]:
@@ -117,16 +119,17 @@ def make_shards(
     Args:
         source: JSON-able description of the input, for the manifests.
         last_row: what happens to the last row if it is partial; either way it is counted.
-        held_out_fraction: share of the documents that go to `validation`, chosen by a hash of seed
-            and text, so that equal documents stay together; after `held_out_max_documents`
-            different ones the rest goes to `train`.
-        max_documents: stop after so many documents.
-        max_tokens: stop after the document that reaches so many tokens.
-        max_unknown_fraction: the largest share of unknown tokens in a data set, see
-            `too_many_unknown`; 1 accepts any. Checked once a million tokens are there, and at the
+        held_out_fraction: fraction of the documents that go to `validation`, chosen by a hash of
+            seed and text, so that equal documents stay together. After `held_out_max_documents`
+            distinct ones the rest goes to `train`.
+        max_documents: stop after this many documents.
+        max_tokens: stop after the document that reaches this many tokens.
+        max_unknown_fraction: the largest fraction of unknown tokens in a data set, see
+            `too_many_unknown`; 1 accepts any. Checked once a million tokens are packed, and at the
             end.
         rows_per_shard: a multiple of 256, or less than 256.
-        workers: processes that tokenise; one per available core if None, 0 for none but this one.
+        workers: processes that tokenise; one per available core if None, 0 to use this process
+            only.
         on_progress: called with the counts so far, several times a second.
 
     Raises:
@@ -198,7 +201,7 @@ def make_shards(
                 "this one's train; remove it, set held_out_fraction, or name another output folder"
             )
         num_to_hold_out = float("inf") if held_out_max_documents is None else held_out_max_documents
-        # So that a repetition after the last one still finds its equals.
+        # Documents equal to a held-out one are held out too, even after the limit is reached.
         held_out_keys: set[float] = set()
 
         if isinstance(documents, Generator):
@@ -258,7 +261,7 @@ def make_shards(
 
 
 def _first_and_last_kept(chunks: Iterator[list[str]], kept: list[list[str]]) -> Iterator[list[str]]:
-    """Pass chunks on; `kept` holds the last one, and the first."""
+    """Pass chunks on; `kept` holds the last and the first one."""
     first: list[str] = []
     for chunk in chunks:
         first = first or chunk
@@ -309,8 +312,8 @@ def _check_selection(
         )
     if held_out_max_documents is not None and not held_out_fraction:
         raise ConfigError(
-            f"held_out_max_documents={held_out_max_documents} without a held_out_fraction holds "
-            "nothing out; set both"
+            f"held_out_max_documents={held_out_max_documents} has no effect without a "
+            "held_out_fraction; set both"
         )
     limits = {
         "held_out_max_documents": held_out_max_documents,
@@ -325,7 +328,7 @@ def _check_selection(
 
 
 class _Piece(NamedTuple):
-    """What a piece of a long document needs to know of it."""
+    """What a piece carries of its long document."""
 
     key: float  # see EncodedDocuments
     is_last: bool
@@ -337,10 +340,10 @@ def _chunks(
     encoder: TextEncoder,
     pieces: deque[_Piece | None],
 ) -> Iterator[list[str]]:
-    """Group documents into pieces of work; how they are grouped does not change the result.
+    """Group documents into work items; the grouping does not change the result.
 
-    A long document becomes several: `pieces` gets an entry for each list that is yielded, None for
-    whole documents.
+    A long document becomes several items. `pieces` gets an entry for each list that is yielded:
+    None for whole documents.
     """
     chunk: list[str] = []
     num_characters = 0

@@ -1,7 +1,8 @@
-"""Input paths: each is a plain file that can be read, given once, and not empty; else it is refused
-by its own name.
+"""Check input paths before any work is done.
 
-In: paths as given or found by a pattern. Out: nothing, or a `DataError` before any work is done.
+Inputs: paths as given or as matched by a pattern. Outputs: none, or a `DataError` that names the
+first path that is not a readable plain file, is empty, or is given twice. Not handled here: what
+the files hold (`data.prepare.content`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from scaledistill.data.prepare.compression import COMPRESSIONS, StoredError, ope
 from scaledistill.errors import DataError
 
 _SHOWN_FILES = 5
-# Bytes: what compressors make of an empty file, with a long name in it.
+# Compressing an empty file gives at most this many bytes, a long file name included.
 _LARGEST_COMPRESSED_NOTHING = 512
 
 _SPECIAL_FILES = (
@@ -27,17 +28,18 @@ _SPECIAL_FILES = (
 
 
 def check_inputs(paths: Sequence[Path]) -> None:
-    """Check that every path is a readable file with something in it, and that none is there twice.
+    """Check that every path is a readable, non-empty file and that none is given twice.
 
     Raises:
-        DataError: the first that is not, or all the empty ones.
+        DataError: naming the first path that is not, or all the empty ones.
     """
     names: dict[object, Path] = {}
     empty = []
     for path in paths:
         status = _status(path)
         keys: list[object] = [path.resolve()]
-        if status.st_nlink > 1:  # the numbers alone are not unique on every file system
+        # Device and inode numbers are not unique on all file systems: use them for links only.
+        if status.st_nlink > 1:
             keys.append((status.st_dev, status.st_ino))
         for key in keys:
             if key in names:
@@ -56,7 +58,11 @@ def check_inputs(paths: Sequence[Path]) -> None:
 
 
 def _status(path: Path) -> os.stat_result:
-    """Return what the system says of a plain file."""
+    """Return the status of a plain file that may be read.
+
+    Raises:
+        DataError: it is missing, unreachable, special or not readable.
+    """
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -70,7 +76,7 @@ def _status(path: Path) -> os.stat_result:
         raise DataError(
             f"input file {str(path)!r} does not exist (looked in {Path.cwd()}); {remedy}"
         ) from error
-    except OSError as error:  # a folder that may not be entered, links in a circle, a name too long
+    except OSError as error:  # a folder without permission, a loop of links, a name too long
         raise DataError(
             f"input file {str(path)!r} cannot be reached: {error.strerror}; check the path"
         ) from error
@@ -96,7 +102,7 @@ def _twice(first: Path, second: Path) -> str:
 
 
 def _is_empty(path: Path, size: int) -> bool:
-    """Tell an empty file, and a compressed one of nothing; a damaged one is left to its reader."""
+    """Return whether a file, or its decompressed content, is empty; its reader reports damage."""
     if size == 0 or size > _LARGEST_COMPRESSED_NOTHING or path.suffix.lower() not in COMPRESSIONS:
         return size == 0
     try:

@@ -1,7 +1,7 @@
-"""An ordered map over spawned processes, for the making of shards.
+"""Map a function over items with spawned processes, in order.
 
-In: a picklable function and items. Out: results in the order of the items, whatever the number of
-workers.
+Inputs: a picklable function and items. Outputs: results in the order of the items, whatever the
+number of workers. Not handled here: what the function does.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def parallel_map(
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` in the order of the items, computed by spawned processes.
 
-    `function` is pickled once per worker. Few items are in flight, so `items` may be endless. Close
-    the generator (or let Ctrl-C through it) and the workers end.
+    `function` is pickled once per worker. Only a few items are in flight, so `items` may be
+    endless. The workers end when the generator is closed or Ctrl-C interrupts it.
 
     Args:
         workers: one per available core if None; 0 computes in this process.
@@ -56,7 +56,7 @@ def parallel_map(
             yield in_flight.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            f"a worker process (of {workers}) was killed, most often for lack of memory: each may "
+            f"a worker process (of {workers}) was killed, most likely for lack of memory: each may "
             "take 0.6 GB; use fewer --workers, or free memory"
         ) from error
     finally:
@@ -65,8 +65,9 @@ def parallel_map(
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold SIGINT back in this thread; processes started meanwhile never see it, so Ctrl-C is the
-    parent's alone.
+    """Block SIGINT in this thread.
+
+    Processes started meanwhile inherit the mask, so only the parent handles Ctrl-C.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -81,12 +82,12 @@ _worker_function: Callable[[Any], Any]
 def _start_worker(function: Callable[[Any], Any]) -> None:
     global _worker_function
     _worker_function = function
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core already
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """End this worker when the parent is gone; it would wait for work for ever."""
+    """End this worker when the parent is gone; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,9 +1,9 @@
-"""Text sources: files, WebDataset text shards and `datasets`.
+"""Read documents from text files, WebDataset text shards and `datasets`.
 
-In: paths or names. Out: iterators of documents (`str`), in an order that depends on the input
-alone. A source either gives every document, empty ones included, or raises a `DataError` that names
-file and line. Tokenising is left to `data.text`; the docstrings of installed packages are a source
-of their own, `data.docstrings`.
+Inputs: paths or names. Outputs: iterators of documents (`str`), in an order that depends on the
+input only. A source either yields every document, empty ones included, or raises a `DataError` that
+names file and line. Not handled here: tokenising (`data.prepare.text`), the docstrings of installed
+packages (`data.prepare.docstrings`).
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ _LINES_AT_ONCE = 4096
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
-    """Return the files that the paths and glob patterns (`**` too) name: in the given order, sorted
-    within a glob.
+    """Return the files named by paths and glob patterns (`**` too).
+
+    They come in the given order, sorted within a glob.
 
     Raises:
-        DataError: a pattern names nothing, a folder, a URL or what is no file, or a file is empty
-            or comes twice.
+        DataError: a pattern matches nothing, or names a folder, a URL or a special file, or a file
+            is empty or given twice.
     """
     paths: list[Path] = []
     for pattern in patterns:
@@ -93,10 +94,10 @@ def file_documents(
     split_by: SplitBy = "blank-line",
     progress: ReadProgress | None = None,
 ) -> Iterator[str]:
-    """Yield the documents of text, JSON-lines and Parquet files, told by their suffix, each plain
-    or compressed.
+    """Yield the documents of text, JSON-lines and Parquet files, plain or compressed.
 
-    A file without a suffix is read as JSON lines if it holds such, else as text.
+    The suffix determines the format. A file without one is read as JSON lines if it holds them,
+    else as text.
 
     Args:
         column: the key or column that holds the text in JSON lines and Parquet.
@@ -104,8 +105,8 @@ def file_documents(
             the file.
 
     Raises:
-        DataError: a file is missing, damaged, empty, not UTF-8, lacks the column, holds something
-            else than its suffix says or, told at once, has another suffix.
+        DataError: a file is missing, damaged, empty, not UTF-8, lacks the column or does not hold
+            what its suffix says. An unknown suffix is refused before any file is read.
     """
     for path in paths:
         _check_kind(path)
@@ -142,11 +143,10 @@ def file_documents(
 def webdataset_documents(
     paths: Sequence[Path], *, column: str = "text", progress: ReadProgress | None = None
 ) -> Iterator[str]:
-    """Yield the text of every sample of WebDataset tars: its `.txt` member, else key `column` of
-    its `.json` member.
+    """Yield the text of every sample of WebDataset tars.
 
-    Each archive is walked to its end mark first, because webdataset ends quietly at a damaged
-    header or a cut.
+    The text is the sample's `.txt` member, else key `column` of its `.json` member. Each archive is
+    walked to its end mark first, because webdataset silently stops at a damaged header or a cut.
 
     Raises:
         DataError: an archive is damaged or cut, or a sample has no such text.
@@ -165,7 +165,7 @@ def dataset_documents(
     """Yield one column of a `datasets` data set (a Hub name or a local folder), streamed.
 
     Raises:
-        DataError: the data set, configuration, split or column cannot be had.
+        DataError: the data set, configuration, split or column is not available.
     """
     import datasets
 
@@ -177,7 +177,7 @@ def dataset_documents(
             _offline_unless_reachable(name)
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         if column in (rows.column_names or []):
-            rows = rows.select_columns([column])  # of Parquet, nothing else is read then
+            rows = rows.select_columns([column])  # Parquet then reads nothing else
         for number, row in enumerate(rows, 1):
             where = f"{label}, row {number}"
             yield placed(_column_of(row, column, where), where)
@@ -197,10 +197,10 @@ def dataset_documents(
 
 
 def _read_every_byte() -> None:
-    """Let `datasets` decompress with our readers; those that fsspec has end quietly after a damaged
-    or a first stream.
+    """Make `datasets` decompress with this package's readers, for the whole process.
 
-    fsspec keeps its readers for the whole process; these read all that the others do.
+    fsspec's own readers silently stop after a damaged or a first stream. fsspec registers readers
+    process-wide; these read everything that its own can.
     """
     from fsspec.compression import register_compression
 
@@ -214,8 +214,9 @@ def _read_every_byte() -> None:
 
 
 def _offline_unless_reachable(name: str) -> None:
-    """Ask the Hub once: `load_dataset` would try for half a minute before it looks into its
-    cache.
+    """Switch `datasets` to its cache if the Hub cannot be reached.
+
+    `load_dataset` would retry for half a minute before it looks into the cache.
     """
     import datasets
     from huggingface_hub import snapshot_download
@@ -226,11 +227,10 @@ def _offline_unless_reachable(name: str) -> None:
     except LocalEntryNotFoundError:
         datasets.config.HF_HUB_OFFLINE = True
     except (HfHubHTTPError, HFValidationError):
-        pass  # load_dataset says it better
+        pass  # load_dataset has the better message
 
 
-# --- files
-#
+# --- files ---
 
 
 def _documents_of_files(
@@ -238,7 +238,7 @@ def _documents_of_files(
     documents: Callable[[Path, io.BufferedReader], Iterator[str]],
     progress: ReadProgress | None,
 ) -> Iterator[str]:
-    """Chain the documents of the files; turn what a damaged file raises into `DataError`."""
+    """Chain the documents of the files; turn errors of damaged files into `DataError`."""
     progress = progress or ReadProgress()
     progress.total_bytes = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
     for path in paths:
@@ -257,11 +257,11 @@ def _documents_of_files(
                 f"{path} cannot be read: {error.strerror or error}; check the file and the disk"
             ) from error
         if is_empty:
-            raise DataError(f"{path} holds no document; leave it out, or make it again")
+            raise DataError(f"{path} contains no text; remove it from the inputs, or make it again")
 
 
 def _kind(path: Path) -> str:
-    """The suffix that tells the format: the last one that is not a compression."""
+    """Return the suffix that determines the format: the last one that is not a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -269,12 +269,12 @@ def _kind(path: Path) -> str:
 
 
 def _check_kind(path: Path) -> None:
-    """Refuse what its suffix already tells."""
+    """Raise DataError for a file that can be refused by its suffix."""
     kind = _kind(path)
     if kind in _TAR:
         raise DataError(f"{path} is a tar archive; read WebDataset text shards with --wds")
     if kind == ".lzma":
-        raise DataError(f"{path} is named as {LZMA.name}, which is not read; {LZMA.remedy}")
+        raise DataError(f"{path} has the suffix of {LZMA.name}, which is not read; {LZMA.remedy}")
     if kind not in (*_TEXT, *_JSON_LINES, *_PARQUET):
         raise DataError(
             f"{path}: unknown suffix {kind!r}; expected {', '.join(filter(None, _TEXT))} or none "
@@ -284,8 +284,9 @@ def _check_kind(path: Path) -> None:
 
 
 def _check_content(path: Path, head: bytes, expected: Content | None) -> None:
-    """Refuse a file whose first bytes are known to be something else; None: text or JSON lines are
-    expected.
+    """Raise DataError if the first bytes are known to be of another kind.
+
+    `expected` None means text or JSON lines.
     """
     found = content_of(head)
     if found is None and expected is None:
@@ -303,13 +304,12 @@ def _json_in_another_form(path: Path, form: str | None, column: str) -> str:
         )
     expression = ".[]" if form == "array" else "."
     return (
-        f"{path} holds one JSON {form} that spans lines, not one JSON object a line; convert it to "
-        f"JSON lines (jq -c '{expression}')"
+        f"{path} holds one JSON {form} that spans lines, not one JSON object a line; convert it "
+        f"to JSON lines (jq -c '{expression}')"
     )
 
 
-# --- formats
-#
+# --- formats ---
 
 
 def _decode(data: bytes, where: str, first_line: int = 1) -> str:
@@ -347,8 +347,9 @@ def _text_documents(path: Path, stream: IO[bytes], split_by: SplitBy) -> Iterato
 
 
 def _groups_of_lines(path: Path, stream: IO[bytes]) -> Iterator[str]:
-    """Yield what stands between blank lines; a group of millions of lines is joined bit by bit, to
-    spare memory.
+    """Yield groups of lines between blank lines.
+
+    A group of millions of lines is joined bit by bit, to save memory.
     """
     joined: list[str] = []
     group: list[str] = []
@@ -424,7 +425,7 @@ def _parquet_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[s
                     f"{path}: no column {column!r} among {names}; name the text with --column"
                 )
             first = 1
-            # A row may be a book.
+            # Small batches, because a row may be a whole book.
             for batch in table.iter_batches(batch_size=128, columns=[column]):
                 for number, text in enumerate(batch.column(0).to_pylist(), first):
                     where = f"{path}, row {number}"
@@ -437,7 +438,7 @@ def _parquet_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[s
 
 
 def _tar_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
-    # Before the import, which reads it; ours alone opens files below.
+    # Set before the import, which reads it: webdataset must not open files or run commands itself.
     os.environ["WDS_SECURE"] = "1"
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -461,7 +462,7 @@ def _tar_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
                     )
         except (tarfile.TarError, ValueError) as error:
             raise DataError(
-                f"{path} is damaged or no WebDataset: {error.args[0]}; fetch or make it again"
+                f"{path} is damaged or not a WebDataset: {error.args[0]}; fetch or make it again"
             ) from error
     if num_members:
         raise DataError(

@@ -1,9 +1,9 @@
-"""Documents to packed rows of token ids: tokenizer, encoder and packer.
+"""Pack documents into rows of token ids: tokenizer, encoder and packer.
 
-In: documents (`str`) and a fast tokenizer. Out: full rows of ids with the bounds of every piece of
-a document in them. Reading text is left to `data.sources`, writing shards to `data.shards`, putting
-them together to `data.make`. Worker processes import this module, so it imports nothing heavy at
-the top.
+Inputs: documents (`str`) and a fast tokenizer. Outputs: full rows of ids with the bounds of every
+document's pieces. Not handled here: reading text (`data.prepare.sources`), writing shards
+(`data.shards`), the whole run (`data.prepare.make`). Worker processes import this module, so it
+imports nothing heavy at the top.
 
 Legend: N rows, T positions of a row, n tokens of a document.
 """
@@ -27,25 +27,23 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# Cases, accents, scripts, numbers and white space on which vocabularies with equal tokens but other
-# rules differ.
+# Cases, accents, scripts, numbers and white space that reveal different rules in tokenizers with
+# equal vocabularies.
 _PROBE = (
-    "The Quick brown fox's naïve café, 北京 Ünïversität: 3.14159 & 1,000\n\t  re-tokenised? (don't) "
-    "Привет x²=α"
+    "The Quick brown fox's naïve café, 北京 Ünïversität: 3.14159 & 1,000\n\t  re-tokenised? "
+    "(don't) Привет x²=α"
 )
 _HASHED_CHARACTERS = 1 << 20  # at a time
 
 
-# --- tokenizer
-#
+# --- tokenizer ---
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the sha256 of vocabulary, special ids and the ids of a probe text; the tokenizer is
-    left as it was.
+    """Return the sha256 of the vocabulary, the special ids and the ids of a probe text.
 
-    Truncation, padding and the version of the libraries do not enter: equal fingerprints mean equal
-    ids.
+    The tokenizer is not modified. Truncation, padding and library versions are excluded: equal
+    fingerprints mean equal ids.
 
     Raises:
         DataError: the tokenizer has no fast form.
@@ -66,25 +64,23 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 class Vocabulary(NamedTuple):
-    """What packing needs to know of a tokenizer."""
+    """The facts about a tokenizer that packing needs."""
 
     size: int
     cls_id: int
     sep_id: int
     pad_id: int
     unk_id: int | None = None
-    """What text outside the vocabulary becomes; None where all text is inside, as with byte-level
-    ones."""
+    """The id of text outside the vocabulary; None if there is no such text (byte-level ones)."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The smallest of uint16 and uint32 that holds every id."""
+        """The smaller of uint16 and uint32 that holds every id."""
         return np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
-        """Read the ids of [CLS], [SEP] and [PAD], whatever they are called here (RoBERTa: <s>,
-        </s>, <pad>).
+        """Read the ids of [CLS], [SEP] and [PAD], by whatever name (RoBERTa: <s>, </s>, <pad>).
 
         Raises:
             DataError: one of the three is missing.
@@ -94,7 +90,7 @@ class Vocabulary(NamedTuple):
         if missing:
             raise DataError(
                 f"tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)}; expected cls, "
-                "sep and pad tokens, because every document stands as [CLS] … [SEP] in its row: "
+                "sep and pad tokens, because every document is wrapped in [CLS] … [SEP]: "
                 "use the teacher's encoder tokenizer"
             )
         size = 1 + max(tokenizer.get_vocab().values())
@@ -102,8 +98,9 @@ class Vocabulary(NamedTuple):
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Return the id that the model gives to unknown text, whatever the tokenizer's other files call
-    unknown.
+    """Return the id that the tokenizer's model gives to unknown text.
+
+    The tokenizer's other files may name another token.
     """
     backend = tokenizer.backend_tokenizer
     model = json.loads(backend.to_str())["model"]
@@ -116,9 +113,7 @@ def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
 def unknown_words(
     tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], most: int = 5
 ) -> list[str]:
-    """Return a few different pieces of text that the tokenizer does not know, of at most 20
-    characters each.
-    """
+    """Return a few distinct unknown pieces of the texts, at most 20 characters each."""
     unknown, found = _unknown_id(tokenizer), dict[str, None]()
     for text in itertools.islice(texts, 1000):
         encoding = tokenizer.backend_tokenizer.encode(text[:10_000], add_special_tokens=False)
@@ -169,9 +164,14 @@ class TextEncoder:
         self._cutter: Cutter | None = None
 
     def __call__(self, documents: Sequence[str]) -> EncodedDocuments:
+        """Encode documents without special tokens and hash each one.
+
+        Raises:
+            DataError: the tokenizer cannot encode a document.
+        """
         try:
             encodings = self._backend.encode_batch_fast(documents, add_special_tokens=False)
-        except Exception as error:  # tokenizers has no class of its own
+        except Exception as error:  # tokenizers has no exception class of its own
             raise DataError(
                 f"the tokenizer cannot encode this text ({error}); check its vocabulary and "
                 "tokenizer.json"
@@ -184,16 +184,17 @@ class TextEncoder:
         )
 
     def key(self, document: str) -> float:
-        """Return the hash of seed and text, from 0 to below 1."""
+        """Return the hash of seed and text, in [0, 1)."""
         digest = hashlib.blake2b(digest_size=6, key=self._salt)
-        # A long document is not encoded whole.
+        # Piece by piece, so that no copy of a whole long document is made.
         for first in range(0, len(document), _HASHED_CHARACTERS):
             digest.update(document[first : first + _HASHED_CHARACTERS].encode())
         return int.from_bytes(digest.digest(), "little") / 2.0**48
 
     def pieces(self, document: str, where: str) -> Iterator[tuple[str, bool]]:
-        """Take a long document apart into pieces whose ids, one after the other, are its own; and
-        tell the last.
+        """Cut a long document; yield each piece and whether it is the last.
+
+        The ids of the pieces, joined, are those of the document.
 
         Raises:
             DataError: there is no place to cut it; the message begins with `where`.
@@ -203,14 +204,14 @@ class TextEncoder:
         return self._cutter.pieces(document, where)
 
 
-# --- packer
-#
+# --- packer ---
 
 
 @dataclass
 class PackCounts:
-    """What went into the rows. `tokens` are tokens of text, without [CLS], [SEP] and padding;
-    `unknown` are [UNK].
+    """Counts of the packed rows.
+
+    `tokens` are tokens of text, without [CLS], [SEP] and padding; `unknown` are [UNK].
     """
 
     documents: int = 0
@@ -222,20 +223,23 @@ class PackCounts:
 
     @property
     def unknown_fraction(self) -> float:
-        """The share of the tokens that are unknown."""
+        """The fraction of the tokens that are unknown."""
         return self.unknown / self.tokens if self.tokens else 0.0
 
 
 class Packer:
-    """Pack documents one after the other into full rows and hand the rows to `write` in blocks.
+    """Pack documents one after another into full rows and pass them to `write` in blocks.
 
-    Every piece of a document stands as [CLS] … [SEP]; what does not fit goes on in the next row.
-    One or two positions left at the end of a row cannot hold a piece (three are needed), so they
-    are padded, and counted in `padding`.
+    Every piece of a document is wrapped in [CLS] … [SEP]; what does not fit continues in the next
+    row. One or two positions left at the end of a row cannot hold a piece (three are needed), so
+    they are padded, and counted in `padding`.
 
     Args:
         write: called with ids [N, T] and the pieces, int64 [pieces, 3]: row in this call, start,
             end (exclusive).
+
+    Raises:
+        ConfigError: `sequence_length` is below 3.
     """
 
     def __init__(
@@ -248,21 +252,20 @@ class Packer:
     ) -> None:
         if sequence_length < 3:
             raise ConfigError(
-                f"sequence_length={sequence_length} holds no [CLS] token [SEP]; use 3 or more, for "
-                "instance 512"
+                f"sequence_length={sequence_length} is too short for [CLS] token [SEP]; use 3 or "
+                "more, for example 512"
             )
         self.counts = PackCounts()
         self._write = write
         self._vocabulary = vocabulary
         self._shape = (rows_per_write, sequence_length)
         self._row = self._column = 0
-        self._is_inside = False  # of a document whose end has not come yet
+        self._is_inside = False  # a document whose end has not come yet
         self._held_n = np.empty(0, vocabulary.dtype)
         self._start_block()
 
     def add(self, ids_n: np.ndarray, *, is_end: bool = True) -> None:
-        """Append one document, given by its token ids without special tokens; one without tokens
-        adds nothing.
+        """Append one document's token ids, without special tokens; an empty document adds nothing.
 
         Args:
             is_end: False if more ids of the document follow in the next call.
@@ -280,7 +283,8 @@ class Packer:
                 self._end_row()
                 continue
             if not is_end and len(ids_n) - start < space - 2:
-                self._held_n = ids_n[start:]  # the row's piece goes on
+                # More ids of this document may belong to the row's piece: wait for them.
+                self._held_n = ids_n[start:]
                 return
             length = min(space - 2, len(ids_n) - start)
             row_T, first, last = self._ids_NT[self._row], self._column, self._column + length + 1
@@ -293,9 +297,7 @@ class Packer:
             start += length
 
     def finish(self, last_row: Literal["pad", "drop"]) -> None:
-        """Pad or drop the last row if it is partial (3 positions or more are free), and write what
-        is left.
-        """
+        """Pad or drop a partial last row (3 positions or more are free), and write what is left."""
         if self._column and last_row == "drop" and self._shape[1] - self._column >= 3:
             while self._pieces and self._pieces[-1][0] == self._row:
                 _, start, end = self._pieces.pop()
