@@ -434,9 +434,9 @@ def test_disk_too_small(
 def test_run_folder_that_is_a_file(tiny_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     [line] = problems_of(tiny_config(run={"folder": str(tmp_path / "file" / "run")}), DataError)
-    assert (
-        line
-        == f"run.folder={tmp_path}/file/run: {tmp_path}/file is not a folder to write to; set another folder"
+    assert line == (
+        f"run.folder={tmp_path}/file/run: {tmp_path}/file is not a folder to write to; set another "
+        "folder"
     )
 
 
