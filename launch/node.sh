@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Distil on all GPUs of this machine: launch/node.sh --config FILE [options of launch/distill.py]
 #
-# The same command resumes. Stop it with a file named STOP in the run's folder.
+# Rerun the same command to resume. To stop the run, create a file named STOP in the run folder.
 #
-# NUM_PROCESSES   ranks (default: one a GPU); 2 or so on a machine without GPUs
+# NUM_PROCESSES   number of ranks (default: one per GPU); about 2 on a machine without GPUs
 # MASTER_PORT     port of the ranks' store (default: a free one)
 
 set -euo pipefail

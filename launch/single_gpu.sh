@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Distil on one GPU: launch/single_gpu.sh [options of launch/distill.py]
 #
-# Takes configs/large_to_l6_a6000.json (a 48 GB card, the optimizer's state in host memory) unless --config names
-# another. The same command resumes. CUDA_VISIBLE_DEVICES=1 takes another GPU than the first.
+# The default configuration is configs/large_to_l6_a6000.json (for a 48 GB card, with the optimizer
+# state in host memory); --config names another. CUDA_VISIBLE_DEVICES=1 selects the second GPU.
+# Rerun the same command to resume.
 #
 # MASTER_PORT   port of the ranks' store (default: a free one)
 

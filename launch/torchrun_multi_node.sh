@@ -1,33 +1,37 @@
 #!/usr/bin/env bash
-# Distil on several nodes: run on each of them, with the same variables:
-#   HEAD_ADDRESS=node1 NUM_NODES=2 launch/torchrun_multi_node.sh --config FILE [options of launch/distill.py]
+# Distil on several nodes; run it on each node with the same variables:
+#   HEAD_ADDRESS=node1 NUM_NODES=2 launch/torchrun_multi_node.sh --config FILE \
+#     [options of launch/distill.py]
 #
-# The nodes meet at the head. Where a process dies, all are started again and go on from the last checkpoint; with a
-# range of nodes also without a node that is gone, or with one that came back, as long as train.global_batch_size
-# divides. The same command resumes. Under Kubeflow's torch runtime its PET_ variables serve as defaults.
+# The nodes rendezvous at the head. If a process dies, all processes are restarted and resume from
+# the last checkpoint. With a range of nodes the run also continues without a lost node, or with one
+# that has returned, if train.global_batch_size can be divided among the ranks. Rerun the same
+# command to resume. Under Kubeflow's torch runtime, its PET_ variables are the defaults.
 #
 # HEAD_ADDRESS    name or address of one of the nodes
-# NUM_NODES       nodes, or MIN:MAX (default: 1)
-# NUM_PROCESSES   ranks on each node (default: auto, one a GPU)
-# MASTER_PORT     port of the meeting at the head, the same for all (default: 29500)
+# NUM_NODES       number of nodes, or MIN:MAX (default: 1)
+# NUM_PROCESSES   ranks per node (default: auto, one per GPU)
+# MASTER_PORT     rendezvous port on the head, the same on all nodes (default: 29500)
 # MAX_RESTARTS    restarts before the job fails (default: 3)
-# JOB_ID          name of the job, the same for all (default: distill)
-# LOCAL_ADDRESS   this node's address for the others (default: that of the interface which leads to the head)
+# JOB_ID          name of the job, the same on all nodes (default: distill)
+# LOCAL_ADDRESS   this node's address, as seen by the other nodes
+#                 (default: that of the interface used to reach the head)
 
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 help_if_asked "$@"
 
 HEAD_ADDRESS=${HEAD_ADDRESS:-${PET_MASTER_ADDR:-}}
-[[ $HEAD_ADDRESS ]] || fail "HEAD_ADDRESS is not set; give the name or address of one of the nodes, see --help"
+[[ $HEAD_ADDRESS ]] ||
+  fail "HEAD_ADDRESS is not set; give the name or address of one of the nodes, see --help"
 MASTER_PORT=${MASTER_PORT:-${PET_MASTER_PORT:-29500}}
 
-# torchrun would tell by the host's name whether it is the head, and announce that name: both fail where the name leads
-# to another interface or to 127.0.1.1.
+# torchrun would compare the host's name to find out whether it is the head, and announce that name.
+# Both fail if the name resolves to another interface or to 127.0.1.1.
 found=$(python - "$HEAD_ADDRESS" "$MASTER_PORT" <<'PYTHON'
 import socket, sys, time
 head, port = sys.argv[1:]
-for attempt in range(60):  # a pod's name may be known a little later than the pod itself
+for attempt in range(60):  # a pod's name may resolve a little later than the pod starts
     try:
         family, kind, _, _, address = socket.getaddrinfo(head, int(port), type=socket.SOCK_DGRAM)[0]
         break
@@ -35,7 +39,10 @@ for attempt in range(60):  # a pod's name may be known a little later than the p
         if attempt == 59:
             sys.exit(f"HEAD_ADDRESS={head} is not known here: {error}")
         if attempt == 0:
-            print(f"HEAD_ADDRESS={head} is not known here yet; trying for two minutes", file=sys.stderr)
+            print(
+                f"HEAD_ADDRESS={head} is not known here yet; trying for two minutes",
+                file=sys.stderr,
+            )
         time.sleep(2)
 with socket.socket(family, kind) as probe:
     try:
@@ -54,30 +61,37 @@ PYTHON
 ) || exit 2
 read -r is_head own_address <<<"$found"
 
-# torchrun ends in a traceback where something else holds the port of the meeting.
+# torchrun ends in a traceback if another process has the rendezvous port.
 if [[ $is_head == true ]] && ! free_port "$MASTER_PORT" only >/dev/null 2>&1; then
-  echo "torchrun_multi_node.sh: port $MASTER_PORT of this machine is in use; unless another node of this job that runs" \
-    "here holds it, set MASTER_PORT to a free one, the same for all nodes" >&2
+  echo "torchrun_multi_node.sh: port $MASTER_PORT of this machine is in use; unless another node" \
+    "of this job runs here and uses it, set MASTER_PORT to a free one, the same on all nodes" >&2
 fi
 
-# Where the link to the head is cut, torchrun waits in a call to it until the kernel gives up, a quarter of an hour later,
-# and does not see that its ranks have left: ranks that nobody collects tell.
-agent=$$ # this shell becomes it
+# If the link to the head is cut, torchrun blocks in a call to it until the kernel gives up after 15
+# minutes, and does not notice that its ranks have ended. Ranks that stay zombies show that.
+agent=$$ # `exec` below turns this shell into torchrun
 (
   own=$BASHPID seconds=0
-  while sleep 1 && [[ $(ps -o ppid= -p "$own") -eq $agent ]]; do # it has another parent once torchrun is gone
-    if [[ $(ps -o stat= --ppid "$agent") == *Z* ]]; then seconds=$((seconds + 1)); else seconds=0; fi
+  # Once torchrun has ended, this subshell has another parent.
+  while sleep 1 && [[ $(ps -o ppid= -p "$own") -eq $agent ]]; do
+    if [[ $(ps -o stat= --ppid "$agent") == *Z* ]]; then
+      seconds=$((seconds + 1))
+    else
+      seconds=0
+    fi
     if ((seconds >= 60)); then
-      echo "torchrun_multi_node.sh: ranks ended ${seconds} s ago and torchrun does not answer: ending it" >&2
+      echo "torchrun_multi_node.sh: ranks ended ${seconds} s ago and torchrun does not respond:" \
+        "killing it" >&2
       kill -KILL "$agent"
     fi
   done
 ) >/dev/null &
 
-# Else all starts of a job share one store, in which ranks find the addresses of those that are gone.
+# Otherwise all restarts of a job share one store, where ranks find the addresses of ended ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-exec torchrun --nnodes "${NUM_NODES:-${PET_NNODES:-1}}" --nproc-per-node "${NUM_PROCESSES:-${PET_NPROC_PER_NODE:-auto}}" \
+exec torchrun --nnodes "${NUM_NODES:-${PET_NNODES:-1}}" \
+  --nproc-per-node "${NUM_PROCESSES:-${PET_NPROC_PER_NODE:-auto}}" \
   --max-restarts "${MAX_RESTARTS:-3}" --rdzv-backend c10d --rdzv-id "${JOB_ID:-distill}" \
   --rdzv-endpoint "$HEAD_ADDRESS:$MASTER_PORT" --rdzv-conf "is_host=$is_head" \
   --local-addr "${LOCAL_ADDRESS:-$own_address}" "$root/launch/distill.py" "$@"

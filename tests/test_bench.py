@@ -107,8 +107,11 @@ def test_step_beside_a_peer(
         return figures[f"step/4x16/{name}"]["value"]
 
     assert figures["step/4x16/bertdistiller_tokens_per_second"] == {
-        "name": "step/4x16/bertdistiller_tokens_per_second", "value": 64.0, "unit": "tokens/s", "n": 2
-    }  # fmt: skip
+        "name": "step/4x16/bertdistiller_tokens_per_second",
+        "value": 64.0,
+        "unit": "tokens/s",
+        "n": 2,
+    }
     assert value("bertdistiller_peak_memory_bytes") == 1000
     assert value("peak_memory_bytes") > 1e8
     assert value("speedup_vs_bertdistiller") == pytest.approx(
@@ -140,7 +143,7 @@ def test_step_beside_a_peer(
             "0.1.0 2.0 4.57.6",
             "has bertdistiller, torch, transformers ['0.1.0', '2.0', '4.57.6']; expected 0.1.1",
         ),
-        (None, "name its folder by --peer-venv, or measure without it: --no-peer"),
+        (None, "set its folder with --peer-venv, or measure without bertdistiller: --no-peer"),
     ],
 )
 def test_no_peer(

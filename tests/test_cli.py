@@ -112,7 +112,10 @@ try:
     main(sys.argv[1:])
 except SystemExit:
     pass
-heavy = {"torch", "transformers", "deepspeed", "numpy", "datasets", "rich", "accelerate", "matplotlib", "pyarrow"}
+heavy = {
+    "torch", "transformers", "deepspeed", "numpy", "datasets", "rich", "accelerate", "matplotlib",
+    "pyarrow",
+}
 sys.stderr.write(" ".join(sorted(heavy & set(sys.modules))))
 """
 
@@ -315,8 +318,8 @@ def test_validate_says_that_the_folder_is_in_use(
         captured = capsys.readouterr()
         assert "DeepSpeed ZeRO-2, 1 rank" in captured.out
         assert (
-            "in use by a running process (pid 17 on node1, running, step 3 of 6); this "
-            "configuration" in captured.err
+            "in use by a running process (pid 17 on node1, running, step 3 of 6); wait "
+            "until it has ended" in captured.err
         )
     assert main(["--config", str(config_file()), "--validate"]) == 0
 

@@ -84,7 +84,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("relations.pairs", {"qx": 1.0}, r"unknown pair 'qx', expected some of qq, qk"),
         ("relations.pairs", {"qq": 0.0}, r"no pair has a weight above 0"),
         ("students", {}, r"students has 0 entries"),
-        ("students", {"a b": BASE["students"]["l3"]}, r"students\.a b: a name has letters"),
+        ("students", {"a b": BASE["students"]["l3"]}, r"students\.a b: use only letters"),
         ("students.l3.layer_map", [1, 2, 3], r"layer_map is read only with init='teacher'"),
         (
             "engine.fsdp",
@@ -187,7 +187,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="found a JSON list, expected an object"):
         load_config(tmp_path / "list.json")
     (tmp_path / "twice.json").write_text('{"run": {}, "run": {}}')
-    with pytest.raises(ConfigError, match="the key 'run' stands twice"):
+    with pytest.raises(ConfigError, match="the key 'run' occurs twice"):
         load_config(tmp_path / "twice.json")
 
 

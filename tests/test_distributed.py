@@ -284,7 +284,8 @@ def test_a_port_that_is_in_use(environment: dict[str, str]) -> None:
         with (
             pytest.raises(
                 DataError,
-                match=rf"^port {port} on \S+, where .* is in use by another process\. .* --master_port",
+                match=rf"^port {port} on \S+, where .* is in use by another process\. "
+                ".* --master_port",
             ),
             process_group(60),
         ):

@@ -104,8 +104,8 @@ def test_an_evaluation_that_cannot_be_is_told_before_the_run(
                 "students": {"teacher": {}},
             },
             "evaluation: seeds has 1 more than once; name it once\n"
-            "evaluation: include_teacher needs the name 'teacher' in the tables; call the student "
-            "otherwise\n"
+            "evaluation: include_teacher needs the name 'teacher' in the tables; give the student "
+            "another name\n"
             r"evaluation: max_length=600 \(RTE\) is more than the \d+ positions of the student "
             r"teacher; set max_length",
         ),
@@ -131,7 +131,7 @@ def test_an_evaluation_stops_and_goes_on(make_tree: Callable[..., dict[str, Any]
     tree = make_tree()
     folder = Path(tree["run"]["folder"])
     stopped, went_on, broken = run_ranks(stop_and_go_on, 1, tree)[0]
-    words = f"; its evaluation was stopped (found {folder}/STOP); rerun the same command to resume"
+    words = f"; the evaluation was stopped (found {folder}/STOP); rerun the same command to resume"
     assert (stopped["state"], stopped["exit_code"]) == ("stopped", 75)
     assert stopped["message"].endswith(words)
     assert (went_on["state"], went_on["exit_code"]) == ("done", 0)

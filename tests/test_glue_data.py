@@ -176,7 +176,8 @@ def test_the_hub_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(
-        DataError, match=r"cannot be had from the hub \(no route\).* folder with the original files"
+        DataError,
+        match=r"cannot be loaded from the hub \(no route\).* folder with the original files",
     ):
         read_split(TASKS["rte"], "dev", None)
 
@@ -347,7 +348,7 @@ def test_squad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", lambda name, split: Dataset.from_dict(columns))
     assert read_split(squad, "dev", None) == found
     squad_file(tmp_path, start=5)
-    with pytest.raises(DataError, match=r"question q1: answer 'cat' does not stand at character 5"):
+    with pytest.raises(DataError, match=r"question q1: answer 'cat' is not at character 5"):
         read_split(squad, "dev", tmp_path)
     path.write_text('{"data": [{}]}')
     with pytest.raises(

@@ -237,7 +237,7 @@ def test_the_same_cell_gives_the_same_scores_and_divergence_fails(
     assert detailed["epochs"] == mine["epochs"], "scoring in between changes nothing"
     assert detailed["predictions_sha256"] == mine["predictions_sha256"]
     assert "epoch 1" in error
-    assert "not finite; a lower learning rate than 1e+30 may do" in error
+    assert "not finite; try a lower learning rate than 1e+30" in error
 
 
 def contents(output: Path) -> dict[Path, tuple[int, bytes]]:
@@ -334,7 +334,7 @@ def test_a_killed_worker_is_a_failed_cell(
     outcome = run_grid({"tiny": str(model)}, changed, tmp_path, on_update=on_update)
     [(cell, error)] = outcome.failures.items()
     assert cell.seed == 2
-    assert error == "the worker process ended: SIGKILL, as when memory runs out"
+    assert error == "the worker process ended: SIGKILL, often because memory ran out"
     assert [cell.seed for cell in outcome.finished] == [1, 3]
     assert "(2 of 3)" in (tmp_path / "summary.md").read_text()
     monkeypatch.undo()
@@ -404,8 +404,8 @@ def test_interrupted_twice_it_ends_with_the_same_numbers(
         if kill == signal.SIGINT:
             assert process.returncode == 130, words
             assert (
-                f"glue: interrupted; what is finished stays in {output}; rerun the same command to "
-                "resume" in words
+                f"glue: interrupted; finished cells are kept in {output}; rerun the same command "
+                "to resume" in words
             )
             assert not is_running(workers[0])
         deadline = time.monotonic() + 10

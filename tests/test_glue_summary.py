@@ -121,7 +121,7 @@ def test_the_tables(output: Path) -> None:
         "| student-1 | 22.7 M | 71.5 ±0.5 | none finished | none finished | 71.0 ±0.0 (1 of 2) |"
         in text
     )
-    assert "- Average: over CoLA matthews, RTE accuracy; never WNLI, by custom." in text
+    assert "- Average: over CoLA matthews, RTE accuracy; WNLI is excluded, as is usual." in text
     assert "**Not finished: 3 cells**" in text
     assert "- student-1 rte 1e-05 × 3 seed 2: out of memory\n" in text
     assert "- student-1 mrpc 1e-05 × 3 seed 1: not run yet\n" in text
@@ -190,7 +190,7 @@ def test_conditions_are_said(output: Path) -> None:
         in text
     )
     assert (
-        "- At most 24 training rows a task, the same ones for all (cut: CoLA, MRPC, RTE, WNLI)."
+        "- At most 24 training rows per task, the same ones for all (cut: CoLA, MRPC, RTE, WNLI)."
         in text
     )
 
@@ -231,7 +231,7 @@ def test_nothing_at_all(output: Path) -> None:
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"has no grid.json; expected a folder that a GLUE grid was written to"
+        DataError, match=r"has no grid.json; expected the output folder of a GLUE grid"
     ):
         summary_of(tmp_path)
 

@@ -29,11 +29,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(
-    model: Path,
-    data: Path,
+    model: Path,  # noqa: F811
+    data: Path,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: Any,  # noqa: F811
+    monkeypatch: Any,
 ) -> Run:
     """Run the tool with a stub of fine-tuning; keywords add or, with None, remove options."""
     monkeypatch.setattr(worker_module, "COMMAND", glue_stub.COMMAND)
@@ -169,12 +169,12 @@ def test_quick_settings_give_way_to_what_is_said(run: Run, tmp_path: Path) -> No
         (
             {"tasks": "cola stsb"},
             [],
-            "tasks: 'cola stsb' is no task; write cola,stsb on the command line",
+            "tasks: 'cola stsb' is not a task; write cola,stsb on the command line",
         ),
         (
             {"tasks": "all"},
             [],
-            "tasks: 'all' is no task; name them all: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte",
+            "tasks: 'all' is not a task; name them all: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte",
         ),
         (
             {},
@@ -254,9 +254,9 @@ def test_two_models_of_one_name(run: Run, model: Path) -> None:  # noqa: F811
 
 def test_every_wrong_model_and_task_is_named_at_once(
     run: Run,
-    model: Path,
-    data: Path,
-    tmp_path: Path,  # noqa: F811
+    model: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     untokenized = copy(model, tmp_path / "untokenized", "tokenizer*", "special*")
     bare = copy(model, tmp_path / "bare", "config.json")
@@ -283,11 +283,11 @@ def test_every_wrong_model_and_task_is_named_at_once(
     assert not out
     for expected in (
         "model untokenized=.* has no tokenizer; copy tokenizer.json and tokenizer_config.json "
-        "there from the model",
+        "there from the original model",
         "model bare=.* has no config.json; give the folder that save_pretrained wrote",
         r"model pickled=.* has pickled weights only \(pytorch_model.bin\)",
         r"model cut=.*: model.safetensors cannot be read \(.*\); fetch the model again",
-        "model larger=.*: its tokenizer has 200 tokens, the model 150; they do not belong together",
+        "model larger=.*: its tokenizer has 200 tokens, the model 150; they do not match",
         "model untokenised=.*: no such folder; did you mean .*/untokenized?",
         "model name 'w rong': expected letters, digits",
         r"has no folder for RTE \(found: CoLA, MNLI, STS-B\)",
@@ -313,11 +313,11 @@ def test_every_wrong_model_and_task_is_named_at_once(
 )
 def test_wrong_data(
     run: Run,
-    data: Path,
+    data: Path,  # noqa: F811
     tmp_path: Path,
     file: str,
     content: str | None,
-    message: str,  # noqa: F811
+    message: str,
 ) -> None:
     folder = copy(data, tmp_path / "glue")
     (folder / "CoLA" / file).unlink()
@@ -330,9 +330,9 @@ def test_wrong_data(
 
 def test_the_speed_of_models(
     run: Run,
-    model: Path,
+    model: Path,  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(speed_module, "TOKENS", 16)
     monkeypatch.setattr(speed_module, "ROUND_SECONDS", 0.0)

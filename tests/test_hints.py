@@ -30,7 +30,7 @@ RESUME = "rerun the same command: it resumes from the newest checkpoint in run.f
         (["--every_steps=5"], "type --set checkpoint.every_steps=5 or --set logging.every_steps=5"),
         (
             ["--per_gpu_train_batch_size", "8"],
-            "type --set train.micro_batch_size=…, the sequences of a rank's forward",
+            "type --set train.micro_batch_size=…, the sequences per forward of a rank",
         ),
         (
             ["--report_to", "wandb"],

@@ -99,7 +99,8 @@ def test_tasks_of_srun_that_do_not_know_of_each_other(changes: dict[str, str]) -
     os.environ.update({**STEP, **changes})
     with pytest.raises(
         ConfigError,
-        match=r"^this is one of 2 tasks of `srun`.*: each would be .* launch/slurm\.sbatch .*torchrun",
+        match=r"^this is one of 2 tasks of `srun`.*: "
+        r"each would be .* launch/slurm\.sbatch .*torchrun",
     ):
         launcher_facts()
 

@@ -405,11 +405,12 @@ def test_slurm_decides_by_status_json(
     broken = job(FAIL_AT=0, FAIL_CODE=3)
     assert "ended with code 3, status.json: failed, step 0: lost a rank" in broken
     assert slurm.requeued() == [], "no progress"
-    assert "queued again: it broke after step 2" in job(FAIL_AT=2, FAIL_CODE=3)
+    assert "requeued: it failed after step 2" in job(FAIL_AT=2, FAIL_CODE=3)
     assert slurm.requeued() == again
     capped = job(restarts=50, FAIL_AT=3, FAIL_CODE=3)
     assert (
-        "queued again 50 times already (MAX_REQUEUES); sbatch the same command to go on" in capped
+        "already requeued 50 times (MAX_REQUEUES); rerun the same sbatch command to resume"
+        in capped
     )
     assert "status.json: failed, step 4" in job(FAIL_AT=4, FAIL_CODE=2)
     (folder / "STOP").touch()
@@ -472,8 +473,8 @@ class TwoHosts:
     def open(self) -> None:
         for name in self.names:
             ip("netns", "add", name)
-        ip("link", "add", self.links[0], "netns", self.names[0], "type", "veth", "peer", "name", self.links[1],
-           "netns", self.names[1])  # fmt: skip
+        first = ("link", "add", self.links[0], "netns", self.names[0], "type", "veth")
+        ip(*first, "peer", "name", self.links[1], "netns", self.names[1])
         for name, link, address in zip(self.names, self.links, self.addresses, strict=True):
             ip("-n", name, "address", "add", f"{address}/24", "dev", link)
             ip("-n", name, "link", "set", "lo", "up")

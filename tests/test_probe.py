@@ -100,7 +100,7 @@ def test_wrong_options_say_what_to_type(
             parse(["--model", str(tiny_teacher), *arguments])
         return capsys.readouterr().err
 
-    assert "--probe stsb goes without --tasks" in told("--probe", "stsb", "--tasks", "stsb")
+    assert "--probe stsb excludes --tasks" in told("--probe", "stsb", "--tasks", "stsb")
     assert "--tasks is missing (or --probe stsb" in told()
     assert "choose from" in told("--probe", "rte")
     missing = ["--probe", "stsb", "--model", f"none={tmp_path}", "--data-dir", str(tmp_path)]

@@ -48,7 +48,7 @@ def test_a_cell_with_other_settings_replaces_the_old_one(tmp_path: Path) -> None
 def test_a_result_changed_by_hand_is_noticed(tmp_path: Path) -> None:
     path = Results(tmp_path).put("models/a", {"tokens": 1}, {"loss": 1.25}, 1)
     path.write_text(path.read_text().replace("1.25", "1.15"))
-    with pytest.raises(DataError, match="is not what was measured: its content has the hash"):
+    with pytest.raises(DataError, match="was changed after the measurement: its content has"):
         Results(tmp_path)
 
 
@@ -57,7 +57,7 @@ def test_two_files_of_one_cell_are_refused(tmp_path: Path) -> None:
     kept = first.read_text()
     Results(tmp_path).put("models/a", {"tokens": 2}, {"loss": 0.5}, 1)
     first.write_text(kept)
-    with pytest.raises(DataError, match="are of one cell"):
+    with pytest.raises(DataError, match="are results of the same cell"):
         Results(tmp_path)
 
 

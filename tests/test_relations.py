@@ -412,13 +412,18 @@ def step(B, T, backend, *pairs):
     teacher = QKV(*(torch.randn(B, T, 1024) for _ in range(3)))
     student = QKV(*(torch.randn(B, T, 384, requires_grad=True) for _ in range(3)))
     before = status_bytes("VmRSS")
-    loss = relation_loss(teacher, student, num_heads=64, pairs=dict.fromkeys(pairs, 1.0), backend=backend)
+    weights = dict.fromkeys(pairs, 1.0)
+    loss = relation_loss(teacher, student, num_heads=64, pairs=weights, backend=backend)
     loss.total.backward()
     return status_bytes("VmHWM") - before
 
 for backend in ("sdpa", "reference"):
     step(1, 8, backend, "qq", "kk", "vv")
-print(json.dumps({"sdpa": step(4, 512, "sdpa", "qq", "kk", "vv"), "reference": step(2, 512, "reference", "qq")}))
+bytes_of = {
+    "sdpa": step(4, 512, "sdpa", "qq", "kk", "vv"),
+    "reference": step(2, 512, "reference", "qq"),
+}
+print(json.dumps(bytes_of))
 """
 
 

@@ -28,9 +28,10 @@ from scaledistill.training.step import StepResult, forward_loss, train_step, val
 
 # What makes the host wait for a GPU: values, or shapes that depend on them.
 READS = {
-    Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.nonzero, Tensor.unique, Tensor.masked_select,
-    Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.is_nonzero, Tensor.equal,
-    torch.nonzero, torch.unique, torch.masked_select, torch.is_nonzero, torch.equal, torch.allclose,
+    Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.nonzero, Tensor.unique,
+    Tensor.masked_select, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__,
+    Tensor.is_nonzero, Tensor.equal, torch.nonzero, torch.unique, torch.masked_select,
+    torch.is_nonzero, torch.equal, torch.allclose,
 }  # fmt: skip
 PACKAGE = str(Path(scaledistill.__file__).parent)
 

@@ -554,7 +554,7 @@ def train_in_documented_order(folder: Path, how: str) -> dict[str, Any]:
         try:
             MiniLMTrainer(model=AutoModel.from_pretrained(RECORDED / "student"), **options)
         except ConfigError as error:
-            refused = str(error).partition(" was built in parts")[0]
+            refused = str(error).partition(" was partitioned")[0]
     shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "shapes": shapes, "refused": refused}

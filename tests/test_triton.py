@@ -494,12 +494,14 @@ def compile_only(self, *args, **options):
 triton.runtime.driver.set_active(Driver())
 triton.JITFunction.run = compile_only
 for teacher_E, student_E, dtype, T, keyed, causal in cases:
+    real = getattr(torch, dtype)
     models = [
-        QKV(*torch.zeros(1, T, 6 * E, dtype=getattr(torch, dtype), requires_grad=True).chunk(3, dim=-1))
+        QKV(*torch.zeros(1, T, 6 * E, dtype=real, requires_grad=True).chunk(3, dim=-1))
         for E in (teacher_E, student_E)
     ]
     mask = torch.ones(1, T, dtype=torch.bool) if keyed else None
-    request = spec.check_request(*models, 2, {"qq": 1.0, "kk": 1.0, "vv": 1.0}, mask, None, None, causal)
+    pairs = {"qq": 1.0, "kk": 1.0, "vv": 1.0}
+    request = spec.check_request(*models, 2, pairs, mask, None, None, causal)
     fused.triton_loss(*models, request)[0].backward()
 found = []
 for kernel in kernels:

@@ -1,5 +1,6 @@
-"""Measure how fast one process reads shards: order, block reads, crc, gather, conversion to int64,
-prefetch thread.
+"""Measure how fast one process reads shards.
+
+The measured work: order, block reads, crc, gather, conversion to int64, prefetch thread.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ SEQUENCE_LENGTHS = (128, 512)
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--tokens",
@@ -31,19 +33,20 @@ def parse_arguments() -> argparse.Namespace:
         help="tokens of a micro-batch (default: %(default)s)",
     )
     parser.add_argument(
-        "--repeats", type=int, default=5, help="epochs measured, each by a new reader (default: 5)"
+        "--repeats", type=int, default=5, help="measured epochs, each by a new reader (default: 5)"
     )
     parser.add_argument(
-        "--folder", type=Path, help="make the temporary shards here: the disk to measure"
+        "--folder", type=Path, help="create the temporary shards here, on the disk to measure"
     )
     parser.add_argument(
-        "--warm", action="store_true", help="leave the files in the page cache between the repeats"
+        "--warm", action="store_true", help="keep the files in the page cache between the repeats"
     )
     add_options(parser)
     return parser.parse_args()
 
 
 def main() -> int:
+    """Measure, publish the report and return the exit code."""
     options = parse_arguments()
 
     import numpy as np
@@ -66,6 +69,7 @@ def main() -> int:
         return writer.close()
 
     def forget(folder: Path) -> None:
+        # Drop the files from the page cache, so that the next epoch reads from the disk.
         for path in folder.iterdir():
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,9 +1,8 @@
-"""bertdistiller for tools/bench_step.py: its virtual environment, and, run inside it, its own
-trainer as a worker.
+"""bertdistiller for tools/bench_step.py: its virtual environment, and its trainer as a worker.
 
-It needs transformers < 5, hence the environment. The worker is its `MiniLMTrainer` under
-`Trainer.train` with nothing logged or saved; one turn is one pass of that loop, from fetching the
-batch to behind the optimizer's step.
+bertdistiller needs transformers < 5, hence its own environment, in which this file runs as the
+worker. The worker runs its `MiniLMTrainer` under `Trainer.train` without logging or saving. One
+turn is one pass of that loop, from fetching the batch to the end of the optimizer step.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 
 VERSION = "0.1.1"
 VARIANTS = {"bertdistiller": False, "bertdistiller_bf16": True}
-"""By the name in the figures: whether it runs under bf16 autocast."""
+"""By the name in the figures, whether it runs under bf16 autocast."""
 QUERY = (
     "from importlib.metadata import version as v; print(*map(v, ('bertdistiller', 'torch', "
     "'transformers')))"
@@ -32,26 +31,26 @@ class PeerError(RuntimeError):
 
 
 def our_torch() -> str:
-    """Return our torch's version, without its build: the peer is measured on the same."""
+    """Return our torch's version without its build; bertdistiller is measured with the same."""
     return version("torch").partition("+")[0]
 
 
 def default_environment() -> Path:
-    """Return the folder of the virtual environment where the user names none."""
+    """Return the default folder of the virtual environment."""
     return Path(f"~/.cache/scaledistill/bertdistiller-{VERSION}-torch-{our_torch()}").expanduser()
 
 
 def ready_python(folder: Path) -> Path:
-    """Return the interpreter of the virtual environment in `folder`, made or completed first where
-    it has to be.
+    """Return the interpreter of the virtual environment in `folder`, creating it if necessary.
 
     Raises:
-        PeerError: it cannot be had, or holds other versions.
+        PeerError: it cannot be created, or has other versions.
     """
     python = folder / "bin" / "python"
     if _versions(python) is None:
         print(
-            f"installing bertdistiller {VERSION} and torch {our_torch()} into {folder}: minutes",
+            f"installing bertdistiller {VERSION} and torch {our_torch()} into {folder}; this takes "
+            "minutes",
             file=sys.stderr,
         )
         wanted = [f"bertdistiller=={VERSION}", f"torch=={our_torch()}", "transformers<5"]
@@ -61,14 +60,15 @@ def ready_python(folder: Path) -> Path:
     if found is None or found[:2] != [VERSION, our_torch()] or int(found[2].partition(".")[0]) >= 5:
         raise PeerError(
             f"{folder} has bertdistiller, torch, transformers {found}; expected {VERSION}, "
-            f"{our_torch()} and one below 5; remove it, or name another folder by --peer-venv"
+            f"{our_torch()} and one below 5; remove it, or set another folder with --peer-venv"
         )
     return python
 
 
 def _versions(python: Path) -> list[str] | None:
-    """Return the versions of bertdistiller, torch (without its build) and transformers; None where
-    one is missing.
+    """Return the versions of bertdistiller, torch and transformers, or None if one is missing.
+
+    Build suffixes such as "+cu128" are removed.
     """
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         done = subprocess.run([python, "-c", QUERY], capture_output=True, text=True, check=True)
@@ -82,13 +82,13 @@ def _install(command: list[str]) -> None:
         words = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise PeerError(
             f"no environment for bertdistiller: {' '.join(command)}: "
-            f"{words[-1] if words else 'failed'}. Make one where there is a package index and name "
-            "its folder by --peer-venv, or measure without it: --no-peer"
+            f"{words[-1] if words else 'failed'}. Create one on a machine with a package index and "
+            "set its folder with --peer-venv, or measure without bertdistiller: --no-peer"
         )
 
 
 def train(spec: dict[str, Any], turns: Any) -> None:
-    """Train as `spec` says, one optimizer step a turn, until the process is ended."""
+    """Train according to `spec`, one optimizer step per turn, until the process is killed."""
     import numpy as np
     import torch
     from bertdistiller import MiniLMTrainer, MiniLMTrainingArguments
@@ -141,7 +141,7 @@ def train(spec: dict[str, Any], turns: Any) -> None:
             self.start = time.perf_counter()
 
     teacher = AutoModel.from_pretrained(spec["teacher"])
-    # The one name that it takes, for the same encoder.
+    # bertdistiller accepts only this name; the encoder is the same.
     teacher.config.architectures = ["BertForMaskedLM"]
     arguments = MiniLMTrainingArguments(
         **spec["arguments"],
@@ -164,7 +164,7 @@ def train(spec: dict[str, Any], turns: Any) -> None:
 
 
 if __name__ == "__main__":
-    # Last: this environment's packages come first.
+    # At the end of the path, so that this environment's packages take precedence.
     sys.path.append(str(Path(__file__).parent.parent))
     from scaledistill.metrics.benchmark import Turns
 

@@ -1,13 +1,10 @@
-"""Measure the relation loss alone, forward and backward: time, peak memory and error of each
-backend.
+"""Measure the relation loss alone: time, peak memory and error of each backend.
 
-Teachers are as wide as they come with so many relation heads: 1024 with 64, 768 with 12 and 48; the
-student's width is
-384. Q, K and V are slices of one random tensor, as models give them. A step has the same number of
-     tokens at all
-lengths, one sequence at least. Backends take turns; the ratios are those of 64 heads. The error is
-against `reference` in float64, of loss and gradients, on one sequence and two heads (heads are
-independent) at whole length.
+A step is a forward and a backward, with the same number of tokens at all lengths, but at least one
+sequence. The teacher's width is the usual one for the number of relation heads: 1024 for 64, 768
+for 12 and 48; the student's width is 384. Q, K and V are slices of one random tensor, as in models.
+Backends take turns; the ratios are for 64 heads. The error is that of loss and gradients against
+`reference` in float64, on one sequence of full length and two heads (heads are independent).
 """
 
 from __future__ import annotations
@@ -31,10 +28,11 @@ STUDENT_WIDTH = 384
 RATIO_HEADS = 64
 ERROR_HEADS = 2
 REFERENCE_MAPS = 10
-"""Maps of B x R x T x T fp32 that `reference` holds at its peak, with three pairs."""
+"""Maps of B x R x T x T in fp32 that `reference` keeps at its peak, with three pairs."""
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,34 +41,38 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--heads", type=int, nargs="+", default=[12, 48, 64], metavar="R")
     parser.add_argument(
-        "--tokens", type=int, metavar="N", help="tokens of a step (default: 1024, on a GPU 16384)"
+        "--tokens", type=int, metavar="N", help="tokens per step (default: 1024, on a GPU 16384)"
     )
     parser.add_argument(
         "--backends", nargs="+", metavar="NAME",
-        help="of reference, compiled_reference (torch.compile), sdpa, triton (default: those that run here; on a CPU "
-        "without compiled_reference)",
+        help="some of reference, compiled_reference (torch.compile), sdpa, triton (default: those "
+        "that run here, on a CPU without compiled_reference)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
         help="of Q, K, V (default: fp32, on a GPU bf16)",
     )
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="rounds per case (default: %(default)s)"
+    )
     parser.add_argument(
         "--max-seconds", type=float, default=15, metavar="S",
-        help="a backend whose rounds of a case add up to this sits out further ones (default: %(default)s)",
+        help="a backend stops measuring a case after S seconds (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--max-map-bytes", type=float, metavar="BYTES",
-        help="leave the references out where their maps take more (default: 4e9, on a GPU 0.8 of what is free)",
+        help="skip the references if their maps take more (default: 4e9, on a GPU 0.8 of the free "
+        "memory)",
     )  # fmt: skip
     add_options(parser)
     return parser.parse_args()
 
 
 def main() -> int:
+    """Measure, publish the report and return the exit code."""
     options = parse_arguments()
-    # The profiler, that measures memory on CPUs, tells when it starts.
+    # The profiler, which measures memory on CPUs, logs its start.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
     import torch
@@ -96,9 +98,10 @@ def main() -> int:
             fitting = [name for name in backends if maps <= limit or not name.endswith("reference")]
             case = Case(B, T, R, device, dtype)
             if "compiled_reference" in fitting:
-                torch.compiler.reset()  # past some shapes it would compile for any shape, slower
+                # After a few shapes torch.compile would switch to dynamic shapes, which are slower.
+                torch.compiler.reset()
                 BACKENDS["compiled_reference"] = torch.compile(BACKENDS["reference"], dynamic=False)
-            memory = {name: case.peak_memory_bytes(name) for name in fitting}  # warms up, too
+            memory = {name: case.peak_memory_bytes(name) for name in fitting}  # also the warm-up
             seconds = in_turn(
                 {name: functools.partial(case.seconds, name) for name in fitting},
                 rounds=options.rounds,
@@ -112,7 +115,7 @@ def main() -> int:
 
 
 class Case:
-    """Inputs of one shape, and what is measured on them."""
+    """Inputs of one shape, and the measurements on them."""
 
     def __init__(self, B: int, T: int, R: int, device: torch.device, dtype: torch.dtype) -> None:
         import torch
@@ -125,7 +128,7 @@ class Case:
         )
 
     def seconds(self, backend: str) -> float:
-        """Return what a forward and backward takes."""
+        """Return the seconds of a forward and backward."""
         self._wait()
         start = time.perf_counter()
         self._loss_and_grad(backend, self._teacher, self._student, self._num_heads)
@@ -133,13 +136,14 @@ class Case:
         return time.perf_counter() - start
 
     def peak_memory_bytes(self, backend: str) -> int:
-        """Return the most that a forward and backward holds beside its inputs, as PyTorch's
-        allocators see it.
+        """Return the peak memory of a forward and backward without its inputs, in bytes.
+
+        PyTorch's allocator reports it.
         """
         import torch
 
         if self._device.type == "cuda":
-            # Compiles, tunes.
+            # The first call compiles and autotunes.
             self._loss_and_grad(backend, self._teacher, self._student, self._num_heads)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -156,9 +160,7 @@ class Case:
         return max(itertools.accumulate(changes))
 
     def error(self, backend: str) -> float:
-        """Return the relative error of the loss or the largest one of the gradients, whichever is
-        more.
-        """
+        """Return the larger one of the relative errors of the loss and of the gradients."""
         teacher, student = (
             x.unflatten(-1, (3, self._num_heads, -1))[:1, :, :, :ERROR_HEADS].flatten(2)
             for x in (self._teacher, self._student)
@@ -222,9 +224,7 @@ class Result:
         memory: Mapping[str, int],
         errors: Mapping[str, float],
     ) -> None:
-        """Add a case: what each backend took, by its name; a backend that is not there was left
-        out.
-        """
+        """Add a case: the seconds, bytes and errors by backend; missing backends were skipped."""
         for name in self._backends:
             row = [shape, str(num_heads), name]
             if name not in seconds:

@@ -1,8 +1,8 @@
-"""Measure what a checkpoint costs the training loop: the pause, steps beside the write against
-steps without, memory.
+"""Measure what a checkpoint costs the training loop: pause, slower steps and memory.
 
-The real loop on random models of the configuration's student and a teacher of `--teacher` layers
-and width, with saves every few steps. Exit code 1 if a pause is longer than a step.
+The real training loop runs on random models, with the configuration's student and a teacher of
+`--teacher` layers and width, and saves every few steps. Steps during a write are compared with
+steps without one. Exit code 1 if a pause is longer than a step.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ TOOLS = Path(__file__).parent
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--shape", type=_shape, default=(8, 128), metavar="BxT", help="sequences x tokens of a step"
+        "--shape",
+        type=_shape,
+        default=(8, 128),
+        metavar="BxT",
+        help="sequences x tokens per step (default: 8x128)",
     )
     parser.add_argument(
         "--teacher",
@@ -39,7 +44,11 @@ def parse_arguments() -> argparse.Namespace:
         help="layers x width (default: 24x1024)",
     )
     parser.add_argument(
-        "--config", type=Path, default=TOOLS.parent / "configs" / "large_to_l6.json", metavar="FILE"
+        "--config",
+        type=Path,
+        default=TOOLS.parent / "configs" / "large_to_l6.json",
+        metavar="FILE",
+        help="the other settings (default: configs/large_to_l6.json)",
     )
     parser.add_argument(
         "--set",
@@ -49,12 +58,12 @@ def parse_arguments() -> argparse.Namespace:
         dest="overrides",
         help="override a setting",
     )
-    parser.add_argument("--saves", type=int, default=3, help="saves measured (default: 3)")
+    parser.add_argument("--saves", type=int, default=3, help="measured saves (default: 3)")
     parser.add_argument(
         "--every", type=int, default=4, help="steps from one save to the next (default: 4)"
     )
     parser.add_argument(
-        "--folder", type=Path, metavar="DIR", help="make models, shards and checkpoints here"
+        "--folder", type=Path, metavar="DIR", help="create models, shards and checkpoints here"
     )
     add_options(parser)
     options = parser.parse_args()
@@ -63,12 +72,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Measure, publish the report and return the exit code."""
     options = parse_arguments()
     if not os.environ.get("DS_ACCELERATOR"):
         import torch
 
         if not torch.cuda.is_available():
-            os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed warns where it has to find that out
+            os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed warns if it has to detect that itself
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         write_models(options, folder)
@@ -79,9 +89,11 @@ def main() -> int:
     table = report.table("A save beside training", ("figure", "median", "lowest", "highest"))
     for figure, (unit, values) in figures.items():
         median = report.add(f"save/{figure}", values, unit)
-        told = [f"{value / 1e6:,.1f} MB" if unit == "bytes" else f"{value:,.3f} s" for value in
-                (median, min(values), max(values))]  # fmt: skip
-        table.rows.append((figure.replace("_", " "), *told))
+        cells = [
+            f"{value / 1e6:,.1f} MB" if unit == "bytes" else f"{value:,.3f} s"
+            for value in (median, min(values), max(values))
+        ]
+        table.rows.append((figure.replace("_", " "), *cells))
     report.publish(options)
     pause, step = (
         statistics.median(figures[name][1]) for name in ("pause_seconds", "step_seconds")
@@ -90,7 +102,7 @@ def main() -> int:
 
 
 def measure(config: Any, saves: int, every: int) -> dict[str, tuple[str, list[float]]]:
-    """Make the steps; return figures with their units."""
+    """Run the steps; return each figure's unit and values."""
     from scaledistill.distributed.ranks import process_group
     from scaledistill.metrics.stopwatch import Stopwatch
     from scaledistill.preflight.checks import resolve
@@ -131,7 +143,7 @@ def measure(config: Any, saves: int, every: int) -> dict[str, tuple[str, list[fl
 
 
 class Memory:
-    """Watches how much memory the process holds."""
+    """Records the peak of the process's resident memory, in bytes, as a context manager."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -139,6 +151,7 @@ class Memory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def now(self) -> int:
+        """Return the resident memory in bytes."""
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def _watch(self) -> None:

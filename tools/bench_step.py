@@ -1,11 +1,11 @@
-"""Measure a whole optimizer step: data, teacher, student, loss, backward, clipping, AdamW; beside
-bertdistiller's.
+"""Measure a whole optimizer step, and compare it with bertdistiller's.
 
-Teacher and student have random weights, of BERT-large's shape and of that in the configuration.
-Both sides start from the same files and get the same tokens in the same order; each is a process of
-its own, and they step in turn. bertdistiller runs in a virtual environment that this tool makes, as
-shipped (fp32) and under bf16 autocast. Exit code 3 if it could not be measured: the figures of ours
-are there all the same.
+A step consists of data, teacher, student, loss, backward, clipping and AdamW. Teacher and student
+have random weights: the teacher of BERT-large's shape, the student of the configuration's. Both
+sides start from the same files and get the same tokens in the same order; each is a separate
+process, and they step in turn. bertdistiller runs in a virtual environment that this tool creates,
+as released (fp32) and under bf16 autocast. Exit code 3 if it could not be measured; our figures are
+reported in any case.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ TOOLS = Path(__file__).parent
 PEER_SCRIPT = str(TOOLS / "bench_peer.py")
 VOCABULARY = 30_522
 DATA_STEPS = 16
-"""Steps until the rows come again."""
+"""Steps until the rows repeat."""
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,14 +51,37 @@ def parse_arguments() -> argparse.Namespace:
     def option(name: str, text: str, **settings: Any) -> None:
         parser.add_argument(name, help=text, **settings)
 
-    option("--shape", "sequences x tokens of a step; repeatable (default: 8x128 and 2x512, on a GPU 256x128 and "
-           "256x512)", type=_shape, action="append", metavar="BxT", dest="shapes")  # fmt: skip
-    option("--teacher", "the teacher's layers x width (default: 24x1024)", type=_shape, default=(24, 1024),
-           metavar="LxD")  # fmt: skip
-    option("--config", "the other settings (default: configs/large_to_l6.json)", type=Path,
-           default=TOOLS.parent / "configs" / "large_to_l6.json", metavar="FILE")  # fmt: skip
-    option("--set", "override one of them; repeatable", action="append", default=[], metavar="KEY=VALUE",
-           dest="overrides")  # fmt: skip
+    option(
+        "--shape",
+        "sequences x tokens per step; repeatable (default: 8x128 and 2x512, on a GPU 256x128 and "
+        "256x512)",
+        type=_shape,
+        action="append",
+        metavar="BxT",
+        dest="shapes",
+    )
+    option(
+        "--teacher",
+        "the teacher's layers x width (default: 24x1024)",
+        type=_shape,
+        default=(24, 1024),
+        metavar="LxD",
+    )
+    option(
+        "--config",
+        "the other settings (default: configs/large_to_l6.json)",
+        type=Path,
+        default=TOOLS.parent / "configs" / "large_to_l6.json",
+        metavar="FILE",
+    )
+    option(
+        "--set",
+        "override one of them; repeatable",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+    )
     option(
         "--teacher-dtype",
         "ours: precision of the teacher (default: %(default)s)",
@@ -72,20 +96,35 @@ def parse_arguments() -> argparse.Namespace:
     )
     option(
         "--warmup",
-        "steps of each side that do not count (default: %(default)s)",
+        "unmeasured steps per side (default: %(default)s)",
         type=int,
         default=2,
         metavar="N",
     )
-    option("--rounds", "rounds that count (default: 5, on a GPU 20)", type=int, metavar="N")
-    option("--max-seconds", "a side whose steps of a shape add up to this sits out further rounds (default: 120)",
-           type=float, default=120, metavar="S")  # fmt: skip
-    option("--no-peer", "measure ours alone", action="store_true")
-    option("--peer-venv", "bertdistiller's virtual environment, made where it is not there (default: "
-           f"{default_environment()})", type=Path, default=default_environment(), metavar="DIR")  # fmt: skip
-    option("--peer-micro-batch", "bertdistiller accumulates over micro-batches of N (default: the whole batch)",
-           type=int, metavar="N")  # fmt: skip
-    option("--folder", "make the temporary models and shards here", type=Path, metavar="DIR")
+    option("--rounds", "measured rounds (default: 5, on a GPU 20)", type=int, metavar="N")
+    option(
+        "--max-seconds",
+        "a side stops measuring a shape after S seconds (default: 120)",
+        type=float,
+        default=120,
+        metavar="S",
+    )
+    option("--no-peer", "measure without bertdistiller", action="store_true")
+    option(
+        "--peer-venv",
+        "bertdistiller's virtual environment, created if missing (default: "
+        f"{default_environment()})",
+        type=Path,
+        default=default_environment(),
+        metavar="DIR",
+    )
+    option(
+        "--peer-micro-batch",
+        "bertdistiller accumulates over micro-batches of N (default: the whole batch)",
+        type=int,
+        metavar="N",
+    )
+    option("--folder", "create the temporary models and shards here", type=Path, metavar="DIR")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     add_options(parser)
     return parser.parse_args()
@@ -99,6 +138,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def main() -> int:
+    """Measure, publish the report and return the exit code."""
     options = parse_arguments()
     if options.worker:
         return make_steps(options.worker)
@@ -111,7 +151,7 @@ def main() -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
-        # DeepSpeed warns where it has to find that out.
+        # DeepSpeed warns if it has to detect that itself.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     options.shapes = options.shapes or ([(256, 128), (256, 512)] if gpu else [(8, 128), (2, 512)])
     options.rounds = options.rounds or (20 if gpu else 5)
@@ -142,7 +182,7 @@ def main() -> int:
 
 
 def configure(options: argparse.Namespace, folder: Path, shape: tuple[int, int]) -> DistillConfig:
-    """Return the run's configuration for a shape: the file's, on our models and rows."""
+    """Return the file's configuration for a shape, with our models and rows."""
     from scaledistill.config.load import load_config
 
     [student] = load_config(options.config, options.overrides).students
@@ -160,7 +200,7 @@ def configure(options: argparse.Namespace, folder: Path, shape: tuple[int, int])
         "train.global_batch_size": B,
         "train.precision": options.precision,
     }
-    # The presets' 32 would be refused for a smaller batch.
+    # The presets' micro-batch of 32 is refused for a smaller batch.
     micro = f"train.micro_batch_size={min(B, 32)}"
     return load_config(
         options.config,
@@ -169,8 +209,9 @@ def configure(options: argparse.Namespace, folder: Path, shape: tuple[int, int])
 
 
 def write_models(options: argparse.Namespace, folder: Path) -> None:
-    """Write a random teacher and a random student. Without dropout: bertdistiller would apply it,
-    ours does not.
+    """Write a random teacher and a random student.
+
+    They have no dropout, since bertdistiller would apply it and we do not.
     """
     import torch
     from transformers import BertConfig
@@ -199,9 +240,7 @@ def write_models(options: argparse.Namespace, folder: Path) -> None:
 
 
 def write_rows(config: DistillConfig, tokens_file: Path) -> None:
-    """Write shards of random tokens, and the same rows in the order of our steps for
-    bertdistiller.
-    """
+    """Write shards of random tokens, and the same rows in our order for bertdistiller."""
     import numpy as np
 
     from scaledistill.data.shards import ShardWriter
@@ -239,7 +278,7 @@ def write_rows(config: DistillConfig, tokens_file: Path) -> None:
 def peer_settings(
     options: argparse.Namespace, config: DistillConfig, folder: Path, bf16: bool
 ) -> dict[str, Any]:
-    """Return what bertdistiller is told: the same run in its words."""
+    """Return the settings of the same run for bertdistiller."""
     [(name, student)], train = config.students.items(), config.train
     micro = min(options.peer_micro_batch or train.global_batch_size, train.global_batch_size)
     arguments = {
@@ -274,16 +313,16 @@ def peer_settings(
 
 
 class Side:
-    """One side of the comparison: its process, and what each of its steps told."""
+    """One side of the comparison: its process and the report of each step."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self.answers: list[dict[str, Any]] = []
         self.seconds: list[float] = []
-        """Of the rounds that count."""
+        """Seconds of the measured rounds."""
 
     def step(self) -> float:
-        """Make one step and return its seconds."""
+        """Run one step and return its seconds."""
         self.answers.append(self._worker.turn())
         return self.answers[-1]["seconds"]
 
@@ -295,8 +334,9 @@ def measure(
     python: Path | None,
     problems: list[str],
 ) -> dict[str, Side]:
-    """Let all sides step in turn. A peer that fails in its first step is left out, and `problems`
-    says why.
+    """Let all sides step in turn and return them by name.
+
+    If bertdistiller fails in its first step, it is left out and `problems` gets the reason.
     """
     config = configure(options, folder, shape)
     write_rows(config, folder / "tokens.npy")
@@ -305,7 +345,7 @@ def measure(
         settings |= {
             name: peer_settings(options, config, folder, bf16) for name, bf16 in VARIANTS.items()
         }
-    # As many threads for all.
+    # The same number of threads for all sides.
     environment = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), **os.environ}
     environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(
         ","
@@ -368,7 +408,7 @@ class Result:
         self._phases = self.report.table("Ours: shares of the step", (shape, *phases))
 
     def add(self, shape: tuple[int, int], sides: dict[str, Side]) -> None:
-        """Add what was measured of one shape."""
+        """Add the measurements of one shape."""
         label, ours = f"{shape[0]}x{shape[1]}", sides["ours"]
 
         def figure(name: str, values: float | Sequence[float], unit: str) -> float:
@@ -398,18 +438,18 @@ class Result:
                     str(len(side.seconds)),
                 )
             )
-        told = ours.answers[-1]
-        dtype, needed = told["teacher_dtype"], told["flops_per_token"]
+        last = ours.answers[-1]
+        dtype, needed = last["teacher_dtype"], last["flops_per_token"]
         flops = [needed * shape[0] * shape[1] / seconds for seconds in ours.seconds]
         mfu = {of: [each / rate for each in flops] for of, rate in self._rates.items()}
         if dtype in mfu:
             figure("mfu", mfu[dtype], "fraction")
         shares = [f"{figure(f'mfu_{of}', values, 'fraction'):.1%}" for of, values in mfu.items()]
         self._machine.rows.append(
-            (label, f"{dtype}, {told['precision']}", f"{needed / 1e9:.3f}", *shares)
+            (label, f"{dtype}, {last['precision']}", f"{needed / 1e9:.3f}", *shares)
         )
         shares = []
-        for phase in told["phases"]:
+        for phase in last["phases"]:
             values = [
                 answer["phases"][phase] / answer["seconds"]
                 for answer in ours.answers[-len(ours.seconds) :]
@@ -421,7 +461,7 @@ class Result:
 
 
 def make_steps(file: Path) -> int:
-    """Be the worker of our side: the real session and its step, one a turn."""
+    """Run as our side's worker: the real session, one step per turn."""
     turns = Turns()
 
     from scaledistill.config.load import load_config

@@ -1,7 +1,6 @@
-"""Check a folder of shards against its manifest (sizes, sha256, tar, crc32, ids, documents); print
-what it holds.
+"""Check a folder of shards against its manifest and print its contents.
 
-Exit code 0 if everything holds, 3 if not.
+The checks: sizes, sha256, tar, crc32, ids, documents. Exit code 0 if all pass, otherwise 3.
 """
 
 from __future__ import annotations
@@ -11,26 +10,28 @@ import json
 import sys
 from pathlib import Path
 
-LABELS = {  # make_shards counts documents of the input and tokens of text
+LABELS = {  # make_shards prints other counts: input documents, and tokens of text
     "documents": "document pieces (stored boundaries)",
     "tokens": "tokens with [CLS] and [SEP]",
 }
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "folder",
         type=Path,
-        help="folder with shards.manifest and the tars, as made by make_shards.py",
+        help="folder with shards.manifest and the tar files, as written by make_shards.py",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as JSON")
     return parser.parse_args()
 
 
 def main() -> int:
+    """Check the folder, print the findings and return the exit code."""
     options = parse_arguments()
 
     from rich.console import Console
@@ -88,7 +89,7 @@ def main() -> int:
     for problem in problems:
         console.print(f"ERROR {problem}", markup=False)
     if problems:
-        console.print("Copy these shards again, or make them again with tools/make_shards.py.")
+        console.print("Copy these shards again, or recreate them with tools/make_shards.py.")
     if options.json:
         rows = [
             {"name": f"shards/{name}", "value": value, "unit": unit, "n": 1}

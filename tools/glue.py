@@ -1,4 +1,4 @@
-"""Fine-tune and score models on GLUE and SQuAD 2.0: `--help` says how."""
+"""Fine-tune and score models on GLUE and SQuAD 2.0; see `--help`."""
 
 from __future__ import annotations
 

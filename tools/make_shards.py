@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from scaledistill.data.prepare.compression import ReadProgress
     from scaledistill.data.prepare.make import ShardReport
 
-LINE_SECONDS = 10  # between progress lines where there is no terminal
+LINE_SECONDS = 10  # between progress lines if stderr is not a terminal
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; wrong options end the process with code 2."""
+    """Parse the command line; wrong options end the process with exit code 2."""
     parser = _Parser(
         description=__doc__,
         allow_abbrev=False,
@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument(
         "--dataset",
         metavar="NAME",
-        help="a data set of the datasets library: Hub name or local folder",
+        help="a data set for the datasets library: hub name or local folder",
     )
     source.add_argument(
         "--installed-docs", action="store_true", help="the docstrings of the installed packages"
@@ -73,14 +73,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=("blank-line", "line", "file"),
         default="blank-line",
         help=(
-            "what a document is in a text file: between blank lines, a line, the file (default: "
-            "%(default)s)"
+            "what one document is in a text file: the text between blank lines, a line or the "
+            "file (default: %(default)s)"
         ),
     )
     source.add_argument(
         "--column",
         default="text",
-        help="what holds the text in JSON, Parquet, data sets (default: %(default)s)",
+        help="key or column of the text in JSON, Parquet and data sets (default: %(default)s)",
     )
     source.add_argument("--dataset-config", metavar="NAME", help="configuration of --dataset")
     source.add_argument(
@@ -88,23 +88,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     packing = parser.add_argument_group("tokens and rows")
     packing.add_argument(
-        "--tokenizer", required=True, help="folder or Hub name; must be the teacher's"
+        "--tokenizer", required=True, help="folder or hub name; must be the teacher's"
     )
     packing.add_argument(
-        "--tokenizer-revision", metavar="REV", help="commit or tag of a Hub tokenizer"
+        "--tokenizer-revision", metavar="REV", help="commit or tag of a tokenizer on the hub"
     )
     packing.add_argument(
         "--sequence-length",
         type=int,
         default=512,
         metavar="T",
-        help="positions of a row (default: %(default)s)",
+        help="tokens per row (default: %(default)s)",
     )
     packing.add_argument(
         "--last-row",
         choices=("pad", "drop"),
         default="pad",
-        help="what becomes of the last, partial row (default: %(default)s)",
+        help="pad or drop the last, partial row (default: %(default)s)",
     )
     packing.add_argument("--max-documents", type=int, metavar="N", help="stop after N documents")
     packing.add_argument(
@@ -116,8 +116,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=0.05,
         metavar="F",
         help=(
-            "refuse text of which more tokens are unknown to the tokenizer; 1 accepts any "
-            "(default: %(default)s)"
+            "refuse text with a larger fraction of unknown tokens; 1 accepts any text (default: "
+            "%(default)s)"
         ),
     )
     split = parser.add_argument_group("held-out documents")
@@ -126,19 +126,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="F",
-        help="share of documents for OUTPUT/validation (default: none)",
+        help="fraction of documents for OUTPUT/validation (default: none)",
     )
     split.add_argument(
         "--held-out-max-documents",
         type=int,
         metavar="N",
-        help="hold out N different documents at most",
+        help="hold out at most N different documents",
     )
     split.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="of the choice of held-out documents (default: %(default)s)",
+        help="seed for the choice of held-out documents (default: %(default)s)",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -146,14 +146,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         type=Path,
         metavar="DIR",
-        help="gets train/ and, if held out, validation/",
+        help="output folder, for train/ and, with a held-out fraction, validation/",
     )
     output.add_argument(
         "--rows-per-shard",
         type=int,
         default=65_536,
         metavar="N",
-        help="a multiple of 256, or less than 256 (default: %(default)s)",
+        help="rows per shard: a multiple of 256, or less than 256 (default: %(default)s)",
     )
     output.add_argument(
         "--overwrite",
@@ -164,13 +164,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--workers",
         type=int,
         metavar="N",
-        help="tokenising processes; the result does not depend on it (default: all cores)",
+        help="number of tokenising processes, which does not affect the result (default: all "
+        "cores)",
     )
     output.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help="write the figures as a list of name, value, unit, n",
+        help="write the figures as a JSON list of name, value, unit, n",
     )
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -192,7 +193,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def open_source(
     options: argparse.Namespace, progress: ReadProgress
 ) -> tuple[Iterator[str], dict[str, object]]:
-    """Return the documents and, for the manifests, what they are."""
+    """Return the documents, and a description of the input for the manifests."""
     from scaledistill.data.prepare import docstrings, pool, sources
 
     if options.installed_docs:
@@ -249,7 +250,7 @@ class Display:
             self._console.print(text + left, highlight=False)
 
     def _done_fraction(self, report: ShardReport) -> float:
-        """Share of the input that is done, by the limit that is nearest; 0 where nothing tells."""
+        """Return the finished fraction of the input, by the nearest limit; 0 if it is unknown."""
         parts = [
             (self._read.done_bytes, self._read.total_bytes),
             (report.documents, self._options.max_documents),
@@ -259,7 +260,7 @@ class Display:
 
 
 def print_summary(console: Console, report: ShardReport, output: Path) -> None:
-    """Print what was made and the next command."""
+    """Print the counts and the next command."""
     from rich.table import Table
 
     table = Table(
@@ -293,9 +294,8 @@ def print_summary(console: Console, report: ShardReport, output: Path) -> None:
 
 
 def _interpreter() -> str:
-    """How to call this interpreter: `python` where that is it, else its path (unresolved: links
-    make environments).
-    """
+    """Return how to call this interpreter: `python` if that is it, otherwise its path."""
+    # The path is not resolved: in a virtual environment the interpreter is a link.
     found, this = shutil.which("python"), Path(sys.executable)
     is_this = (
         found is not None and Path(found).parent == this.parent and os.path.samefile(found, this)
@@ -304,7 +304,7 @@ def _interpreter() -> str:
 
 
 def _shown(path: Path) -> str:
-    """A path for the shell, relative where it lies in the working folder."""
+    """Return a path quoted for the shell, relative if it is inside the working folder."""
     path = Path(os.path.abspath(path))
     return shlex.quote(
         str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
@@ -312,9 +312,7 @@ def _shown(path: Path) -> str:
 
 
 def in_options(message: str, options: argparse.Namespace) -> str:
-    """Say a message of the package with this tool's options: `max_tokens=0` becomes `--max-tokens
-    0`.
-    """
+    """Write setting names in a message as options: `max_tokens=0` becomes `--max-tokens 0`."""
 
     def option(found: re.Match[str]) -> str:
         name, assigned = found.groups()
@@ -326,7 +324,7 @@ def in_options(message: str, options: argparse.Namespace) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Make the shards and show what came out."""
+    """Make the shards and print a summary."""
     from rich.console import Console
 
     from scaledistill.data.prepare.compression import ReadProgress
@@ -372,14 +370,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and return the exit code."""
+    """Run the command line and return the exit code."""
     options = parse(arguments)
     if threading.current_thread() is threading.main_thread():
-        # A scheduler's stop cleans up like Ctrl-C.
+        # A scheduler's SIGTERM cleans up like Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scaledistill").setLevel(logging.INFO)
-    # Its retries; what fails in the end is told here.
+    # The hub client logs each retry; the final failure is reported here.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         from scaledistill.errors import EXIT_ENVIRONMENT, ConfigError, DataError

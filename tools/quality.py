@@ -1,8 +1,7 @@
-"""The experiments of docs/quality.md: distil students, make those that they are compared with,
-measure, report.
+"""The experiments of docs/quality.md: distil students and compare them with other models.
 
-`run` works through what has no result yet, at idle priority beside other work, and goes on by the
-same command; `report` writes docs/quality.md from the results in docs/quality/results.
+`run` measures all cells that have no result yet, at idle priority; rerun the same command to
+resume. `report` writes docs/quality.md from the results in docs/quality/results.
 
 Example: python tools/quality.py run --tier small --text corpus/wiki_en_train.txt.xz \\
            --held-out corpus/wiki_en_heldout.txt.xz --data-dir glue
@@ -27,21 +26,25 @@ from scaledistill.glue.listing import duration
 
 ROOT = Path(__file__).parent.parent
 FULL = """\
-The tier "full" is MiniLMv2's published recipe: it takes GPUs for days, so it is these commands, for a cluster.
+The tier "full" is MiniLMv2's published recipe. It takes days of GPU time; run these commands on a
+cluster:
 
-  python tools/make_shards.py --dataset wikimedia/wikipedia:20231101.en --tokenizer google-bert/bert-large-uncased \\
-    --sequence-length 512 --held-out-fraction 0.001 --output shards/wikipedia
+  python tools/make_shards.py --dataset wikimedia/wikipedia:20231101.en \\
+    --tokenizer google-bert/bert-large-uncased --sequence-length 512 --held-out-fraction 0.001 \\
+    --output shards/wikipedia
   deepspeed launch/distill.py --config configs/large_to_l6.json
-  python tools/glue.py --model student=runs/large_to_l6/export/l6-h384 --model teacher=google-bert/bert-large-uncased \\
-    --tasks mnli,qnli,qqp,rte,sst2,mrpc,cola,stsb --learning-rates 2e-5,5e-5,1e-4 --epochs 3,5,10 --seeds 1,2,3 \\
-    --output runs/glue-full
-  python tools/glue.py --model student=runs/large_to_l6/export/l6-h384 --tasks squad2 --output runs/squad-full
+  python tools/glue.py --model student=runs/large_to_l6/export/l6-h384 \\
+    --model teacher=google-bert/bert-large-uncased --tasks mnli,qnli,qqp,rte,sst2,mrpc,cola,stsb \\
+    --learning-rates 2e-5,5e-5,1e-4 --epochs 3,5,10 --seeds 1,2,3 --output runs/glue-full
+  python tools/glue.py --model student=runs/large_to_l6/export/l6-h384 --tasks squad2 \\
+    --output runs/squad-full
 """
 
 
 def main() -> int:
+    """Run the command line and return the exit code."""
     options = parse_arguments()
-    # A job in a shell's background begins with SIGINT ignored.
+    # A shell starts background jobs with SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -55,24 +58,25 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="work through what has no result yet")
+    run = commands.add_parser("run", help="measure all cells that have no result yet")
     run.set_defaults(run=work)
     run.add_argument(
         "--tier",
         choices=("small", "full"),
         required=True,
-        help="hours of two cores, or days of GPUs",
+        help="small: hours on two cores; full: print the commands for days on GPUs",
     )
     run.add_argument(
         "--text",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="to distil on, as make_shards.py takes it",
+        help="text to distil on, in a format of make_shards.py",
     )
     run.add_argument("--held-out", type=Path, metavar="FILE", help="text that no student sees")
     run.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the GLUE files")
@@ -80,22 +84,27 @@ def parse_arguments() -> argparse.Namespace:
         "--folder",
         type=Path,
         default=Path("runs/quality"),
-        help="of the work (default: %(default)s)",
+        help="folder for unfinished work (default: %(default)s)",
     )
     run.add_argument(
-        "--list", action="store_true", help="say what is left and how long it will take, and leave"
+        "--list",
+        action="store_true",
+        help="print what is left and how long it will take, and exit",
     )
     tell = commands.add_parser("report", help="write docs/quality.md from the results")
     tell.set_defaults(run=report)
     tell.add_argument(
-        "--document", type=Path, default=ROOT / "docs" / "quality.md", help="(default: %(default)s)"
+        "--document",
+        type=Path,
+        default=ROOT / "docs" / "quality.md",
+        help="the document to update (default: %(default)s)",
     )
     for command in (run, tell):
         command.add_argument(
             "--results",
             type=Path,
             default=ROOT / "docs" / "quality" / "results",
-            help="(default: %(default)s)",
+            help="folder of the results (default: %(default)s)",
         )
     options = parser.parse_args()
     if options.run is work and options.tier == "small":
@@ -106,7 +115,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def work(options: argparse.Namespace) -> None:
-    """Measure every cell that has no result, in order."""
+    """Measure every cell that has no result, in order.
+
+    Raises:
+        ConfigError, DataError: an input is missing, or a cell could not be measured.
+    """
     if options.tier == "full":
         print(FULL, end="")
         return
@@ -151,11 +164,9 @@ def work(options: argparse.Namespace) -> None:
 
 
 def at_idle_priority() -> None:
-    """Take only what processor time nobody else wants; the commands started from here inherit
-    it.
-    """
+    """Use only idle processor time; the processes started from here inherit this."""
     os.nice(19)
-    with suppress(OSError):  # not every kernel or container lets us
+    with suppress(OSError):  # not every kernel or container allows it
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
@@ -165,7 +176,7 @@ def unfinished(job: Job, results: Results) -> list[Cell]:
 
 
 def _left(cells: list[Cell], pace: float) -> str:
-    """Say how much is left, at so many real seconds for an estimated one."""
+    """Return how much is left, in words; `pace` is real seconds per estimated second."""
     if not cells:
         return "nothing is left"
     return (
@@ -175,7 +186,7 @@ def _left(cells: list[Cell], pace: float) -> str:
 
 
 def make_shards(options: argparse.Namespace) -> None:
-    """Make the shards that configs/quality.json names, where they are missing."""
+    """Make the shards that configs/quality.json names, if they are missing."""
     import json
 
     config = json.loads(CONFIG.read_text())
@@ -189,11 +200,11 @@ def make_shards(options: argparse.Namespace) -> None:
             [*command, "--sequence-length", str(config["data"]["sequence_length"])], check=False
         ).returncode
         if code:
-            raise DataError(f"make_shards.py left with exit code {code}; see its message above")
+            raise DataError(f"make_shards.py ended with exit code {code}; see its message above")
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write the tables and pictures of the document from the results."""
+    """Write the document's tables and pictures from the results."""
     from quality_report import write_report
 
     tables = write_report(Results(options.results), options.document)

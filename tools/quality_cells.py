@@ -1,8 +1,8 @@
-"""The experiments of docs/quality.md: what they are, in which order, and how each is made.
+"""The experiments of docs/quality.md: their settings, their order, and how each is run.
 
-Enters: a tier, the data, the teacher. Leaves: jobs in the order in which they make the report
-useful, each with its cells; a job measures those of its cells that have no result yet. Where
-results lie is left to `quality_results`.
+Inputs: a tier, the data, the teacher. Outputs: jobs with their cells, the most useful ones for the
+report first. A job measures those of its cells that have no result yet. Not handled here: storing
+the results (`quality_results`).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "random-init": {"init": "random"},
     "tap-extra": {"tap": "extra"},
 }
-"""What differs from the student in configs/quality.json."""
+"""The differences from the student in configs/quality.json."""
 UNDISTILLED = {"teacher-init-undistilled": "teacher", "random-init-undistilled": "random"}
-"""How those that are not distilled are initialised."""
+"""The students that are not distilled, and their initialisation."""
 PEER = "bertdistiller"
 ABLATIONS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -63,17 +63,17 @@ MODELS = (
     ),
     *("tap-extra", PEER),
 )
-"""In the order in which they are made and stand in the tables."""
+"""The models, in the order in which they are made and listed in the tables."""
 
 
 @dataclass(frozen=True)
 class Tier:
-    """How much is spent."""
+    """How much computation the experiments may take."""
 
     student_tokens: int
     ablation_tokens: int
     seeds: tuple[int, ...]
-    """Of fine-tuning, and of the ablations' distillation."""
+    """Seeds of fine-tuning, and of the ablations' distillation."""
     glue: EvaluationSettings
 
 
@@ -92,8 +92,8 @@ SMALL = Tier(
         scores_each_epoch=True,
     ),
 )
-# Seconds on two cores of an AMD EPYC with AVX2: what is left is estimated from these, and from the
-# pace so far.
+# Seconds on two cores of an AMD EPYC with AVX2. The remaining time is estimated from these and from
+# the actual times so far.
 SECONDS_PER_MILLION = {"ours": 390.0, "peer": 800.0}
 SECONDS_AROUND_A_RUN = 60.0
 SECONDS_OF_FINE_TUNING = {"cola": 25.0, "sst2": 25.0, "mrpc": 60.0, "stsb": 45.0, "rte": 80.0}
@@ -102,30 +102,30 @@ TEACHER_FACTOR = 1.7
 
 @dataclass(frozen=True)
 class Cell:
-    """One result: its name, and what decides it, the machine's arithmetic aside."""
+    """One result: its name, and everything that decides it except the machine's arithmetic."""
 
     name: str
     settings: Mapping[str, Any]
     seconds: float
-    """Estimated."""
+    """The estimated time."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Cells that are measured in one go."""
+    """Cells that are measured together."""
 
     cells: tuple[Cell, ...]
     run: Callable[[list[Cell]], None]
-    """Measures these of its cells, and keeps each as it comes."""
+    """Measures the given cells of the job, and stores each result as soon as it is there."""
 
 
 class Lab:
-    """Where everything lies: runs in progress in `folder`, finished cells in `results`."""
+    """Makes and measures the models: runs in progress in `folder`, finished cells in `results`."""
 
     def __init__(
         self, folder: Path, results: Results, tier: Tier, text: list[Path], glue_data: Path
     ) -> None:
-        """Open data and teacher.
+        """Read the configuration, and check that the text, the GLUE data and the teacher exist.
 
         Raises:
             ConfigError, DataError: one of them is missing.
@@ -136,11 +136,11 @@ class Lab:
         self._teacher = Path(self.config["teacher"]["model"])
         if not (self._teacher / "config.json").is_file():
             raise DataError(
-                f"{self._teacher} is no model; `make quickstart` puts the teacher there"
+                f"{self._teacher} is not a model; `make quickstart` downloads the teacher to it"
             )
         for path in (*text, glue_data):
             if not path.exists():
-                raise ConfigError(f"{path} does not exist; docs/quality.md says what it has to be")
+                raise ConfigError(f"{path} does not exist; docs/quality.md describes it")
 
     # What decides the results.
 
@@ -166,7 +166,7 @@ class Lab:
         return {task: asdict(each.conditions) for task, each in data.items()}
 
     def jobs(self) -> list[Job]:
-        """Return everything that the tier wants, finished or not, in order."""
+        """Return all jobs of the tier, finished or not, in order."""
         jobs = [
             job
             for name in MODELS
@@ -191,10 +191,8 @@ class Lab:
         return Job((cell,), run)
 
     def _model_cell(self, name: str) -> Cell:
-        tokens, settings = (
-            self.tier.student_tokens,
-            {"inputs": self._inputs, "held_out_rows": HELD_OUT_ROWS},
-        )
+        tokens = self.tier.student_tokens
+        settings = {"inputs": self._inputs, "held_out_rows": HELD_OUT_ROWS}
         million = tokens / 1e6
         if name == TEACHER:
             return Cell(f"models/{name}", settings, SECONDS_AROUND_A_RUN / 2)
@@ -219,11 +217,11 @@ class Lab:
         )
 
     def _folder_of(self, cell: Cell) -> Path:
-        """Return where a cell's work lies: with other settings it is another folder."""
+        """Return the folder for a cell's work; other settings have another folder."""
         return self.folder / f"{cell.name.replace('/', '-')}-{_hash(cell.settings)}"
 
     def _export_of(self, name: str) -> Path:
-        """Return where a model lies, or will."""
+        """Return the folder of a model, whether it is made yet or not."""
         return (
             self._teacher
             if name == TEACHER
@@ -231,7 +229,7 @@ class Lab:
         )
 
     def _make(self, name: str) -> dict[str, Any]:
-        """Make a model, or go on with it; return what is told of its training."""
+        """Make a model, or resume making it; return the figures of its training."""
         if name == TEACHER:
             return {}
         if name in UNDISTILLED:
@@ -259,7 +257,7 @@ class Lab:
         return {"overrides": overrides, "relations": self.config["relations"], "train": train}
 
     def _distil(self, folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Distil into `folder` with our launcher, or go on there."""
+        """Distil into `folder` with our launcher, or resume there; return the learning curve."""
         wanted = {
             **overrides,
             "run.folder": str(folder),
@@ -285,13 +283,14 @@ class Lab:
         return {"curve": curve, "steps": overrides["train.max_steps"]}
 
     def _call(self, command: list[str], folder: Path) -> None:
-        """Run a command, its words in `<folder>.log`; a request to stop is passed on, and waited
-        for.
+        """Run a command with its output in `<folder>.log`.
+
+        If this process is stopped, it stops the command too and waits up to a minute for it.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = folder.with_name(f"{folder.name}.log")
         with path.open("a") as log:
-            # Threads that spin take from others' work.
+            # Spinning threads would slow down other work on the machine.
             environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -299,7 +298,7 @@ class Lab:
             try:
                 code = process.wait()
             except BaseException:
-                process.terminate()  # our launcher saves a checkpoint then
+                process.terminate()  # our launcher saves a checkpoint on SIGTERM
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(60)
                 process.kill()
@@ -365,8 +364,7 @@ class Lab:
         facts = read_json(export / "facts.json")
         if facts is None:
             raise DataError(
-                f"{export}/facts.json cannot be read; delete {export} and run the same command "
-                "again"
+                f"{export}/facts.json cannot be read; delete {export} and rerun the same command"
             )
         return {key: facts[key] for key in ("steps", "tokens", "rows", "mean_tokens_per_row")}
 
@@ -381,13 +379,15 @@ class Lab:
             "probe": scores,
             "weights_sha256": sha256_of(export / "model.safetensors"),
         }
-        if name != TEACHER and "tap-extra" not in name:  # that tap has no Q, K, V in the export
+        # With tap "extra" the export lacks the projection whose Q, K and V were trained.
+        if name != TEACHER and "tap-extra" not in name:
             found["held_out_loss"] = self._held_out_loss(model)
         return found
 
     def _held_out_loss(self, model: Any) -> dict[str, float]:
-        """Return the mean relation loss of held-out rows by relation heads: the same measure for
-        all students.
+        """Return the mean relation loss on held-out rows, by number of relation heads.
+
+        It is the same measure for all students, whatever heads they were trained with.
         """
         import torch
 
@@ -461,7 +461,8 @@ class Lab:
         from scaledistill.glue.cell import read_record
         from scaledistill.glue.grid import Update, run_grid
 
-        if not (self._export_of(name) / "config.json").is_file():  # gone with a machine
+        # Results are kept in git but weights are not, so the model may have to be made again.
+        if not (self._export_of(name) / "config.json").is_file():
             self._make(name)
         output = self._folder_of(self._model_cell(name)) / "glue"
         cells = {cell.settings["task"]: cell for cell in waiting}
@@ -495,7 +496,8 @@ class Lab:
 
         models = {name: str(self._export_of(name))}
         result = run_grid(models, settings, output, on_update=keep)
-        for finished in result.finished:  # fine-tuned before, and not kept then
+        # Cells that an interrupted run fine-tuned without storing their results.
+        for finished in result.finished:
             keep(Update(finished, "finished", 1.0, "found finished"))
         if result.failures:
             cell_, error = next(iter(result.failures.items()))

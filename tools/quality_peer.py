@@ -1,10 +1,9 @@
-"""bertdistiller's student for tools/quality.py: its own code on plain text, run inside its own
-environment.
+"""Distil bertdistiller's student for tools/quality.py, with its own code in its own environment.
 
-Text as `load_dataset("text")` gives it, a line (a paragraph) an example, truncated by its
-`prepare_dataset`; its own `create_student` with the teacher's weights, its own trainer, with the
-batch, learning rate and schedule of ours. It takes as many steps as the given number of real tokens
-needs. Resumes from the Trainer's own checkpoints.
+`load_dataset("text")` reads the text, one line (a paragraph) per example, and bertdistiller's
+`prepare_dataset` truncates it. Its `create_student` takes the teacher's weights, and its trainer
+uses our batch size, learning rate and schedule, for as many steps as the given number of real
+tokens needs. It resumes from the Trainer's own checkpoints.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 
 def main(spec: dict[str, Any]) -> None:
+    """Distil according to `spec`, and write the model and `facts.json` into its `output`."""
     if (Path(spec["output"]) / "facts.json").is_file():
         return
     set_seed(1)
@@ -55,7 +55,7 @@ def main(spec: dict[str, Any]) -> None:
         seed=1,
     )
     teacher = AutoModel.from_pretrained(spec["teacher"])
-    # The one name that it takes, for the same encoder.
+    # bertdistiller accepts only this name; the encoder is the same.
     teacher.config.architectures = ["BertForMaskedLM"]
     student = create_student(spec["teacher"], arguments, use_teacher_weights=True)
     trainer = MiniLMTrainer(

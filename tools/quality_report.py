@@ -1,9 +1,8 @@
-"""Tables and pictures of docs/quality.md from the results of tools/quality.py, and from nothing
-else.
+"""Write the tables and pictures of docs/quality.md from the results of tools/quality.py alone.
 
-Enters: result files. Leaves: the tables in the document, between the marks that name them, and
-pictures beside it. A difference counts where all seeds of one side are above all of the other, or
-by Welch's test.
+Inputs: result files. Outputs: the tables in the document, between the marks that name them, and
+pictures in the folder beside it. A difference counts as real if all seeds of one side are above all
+seeds of the other, or by Welch's test.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ DEFAULTS = {
     "tap-extra": 'tap "last" against "extra"',
     "dropout-0.1": "dropout 0 against 0.1",
 }
-"""What each ablation asks."""
+"""The question that each ablation answers."""
 MISSING = "missing"
 MINUS = str.maketrans("-", "\N{MINUS SIGN}")
 LAST, BELOW = "stsb_spearman", "stsb_spearman_below"
@@ -51,8 +50,8 @@ def write_report(results: Results, document: Path) -> list[str]:
     """Write every table and picture, and return the names of the tables.
 
     Raises:
-        DataError: the document lacks the marks of a table, or results that stand in one table had
-            other conditions.
+        DataError: the document lacks the marks of a table, or the results of one table were
+            measured under different conditions.
     """
     pictures = document.with_suffix("")
     pictures.mkdir(exist_ok=True)
@@ -94,7 +93,7 @@ def expected_cells() -> list[str]:
 
 
 def state(results: Results) -> str:
-    """Say how much is finished, how long that took and where; list what is missing."""
+    """Return a text: how much is finished, how long that took and where, and what is missing."""
     names = expected_cells()
     found = [record for name in names if (record := results.record(name))]
     if not found:
@@ -113,7 +112,7 @@ def state(results: Results) -> str:
 
 
 def summary_from(results: Results) -> Summary:
-    """Return the scores of all models after fine-tuning, as the GLUE runner's tables have them."""
+    """Return the scores of all models after fine-tuning, in the GLUE runner's form."""
     columns = [f"{task}/{metric}" for task in SMALL.glue.tasks for metric in TASKS[task].metrics]
     rows: list[Row] = []
     choices: list[Choice] = []
@@ -167,8 +166,10 @@ def summary_from(results: Results) -> Summary:
 
 
 def _of_task(results: Results, name: str, task: str) -> list[dict[str, Any]]:
-    """Return the records of a model's seeds on a task; all models must have been fine-tuned under
-    equal conditions.
+    """Return the records of a model's seeds on a task.
+
+    Raises:
+        DataError: the models were not all fine-tuned under the same conditions.
     """
     cells = [f"glue/{name}/{task}-seed{seed}" for seed in SMALL.seeds]
     records = [record for cell in cells if (record := results.record(cell))]
@@ -181,16 +182,14 @@ def _of_task(results: Results, name: str, task: str) -> list[dict[str, Any]]:
     if len(kinds) > 1:
         raise DataError(
             f"the results of {TASKS[task].title} were measured under {len(kinds)} different "
-            "settings, and do not belong in one table; run `quality.py run` again, which measures "
-            "the old ones anew"
+            "settings, and do not belong in one table; rerun `quality.py run`, which measures the "
+            "outdated ones again"
         )
     return records
 
 
 def comparison(summary: Summary) -> Table:
-    """Return the differences between pairs of models, and each one's share of the teacher's
-    average.
-    """
+    """Return the differences between pairs of models, and shares of the teacher's average."""
     rows = {row.name: row for row in summary.rows}
     table = Table(
         "Differences of the medians; bold where every seed of one is above every seed of the other",
@@ -208,8 +207,9 @@ def comparison(summary: Summary) -> Table:
 
 
 def difference(ours: Row, theirs: Row, column: str) -> str:
-    """Return the difference of two medians, bold where the ranges are apart; a single seed has no
-    range.
+    """Return the difference of two medians, bold if the ranges do not overlap.
+
+    It is never bold for a single seed, which has no range.
     """
     if column not in ours.scores or column not in theirs.scores:
         return MISSING
@@ -226,9 +226,7 @@ def _gap(ours: Row, theirs: Row) -> str:
 
 
 def probe_table(results: Results) -> Table:
-    """Return what each model is before any fine-tuning: the probe, and the held-out relation
-    loss.
-    """
+    """Return the probe and the held-out relation loss of each model before fine-tuning."""
     table = Table(
         "Without fine-tuning: Spearman on STS-B dev, and the held-out relation loss",
         [
@@ -253,7 +251,7 @@ def probe_table(results: Results) -> Table:
 
 
 def ablations_from(results: Results) -> dict[str, list[dict[str, float]]]:
-    """Return, by variant, the figures of each distillation seed that is finished."""
+    """Return the figures of each finished distillation seed, by variant."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ABLATIONS}
     for name, runs in found.items():
         for seed in SMALL.seeds:
@@ -267,9 +265,7 @@ def ablations_from(results: Results) -> dict[str, list[dict[str, float]]]:
 
 
 def ablation_table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
-    """Return median (lowest to highest) of each figure by variant, and what follows for the
-    default.
-    """
+    """Return each variant's figures, as median (lowest to highest), and the conclusion."""
     columns = {f"R{heads}": f"loss, {heads} relation heads" for heads in HELD_OUT_HEADS}
     columns |= {LAST: "probe, last block", BELOW: "probe, block below"}
     table = Table(
@@ -299,50 +295,47 @@ def _range(values: Sequence[float], digits: int) -> str:
 def conclude(
     name: str, ours: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]]
 ) -> str:
-    """Say what a variant's figures against the default's mean for the default.
+    """Return whether a variant is better or worse than the default, and what follows from that.
 
-    Compared are the held-out loss at the most relation heads, where both have it, and the better
-    block's probe.
+    The comparison uses the held-out loss with the most relation heads, if both sides have it, and
+    the probe of the better block.
     """
     if min(len(ours), len(base)) < len(SMALL.seeds):
         return MISSING
     verdicts: list[float] = []
     texts = []
     top = f"R{max(HELD_OUT_HEADS)}"
-    for label, better, values in (
-        (
-            "loss",
-            -1,
-            [[run[top] for run in side] if top in side[0] else [] for side in (ours, base)],
-        ),
-        ("probe", 1, [[max(run[LAST], run[BELOW]) for run in side] for side in (ours, base)]),
-    ):
+    losses = [[run[top] for run in side] if top in side[0] else [] for side in (ours, base)]
+    probes = [[max(run[LAST], run[BELOW]) for run in side] for side in (ours, base)]
+    # A lower loss and a higher probe are better.
+    for label, better, values in (("loss", -1, losses), ("probe", 1, probes)):
         if not all(values):
             continue
         gap, chance = _welch(*values)
         texts.append(f"{label} {gap:+.4f} (p = {chance:.2g})".translate(MINUS))
         verdicts.append(better * gap if chance < SIGNIFICANT else 0.0)
-    told = ", ".join(texts)
+    figures = ", ".join(texts)
     if all(verdict >= 0 for verdict in verdicts) and any(verdicts):
-        return f"{DEFAULTS[name]}: {told}: better, the default should change"
+        return f"{DEFAULTS[name]}: {figures}: better, the default should change"
     if all(verdict <= 0 for verdict in verdicts) and any(verdicts):
-        return f"{DEFAULTS[name]}: {told}: worse, the default stays"
+        return f"{DEFAULTS[name]}: {figures}: worse, the default stays"
     if any(verdicts):
-        return f"{DEFAULTS[name]}: {told}: the measures disagree, the default stays"
-    return f"{DEFAULTS[name]}: {told}: not significant, the default stays"
+        return f"{DEFAULTS[name]}: {figures}: the measures disagree, the default stays"
+    return f"{DEFAULTS[name]}: {figures}: not significant, the default stays"
 
 
 def _welch(ours: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Return the difference of the means, and the chance of one so large between equals."""
+    """Return the difference of the means, and its p-value by Welch's test."""
     gap = statistics.fmean(ours) - statistics.fmean(others)
-    if len({*ours}) == len({*others}) == 1:  # no spread at all: the test divides by it
+    if len({*ours}) == len({*others}) == 1:  # without any spread the test would divide by 0
         return gap, 1.0 if gap == 0 else 0.0
     return gap, float(ttest_ind(ours, others, equal_var=False).pvalue)
 
 
 def draw_curves(results: Results, path: Path) -> None:
-    """Draw, by tokens, each student's held-out loss and probe while it was distilled; the teacher's
-    probe dashed.
+    """Draw each student's held-out loss and probe over its training tokens.
+
+    A dashed line shows the teacher's probe.
     """
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -371,7 +364,7 @@ def draw_curves(results: Results, path: Path) -> None:
 
 
 def draw_ablations(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """Draw every run's figures, a panel for each measure."""
+    """Draw every run's figures, with one panel per measure."""
     names = list(runs)[::-1]
     figure = Figure(figsize=(10, 1 + 0.4 * len(runs)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

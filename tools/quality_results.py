@@ -1,8 +1,8 @@
-"""Finished cells of the experiments in tools/quality.py: a small JSON file each, kept in git.
+"""The results of tools/quality.py: one small JSON file per finished cell, kept in git.
 
-Enters: what a cell is, what was measured, where. Leaves: `<folder>/<cell>.<hash>.json`. The hash in
-the name is of the file's bytes, so that a file changed by hand is noticed; the report reads nothing
-else.
+Inputs: a cell's name and settings, and its measurements. Outputs: `<folder>/<cell>.<hash>.json`.
+The hash in the name is that of the file's bytes, so that a file changed by hand is detected. The
+report reads only these files.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Results:
     """The result files in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Read and check them all.
+        """Read and check all files of the folder.
 
         Raises:
-            DataError: a file is not what was written, or a cell has two.
+            DataError: a file was changed, or a cell has two files.
         """
         self.folder = folder
         self._found: dict[str, dict[str, Any]] = {}
@@ -38,32 +38,33 @@ class Results:
             name, _, digest = path.relative_to(folder).with_suffix("").as_posix().rpartition(".")
             if digest != _digest(content):
                 raise DataError(
-                    f"{path} is not what was measured: its content has the hash "
-                    f"{_digest(content)}, its name says {digest}; bring the file back from git, or "
-                    "delete it and measure the cell again"
+                    f"{path} was changed after the measurement: its content has the hash "
+                    f"{_digest(content)}, its name {digest}; restore the file from git, or delete "
+                    "it and measure the cell again"
                 )
             if name in self._paths:
                 raise DataError(
-                    f"{path} and {self._paths[name]} are of one cell; delete the one that does not "
-                    "count"
+                    f"{path} and {self._paths[name]} are results of the same cell; delete the "
+                    "wrong one"
                 )
             self._found[name], self._paths[name] = json.loads(content), path
 
     def get(self, cell: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return what was measured of a cell with these settings; None where that is still to be
-        done.
-        """
+        """Return the result of a cell with these settings; None if it is not measured yet."""
         found = self._found.get(cell)
         return found["result"] if found and found["settings"] == _plain(settings) else None
 
     def record(self, cell: str) -> dict[str, Any] | None:
-        """Return the whole file of a cell, whatever its settings."""
+        """Return all content of a cell's file, whatever its settings; None if there is none."""
         return self._found.get(cell)
 
     def put(
         self, cell: str, settings: Mapping[str, Any], result: Mapping[str, Any], seconds: float
     ) -> Path:
-        """Write a finished cell, in place of one with other settings, and return the file."""
+        """Write a finished cell, replacing one with other settings, and return the file.
+
+        `seconds` is the time that the cell took.
+        """
         record = {
             "cell": cell,
             "settings": settings,

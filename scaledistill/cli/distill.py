@@ -1,5 +1,7 @@
-"""The command line of a run: parse, check, call `train.distill`, and turn how it ended into an exit
-code.
+"""The command line of a run.
+
+Inputs: command-line arguments and launcher environment variables. Outputs: messages and an exit
+code. Not handled here: the configuration (`config`) and the run itself (`training.loop`).
 """
 
 from __future__ import annotations
@@ -32,20 +34,19 @@ from scaledistill.errors import (
 )
 
 REPORT_SECONDS = 30.0
-"""How long a rank that fails along with others on its machine leaves them to report before it ends
-the job."""
+"""How long a failing rank waits before it exits, so that the reporting rank on its machine can
+print the error first."""
 FAR_REPORT_SECONDS = 5.0
-"""The same on a machine without the rank that reports, whose launcher does not see this one
-leave."""
-EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on request (under
-torchrun 0, or it would start the run again; rerun it to resume), 130 interrupted. <run.folder>/status.json tells
-how a run ended, also where a launcher changes the code."""
+"""The same wait on a machine without the reporting rank; that rank's launcher does not see this one
+exit."""
+EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on
+request (0 under torchrun, which would restart the run; rerun the command to resume), 130
+interrupted. <run.folder>/status.json states how a run ended, even if a launcher changes the exit
+code."""
 
 
 class _OneVoice(argparse.ArgumentParser):
-    """Prints on rank 0 alone, as every rank parses the same arguments; names the option that a
-    misspelt one is near.
-    """
+    """A parser that prints on rank 0 only and suggests the nearest option for a misspelt one."""
 
     def parse_args(self, arguments: Any = None, namespace: Any = None) -> Any:
         options, unknown = self.parse_known_args(arguments, namespace)
@@ -70,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of `launch/distill.py`."""
     parse = _OneVoice(
         prog="distill",
-        description="Distil a student from a frozen teacher. Start it with `deepspeed`, `torchrun`, `accelerate "
-        "launch` or plain `python`; the same command resumes.",
+        description="Distil a student from a frozen teacher. Start it with `deepspeed`, "
+        "`torchrun`, `accelerate launch` or plain `python`; rerun the same command to resume.",
         epilog=EPILOG,
         allow_abbrev=False,
     )
@@ -84,31 +85,31 @@ def parser() -> argparse.ArgumentParser:
         "--print-config",
         action="store_true",
         default=None,
-        help="print the whole configuration and leave",
+        help="print the full configuration and exit",
     )
     parse.add_argument(
         "--validate",
         action="store_true",
         default=None,
-        help="check everything without loading weights, print the plan",
+        help="check everything without loading weights and print the plan",
     )
     parse.add_argument(
         "--world-size",
         type=_positive,
         metavar="N",
-        help="with --validate: plan for N ranks (default: those here)",
+        help="with --validate: plan for N ranks (default: those started here)",
     )
     parse.add_argument(
         "--tokens-per-second",
         type=_above_zero,
         metavar="X",
-        help="with --validate: what one rank computes; adds hours",
+        help="with --validate: throughput of one rank; adds the run's hours to the plan",
     )
     parse.add_argument(
         "--device-memory-gb",
         type=_above_zero,
         metavar="X",
-        help="with --validate: plan for GPUs with so much memory",
+        help="with --validate: plan for GPUs with X GB of memory",
     )
     parse.add_argument(
         "--dry-run", type=_positive, metavar="N", help="make N real steps and write nothing"
@@ -123,7 +124,8 @@ def parser() -> argparse.ArgumentParser:
         "--export",
         type=_step,
         metavar="STEP",
-        help="write the student of a checkpoint as a model, without training: a step that has one, or 'newest'",
+        help="export the student of a checkpoint as a model, without training; STEP is the step "
+        "of a checkpoint, or 'newest'",
     )
     parse.add_argument(
         "--fresh",
@@ -140,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _check_together(parse: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuse options of which one would be ignored."""
+    """Refuse combinations in which an option would be ignored."""
     modes = ("print_config", "validate", "dry_run", "profile", "export")
     given = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(options, mode) is not None]
     if len(given) > 1:
@@ -182,7 +184,10 @@ def _above_zero(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+    """Run the command line and return the exit code.
+
+    Collective: every rank of a run calls it with the same arguments.
+    """
     parse = parser()
     options = parse.parse_args(arguments)
     if options.world_size and not options.validate:
@@ -206,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.print_config:
             check_paths(config, options.config)
     except ConfigError as error:
-        # One message a machine: each reads its own file.
+        # One message per machine, since each machine reads its own copy of the file.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             log.error("%s", error)
         return _after_report(error.exit_code, "LOCAL_RANK")
@@ -218,8 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.export is not None:
             return _export(config, options.export, is_main)
         if options.validate:
-            # The process is short and nearly all of it imports, among which garbage is looked for
-            # in vain.
+            # A short process that mostly imports: the garbage collector only costs time here.
             gc.disable()
             try:
                 return _validate(config, options, is_main)
@@ -228,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from scaledistill.training.loop import distill
 
         under_elastic = "TORCHELASTIC_RUN_ID" in os.environ
-        # --fresh was done the first time.
+        # The first start has already applied --fresh; a restart must keep the new run folder.
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         result = distill(
             config,
@@ -238,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         log.info("%s", result.message)
         if result.exit_code == EXIT_STOPPED and under_elastic:
-            return EXIT_DONE  # torchrun would start a stopped run again; status.json tells
+            # torchrun would restart a stopped run on any other code; status.json has the state.
+            return EXIT_DONE
         return result.exit_code
     except (ConfigError, DataError, DivergedError) as error:
         if options.debug:
@@ -273,10 +278,10 @@ def _export(config: DistillConfig, step: int | str, is_main: bool) -> int:
 
 
 def _after_report(code: int, name: str) -> int:
-    """Return an exit code, after the rank whose number `name` is 0 has had the time to report why.
+    """Return an exit code once the rank whose `name` is 0 has had time to report the error.
 
-    Launchers end all ranks of their machine as soon as one fails. So the ranks that leave the
-    message to another one leave after it: as soon as that one has left, the launcher ends them.
+    Launchers end all ranks of their machine as soon as one fails. The ranks that print nothing
+    therefore wait; the launcher ends them as soon as the reporting rank has exited.
     """
     numbers = (os.environ.get(each, "0") for each in (name, "RANK", "LOCAL_RANK"))
     number, rank, local_rank = (int(text) if text.isdecimal() else 0 for text in numbers)
@@ -315,15 +320,15 @@ def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool)
     if in_use(Path(config.run.folder)):
         raise ConfigError(
             f"run.folder={config.run.folder!r} is in use by a running process "
-            f"({described(Path(config.run.folder))}); this configuration starts when that has "
-            "ended, or with another run.folder. Everything else is in order"
+            f"({described(Path(config.run.folder))}); wait until it has ended, or set another "
+            "run.folder. All other checks passed"
         )
     console.print("all checks passed (weights not loaded)")
     return EXIT_DONE
 
 
 def _set_up_messages(is_main: bool, debug: bool) -> None:
-    """Show our messages, rank 0's alone unless they are warnings; keep third parties quiet."""
+    """Show our messages, only warnings on ranks other than 0, and silence third parties."""
     package = logging.getLogger("scaledistill")
     if sys.stderr.isatty():
         from rich.console import Console
@@ -345,7 +350,7 @@ def _set_up_messages(is_main: bool, debug: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not debug:
         warnings.filterwarnings("ignore")
-        # It tells where there is no home to keep fonts in.
+        # matplotlib warns if there is no home folder for its font cache.
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")

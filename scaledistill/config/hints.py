@@ -1,8 +1,8 @@
-"""What people type out of habit from other tools, and what to type here instead.
+"""Names that users know from other tools, and what to type here instead.
 
-Inputs: an unknown option or a misplaced argument of the command line, or an unknown key of the
-configuration. Outputs: the end of a message that says what to type. Not handled here: reading the
-configuration (`configfile`).
+Inputs: an unknown option or misplaced argument of the command line, or an unknown key of the
+configuration. Outputs: the end of an error message, which says what to type. Not handled here:
+reading the configuration (`load`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ MAX_STEPS = (
 )
 BATCH = "set train.global_batch_size, the sequences of an optimizer step over all ranks"
 MICRO_BATCH = (
-    'set train.micro_batch_size, the sequences of a rank\'s forward (or "auto"), and '
-    "train.global_batch_size, those of "
-    "a step over all ranks"
+    'set train.micro_batch_size, the sequences per forward of a rank (or "auto"), and '
+    "train.global_batch_size, the sequences of an optimizer step over all ranks"
 )
 ACCUMULATION = (
     "it follows from train.global_batch_size, train.micro_batch_size and the number of ranks"
@@ -40,6 +39,7 @@ LAUNCHER = (
 SCHEDULE = (
     "the schedule is linear: train.warmup_steps of warm-up, then decay to 0 at train.max_steps"
 )
+READ_AHEAD = "shards are read ahead in the background; data.prefetch_batches sets how far"
 
 FOREIGN = {
     "epochs": MAX_STEPS,
@@ -94,7 +94,9 @@ FOREIGN = {
     "torch_dtype": "set train.precision, and teacher.dtype for the teacher",
     "tf32": "set train.precision",
     "torch_compile": "set train.compile",
-    "gradient_checkpointing": 'set engine.name="fsdp" and engine.fsdp.activation_checkpointing=true',
+    "gradient_checkpointing": (
+        'set engine.name="fsdp" and engine.fsdp.activation_checkpointing=true'
+    ),
     "max_seq_length": LENGTH,
     "max_seq_len": LENGTH,
     "max_length": LENGTH,
@@ -129,8 +131,8 @@ FOREIGN = {
     "eval_strategy": "set train.validation_every_steps, and data.validation",
     "evaluation_strategy": "set train.validation_every_steps, and data.validation",
     "eval_interval": "set train.validation_every_steps, and data.validation",
-    "num_workers": "shards are read ahead in the background; data.prefetch_batches says how far",
-    "dataloader_num_workers": "shards are read ahead in the background; data.prefetch_batches says how far",
+    "num_workers": READ_AHEAD,
+    "dataloader_num_workers": READ_AHEAD,
     "dataset": SHARDS,
     "dataset_name": SHARDS,
     "data_dir": SHARDS,
@@ -140,7 +142,7 @@ FOREIGN = {
     "train_dataset": SHARDS,
     "validation_file": "set data.validation, a folder of held-out shards",
     "eval_dataset": "set data.validation, a folder of held-out shards",
-    "cache_dir": "set data.cache_folder for shards behind URLs; models follow HF_HOME",
+    "cache_dir": "set data.cache_folder for shards from URLs; HF_HOME sets where models are kept",
     "model": "set teacher.model; the student is described in the block students",
     "model_name": "set teacher.model",
     "model_name_or_path": "set teacher.model",
@@ -199,18 +201,16 @@ OPTIONS = {
 
 
 def foreign(name: str) -> str | None:
-    """Return what to do instead for a name of another tool's, without leading dashes; None if it is
-    not known.
-    """
+    """Return what to do instead of using another tool's option or key; None if it is not known."""
     return FOREIGN.get(name.strip("-").replace("-", "_").lower())
 
 
 def argument_hint(unknown: Sequence[str], options: Iterable[str], settings: Sequence[str]) -> str:
-    """Return the message for arguments that the command line does not know, of which the first
-    counts.
+    """Return the error message for unknown arguments; it is about the first of them.
 
     Args:
-        options: the options that it knows.
+        unknown: the unknown arguments, at least one.
+        options: the options of the command line.
         settings: the dotted names of all settings.
     """
     first, *rest = unknown
@@ -259,9 +259,8 @@ def argument_hint(unknown: Sequence[str], options: Iterable[str], settings: Sequ
 
 
 def _as_option(advice: str, given: str) -> str:
-    """Turn "set train.max_steps, …" into what is typed on a command line, with the value given if
-    it means the same.
-    """
+    """Turn "set train.max_steps, …" into what to type on a command line, with the given value."""
+    # These settings have another unit or form than the option that the user typed.
     if advice in (MAX_STEPS, MICRO_BATCH, WARMUP, SHARDS) or "a list" in advice:
         given = "…"
     setting = re.match(r"set ([\w.<>]+)(=[^\s,;]+)?(.*)", advice)

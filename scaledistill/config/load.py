@@ -1,7 +1,8 @@
-"""Read a run's settings from a JSON file and `--set a.b=c` overrides, and say what is wrong with
-them in one line each.
+"""Read a run's settings from a JSON file and `--set a.b=c` overrides.
 
-Enters: a file, or plain dicts. Leaves: a `DistillConfig`.
+Inputs: a file, or plain dicts. Outputs: a `DistillConfig`, or an error with one line per problem.
+Not handled here: the fields and their checks (`schema`), the wording of pydantic's errors
+(`wording`).
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfi
     """Read a configuration file, apply `a.b=c` overrides, and check it.
 
     Raises:
-        ConfigError: the file is missing or no JSON, or a key is unknown, of the wrong type or
-            contradicts another.
+        ConfigError: the file is missing or not JSON, or a key is unknown, has the wrong type or
+            contradicts another key.
     """
     path = Path(path)
     text = _read(path)
@@ -69,13 +70,13 @@ def parse_config(tree: Mapping[str, Any]) -> DistillConfig:
 
 
 def check_paths(config: DistillConfig, path: str | Path) -> None:
-    """Check relative paths, which count from the working folder, where what they name lies
-    elsewhere.
+    """Check that relative paths are meant from the working folder.
 
-    That is beside the configuration file or above it, or in the repository.
+    A path that is missing there is also looked for beside the configuration file, one folder above
+    it and in the repository.
 
     Raises:
-        ConfigError: one of them is not in the working folder but there.
+        ConfigError: a path exists in one of those places, but not in the working folder.
     """
     here = Path.cwd()
     roots = [*Path(path).resolve().parents[:2], REPOSITORY]
@@ -140,7 +141,7 @@ def _read(path: Path) -> str:
 
 
 def _where_else(path: Path) -> str:
-    """Return where a file that is missing may be, or what it may be called."""
+    """Return a hint where a missing file may be, or what it may be called."""
     looked = "" if path.is_absolute() else f" in the working folder {Path.cwd()}"
     presets = sorted((REPOSITORY / "configs").glob("*.json"))
     candidates = [path.with_name(path.name + ".json"), path.with_suffix(".json")]
@@ -155,13 +156,14 @@ def _where_else(path: Path) -> str:
 
 
 def _short(path: Path) -> Path:
-    """Return a path as it is best typed: relative where it lies below the working folder."""
+    """Return a path as a user would type it: relative if it is inside the working folder."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _what_is_wrong(path: Path, text: str, error: json.JSONDecodeError) -> str:
-    """Return what JSON does not have, with its line, and what to do; the parser's words where
-    nothing fits.
+    """Return what is not valid JSON, in which line, and what to do about it.
+
+    The parser's own message is the fallback.
     """
     rest = text[error.pos :]
     before = text[: error.pos].rstrip()
@@ -201,7 +203,7 @@ def _what_is_wrong(path: Path, text: str, error: json.JSONDecodeError) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if twice := {key for key in keys if keys.count(key) > 1}:
-        raise ValueError(f"the key {min(twice)!r} stands twice in one object")
+        raise ValueError(f"the key {min(twice)!r} occurs twice in one object")
     return dict(pairs)
 
 

@@ -1,7 +1,7 @@
-"""The settings of a run: frozen pydantic models, every key known.
+"""The settings of a run as frozen pydantic models; unknown keys are refused.
 
-Enters: plain values, which `configfile` reads. Leaves: a frozen `DistillConfig`, and its resolved
-JSON. What needs the number of ranks, the models or the data is checked by those who have them.
+Inputs: plain values, which `load` reads. Outputs: a frozen `DistillConfig`, and its resolved JSON.
+Not handled here: checks that need the number of ranks, the models or the data.
 """
 
 from __future__ import annotations
@@ -41,24 +41,27 @@ class Settings(BaseModel):
 
 
 class RunSettings(Settings):
+    """The run itself: its folder, seed and time limits."""
+
     folder: NonEmpty
     """Everything that the run writes goes here."""
     seed: NotNegative = 1
     """Seeds the sample order, the random initialisation and dropout."""
     deterministic: bool = False
-    """Ask PyTorch for deterministic algorithms: on GPUs, resumed runs are then equal to the bit.
-    CPUs are so anyway."""
+    """Ask PyTorch for deterministic algorithms, so that a run resumed on GPUs is bit-identical. On
+    CPUs it is so in any case."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
-    """Stop, as on a signal, when the job has lasted so long; the same command goes on."""
+    """Stop after this many hours, as on a signal; rerun the same command to resume."""
     timeout_seconds: Positive = 1800
-    """Where no step, validation batch or other progress is made for so long, the job ends and names
-    who is behind."""
+    """If no rank finishes a step, a validation batch or other work for this long, the job ends and
+    names the ranks that are behind."""
     lost_rank_seconds: Positive = 120
-    """A rank whose process is not heard of for so long (killed, stopped, its node gone) ends the
-    job."""
+    """If a rank sends no heartbeat for this long (killed, stopped, its node gone), the job ends."""
 
 
 class TeacherSettings(Settings):
+    """The teacher model, the block to learn from and how it runs."""
+
     model: NonEmpty
     """A folder or a hub name, with weights in safetensors."""
     revision: NonEmpty | None = None
@@ -66,33 +69,36 @@ class TeacherSettings(Settings):
     layer: Positive
     """The block whose Q/K/V the student learns, counted from 1; nothing above it is loaded."""
     dtype: Precision = "auto"
-    """Precision of the teacher's forward; "auto" takes that of `train.precision`; if that is "auto"
-    too, bf16 where it is fast, also on CPUs with bf16 units (AMX, AVX512-BF16)."""
+    """Precision of the teacher's forward. "auto": that of `train.precision`; if that is "auto" too,
+    bf16 where it is fast, including CPUs with bf16 units (AMX, AVX512-BF16)."""
     placement: Literal["replicate", "shard", "offload"] = "replicate"
-    """Where the teacher's weights lie: "replicate": whole on every rank; "shard": in equal parts on
-    the ranks, gathered block by block while it runs; "offload": the same parts in host memory."""
+    """Where the teacher's weights are kept. "replicate": whole on every rank; "shard": in equal
+    parts on the ranks, gathered block by block in the forward; "offload": the same parts, in host
+    memory."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such models are refused."""
 
 
 class StudentSettings(Settings):
+    """The size and initialisation of a student, and where its Q/K/V are taken."""
+
     num_layers: Positive
     hidden_size: Positive
     num_attention_heads: Positive
     intermediate_size: Positive | None = None
-    """FFN width; 4 × `hidden_size` unless said."""
+    """FFN width (default: 4 × `hidden_size`)."""
     init: NonEmpty = "random"
-    """"random", "teacher" (its weights, cut by layers, whole heads and width) or a folder: a model
-    of this shape."""
+    """"random", "teacher" (its weights, cut by layers, whole heads and width) or the folder of a
+    model of this shape."""
     layer_map: list[Positive] | None = None
-    """The teacher's layer (from 1) for each of ours; evenly spaced up to `teacher.layer` unless
-    said."""
+    """The teacher's layer, counted from 1, for each layer of the student (default: evenly spaced up
+    to `teacher.layer`)."""
     tap: Literal["last", "extra"] = "last"
-    """Where the student's Q/K/V come from: "last": its last block, whose attention output and FFN
+    """Where the student's Q/K/V come from. "last": its last block, whose attention output and FFN
     then learn nothing; "extra": a projection after the last block, so that every block learns; the
     export leaves the projection out."""
     relation_heads: Positive | None = None
-    """Relation heads for this student; `relations.num_heads` unless said."""
+    """Relation heads for this student (default: `relations.num_heads`)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout while distilling. The exported config keeps the teacher's values."""
 
@@ -112,16 +118,18 @@ class StudentSettings(Settings):
 
 
 class RelationSettings(Settings):
+    """The relation loss: heads, pairs and implementation."""
+
     num_heads: Positive
-    """Relation heads R: divides every width that a pair uses (64 is usual for large teachers, 48
-    for base ones)."""
+    """Number of relation heads R; it must divide every width that a pair uses (64 is usual for
+    large teachers, 48 for base ones)."""
     pairs: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=lambda: {"qq": 1.0, "kk": 1.0, "vv": 1.0}
     )
     """Relation pairs and their weights."""
     backend: Literal["auto", "reference", "sdpa", "triton"] = "auto"
-    """"reference": plain PyTorch, whole maps; "sdpa": tiles on the CPU; "triton": kernels on the
-    GPU; "auto": the last two, where each can be had."""
+    """"reference": plain PyTorch, whole maps; "sdpa": tiles, on the CPU; "triton": kernels, on the
+    GPU; "auto": one of the last two, if available."""
 
     @field_validator("pairs")
     @classmethod
@@ -137,6 +145,8 @@ class RelationSettings(Settings):
 
 
 class DataSettings(Settings):
+    """The shards to read, and how their rows are shuffled and cached."""
+
     train: NonEmpty
     """Folder or URL of the training shards, made by tools/make_shards.py."""
     validation: NonEmpty | None = None
@@ -144,33 +154,35 @@ class DataSettings(Settings):
     sequence_length: Positive
     """Tokens per row T; must be that of the shards."""
     attention: Literal["row", "document"] = "row"
-    """"row": every token of a row sees the whole row, as BERT was trained; "document": only its own
-    document."""
+    """"row": every token of a row sees the whole row, as in BERT's training; "document": every
+    token sees only its own document."""
     num_lanes: Positive = 32
-    """Lanes that the epoch is cut into; more lanes mix more and need more memory."""
+    """Lanes that the epoch is cut into; more lanes shuffle better and need more memory."""
     window_rows: Positive = 16384
-    """Rows shuffled together in a lane. Memory: num_lanes × window_rows × T × 2¼ bytes at most."""
+    """Rows shuffled together in a lane. Memory: at most num_lanes × window_rows × T × 2¼ bytes."""
     prefetch_batches: Positive = 4
-    """Micro-batches made ready ahead of the step."""
+    """Micro-batches prepared ahead of the step."""
     cache_folder: NonEmpty | None = None
-    """For URLs: where shards are kept locally; ~/.cache/scaledistill unless said."""
+    """Local folder for shards from URLs (default: ~/.cache/scaledistill)."""
     cache_bytes: Positive = 100_000_000_000
-    """Bound of that cache."""
+    """Maximum size of that folder, in bytes."""
 
 
 class TrainSettings(Settings):
+    """Batch sizes, optimizer, schedule, precision and validation."""
+
     global_batch_size: Positive
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: Positive | Literal["auto"] | None = None
-    """Sequences per rank and forward; accumulation follows. More than a rank's share of the batch
-    is cut to that share, with a note in the log. Unless said: all of the share; "auto": the most
-    that memory takes."""
+    """Sequences per rank and forward; the accumulation steps follow from it. A size above a rank's
+    share of the batch is cut to that share, with a note in the log. "auto": as many as fit in
+    memory (default: the whole share)."""
     max_steps: Positive
     """Optimizer steps of the run."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
     warmup_steps: NotNegative = 0
-    """Steps of linear warm-up; linear decay to 0 at `max_steps` follows."""
+    """Steps of linear warm-up, followed by linear decay to 0 at `max_steps`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW weight decay; biases and LayerNorms are exempt."""
     adam_betas: Annotated[
@@ -178,20 +190,20 @@ class TrainSettings(Settings):
     ] = Field(default_factory=lambda: [0.9, 0.999])
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-6
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradients are clipped to this global norm; 0 switches clipping off."""
+    """Gradients are clipped to this global norm; 0 disables clipping."""
     precision: Precision = "auto"
-    """Of the student's forward and backward; master weights and moments are fp32. "auto": bf16 on
-    GPUs that have it, fp32 on CPUs, whose bf16 gradients of LayerNorms are far off."""
+    """Precision of the student's forward and backward; master weights and moments are fp32. "auto":
+    bf16 on GPUs that support it, fp32 on CPUs, whose bf16 LayerNorm gradients are inaccurate."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile the blocks of teacher and student (not a student's under ZeRO-3). "auto": on
-    GPUs, unless `run.deterministic` is on, which excludes it."""
+    """Apply torch.compile to the blocks of teacher and student (not to the student's under ZeRO-3).
+    "auto": on GPUs, unless `run.deterministic` is on, which excludes it."""
     max_skipped_steps: NotNegative = 10
-    """So many steps in a row may be skipped for a non-finite loss or gradient; one more ends the
+    """Steps in a row that may be skipped for a non-finite loss or gradient; one more ends the
     run."""
     validation_every_steps: NotNegative = 0
-    """Validation loss every so many steps and at the end; 0: never."""
+    """Steps between validation losses; one is also computed at the end. 0: never."""
     validation_rows: Positive = 1024
-    """Held-out rows that the validation loss is the mean of."""
+    """Held-out rows over which the validation loss is averaged."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
@@ -207,26 +219,26 @@ class TrainSettings(Settings):
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} is more than "
                 f"global_batch_size={self.global_batch_size}; "
-                'lower it, or set it to "auto" for the most that memory takes'
+                'lower it, or set it to "auto" for as many as fit in memory'
             )
         return self
 
 
 class FsdpSettings(Settings):
-    """FSDP2 (`fully_shard`): the student's weights, gradients and optimizer in equal parts on the
-    ranks.
-    """
+    """FSDP2 (`fully_shard`): weights, gradients and optimizer state sharded over the ranks."""
 
     reshard_after_forward: bool = True
-    """Drop a block's gathered weights after its forward and gather them again for its backward:
-    less memory."""
+    """Free a block's gathered weights after its forward and gather them again for its backward, to
+    save memory."""
     cpu_offload: bool = False
-    """Keep the parts, and the optimizer's step, in host memory."""
+    """Keep the shards in host memory, and run the optimizer step there."""
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward and compute the rest again."""
+    """Keep only each block's input for the backward and recompute the rest."""
 
 
 class EngineSettings(Settings):
+    """The engine that shards the student's training state, and its own settings."""
+
     name: Literal["deepspeed", "fsdp"] = "deepspeed"
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 2}})
     """DeepSpeed's own settings, checked key by key. Batch sizes, optimizer, schedule and clipping
@@ -236,39 +248,42 @@ class EngineSettings(Settings):
 
 
 class CheckpointSettings(Settings):
+    """When checkpoints are saved, how many are kept and where they are copied."""
+
     every_steps: NotNegative = 1000
-    """Save every so many steps, and at the end; 0: only at the end or on a stop request."""
+    """Steps between saves; one more is made at the end. 0: only at the end or on a stop request."""
     keep: Positive = 2
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     remote: NonEmpty | None = None
-    """Folder that each checkpoint is copied to as well: a path or a URL (s3://, gs://). A run whose
-    own has none, or only older ones, goes on from there. `--fresh` renames what is there."""
+    """Folder to which each checkpoint is also copied: a path or a URL (s3://, gs://). If the run
+    folder has no checkpoint, or only older ones, the run resumes from here. `--fresh` renames its
+    content."""
     max_failed_saves: NotNegative = 3
-    """So many saves in a row may fail (disk full) while training goes on; one more ends the run."""
+    """Saves in a row that may fail (disk full) without ending the run; one more ends it."""
 
 
 class LoggingSettings(Settings):
+    """How often metrics are logged, and to which trackers."""
+
     every_steps: Positive = 50
-    """A row of metrics.jsonl, and a line or a new figure on the display, every so many steps."""
+    """Steps between rows of metrics.jsonl, and between updates of the display."""
     trackers: list[NonEmpty] = Field(default_factory=list)
-    """Trackers of accelerate that get the same figures: "tensorboard", "wandb", … One that fails
-    ends no run."""
+    """Trackers of accelerate that get the same metrics: "tensorboard", "wandb", … A tracker that
+    fails does not end the run."""
     project: NonEmpty | None = None
-    """The trackers' project (MLflow: experiment); the name of `run.folder` unless said."""
+    """The trackers' project, in MLflow the experiment (default: the name of `run.folder`)."""
     run_name: NonEmpty | None = None
-    """The run's name there; the name of `run.folder` unless said. A run that is resumed goes on in
-    the same one."""
+    """The run's name in the trackers (default: the name of `run.folder`). A resumed run continues
+    under the same name."""
 
 
 class EvaluationSettings(Settings):
-    """Fine-tuning on GLUE and SQuAD 2.0: a grid of learning rates × epochs × seeds for each
-    task.
-    """
+    """Fine-tuning on GLUE and SQuAD 2.0: a grid of learning rate × epochs × seed per task."""
 
     tasks: Annotated[list[NonEmpty], Field(min_length=1)]
     """"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "squad2"."""
     data_folder: NonEmpty | None = None
-    """Folder with the tasks' original files, one folder a task; from the hub unless said."""
+    """Folder with the tasks' original files, one folder per task (default: from the hub)."""
     learning_rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
         default_factory=lambda: [2e-5, 5e-5, 1e-4]
     )
@@ -280,34 +295,34 @@ class EvaluationSettings(Settings):
     """Seeds of the new head, the order of rows and dropout."""
     batch_size: Positive = 32
     max_length: Positive | None = None
-    """Tokens of an example; 128 unless said, 384 for SQuAD 2.0."""
+    """Maximum tokens per example (default: 128; SQuAD 2.0: 384)."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     group_by_length: bool = False
-    """Put rows of similar length into a batch, in transformers' way: a half to two thirds less
-    padding to compute; the order of the rows is less random then."""
+    """Batch rows of similar length, with transformers' sampler: a half to two thirds less padding
+    to compute, but the order of the rows is less random."""
     max_train_rows: Positive | None = None
-    """At most so many training rows of each task, the same ones for every model and seed; all
-    unless said."""
+    """Maximum training rows per task, the same rows for every model and seed (default: all)."""
     scores_each_epoch: bool = False
-    """Also score after the epochs before the last, for the record: it takes time and changes no
+    """Also score after each earlier epoch, for the record; this takes time and changes no
     result."""
 
 
 class RunEvaluation(EvaluationSettings):
-    """Fine-tuning the exported student at the end of the run, the scores go into its card; or a
-    probe; or both.
+    """What is scored in a run: fine-tuning of the exported student, a probe, or both.
+
+    The fine-tuning runs at the end of the run, and the scores go into the student's model card.
     """
 
     tasks: list[NonEmpty] = Field(default_factory=list)
-    """As above; none: nothing is fine-tuned."""
+    """As above; if empty, nothing is fine-tuned."""
     probe: Literal["stsb"] | None = None
-    """At each validation, score the student as it is then, without fine-tuning: Spearman's
-    correlation of STS-B's dev labels with the cosine of mean-pooled hidden states. Recorded as
-    "probe/stsb_spearman" for the last block's output, and as "probe/stsb_spearman_below" for that
-    of the block below, the last one that tap "last" trains whole."""
+    """At each validation, score the current student without fine-tuning: Spearman's correlation of
+    STS-B's dev labels with the cosine of mean-pooled hidden states. Logged as
+    "probe/stsb_spearman" for the last block's output, and as "probe/stsb_spearman_below" for the
+    output of the block below, which is the last one that tap "last" trains completely."""
     include_teacher: bool = False
-    """Score the whole teacher model too, for comparison."""
+    """Also score the full teacher model, for comparison."""
 
 
 class DistillConfig(Settings):
@@ -316,7 +331,7 @@ class DistillConfig(Settings):
     run: RunSettings
     teacher: TeacherSettings
     students: dict[str, StudentSettings]
-    """Students by name; the name is part of metric names and of the export's folder."""
+    """Students by name; the name is part of metric names and of the export folder."""
     relations: RelationSettings
     data: DataSettings
     train: TrainSettings
@@ -324,7 +339,7 @@ class DistillConfig(Settings):
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     evaluation: RunEvaluation | None = None
-    """None: the run ends with the export; tools/glue.py scores it whenever wanted."""
+    """None: the run ends with the export, which tools/glue.py can score at any time."""
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
@@ -332,7 +347,7 @@ class DistillConfig(Settings):
             raise ValueError(f"students has {len(self.students)} entries, expected one")
         if bad := [name for name in self.students if not STUDENT_NAME.fullmatch(name)]:
             raise ValueError(
-                f"students.{bad[0]}: a name has letters, digits, '-' and '_' only; it names a "
+                f"students.{bad[0]}: use only letters, digits, '-' and '_' in a name; it names a "
                 "folder"
             )
         if self.evaluation and not (self.evaluation.tasks or self.evaluation.probe):
@@ -361,7 +376,7 @@ class DistillConfig(Settings):
         return self.students[student].relation_heads or self.relations.num_heads
 
     def to_json(self) -> str:
-        """Return the resolved configuration, every default written out."""
+        """Return the resolved configuration as JSON, with every default written out."""
         return json.dumps(self.model_dump(), indent=2) + "\n"
 
 

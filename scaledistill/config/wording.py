@@ -1,9 +1,8 @@
-"""Say in our words what pydantic found wrong with a configuration: the setting, what was found,
-what is expected.
+"""Turn pydantic's errors into messages: the setting, what was found, what is expected.
 
-Inputs: pydantic's errors and the tree that they are about. Outputs: one line for each setting. What
-is expected is read from the fields of `config`, so that a setting of two types has one line, and
-every kind of error the same form.
+Inputs: pydantic's errors and the tree that they refer to. Outputs: one line per setting. What is
+expected is read from the fields of `schema`, so that a setting of two types gets one line, and all
+kinds of errors have the same form.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from scaledistill.config.schema import DistillConfig, Settings
 from scaledistill.errors import counted
 
 VERY_NEAR, NEAR, FAR = 0.85, 0.5, 0.75
-"""How alike an unknown key and a known one are: a slip of the hand; in the same block; anywhere
-else."""
+"""How similar an unknown key must be to a known one: for a typing error; within the same block;
+anywhere else."""
 
 PRECISIONS = {
     "float16": "fp16",
@@ -37,7 +36,13 @@ PRECISIONS = {
 def explain(
     errors: Sequence[Any], tree: Mapping[str, Any], root: type[Settings] = DistillConfig
 ) -> list[str]:
-    """Return a line for each setting that pydantic refuses in a tree of `root`, in its order."""
+    """Return one line for each setting of `tree` that pydantic refuses, in pydantic's order.
+
+    Args:
+        errors: as `ValidationError.errors()` returns them.
+        tree: the refused values.
+        root: the model that refused them.
+    """
     lines: dict[str, str] = {}
     for error in errors:
         path, annotation, default = _setting_at(
@@ -58,7 +63,7 @@ def explain(
 
 
 def setting_names(students: Sequence[str] = ("<name>",)) -> list[str]:
-    """Return the dotted names of all settings."""
+    """Return the dotted names of all settings, those of each student once per name."""
     return list(_names(DistillConfig, "", students))
 
 
@@ -75,7 +80,7 @@ def _names(block: type[Settings], prefix: str, students: Sequence[str]) -> Itera
 
 
 def _block(annotation: Any) -> type[Settings] | None:
-    """Return the block of settings that a field is, or is a table of."""
+    """Return the block of settings that a field holds, directly or as a dict's values."""
     if get_origin(annotation) in (Union, types.UnionType, dict):
         return next(filter(None, map(_block, get_args(annotation))), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
@@ -84,10 +89,10 @@ def _block(annotation: Any) -> type[Settings] | None:
 def _setting_at(
     location: Sequence[str | int], root: type[Settings] = DistillConfig
 ) -> tuple[str, Any, Any]:
-    """Return the dotted path of a setting, its type, and its default, None for none; pydantic's
-    path may go on.
+    """Return the dotted path of a setting, its type, and its default or None.
 
-    Where a value may be of several types, pydantic's path names the type as well.
+    `location` is pydantic's path. It may go deeper: for a setting of several types, its last part
+    names the type.
     """
     annotation: Any = root
     path: list[str] = []
@@ -113,7 +118,7 @@ def _setting_at(
 
 
 def _item_of(annotation: Any) -> Any:
-    """Return the type of a list's entries, or of a table's values; None where there are none."""
+    """Return the type of a list's entries or of a dict's values; None for other types."""
     plain = _plain(annotation)[0]
     if get_origin(plain) in (Union, types.UnionType):
         return next((each for each in map(_item_of, get_args(plain)) if each is not None), None)
@@ -121,7 +126,7 @@ def _item_of(annotation: Any) -> Any:
 
 
 def _plain(annotation: Any) -> tuple[Any, list[Any]]:
-    """Return a type without its constraints, and these."""
+    """Split a type into the plain type and its constraints."""
     if get_origin(annotation) is not Annotated:
         return annotation, []
     plain, *extras = get_args(annotation)
@@ -130,7 +135,7 @@ def _plain(annotation: Any) -> tuple[Any, list[Any]]:
 
 
 def expected(annotation: Any) -> str:
-    """Return what a setting of this type takes, for people."""
+    """Describe in words the values that a setting of this type takes."""
     plain, constraints = _plain(annotation)
     if get_origin(plain) in (Union, types.UnionType):
         return " or ".join(expected(each) for each in get_args(plain) if each is not type(None))
@@ -183,17 +188,13 @@ def _wrong_value(path: str, error: Any, annotation: Any, default: Any) -> str:
 
 
 def _remedy(found: Any, annotation: Any, default: Any) -> str:
-    """Return what to write instead: the same value in the right form, a near one, or the
-    default.
-    """
+    """Return what to write instead: the value in the right form, a similar one or the default."""
     if annotation is None:
         return ""
     candidates: list[Any] = []
     if isinstance(found, str):
-        candidates += [
-            _number(found),
-            {"true": True, "false": False, "yes": True, "no": False}.get(found.lower()),
-        ]
+        words = {"true": True, "false": False, "yes": True, "no": False}
+        candidates += [_number(found), words.get(found.lower())]
         plain = _plain(annotation)[0]
         members = get_args(plain) if get_origin(plain) in (Union, types.UnionType) else [plain]
         choices = [
@@ -237,21 +238,14 @@ def _number(text: str) -> int | float | None:
             value = float(text)
         except ValueError:
             return None
-    if (
-        isinstance(value, float)
-        and value == value
-        and abs(value) < 1e18
-        and value == int(value)
-        and abs(value) >= 1
-    ):
+    # 1e6 or 2.0 in place of an integer; NaN fails the comparison.
+    if isinstance(value, float) and 1 <= abs(value) < 1e18 and value == int(value):
         return int(value)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _key_hint(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
-    """Return what to write instead of an unknown key: a known one of its block, or one that lives
-    elsewhere.
-    """
+    """Return what to write instead of an unknown key: a key of its block, or of another block."""
     *parents, key = map(str, location)
     block = _block(_setting_at(location[:-1])[1]) if parents else DistillConfig
     here = list(block.model_fields) if block else []
@@ -279,7 +273,7 @@ def _key_hint(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
 
 
 def _nearest(key: str, names: Sequence[str], likeness: float) -> list[str]:
-    """Return the settings whose last part is most like a key."""
+    """Return the settings whose last part is most similar to a key."""
     near = difflib.get_close_matches(
         key, [name.rpartition(".")[2] for name in names], n=1, cutoff=likeness
     )

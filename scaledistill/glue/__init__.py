@@ -1,3 +1,4 @@
-"""Fine-tune and score models on GLUE and SQuAD 2.0: a grid of cells, its tables and its command
-line.
+"""Fine-tune and score models on GLUE and SQuAD 2.0.
+
+`grid` runs the fine-tunings ("cells"), `summary` makes the tables, `command` is the command line.
 """

@@ -1,8 +1,8 @@
-"""Fine-tune and score models from Python, and at the end of a run: the GLUE runner under
-bertdistiller's names.
+"""Fine-tune and score models from Python, and at the end of a run.
 
-Enters: a model, or the configuration of a finished run. Leaves: scores in an output folder, a
-table, a section of the student's model card. The runner itself is `glue`.
+Inputs: a model (with bertdistiller's argument names), or the configuration of a finished run.
+Outputs: scores in an output folder, a table, a section of the student's model card. Not handled
+here: running the fine-tunings (`grid`).
 """
 
 from __future__ import annotations
@@ -69,24 +69,25 @@ def evaluate(
     workers: int | None = None,
     model_name: str | None = None,
 ) -> GridResult:
-    """Fine-tune a model on each task with each learning rate, number of epochs and seed, and score
-    it on the dev sets.
+    """Fine-tune a model on each task with a grid of hyper-parameters and score it on the dev sets.
 
-    What is finished in `output_dir` is not run again, and other models' scores there stay. Cells
-    that failed are in the result's `failures`.
+    Each learning rate, number of epochs and seed is one cell. Cells that are finished in
+    `output_dir` are not run again, and other models' scores there are kept. Failed cells are in the
+    result's `failures`.
 
     Args:
         model_name_or_path: a folder or hub name, with its tokenizer.
         tasks: some of "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli",
             "squad2".
-        max_seq_length: tokens; 128 unless said, 384 for SQuAD 2.0.
-        data_dir: folder with the tasks' original files; from the hub unless said.
-        workers: fine-tunings at a time; one per GPU unless said.
-        model_name: its name in tables; the last part of `model_name_or_path` unless said.
+        max_seq_length: maximum tokens per example (default: 128; SQuAD 2.0: 384).
+        data_dir: folder with the tasks' original files (default: from the hub).
+        max_train_rows: maximum training rows per task (default: all).
+        workers: number of cells that run at a time (default: one per GPU; one without GPUs).
+        model_name: the model's name in tables (default: the last part of `model_name_or_path`).
 
     Raises:
         ConfigError, DataError: model, data or settings cannot be used, or `output_dir` has scores
-            of another model of this name; nothing has run then.
+            of another model of this name. Nothing has run in that case.
     """
     try:
         settings = EvaluationSettings(
@@ -114,20 +115,19 @@ def create_summary_table(
     include_average: bool = True,
     round_decimals: int = 2,
 ) -> pandas.DataFrame:
-    """Return the scores in a folder of `evaluate`: a row for each model, a column for each task and
-    metric.
+    """Return the scores in a folder of `evaluate`: a row per model, a column per task and metric.
 
-    A score is the median over the seeds, with the hyper-parameters of the highest median, in
-    percent as the metric gives it: Matthews' correlation is not rescaled. The average is over the
-    first metric of each task that all models have, WNLI left out.
+    A score is the median over the seeds, for the hyper-parameters with the highest median, in
+    percent; Matthews' correlation is × 100 too, but not rescaled. The average is over the first
+    metric of each task that all models have, without WNLI.
 
     Raises:
-        DataError: not such a folder.
+        DataError: `results_dir` is not a folder that `evaluate` wrote.
     """
     import pandas
 
     summary = summary_of(Path(results_dir))
-    for note in summary.one_answer_notes():  # a table of bare numbers has no room for a mark
+    for note in summary.one_answer_notes():  # the table has bare numbers, so no room for a mark
         log.warning("%s", note)
     rows = {}
     for row in summary.rows:
@@ -149,25 +149,27 @@ class PlannedEvaluation:
     """What the evaluation at the end of a run will do."""
 
     size: str
-    """How many fine-tunings, and of what."""
+    """The number of fine-tunings, and how it comes about."""
     flops_per_parameter: float
-    """Of all fine-tunings of one model, per parameter of its encoder."""
+    """FLOPs of all fine-tunings of one model, per parameter of its encoder."""
     teacher_parameters: int
-    """Of the teacher's encoder; 0 where it takes no part."""
+    """Parameters of the teacher's encoder; 0 if the teacher is not scored."""
 
     def flops(self, student_parameters: int) -> float:
-        """Return the FLOPs of all fine-tunings, roughly, for a student whose encoder has so many
-        parameters.
+        """Return the approximate FLOPs of all fine-tunings.
+
+        Args:
+            student_parameters: parameters of the student's encoder.
         """
         return self.flops_per_parameter * (student_parameters + self.teacher_parameters)
 
 
 def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
-    """Check, before a run, that its evaluation can be: settings, data, the teacher where it takes
-    part.
+    """Check, before a run, its evaluation's settings and data, and the teacher if it is scored.
 
     Raises:
-        ConfigError, DataError: with every problem found, a line each.
+        ConfigError, DataError: one line for every problem.
+        ValueError: the run has no `evaluation`.
     """
     settings, teacher = _settings_of(config), config.teacher
     problems = Problems()
@@ -180,14 +182,14 @@ def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
     if settings.include_teacher and not tasks and not problems.found:
         problems.found.append(
             ConfigError(
-                "include_teacher needs tasks to score the teacher on; name some, or leave it"
+                "include_teacher needs tasks to score the teacher on; name some, or turn it off"
             )
         )
     if settings.include_teacher and student == TEACHER:
         problems.found.append(
             ConfigError(
-                f"include_teacher needs the name {TEACHER!r} in the tables; call the student "
-                "otherwise"
+                f"include_teacher needs the name {TEACHER!r} in the tables; give the student "
+                "another name"
             )
         )
     whole_teacher = None
@@ -195,7 +197,7 @@ def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
         whole_teacher = problems.attempt(
             lambda: check_model(TEACHER, _teacher_folder(config), tasks)
         )
-    # The student's table is as long.
+    # The student's table of positions is as long as the teacher's.
     shape = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
     check_lengths(f"the student {student}", positions(shape), data.values(), problems)
     folder = problems.attempt(lambda: Path(_teacher_folder(config)))
@@ -212,30 +214,32 @@ def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
 
 
 def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
-    """Score the exported student of a finished run, and write the scores into its model card. One
-    rank calls this.
+    """Score the exported student of a finished run, and write the scores into its model card.
+
+    Only one rank calls this.
 
     Args:
         message: how the run ended.
 
     Returns:
-        The state of the run now ("done", "stopped" or "failed"), as `status.json` has it, its exit
-        code and message.
+        The new state of the run ("done", "stopped" or "failed"), as in `status.json`, its exit code
+        and its message.
 
     Raises:
         ConfigError, DataError: see `run_grid`.
         ValueError: the run has no `evaluation`.
     """
     folder, settings = Path(config.run.folder), _settings_of(config)
-    torch.cuda.empty_cache()  # for the processes that fine-tune
+    torch.cuda.empty_cache()  # the worker processes need the memory
     [name] = config.students
     export, output = folder / "export" / name, folder / "evaluation"
-    status, answer = Status(folder, config.train.max_steps), "stopping; what is fine-tuned stays"
+    status = Status(folder, config.train.max_steps)
+    answer = "stopping; finished fine-tunings are kept"
     stop = StopRequest(
         folder, watch_file=True, speaks=True, max_hours=config.run.max_hours, answer=answer
     )
     with stop.listening(), failures_told(status, of_settings=True):
-        status.write("evaluating", f"{message}; it is being fine-tuned and scored")
+        status.write("evaluating", f"{message}; the student is being fine-tuned and scored")
         models = {name: str(export)} | (
             {TEACHER: _teacher_folder(config)} if settings.include_teacher else {}
         )
@@ -243,7 +247,7 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
             result = run_grid(models, settings, output, stop=stop.reason)
         except GridStoppedError:
             why = (
-                f"its evaluation was stopped ({stop.acknowledge()}); rerun the same command to "
+                f"the evaluation was stopped ({stop.acknowledge()}); rerun the same command to "
                 "resume"
             )
             end = ("stopped", EXIT_STOPPED, f"{message}; {why}")
@@ -268,7 +272,5 @@ def _settings_of(config: DistillConfig) -> RunEvaluation:
 
 
 def _teacher_folder(config: DistillConfig) -> str:
-    """Return the teacher's folder, with its tokenizer; from the hub, that of the revision that is
-    distilled.
-    """
+    """Return the folder of the teacher and its tokenizer; for a hub name, of the right revision."""
     return str(resolve_folder(config.teacher.model, config.teacher.revision, MODEL_FILES))

@@ -1,10 +1,9 @@
-"""A cell of the grid: one model fine-tuned on one task with one learning rate, number of epochs and
-seed.
+"""A cell of the grid: one model fine-tuned on one task with one set of hyper-parameters.
 
-Enters: what decides a result. Leaves: where the cell's files lie under the output folder, and
-reading and writing them: `….json` with the scores, `….jsonl.gz` with the prediction of each
-example, `….error` where it failed. How the scores come about is left to `finetune`, what they say
-to `summary`.
+Inputs: everything that decides a result. Outputs: the cell's files in the output folder, read and
+written here: `….json` with the scores, `….jsonl.gz` with the prediction of each example, and
+`….error` if the cell failed. Not handled here: computing the scores (`finetune`) and comparing them
+(`summary`).
 """
 
 from __future__ import annotations
@@ -20,15 +19,13 @@ from typing import Any
 
 from scaledistill.storage.files import read_json, write_bytes, write_json
 
-RECIPE = 2  # to be raised with any change that changes scores: finished cells are then made again
+RECIPE = 2  # raise it with any change that affects scores, so that finished cells are run again
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all cells of a task share, whatever the hyper-parameters: only such cells stand in one
-    table.
-    """
+    """What all cells of a task share; a table contains only cells with the same conditions."""
 
     data_sha256: str
     max_length: int
@@ -41,7 +38,7 @@ class Conditions:
 
     @property
     def general(self) -> tuple[object, ...]:
-        """Those that do not depend on the task."""
+        """The conditions that do not depend on the task."""
         found = asdict(self)
         del found["data_sha256"], found["max_length"]
         return tuple(found.values())
@@ -49,7 +46,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Cell:
-    """What decides a result, the machine's arithmetic aside."""
+    """Everything that decides a result, except the machine's arithmetic."""
 
     model: str
     model_sha256: str
@@ -61,12 +58,11 @@ class Cell:
 
     @property
     def title(self) -> str:
+        """The cell's name in messages and tables."""
         return f"{self.model} {self.task} {self.learning_rate:g} × {self.epochs} seed {self.seed}"
 
     def path(self, output: Path) -> Path:
-        """Return where the cell's record lies; its name changes with anything that decides the
-        result.
-        """
+        """Return the path of the cell's record; it contains a hash of all of the cell's fields."""
         key = hash_of([json.dumps(asdict(self), sort_keys=True)])[:12]
         return (
             output
@@ -78,19 +74,17 @@ class Cell:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Cell:
-        """Return the cell that `dataclasses.asdict` took apart."""
+        """Return the cell whose fields `dataclasses.asdict` returned."""
         return cls(**{**values, "conditions": Conditions(**values["conditions"])})
 
 
 def hash_of(parts: Iterable[str]) -> str:
-    """Return the sha256 of some texts, in hexadecimal."""
+    """Return the sha256 of the texts, in hexadecimal."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def read_record(cell: Cell, output: Path) -> dict[str, Any] | None:
-    """Return the record of a finished cell; None where there is none, or it or its predictions are
-    damaged.
-    """
+    """Return a finished cell's record; None if it or its predictions are missing or damaged."""
     path = cell.path(output)
     record = read_json(path)
     if record is None or record.pop("sha256", None) != hash_of([json.dumps(record)]):
@@ -123,7 +117,7 @@ def write_record(
 
 
 def read_error(cell: Cell, output: Path) -> str | None:
-    """Return why the cell failed when it was last tried."""
+    """Return why the cell's last run failed; None if it did not."""
     return (read_json(cell.path(output).with_suffix(".error")) or {}).get("error")
 
 
@@ -134,14 +128,14 @@ def read_predictions(cell: Cell, output: Path) -> list[dict[str, Any]]:
 
 
 def write_error(cell: Cell, output: Path, error: str, details: str) -> None:
-    """Write that a cell failed."""
+    """Record that a cell failed, with the error's message and its traceback."""
     path = cell.path(output).with_suffix(".error")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"cell": asdict(cell), "error": error, "details": details})
 
 
 def remove_partial_files(output: Path) -> None:
-    """Remove what a killed worker had begun to write."""
+    """Remove files that a killed worker left incomplete."""
     for path in (output / "cells").glob("*/*/.*"):
         if path.is_file():
             path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
-"""The command line of the GLUE runner: options in, tables, files and an exit code out.
+"""The command line of the GLUE runner.
 
-What runs is left to `grid`.
+Inputs: command-line arguments. Outputs: tables, files and an exit code. Not handled here: running
+the cells (`grid`).
 """
 
 from __future__ import annotations
@@ -50,18 +51,21 @@ QUICK = EvaluationSettings(
     group_by_length=True,
 )
 DEFAULTS = EvaluationSettings(tasks=["cola"])
-DESCRIPTION = """Fine-tune and score models on GLUE and SQuAD 2.0; with --probe, score them as they are.
+DESCRIPTION = """Fine-tune and score models on GLUE and SQuAD 2.0.
 
-Example: python tools/glue.py --model runs/student --model bert-base-uncased --tasks cola,rte --data-dir glue \\
-           --output runs/glue
+With --probe, score them without fine-tuning.
 
-Rerun the same command to resume an interrupted one; it runs no finished cell again. OUTPUT gets summary.md, .csv, .json
-and .png, and cells/ with the record of each cell and its prediction of each dev example.
+Example: python tools/glue.py --model runs/student --model bert-base-uncased \\
+           --tasks cola,rte --data-dir glue --output runs/glue
 
-Exit codes: 0 done, 2 wrong options, 3 wrong data or environment, or cells that failed, 130 interrupted."""
+Rerun the same command to resume after an interruption; finished cells are not run again. The
+output folder gets summary.md, .csv, .json and .png, and cells/ with the record of each cell and
+its prediction for each dev example.
 
+Exit codes: 0 done, 2 wrong options, 3 wrong data or environment, or failed cells,
+130 interrupted."""
 
-# Options of run_glue.py and of neighbouring tools, by the option that does the same here.
+# Options of run_glue.py and similar tools, and the option that does the same here.
 FOREIGN = {
     "--task-name": "--tasks",
     "--model-name-or-path": "--model",
@@ -79,9 +83,7 @@ LISTS = ("--tasks", "--learning-rates", "--epochs", "--seeds")
 
 
 class _Once(argparse.Action):
-    """Store a list; refuse the option's second occurrence, which would silently replace the
-    first.
-    """
+    """Store a list; refuse the option's second occurrence, which would replace the first."""
 
     def __call__(
         self,
@@ -128,16 +130,16 @@ def parser() -> argparse.ArgumentParser:
     what = parse.add_argument_group("what")
     what.add_argument(
         "--model", action="append", metavar="[NAME=]MODEL", dest="models",
-        help="a folder or hub name, and its name in the tables (default: the last part); repeatable",
+        help="a folder or hub name, and its name in tables (default: the last part); repeatable",
     )  # fmt: skip
     what.add_argument("--tasks", action=_Once, metavar="TASK,…", help=f"some of {','.join(TASKS)}")
     what.add_argument(
         "--data-dir", metavar="DIR", dest="data_folder",
-        help="a folder with the original files, one folder a task (default: from the hub)",
+        help="a folder with the original files, one folder per task (default: from the hub)",
     )  # fmt: skip
     what.add_argument(
         "--probe", choices=("stsb",),
-        help="in place of --tasks: score the models as they are, without fine-tuning, in seconds",
+        help="instead of --tasks: score the models without fine-tuning, in seconds",
     )  # fmt: skip
     grid = parse.add_argument_group("the grid: each learning rate × epochs × seed")
     lists = {"learning_rates": float, "epochs": int, "seeds": int}
@@ -154,36 +156,39 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=int,
         metavar="N",
-        help=f"examples a step (default: {DEFAULTS.batch_size})",
+        help=f"examples per step (default: {DEFAULTS.batch_size})",
     )
     grid.add_argument(
-        "--max-length", type=int, metavar="T", help="tokens an example (default: 128; squad2: 384)"
+        "--max-length",
+        type=int,
+        metavar="T",
+        help="maximum tokens per example (default: 128; squad2: 384)",
     )
     grid.add_argument(
         "--max-train-rows",
         type=int,
         metavar="N",
-        help="at most N training rows a task, the same for all models",
+        help="use at most N training rows per task, the same for all models",
     )
     grid.add_argument(
         "--group-by-length", action=argparse.BooleanOptionalAction,
         help=(
-            "batches of rows of similar length: up to three times faster, and their order less "
+            "batch rows of similar length: up to three times faster, but their order is less "
             "random (default: no)"
         ),
     )  # fmt: skip
     grid.add_argument(
         "--scores-each-epoch", action="store_true", default=None,
         help=(
-            "also score after the epochs before the last, for the record; takes time and changes "
-            "no result"
+            "also score after each earlier epoch, for the record; this takes time and changes no "
+            "result"
         ),
     )  # fmt: skip
     grid.add_argument(
         "--quick", action="store_true",
         help=(
-            "a quick look; unless said: learning rate 1e-4, 2 epochs, seed 1, 1,200 training rows "
-            "a task, by length"
+            "a quick look: other defaults (learning rate 1e-4, 2 epochs, seed 1, 1,200 training "
+            "rows per task, --group-by-length)"
         ),
     )  # fmt: skip
     run = parse.add_argument_group("the run")
@@ -191,13 +196,13 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help="(default: runs/glue; with --quick: runs/glue-quick)",
+        help="output folder (default: runs/glue; with --quick: runs/glue-quick)",
     )
     run.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help="write the scores as a list of name, value, unit, n",
+        help="write the scores as a JSON list of name, value, unit, n",
     )
     run.add_argument(
         "--workers",
@@ -208,9 +213,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--list",
         action="store_true",
-        help="say what would run and how long it will take, and leave",
+        help="print what would run and how long it would take, and exit",
     )
-    run.add_argument("--published", action="store_true", help="put published scores beside ours")
+    run.add_argument("--published", action="store_true", help="add published scores to the tables")
     run.add_argument(
         "--speed",
         action="store_true",
@@ -224,7 +229,7 @@ def _option(name: str) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; wrong options end the process with code 2."""
+    """Parse the command line; wrong options end the process with exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parse = parser()
     options, unknown = parse.parse_known_args(arguments)
@@ -235,8 +240,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parse.error("--model is missing")
     if options.probe and options.tasks:
         parse.error(
-            f"--probe {options.probe} goes without --tasks: it fine-tunes nothing; run the command "
-            "once for each"
+            f"--probe {options.probe} excludes --tasks, since it does not fine-tune; run the "
+            "command once with each"
         )
     if not (options.tasks or options.probe):
         parse.error("--tasks is missing (or --probe stsb, for a score without fine-tuning)")
@@ -249,7 +254,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _unknown(word: str, arguments: Sequence[str], known: Sequence[str]) -> str:
-    """Say what an argument that no option takes was meant to be."""
+    """Return the error message for an unknown argument, with what was probably meant."""
     if word.startswith("-"):
         name = word.partition("=")[0]
         foreign = FOREIGN.get(name.replace("_", "-"))
@@ -274,7 +279,7 @@ def named_models(arguments: Sequence[str]) -> dict[str, str]:
     """Return the path or hub name of each model by its name.
 
     Raises:
-        ConfigError: two have the same name.
+        ConfigError: two models have the same name, or an argument has no path.
     """
     models: dict[str, str] = {}
     for argument in arguments:
@@ -294,7 +299,7 @@ def named_models(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def settings_of(options: argparse.Namespace) -> EvaluationSettings:
-    """Return the grid's settings: what was said, else those of --quick, else the defaults.
+    """Return the grid's settings: the given options over --quick's or the other defaults.
 
     Raises:
         ConfigError: a value is out of range.
@@ -317,16 +322,16 @@ def settings_of(options: argparse.Namespace) -> EvaluationSettings:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and return the exit code."""
+    """Run the command line and return the exit code."""
     options = parse(arguments)
     if threading.current_thread() is threading.main_thread():
-        # A scheduler's stop cleans up like Ctrl-C.
+        # A scheduler's SIGTERM cleans up like Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scaledistill").setLevel(logging.INFO)
-    # It tells where there is no home to keep fonts in.
+    # matplotlib warns if there is no home folder for its font cache.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    # Its retries; what fails in the end is told here.
+    # The hub client logs each retry; the final failure is reported here.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         return run(options)
@@ -338,14 +343,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_ENVIRONMENT
     except KeyboardInterrupt:
         _say(
-            f"interrupted; what is finished stays in {options.output}; rerun the same command to "
+            f"interrupted; finished cells are kept in {options.output}; rerun the same command to "
             "resume"
         )
         return EXIT_INTERRUPTED
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the grid, show and write what came out, and return the exit code."""
+    """Run the grid, show and write the results, and return the exit code."""
     models = named_models(options.models)
     if options.probe:
         return probe(models, options)
@@ -358,7 +363,8 @@ def run(options: argparse.Namespace) -> int:
         return EXIT_DONE
     from scaledistill.glue.worker import Worker
 
-    with Worker() as first:  # it imports while we do, and while the plan is made
+    # The worker imports torch while this process imports it too and makes the plan.
+    with Worker() as first:
         from scaledistill.glue.grid import run_plan
 
         plan, workers = _plan(models, settings, options)
@@ -390,7 +396,7 @@ def run(options: argparse.Namespace) -> int:
 def _plan(
     models: Mapping[str, str], settings: EvaluationSettings, options: argparse.Namespace
 ) -> tuple[Plan, int]:
-    """Return the checked plan, and how many cells run at a time."""
+    """Return the checked plan and the number of workers."""
     from scaledistill.glue.grid import check_workers
     from scaledistill.glue.plan import make_plan
 
@@ -410,7 +416,7 @@ def _console() -> Console:
 
 
 def probe(models: Mapping[str, str], options: argparse.Namespace) -> int:
-    """Score the models as they are, show and write what came out, and return the exit code."""
+    """Score the models without fine-tuning, show and write the scores; return the exit code."""
     from scaledistill.glue.probe import probe_models
 
     report = probe_models(models, Path(options.data_folder) if options.data_folder else None)
@@ -425,7 +431,9 @@ def show(console: Console, result: GridResult) -> None:
     """Print the tables, their notes and the failed cells."""
     for table in result.summary.tables():
         shown = table.rich()
-        names = shown.columns[0]  # folded before it is cut, and not before the figures' headers are
+        # Long model names fold over several lines instead of being cut, and the other columns'
+        # headers fold first.
+        names = shown.columns[0]
         names.overflow, names.min_width = "fold", min(32, max(len(row[0]) for row in table.rows))
         console.print(shown)
     for note in result.summary.notes():
@@ -446,8 +454,9 @@ def show(console: Console, result: GridResult) -> None:
 
 
 class Display:
-    """Progress on stderr: a live bar on a terminal, a line a cell everywhere. A context manager
-    around the run.
+    """Progress on stderr: a line per cell, and a live bar on a terminal.
+
+    Use it as a context manager around the run.
     """
 
     def __init__(self, plan: Plan, output: Path) -> None:
@@ -484,7 +493,7 @@ class Display:
         if self._work:
             cells = counted(len(self._work), "cell")
             text = (
-                f"{cells} to run; Ctrl-C loses only what is under way; rerun the same command to "
+                f"{cells} to run; Ctrl-C loses only unfinished cells; rerun the same command to "
                 "resume"
             )
             self.bar.console.print(text, highlight=False, soft_wrap=True)
@@ -495,7 +504,7 @@ class Display:
         self.bar.stop()
 
     def __call__(self, update: Update) -> None:
-        """Show what has happened."""
+        """Show an update from the grid."""
         cell = update.cell
         self._done[cell] = update.fraction
         if update.state != "running":
@@ -512,23 +521,19 @@ class Display:
         )
 
     def _left(self) -> str:
-        """Return the time left by the pace so far, for where there is no bar."""
+        """Return the estimated time left; "" if the bar shows it."""
         if not self.bar.disable or self._ended == len(self._work):
             return ""
         from scaledistill.glue.listing import duration
 
         elapsed = self.bar.tasks[0].elapsed or 0.0
-        whole, done = (
-            sum(self._work.values()),
-            sum(self._work[one] * share for one, share in self._done.items()),
-        )
+        whole = sum(self._work.values())
+        done = sum(self._work[one] * share for one, share in self._done.items())
         return f"  (about {duration(elapsed * (whole - done) / done)} left)" if done else ""
 
 
 def in_options(message: str) -> str:
-    """Say a message of the package with the options of this tool: `max_length=512` becomes
-    `--max-length 512`.
-    """
+    """Write setting names in a message as options: `max_length=512` becomes `--max-length 512`."""
     names = "|".join([*EvaluationSettings.model_fields, "workers", "output"])
     text = re.sub(rf"\b({names})=", lambda found: f"{_option(found[1])} ", message)
     text = re.sub(

@@ -1,8 +1,7 @@
-"""A task's data as one model reads it: tokenised features, and what turns the outputs for them into
-scores.
+"""A task's data for one model: tokenised features, and functions from outputs to scores.
 
-Enters: a cell and the folders of the model and of the data. Leaves: `Prepared`. Batches are left to
-`finetune`.
+Inputs: a cell and the folders of the model and of the data. Outputs: `Prepared`. Not handled here:
+batches and training (`finetune`).
 
 Legend: N examples, C classes, T tokens of a feature.
 """
@@ -46,36 +45,36 @@ class DevSplit:
     rows: int
     features: Features
     score: Callable[[Sequence[np.ndarray]], Scored]
-    """From the outputs for each feature ([C], for spans [2, T]) to the scores and each example's
-    prediction."""
+    """Turns the outputs for each feature ([C], for spans [2, T]) into the scores and the prediction
+    for each example."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a cell is trained on and scored with."""
+    """What a cell is trained on and scored on."""
 
     tokenizer: PreTrainedTokenizerFast
     train: Features
     train_rows: int
     all_train_rows: int
-    """Those of the file."""
+    """Training rows in the file; `train_rows` of them are used."""
     dev: list[DevSplit]
     majority: dict[str, float]
-    """By metric, the dev scores of always answering the most common label of the training rows."""
+    """By metric, the dev scores of always predicting the most common training label."""
     data_sha256: str
 
 
 def prepare(
     cell: Cell, model_folder: Path, data_folder: Path | None, inputs: Sequence[str]
 ) -> Prepared:
-    """Read and tokenise a cell's data; that of the last call is kept for the next, which is nearly
-    always the same.
+    """Read and tokenise a cell's data, with a cache of one entry.
 
     Args:
-        inputs: the arguments that the model's forward takes.
+        data_folder: as for `read_split`.
+        inputs: the names of the arguments of the model's forward.
 
     Raises:
-        DataError: the data is not what the cell was planned with.
+        DataError: the data cannot be read, or differs from the data that the cell was planned with.
     """
     conditions = cell.conditions
     prepared = _prepared(
@@ -88,12 +87,13 @@ def prepare(
     )
     if prepared.data_sha256 != conditions.data_sha256:
         raise DataError(
-            f"the data of {TASKS[cell.task].title} has changed since the grid was started; start "
-            "it again"
+            f"the data of {TASKS[cell.task].title} has changed since the grid was started; restart "
+            "the grid"
         )
     return prepared
 
 
+# One entry is enough: a worker's next cell nearly always has the same task and model.
 @functools.lru_cache(maxsize=1)
 def _prepared(
     task_name: str,
@@ -104,7 +104,7 @@ def _prepared(
     inputs: tuple[str, ...],
 ) -> Prepared:
     task, tokenizer = TASKS[task_name], load_tokenizer(model_folder)
-    tokenizer.padding_side = "right"  # where outputs are cut and spans are counted from the left
+    tokenizer.padding_side = "right"  # spans and the truncation of outputs count from the left
     train = read_split(task, "train", data_folder)
     rows = subset(len(train.texts), max_train_rows)
     dev = {split: read_split(task, split, data_folder) for split in task.dev_splits}
@@ -126,7 +126,8 @@ def _prepared(
         ]
     for some in (features, *(split.features for split in splits)):
         for feature in some:
-            for name in feature.keys() - {*inputs}:  # such as segment ids, where a model has none
+            # Such as token_type_ids, which some models do not take.
+            for name in feature.keys() - {*inputs}:
                 del feature[name]
     return Prepared(
         tokenizer=tokenizer,
@@ -140,12 +141,12 @@ def _prepared(
 
 
 def data_sha256(train: Examples, dev: Iterable[Examples]) -> str:
-    """Return one hash for all of a task's data."""
+    """Return one sha256 for all of a task's data, in hexadecimal."""
     return hash_of([train.sha256, *(split.sha256 for split in dev)])
 
 
 def subset(num_rows: int, max_rows: int | None) -> list[int]:
-    """Return the training rows to use, in the file's order: always the same ones of so many."""
+    """Return the training rows to use, in file order: the same ones for all models and seeds."""
     if max_rows is None or max_rows >= num_rows:
         return list(range(num_rows))
     return sorted(random.Random(SUBSET_SEED).sample(range(num_rows), max_rows))
@@ -205,5 +206,5 @@ def _span_split(
 
 
 def _rounded(value: float) -> float:
-    """Return six figures of a number: more would be noise, and much to store."""
+    """Round to six significant digits; more would be noise and fill the disk."""
     return float(f"{value:.6g}")

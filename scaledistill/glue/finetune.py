@@ -1,9 +1,9 @@
 """Fine-tune a model on a task and score it: the work of one cell.
 
-Enters: a cell, the folders of the model and of the data. Leaves: the cell's record and the
-prediction of each dev example. Scores are those after the last epoch; what the epochs before it
-gave stands in the record. The data's features and the scores are left to `features`, the files to
-`cell`.
+Inputs: a cell, the folders of the model and of the data. Outputs: the cell's record and the
+prediction for each dev example. The scores are those after the last epoch; the record also has the
+earlier epochs. Not handled here: tokenised features and scores (`features`), the cell's files
+(`cell`).
 
 Legend: C classes, T tokens of a feature.
 """
@@ -48,8 +48,12 @@ PREDICTION_BATCH = 64
 
 
 def take_share(gpu: str | None, threads: int) -> None:
-    """Use one GPU, of those that CUDA shows, and so many threads; before anything has touched a
-    GPU.
+    """Limit this process to one GPU and a number of threads.
+
+    Call it before anything initialises CUDA.
+
+    Args:
+        gpu: an entry of `CUDA_VISIBLE_DEVICES`; None leaves the variable unchanged.
     """
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -63,23 +67,25 @@ def fine_tune(
     on_progress: OnProgress,
     scores_each_epoch: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Fine-tune and score; return the record and the predictions.
+    """Fine-tune a model and score it; return the record and the predictions.
 
     Args:
-        model_folder: where the model's config, weights and tokenizer lie.
-        data_folder: as `read_split` takes it.
-        on_progress: is told the finished share of the training steps.
+        model_folder: has the model's config, weights and tokenizer.
+        data_folder: as for `read_split`.
+        on_progress: called with the finished fraction of the training steps.
         scores_each_epoch: score after each epoch, not only after the last.
 
     Raises:
-        DataError: the model lacks weights, or the data is not what the cell was planned with.
+        DataError: the model lacks weights, or the data differs from the data that the cell was
+            planned with.
         DivergedError: the loss, a weight or an output is not finite.
     """
     start = time.perf_counter()
     task = TASKS[cell.task]
     set_seed(cell.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Filling memory that nobody reads takes time; mypy does not see the attribute.
+    # Deterministic mode fills new tensors, which takes time and is not needed here. mypy does not
+    # know the attribute.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model, new_weights = _load_model(model_folder, task, cell.model)
     data = prepare(
@@ -92,15 +98,15 @@ def fine_tune(
     def end_epoch(train_loss: float) -> None:
         if not math.isfinite(train_loss):
             raise DivergedError(
-                f"the training loss of epoch {len(epochs) + 1} is not finite; a lower learning "
-                f"rate than {cell.learning_rate:g} may do"
+                f"the training loss of epoch {len(epochs) + 1} is not finite; try a lower learning "
+                f"rate than {cell.learning_rate:g}"
             )
         epoch: dict[str, Any] = {"epoch": len(epochs) + 1, "train_loss": train_loss}
         if not (scores_each_epoch or epoch["epoch"] == cell.epochs):
             if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
                 raise DivergedError(
-                    f"weights after epoch {epoch['epoch']} are not finite; a lower learning rate "
-                    f"than {cell.learning_rate:g} may do"
+                    f"weights after epoch {epoch['epoch']} are not finite; try a lower learning "
+                    f"rate than {cell.learning_rate:g}"
                 )
             epochs.append(epoch)
             return
@@ -110,8 +116,8 @@ def fine_tune(
             logits = _predict(model, split.features, collate)
             if not all(np.isfinite(array).all() for array in logits):
                 raise DivergedError(
-                    f"outputs after epoch {len(epochs) + 1} are not finite; a lower learning rate "
-                    f"than {cell.learning_rate:g} may do"
+                    f"outputs after epoch {len(epochs) + 1} are not finite; try a lower learning "
+                    f"rate than {cell.learning_rate:g}"
                 )
             split_scores, split_predictions = split.score(logits)
             found |= split_scores
@@ -148,10 +154,9 @@ def fine_tune(
 
 
 def _load_model(folder: Path, task: Task, name: str) -> tuple[PreTrainedModel, list[str]]:
-    """Return the model with a head for the task, and the names of the weights that are not from the
-    folder.
+    """Return the model with a head for the task, and the names of newly initialised weights.
 
-    A head in the folder is used where its shapes fit, as transformers does it.
+    A head in the folder is used if its shapes fit, as in transformers.
     """
     config = read_config(folder, f"model {name}")
     if task.kind == "classification":
@@ -172,7 +177,7 @@ def _load_model(folder: Path, task: Task, name: str) -> tuple[PreTrainedModel, l
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # a head of other sizes; the encoder's are reported below
+            ignore_mismatched_sizes=True,  # for a head; the encoder's sizes are checked below
             output_loading_info=True,
         )
     encoder = f"{model.base_model_prefix}."
@@ -194,7 +199,7 @@ def _load_model(folder: Path, task: Task, name: str) -> tuple[PreTrainedModel, l
 
 
 class _Epochs(TrainerCallback):
-    """Passes on the progress, and at each epoch's end its mean loss."""
+    """Reports the progress after each step, and each epoch's mean loss at its end."""
 
     def __init__(self, on_progress: OnProgress, end_epoch: Callable[[float], None]) -> None:
         self._on_progress, self._end_epoch = on_progress, end_epoch
@@ -220,7 +225,7 @@ def _train(
     on_progress: OnProgress,
     end_epoch: Callable[[float], None],
 ) -> float:
-    """Train in place; return the seconds that it took, without those of `end_epoch`."""
+    """Train the model in place; return the seconds taken, without those of `end_epoch`."""
     conditions = cell.conditions
     steps = cell.epochs * math.ceil(len(features) / conditions.batch_size)
     on_gpu = torch.cuda.is_available()
@@ -231,7 +236,8 @@ def _train(
             learning_rate=cell.learning_rate,
             num_train_epochs=cell.epochs,
             seed=cell.seed,
-            data_seed=1000 * cell.seed,  # accelerate adds the epoch: seeds shall not share orders
+            # accelerate adds the epoch's number: with 1000 × seed, no two seeds share a row order.
+            data_seed=1000 * cell.seed,
             lr_scheduler_type="linear",
             warmup_steps=math.ceil(conditions.warmup_fraction * steps),
             weight_decay=conditions.weight_decay,
@@ -242,7 +248,7 @@ def _train(
             eval_strategy="no",
             save_strategy="no",
             logging_strategy="epoch",
-            # Would show the last finite loss in place of a diverged one.
+            # The filter would replace a diverged loss by the last finite one.
             logging_nan_inf_filter=False,
             report_to="none",
             disable_tqdm=True,
@@ -258,7 +264,7 @@ def _train(
 
 
 def _bf16() -> bool:
-    """Whether to train in bf16 autocast: on GPUs that have it."""
+    """Whether to train in bf16 autocast: on GPUs that support bf16."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -266,12 +272,13 @@ def _bf16() -> bool:
 def _predict(
     model: PreTrainedModel, features: Features, collate: DataCollatorWithPadding
 ) -> list[np.ndarray]:
-    """Return the outputs for each feature, float32, in their order: [C], or for spans [2, T] (start
-    and end).
+    """Return the outputs for each feature, in order: float32 [C], or for spans [2, T].
+
+    The two rows of a span's outputs are the start and end logits.
     """
     device = next(model.parameters()).device
     inputs = [{name: value for name, value in row.items() if name != "labels"} for row in features]
-    # Little padding.
+    # Longest first, so that batches have rows of similar length and little padding.
     order = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]["input_ids"]))
     outputs: list[np.ndarray] = [np.empty(0)] * len(inputs)
     training = model.training

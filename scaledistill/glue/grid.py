@@ -1,9 +1,8 @@
-"""Run a grid of cells: one per GPU at a time, or in turn or several side by side on a CPU; what is
-finished stays.
+"""Run a grid of cells: one at a time per GPU, or one or several at a time on a CPU.
 
-Enters: models, settings and an output folder. Leaves: the folder with a record of each cell and the
-summary of all. The same call goes on where one stopped, in whatever way. What a cell does is left
-to `finetune`, the tables to `summary`.
+Inputs: models, settings and an output folder. Outputs: the folder with a record of each cell and
+the summary of all. Finished cells are kept, so the same call resumes after any interruption. Not
+handled here: the work of a cell (`finetune`) and the tables (`summary`).
 """
 
 from __future__ import annotations
@@ -32,31 +31,31 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Update:
-    """Something has happened to a cell."""
+    """The progress or the end of a cell."""
 
     cell: Cell
     state: Literal["running", "finished", "failed"]
     fraction: float
-    """Of the cell that is done."""
+    """The finished fraction of the cell's training steps."""
     text: str
-    """Its scores, or why it failed."""
+    """The cell's scores, or why it failed; "" while it runs."""
 
 
 OnUpdate = Callable[[Update], None]
 
 
 class GridStoppedError(Exception):
-    """Someone asked to stop; what is finished stays, and the same call goes on."""
+    """A stop was requested; finished cells are kept, and the same call resumes."""
 
 
 @dataclass(frozen=True)
 class GridResult:
-    """What a grid came to."""
+    """The outcome of a grid."""
 
     output: Path
     finished: list[Cell]
     failures: dict[Cell, str]
-    """Why each cell that failed did so."""
+    """The failed cells, and why each failed."""
     summary: Summary
 
 
@@ -71,26 +70,25 @@ def run_grid(
     on_update: OnUpdate | None = None,
     stop: Callable[[], object] = lambda: None,
 ) -> GridResult:
-    """Fine-tune and score each model on each task with each hyper-parameter and seed, and write the
-    summary.
+    """Run the grid: fine-tune and score each model on each task, and write the summary.
 
-    A cell that is finished in `output` is not run again; one that failed is. A failed cell stops no
-    other and is in the result.
+    A cell that is finished in `output` is not run again; a failed one is. A failed cell does not
+    stop the others and is listed in the result.
 
     Args:
         models: folder or hub name of each model by its name in tables and figures.
         output: gets `cells/`, `grid.json` and `summary.md`, `.csv`, `.json`, `.png`.
-        quick: whether the tables shall say that the settings are those of a quick look.
-        workers: cells at a time; one per GPU unless said, one on CPUs. On CPUs they share the
-            cores.
-        published: put published scores beside ours.
-        on_update: is told what happens; the log is, unless said.
-        stop: asked every second or so; what is true ends the grid.
+        quick: state in the tables that the settings are those of a quick look.
+        workers: number of cells that run at a time (default: one per GPU; one without GPUs). On
+            CPUs they share the cores.
+        published: add published scores to the tables.
+        on_update: called with each update (default: write the end of each cell to the log).
+        stop: called about once a second; a true result stops the grid.
 
     Raises:
-        GridStoppedError: `stop` said so.
-        ConfigError, DataError: models, data or settings cannot be used; nothing has run then. Or no
-            worker starts.
+        GridStoppedError: `stop` returned a true value.
+        ConfigError, DataError: models, data or settings cannot be used and nothing has run, or a
+            worker does not start.
     """
     workers = check_workers(workers)
     plan = make_plan(models, settings)
@@ -119,11 +117,12 @@ def run_plan(
     """Run what `make_plan` returned; see `run_grid`.
 
     Args:
-        first: a worker that was started while the plan was made.
+        first: a worker that was started in advance, while the plan was made.
 
     Raises:
-        ConfigError: another process works in the folder, or it has another model of the same name.
-        GridStoppedError: `stop` said so.
+        ConfigError: another process uses the folder, or it has another model of the same name.
+        DataError: a worker does not start.
+        GridStoppedError: `stop` returned a true value.
     """
     output.mkdir(parents=True, exist_ok=True)
     with locked(output, "output"):
@@ -148,11 +147,10 @@ def run_plan(
 
 
 def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
-    """Write which cells the summary is of: the plan's, and earlier ones of the folder that compare
-    with them.
+    """Write the list of cells for the summary: the plan's, and comparable earlier ones.
 
     Raises:
-        ConfigError: one of the plan's models has the name of another one there.
+        ConfigError: one of the plan's models has the name of another model in the folder.
     """
     before = read_json(output / GRID) or {"cells": [], "models": {}}
     earlier = [Cell.from_dict(cell) for cell in before["cells"]]
@@ -191,7 +189,7 @@ def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
 
 
 def _compares(cell: Cell, plan: Plan) -> bool:
-    """Whether an earlier cell belongs in one table with the plan's."""
+    """Whether an earlier cell belongs in the same table as the plan's cells."""
     if cell.model in plan.models and plan.models[cell.model].sha256 != cell.model_sha256:
         return False
     if cell.task in plan.tasks:
@@ -200,10 +198,11 @@ def _compares(cell: Cell, plan: Plan) -> bool:
 
 
 def check_workers(workers: int | None) -> int:
-    """Return how many cells run at a time.
+    """Return the number of cells that run at a time; None means the default.
 
     Raises:
-        ConfigError: more than the machine has GPUs, or cores where it has none.
+        ConfigError: `workers` is below 1, or above the machine's number of GPUs, or of cores if it
+            has no GPU.
     """
     gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
     most, what = (gpus, "GPUs") if gpus else (cores, "cores")
@@ -213,7 +212,7 @@ def check_workers(workers: int | None) -> int:
 
 
 class _Pool:
-    """Workers, each with a cell at a time. A context manager: leaving it ends them."""
+    """A pool of workers that run one cell each; on exit, the context manager ends them."""
 
     def __init__(
         self, plan: Plan, output: Path, workers: int, on_update: OnUpdate, first: Worker | None
@@ -233,7 +232,7 @@ class _Pool:
             worker.end()
 
     def run(self, cells: Sequence[Cell], stop: Callable[[], object]) -> None:
-        """Run cells until each has finished or failed, or `stop` says so."""
+        """Run cells until each has finished or failed, or `stop` returns a true value."""
         self._waiting.extend(cells)
         while self._waiting or any(worker.cell for worker in self._running.values()):
             for number in range(self._workers):
@@ -303,7 +302,7 @@ class _Pool:
 
 
 def _share(number: int, workers: int) -> Share:
-    """Return what a worker may use: its GPU, or its share of the cores."""
+    """Return a worker's share of the machine: its GPU, or its part of the cores."""
     gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
@@ -312,7 +311,7 @@ def _share(number: int, workers: int) -> Share:
 
 
 class _Log:
-    """Tells the log of each cell that ends."""
+    """Logs the end of each cell."""
 
     def __init__(self, total: int) -> None:
         self._total, self._ended = total, 0

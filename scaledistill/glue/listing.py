@@ -1,6 +1,6 @@
-"""Say what a grid would run, what is finished, and how long it will take.
+"""List what a grid would run, what is finished, and how long the rest will take.
 
-Enters: a plan and its output folder. Leaves: a table on the console.
+Inputs: a plan and its output folder. Outputs: a table on the console, and estimates in seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scaledistill.glue.plan import Plan, grid_size
 from scaledistill.metrics.benchmark import Table
 from scaledistill.metrics.stopwatch import measured_matrix_rate
 
-# Of the matrix rate that fine-tuning reaches, roughly; it only serves until a cell is finished.
+# Rough fraction of the matrix rate that fine-tuning reaches; used only until a cell is finished.
 EFFICIENCY = 0.5
 
 
@@ -53,14 +53,14 @@ def print_list(console: Console, plan: Plan, output: Path, workers: int) -> None
 
 
 def duration(seconds: float) -> str:
-    """Return a time for people: 40 s, 12 min, 3.4 h."""
+    """Format a duration: 40 s, 12 min, 3.4 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _rate(plan: Plan, seconds: dict[Cell, float]) -> tuple[float, str]:
-    """Return the FLOP/s of a worker and where that is from."""
+    """Return the FLOP/s of a worker and the source of that figure."""
     if seconds:
         rate = sum(map(plan.work, seconds)) / sum(seconds.values())
         return rate, f"(from the {len(seconds)} finished cells)"
@@ -68,14 +68,12 @@ def _rate(plan: Plan, seconds: dict[Cell, float]) -> tuple[float, str]:
 
 
 def estimated_seconds(flops: float) -> float:
-    """Return how long fine-tunings with so many FLOPs take on this machine, roughly, one per GPU at
-    a time.
-    """
+    """Return the approximate seconds for these FLOPs of fine-tuning, with one worker per GPU."""
     return flops / (max(1, torch.cuda.device_count()) * estimated_rate())
 
 
 def estimated_rate() -> float:
-    """Return the FLOP/s of a worker on this machine, roughly, where no cell has been measured."""
+    """Return the approximate FLOP/s of a worker on this machine; for use before any cell ran."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     return EFFICIENCY * measured_matrix_rate(device, torch.bfloat16 if on_gpu else torch.float32)

@@ -1,7 +1,7 @@
-"""Scores of predictions, × 100, with scikit-learn and scipy; nothing is rescaled.
+"""Score predictions with scikit-learn and scipy; scores are × 100 and not rescaled otherwise.
 
-Enters: predictions and labels of one dev split. Leaves: the split's metrics by name. Answers of
-SQuAD are scored by `squad`.
+Inputs: predictions and labels of one dev split. Outputs: the split's metrics by name. Not handled
+here: SQuAD's answers (`squad`).
 
 Legend: N examples.
 """
@@ -18,15 +18,15 @@ import numpy as np
 from scaledistill.errors import DataError
 from scaledistill.glue.tasks import TASKS, Task
 
-# Values of a regression that differ by less than this are one value: 1 % of the range of STS-B.
+# Regression values that differ by less than this count as one: 1 % of STS-B's range.
 SAME_VALUE = 0.05
 
 
 def check_installed() -> None:
-    """Check that the libraries that compute the scores are there.
+    """Check that the libraries that compute the scores are installed.
 
     Raises:
-        DataError: they are not.
+        DataError: they are not installed.
     """
     try:
         import scipy
@@ -39,13 +39,16 @@ def check_installed() -> None:
 
 
 def scores(task: Task, split: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return the metrics that a split of a task gives, in percent, by the names in `task.metrics`.
+    """Return the metrics of a split of a task, in percent, by the names in `task.metrics`.
 
     A correlation (Matthews, Pearson, Spearman) with constant predictions is 0.
 
     Args:
-        predictions: class ids, or values where the task is a regression: [N].
-        labels: likewise.
+        predictions: class ids, or values if the task is a regression: [N].
+        labels: of the same kind: [N].
+
+    Raises:
+        DataError: scikit-learn or scipy is not installed.
     """
     check_installed()
     from scipy.stats import pearsonr, spearmanr
@@ -53,7 +56,7 @@ def scores(task: Task, split: str, predictions: np.ndarray, labels: np.ndarray) 
 
     def correlation(function: Callable[..., tuple[float, float]]) -> float:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of constant input, which is handled here
+            warnings.simplefilter("ignore")  # constant input is handled below
             value = float(function(predictions, labels)[0])
         return 0.0 if np.isnan(value) else value
 
@@ -64,7 +67,7 @@ def scores(task: Task, split: str, predictions: np.ndarray, labels: np.ndarray) 
         "pearson": lambda: correlation(pearsonr),
         "spearman": lambda: correlation(spearmanr),
     }
-    # Each has a metric of its own: accuracy_m of dev_matched, accuracy_mm of the other.
+    # MNLI: each dev split has its own metric, accuracy_m or accuracy_mm.
     if len(task.dev_splits) > 1:
         name = task.metrics[task.dev_splits.index(split)]
         return {name: 100 * float(by_name[name.partition("_")[0]]())}
@@ -74,28 +77,27 @@ def scores(task: Task, split: str, predictions: np.ndarray, labels: np.ndarray) 
 def majority_scores(
     task: Task, split: str, train_labels: Sequence[Any], dev_labels: Sequence[Any]
 ) -> dict[str, float]:
-    """Return the metrics of a model that ignores its input, in percent, by the names in
-    `task.metrics`.
+    """Return the metrics of a model that ignores its input, in percent, by name.
 
-    It predicts the most common class of the training labels for every dev example, the mean value
-    in a regression. Correlations are 0 then.
+    For every dev example it predicts the most common training class, or in a regression the mean
+    training value. Its correlations are 0.
     """
     if task.kind == "regression":
         constant: float = float(np.mean(train_labels))
     else:
-        # The smaller id at a tie, so that the order of the rows does not matter.
+        # In a tie the smaller id, so that the order of the rows does not matter.
         counts = Counter(train_labels)
         constant = min(counts, key=lambda label: (-counts[label], label))
     return scores(task, split, np.full(len(dev_labels), constant), np.asarray(dev_labels))
 
 
 def only_answer(task_name: str, predictions: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the one answer that a cell gave to all dev examples; None where it gave several.
+    """Return the one answer that a cell gave for all dev examples; None if it gave several.
 
-    A class is returned by its name, a value with one digit, an unanswered question as "no answer".
+    A class is returned by its name, a value with one decimal, no answer as "no answer".
 
     Args:
-        predictions: of all dev splits, as they stand in the cell's file.
+        predictions: those of all dev splits, as in the cell's file.
     """
     task = TASKS[task_name]
     found = [row["prediction"] for row in predictions]

@@ -1,6 +1,6 @@
-"""Draw a summary: a panel for each column, a line for each model, its seeds' spread as a whisker.
+"""Draw a summary: a panel per column, a row per model, a horizontal line for the seeds' range.
 
-Enters: a `Summary`. Leaves: a PNG.
+Inputs: a `Summary`. Outputs: a PNG file.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from typing import Any
 
 from scaledistill.glue.summary import MAJORITY, Summary, column_title
 
-# Okabe and Ito: told apart by all eyes.
+# Okabe and Ito's palette, which people with colour blindness can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PUBLISHED_COLOR = "#666666"
 PANELS_PER_ROW = 4
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """Draw the scores of all rows; a dashed line goes through those of the first one."""
+    """Draw the scores of all rows, with a dashed line at those of the first row.
+
+    Without scores, remove the file if it exists.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

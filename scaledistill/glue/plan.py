@@ -1,7 +1,7 @@
-"""What a grid will do: every model and all data checked, the cells listed, their work estimated.
+"""Plan a grid: check all models and data, list the cells and estimate their work.
 
-Enters: models by name, the grid's settings. Leaves: a `Plan`, or one error that lists everything
-that is wrong, before anything runs. Running it is left to `grid`.
+Inputs: models by name, the grid's settings. Outputs: a `Plan`, or one error that lists all problems
+before anything runs. Not handled here: running the plan (`grid`).
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ TOKENIZER_FILES = (
 )
 MODEL_FILES = (*WEIGHT_FILES, *TOKENIZER_FILES)
 CHARACTERS_PER_TOKEN = 4.3  # English, WordPiece
-PADDING = 2.0  # tokens computed per token of text, where a batch is padded to its longest example
-GROUPED_PADDING = 1.1  # the same, where its examples have similar lengths
+PADDING = 2.0  # tokens computed per token of text; a batch is padded to its longest example
+GROUPED_PADDING = 1.1  # the same if the examples of a batch have similar lengths
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checked model: what its name stands for, and its size."""
+    """A checked model: its files and its size."""
 
     name: str
     path: str
@@ -60,9 +60,9 @@ class Model:
     sha256: str
     parameters: int
     encoder_parameters: int
-    """Without the embeddings: those that each token is multiplied with."""
+    """Parameters without the embeddings: those that each token is multiplied with."""
     positions: int | None
-    """Tokens that a sequence may have; None where there is no table of them."""
+    """Maximum tokens per sequence; None if the model has no table of positions."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,19 @@ class TaskData:
     task: Task
     conditions: Conditions
     train_rows: int
-    """Those that are used."""
+    """Training rows that are used."""
     questions: tuple[str, ...]
-    """Of tasks with spans: those that may leave too little room for a context."""
+    """Of span tasks: the questions that may leave too little room for a context."""
     train_tokens: float
-    """Tokens computed in an epoch, estimated from the characters."""
+    """Tokens computed in a training epoch, estimated from the characters."""
     dev_tokens: float
+    """Tokens computed in scoring, estimated from the characters."""
 
 
 @dataclass(frozen=True)
 class Plan:
+    """A checked grid: its models, its tasks' data, its settings and its cells."""
+
     models: dict[str, Model]
     tasks: dict[str, TaskData]
     settings: EvaluationSettings
@@ -101,11 +104,12 @@ def _work(
     data: TaskData, encoder_parameters: int, epochs: int, settings: EvaluationSettings
 ) -> float:
     scored = epochs if settings.scores_each_epoch else 1
+    # A forward costs 2 FLOPs per parameter and token, a backward twice as much as a forward.
     return 2 * encoder_parameters * (3 * epochs * data.train_tokens + scored * data.dev_tokens)
 
 
 def grid_size(models: int, settings: EvaluationSettings) -> str:
-    """Return how many fine-tunings the settings mean, and which numbers multiply to that."""
+    """Return the number of fine-tunings and its factors, as text."""
     axes = {
         "model": models,
         "task": len(settings.tasks),
@@ -120,7 +124,7 @@ def grid_size(models: int, settings: EvaluationSettings) -> str:
 
 
 def flops_per_parameter(data: Iterable[TaskData], settings: EvaluationSettings) -> float:
-    """Return the FLOPs of all of a model's fine-tunings, per parameter of its encoder."""
+    """Return the FLOPs of all fine-tunings of one model, per parameter of its encoder."""
     pairs = itertools.product(data, settings.epochs)
     return (
         len(settings.learning_rates)
@@ -136,7 +140,7 @@ def make_plan(models: Mapping[str, str], settings: EvaluationSettings) -> Plan:
         models: folder or hub name of each model by its name in tables and figures.
 
     Raises:
-        ConfigError, DataError: with every problem found, a line each.
+        ConfigError, DataError: one line for every problem.
     """
     problems = Problems()
     if not models:
@@ -159,8 +163,12 @@ def make_plan(models: Mapping[str, str], settings: EvaluationSettings) -> Plan:
 def check_tasks(
     settings: EvaluationSettings, problems: Problems
 ) -> tuple[list[Task], dict[str, TaskData]]:
-    """Check the settings, and read the data of all tasks; return the tasks, and by name the data
-    that can be used.
+    """Check the settings and read the data of all tasks.
+
+    Problems are added to `problems`.
+
+    Returns:
+        The tasks, and by task name the data that can be used.
     """
     for setting in ("learning_rates", "epochs", "seeds"):
         values = getattr(settings, setting)
@@ -177,7 +185,13 @@ def check_tasks(
 def check_lengths(
     what: str, limit: int | None, data: Iterable[TaskData], problems: Problems
 ) -> None:
-    """Check that a model with so many positions takes what the tasks give it."""
+    """Check that no task's `max_length` exceeds the positions of a model.
+
+    Args:
+        what: the model's name in messages.
+        limit: the model's positions; None: no limit.
+        problems: gets the problems.
+    """
     for each in data:
         length = each.conditions.max_length
         if limit is not None and length > limit:
@@ -190,8 +204,12 @@ def check_lengths(
 
 
 def check_room(what: str, folder: Path, data: Iterable[TaskData], problems: Problems) -> None:
-    """Check that the lengths leave room for text beside the tokens that a model's tokenizer
-    adds.
+    """Check that each task's `max_length` leaves room for text beside the special tokens.
+
+    Args:
+        what: the model's name in messages.
+        folder: has the model's tokenizer.
+        problems: gets the problems.
     """
     tokenizer = problems.attempt(load_tokenizer, folder)
     if tokenizer is None:
@@ -217,7 +235,7 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
     """Check a model's name, config, weight files and tokenizer.
 
     Raises:
-        ConfigError, DataError: one of them is missing or cannot be used for the tasks.
+        ConfigError, DataError: one of these is missing or cannot be used for the tasks.
     """
     if not MODEL_NAME.fullmatch(name):
         raise ConfigError(
@@ -269,9 +287,7 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
 
 
 def _model_inside(path: Path) -> str | None:
-    """Return what to name in place of a run folder, a file or another path that is near a model;
-    None if it is one.
-    """
+    """Return which folder to give instead of a run folder or a file; None for other paths."""
     if path.is_file():
         return f"is a file; give its folder, {path.parent}"
     if not path.is_dir() or (path / "config.json").is_file():
@@ -280,13 +296,12 @@ def _model_inside(path: Path) -> str | None:
     for parent in (path, path / "export", *(run / "export" for run in runs)):
         exports = sorted(found.parent for found in parent.glob("*/config.json"))
         if exports:
-            what = (
-                "holds models"
-                if parent == path
-                else "is a run's folder"
-                if parent.parent == path
-                else "is in a run"
-            )
+            if parent == path:
+                what = "holds models"
+            elif parent.parent == path:
+                what = "is a run's folder"
+            else:
+                what = "is in a run"
             return f"{what}, not a model's folder; give {' or '.join(map(str, exports))}"
     if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
         return (
@@ -297,7 +312,7 @@ def _model_inside(path: Path) -> str | None:
 
 
 def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
-    """Read a task's data whole, and say what its cells will be fine-tuned on.
+    """Read all of a task's data, and return what the plan needs to know of it.
 
     Raises:
         DataError: see `read_split`.
@@ -324,7 +339,7 @@ def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
     train_tokens = padding * tokens(train.texts) * used / len(train.texts)
     questions: tuple[str, ...] = ()
     if task.kind == "span":
-        # A token has a byte at least, so that shorter questions never fill the space.
+        # A token has at least one byte, so shorter questions cannot fill the space.
         long = max(0, (length - stride_of(length)) // 2 - 4)
         asked = {row[0].strip() for split in (train, *dev) for row in split.texts}
         questions = tuple(sorted(question for question in asked if len(question.encode()) > long))
@@ -335,11 +350,11 @@ def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
 def _check_tokenizer(
     folder: Path, config: PreTrainedConfig, model: str, tasks: Sequence[Task]
 ) -> None:
-    # transformers makes an empty tokenizer where it finds no files of one.
+    # transformers silently makes an empty tokenizer if its files are missing.
     if not has_vocabulary_file(folder):
         raise DataError(
             f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json there from "
-            "the model that it was made from"
+            "the original model"
         )
     try:
         tokenizer = load_tokenizer(folder)
@@ -349,9 +364,8 @@ def _check_tokenizer(
         raise DataError(
             f"{model}: its tokenizer has no padding token; set pad_token in tokenizer_config.json"
         )
-    if tokenizer.cls_token is None and (
-        spans := [task.title for task in tasks if task.kind == "span"]
-    ):
+    spans = [task.title for task in tasks if task.kind == "span"]
+    if tokenizer.cls_token is None and spans:
         raise DataError(
             f"{model}: its tokenizer has no cls_token, which stands for no answer in {spans[0]}; "
             "set cls_token in tokenizer_config.json, or leave the task out"
@@ -359,14 +373,15 @@ def _check_tokenizer(
     if len(tokenizer) > config.vocab_size:
         raise DataError(
             f"{model}: its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; "
-            "they do not belong together: copy the tokenizer from the model that it was made from"
+            "they do not match: copy the tokenizer from the original model"
         )
 
 
 def positions(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a sequence may have; None where there is no table of positions."""
+    """Return the maximum tokens per sequence; None if the model has no table of positions."""
     limit = getattr(config, "max_position_embeddings", None)
-    # An architecture that is never distilled: its table counts from 0.
+    # `first_position` raises for architectures that cannot be distilled; assume that their tables
+    # count from 0.
     with contextlib.suppress(ConfigError):
         return limit and int(limit) - first_position(config)
     return limit

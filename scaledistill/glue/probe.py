@@ -1,9 +1,8 @@
-"""A score that needs no fine-tuning: how well a model's sentence vectors rank the dev pairs of
-STS-B.
+"""Score a model without fine-tuning: how well its sentence vectors rank STS-B's dev pairs.
 
-Enters: an encoder, its tokenizer, the pairs. Leaves: Spearman's correlation of the labels with the
-cosine of the mean hidden states. A student tapped at its last block never trains what lies above
-that block's query, key and value, so the output of the block below is scored as well.
+Inputs: an encoder, its tokenizer, the pairs. Outputs: Spearman's correlation of the labels with the
+cosine of the mean hidden states. A student with tap "last" never trains what follows its last
+block's query, key and value, so the output of the block below is scored as well.
 
 Legend: B sentences of a batch, T tokens, D width.
 """
@@ -29,19 +28,18 @@ from scaledistill.models.teacher import load_encoder
 BATCH = 64
 MAX_LENGTH = 128
 METRICS = {"stsb_spearman": -1, "stsb_spearman_below": -2}
-"""By metric, the block from the end whose output is pooled."""
+"""By metric, the index of the block, counted from the end, whose output is pooled."""
 
 
 def probe_models(models: Mapping[str, str], data_folder: Path | None) -> Report:
-    """Score models as they are, and return a table and the figures.
+    """Score models without fine-tuning; return the table and the figures.
 
     Args:
         models: folder or hub name of each model by its name in the table.
-        data_folder: as `read_split` takes it.
+        data_folder: as for `read_split`.
 
     Raises:
-        ConfigError, DataError: models or data cannot be used; with every problem found, a line
-            each.
+        ConfigError, DataError: models or data cannot be used; one line for every problem.
     """
     problems = Problems()
     found = [problems.attempt(check_model, name, path, []) for name, path in models.items()]
@@ -71,9 +69,7 @@ def probe_models(models: Mapping[str, str], data_folder: Path | None) -> Report:
 
 
 class SimilarityProbe:
-    """The sentences of STS-B's dev split as one tokenizer reads them, and the score of their
-    pairs.
-    """
+    """STS-B's dev split, tokenised once, and the scores of encoders on it."""
 
     def __init__(
         self,
@@ -84,8 +80,8 @@ class SimilarityProbe:
         """Read and tokenise the pairs.
 
         Args:
-            data_folder: as `read_split` takes it.
-            positions: of the model, where there is a limit; a sentence is cut there, or at 128
+            data_folder: as for `read_split`.
+            positions: the model's limit, if it has one; sentences are truncated there, and to 128
                 tokens.
 
         Raises:
@@ -95,7 +91,7 @@ class SimilarityProbe:
         self._tokenizer = tokenizer
         pairs = read_split(TASKS["stsb"], "dev", data_folder)
         self._labels = torch.tensor(pairs.labels, dtype=torch.float64)
-        # Each sentence once, similar lengths together.
+        # Each sentence once, sorted so that batches have similar lengths.
         sentences = sorted({sentence for pair in pairs.texts for sentence in pair}, key=len)
         place = {sentence: i for i, sentence in enumerate(sentences)}
         self._pairs = torch.tensor([[place[sentence] for sentence in pair] for pair in pairs.texts])
@@ -111,11 +107,12 @@ class SimilarityProbe:
 
     @torch.no_grad()
     def score(self, encoder: PreTrainedModel) -> dict[str, float]:
-        """Return the correlations by the metric's name; NaN where all of a layer's cosines are
-        equal or not finite.
+        """Return the correlations by metric name, from -1 to 1.
+
+        A correlation is NaN if the cosines are all equal, or one of them is not finite.
 
         Args:
-            encoder: in eval mode, on any device, its embeddings those of the tokenizer.
+            encoder: in eval mode, on any device, with the tokenizer's vocabulary.
         """
         from scipy.stats import spearmanr
 

@@ -1,9 +1,8 @@
-"""Published scores on the dev sets, to stand beside ours. Only figures that were published as they
-stand here.
+"""Published scores on the dev sets, for comparison; all figures are as published, but for CoLA's.
 
 Sources: the README of MiniLM in microsoft/unilm; bertdistiller's README, whose CoLA figure (MCC +
-1) × 50 = 70.04 is given here as MCC × 100. Other hyper-parameters, seeds and selection than ours:
-compare with care.
+1) × 50 = 70.04 is given here as MCC × 100. Hyper-parameters, seeds and selection differ from ours,
+so compare with care.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Read a task's examples, from the original files or from the hub's data set: the same rows and
-label ids from both.
+"""Read a task's examples from the original files or from the hub, with the same rows and label ids.
 
-Enters: a task, a split, a folder or none. Leaves: `Examples`, every row whole and checked. Quotes
-in the original TSV files mean nothing: a row is what stands between two line feeds.
+Inputs: a task, a split, and a folder or None. Outputs: `Examples` with every row, checked. Quotes
+have no meaning in the original TSV files: a row is the text between two line feeds.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from scaledistill.glue.tasks import Task
 log = logging.getLogger(__name__)
 
 HUB_GLUE, HUB_SQUAD = "nyu-mll/glue", "rajpurkar/squad_v2"
-LARGEST_SCORE = 5.0  # of STS-B
+LARGEST_SCORE = 5.0  # STS-B's scale
 
 
 class Answers(NamedTuple):
-    """The answers to a question of SQuAD 2.0; none where it has none in its context."""
+    """The answers to a question of SQuAD 2.0; empty if the context does not answer it."""
 
     texts: tuple[str, ...]
     starts: tuple[int, ...]
-    """Characters into the context."""
+    """The first character of each answer in the context, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +38,21 @@ class Examples:
     """One split of a task, in file order."""
 
     ids: list[str]
-    """The file's own, where it has such; else row numbers from 0."""
+    """The file's own ids if it has any, otherwise row numbers from 0."""
     texts: list[tuple[str, ...]]
-    """One or two sentences; of SQuAD, question and context."""
+    """One or two sentences; for SQuAD, question and context."""
     labels: list[Any]
     """Class ids, scores from 0 to 5, or `Answers`."""
     sha256: str
-    """Of texts and labels."""
+    """The hash of texts and labels, in hexadecimal."""
 
 
 def read_split(task: Task, split: str, data_folder: Path | None) -> Examples:
-    """Read a split whole: "train" or one of `task.dev_splits`.
+    """Read a complete split: "train" or one of `task.dev_splits`.
 
     Args:
-        data_folder: has a folder for each task, named as in the original download; None: from the
-            hub.
+        data_folder: has a folder for each task, named as in the original download; None: read the
+            hub's data set.
 
     Raises:
         DataError: a file is missing or damaged, a row has the wrong number of columns or an unknown
@@ -124,9 +123,7 @@ def _find(task: Task, split: str, data_folder: Path) -> Path:
 
 
 def _nearby(task: Task, split: str, data_folder: Path) -> str | None:
-    """Return what to give in place of a task's own folder, or of one that has the tasks one level
-    deeper.
-    """
+    """Return which folder to give instead, if the tasks are one level higher or deeper."""
     if task.kind == "span":
         return None
 
@@ -187,8 +184,8 @@ def _parse_tsv(task: Task, path: Path, text: str) -> Rows:
         if len(cells) != len(header):
             raise DataError(
                 f"{path}:{number}: found {len(cells)} columns, expected {len(header)} "
-                f"({', '.join(header)}); fetch the original file again: it has tabs between "
-                "columns and quotes mean nothing in it"
+                f"({', '.join(header)}); fetch the original file again: its columns are separated "
+                "by tabs, and quotes have no meaning"
             )
         ids.append(str(number - first) if id_column is None else cells[id_column])
         texts.append(tuple(cells[column] for column in columns))
@@ -203,7 +200,7 @@ def _parse_tsv(task: Task, path: Path, text: str) -> Rows:
 
 
 def _label_reader(task: Task) -> Callable[[str, str], Any]:
-    """Return what turns a file's label into an id or a score."""
+    """Return the function that turns a label in a file into a class id or a score."""
     by_text = {str(i) if task.digits else label: i for i, label in enumerate(task.labels)}
 
     def class_id(text: str, where: str) -> int:
@@ -261,8 +258,8 @@ def _answers(pairs: Sequence[tuple[str, int]], context: str, where: str) -> Answ
     for text, start in pairs:
         if context[start : start + len(text)] != text:
             raise DataError(
-                f"{where}: answer {text!r} does not stand at character {start} of its context; "
-                "fetch it again"
+                f"{where}: answer {text!r} is not at character {start} of its context; fetch the "
+                "data again"
             )
     return Answers(tuple(text for text, _ in pairs), tuple(start for _, start in pairs))
 
@@ -278,8 +275,8 @@ def _read_hub(task: Task, split: str) -> Rows:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{name} ({task.title}, {hub_split}) cannot be had from the hub ({reason}); where "
-            "there is no network, give a folder with the original files as data_folder"
+            f"{name} ({task.title}, {hub_split}) cannot be loaded from the hub ({reason}); without "
+            "network access, give a folder with the original files as data_folder"
         ) from error
     where = f"{name}, {task.title}, {hub_split}"
     rows: Rows = ([], [], [])

@@ -1,9 +1,8 @@
-"""How fast models are on this machine: latency of a batch of 1 and of 32, sequences per second, and
-the sizes.
+"""Measure the speed of models on this machine: latency and throughput for batches of 1 and 32.
 
-Enters: model folders. Leaves: a table, and `speed.json` with the figures. Measured are encoders as
-they are fine-tuned, without a head, on sequences without padding; random token ids, since their
-values cost nothing.
+Inputs: model folders. Outputs: a table, and `speed.json` and `speed.md` with the figures. The
+encoders are measured without a head, on random token ids (their values do not matter) without
+padding.
 """
 
 from __future__ import annotations
@@ -26,12 +25,16 @@ from scaledistill.models.teacher import quiet_transformers, read_config
 TOKENS = 128
 BATCHES = (1, 32)
 ROUNDS = 7
-MAX_SECONDS = 60.0  # a model and batch size; one round at least
-ROUND_SECONDS = 0.3  # small batches are repeated within a round
+MAX_SECONDS = 60.0  # per model and batch size, but at least one round
+ROUND_SECONDS = 0.3  # a round repeats small batches until it has taken this long
 
 
 def check_positions(plan: Plan) -> None:
-    """Raise ConfigError unless all models of a plan can be measured."""
+    """Check that all models of a plan can be measured.
+
+    Raises:
+        ConfigError: a model has too few positions.
+    """
     for model in plan.models.values():
         if model.positions is not None and model.positions < TOKENS:
             raise ConfigError(
@@ -41,11 +44,12 @@ def check_positions(plan: Plan) -> None:
 
 
 def measure_speed(folders: Mapping[str, Path], output: Path) -> Report:
-    """Measure the models side by side, in interleaved rounds; write `speed.json` into `output` and
-    return the report.
+    """Measure the models in interleaved rounds and return the report.
+
+    `speed.json` and `speed.md` are written into `output`.
 
     Args:
-        folders: by the model's name; the others are compared with the first.
+        folders: each model's folder by its name; the others are compared with the first.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -76,7 +80,7 @@ def measure_speed(folders: Mapping[str, Path], output: Path) -> Report:
     first = next(iter(models))
     for batch in BATCHES:
         runs = {name: _run(model, batch, device) for name, model in models.items()}
-        for run in runs.values():  # warm
+        for run in runs.values():  # warm-up
             run()
         seconds = in_turn(runs, rounds=ROUNDS, max_seconds=MAX_SECONDS, title=f"batch {batch}")
         for name, taken in seconds.items():
@@ -116,8 +120,9 @@ def _encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrain
 
 
 def _run(model: PreTrainedModel, batch: int, device: torch.device) -> Callable[[], float]:
-    """Return what runs the model on a batch, several times if that is quick, and returns the
-    seconds of one.
+    """Return a function that runs the model on a batch and returns the seconds of one forward.
+
+    A quick forward is repeated, and the median returned.
     """
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(0, model.config.vocab_size, (batch, TOKENS), generator=generator).to(

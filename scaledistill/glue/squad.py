@@ -1,9 +1,8 @@
-"""SQuAD 2.0: features that a model reads, answers from its outputs, and the official scores of
-those.
+"""SQuAD 2.0: the model's features, answers from its outputs, and the official scores.
 
-Enters: `Examples` of the task and a fast tokenizer. Leaves: features for training and prediction,
-answers, scores. A context that is longer than a feature is cut into overlapping ones. Reading the
-files is left to `read`.
+Inputs: `Examples` of the task and a fast tokenizer. Outputs: features for training and prediction,
+answers, scores. A context that does not fit into one feature is cut into overlapping ones. Not
+handled here: reading the files (`read`).
 
 Legend: N features, T tokens of one of them.
 """
@@ -25,7 +24,7 @@ from scaledistill.errors import DataError
 from scaledistill.glue.read import Answers, Examples
 
 STRIDE = 128  # tokens that neighbouring features of a context share
-MOST_CANDIDATES = 20  # starts, and ends, that are looked at in a feature
+MOST_CANDIDATES = 20  # starts, and ends, that are considered in a feature
 LONGEST_ANSWER = 30  # tokens
 Features = list[dict[str, Any]]
 
@@ -35,15 +34,15 @@ class Origin:
     """Where a feature comes from."""
 
     row: int
-    """Of the examples."""
+    """The row of the examples."""
     null: int
-    """The token that stands for "no answer": [CLS]."""
+    """The position of the token that means "no answer": [CLS]."""
     spans_T: list[tuple[int, int] | None]
-    """Characters in the context that each token is; None outside the context."""
+    """The characters of the context that each token covers; None outside the context."""
 
 
 def stride_of(max_length: int) -> int:
-    """Return the tokens that neighbouring features share, for features of so many tokens."""
+    """Return how many tokens neighbouring features of `max_length` tokens share."""
     return min(STRIDE, max_length // 3)
 
 
@@ -53,7 +52,7 @@ def check_questions(
     """Check that each question leaves room for its context.
 
     Raises:
-        DataError: one of them does not.
+        DataError: a question does not.
     """
     ids = tokenizer(list(questions), add_special_tokens=False)["input_ids"] if questions else []
     fixed = max(map(len, ids), default=0) + tokenizer.num_special_tokens_to_add(pair=True) + 1
@@ -67,7 +66,9 @@ def check_questions(
 def make_features(
     tokenizer: PreTrainedTokenizerFast, examples: Examples, rows: Sequence[int], max_length: int
 ) -> tuple[Features, list[Origin]]:
-    """Return the features of these rows, at most `max_length` tokens each, and the origin of each.
+    """Return the features of these rows and the origin of each feature.
+
+    A feature has at most `max_length` tokens.
 
     Raises:
         DataError: a question leaves too little room for its context.
@@ -102,8 +103,9 @@ def make_features(
 
 
 def add_positions(features: Features, origins: Sequence[Origin], examples: Examples) -> None:
-    """Add `start_positions` and `end_positions`: the first answer's tokens, or [CLS] where it is
-    not in a feature.
+    """Add `start_positions` and `end_positions` to the features, in place.
+
+    They are the first answer's tokens, or [CLS] if the answer is not in the feature.
     """
     for feature, origin in zip(features, origins, strict=True):
         start, end = _tokens_of(examples.labels[origin.row], origin)
@@ -129,11 +131,12 @@ def _tokens_of(answers: Answers, origin: Origin) -> tuple[int, int]:
 def best_answers(
     origins: Sequence[Origin], logits: Sequence[np.ndarray], examples: Examples
 ) -> list[str]:
-    """Return each example's answer: the best span of its features, "" where [CLS] scores at least
-    as high.
+    """Return the answer for each example: the best span of all of its features.
+
+    The answer is "" if [CLS] scores at least as high in every one of them.
 
     Args:
-        logits: of each feature, [2, T]: start and end.
+        logits: for each feature, [2, T]: start and end.
     """
     null = np.full(len(examples.texts), np.inf)
     best: list[tuple[float, str]] = [(-np.inf, "")] * len(examples.texts)
@@ -149,7 +152,7 @@ def best_answers(
 def _spans(
     origin: Origin, start_T: np.ndarray, end_T: np.ndarray
 ) -> Iterator[tuple[float, int, int]]:
-    """Return the score of each span that may be an answer, with its characters."""
+    """Yield the score of each possible answer, with its first and last character."""
     for start in np.argsort(-start_T)[:MOST_CANDIDATES].tolist():
         for end in np.argsort(-end_T)[:MOST_CANDIDATES].tolist():
             first, last = origin.spans_T[start], origin.spans_T[end]
@@ -158,9 +161,7 @@ def _spans(
 
 
 def squad_scores(found: Sequence[str], examples: Examples) -> dict[str, float]:
-    """Return "f1" and "exact" in percent, over all questions, as the official script computes
-    them.
-    """
+    """Return "f1" and "exact" in percent over all questions, as the official script does."""
     f1, exact = [], []
     for text, answers in zip(found, examples.labels, strict=True):
         golden = [answer for answer in map(_words, answers.texts) if answer] or [[]]
@@ -171,14 +172,14 @@ def squad_scores(found: Sequence[str], examples: Examples) -> dict[str, float]:
 
 
 def majority_squad_scores(train: Examples, dev: Examples) -> dict[str, float]:
-    """Return the scores of a model that gives the most common training answer to every question."""
+    """Return the scores of always giving the most common training answer, in percent."""
     counts = collections.Counter(label.texts[0] if label.texts else "" for label in train.labels)
     answer = min(counts, key=lambda text: (-counts[text], text))
     return squad_scores([answer] * len(dev.labels), dev)
 
 
 def _words(text: str) -> list[str]:
-    """Return the words that count: lower case, no punctuation, no articles."""
+    """Return the words to compare: lower case, without punctuation and articles."""
     plain = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 

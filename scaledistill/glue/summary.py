@@ -1,12 +1,12 @@
-"""What a folder of cells says: the best hyper-parameters per model and task, and their scores.
+"""Summarise a folder of cells: the best hyper-parameters per model and task, and their scores.
 
-Enters: an output folder of `grid`. Leaves: a `Summary`, and its tables as Markdown, CSV, JSON and,
-by `picture`, PNG.
+Inputs: an output folder of `grid`. Outputs: a `Summary`, and its tables as Markdown, CSV, JSON and
+PNG. Not handled here: running cells (`grid`), drawing (`picture`).
 
-Of a model and a task those hyper-parameters are taken whose first metric on the dev set has the
-highest median over the seeds; at a tie the lower learning rate, then fewer epochs. As long as some
-have been tried with all seeds, those that have not (cells missing or failed) are not taken. A score
-is that after the last epoch. Nothing is rescaled.
+For each model and task, the chosen hyper-parameters are those with the highest median of the task's
+first dev metric over the seeds; in a tie the lower learning rate, then fewer epochs. Those without
+all seeds (cells missing or failed) are considered only if none has all seeds. Scores are those
+after the last epoch. Nothing is rescaled.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from scaledistill.storage.files import read_json, write_json
 
 GRID = "grid.json"
 BASELINE = "baseline"
-MAJORITY = "majority class"  # the row of the baseline; no model's name has a space
+MAJORITY = "majority class"  # the baseline's row; a model's name cannot have a space
 ONE_ANSWER = {"classification": "one class", "regression": "one value", "span": "one answer"}
-NOT_AVERAGED = ("wnli",)  # its dev set contradicts its training set; left out by custom
+NOT_AVERAGED = ("wnli",)  # its dev set contradicts its training set; it is usually left out
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric over the seeds, in percent."""
+    """A metric over `n` seeds, in percent."""
 
     median: float
     low: float
@@ -44,17 +44,18 @@ class Score:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Score:
+        """Return the score of at least one value, one per seed."""
         return cls(statistics.median(values), min(values), max(values), len(values))
 
     @property
     def spread(self) -> float:
-        """Half of the range."""
+        """Half of the range, in percentage points."""
         return (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The hyper-parameters taken for a model and a task, and what they gave."""
+    """The hyper-parameters chosen for a model and a task, and their scores."""
 
     model: str
     task: str
@@ -63,18 +64,18 @@ class Choice:
     scores: dict[str, Score]
     """By metric."""
     n: int
-    """Seeds that finished."""
+    """Number of finished seeds."""
     planned: int
-    """Seeds of the grid."""
+    """Number of seeds in the grid."""
     tried: int
-    """Pairs of learning rate and epochs that the choice was made among."""
+    """Number of pairs of learning rate and epochs that were compared."""
     only_answers: tuple[str, ...] = ()
-    """Of each seed whose model gave one answer to all dev examples, that answer."""
+    """For each seed whose model gave one answer for all dev examples, that answer."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: one of our models, or published numbers."""
+    """A row of the table: one of our models, published scores or the baseline."""
 
     name: str
     parameters: int | None
@@ -82,30 +83,31 @@ class Row:
     """By "task/metric"."""
     average: float | None
     published: str | None = None
-    """Where the numbers were published; None for ours."""
+    """The source of published scores, or `BASELINE`; None for our models."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The tables' content."""
+    """The content of the tables."""
 
     columns: list[str]
     """"task/metric", in the order of the tables."""
     averaged: list[str]
-    """Those that the average is over: the first metric of each task that all of our models have."""
+    """The columns in the average: the first metric of each task that all of our models have."""
     rows: list[Row]
     choices: list[Choice]
     failures: list[tuple[str, str]]
-    """Cells without a record: which, and why."""
+    """The title of each cell without a record, and the reason."""
     conditions: list[str]
-    """What the reader must know of the settings, a sentence each."""
+    """What a reader must know about the settings, one sentence each."""
     majority: dict[str, float] = field(default_factory=dict)
-    """By "task/metric", what always answering the most common training label scores."""
+    """By "task/metric", the score of always predicting the most common training label."""
 
     def figures(self) -> list[dict[str, Any]]:
-        """Return our scores by name: the same from run to run of the same finished cells.
+        """Return our scores and the baseline's by name, for `--json`.
 
-        Also the seeds whose model gave one answer only, where there are such, and the baseline.
+        A figure counts the seeds whose model gave only one answer, if there are any. The figures
+        depend on the finished cells only.
         """
         found = []
         for row in self._ours():
@@ -132,7 +134,7 @@ class Summary:
         return found
 
     def tables(self) -> list[Table]:
-        """Return the scores, and the hyper-parameters where there was a choice."""
+        """Return the table of scores, and of the chosen hyper-parameters if there was a choice."""
         seeds = {choice.planned for choice in self.choices}
         title = "Dev scores, %: median over the seeds ± half the range"
         head = [
@@ -158,7 +160,7 @@ class Summary:
             return [scores]
         tasks = list(dict.fromkeys(column.partition("/")[0] for column in self.columns))
         picked = Table(
-            "Taken: learning rate × epochs (tried)",
+            "Chosen: learning rate × epochs (number tried)",
             ["model", *(TASKS[task].title for task in tasks)],
         )
         for row in self._ours():
@@ -171,7 +173,7 @@ class Summary:
         return [scores, picked]
 
     def notes(self) -> list[str]:
-        """Return what the tables' figures are, a sentence each."""
+        """Return the notes on the tables, one sentence each."""
         notes = [*self.one_answer_notes(), *self.conditions]
         if self.majority:
             notes.append(
@@ -183,7 +185,7 @@ class Summary:
             left_out = [
                 column for column in self.columns if column.partition("/")[0] in NOT_AVERAGED
             ]
-            notes.append(text + ("; never WNLI, by custom." if left_out else "."))
+            notes.append(text + ("; WNLI is excluded, as is usual." if left_out else "."))
         if published := [f"{row.name} ({row.published})" for row in self.rows if row.published]:
             notes.append(
                 "Published, with other hyper-parameters, seeds and selection: "
@@ -192,9 +194,7 @@ class Summary:
         return notes
 
     def one_answer_notes(self) -> list[str]:
-        """Return a sentence for each model and task whose scores are those of one answer for
-        all.
-        """
+        """Return a sentence for each model and task with seeds that gave only one answer."""
         notes = []
         for choice in self.choices:
             if not choice.only_answers:
@@ -209,7 +209,7 @@ class Summary:
         return notes
 
     def markdown(self) -> str:
-        """Return the whole as Markdown."""
+        """Return the tables, the notes and the failed cells as Markdown."""
         parts = [table.markdown() for table in self.tables()]
         parts.append("\n".join(f"- {note}" for note in self.notes()))
         if self.failures:
@@ -220,7 +220,7 @@ class Summary:
         return "\n\n".join(parts) + "\n"
 
     def only_answers(self, row: Row, column: str) -> int:
-        """Return how many seeds of a row gave one answer to all examples of the column's task."""
+        """Return how many seeds of a row gave only one answer in the column's task."""
         task = column.partition("/")[0]
         found = [
             choice for choice in self.choices if (choice.model, choice.task) == (row.name, task)
@@ -234,7 +234,7 @@ class Summary:
         return [row for row in self.rows if row.published is not None]
 
     def _majority_rows(self) -> list[Row]:
-        """Return the line of the baseline; none where no finished cell has its scores."""
+        """Return the baseline's row; [] if no finished cell has its scores."""
         if not self.majority:
             return []
         averaged = [self.majority[column] for column in self.averaged if column in self.majority]
@@ -252,51 +252,46 @@ class Summary:
             return f"{score.median:.1f}"
         mark = ""
         if choice and choice.only_answers:
-            share = (
-                ""
-                if len(choice.only_answers) == choice.n
-                else f" in {len(choice.only_answers)} of {choice.n}"
-            )
+            share = ""
+            if len(choice.only_answers) < choice.n:
+                share = f" in {len(choice.only_answers)} of {choice.n}"
             mark = f" ({ONE_ANSWER[TASKS[choice.task].kind]}{share})"
-        if score.n == 1 == (choice.planned if choice else 1):
+        planned = choice.planned if choice else 1
+        if score.n == 1 and planned == 1:
             return f"{score.median:.1f}{mark}"
         short = f" ({choice.n} of {choice.planned})" if choice and choice.n < choice.planned else ""
         return f"{score.median:.1f} ±{score.spread:.1f}{short}{mark}"
 
 
 def summary_of(output: Path, *, published: bool = False) -> Summary:
-    """Read what stands in an output folder of `grid`, finished or not.
+    """Summarise an output folder of `grid`, finished or not.
 
     Args:
-        published: add rows of published numbers for the same columns.
+        published: add rows of published scores for the same columns.
 
     Raises:
-        DataError: it is not such a folder.
+        DataError: a grid has never been run in the folder.
     """
     grid = read_json(output / GRID)
     if grid is None:
-        raise DataError(
-            f"{output} has no {GRID}; expected a folder that a GLUE grid was written to"
-        )
+        raise DataError(f"{output} has no {GRID}; expected the output folder of a GLUE grid")
     cells = [Cell.from_dict(cell) for cell in grid["cells"]]
     records = {cell: record for cell in cells if (record := read_record(cell, output))}
     names = list(dict.fromkeys(cell.model for cell in cells))
     tasks = [name for name in TASKS if any(cell.task == name for cell in cells)]
     columns = [f"{task}/{metric}" for task in tasks for metric in TASKS[task].metrics]
-    groups = [
-        group
-        for name in names
-        for task in tasks
-        if (group := [cell for cell in cells if (cell.model, cell.task) == (name, task)])
-    ]
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for name in names:
+        for task in tasks:
+            groups[name, task] = [cell for cell in cells if (cell.model, cell.task) == (name, task)]
     choices = []
-    for group in groups:
+    for group in filter(None, groups.values()):
         finished = {cell: records[cell] for cell in group if cell in records}
         if choice := choose(group, {cell: record["scores"] for cell, record in finished.items()}):
             choices.append(replace(choice, only_answers=_only_answers(choice, finished, output)))
     majority: dict[str, float] = {}
     for cell, record in records.items():
-        # Records of earlier versions lack it.
+        # Records of earlier versions do not have it.
         majority |= {
             f"{cell.task}/{name}": value
             for name, value in record.get("majority_scores", {}).items()
@@ -332,11 +327,11 @@ def summary_of(output: Path, *, published: bool = False) -> Summary:
 
 
 def choose(cells: Sequence[Cell], scores: Mapping[Cell, Mapping[str, float]]) -> Choice | None:
-    """Return the best hyper-parameters of a model and a task; None where no cell is finished.
+    """Return the best hyper-parameters of a model and a task; None if no cell is finished.
 
     Args:
-        cells: all that were planned.
-        scores: of the finished ones, by metric.
+        cells: all planned cells of one model and one task.
+        scores: those of the finished cells, by metric.
     """
     pairs: dict[tuple[float, int], list[Cell]] = {}
     for cell in cells:
@@ -374,12 +369,12 @@ def choose(cells: Sequence[Cell], scores: Mapping[Cell, Mapping[str, float]]) ->
 def _only_answers(
     choice: Choice, records: Mapping[Cell, Mapping[str, Any]], output: Path
 ) -> tuple[str, ...]:
-    """Return the answers of the choice's seeds that gave one answer to all examples."""
+    """Return the answers of those seeds of the choice that gave only one answer."""
     found = []
     for cell, record in records.items():
         if (cell.learning_rate, cell.epochs) != (choice.learning_rate, choice.epochs):
             continue
-        # Records of earlier versions don't say it, but have the predictions beside them.
+        # Records of earlier versions do not have it, but their predictions are still there.
         if "only_answer" in record:
             answer = record["only_answer"]
         else:
@@ -459,7 +454,7 @@ def _published(columns: Sequence[str]) -> list[Row]:
 def _conditions(
     cells: Sequence[Cell], records: Mapping[Cell, Mapping[str, Any]], quick: bool
 ) -> list[str]:
-    """Say what the scores depend on."""
+    """Return the sentences on what the scores depend on."""
     pairs = sorted({(cell.learning_rate, cell.epochs) for cell in cells})
     chosen = "; hyper-parameters were chosen on the same sets" if len(pairs) > 1 else ""
     sentences = [f"Scores are those of the dev sets after the last epoch{chosen}."]
@@ -469,9 +464,8 @@ def _conditions(
             "A quick look: few hyper-parameters and rows; not to be compared with published "
             "numbers.",
         )
-    if limits := sorted(
-        {cell.conditions.max_train_rows for cell in cells if cell.conditions.max_train_rows}
-    ):
+    limits = {cell.conditions.max_train_rows for cell in cells if cell.conditions.max_train_rows}
+    if limits:
         cut = {
             cell.task
             for cell, record in records.items()
@@ -480,19 +474,16 @@ def _conditions(
         titles = [task.title for task in TASKS.values() if task.name in cut]
         which = f"cut: {', '.join(titles)}" if titles else "none is cut"
         sentences.append(
-            f"At most {limits[0]:,} training rows a task, the same ones for all ({which})."
+            f"At most {min(limits):,} training rows per task, the same ones for all ({which})."
         )
-    rates, epochs = (sorted(set(values)) for values in zip(*pairs, strict=True))
+    rates = ", ".join(f"{rate:g}" for rate in sorted({cell.learning_rate for cell in cells}))
+    epochs = ", ".join(map(str, sorted({cell.epochs for cell in cells})))
+    seeds = ", ".join(map(str, sorted({cell.seed for cell in cells})))
+    sizes = ", ".join(map(str, sorted({cell.conditions.batch_size for cell in cells})))
+    grouped = any(cell.conditions.group_by_length for cell in cells)
     sentences.append(
-        f"Learning rates {', '.join(f'{rate:g}' for rate in rates)}; epochs "
-        f"{', '.join(map(str, epochs))}; seeds "
-        f"{', '.join(map(str, sorted({cell.seed for cell in cells})))}; batch size "
-        f"{', '.join(map(str, sorted({cell.conditions.batch_size for cell in cells})))}"
-        + (
-            ", rows of similar length together."
-            if any(cell.conditions.group_by_length for cell in cells)
-            else "."
-        )
+        f"Learning rates {rates}; epochs {epochs}; seeds {seeds}; batch size {sizes}"
+        + (", rows of similar length together." if grouped else ".")
     )
     return sentences
 

@@ -1,6 +1,6 @@
-"""The tasks: one table row each, for the original files, the hub's data set, labels and metrics.
+"""The table of tasks: original files, the hub's data set, labels and metrics.
 
-Enters: names. Leaves: `Task`. Reading is left to `read`, scoring to `metrics`.
+Inputs: names. Outputs: `Task` objects. Not handled here: reading (`read`) and scoring (`metrics`).
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ class Task:
     name: str
     title: str
     metrics: tuple[str, ...]
-    """As in figures; the first one selects hyper-parameters."""
+    """Metric names; the first one selects hyper-parameters."""
     labels: tuple[str, ...] = ()
-    """Names of the classes in the order of their ids, as the hub has them; () for regression and
-    spans."""
+    """Class names in the order of their ids, as on the hub; () for regression and spans."""
     kind: Literal["classification", "regression", "span"] = "classification"
     columns: tuple[str, ...] = ("sentence1", "sentence2")
     label_column: str = "label"
     digits: bool = True
-    """The files name the classes by their ids, not by their names."""
+    """Whether the files have class ids, not class names."""
     header: tuple[str, ...] = ()
-    """The columns of files that have no header."""
+    """The columns, if the files have no header."""
     hub_columns: tuple[str, ...] = ("sentence1", "sentence2")
     dev_splits: tuple[str, ...] = ("dev",)
     most_short_rows: int = 0
-    """Rows with too few columns that the official files are known to have, and the official readers
-    leave out."""
+    """Maximum rows with too few columns; the official files have some, which the official readers
+    skip."""
 
 
 TASKS: dict[str, Task] = {
@@ -109,14 +108,14 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
     """Return the tasks of these names.
 
     Raises:
-        ConfigError: an unknown or repeated name, or none.
+        ConfigError: a name is unknown or repeated, or there are none.
     """
     if not names:
         raise ConfigError(f"tasks is empty; name some of {', '.join(TASKS)}")
     for number, name in enumerate(names):
         if name not in TASKS:
             if hint := _several(name):
-                raise ConfigError(f"tasks: {name!r} is no task; {hint}")
+                raise ConfigError(f"tasks: {name!r} is not a task; {hint}")
             plain = "".join(character for character in name.lower() if character.isalnum())
             near = difflib.get_close_matches(plain, TASKS, n=1)
             meant = f"; did you mean {near[0]}?" if near else ""
@@ -129,7 +128,7 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
 
 
 def _several(name: str) -> str | None:
-    """Return what to write where one name stands for several tasks; None where it does not."""
+    """Return what to write instead of a name that means several tasks; None for other names."""
     if name.lower() in ("all", "glue"):
         parts = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
         return f"name them all: {','.join(parts)}"

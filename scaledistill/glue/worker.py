@@ -1,9 +1,9 @@
-"""The process that fine-tunes, and the end of it that the grid holds.
+"""The worker process that fine-tunes, and the object with which the grid controls it.
 
-Enters: cells, a line of JSON each on the worker's stdin. Leaves: the cells' files, and on its
-stdout a line of JSON for what has happened. A process of its own has its own GPU and threads, can
-be killed at any moment, and takes nothing with it when it dies. Which cells go to which worker is
-left to `grid`.
+Inputs: cells, one line of JSON each on the worker's stdin. Outputs: the cells' files, and one line
+of JSON per event on its stdout. A separate process has its own GPU and threads, can be killed at
+any time, and does not end the grid when it crashes. Not handled here: which worker runs which cell
+(`grid`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from scaledistill.glue.cell import Cell, write_error, write_record
 
 COMMAND = (sys.executable, "-m", __name__)
 PROGRESS_SECONDS = 1.0
-# Set by launchers; a worker that saw them would look for the other ranks.
+# Launchers set variables with these prefixes; with them a worker would wait for other ranks.
 LAUNCHERS = (
     "RANK",
     "WORLD_SIZE",
@@ -44,16 +44,17 @@ LAUNCHERS = (
 
 
 class Share(NamedTuple):
-    """What a worker may use of the machine."""
+    """A worker's share of the machine."""
 
     gpu: str | None
-    """One of `CUDA_VISIBLE_DEVICES`; None: no GPU."""
+    """An entry of `CUDA_VISIBLE_DEVICES`; None: no GPU."""
     threads: int
 
 
 class Worker:
-    """A process that fine-tunes one cell after the other. It imports for seconds: start it early. A
-    context manager.
+    """A process that fine-tunes one cell after the other.
+
+    Its imports take seconds, so start it early. Use it as a context manager, or call `end`.
     """
 
     def __init__(self) -> None:
@@ -64,10 +65,10 @@ class Worker:
         variables |= {
             "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         }
-        variables |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what deterministic algorithms ask for
-        # Beside busy processes, spinning threads halve the pace.
+        variables |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # deterministic algorithms require it
+        # Beside other busy processes, spinning threads halve the speed.
         variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # Launchers leave 1 there; how many it takes is said with the cells.
+        # Launchers set it to 1; each job carries the number of threads to use.
         variables["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         self._process = subprocess.Popen(
@@ -89,6 +90,7 @@ class Worker:
         self.end()
 
     def fileno(self) -> int:
+        """Return the descriptor of the worker's stdout, for `select`."""
         return cast(IO[bytes], self._process.stdout).fileno()
 
     def give(
@@ -100,8 +102,9 @@ class Worker:
         share: Share,
         scores_each_epoch: bool = False,
     ) -> None:
-        """Hand it a cell and its share of the machine, the same for all its cells; the answers
-        follow.
+        """Send the worker a cell and its share of the machine; read its events with `answers`.
+
+        The share must be the same for all of a worker's cells.
         """
         self.cell = cell
         folders = {"output": output, "model_folder": model_folder, "data_folder": data_folder}
@@ -111,12 +114,13 @@ class Worker:
             "scores_each_epoch": scores_each_epoch,
         }
         job |= {name: folder and str(folder) for name, folder in folders.items()}
-        with contextlib.suppress(BrokenPipeError):  # `answers` tells that it has ended
+        with contextlib.suppress(BrokenPipeError):  # `answers` returns None once it has ended
             cast(IO[bytes], self._process.stdin).write((json.dumps(job) + "\n").encode())
 
     def answers(self) -> list[dict[str, Any]] | None:
-        """Return what has come since; None where the process has ended. Blocks unless `fileno` is
-        readable.
+        """Return the events since the last call; None if the process has ended.
+
+        Blocks until `fileno` is readable.
         """
         received = os.read(self.fileno(), 1 << 16)
         if not received:
@@ -125,18 +129,18 @@ class Worker:
         return [json.loads(line) for line in lines]
 
     def last_words(self) -> tuple[str, str]:
-        """Return how the process ended, and the end of what it wrote."""
+        """Return how the process ended, and the last 4,000 bytes of its stderr."""
         status = self._process.wait()
         how = f"exit status {status}"
         if status < 0:
             how = f"{signal.Signals(-status).name}" + (
-                ", as when memory runs out" if status == -signal.SIGKILL else ""
+                ", often because memory ran out" if status == -signal.SIGKILL else ""
             )
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 4000))
         return how, self._log.read().decode(errors="replace")
 
     def end(self) -> None:
-        """Kill the process, unless that is done; what it has finished lies on the disk."""
+        """Kill the process; its finished cells are on the disk. A second call does nothing."""
         if self._log.closed:
             return
         self._process.kill()
@@ -145,14 +149,12 @@ class Worker:
 
 
 def main() -> None:
-    """Fine-tune what comes on stdin until it closes; leave after a failure that nobody thought
-    of.
-    """
-    # Meant for the process that started this one, which then ends it.
+    """Fine-tune the cells from stdin until it closes; exit after an unexpected error."""
+    # Signals are for the process that started this one; it ends its workers.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with it
 
     def answer(**values: Any) -> None:
         answers.write(json.dumps(values) + "\n")
@@ -174,10 +176,12 @@ def main() -> None:
                 job["scores_each_epoch"],
             )
             write_record(cell, output, record, predictions)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is shown as this cell's
+        except Exception as error:  # noqa: BLE001 - any error is recorded as this cell's
             expected = isinstance(error, (ConfigError, DataError, DivergedError))
             text = str(error) if expected else f"{type(error).__name__}: {error}"
             write_error(cell, output, text, traceback.format_exc())
+            # After an unexpected error the process may be in a bad state (a CUDA error stays), so
+            # the next cell gets a new one.
             answer(finished=False, leaves=not expected)
             if not expected:
                 return
@@ -186,7 +190,7 @@ def main() -> None:
 
 
 class _Progress:
-    """Passes the finished share of a cell on, not too often."""
+    """Reports the finished fraction of a cell, at most once a second."""
 
     def __init__(self, answer: Callable[..., None]) -> None:
         self._answer, self._told = answer, time.monotonic()
@@ -198,8 +202,9 @@ class _Progress:
 
 
 def _jobs() -> Iterator[dict[str, Any]]:
-    """Return the jobs from stdin, and end the process as soon as stdin closes: whoever started it
-    is gone.
+    """Return the jobs from stdin; end the process as soon as stdin closes.
+
+    Stdin closes when the process that started this one has ended.
     """
     lines: queue.Queue[str] = queue.Queue()
 

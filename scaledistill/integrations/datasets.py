@@ -1,5 +1,8 @@
-"""Tokenised data sets for `MiniLMTrainer`: texts of the datasets library in, shuffled examples
-out.
+"""Tokenised data sets for `MiniLMTrainer`.
+
+Inputs: data sets of the datasets library with a text column, and a tokenizer. Outputs: one
+shuffled data set of tokenised examples. Not handled here: batching and padding (the
+data_collator's job).
 """
 
 from __future__ import annotations
@@ -24,27 +27,27 @@ def prepare_dataset(
     tokenization_kwargs: Mapping[str, Any] | None = None,
     seed: int = 42,
 ) -> Dataset:
-    """Tokenise data sets, join and shuffle them.
+    """Tokenise, concatenate and shuffle data sets.
 
-    Each example is cut at `max_seq_len` tokens and the rest of it lost; `tools/make_shards.py`
-    loses nothing.
+    Each example is truncated to `max_seq_len` tokens and the rest is discarded;
+    `tools/make_shards.py` keeps all text.
 
     Args:
-        datasets: each alone, with its text in `default_column`, or with the name of its column. A
-            `DatasetDict` stands for its only split.
-        tokenization_kwargs: for the tokenizer, which cuts at `max_seq_len` unless `truncation` says
-            how or not at all.
+        datasets: data sets with their text in `default_column`, or pairs of a data set and the name
+            of its text column. A `DatasetDict` must have a single split.
+        tokenization_kwargs: passed to the tokenizer, which truncates at `max_seq_len` unless
+            `truncation` is set to something else.
 
     Raises:
-        ConfigError: a data set has no such column, several splits or is streamed, or a length does
-            not make sense.
-        DataError: a row has no text, or the tokenizer no vocabulary.
+        ConfigError: a data set lacks the column, has several splits or is streamed, or
+            `max_seq_len` is not a usable length.
+        DataError: a row has no text, or the tokenizer has no vocabulary.
     """
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise DataError(
             f"tokenizer {tokenizer.name_or_path!r} has no tokens but "
             f"{', '.join(tokenizer.all_special_tokens)}: its files were missing when it was "
-            "loaded; copy them there from the model that it was made from"
+            "loaded; copy them there from the original model"
         )
     from datasets import concatenate_datasets
 
@@ -55,7 +58,7 @@ def prepare_dataset(
             "datasets=[data]"
         )
     if not datasets:
-        raise ConfigError("datasets is empty; give one data set at least")
+        raise ConfigError("datasets is empty; give at least one data set")
 
     def tokenize(column: str, rows: Mapping[str, list[Any]]) -> Mapping[str, Any]:
         return tokenizer([_text_of(value, column) for value in rows[column]], **options)
@@ -97,15 +100,14 @@ def _tokenizer_options(
 
 
 def _single_split(data: Any) -> Dataset:
-    """Return a data set that has rows: the only one of a `DatasetDict`, as `load_dataset` gives
-    without `split`.
-    """
+    """Return `data`, or its only split if it is a `DatasetDict`."""
+    # `load_dataset` without `split` returns a DatasetDict, often with "train" only.
     from datasets import Dataset, IterableDataset, IterableDatasetDict
 
     if isinstance(data, IterableDataset | IterableDatasetDict):
         raise ConfigError(
             "datasets has a streamed data set, which cannot be shuffled as a whole; load it "
-            "without streaming=True, or make shards of it: tools/make_shards.py --dataset NAME"
+            "without streaming=True, or make shards from it: tools/make_shards.py --dataset NAME"
         )
     if isinstance(data, Mapping):
         if len(data) != 1:

@@ -1,9 +1,9 @@
-"""MiniLMv2 distillation on `transformers.Trainer`, under bertdistiller's names.
+"""MiniLMv2 distillation on `transformers.Trainer`, with bertdistiller's names.
 
-Enters: a teacher, a student, tokenised examples with any collator that gives `attention_mask`.
-Leaves: the student, trained in place, and the Trainer's own checkpoints, which
-`AutoModel.from_pretrained` loads. Sharded data, exact resume on other ranks and a sharded teacher
-are left to `distill`.
+Inputs: a teacher, a student and tokenised examples, with any collator that returns
+`attention_mask`. Outputs: the student, trained in place, and the Trainer's own checkpoints, which
+`AutoModel.from_pretrained` loads. Not handled here: sharded data, exact resume on another number of
+ranks and a sharded teacher (`distill`).
 
 Legend: B sequences, T tokens, D width.
 """
@@ -46,7 +46,7 @@ PASSED_ON = ("token_type_ids", "position_ids")
 
 @dataclass
 class MiniLMTrainingArguments(TrainingArguments):
-    """`TrainingArguments` and what distillation needs. Layers count from 1.
+    """`TrainingArguments` with the settings of distillation. Layers count from 1.
 
     Raises:
         ConfigError: `relations` cannot be read.
@@ -55,10 +55,11 @@ class MiniLMTrainingArguments(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "relations"]  # noqa: RUF012 - as its parent has it
 
     teacher_layer: int = field(
-        kw_only=True, metadata={"help": "The teacher's block whose Q/K/V are learnt."}
+        kw_only=True, metadata={"help": "The teacher's block whose Q/K/V the student learns."}
     )
     student_layer: int = field(
-        kw_only=True, metadata={"help": "The student's number of blocks, the last of which learns."}
+        kw_only=True,
+        metadata={"help": "The student's number of blocks; the last one's Q/K/V are trained."},
     )
     student_hidden_size: int = field(kw_only=True, metadata={"help": "The student's width."})
     student_attention_heads: int = field(
@@ -72,7 +73,8 @@ class MiniLMTrainingArguments(TrainingArguments):
         kw_only=True,
         metadata={
             "help": (
-                'Weights of pairs, {"qq": 1, "kk": 1, "vv": 1} unless said; (1, 1) stands for "qq".'
+                'Weights of relation pairs (default: {"qq": 1, "kk": 1, "vv": 1}); (1, 1) means '
+                '"qq".'
             )
         },
     )
@@ -84,8 +86,8 @@ class MiniLMTrainingArguments(TrainingArguments):
         kw_only=True,
         metadata={
             "help": (
-                "Share of the steps to warm up over, as before transformers 5; warmup_steps goes "
-                "first."
+                "Fraction of the steps for warm-up, as before transformers 5; warmup_steps takes "
+                "precedence."
             )
         },
     )
@@ -96,7 +98,8 @@ class MiniLMTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.relations = named_relations(self.relations)
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # what trains takes part in every loss
+            # Every trained parameter contributes to every loss, so the search is a waste.
+            self.ddp_find_unused_parameters = False
 
     @property
     def pairs(self) -> dict[str, float]:
@@ -105,8 +108,9 @@ class MiniLMTrainingArguments(TrainingArguments):
 
 
 def warmup_steps_of(ratio: float, steps: float) -> float:
-    """Return transformers 5's `warmup_steps`, below 1 a share of all steps, from transformers 4's
-    two settings.
+    """Return transformers 5's `warmup_steps` for transformers 4's two settings.
+
+    A result below 1 is a fraction of all steps.
 
     Raises:
         ConfigError: the ratio is not between 0 and 1.
@@ -116,12 +120,15 @@ def warmup_steps_of(ratio: float, steps: float) -> float:
             f"warmup_ratio={ratio!r}; expected a share of the steps from 0 to 1, such as 0.1; for "
             "a number of steps use warmup_steps"
         )
-    return steps or min(ratio, math.nextafter(1.0, 0.0))  # 1.0 would mean one step
+    return steps or min(ratio, math.nextafter(1.0, 0.0))  # 1.0 would mean a single step
 
 
 def named_relations(relations: object) -> dict[str, float]:
-    """Return relation weights by name: from names, from bertdistiller's number pairs, from a list;
-    None: qq, kk, vv.
+    """Return the weights of relation pairs by name; None means qq, kk and vv.
+
+    Args:
+        relations: weights by name, weights by bertdistiller's pairs of numbers, or a list of either
+            kind of pair.
 
     Raises:
         ConfigError: it is something else, or a pair is unknown or has no usable weight.
@@ -147,18 +154,17 @@ def named_relations(relations: object) -> dict[str, float]:
 
 
 class MiniLMTrainer(Trainer):
-    """Distil `model` from `teacher_model`; everything else is `Trainer`'s, DeepSpeed and FSDP
-    included.
+    """Distil `model` from `teacher_model` with everything that `Trainer` offers.
 
-    What is wrapped and optimised is a view of the student up to its last block's Q, K and V: it
-    shares the student's parameters, and the rest, which this loss never reaches, stays as it was.
-    `save_model` and checkpoints hold the whole student, in the dtype in which it was given. The
-    student's dropout is on, as its config says; the teacher runs in eval mode, without gradients,
-    in the precision of the training, whole on every rank.
+    The trainer wraps and optimises a view of the student that ends at its last block's Q, K and V.
+    The view shares the student's parameters; the loss does not reach the others, which stay
+    unchanged. `save_model` and checkpoints contain the full student, in its original dtype. The
+    student's dropout is active, as set in its config; the teacher runs in eval mode, without
+    gradients, in the training precision, and is replicated on every rank.
 
-    DeepSpeed and FSDP keep the trained weights to themselves: take the student from `save_model`,
-    and resume with one made as the first was, since their checkpoints lack what the loss never
-    reaches.
+    DeepSpeed and FSDP train their own copies of the weights: get the student from `save_model`.
+    Their checkpoints lack the parameters that the loss does not reach, so resume with a student
+    created in the same way as the first.
     """
 
     args: MiniLMTrainingArguments
@@ -174,13 +180,13 @@ class MiniLMTrainer(Trainer):
         """Take over both models; the teacher is frozen in place.
 
         Args:
-            model: the student, all of it; trained in place.
+            model: the full student; trained in place.
             teacher_model: a supported encoder, a task model around one, or a folder or hub name.
-            other, options: as `Trainer` takes them.
+            other, options: passed to `Trainer`.
 
         Raises:
             ConfigError: a layer does not exist, relation heads do not divide a width, vocabularies
-                differ, or a model was built in parts for ZeRO-3.
+                differ, or a model was partitioned by ZeRO-3 when it was built.
             DataError: the teacher cannot be loaded.
         """
         if model is None or args is None:
@@ -195,7 +201,7 @@ class MiniLMTrainer(Trainer):
         _check_models(teacher_model, model, args)
         view = cast(PreTrainedModel, capture_view(model, args.student_layer))
         prefix = "" if base_encoder(model) is model else f"{model.base_model_prefix}."
-        # Trainer saves what it trains; the student is saved whole in its place.
+        # Trainer saves the module that it trains, the view; save the full student instead.
         view.__dict__["save_pretrained"] = partial(_save_whole, model, prefix, model.dtype)
         self.student = model
         self._qkv_widths = cast(tuple[int, int, int], view.qkv_widths)
@@ -211,8 +217,9 @@ class MiniLMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the relation loss of a batch, a scalar; with `return_outputs` also the student's
-        Q, K and V.
+        """Return the relation loss of a batch, a scalar tensor.
+
+        With `return_outputs`, also return the student's Q, K and V.
         """
         mask_BT = self._mask(inputs)
         dtype = (
@@ -230,7 +237,7 @@ class MiniLMTrainer(Trainer):
             **view_inputs(self.student.config, inputs["input_ids"], mask_BT),
             **_passed_on(self.student.config, inputs),
         ).last_hidden_state
-        # Exact: only autocast's upcast is undone.
+        # Exact: this only undoes autocast's upcast.
         found = split_qkv(output_BTD.to(dtype), self._qkv_widths)
         loss = relation_loss(
             split_qkv(target_BTD.to(dtype), self.teacher.qkv_widths),
@@ -243,7 +250,7 @@ class MiniLMTrainer(Trainer):
         return (loss, found) if return_outputs else loss
 
     def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Return which tokens are real, bool [B, T]; None if there is no mask and no padding."""
+        """Return the mask of real tokens, bool [B, T]; None without mask and padding."""
         if "input_ids" not in inputs:
             raise ConfigError(
                 f"batches have no input_ids, only {', '.join(sorted(inputs)) or 'nothing'}; "
@@ -288,10 +295,10 @@ class MiniLMTrainer(Trainer):
             self._load_whole(cast(str, self.state.best_model_checkpoint))
 
     def _load_whole(self, folder: str) -> None:
-        """Load the student that `_save_whole` saved.
+        """Load a student that `_save_whole` saved.
 
         Raises:
-            DataError: it is not there, or not of this student.
+            DataError: the file is missing, or belongs to another student.
         """
         path = Path(folder) / SAFE_WEIGHTS_NAME
         try:
@@ -309,8 +316,10 @@ def _save_whole(
     state_dict: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> None:
-    """Save the student in `dtype` with the view's `state_dict`, where that was gathered from ranks
-    or engines.
+    """Save the full student in `dtype`.
+
+    `state_dict` has the view's weights if they were gathered from ranks or engines; they replace
+    the student's own.
     """
     trained = {f"{prefix}{name}": tensor for name, tensor in (state_dict or {}).items()}
     whole = {name: tensor.to(dtype) for name, tensor in {**student.state_dict(), **trained}.items()}
@@ -320,9 +329,8 @@ def _save_whole(
 
 
 def _passed_on(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model gets beside ids and mask; no token type ids where it has one type, as
-    RoBERTa has.
-    """
+    """Return the inputs besides ids and mask; no token type ids if a model has only one type."""
+    # RoBERTa has one type: ids of a second type, from another tokenizer, would be out of range.
     types = getattr(config, "type_vocab_size", None)
     without = {"token_type_ids"} if types is not None and types < 2 else set()
     return {name: inputs[name] for name in PASSED_ON if name in inputs and name not in without}
@@ -330,8 +338,9 @@ def _passed_on(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str,
 
 @contextmanager
 def _built_whole(args: TrainingArguments) -> Iterator[None]:
-    """Have transformers build models whole, also where ZeRO-3 awaits them: parts can be neither cut
-    nor captured.
+    """Make transformers build unpartitioned models, even if ZeRO-3 is configured.
+
+    A model partitioned by ZeRO-3 can be neither cut nor captured.
     """
     config = getattr(args, "hf_deepspeed_config", None)
     if config is None:
@@ -365,7 +374,7 @@ def _check_models(
     if first.vocab_size != second.vocab_size:
         raise ConfigError(
             f"the teacher has {first.vocab_size} tokens, the student {second.vocab_size}: both "
-            "read the same ids; make the student by create_student from this teacher"
+            "read the same ids; make the student with create_student from this teacher"
         )
     for name, model in (("teacher_model", teacher), ("model", student)):
         for key, tensor in model.state_dict().items():
@@ -375,9 +384,9 @@ def _check_models(
 def _check_whole(model: PreTrainedModel, name: str) -> None:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
-            f"{name} was built in parts for ZeRO-3, as transformers does once there are training "
-            "arguments; load it before them, or let create_student make the student and give the "
-            "teacher by its name"
+            f"{name} was partitioned by ZeRO-3 when it was built, as transformers does once "
+            "training arguments exist; load it before creating them, or make the student with "
+            "create_student and give the teacher by name"
         )
 
 
@@ -387,18 +396,18 @@ def create_student(
     use_teacher_weights: bool = False,
     cache_dir: str | Path | None = None,
 ) -> PreTrainedModel:
-    """Return a student of the sizes in `args`: fp32, without pooler, with the teacher's dropout for
-    training.
+    """Return a student of the sizes in `args`: fp32, without pooler, with the teacher's dropout.
 
     Args:
         teacher: a model, or a folder or hub name.
         use_teacher_weights: cut the weights from the teacher's layers, evenly spaced up to
-            `args.teacher_layer`, by whole heads; else random from `args.seed`.
-        cache_dir: where a teacher of the hub is kept; the hub's usual folder unless said.
+            `args.teacher_layer`, by whole heads; otherwise initialise them randomly from
+            `args.seed`.
+        cache_dir: where a teacher from the hub is kept (default: the hub's own cache folder).
 
     Raises:
         ConfigError: the architecture is not supported, the sizes do not fit it, or the teacher was
-            built in parts for ZeRO-3.
+            partitioned by ZeRO-3 when it was built.
         DataError: the teacher cannot be loaded.
     """
     try:
@@ -423,6 +432,6 @@ def create_student(
                 seed=args.seed,
                 dropout=None,
             )
-    except ConfigError as error:  # told in the settings of a run
+    except ConfigError as error:  # it names the settings of a run, not these arguments
         message = str(error).replace("students.student.init='random'", "use_teacher_weights=False")
         raise ConfigError(message.replace("students.student.", "student's ")) from None
