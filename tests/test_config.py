@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from scaledistill.config.load import check_paths, load_config, parse_config
-from scaledistill.config.schema import FREE_ON_RESUME, DistillConfig, differing_keys
+from scaledistill.config.schema import DistillConfig, differing_keys, may_change
 from scaledistill.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -335,9 +335,15 @@ def test_differing_keys_ignores_what_does_not_change_the_result() -> None:
     ]
 
 
+def test_what_a_resume_may_change_is_marked_where_it_is_declared() -> None:
+    assert {"run.folder", "teacher.model", "train.micro_batch_size", "engine"} <= may_change()
+    kept = {"run.seed", "teacher.layer", "students", "relations.pairs", "train.learning_rate"}
+    assert not kept & may_change()
+
+
 def test_free_keys_exist() -> None:
     tree = parse_config(BASE).model_dump()
-    for path in FREE_ON_RESUME:
+    for path in may_change():
         node: Any = tree
         for part in path.split("."):
             node = node[part]

@@ -497,8 +497,8 @@ def test_empty_and_wrong_files(tmp_path: Path) -> None:
         ("a.txt.lz4", r"unknown suffix '.lz4'; .* each plain or .gz, .xz, .zst, .bz2"),
         (
             "a.txt.lzma",
-            r"a.txt.lzma has the suffix of data in the legacy .lzma format, which is not read; .* xz -dc "
-            r"FILE \|",
+            r"a.txt.lzma has the suffix of data in the legacy .lzma format, which is not read; "
+            r".* xz -dc FILE \|",
         ),
     ],
 )

@@ -498,10 +498,13 @@ def test_a_checkpoint_gives_back_the_whole_student(tmp_path: Path) -> None:
         train_task_model(tmp_path, task_model(), resume=tmp_path / "checkpoint-2", save_steps=2)
 
 
-def test_the_teacher_runs_in_the_precision_of_the_training(tmp_path: Path) -> None:
+def test_the_teacher_runs_in_the_precision_of_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     teacher, student = models()
     exact = MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path))
     mixed = MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path, bf16=True))
+    assert ("bf16=True on a CPU" in caplog.text) == (mixed.args.device.type == "cpu")
     wrapped = mixed.accelerator.prepare(mixed.model)
     rows = record.collate(record.examples()[:6])
     expected = exact.compute_loss(exact.model.eval(), rows)

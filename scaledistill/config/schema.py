@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,6 +25,9 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+MAY_CHANGE = "may change on resume"
+"""Marks a field whose change alters no result, or rounding only; resume refuses any other change.
+Data and teacher are identified by hashes, so that their paths may change."""
 STUDENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -43,39 +47,39 @@ class Settings(BaseModel):
 class RunSettings(Settings):
     """The run itself: its folder, seed and time limits."""
 
-    folder: NonEmpty
+    folder: Annotated[NonEmpty, MAY_CHANGE]
     """Everything that the run writes goes here."""
     seed: NotNegative = 1
     """Seeds the sample order, the random initialisation and dropout."""
     deterministic: bool = False
     """Ask PyTorch for deterministic algorithms, so that a run resumed on GPUs is bit-identical. On
     CPUs it is so in any case."""
-    max_hours: Annotated[float, Field(gt=0)] | None = None
+    max_hours: Annotated[Annotated[float, Field(gt=0)] | None, MAY_CHANGE] = None
     """Stop after this many hours, as on a signal; rerun the same command to resume."""
-    timeout_seconds: Positive = 1800
+    timeout_seconds: Annotated[Positive, MAY_CHANGE] = 1800
     """If no rank finishes a step, a validation batch or other work for this long, the job ends and
     names the ranks that are behind."""
-    lost_rank_seconds: Positive = 120
+    lost_rank_seconds: Annotated[Positive, MAY_CHANGE] = 120
     """If a rank sends no heartbeat for this long (killed, stopped, its node gone), the job ends."""
 
 
 class TeacherSettings(Settings):
     """The teacher model, the block to learn from and how it runs."""
 
-    model: NonEmpty
+    model: Annotated[NonEmpty, MAY_CHANGE]
     """A folder or a hub name, with weights in safetensors."""
-    revision: NonEmpty | None = None
+    revision: Annotated[NonEmpty | None, MAY_CHANGE] = None
     """Branch, tag or commit on the hub."""
     layer: Positive
     """The block whose Q/K/V the student learns, counted from 1; nothing above it is loaded."""
     dtype: Precision = "auto"
     """Precision of the teacher's forward. "auto": that of `train.precision`; if that is "auto" too,
     bf16 where it is fast, including CPUs with bf16 units (AMX, AVX512-BF16)."""
-    placement: Literal["replicate", "shard", "offload"] = "replicate"
+    placement: Annotated[Literal["replicate", "shard", "offload"], MAY_CHANGE] = "replicate"
     """Where the teacher's weights are kept. "replicate": whole on every rank; "shard": in equal
     parts on the ranks, gathered block by block in the forward; "offload": the same parts, in host
     memory."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, MAY_CHANGE] = False
     """Run Python code that comes with the model. Off: such models are refused."""
 
 
@@ -127,7 +131,7 @@ class RelationSettings(Settings):
         default_factory=lambda: {"qq": 1.0, "kk": 1.0, "vv": 1.0}
     )
     """Relation pairs and their weights."""
-    backend: Literal["auto", "reference", "sdpa", "triton"] = "auto"
+    backend: Annotated[Literal["auto", "reference", "sdpa", "triton"], MAY_CHANGE] = "auto"
     """"reference": plain PyTorch, whole maps; "sdpa": tiles, on the CPU; "triton": kernels, on the
     GPU; "auto": one of the last two, if available."""
 
@@ -147,9 +151,9 @@ class RelationSettings(Settings):
 class DataSettings(Settings):
     """The shards to read, and how their rows are shuffled and cached."""
 
-    train: NonEmpty
+    train: Annotated[NonEmpty, MAY_CHANGE]
     """Folder or URL of the training shards, made by tools/make_shards.py."""
-    validation: NonEmpty | None = None
+    validation: Annotated[NonEmpty | None, MAY_CHANGE] = None
     """Folder or URL of held-out shards."""
     sequence_length: Positive
     """Tokens per row T; must be that of the shards."""
@@ -160,11 +164,11 @@ class DataSettings(Settings):
     """Lanes that the epoch is cut into; more lanes shuffle better and need more memory."""
     window_rows: Positive = 16384
     """Rows shuffled together in a lane. Memory: at most num_lanes × window_rows × T × 2¼ bytes."""
-    prefetch_batches: Positive = 4
+    prefetch_batches: Annotated[Positive, MAY_CHANGE] = 4
     """Micro-batches prepared ahead of the step."""
-    cache_folder: NonEmpty | None = None
+    cache_folder: Annotated[NonEmpty | None, MAY_CHANGE] = None
     """Local folder for shards from URLs (default: ~/.cache/scaledistill)."""
-    cache_bytes: Positive = 100_000_000_000
+    cache_bytes: Annotated[Positive, MAY_CHANGE] = 100_000_000_000
     """Maximum size of that folder, in bytes."""
 
 
@@ -173,7 +177,7 @@ class TrainSettings(Settings):
 
     global_batch_size: Positive
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: Positive | Literal["auto"] | None = None
+    micro_batch_size: Annotated[Positive | Literal["auto"] | None, MAY_CHANGE] = None
     """Sequences per rank and forward; the accumulation steps follow from it. A size above a rank's
     share of the batch is cut to that share, with a note in the log. "auto": as many as fit in
     memory (default: the whole share)."""
@@ -194,15 +198,15 @@ class TrainSettings(Settings):
     precision: Precision = "auto"
     """Precision of the student's forward and backward; master weights and moments are fp32. "auto":
     bf16 on GPUs that support it, fp32 on CPUs, whose bf16 LayerNorm gradients are inaccurate."""
-    compile: bool | Literal["auto"] = "auto"
+    compile: Annotated[bool | Literal["auto"], MAY_CHANGE] = "auto"
     """Apply torch.compile to the blocks of teacher and student (not to the student's under ZeRO-3).
     "auto": on GPUs, unless `run.deterministic` is on, which excludes it."""
-    max_skipped_steps: NotNegative = 10
+    max_skipped_steps: Annotated[NotNegative, MAY_CHANGE] = 10
     """Steps in a row that may be skipped for a non-finite loss or gradient; one more ends the
     run."""
-    validation_every_steps: NotNegative = 0
+    validation_every_steps: Annotated[NotNegative, MAY_CHANGE] = 0
     """Steps between validation losses; one is also computed at the end. 0: never."""
-    validation_rows: Positive = 1024
+    validation_rows: Annotated[Positive, MAY_CHANGE] = 1024
     """Held-out rows over which the validation loss is averaged."""
 
     @model_validator(mode="after")
@@ -335,10 +339,12 @@ class DistillConfig(Settings):
     relations: RelationSettings
     data: DataSettings
     train: TrainSettings
-    engine: EngineSettings = Field(default_factory=EngineSettings)
-    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
-    logging: LoggingSettings = Field(default_factory=LoggingSettings)
-    evaluation: RunEvaluation | None = None
+    engine: Annotated[EngineSettings, MAY_CHANGE] = Field(default_factory=EngineSettings)
+    checkpoint: Annotated[CheckpointSettings, MAY_CHANGE] = Field(
+        default_factory=CheckpointSettings
+    )
+    logging: Annotated[LoggingSettings, MAY_CHANGE] = Field(default_factory=LoggingSettings)
+    evaluation: Annotated[RunEvaluation | None, MAY_CHANGE] = None
     """None: the run ends with the export, which tools/glue.py can score at any time."""
 
     @model_validator(mode="after")
@@ -380,33 +386,18 @@ class DistillConfig(Settings):
         return json.dumps(self.model_dump(), indent=2) + "\n"
 
 
-# Changing one of these moves a run, or changes rounding at most. Any other key changes the result:
-# a resume refuses it.
-FREE_ON_RESUME = (
-    "run.folder",
-    "run.max_hours",
-    "run.timeout_seconds",
-    "run.lost_rank_seconds",
-    "teacher.model",  # held by the sha256 of its weights
-    "teacher.revision",
-    "teacher.placement",
-    "teacher.trust_remote_code",
-    "relations.backend",
-    "data.train",  # held by the sha256 of the manifest
-    "data.validation",
-    "data.prefetch_batches",
-    "data.cache_folder",
-    "data.cache_bytes",
-    "train.micro_batch_size",
-    "train.compile",
-    "train.max_skipped_steps",
-    "train.validation_every_steps",
-    "train.validation_rows",
-    "engine",
-    "checkpoint",
-    "logging",
-    "evaluation",
-)
+@cache
+def may_change() -> frozenset[str]:
+    """Return the settings, and whole blocks, that a resume may change; those of all students."""
+    return frozenset(_marked(DistillConfig))
+
+
+def _marked(block: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in block.model_fields.items():
+        if MAY_CHANGE in field.metadata:
+            yield prefix + name
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from _marked(field.annotation, f"{prefix}{name}.")
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -418,7 +409,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+        and not any(key == free or key.startswith(free + ".") for free in may_change())
     ]
 
 

@@ -10,6 +10,7 @@ Legend: B sequences, T tokens, D width.
 
 from __future__ import annotations
 
+import logging
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,13 @@ from scaledistill.models.teacher import WEIGHT_FILES, Teacher, load_encoder, res
 from scaledistill.models.weights import check_finite
 from scaledistill.relations import QKV, check_relation_heads, normalise_pairs, relation_loss
 from scaledistill.storage.files import set_default_mode
+
+log = logging.getLogger(__name__)
+
+BF16_ON_CPU = (
+    "bf16=True on a CPU: PyTorch sums the gradients of LayerNorms over tokens in bf16, 8 % off at "
+    "4,096 tokens a batch and 53 % at 16,384; leave bf16 out"
+)
 
 LETTERS = dict(enumerate(QKV._fields, start=1))  # bertdistiller's numbers: 1 query, 2 key, 3 value
 PASSED_ON = ("token_type_ids", "position_ids")
@@ -206,6 +214,8 @@ class MiniLMTrainer(Trainer):
         self.student = model
         self._qkv_widths = cast(tuple[int, int, int], view.qkv_widths)
         super().__init__(view, args, *other, **options)
+        if args.bf16 and args.device.type == "cpu" and self.is_world_process_zero():
+            log.warning("%s", BF16_ON_CPU)
         # The loss is a mean over sequences, not scaled by a number of tokens.
         self.model_accepts_loss_kwargs = False
         self.teacher = Teacher(teacher_model, args.teacher_layer).to(args.device)
