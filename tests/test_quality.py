@@ -294,6 +294,7 @@ def test_the_report_is_made_of_the_results(tmp_path: Path, document: Path) -> No
         "ablations",
     ]
     assert f"all {len(quality_report.expected_cells())} cells are missing" in document.read_text()
+    assert ".png" not in document.read_text()
     for task in SMALL.glue.tasks:
         for seed, score in enumerate((70.0, 71.0, 72.0), 1):
             put_glue(results, "teacher-init", task, seed, score)
@@ -334,6 +335,7 @@ def test_the_report_is_made_of_the_results(tmp_path: Path, document: Path) -> No
     )
     for name in ("glue", "curves", "ablations"):
         assert (tmp_path / "quality" / f"{name}.png").stat().st_size > 5000
+        assert f"](quality/{name}.png)" in text
     document.write_text("no marks")
     with pytest.raises(DataError, match="has 0 marks for the table 'state'"):
         quality_report.write_report(results, document)

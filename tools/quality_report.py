@@ -64,9 +64,18 @@ def write_report(results: Results, document: Path) -> list[str]:
         "probe": probe_table(results).markdown(),
         "ablations": ablation_table(runs).markdown(),
     }
-    draw(summary, pictures / "glue.png")
-    draw_curves(results, pictures / "curves.png")
-    draw_ablations(runs, pictures / "ablations.png")
+    # A picture stands below its table once there is something to see.
+    if summary.columns:
+        draw(summary, pictures / "glue.png")
+        tables["glue"] += f"\n![Scores by task]({pictures.name}/glue.png)"
+    if any(results.record(f"models/{name}") for name in STUDENTS):
+        draw_curves(results, pictures / "curves.png")
+        title = "Held-out loss and probe while the students were distilled"
+        tables["probe"] += f"\n\n![{title}]({pictures.name}/curves.png)"
+    if any(runs.values()):
+        draw_ablations(runs, pictures / "ablations.png")
+        title = "Held-out loss and probe of every short run"
+        tables["ablations"] += f"\n\n![{title}]({pictures.name}/ablations.png)"
     text = document.read_text()
     for name, table in tables.items():
         parts = re.split(f"(<!-- (?:end )?{name} -->)", text)
