@@ -112,7 +112,8 @@ def state(results: Results) -> str:
     commits = sorted({record["commit"] for record in found})
     lines = [
         f"{len(found)} of {counted(len(names), 'cell')} are finished; together they took "
-        f"{hours:.1f} hours at idle priority, on {'; '.join(where)}, with "
+        f"{hours:.1f} hours at idle priority, other work's share included, on "
+        f"{'; '.join(where)}, with "
         f"{counted(len(commits), 'version')} of the code ({', '.join(commits)})."
     ]
     if absent := [name for name in names if not results.record(name)]:
