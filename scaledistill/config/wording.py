@@ -81,6 +81,7 @@ def _names(block: type[Settings], prefix: str, students: Sequence[str]) -> Itera
 
 def _block(annotation: Any) -> type[Settings] | None:
     """Return the block of settings that a field holds, directly or as a dict's values."""
+    annotation = _plain(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType, dict):
         return next(filter(None, map(_block, get_args(annotation))), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
@@ -99,7 +100,7 @@ def _setting_at(
     default = None
     for part in location:
         block = _block(annotation)
-        if get_origin(annotation) is dict or isinstance(part, int):
+        if get_origin(_plain(annotation)[0]) is dict or isinstance(part, int):
             annotation = _item_of(annotation)
             default = None
         elif block is not None:
