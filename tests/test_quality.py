@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,20 +115,17 @@ def make_jobs(results: Results, done: list[str], interrupted: list[str]) -> list
     return [make(number) for number in range(3)]
 
 
-def test_interrupted_twice_it_ends_with_the_same_and_redoes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def prepare_run(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, jobs: Callable[[Results], list[Job]]
 ) -> None:
-    done: list[str] = []
-    interrupted = ["models/0b", "models/2a"]
+    """Make `quality.main` run these jobs, with the results in `folder`."""
     monkeypatch.setattr(quality, "make_shards", lambda options: None)
     monkeypatch.setattr(quality, "at_idle_priority", lambda: None)
-    monkeypatch.setattr(
-        quality,
-        "Lab",
-        lambda folder, results, *rest: SimpleNamespace(
-            jobs=lambda: make_jobs(results, done, interrupted)
-        ),
-    )
+
+    def lab(_: Path, results: Results, *rest: Any) -> SimpleNamespace:
+        return SimpleNamespace(jobs=lambda: jobs(results))
+
+    monkeypatch.setattr(quality, "Lab", lab)
     words = [
         "quality.py",
         "run",
@@ -139,8 +137,17 @@ def test_interrupted_twice_it_ends_with_the_same_and_redoes_nothing(
         "h",
         "--data-dir",
         "d",
+        "--results",
     ]
-    monkeypatch.setattr(sys, "argv", [*words, "--results", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [*words, str(folder)])
+
+
+def test_interrupted_twice_it_ends_with_the_same_and_redoes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+    interrupted = ["models/0b", "models/2a"]
+    prepare_run(monkeypatch, tmp_path, lambda results: make_jobs(results, done, interrupted))
     assert quality.main() == 130
     assert "rerun the same command to resume" in capsys.readouterr().err
     assert quality.main() == 130
@@ -163,22 +170,7 @@ def test_a_job_that_measures_nothing_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = Job((Cell("models/a", {}, 1.0),), lambda waiting: None)
-    monkeypatch.setattr(quality, "make_shards", lambda options: None)
-    monkeypatch.setattr(quality, "at_idle_priority", lambda: None)
-    monkeypatch.setattr(quality, "Lab", lambda *arguments: SimpleNamespace(jobs=lambda: [job]))
-    words = [
-        "quality.py",
-        "run",
-        "--tier",
-        "small",
-        "--text",
-        "t",
-        "--held-out",
-        "h",
-        "--data-dir",
-        "d",
-    ]
-    monkeypatch.setattr(sys, "argv", [*words, "--results", str(tmp_path)])
+    prepare_run(monkeypatch, tmp_path, lambda results: [job])
     assert quality.main() == 3
     assert "models/a was not measured" in capsys.readouterr().err
 

@@ -176,10 +176,13 @@ def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
     if settings.probe:
         data_folder = Path(settings.data_folder) if settings.data_folder else None
         problems.attempt(read_split, TASKS[settings.probe], "dev", data_folder)
-        problems.attempt(check_installed)
-    tasks, data = check_tasks(settings, problems) if settings.tasks else ([], {})
+    if settings.tasks:
+        tasks, data = check_tasks(settings, problems)
+    else:
+        tasks, data = [], {}
+        problems.attempt(check_installed)  # among what `check_tasks` checks
     [student] = config.students
-    if settings.include_teacher and not tasks and not problems.found:
+    if settings.include_teacher and not settings.tasks:
         problems.found.append(
             ConfigError(
                 "include_teacher needs tasks to score the teacher on; name some, or turn it off"

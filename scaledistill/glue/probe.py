@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.errors import Problems
+from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.plan import check_model
 from scaledistill.glue.read import read_split
 from scaledistill.glue.tasks import TASKS
@@ -42,6 +43,7 @@ def probe_models(models: Mapping[str, str], data_folder: Path | None) -> Report:
         ConfigError, DataError: models or data cannot be used; one line for every problem.
     """
     problems = Problems()
+    problems.attempt(check_installed)
     found = [problems.attempt(check_model, name, path, []) for name, path in models.items()]
     problems.attempt(read_split, TASKS["stsb"], "dev", data_folder)
     problems.raise_all()
