@@ -54,7 +54,7 @@ format: $(READY)
 bench: $(READY)
 	mkdir -p runs/bench
 	for tool in data relations save step; do \
-	  $(BIN)/python tools/bench_$$tool.py --json runs/bench/$$tool.json --markdown runs/bench/$$tool.md || exit; done
+	  $(BIN)/python tools/bench/$$tool.py --json runs/bench/$$tool.json --markdown runs/bench/$$tool.md || exit; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

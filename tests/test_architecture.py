@@ -97,7 +97,7 @@ def test_only_the_command_line_starts_a_run() -> None:
         node for node in parse("__init__").body if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     assert not any(loop == name for node in lazily for name in imports(node))
-    for script in (*PACKAGE.parent.glob("launch/*.py"), *PACKAGE.parent.glob("tools/*.py")):
+    for script in (*PACKAGE.parent.glob("launch/*.py"), *PACKAGE.parent.glob("tools/**/*.py")):
         assert loop not in imports(ast.parse(script.read_text())), script.name
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from scaledistill.metrics.benchmark import Report, Worker, WorkerError, add_options, in_turn, ratios
 
-TOOLS = Path(__file__).parent.parent / "tools"
+TOOLS = Path(__file__).parent.parent / "tools" / "bench"
 TINY = (
     "teacher.layer=2",
     "relations.num_heads=4",
@@ -98,7 +98,7 @@ def test_step_beside_a_peer(
     sizes = ["--shape", "4x16", "--teacher", "3x32", "--rounds", "2"]
     sizes += [f"--set={override}" for override in TINY]
     peer = ["--peer-venv", str(environment), "--peer-micro-batch", "2"]
-    code, figures = run_tool("bench_step", *sizes, *peer, "--markdown", str(markdown))
+    code, figures = run_tool("step", *sizes, *peer, "--markdown", str(markdown))
     assert code == 3, "one of the two peers failed"
     assert "4x16 bertdistiller_bf16 ended with status 1:\nno bf16 today" in capfd.readouterr().err
     assert "step/4x16/speedup_vs_bertdistiller_bf16" not in figures
@@ -150,14 +150,14 @@ def test_no_peer(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, versions: str | None, message: str
 ) -> None:
     monkeypatch.syspath_prepend(str(TOOLS))
-    bench_peer = importlib.import_module("bench_peer")
+    peer = importlib.import_module("peer")
     folder = tmp_path / "venv"
     if versions:
         peer_environment(folder, versions)
     else:
         folder.write_text("a file where the environment should be made")
-    with pytest.raises(bench_peer.PeerError) as error:
-        bench_peer.ready_python(folder)
+    with pytest.raises(peer.PeerError) as error:
+        peer.ready_python(folder)
     assert message in str(error.value)
 
 
@@ -165,7 +165,7 @@ def test_relations(
     run_tool: Callable[..., tuple[int, Figures]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = ["--lengths", "8", "32", "--heads", "12", "64", "--tokens", "32"]
-    code, figures = run_tool("bench_relations", *sizes, "--rounds", "2", "--max-map-bytes", "1e6")
+    code, figures = run_tool("relations", *sizes, "--rounds", "2", "--max-map-bytes", "1e6")
     assert code == 0
     for backend in ("reference", "sdpa"):
         assert figures[f"relations/{backend}/4x8/64/milliseconds"]["n"] == 2
@@ -182,7 +182,7 @@ def test_relations(
 
 
 def test_data(run_tool: Callable[..., tuple[int, Figures]]) -> None:
-    code, figures = run_tool("bench_data", "--tokens", "1000", "--repeats", "1")
+    code, figures = run_tool("data", "--tokens", "1000", "--repeats", "1")
     assert code == 0
     assert [*figures] == ["data/128/tokens_per_second", "data/512/tokens_per_second"]
 

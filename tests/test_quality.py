@@ -9,19 +9,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from scaledistill.data.shards import ShardWriter
 from scaledistill.errors import DataError
 from scaledistill.glue.summary import Row, Score, Summary
 from scaledistill.glue.tasks import TASKS
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools" / "quality"))
 
-import quality
-import quality_cells
-import quality_report
-from quality_cells import ABLATIONS, MODELS, SMALL, Cell, Job, Lab
-from quality_results import Results
+import command
+import report
+from cells import ABLATIONS, CONFIG, MODELS, SMALL, Cell, Job, Lab, rows_identity
+from results import Results
 
 COLUMN = "rte/accuracy"
 
@@ -71,14 +72,14 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     )
     lab = Lab.__new__(Lab)
     lab.folder, lab.results, lab.tier = tmp_path / "runs", Results(tmp_path / "results"), SMALL
-    lab.config, lab._text = json.loads(quality_cells.CONFIG.read_text()), []
+    lab.config, lab._text = json.loads(CONFIG.read_text()), []
     lab._glue_data, lab._teacher = tmp_path, tmp_path
     return lab
 
 
 def test_one_seed_of_every_model_comes_first(lab: Lab) -> None:
     names = [cell.name for job in lab.jobs() for cell in job.cells]
-    assert sorted(names) == sorted(quality_report.expected_cells())
+    assert sorted(names) == sorted(report.expected_cells())
     first_table = len(MODELS) * (1 + len(SMALL.glue.tasks))
     assert {name.partition("/")[0] for name in names[:first_table]} == {"models", "glue"}
     assert not any(name.endswith(("seed2", "seed3")) for name in names[:first_table])
@@ -92,6 +93,24 @@ def test_settings_decide_where_a_cell_s_work_lies(lab: Lab) -> None:
     before = lab._folder_of(lab._model_cell("teacher-init"))
     lab.config["relations"]["num_heads"] = 24
     assert lab._folder_of(lab._model_cell("teacher-init")) != before
+
+
+def test_the_data_s_identity_is_of_its_rows_not_of_its_paths(tmp_path: Path) -> None:
+    def write(name: str, token: int) -> str:
+        with ShardWriter(
+            tmp_path / name,
+            sequence_length=4,
+            vocab_size=9,
+            tokenizer={"name": f"at/{name}", "sha256": "0" * 64},
+            pad_token_id=0,
+            source={"files": [f"{name}.txt"]},
+        ) as writer:
+            writer.write(np.full((2, 4), token, np.uint16), np.array([[0, 0, 4], [1, 0, 4]]))
+        return str(tmp_path / name)
+
+    one = rows_identity(write("one", 5))
+    assert rows_identity(write("elsewhere", 5)) == one
+    assert rows_identity(write("other", 6)) != one
 
 
 def make_jobs(results: Results, done: list[str], interrupted: list[str]) -> list[Job]:
@@ -118,16 +137,16 @@ def make_jobs(results: Results, done: list[str], interrupted: list[str]) -> list
 def prepare_run(
     monkeypatch: pytest.MonkeyPatch, folder: Path, jobs: Callable[[Results], list[Job]]
 ) -> None:
-    """Make `quality.main` run these jobs, with the results in `folder`."""
-    monkeypatch.setattr(quality, "make_shards", lambda options: None)
-    monkeypatch.setattr(quality, "at_idle_priority", lambda: None)
+    """Make `command.main` run these jobs, with the results in `folder`."""
+    monkeypatch.setattr(command, "make_shards", lambda options: None)
+    monkeypatch.setattr(command, "at_idle_priority", lambda: None)
 
     def lab(_: Path, results: Results, *rest: Any) -> SimpleNamespace:
         return SimpleNamespace(jobs=lambda: jobs(results))
 
-    monkeypatch.setattr(quality, "Lab", lab)
+    monkeypatch.setattr(command, "Lab", lab)
     words = [
-        "quality.py",
+        "tools/quality",
         "run",
         "--tier",
         "small",
@@ -148,12 +167,12 @@ def test_interrupted_twice_it_ends_with_the_same_and_redoes_nothing(
     done: list[str] = []
     interrupted = ["models/0b", "models/2a"]
     prepare_run(monkeypatch, tmp_path, lambda results: make_jobs(results, done, interrupted))
-    assert quality.main() == 130
+    assert command.main() == 130
     assert "rerun the same command to resume" in capsys.readouterr().err
-    assert quality.main() == 130
+    assert command.main() == 130
     first = capsys.readouterr().out
     assert "1 of 6 cells finished; 5 cells left, about 5 min" in first
-    assert quality.main() == 0
+    assert command.main() == 0
     assert "all cells are finished" in capsys.readouterr().out
     assert done == [f"models/{number}{letter}" for number in range(3) for letter in "ab"]
     assert [record.name.partition(".")[0] for record in sorted(tmp_path.rglob("*.json"))] == [
@@ -171,15 +190,15 @@ def test_a_job_that_measures_nothing_is_an_error(
 ) -> None:
     job = Job((Cell("models/a", {}, 1.0),), lambda waiting: None)
     prepare_run(monkeypatch, tmp_path, lambda results: [job])
-    assert quality.main() == 3
+    assert command.main() == 3
     assert "models/a was not measured" in capsys.readouterr().err
 
 
 def test_the_full_tier_is_told_as_commands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["quality.py", "run", "--tier", "full"])
-    assert quality.main() == 0
+    monkeypatch.setattr(sys, "argv", ["tools/quality", "run", "--tier", "full"])
+    assert command.main() == 0
     text = capsys.readouterr().out
     config = json.loads((Path(__file__).parent.parent / "configs" / "large_to_l6.json").read_text())
     [student] = config["students"]
@@ -197,11 +216,11 @@ def row(name: str, values: list[float]) -> Row:
 
 def test_a_difference_counts_where_the_seeds_are_apart() -> None:
     theirs = row("theirs", [50.0, 52.0, 51.0])
-    assert quality_report.difference(row("ours", [53.0, 52.5, 60.0]), theirs, COLUMN) == "**+2.0**"
-    assert quality_report.difference(row("ours", [53.0, 52.0, 60.0]), theirs, COLUMN) == "+2.0"
-    assert quality_report.difference(row("ours", [40.0, 49.9, 41.0]), theirs, COLUMN) == "**−10.0**"
-    assert quality_report.difference(row("ours", [60.0]), theirs, COLUMN) == "+9.0"
-    assert quality_report.difference(Row("ours", None, {}, None), theirs, COLUMN) == "missing"
+    assert report.difference(row("ours", [53.0, 52.5, 60.0]), theirs, COLUMN) == "**+2.0**"
+    assert report.difference(row("ours", [53.0, 52.0, 60.0]), theirs, COLUMN) == "+2.0"
+    assert report.difference(row("ours", [40.0, 49.9, 41.0]), theirs, COLUMN) == "**−10.0**"
+    assert report.difference(row("ours", [60.0]), theirs, COLUMN) == "+9.0"
+    assert report.difference(Row("ours", None, {}, None), theirs, COLUMN) == "missing"
 
 
 def test_shares_of_the_teacher() -> None:
@@ -210,7 +229,7 @@ def test_shares_of_the_teacher() -> None:
         row(name, [values[name]]) if name in values else Row(name, None, {}, None)
         for name in MODELS
     ]
-    table = quality_report.comparison(Summary([COLUMN], [COLUMN], rows, [], [], []))
+    table = report.comparison(Summary([COLUMN], [COLUMN], rows, [], [], []))
     assert table.rows[0] == ["teacher-init against teacher-init-undistilled", "+12.0", "+12.0", ""]
     shares = {line[0]: line[-1] for line in table.rows[-len(MODELS) :]}
     assert (shares["teacher"], shares["teacher-init"], shares["bertdistiller"]) == (
@@ -241,7 +260,7 @@ def test_what_an_ablation_says_of_the_default(
         ]
 
     base = runs([0.100, 0.101, 0.099], [0.70, 0.71, 0.69])
-    assert quality_report.conclude("random", runs(losses, probes), base).endswith(conclusion)
+    assert report.conclude("random", runs(losses, probes), base).endswith(conclusion)
 
 
 @pytest.fixture
@@ -278,14 +297,14 @@ def put_glue(
 
 def test_the_report_is_made_of_the_results(tmp_path: Path, document: Path) -> None:
     results = Results(tmp_path / "results")
-    assert quality_report.write_report(results, document) == [
+    assert report.write_report(results, document) == [
         "state",
         "glue",
         "compared",
         "probe",
         "ablations",
     ]
-    assert f"all {len(quality_report.expected_cells())} cells are missing" in document.read_text()
+    assert f"all {len(report.expected_cells())} cells are missing" in document.read_text()
     assert ".png" not in document.read_text()
     for task in SMALL.glue.tasks:
         for seed, score in enumerate((70.0, 71.0, 72.0), 1):
@@ -307,13 +326,13 @@ def test_the_report_is_made_of_the_results(tmp_path: Path, document: Path) -> No
     results.put(
         "models/teacher-init", {}, {"probe": scores, "held_out_loss": losses, "curve": [point]}, 60
     )
-    quality_report.write_report(Results(tmp_path / "results"), document)
+    report.write_report(Results(tmp_path / "results"), document)
     text = document.read_text()
     assert text.startswith("before\n<!-- state -->\n\n")
     assert text.endswith("<!-- end ablations -->\nafter\n")
     assert "stale" not in text
     found = 5 * 4 + len(ABLATIONS) * 3 + 1
-    assert f"{found} of {len(quality_report.expected_cells())} cells are finished" in text
+    assert f"{found} of {len(report.expected_cells())} cells are finished" in text
     assert "Missing: models/teacher, " in text
     assert "71.0 ±1.0" in text
     assert "60.0 ±0.0 (1 of 3)" in text
@@ -330,7 +349,7 @@ def test_the_report_is_made_of_the_results(tmp_path: Path, document: Path) -> No
         assert f"](quality/{name}.png)" in text
     document.write_text("no marks")
     with pytest.raises(DataError, match="has 0 marks for the table 'state'"):
-        quality_report.write_report(results, document)
+        report.write_report(results, document)
 
 
 def test_results_under_other_settings_stand_in_no_table(tmp_path: Path, document: Path) -> None:
@@ -338,4 +357,4 @@ def test_results_under_other_settings_stand_in_no_table(tmp_path: Path, document
     put_glue(results, "teacher", "rte", 1, 60.0)
     put_glue(results, "teacher-init", "rte", 1, 60.0, epochs=4)
     with pytest.raises(DataError, match="results of RTE were measured under 2 different settings"):
-        quality_report.write_report(results, document)
+        report.write_report(results, document)

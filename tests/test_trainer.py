@@ -709,8 +709,8 @@ def test_token_type_ids_are_for_models_with_several_types(types: int | None, giv
 
 @pytest.mark.full
 def test_bertdistiller_beside_us(tmp_path: Path) -> None:
-    sys.path.append(str(Path(__file__).parent.parent / "tools"))
-    from bench_peer import PeerError, default_environment, ready_python
+    sys.path.append(str(Path(__file__).parent.parent / "tools" / "bench"))
+    from peer import PeerError, default_environment, ready_python
 
     try:
         python = ready_python(default_environment())

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench_peer import VARIANTS, PeerError, default_environment, ready_python
+from peer import VARIANTS, PeerError, default_environment, ready_python
 
 from scaledistill.metrics.benchmark import (
     Report,
@@ -35,8 +35,8 @@ from scaledistill.metrics.benchmark import (
 if TYPE_CHECKING:
     from scaledistill.config.schema import DistillConfig
 
-TOOLS = Path(__file__).parent
-PEER_SCRIPT = str(TOOLS / "bench_peer.py")
+ROOT = Path(__file__).parents[2]
+PEER_SCRIPT = str(Path(__file__).with_name("peer.py"))
 VOCABULARY = 30_522
 DATA_STEPS = 16
 """Steps until the rows repeat."""
@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
         "--config",
         "the other settings (default: configs/large_to_l6.json)",
         type=Path,
-        default=TOOLS.parent / "configs" / "large_to_l6.json",
+        default=ROOT / "configs" / "large_to_l6.json",
         metavar="FILE",
     )
     option(

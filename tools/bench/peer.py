@@ -1,4 +1,4 @@
-"""bertdistiller for tools/bench_step.py: its virtual environment, and its trainer as a worker.
+"""bertdistiller for tools/bench/step.py: its virtual environment, and its trainer as a worker.
 
 bertdistiller needs transformers < 5, hence its own environment, in which this file runs as the
 worker. The worker runs its `MiniLMTrainer` under `Trainer.train` without logging or saving. One
@@ -165,7 +165,7 @@ def train(spec: dict[str, Any], turns: Any) -> None:
 
 if __name__ == "__main__":
     # At the end of the path, so that this environment's packages take precedence.
-    sys.path.append(str(Path(__file__).parent.parent))
+    sys.path.append(str(Path(__file__).parents[2]))
     from scaledistill.metrics.benchmark import Turns
 
     train(json.loads(Path(sys.argv[1]).read_text()), Turns())

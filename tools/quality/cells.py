@@ -2,7 +2,7 @@
 
 Inputs: a tier, the data, the teacher. Outputs: jobs with their cells, the most useful ones for the
 report first. A job measures those of its cells that have no result yet. Not handled here: storing
-the results (`quality_results`).
+the results (`results`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quality_results import Results
+from results import Results
 
 from scaledistill.config.schema import EvaluationSettings
 from scaledistill.data.tokenizer import load_tokenizer
@@ -29,8 +29,9 @@ from scaledistill.errors import ConfigError, DataError
 from scaledistill.metrics.recorder import read_rows
 from scaledistill.storage.files import read_json, sha256_of, write_json
 
-CONFIG = Path(__file__).parent.parent / "configs" / "quality.json"
-LAUNCH = Path(__file__).parent.parent / "launch" / "distill.py"
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "quality.json"
+LAUNCH = ROOT / "launch" / "distill.py"
 NAME = "l3-h384"
 TEACHER = "teacher"
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -146,12 +147,7 @@ class Lab:
 
     @cached_property
     def _inputs(self) -> dict[str, str]:
-        from scaledistill.data.stream import ShardReader
-
-        data = {
-            name: ShardReader(self.config["data"][name]).manifest.sha256
-            for name in ("train", "validation")
-        }
+        data = {name: rows_identity(self.config["data"][name]) for name in ("train", "validation")}
         return {"teacher": sha256_of(self._teacher / "model.safetensors"), **data}
 
     @cached_property
@@ -346,7 +342,8 @@ class Lab:
         }
 
     def _distil_peer(self) -> dict[str, Any]:
-        from bench_peer import PeerError, default_environment, ready_python
+        sys.path.append(str(ROOT / "tools" / "bench"))
+        from peer import PeerError, default_environment, ready_python
 
         folder, export = self._folder_of(self._model_cell(PEER)), self._export_of(PEER)
         try:
@@ -359,7 +356,7 @@ class Lab:
         write_json(
             folder / "spec.json", spec | {"text": [str(path.resolve()) for path in self._text]}
         )
-        worker = Path(__file__).with_name("quality_peer.py")
+        worker = Path(__file__).with_name("distil_peer.py")
         self._call([str(python), str(worker), str(folder / "spec.json")], folder)
         facts = read_json(export / "facts.json")
         if facts is None:
@@ -504,5 +501,24 @@ class Lab:
             raise DataError(f"{cell_.title} failed: {error}")
 
 
+def rows_identity(shards: str) -> str:
+    """Return a hash of the rows in a folder of shards, wherever their text and tokenizer lay.
+
+    The manifest's own hash covers the paths of both, which differ from machine to machine.
+    """
+    from scaledistill.data.stream import ShardReader
+
+    manifest = ShardReader(shards).manifest
+    content = {
+        "sequence_length": manifest.sequence_length,
+        "shards": [shard.sha256 for shard in manifest.shards],
+    }
+    return _sha256(content)
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _hash(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return _sha256(settings)[:8]

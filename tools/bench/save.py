@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_step import _shape, configure, write_models, write_rows
+from step import _shape, configure, write_models, write_rows
 
 from scaledistill.metrics.benchmark import Report, add_options
 
-TOOLS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--config",
         type=Path,
-        default=TOOLS.parent / "configs" / "large_to_l6.json",
+        default=ROOT / "configs" / "large_to_l6.json",
         metavar="FILE",
         help="the other settings (default: configs/large_to_l6.json)",
     )

@@ -1,4 +1,4 @@
-"""Write the tables and pictures of docs/quality.md from the results of tools/quality.py alone.
+"""Write the tables and pictures of docs/quality.md from the results of tools/quality alone.
 
 Inputs: result files. Outputs: the tables in the document, between the marks that name them, and
 pictures in the folder beside it. A difference counts as real if all seeds of one side are above all
@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cells import ABLATIONS, HELD_OUT_HEADS, MODELS, SMALL, STUDENTS, TEACHER
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from quality_cells import ABLATIONS, HELD_OUT_HEADS, MODELS, SMALL, STUDENTS, TEACHER
-from quality_results import Results
+from results import Results
 from scipy.stats import ttest_ind
 
 from scaledistill.errors import DataError, counted
@@ -192,8 +192,8 @@ def _of_task(results: Results, name: str, task: str) -> list[dict[str, Any]]:
     if len(kinds) > 1:
         raise DataError(
             f"the results of {TASKS[task].title} were measured under {len(kinds)} different "
-            "settings, and do not belong in one table; rerun `quality.py run`, which measures the "
-            "outdated ones again"
+            "settings, and do not belong in one table; rerun `tools/quality run`, which measures "
+            "the outdated ones again"
         )
     return records
 

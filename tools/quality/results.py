@@ -1,4 +1,4 @@
-"""The results of tools/quality.py: one small JSON file per finished cell, kept in git.
+"""The results of tools/quality: one small JSON file per finished cell, kept in git.
 
 Inputs: a cell's name and settings, and its measurements. Outputs: `<folder>/<cell>.<hash>.json`.
 The hash in the name is that of the file's bytes, so that a file changed by hand is detected. The

@@ -1,4 +1,4 @@
-"""Distil bertdistiller's student for tools/quality.py, with its own code in its own environment.
+"""Distil bertdistiller's student for tools/quality, with its own code in its own environment.
 
 `load_dataset("text")` reads the text, one line (a paragraph) per example, and bertdistiller's
 `prepare_dataset` truncates it. Its `create_student` takes the teacher's weights, and its trainer

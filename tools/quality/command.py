@@ -3,7 +3,7 @@
 `run` measures all cells that have no result yet, at idle priority; rerun the same command to
 resume. `report` writes docs/quality.md from the results in docs/quality/results.
 
-Example: python tools/quality.py run --tier small --text corpus/wiki_en_train.txt.xz \\
+Example: python tools/quality run --tier small --text corpus/wiki_en_train.txt.xz \\
            --held-out corpus/wiki_en_heldout.txt.xz --data-dir glue
 """
 
@@ -18,13 +18,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from quality_cells import CONFIG, SMALL, Cell, Job, Lab
-from quality_results import Results
+from cells import CONFIG, SMALL, Cell, Job, Lab
+from results import Results
 
 from scaledistill.errors import ConfigError, DataError, counted
 from scaledistill.glue.listing import duration
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FULL = """\
 The tier "full" is MiniLMv2's published recipe. It takes days of GPU time; run these commands on a
 cluster:
@@ -160,7 +160,7 @@ def work(options: argparse.Namespace) -> None:
             f"{_left(left, spent / estimated)}",
             flush=True,
         )
-    print("all cells are finished; next: python tools/quality.py report")
+    print("all cells are finished; next: python tools/quality report")
 
 
 def at_idle_priority() -> None:
@@ -205,11 +205,7 @@ def make_shards(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Write the document's tables and pictures from the results."""
-    from quality_report import write_report
+    from report import write_report
 
     tables = write_report(Results(options.results), options.document)
     print(f"written into {options.document}: {', '.join(tables)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
