@@ -31,6 +31,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError
 from scaledistill.models import capture
 from scaledistill.models.capture import (
@@ -39,11 +40,9 @@ from scaledistill.models.capture import (
     capture_qkv,
     capture_view,
     check_layer,
-    compile_blocks,
     forward_flops,
     max_sequence_length,
-    split_qkv,
-    view_inputs,
+    model_inputs,
 )
 
 CONFIGS = {
@@ -128,10 +127,9 @@ def test_bit_equal_to_hooks_on_the_whole_model(
             )
             expected = hooked_qkv(model, layer, **inputs)
             assert all(map(torch.equal, capture_qkv(model, layer, **inputs), expected))
-            view = capture_view(model, layer)
-            hidden = view(**view_inputs(model.config, ids_BT, mask_BT)).last_hidden_state
-            assert all(map(torch.equal, split_qkv(hidden, view.qkv_widths), expected))
-            assert hidden.dtype is dtype
+            found = capture_view(model, layer)(TokenInputs(ids_BT, mask_BT))
+            assert all(map(torch.equal, found, expected))
+            assert found.q.dtype is dtype
 
 
 @pytest.mark.parametrize(
@@ -157,7 +155,7 @@ def test_model_stays_as_it_was() -> None:
     model.config.output_hidden_states = True
     before = snapshot(model)
     capture_qkv(model, 2, input_ids=IDS_BT, output_attentions=True)
-    view = capture_view(model, 2)
+    view = capture_view(model, 2).module
     view.register_forward_hook(lambda *_: None)
     view.encoder.register_forward_pre_hook(lambda *_: None)
     assert snapshot(model) == before
@@ -171,16 +169,16 @@ def test_view_shares_parameters_under_their_names() -> None:
     model = BertModel(CONFIGS["bert"])
     view = capture_view(model, 3)
     whole = dict(model.named_parameters())
-    shared = dict(view.named_parameters())
+    shared = dict(view.module.named_parameters())
     assert all(whole[name] is parameter for name, parameter in shared.items())
-    assert list(view.state_dict()) == [name for name in whole if name in shared]
+    assert list(view.module.state_dict()) == [name for name in whole if name in shared]
     assert {name for name in whole if name not in shared} == {
         name
         for name in whole
         if name.startswith(("encoder.layer.3", "pooler", "encoder.layer.2."))
         and "layer.2.attention.self" not in name
     }
-    assert view.qkv_widths == (48, 48, 48)
+    assert view.widths == (48, 48, 48)
 
 
 def test_inputs_embeds(bert: PreTrainedModel) -> None:
@@ -197,18 +195,15 @@ def test_inputs_embeds(bert: PreTrainedModel) -> None:
 def test_fully_padded_sequence_stays_finite(bert: PreTrainedModel) -> None:
     mask_BT = RIGHT.clone()
     mask_BT[2] = False
-    assert (
-        capture_view(bert, 3)(**view_inputs(bert.config, IDS_BT, mask_BT))
-        .last_hidden_state.isfinite()
-        .all()
-    )
+    found = capture_view(bert, 3)(TokenInputs(IDS_BT, mask_BT))
+    assert all(each.isfinite().all() for each in found)
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
     model = encoder(
         BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     ).train()
-    view = capture_view(model, 4)
+    view = capture_view(model, 4).module
 
     def gradients() -> list[Tensor]:
         model.zero_grad()
@@ -221,9 +216,9 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 
 def test_compiles_without_graph_breaks(bert: PreTrainedModel) -> None:
-    view = capture_view(bert, 2)
+    view = capture_view(bert, 2).module
     compiled = torch.compile(view, backend="eager", fullgraph=True)
-    inputs = view_inputs(bert.config, IDS_BT, RIGHT)
+    inputs = model_inputs(bert.config, TokenInputs(IDS_BT, RIGHT))
     with torch.no_grad():
         assert torch.equal(compiled(**inputs).last_hidden_state, view(**inputs).last_hidden_state)
     torch._dynamo.reset()
@@ -240,7 +235,7 @@ def test_compiled_blocks() -> None:
     counters.clear()
     config = BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     view, compiled = (capture_view(encoder(config).train(), 4) for _ in range(2))
-    compile_blocks(compiled, backend="aot_eager")
+    compiled.compile_blocks(backend="aot_eager")
     for ids_BT, mask_BT, graded in (
         (IDS_BT, None, False),
         (IDS_BT, RIGHT, False),
@@ -249,16 +244,17 @@ def test_compiled_blocks() -> None:
         (IDS_BT, LEFT_AND_INNER, False),
     ):
         with torch.set_grad_enabled(graded):
-            inputs = view_inputs(config, ids_BT, mask_BT)
-            hidden, expected = (each(**inputs).last_hidden_state for each in (compiled, view))
+            tokens = TokenInputs(ids_BT, mask_BT)
+            hidden, expected = (torch.cat(each(tokens), -1) for each in (compiled, view))
         torch.testing.assert_close(hidden, expected)
     for each in (view, compiled):
-        each(**inputs).last_hidden_state.square().sum().backward()
-    for parameter, other in zip(compiled.parameters(), view.parameters(), strict=True):
+        torch.cat(each(tokens), -1).square().sum().backward()
+    parameters = (each.module.parameters() for each in (compiled, view))
+    for parameter, other in zip(*parameters, strict=True):
         torch.testing.assert_close(parameter.grad, other.grad)
     assert counters["stats"]["unique_graphs"] == 4 + 3  # the captured block takes no mask
     assert not counters["graph_break"]
-    assert list(compiled.state_dict()) == list(view.state_dict())
+    assert list(compiled.module.state_dict()) == list(view.module.state_dict())
     torch._dynamo.reset()
 
 
@@ -287,7 +283,7 @@ def test_pre_norm_row(monkeypatch: pytest.MonkeyPatch) -> None:
         model(input_ids=IDS_BT)
         expected = found[:3]
         assert all(map(torch.equal, capture_qkv(model, 3, input_ids=IDS_BT), expected))
-    assert capture_view(model, 3).qkv_widths == (48, 24, 24)
+    assert capture_view(model, 3).widths == (48, 24, 24)
 
 
 def test_bert_large_teacher_size() -> None:
@@ -295,7 +291,7 @@ def test_bert_large_teacher_size() -> None:
         num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096
     )
     model = build_encoder(config, device="meta")
-    view = capture_view(model, 21)
+    view = capture_view(model, 21).module
     assert round(sum(parameter.numel() for parameter in view.parameters()) / 1e6) == 287
     assert 0.8 < forward_flops(view, 512) / forward_flops(model, 512) <= 0.845
 
@@ -305,7 +301,7 @@ def test_nothing_above_the_projections_is_computed(bert: PreTrainedModel) -> Non
     three = encoder(BertConfig(**{**SIZES, "num_hidden_layers": 3}))
     projections = 3 * 2 * num_tokens * width * width
     assert (
-        forward_flops(capture_view(bert, 4), num_tokens)
+        forward_flops(capture_view(bert, 4).module, num_tokens)
         == forward_flops(three, num_tokens) + projections
     )
 
@@ -317,7 +313,7 @@ def test_max_sequence_length() -> None:
         40,
     ]
     for name in ("bert", "roberta"):
-        view = capture_view(encoder(CONFIGS[name]), 1)
+        view = capture_view(encoder(CONFIGS[name]), 1).module
         longest = max_sequence_length(CONFIGS[name])
         view(input_ids=torch.full((1, longest), 5))
         with pytest.raises((IndexError, RuntimeError)):
@@ -348,4 +344,4 @@ def test_refusals(bert: PreTrainedModel) -> None:
         ValueError,
         match=r"widths \(48, 48, 48\) returned \(3, 17, 48\); expected a last size of 144",
     ):
-        split_qkv(bert(input_ids=IDS_BT).last_hidden_state, (48, 48, 48))
+        capture_view(bert, 4).split(bert(input_ids=IDS_BT).last_hidden_state)

@@ -62,8 +62,8 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
         logging={"trackers": []},
     )
     plan = doctor.check(config, 3, CPU)
-    assert (plan.config.train.precision, plan.config.teacher.dtype) == ("bf16", "bf16")
-    assert plan.config.train.micro_batch_size == 8
+    assert (plan.run.config.train.precision, plan.run.config.teacher.dtype) == ("bf16", "bf16")
+    assert plan.run.config.train.micro_batch_size == 8
     assert plan.shards.manifest.rows == sum(shard.rows for shard in plan.shards.manifest.shards)
     assert plan.free_disk_bytes == pytest.approx(shutil.disk_usage(tiny_shards).free, rel=0.2)
     text = shown(plan)

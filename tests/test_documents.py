@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ENCODER_SIZES
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -27,15 +27,15 @@ from transformers import (
 from scaledistill.data.reader import ShardReader
 from scaledistill.data.shards import ShardWriter
 from scaledistill.data.stream import Batch, iter_validation
+from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError
 from scaledistill.models import attention
 from scaledistill.models.attention import VARLEN, use_varlen_attention, varlen_attention_available
 from scaledistill.models.capture import (
+    QKVView,
     build_encoder,
     capture_view,
-    compile_blocks,
-    split_qkv,
-    view_inputs,
+    model_inputs,
 )
 from scaledistill.models.teacher import Teacher
 from scaledistill.relations import relation_loss
@@ -118,7 +118,7 @@ def exact_varlen(
     return scaled_dot_product_attention(query, key, value, visible, scale=scale)[0].transpose(0, 1)
 
 
-def student_view(config: PreTrainedConfig, **sizes: int) -> nn.Module:
+def student_view(config: PreTrainedConfig, **sizes: int) -> QKVView:
     """A view that trains, of the first of two sizes of student."""
     own = copy.deepcopy(config)
     own.update({"hidden_size": 32, "num_hidden_layers": 3, **sizes})
@@ -126,25 +126,22 @@ def student_view(config: PreTrainedConfig, **sizes: int) -> nn.Module:
     return capture_view(build_encoder(own).train(), own.num_hidden_layers)
 
 
-def run(view: nn.Module, batch: Batch) -> Tensor:
-    documents = (batch.segment_ids_BT, batch.position_ids_BT, batch.cu_seqlens)
-    return view(
-        **view_inputs(view.config, batch.input_ids_BT, batch.mask_BT, *documents)
-    ).last_hidden_state
+def run(view: QKVView, batch: Batch) -> Tensor:
+    return torch.cat(view(batch.tokens), -1)
 
 
-def alone(view: nn.Module, batch: Batch) -> Iterator[tuple[int, int, int, Tensor]]:
+def alone(view: QKVView, batch: Batch) -> Iterator[tuple[int, int, int, Tensor]]:
     for row, start, end in SPANS:
         ids_BT = batch.input_ids_BT[row : row + 1, start:end]
-        yield row, start, end, view(**view_inputs(view.config, ids_BT)).last_hidden_state[0]
+        yield row, start, end, torch.cat(view(TokenInputs(ids_BT)), -1)[0]
 
 
-def gradients(view: nn.Module, loss: Tensor) -> list[Tensor]:
-    view.zero_grad()
+def gradients(view: QKVView, loss: Tensor) -> list[Tensor]:
+    view.module.zero_grad()
     loss.backward()
     return [
         torch.zeros_like(weight) if weight.grad is None else weight.grad
-        for weight in view.parameters()
+        for weight in view.module.parameters()
     ]
 
 
@@ -163,16 +160,7 @@ def test_packed_documents_give_what_they_give_alone(
     config._attn_implementation = implementation
     torch.manual_seed(0)
     teacher = Teacher(build_encoder(config), 4)
-    found = torch.cat(
-        teacher(
-            batch.input_ids_BT,
-            batch.mask_BT,
-            batch.segment_ids_BT,
-            batch.position_ids_BT,
-            batch.cu_seqlens,
-        ),
-        -1,
-    )
+    found = torch.cat(teacher(batch.tokens), -1)
     assert found.isfinite().all()
     for row, start, end, expected in alone(teacher.view, batch):
         torch.testing.assert_close(found[row, start:end], expected, rtol=0, atol=1e-5)
@@ -195,7 +183,7 @@ def test_packed_documents_give_what_they_give_alone(
 def test_whole_rows_differ(batch: Batch) -> None:
     """What the tests of this file would miss if documents made no difference."""
     view = student_view(CONFIGS["bert"])
-    rows = view(**view_inputs(view.config, batch.input_ids_BT, batch.mask_BT)).last_hidden_state
+    rows = torch.cat(view(TokenInputs(batch.input_ids_BT, batch.mask_BT)), -1)
     difference_BT = (rows - run(view, batch)).abs().amax(-1)
     assert all(
         difference_BT[row, start:end].min() > 0.01
@@ -208,13 +196,13 @@ def test_whole_rows_differ(batch: Batch) -> None:
 def test_loss_is_the_same_under_reference_and_sdpa(batch: Batch) -> None:
     torch.manual_seed(0)
     teacher = Teacher(build_encoder(CONFIGS["bert"]), 4)
-    target = teacher(batch.input_ids_BT, batch.mask_BT, batch.segment_ids_BT, batch.position_ids_BT)
+    target = teacher(batch.tokens._replace(cu_seqlens=None))
     view = student_view(CONFIGS["bert"])
     found = {}
     for backend in ("reference", "sdpa"):
         loss = relation_loss(
             target,
-            split_qkv(run(view, batch), view.qkv_widths),
+            view(batch.tokens),
             num_heads=4,
             pairs={"qq": 1.0, "kk": 1.0, "vv": 1.0},
             mask_BT=batch.mask_BT,
@@ -257,20 +245,18 @@ def test_masks_of_eager_attention_keep_the_dtype_and_hide_all(
 def test_rows_without_documents_go_on_as_under_sdpa(batch: Batch, tmp_path: Path) -> None:
     config = copy.deepcopy(CONFIGS["bert"])
     view = student_view(config)
+    ids_BT, mask_BT, segment_ids_BT, position_ids_BT, _ = batch.tokens
     inputs = (
-        {"input_ids_BT": batch.input_ids_BT},
-        {"input_ids_BT": batch.input_ids_BT, "mask_BT": batch.mask_BT},
-        {
-            name: getattr(batch, name)
-            for name in ("input_ids_BT", "segment_ids_BT", "position_ids_BT")
-        },
+        TokenInputs(ids_BT),
+        TokenInputs(ids_BT, mask_BT),
+        TokenInputs(ids_BT, None, segment_ids_BT, position_ids_BT),
     )
-    expected = [view(**view_inputs(view.config, **each)).last_hidden_state for each in inputs]
+    expected = [torch.cat(view(each), -1) for each in inputs]
     view.config.save_pretrained(tmp_path / "before")
     assert use_varlen_attention(view.config, torch.device("cpu"), torch.float32)
     assert view.config._attn_implementation == VARLEN
     for each, hidden in zip(inputs, expected, strict=True):
-        assert torch.equal(view(**view_inputs(view.config, **each)).last_hidden_state, hidden)
+        assert torch.equal(torch.cat(view(each), -1), hidden)
     view.config.save_pretrained(tmp_path / "after")
     assert (tmp_path / "before/config.json").read_text() == (
         tmp_path / "after/config.json"
@@ -298,13 +284,13 @@ def test_where_varlen_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None
 def test_refusals(batch: Batch) -> None:
     config = copy.deepcopy(CONFIGS["bert"])
     with pytest.raises(ValueError, match="describe documents together; found one of them"):
-        view_inputs(config, batch.input_ids_BT, segment_ids_BT=batch.segment_ids_BT)
+        model_inputs(config, batch.tokens._replace(position_ids_BT=None))
     config._attn_implementation = "flex_attention"
     with pytest.raises(
         ConfigError,
         match=r"data.attention='document' works with .* eager, found 'flex_attention'; leave",
     ):
-        view_inputs(config, batch.input_ids_BT, None, batch.segment_ids_BT, batch.position_ids_BT)
+        model_inputs(config, batch.tokens)
 
 
 @pytest.fixture
@@ -334,7 +320,7 @@ def test_equal_blocks_share_one_compiled_graph(
     for num_layers in (2, 5):
         view = student_view(config, num_hidden_layers=num_layers)
         compiled = copy.deepcopy(view)
-        compile_blocks(compiled, backend="aot_eager")
+        compiled.compile_blocks(backend="aot_eager")
         for packed in (batch, other):
             weights_BTD = torch.randn(5, T, 96)
             outputs = [run(each, packed) for each in (view, compiled)]

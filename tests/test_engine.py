@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scaledistill.config.load import parse_config
+from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DistillConfig, EngineSettings
 from scaledistill.engines import parameter_groups
-from scaledistill.engines.deepspeed_block import resolve_block
+from scaledistill.engines.deepspeed import resolve_block
 from scaledistill.errors import ConfigError
 
 
@@ -52,13 +53,13 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
     losses = []
     with process_group(60) as ranks:
         for tree in trees:
-            config = doctor.check(parse_config(tree), ranks.world_size, ranks.device).config
-            session = open_session(config, ranks, resume=False)
+            run = doctor.check(parse_config(tree), ranks.world_size, ranks.device).run
+            session = open_session(run, ranks, resume=False)
             with session.stream() as stream:
                 assert isinstance(stream, ShardStream)
                 steps = [
                     train_step(session, stream, lambda: None, Stopwatch())
-                    for _ in range(config.train.max_steps)
+                    for _ in range(run.config.train.max_steps)
                 ]
             losses.append([step.losses["loss"] for step in steps])
     return losses
@@ -112,7 +113,7 @@ def timeouts_of_groups(tree: dict[str, Any], timeout_seconds: int) -> list[float
     from scaledistill.training.session import open_session
 
     with process_group(timeout_seconds) as ranks:
-        open_session(doctor.check(parse_config(tree), 2, ranks.device).config, ranks, resume=False)
+        open_session(doctor.check(parse_config(tree), 2, ranks.device).run, ranks, resume=False)
         dist.new_group([0, 1])
         groups = [group._get_backend(ranks.device) for group in dist.distributed_c10d._world.pg_map]
         seconds = [group.options._timeout.total_seconds() for group in groups]
@@ -168,7 +169,7 @@ def bytes_held_after(
         for tree in trees:
             assert train.distill(parse_config(tree), fresh=True).state == "done"
             names = (
-                "DeepSpeedEngine",
+                "ZeroEngine",
                 "FsdpEngine",
                 "Teacher",
                 "Session",
@@ -255,8 +256,8 @@ def gradient_collectives(trees: list[dict[str, Any]]) -> list[list[tuple[bool, t
     found = []
     with process_group(60) as ranks:
         for tree in trees:
-            config = doctor.check(parse_config(tree), ranks.world_size, ranks.device).config
-            session = open_session(config, ranks, resume=False)
+            run = doctor.check(parse_config(tree), ranks.world_size, ranks.device).run
+            session = open_session(run, ranks, resume=False)
             with (
                 pytest.MonkeyPatch.context() as monkeypatch,
                 session.stream() as stream,
@@ -328,12 +329,16 @@ def block_of(**deepspeed: Any) -> DistillConfig:
     )
 
 
+def block_for(config: DistillConfig, world_size: int) -> dict[str, Any]:
+    return resolve_block(ResolvedRun(config, config, world_size, "cpu"))
+
+
 def test_what_deepspeed_would_guess_is_written_out() -> None:
     given = block_of(
         bf16={"enabled": "auto"}, zero_optimization={"stage": 3, "reduce_bucket_size": "auto"}
     )
     before = copy.deepcopy(given.engine.deepspeed)
-    block = resolve_block(given, world_size=2)
+    block = block_for(given, world_size=2)
     assert block["bf16"]["enabled"] is True
     assert block["fp16"]["enabled"] is False
     assert block["communication_data_type"] == "fp32"
@@ -494,7 +499,7 @@ def test_what_deepspeed_would_guess_is_written_out() -> None:
 )
 def test_bad_blocks_are_refused(block: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        resolve_block(block_of(**block), world_size=1)
+        block_for(block_of(**block), world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -557,7 +562,7 @@ def test_what_zero_cannot_do_here_is_refused(
     settings = {block: {name: value}} if block else {key: value}
     found = "" if "not allowed" in message else f"found {value!r}, "
     with pytest.raises(ConfigError) as error:
-        resolve_block(block_of(zero_optimization={"stage": stage, **settings}), world_size=2)
+        block_for(block_of(zero_optimization={"stage": stage, **settings}), world_size=2)
     assert str(error.value).startswith(
         f"engine.deepspeed.zero_optimization.{key}: {found}{message}"
     )
@@ -567,7 +572,7 @@ def test_defaults_may_be_written_out_and_sizes_as_floats() -> None:
     examples = {"round_robin_gradients": False, "contiguous_gradients": True, "sub_group_size": 1e9}
     offload = {"device": "cpu", "pin_memory": True, "buffer_count": 4, "fast_init": False}
     zero_block = {"stage": 3, **examples, "offload_optimizer": offload, "offload_param": None}
-    block = resolve_block(
+    block = block_for(
         block_of(zero_optimization=zero_block, prescale_gradients=False), world_size=2
     )
     assert block["zero_optimization"]["sub_group_size"] == 1_000_000_000
@@ -575,16 +580,14 @@ def test_defaults_may_be_written_out_and_sizes_as_floats() -> None:
 
 
 def refused_by_deepspeed(tree: dict[str, Any]) -> str:
-    from scaledistill.engines import deepspeed
+    from scaledistill.engines import zero
 
-    resolve = deepspeed.resolve_block
-
-    def changed(config: DistillConfig, world_size: int) -> dict[str, Any]:
-        block = resolve(config, world_size)
+    def changed(run: ResolvedRun) -> dict[str, Any]:
+        block = resolve_block(run)
         block["zero_optimization"] |= {"allgather_bucket_size": "large"}
         return block
 
-    deepspeed.resolve_block = changed
+    zero.resolve_block = changed
     try:
         losses_of([tree])
     except ConfigError as error:
@@ -673,8 +676,8 @@ def losses_carried_over(
 
         def opened(tree: dict[str, Any], **student: str) -> Any:
             tree = {**tree, "students": {"l2": {**tree["students"]["l2"], **student}}}
-            config = doctor.check(parse_config(tree), ranks.world_size, ranks.device).config
-            return open_session(config, ranks, resume=False)
+            run = doctor.check(parse_config(tree), ranks.world_size, ranks.device).run
+            return open_session(run, ranks, resume=False)
 
         def steps(session: Any) -> list[float]:
             with session.stream() as stream:
@@ -735,7 +738,7 @@ def test_every_allowed_key_keeps_weights_and_moments_in_their_places(
 
 
 def test_the_matrix_has_every_key_that_may_vary() -> None:
-    from scaledistill.engines import deepspeed_block as block
+    from scaledistill.engines import deepspeed as block
 
     varied: set[str] = set()
     for _, zero_settings, settings in VARIED:
@@ -763,7 +766,7 @@ def test_the_loss_scaler_s_state_is_json() -> None:
 
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    from scaledistill.engines.deepspeed import scaler_state
+    from scaledistill.engines.zero import scaler_state
 
     settings = {
         "scale_window": 1000,
@@ -785,13 +788,13 @@ def test_the_loss_scaler_s_state_is_json() -> None:
 def test_the_known_zero_keys_are_deepspeed_s() -> None:
     from deepspeed.runtime.zero import config, offload_config
 
-    from scaledistill.engines import deepspeed_block
+    from scaledistill.engines import deepspeed
 
     def names(model: Any) -> list[str]:
         return sorted({field.alias or name for name, field in model.model_fields.items()})
 
-    assert sorted(deepspeed_block.ZERO_KEYS) == names(config.DeepSpeedZeroConfig)
-    offload = deepspeed_block.OFFLOAD_KEYS
+    assert sorted(deepspeed.ZERO_KEYS) == names(config.DeepSpeedZeroConfig)
+    offload = deepspeed.OFFLOAD_KEYS
     assert sorted(offload["optimizer"]) == names(offload_config.DeepSpeedZeroOffloadOptimizerConfig)
     assert sorted(offload["param"]) == names(offload_config.DeepSpeedZeroOffloadParamConfig)
 

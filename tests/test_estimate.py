@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
 from scaledistill.config.load import parse_config
+from scaledistill.config.resolved import DTYPES
 from scaledistill.config.schema import DistillConfig
-from scaledistill.models.capture import blocks_of, build_encoder, capture_view, forward_flops
+from scaledistill.models.capture import build_encoder, capture_view, forward_flops
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import Teacher, load_config, load_encoder
 from scaledistill.preflight import checks as doctor
-from scaledistill.preflight.estimate import DTYPES, Estimate, estimate
+from scaledistill.preflight.estimate import Estimate, estimate
 from scaledistill.preflight.microbatch import Trial
+from scaledistill.preflight.resolve import resolve
 from scaledistill.relations.sdpa import TILE_SCORES
 
 CPU = torch.device("cpu")
@@ -26,11 +29,9 @@ LARGER = {"larger": {"num_layers": 3, "hidden_size": 96, "num_attention_heads": 
 
 
 def estimate_of(config: DistillConfig, world_size: int = 1, device_type: str = "cpu") -> Estimate:
-    config = doctor.resolve(config, world_size, CPU)
+    run = replace(resolve(config, world_size, CPU), device_type=device_type)
     teacher = load_config(config.teacher.model)
-    return estimate(
-        config, "l2", teacher, doctor.student_shape(config, "l2", teacher), world_size, device_type
-    )
+    return estimate(run, "l2", teacher, doctor.student_shape(config, "l2", teacher))
 
 
 def count(module: torch.nn.Module) -> int:
@@ -48,14 +49,14 @@ def test_parameters_are_those_of_real_models(tiny_config: Callable[..., DistillC
             load_config(config.teacher.model), num_layers=2, hidden_size=48, num_attention_heads=3
         )
     )
-    view = capture_view(student, 2)
+    view = capture_view(student, 2).module
     assert facts.teacher_parameters == teacher.num_parameters
     assert facts.student_parameters == count(student)
     assert facts.trained_parameters == count(view)
     assert count(view) == count(student) - (48 * 48 + 48 + 2 * 48) - (
         48 * 192 + 192 + 192 * 48 + 48 + 2 * 48
     )
-    teacher_flops, student_flops = forward_flops(teacher.view, 16), 3 * forward_flops(view, 16)
+    teacher_flops, student_flops = forward_flops(teacher.module, 16), 3 * forward_flops(view, 16)
     assert facts.flops_per_token == (teacher_flops + student_flops) / 16
     assert facts.teacher_flops_fraction == teacher_flops / (teacher_flops + student_flops)
 
@@ -99,10 +100,11 @@ def test_flops_are_those_of_the_whole_view(
 ) -> None:
     student = {"l2": {"num_layers": 5, "hidden_size": 16, "num_attention_heads": 2}}
     config = tiny_config(teacher={"layer": layer}, students=student)
-    teacher = capture_view(build_encoder(load_config(config.teacher.model), device="meta"), layer)
+    model = build_encoder(load_config(config.teacher.model), device="meta")
+    teacher = capture_view(model, layer).module
     shape = doctor.student_shape(config, "l2", load_config(config.teacher.model))
     flops = forward_flops(teacher, 16) + 3 * forward_flops(
-        capture_view(build_encoder(shape), 5), 16
+        capture_view(build_encoder(shape), 5).module, 16
     )
     assert estimate_of(config).flops_per_token == flops / 16
 
@@ -115,8 +117,8 @@ def test_where_a_teacher_s_bytes_lie(tiny_config: Callable[..., DistillConfig]) 
         return estimate_of(config, world_size=world_size, device_type=device_type)
 
     view = Teacher(load_encoder(tiny_config().teacher.model, num_layers=3), 3).view
-    blocks = [4 * count(block) for block in blocks_of(view)]
-    whole, gathered = 4 * count(view), 4 * count(view) - sum(blocks) + blocks[0] + blocks[1]
+    blocks, whole = [4 * count(block) for block in view.blocks], 4 * count(view.module)
+    gathered = whole - sum(blocks) + blocks[0] + blocks[1]
     gpu = facts("cuda", "replicate")
     part = whole // 4
     expected = {"replicate": (whole, 0), "shard": (part + gathered, 0), "offload": (gathered, part)}
@@ -177,13 +179,12 @@ def test_relation_memory_grows_as_the_backends_do(
         config = tiny_config(
             relations={"backend": "reference"}, data={"sequence_length": sequence_length}
         )
-        settled = doctor.resolve(config, 1, CPU)
+        settled = resolve(config, 1, CPU)
         relations = config.relations.model_copy(update={"backend": backend})
+        run = replace(settled, config=settled.config.model_copy(update={"relations": relations}))
         teacher = load_config(config.teacher.model)
         student = doctor.student_shape(config, "l2", teacher)
-        return estimate(
-            settled.model_copy(update={"relations": relations}), "l2", teacher, student, 1
-        ).relation_bytes
+        return estimate(run, "l2", teacher, student).relation_bytes
 
     gradients = 8 * 3 * 16 * 4  # sequences; q, k, v of width 16 in fp32
     maps = 8 * 3 * 4 * 4  # sequences, pairs, relation heads, in fp32
@@ -218,14 +219,13 @@ def test_activations_are_those_that_a_step_allocates(
     )
     sequences = 64
     facts = estimate_of(config)
-    config = doctor.resolve(config, 1, CPU)
+    run = resolve(config, 1, CPU)
     encoder = load_encoder(config.teacher.model, num_layers=3)
     student = build_student(
         encoder, doctor.student_shape(config, "l2", encoder.config), dropout=dropout
     )
-    trial = Trial(
-        config, "l2", Teacher(encoder, 3, dtype=DTYPES[precision]), capture_view(student, 3), CPU, 0
-    )
+    teacher = Teacher(encoder, 3, dtype=DTYPES[precision])
+    trial = Trial(run, "l2", teacher, capture_view(student, 3), CPU, 0)
     trial(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trial(sequences)
@@ -254,9 +254,8 @@ def peak_of_a_run(sequences: int, length: int) -> tuple[int, int]:
 
     from scaledistill.distributed.ranks import process_group
     from scaledistill.engines import create_engine
-    from scaledistill.models.capture import split_qkv, view_inputs
-    from scaledistill.preflight.estimate import batch_arguments
-    from scaledistill.relations import relation_loss
+    from scaledistill.models.loss import StudentLoss
+    from scaledistill.preflight.estimate import sample_tokens
 
     def memory_bytes(field: str) -> int:
         status = dict(
@@ -273,20 +272,18 @@ def peak_of_a_run(sequences: int, length: int) -> tuple[int, int]:
     tree["data"] |= {"sequence_length": length}
     tree["train"] |= {"global_batch_size": 2 * sequences, "micro_batch_size": sequences}
     with process_group(60) as ranks:
-        config = doctor.resolve(parse_config(tree), 1, CPU)
+        run = resolve(parse_config(tree), 1, CPU)
         shape = student_config(BertConfig(), num_layers=6, hidden_size=384, num_attention_heads=12)
-        facts = estimate(config, "l6", BertConfig(), shape, 1)
+        facts = estimate(run, "l6", BertConfig(), shape)
         before = memory_bytes("VmRSS")
         teacher = Teacher(build_encoder(BertConfig()), 12)
         view = capture_view(build_student(None, shape), 6)
-        engine = create_engine(config, view, ranks)
+        engine, loss_of = create_engine(run, view, ranks), StudentLoss.of(run.config, "l6")
         for micro in range(4):
-            batch = batch_arguments(config, sequences)
-            target = teacher(**batch)
-            output = engine.forward(view_inputs(shape, **batch))
-            student = split_qkv(output, view.qkv_widths)
-            loss = relation_loss(target, student, num_heads=48, pairs=config.relations.pairs).total
-            del target, output, student
+            tokens = sample_tokens(run.config.data, sequences)
+            target, student = teacher(tokens), engine.forward(tokens)
+            loss = loss_of(target, student, tokens._replace(mask_BT=None)).total
+            del target, student
             engine.backward(loss, last=micro % 2 == 1)
             if micro % 2:
                 engine.step(1e-4)
@@ -308,11 +305,13 @@ def save_once(tree: dict[str, Any]) -> tuple[int, Estimate]:
 
     with process_group(60) as ranks:
         plan = doctor.check(parse_config(tree), 1, ranks.device)
-        session = open_session(plan.config, ranks, resume=False)
+        session = open_session(plan.run, ranks, resume=False)
         session.save()
         assert session.saver.settle(wait=True) == Outcome(0, None)
     return sum(
-        path.stat().st_size for path in Path(plan.config.run.folder).rglob("*") if path.is_file()
+        path.stat().st_size
+        for path in Path(plan.run.config.run.folder).rglob("*")
+        if path.is_file()
     ), plan.estimate
 
 

@@ -90,7 +90,7 @@ def test_a_check_asks_once_and_fetches_no_weights(
     config = parse_config(make_tree(teacher={"model": NAME}))
     with FakeHub(NAME, tiny_teacher) as hub:
         use_hub(monkeypatch, hub.url, tmp_path / "cache")
-        assert doctor.check(config, 1, CPU).config.teacher.model == NAME
+        assert doctor.check(config, 1, CPU).run.config.teacher.model == NAME
         asked = hub.take()
         assert asked.count(REVISION) == 1
         assert not any("safetensors" in path for path in asked)

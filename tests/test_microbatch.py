@@ -12,13 +12,14 @@ from conftest import tiny_tree
 from ranks import run_ranks
 
 from scaledistill.config.load import parse_config
+from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DistillConfig
 from scaledistill.errors import ConfigError, PeerError
 from scaledistill.models.capture import capture_view
 from scaledistill.models.student import build_student
 from scaledistill.models.teacher import Teacher, load_config, load_encoder
 from scaledistill.preflight import checks as doctor
-from scaledistill.preflight.estimate import batch_arguments, estimate
+from scaledistill.preflight.estimate import estimate, sample_tokens
 from scaledistill.preflight.microbatch import (
     MARGIN_FRACTION,
     Trial,
@@ -29,20 +30,21 @@ from scaledistill.preflight.microbatch import (
     largest_that_fits,
     predict,
 )
+from scaledistill.preflight.resolve import resolve
 
 CPU = torch.device("cpu")
 GB = 10**9
 
 
-def resolved(config: DistillConfig, world_size: int = 1) -> DistillConfig:
-    return doctor.resolve(config, world_size, CPU)
+def resolved(config: DistillConfig, world_size: int = 1) -> ResolvedRun:
+    return resolve(config, world_size, CPU)
 
 
 def test_candidates_divide_the_share(tiny_config: Callable[..., DistillConfig]) -> None:
     config = tiny_config(train={"global_batch_size": 24})
-    assert candidates(config, 1) == [1, 2, 3, 4, 6, 8, 12, 24]
-    assert candidates(config, 4) == [1, 2, 3, 6]
-    assert candidates(config, 24) == [1]
+    assert candidates(resolved(config)) == [1, 2, 3, 4, 6, 8, 12, 24]
+    assert candidates(resolved(config, 4)) == [1, 2, 3, 6]
+    assert candidates(resolved(config, 24)) == [1]
 
 
 @pytest.mark.parametrize("first", [None, 1, 8, 256, 3])
@@ -74,13 +76,13 @@ def test_nothing_fits() -> None:
 
 
 def test_prediction_fills_the_limit(tiny_config: Callable[..., DistillConfig]) -> None:
-    config = resolved(tiny_config(train={"global_batch_size": 48}))
+    config = tiny_config(train={"global_batch_size": 48})
     teacher = load_config(config.teacher.model)
     student = doctor.student_shape(config, "l2", teacher)
-    facts = estimate(config, "l2", teacher, student, 1)
+    facts = estimate(resolved(config), "l2", teacher, student)
 
     def at(limit: float, world_size: int = 1) -> int:
-        return predict(config, "l2", teacher, student, world_size, int(limit))
+        return predict(resolved(config, world_size), "l2", teacher, student, int(limit))
 
     assert at(facts.memory_bytes(6) / (1 - MARGIN_FRACTION) + 2) == 6
     assert at(facts.memory_bytes(8) / (1 - MARGIN_FRACTION) - 2) == 6
@@ -112,26 +114,25 @@ def test_running_out_of_memory_is_an_answer_other_errors_are_not() -> None:
 def test_a_trial_makes_a_step_and_leaves_the_student_alone(
     attention: str, tiny_config: Callable[..., DistillConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = resolved(tiny_config(train={"precision": "bf16"}, data={"attention": attention}))
+    config = tiny_config(train={"precision": "bf16"}, data={"attention": attention})
     encoder = load_encoder(config.teacher.model, num_layers=3)
     student = build_student(encoder, doctor.student_shape(config, "l2", encoder.config))
     view = capture_view(student, 2)
-    before = {name: parameter.clone() for name, parameter in view.named_parameters()}
-    trial = Trial(
-        config, "l2", Teacher(encoder, 3, dtype=torch.bfloat16), view, CPU, held_bytes=1000
-    )
+    before = {name: parameter.clone() for name, parameter in view.module.named_parameters()}
+    teacher = Teacher(encoder, 3, dtype=torch.bfloat16)
+    trial = Trial(resolved(config), "l2", teacher, view, CPU, held_bytes=1000)
     trial(6)
-    copies = dict(trial._student.named_parameters())
+    copies = dict(trial._module.named_parameters())
     assert all(
         parameter.grad is None and torch.equal(parameter, before[name])
-        for name, parameter in view.named_parameters()
+        for name, parameter in view.module.named_parameters()
     )
     assert all(copy.grad is not None and copy.dtype == torch.bfloat16 for copy in copies.values())
     sizes = []
     monkeypatch.setattr(
         Teacher,
         "forward",
-        lambda self, input_ids_BT, **_: sizes.append(input_ids_BT.shape) or 1 / 0,
+        lambda self, tokens: sizes.append(tokens.input_ids_BT.shape) or 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         trial(5)
@@ -142,14 +143,19 @@ def test_a_trial_makes_a_step_and_leaves_the_student_alone(
 def test_batches_that_are_tried_have_all_that_a_run_may_bring(
     tiny_config: Callable[..., DistillConfig],
 ) -> None:
-    row = batch_arguments(tiny_config(), 2)
-    assert {key: tuple(value.shape) for key, value in row.items()} == {
-        "input_ids_BT": (2, 16),
-        "mask_BT": (2, 16),
-    }
-    documents = batch_arguments(tiny_config(data={"attention": "document"}), 2)
-    assert documents["cu_seqlens"].tolist() == [0, 16, 32]
-    assert documents["position_ids_BT"][1].tolist() == list(range(16))
+    row = sample_tokens(tiny_config().data, 2)
+    assert row.input_ids_BT.shape == (2, 16)
+    assert row.mask_BT is not None
+    assert row.mask_BT.shape == (2, 16)
+    assert row[2:] == (None, None, None)
+    documents = sample_tokens(tiny_config(data={"attention": "document"}).data, 2)
+    assert documents.mask_BT is None
+    assert documents.segment_ids_BT is not None
+    assert documents.position_ids_BT is not None
+    assert documents.cu_seqlens is not None
+    assert documents.segment_ids_BT.shape == (2, 16)
+    assert documents.cu_seqlens.tolist() == [0, 16, 32]
+    assert documents.position_ids_BT[1].tolist() == list(range(16))
 
 
 def choose_with(tree: dict[str, Any], *most: tuple[int, int]) -> list[int | str]:
@@ -162,13 +168,13 @@ def choose_with(tree: dict[str, Any], *most: tuple[int, int]) -> list[int | str]
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
         try:
-            return choose(config, "l2", unused, unused, unused, ranks, attempt)
+            return choose(run, "l2", unused, unused, unused, ranks, attempt)
         except (ConfigError, PeerError) as error:
             return f"{type(error).__name__}: {error}"
 
     unused: Any = None
     with process_group(60) as ranks:
-        config = doctor.resolve(parse_config(tree), ranks.world_size, CPU)
+        run = resolved(parse_config(tree), ranks.world_size)
         return [chosen(limits[ranks.rank]) for limits in most]
 
 
@@ -192,8 +198,8 @@ def test_without_a_gpu_the_prediction_is_taken(tiny_config: Callable[..., Distil
 
     unused: Any = None
     with process_group(60) as ranks:
-        config = resolved(tiny_config(train={"micro_batch_size": 2}))
-        assert choose(config, "l2", unused, unused, unused, replace(ranks, device=CPU)) == 2
+        run = resolved(tiny_config(train={"micro_batch_size": 2}))
+        assert choose(run, "l2", unused, unused, unused, replace(ranks, device=CPU)) == 2
 
 
 def write_files(root: Path, files: dict[str, object]) -> None:
@@ -243,16 +249,17 @@ def test_the_gpu_takes_what_was_chosen_and_no_more(
     from scaledistill.distributed.ranks import process_group
 
     with process_group(60) as ranks:
-        config = doctor.resolve(tiny_config(train={"global_batch_size": 4096}), 1, ranks.device)
+        config = tiny_config(train={"global_batch_size": 4096})
+        run = resolve(config, 1, ranks.device)
         encoder = load_encoder(config.teacher.model, num_layers=3)
         student = build_student(encoder, doctor.student_shape(config, "l2", encoder.config))
         teacher = Teacher(encoder, 3).to(ranks.device)
-        facts = estimate(config, "l2", teacher.config, student.config, 1, "cuda")
+        facts = estimate(run, "l2", teacher.config, student.config)
         free, total = torch.cuda.mem_get_info(ranks.device)
         left = facts.state_bytes - facts.teacher_bytes + 200 * facts.activation_bytes_per_sequence
         filler = torch.empty(
             free - int(MARGIN_FRACTION * total) - left, dtype=torch.uint8, device=ranks.device
         )
-        size = choose(config, "l2", teacher, capture_view(student, 2), facts, ranks)
+        size = choose(run, "l2", teacher, capture_view(student, 2), facts, ranks)
         assert 32 <= size <= 512
         del filler

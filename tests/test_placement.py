@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from scaledistill.config.load import parse_config
+from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import DataError
-from scaledistill.models.capture import ARCHITECTURES, blocks_of
+from scaledistill.models.capture import ARCHITECTURES, QKVView
 from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -85,10 +86,10 @@ class Watched(dict[str, Tensor]):
     """
 
     def __init__(self, stored: Mapping[str, Tensor]) -> None:
-        self.stored, self.view, self.peak = stored, nn.Module(), 0
+        self.stored, self.module, self.peak = stored, nn.Module(), 0
 
     def __getitem__(self, name: str) -> Tensor:
-        self.peak = max(self.peak, sum(parameter_bytes(self.view)))
+        self.peak = max(self.peak, sum(parameter_bytes(self.module)))
         return self.stored[name]
 
 
@@ -98,6 +99,7 @@ def place(folder: Path, trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     from scaledistill.distributed.ranks import process_group
     from scaledistill.engines import shard_teacher
+    from scaledistill.preflight.resolve import resolve
 
     results = []
     with process_group(60) as ranks:
@@ -106,23 +108,24 @@ def place(folder: Path, trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
             watched = Watched(stored)
 
             def shard(
-                view: nn.Module, *rest: Any, tree: Any = tree, watched: Watched = watched
+                view: QKVView, *rest: Any, tree: Any = tree, watched: Watched = watched
             ) -> nn.Module:
-                watched.view = view
-                return shard_teacher(parse_config(tree), ranks, view, *rest)
+                watched.module = view.module
+                run = resolve(parse_config(tree), ranks.world_size, ranks.device)
+                return shard_teacher(run, ranks, view, *rest)
 
             teacher = Teacher(encoder, LAYERS, dtype=torch.float32, stored=watched, shard=shard)
             running: list[int] = []
 
             def measure(*_: Any, running: list[int] = running, watched: Watched = watched) -> None:
-                running.append(sum(parameter_bytes(watched.view)))
+                running.append(sum(parameter_bytes(watched.module)))
 
-            for layer in watched.view.modules():
+            for layer in watched.module.modules():
                 if not list(layer.children()):
                     layer.register_forward_hook(measure)
             for _ in range(3):  # ZeRO-3 learns what to gather ahead from the first
-                output = teacher(IDS)
-            parts, left = parameter_bytes(watched.view)
+                output = teacher(TokenInputs(IDS))
+            parts, left = parameter_bytes(watched.module)
             result = {
                 "qkv": [x.numpy() for x in output],
                 "sha256": teacher.sha256,
@@ -136,7 +139,7 @@ def place(folder: Path, trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_no_rank_ever_holds_a_sharded_teacher(deep_teacher, tmp_path, tiny_shards) -> None:
     whole = Teacher(load_encoder(deep_teacher), LAYERS)
     total, *blocks = (
-        sum(p.numel() * 4 for p in x.parameters()) for x in (whole.view, *blocks_of(whole.view))
+        sum(p.numel() * 4 for p in x.parameters()) for x in (whole.module, *whole.view.blocks)
     )
     embeddings = total - sum(blocks)
     cases = list(itertools.product(("zero1", "fsdp"), ("shard", "offload")))
@@ -152,7 +155,7 @@ def test_no_rank_ever_holds_a_sharded_teacher(deep_teacher, tmp_path, tiny_shard
     ]
     for results in run_ranks(place, 2, deep_teacher, trees):
         for case, found in zip(cases, results, strict=True):
-            for x, y in zip(found["qkv"], whole(IDS), strict=True):
+            for x, y in zip(found["qkv"], whole(TokenInputs(IDS)), strict=True):
                 assert torch.equal(torch.from_numpy(x), y), case
             assert found["sha256"] == whole.sha256
             assert total / 2 <= found["parts"] <= 1.05 * total / 2, case  # and a little padding
@@ -172,12 +175,12 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
     losses = []
     with process_group(60) as ranks:
         for tree in trees:
-            config = doctor.check(parse_config(tree), ranks.world_size, ranks.device).config
-            session = open_session(config, ranks, resume=False)
+            run = doctor.check(parse_config(tree), ranks.world_size, ranks.device).run
+            session = open_session(run, ranks, resume=False)
             with session.stream() as stream:
                 steps = [
                     train_step(session, stream, lambda: None, Stopwatch())
-                    for _ in range(config.train.max_steps)
+                    for _ in range(run.config.train.max_steps)
                 ]
             losses.append([step.losses["loss"] for step in steps])
     return losses

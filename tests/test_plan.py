@@ -16,6 +16,7 @@ from scaledistill.config.schema import DistillConfig
 from scaledistill.data.order import SampleOrder
 from scaledistill.preflight import checks as doctor
 from scaledistill.preflight import report as plan
+from scaledistill.preflight.resolve import resolve
 
 CPU = torch.device("cpu")
 MakeConfig = Callable[..., DistillConfig]
@@ -62,8 +63,9 @@ def test_traffic(
         train={"global_batch_size": 24, "micro_batch_size": 2, "precision": "bf16"},
     )
     facts = cast(Any, SimpleNamespace(trained_parameters=TRAINED, teacher_parameters=TEACHER))
-    assert plan.traffic(config, facts, 4) == expected
-    assert sum(plan.traffic(config, facts, 1).values()) == 0 or placement != "replicate"
+    assert plan.traffic(resolve(config, 4, CPU), facts, placement) == expected
+    alone = resolve(config, 1, CPU)
+    assert sum(plan.traffic(alone, facts, placement).values()) == 0 or placement != "replicate"
 
 
 @pytest.mark.parametrize("world_size", [1, 4, 8, 12, 32])
@@ -76,9 +78,8 @@ def test_reads_are_those_of_the_order(world_size: int, tiny_config: MakeConfig) 
         manifest=manifest, blocks_around=lambda shard, row: range(row // 64, row // 64 + 1)
     )
     config = tiny_config(train={"global_batch_size": 96})
-    found = plan.reads(
-        cast(Any, SimpleNamespace(shards=shards, order=order, config=config, world_size=world_size))
-    )
+    run = resolve(config, world_size, CPU)
+    found = plan.reads(cast(Any, SimpleNamespace(shards=shards, order=order, run=run)))
     samples_N = np.arange(order.rows_per_epoch)
     shard_N, row_N = order.locate(samples_N)
     lane_N, window_N, _ = order.split(samples_N)
@@ -130,7 +131,7 @@ def test_a_single_rank_sends_nothing_and_is_not_warned(tiny_config: MakeConfig) 
     config = tiny_config()
     found = doctor.check(config, 1, CPU)
     assert plan.warnings_of(found) == []
-    assert sum(plan.traffic(found.config, found.estimate, 1).values()) == 0
+    assert sum(plan.traffic(found.run, found.estimate, "replicate").values()) == 0
 
 
 def test_a_window_of_a_whole_lane(tiny_config: MakeConfig) -> None:

@@ -44,9 +44,9 @@ def distil_with_room_for(sizes_by_rank: list[int], tree: dict[str, Any]) -> tupl
         doctor.free_bytes = lambda device, ranks_on_node: int(between / (1 - MARGIN_FRACTION))
         predicted = doctor.check(
             config, ranks.world_size, ranks.device, writes=False
-        ).config.train.micro_batch_size
+        ).run.micro_batch_size
         result = distill(config)
-    return result.state, result.step, int(predicted or 0)
+    return result.state, result.step, predicted
 
 
 def micro_batch_of(tree: dict[str, Any]) -> int:
@@ -110,11 +110,11 @@ def dtypes_of(tree: dict[str, Any]) -> tuple[set[str], set[str], list[float]]:
 
     with process_group(60) as ranks:
         session = open_session(
-            doctor.check(parse_config(tree), 1, ranks.device).config, ranks, resume=False
+            doctor.check(parse_config(tree), 1, ranks.device).run, ranks, resume=False
         )
         teacher: set[str] = set()
         student: set[str] = set()
-        session.teacher.view.register_forward_hook(
+        session.teacher.module.register_forward_hook(
             lambda module, inputs, output: teacher.add(str(output.last_hidden_state.dtype))
         )
         for parameter in session.student.engine._engine.module.parameters():  # type: ignore[attr-defined]

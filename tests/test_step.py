@@ -3,7 +3,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from functools import partial
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,9 @@ from scaledistill.config.load import parse_config
 from scaledistill.distributed.ranks import process_group
 from scaledistill.metrics.recorder import read_rows
 from scaledistill.metrics.stopwatch import Stopwatch
-from scaledistill.models.capture import compile_blocks
+from scaledistill.models.capture import QKVView
 from scaledistill.preflight import checks as doctor
 from scaledistill.training import loop as train_module
-from scaledistill.training import session as session_module
-from scaledistill.training import step as step_module
 from scaledistill.training.session import open_session
 from scaledistill.training.step import StepResult, forward_loss, train_step, validation_loss
 
@@ -66,7 +64,7 @@ def reads_of_steps(tree: dict[str, Any]) -> list[dict[str, int]]:
     config = parse_config(tree)
     reads = []
     with process_group(60) as ranks:
-        session = open_session(doctor.check(config, 1, ranks.device).config, ranks, resume=False)
+        session = open_session(doctor.check(config, 1, ranks.device).run, ranks, resume=False)
         with session.stream() as stream:
             for _ in range(3):
                 with HostReads() as counted:
@@ -83,9 +81,9 @@ def alive_at_forwards(tree: dict[str, Any]) -> list[int]:
     references: list[weakref.ref[Any]] = []
     with process_group(60) as ranks:
         session = open_session(
-            doctor.check(parse_config(tree), 1, ranks.device).config, ranks, resume=False
+            doctor.check(parse_config(tree), 1, ranks.device).run, ranks, resume=False
         )
-        teacher, compute = session.teacher.forward, step_module.relation_loss
+        teacher, compute = session.teacher.forward, session.student.loss
 
         def watched(*arguments: Any) -> Any:
             alive.append(sum(reference() is not None for reference in references))
@@ -100,7 +98,7 @@ def alive_at_forwards(tree: dict[str, Any]) -> list[int]:
 
         with pytest.MonkeyPatch.context() as monkeypatch, session.stream() as stream:
             monkeypatch.setattr(session.teacher, "forward", watched)
-            monkeypatch.setattr(step_module, "relation_loss", remembered)
+            monkeypatch.setattr(session.student, "loss", remembered)
             for _ in range(2):
                 train_step(session, stream, lambda: None, Stopwatch())
             validation_loss(session)
@@ -136,7 +134,7 @@ def test_one_wait_for_the_device_per_step(tiny_config, attention: str) -> None:
 def test_a_forward_on_a_gpu_waits_for_nothing(tiny_config, attention: str) -> None:
     config = tiny_config(data={"attention": attention}, train={"compile": False})
     with process_group(60) as ranks:
-        session = open_session(doctor.check(config, 1, ranks.device).config, ranks, resume=False)
+        session = open_session(doctor.check(config, 1, ranks.device).run, ranks, resume=False)
         with session.stream() as stream:
             batch = next(stream)
         for mode in ("default", "error"):  # the first time kernels are compiled, and tried
@@ -161,7 +159,7 @@ def compiles_of_run(tree: dict[str, Any]) -> tuple[list[int], list[float]]:
         steps_made += 1
         return result
 
-    session_module.compile_blocks = partial(compile_blocks, backend=backend)  # type: ignore[assignment]
+    QKVView.compile_blocks = partialmethod(QKVView.compile_blocks, backend=backend)  # type: ignore[method-assign,assignment]
     train_module.train_step = counted_step
     train_module.COMPILING_STEPS = 2
     assert train_module.distill(parse_config(tree)).state == "done"

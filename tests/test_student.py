@@ -152,8 +152,8 @@ def test_same_sizes_give_an_exact_copy(kind: str) -> None:
     )
     student = build_student(teacher, config, init="teacher", layer_map=[1, 2, 3]).eval()
     assert torch.equal(
-        capture_view(student, 3)(input_ids=IDS_BT).last_hidden_state,
-        capture_view(teacher, 3)(input_ids=IDS_BT).last_hidden_state,
+        capture_view(student, 3).module(input_ids=IDS_BT).last_hidden_state,
+        capture_view(teacher, 3).module(input_ids=IDS_BT).last_hidden_state,
     )
 
 
@@ -319,7 +319,7 @@ def test_dropout_is_for_training_only(bert: PreTrainedModel, attention: str) -> 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_what_is_not_trained(kind: str) -> None:
     student = build_student(None, student_config(TEACHERS[kind], **SMALL))
-    view = capture_view(student, 2)
+    view = capture_view(student, 2).module
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0, weight_decay=0.1)
     view(input_ids=IDS_BT).last_hidden_state.square().sum().backward()

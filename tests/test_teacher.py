@@ -24,6 +24,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.models import teacher as teacher_module
 from scaledistill.models.capture import build_encoder, capture_qkv
@@ -101,23 +102,25 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     model = build_encoder(config).eval()
     model.save_pretrained(tmp_path)
     teacher = Teacher(load_encoder(tmp_path, num_layers=2), 2)
-    assert all(map(torch.equal, teacher(IDS_BT), capture_qkv(model, 2, input_ids=IDS_BT)))
+    assert all(
+        map(torch.equal, teacher(TokenInputs(IDS_BT)), capture_qkv(model, 2, input_ids=IDS_BT))
+    )
 
 
 def test_frozen_whatever_happens(saved: Path) -> None:
     teacher = Teacher(load_encoder(saved, num_layers=3), 3)
-    first = teacher(IDS_BT)
+    first = teacher(TokenInputs(IDS_BT))
     assert not any(tensor.requires_grad for tensor in (*first, *teacher.parameters()))
     torch.nn.ModuleList([teacher]).train()
     assert not any(module.training for module in teacher.modules())
-    assert all(map(torch.equal, teacher(IDS_BT), first))
+    assert all(map(torch.equal, teacher(TokenInputs(IDS_BT)), first))
     assert teacher.num_parameters == sum(parameter.numel() for parameter in teacher.parameters())
     assert not any("layer.2.output" in name for name, _ in teacher.named_parameters())
 
 
 def test_dtype_of_the_run(saved: Path) -> None:
     teacher = Teacher(load_encoder(saved, num_layers=3), 3, dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in (*teacher(IDS_BT), *teacher.parameters())} == {
+    assert {tensor.dtype for tensor in (*teacher(TokenInputs(IDS_BT)), *teacher.parameters())} == {
         torch.bfloat16
     }
 
@@ -136,12 +139,12 @@ def test_padding_changes_nothing_for_real_tokens(kind: str) -> None:
     ids_BT = IDS_BT.clone()
     ids_BT[:, length:] = config.pad_token_id
     mask_BT = torch.arange(IDS_BT.shape[1]).expand_as(IDS_BT) < length
-    short = teacher(IDS_BT[:, :length])
-    padded = teacher(ids_BT, mask_BT)
+    short = teacher(TokenInputs(IDS_BT[:, :length]))
+    padded = teacher(TokenInputs(ids_BT, mask_BT))
     for expected, found in zip(short, padded, strict=True):
         torch.testing.assert_close(found[:, :length], expected, rtol=0, atol=2e-6)
     for expected, found in zip(
-        short, teacher(IDS_BT[:, :length], mask_BT[:, :length]), strict=True
+        short, teacher(TokenInputs(IDS_BT[:, :length], mask_BT[:, :length])), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 

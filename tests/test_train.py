@@ -312,9 +312,9 @@ def test_dropout_resumes_bit_for_bit(make_tree: Callable[..., dict[str, Any]]) -
 
 def distil_with_misplaced_weights(tree: dict[str, Any]) -> tuple[str, int, str]:
     """Run with a setting under which DeepSpeed hands out weights in each other's places."""
-    from scaledistill.engines import deepspeed_block
+    from scaledistill.engines import deepspeed
 
-    deepspeed_block.ZERO_KEYS["round_robin_gradients"] = deepspeed_block.SWITCH
+    deepspeed.ZERO_KEYS["round_robin_gradients"] = deepspeed.SWITCH
     return distil(tree)
 
 

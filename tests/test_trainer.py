@@ -509,7 +509,7 @@ def test_the_teacher_runs_in_the_precision_of_the_training(
     rows = record.collate(record.examples()[:6])
     expected = exact.compute_loss(exact.model.eval(), rows)
     dtypes = []
-    mixed.teacher.view.encoder.layer[0].output.dense.register_forward_hook(
+    mixed.teacher.module.encoder.layer[0].output.dense.register_forward_hook(
         lambda module, inputs, output: dtypes.append(output.dtype)
     )
     found, qkv = mixed.compute_loss(wrapped.eval(), rows, return_outputs=True)

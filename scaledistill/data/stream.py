@@ -30,6 +30,7 @@ from scaledistill.data.ahead import FetchAhead
 from scaledistill.data.blocks import count_tokens
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.reader import ShardReader
+from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError
 
 
@@ -46,6 +47,17 @@ class Batch:
     samples_B: np.ndarray  # int64 sample numbers; in validation, row numbers in file order
     cursor: int  # the first sample not used by a completed step, after this micro-batch
     weight: int  # rows that count: B, or 0 for a filler that only keeps the ranks in step
+
+    @property
+    def tokens(self) -> TokenInputs:
+        """The tensors, as models and losses take them."""
+        return TokenInputs(
+            self.input_ids_BT,
+            self.mask_BT,
+            self.segment_ids_BT,
+            self.position_ids_BT,
+            self.cu_seqlens,
+        )
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with `change` applied to each of its tensors."""

@@ -3,18 +3,25 @@
 Inputs: the student's training view and its settings. Outputs: forward, backward, an optimizer step,
 and the full state by parameter name in fp32. Not handled here: losses, data, the learning-rate
 schedule, checkpoint files.
+
+The engine `engine.name` is the module of that name in this package, which has the functions of
+`EngineModule`. Nothing outside this package asks which engine it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
-from scaledistill.config.schema import DistillConfig
+from scaledistill.config.resolved import ResolvedRun
+from scaledistill.data.tokens import TokenInputs
 from scaledistill.distributed.ranks import Ranks
+from scaledistill.models.capture import QKVView
+from scaledistill.relations import QKV
 
 
 class StepOutcome(NamedTuple):
@@ -45,8 +52,8 @@ class EngineState:
 class Engine(Protocol):
     """One student under training. All methods except `train_mode` are collective."""
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the view's output [B, T, D] for its inputs: the student's Q, K, V concatenated."""
+    def forward(self, tokens: TokenInputs) -> QKV:
+        """Return the student's Q, K and V, each [B, T, D], for a micro-batch."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate a micro-batch's gradients; `last` marks the last micro-batch of a step."""
@@ -81,52 +88,97 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def create_engine(
-    config: DistillConfig, view: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks
-) -> Engine:
+class EngineBytes(NamedTuple):
+    """What an engine holds of a student on each rank."""
+
+    weights_and_gradients: int
+    """The weights that the forward reads, and the gradients in fp32."""
+    buffers: int
+    """What it sends from or gathers into, at most."""
+
+
+class EngineTraits(Protocol):
+    """What an engine does with a run's student, known from the settings alone."""
+
+    title: str
+    """The engine's name for people."""
+    optimizer_on_host: bool
+    """fp32 weights and moments are offloaded to host memory."""
+    compiles_student: bool
+    """The student's blocks can be compiled."""
+    compiles_sharded_teacher: bool
+    """A sharded teacher's blocks can be compiled."""
+
+    def memory(self, trained: int, gathered: int) -> EngineBytes:
+        """Return what a rank holds, besides the optimizer's fp32 weights and moments.
+
+        Args:
+            trained: the student's trained parameters.
+            gathered: how many of them are gathered at a time, block by block, at most.
+        """
+
+    def traffic(self, trained: int) -> dict[str, float]:
+        """Return the bytes that each rank sends and receives per step, by use.
+
+        With ring collectives: an all-gather or a reduce-scatter moves (W - 1) / W of a tensor, an
+        all-reduce twice that.
+        """
+
+
+class EngineModule(Protocol):
+    """The functions of an engine's module. All but `traits` are collective."""
+
+    def traits(self, run: ResolvedRun) -> EngineTraits:
+        """Check the engine's settings and return its traits; without heavy imports.
+
+        Raises:
+            ConfigError: the settings are wrong.
+        """
+
+    def create(self, run: ResolvedRun, view: QKVView, ranks: Ranks) -> Engine:
+        """See `create_engine`."""
+
+    def shard_teacher(
+        self, run: ResolvedRun, ranks: Ranks, view: QKVView, weights: Iterable[tuple[str, Tensor]]
+    ) -> nn.Module:
+        """See `shard_teacher`."""
+
+
+def _module(run: ResolvedRun) -> EngineModule:
+    return cast(EngineModule, import_module(f"{__name__}.{run.config.engine.name}"))
+
+
+def engine_traits(run: ResolvedRun) -> EngineTraits:
+    """Check the settings of the run's engine and return its traits.
+
+    Raises:
+        ConfigError: the settings are wrong.
+    """
+    return _module(run).traits(run)
+
+
+def create_engine(run: ResolvedRun, view: QKVView, ranks: Ranks) -> Engine:
     """Create the engine that `engine.name` selects. Collective.
 
     Args:
-        config: resolved: precision and micro-batch are not "auto".
-        view: the student's training view; it belongs to the engine afterwards.
-        blocks: the blocks of `view`.
+        view: of the student; it belongs to the engine afterwards.
 
     Raises:
         ConfigError: the engine's settings are wrong.
     """
-    if config.engine.name == "fsdp":
-        from scaledistill.engines.fsdp import FsdpEngine
-
-        return FsdpEngine(config, view, blocks, ranks)
-    from scaledistill.engines.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(config, view, ranks)
+    return _module(run).create(run, view, ranks)
 
 
 def shard_teacher(
-    config: DistillConfig,
-    ranks: Ranks,
-    view: nn.Module,
-    blocks: Sequence[nn.Module],
-    weights: Iterable[tuple[str, Tensor]],
+    run: ResolvedRun, ranks: Ranks, view: QKVView, weights: Iterable[tuple[str, Tensor]]
 ) -> nn.Module:
     """Shard a teacher over the ranks with the student's engine. Collective.
 
     Args:
-        view: the teacher's view, with parameters on the meta device.
-        blocks: the blocks of `view`.
+        view: of the teacher, with parameters on the meta device.
         weights: full weights by name, in the dtype to run in, ordered by name; none is kept.
 
     Returns:
-        The module to call in place of `view`.
+        The module to call in place of the view's.
     """
-    offload = config.teacher.placement == "offload"
-    if config.engine.name == "fsdp":
-        from scaledistill.engines import fsdp
-
-        return fsdp.shard_teacher(view, blocks, weights, ranks, offload=offload)
-    from scaledistill.engines import deepspeed
-
-    return deepspeed.shard_teacher(
-        view, blocks, weights, ranks, dtype=config.teacher.dtype, offload=offload
-    )
+    return _module(run).shard_teacher(run, ranks, view, weights)

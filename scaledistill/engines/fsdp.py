@@ -7,6 +7,7 @@ an `Engine`; a teacher to call. Only this module imports FSDP.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
@@ -22,11 +23,63 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from scaledistill.config.schema import DistillConfig
+from scaledistill.config.resolved import ResolvedRun
+from scaledistill.data.tokens import TokenInputs
 from scaledistill.distributed.ranks import Ranks, all_reduce_sum
-from scaledistill.engines import EngineState, StepOutcome, parameter_groups
+from scaledistill.engines import EngineBytes, EngineState, StepOutcome, parameter_groups
+from scaledistill.errors import ConfigError
+from scaledistill.models.capture import QKVView
+from scaledistill.relations import QKV
 
-COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+@dataclass(frozen=True)
+class FsdpTraits:
+    """See `EngineTraits`."""
+
+    run: ResolvedRun
+    title = "FSDP2"
+    compiles_student = compiles_sharded_teacher = True
+
+    @property
+    def optimizer_on_host(self) -> bool:
+        """Whether the shards are kept in host memory."""
+        return self.run.config.engine.fsdp.cpu_offload
+
+    def memory(self, trained: int, gathered: int) -> EngineBytes:
+        """See `EngineTraits.memory`. Forwards read gathered copies of the fp32 weights."""
+        copied = gathered if self.run.config.engine.fsdp.reshard_after_forward else trained
+        # The gathered weights, and their fp32 gradients before they are reduced.
+        buffers = copied * self.run.student_dtype.itemsize + 4 * gathered
+        return EngineBytes(trained * 4 // self.run.world_size, buffers)
+
+    def traffic(self, trained: int) -> dict[str, float]:
+        """See `EngineTraits.traffic`. Gradients are sent in fp32, after the last micro-batch."""
+        run, ring = self.run, (self.run.world_size - 1) / self.run.world_size
+        gathers = 2 if run.config.engine.fsdp.reshard_after_forward else 1
+        weights = ring * trained * run.student_dtype.itemsize
+        return {
+            "weights": gathers * run.accumulation * weights,
+            "gradients": ring * trained * 4,
+        }
+
+
+def traits(run: ResolvedRun) -> FsdpTraits:
+    """Return what FSDP2 does with a run's student.
+
+    Raises:
+        ConfigError: the precision needs loss scaling.
+    """
+    if run.config.train.precision == "fp16":
+        raise ConfigError(
+            "train.precision=fp16 with engine.name=fsdp: it has no loss scaling; use bf16, or "
+            "deepspeed"
+        )
+    return FsdpTraits(run)
+
+
+def create(run: ResolvedRun, view: QKVView, ranks: Ranks) -> FsdpEngine:
+    """Return the engine of a student. Collective."""
+    return FsdpEngine(run, view, ranks)
 
 
 class FsdpEngine:
@@ -35,49 +88,46 @@ class FsdpEngine:
     Creation is collective.
     """
 
-    def __init__(
-        self, config: DistillConfig, view: nn.Module, blocks: Iterable[nn.Module], ranks: Ranks
-    ) -> None:
-        settings, train = config.engine.fsdp, config.train
-        self._ranks = ranks
-        self._accumulation = train.global_batch_size // (
-            ranks.world_size * int(train.micro_batch_size or 1)
-        )
+    def __init__(self, run: ResolvedRun, view: QKVView, ranks: Ranks) -> None:
+        settings, train = run.config.engine.fsdp, run.config.train
+        self._ranks, self._view = ranks, view
+        self._accumulation = run.accumulation
         self._max_grad_norm = train.max_grad_norm
-        self._view = _shard(
-            view.to(ranks.device),
-            list(blocks),
+        computes_in = None if run.student_dtype == torch.float32 else run.student_dtype
+        view.module.to(ranks.device)
+        self._module = _shard(
+            view,
             init_device_mesh(ranks.device.type, (ranks.world_size,)),
             keep_gathered=not settings.reshard_after_forward,
             offload=settings.cpu_offload,
-            precision=MixedPrecisionPolicy(COMPUTE_DTYPES[train.precision], torch.float32),
+            precision=MixedPrecisionPolicy(computes_in, torch.float32),
             recompute=settings.activation_checkpointing,
         )
         betas = (train.adam_betas[0], train.adam_betas[1])
-        groups = parameter_groups(view, train.weight_decay)
+        groups = parameter_groups(view.module, train.weight_decay)
         self._optimizer = torch.optim.AdamW(
             groups, lr=0.0, betas=betas, eps=train.adam_epsilon, fused=True
         )
         # A step with learning rate 0 and zero gradients creates Adam's moments.
-        for parameter in view.parameters():
+        for parameter in view.module.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._set_optimizer_steps(0)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the view's output; see `Engine.forward`. Collective."""
-        return self._view(**inputs).last_hidden_state
+    def forward(self, tokens: TokenInputs) -> QKV:
+        """Return the student's Q, K and V; see `Engine.forward`. Collective."""
+        return self._view(tokens, self._module)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate a micro-batch's gradients. Collective."""
-        self._view.set_requires_gradient_sync(last)
+        self._module.set_requires_gradient_sync(last)
         (loss / self._accumulation).backward()
 
     def step(self, learning_rate: float) -> StepOutcome:
         """Clip and apply the accumulated gradients; see `Engine.step`. Collective."""
         gradients = [
-            cast(DTensor, parameter.grad).to_local() for parameter in self._view.parameters()
+            cast(DTensor, parameter.grad).to_local() for parameter in self._module.parameters()
         ]
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self._ranks.device)
         norm = all_reduce_sum(squares).sqrt()
@@ -95,17 +145,17 @@ class FsdpEngine:
 
     def train_mode(self, mode: bool) -> None:
         """Switch dropout on (True) or off."""
-        self._view.train(mode)
+        self._module.train(mode)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the fp32 weights on rank 0's CPU; empty elsewhere. Collective."""
-        return self._gather(dict(self._view.named_parameters()))
+        return self._gather(dict(self._module.named_parameters()))
 
     def state(self) -> EngineState:
         """Return everything that is needed to resume; see `EngineState`. Collective."""
         moments = {
             name: self._optimizer.state[parameter]
-            for name, parameter in self._view.named_parameters()
+            for name, parameter in self._module.named_parameters()
         }
         return EngineState(
             weights=self.weights(),
@@ -117,7 +167,7 @@ class FsdpEngine:
     @torch.no_grad()
     def load_state(self, state: EngineState) -> None:
         """Set everything that is needed to resume; see `Engine.load_state`. Collective."""
-        for name, parameter in self._view.named_parameters():
+        for name, parameter in self._module.named_parameters():
             entry = self._optimizer.state[parameter]
             _fill(parameter, state.weights[name])
             _fill(entry["exp_avg"], state.exp_avg[name])
@@ -139,43 +189,34 @@ class FsdpEngine:
 
 
 def shard_teacher(
-    view: nn.Module,
-    blocks: Iterable[nn.Module],
-    weights: Iterable[tuple[str, Tensor]],
-    ranks: Ranks,
-    *,
-    offload: bool,
+    run: ResolvedRun, ranks: Ranks, view: QKVView, weights: Iterable[tuple[str, Tensor]]
 ) -> nn.Module:
-    """Shard a teacher over the ranks, weight by weight, and return `view`. Collective.
+    """Shard a teacher over the ranks, weight by weight; see `engines.shard_teacher`. Collective.
 
-    Args:
-        view: the teacher's view, with parameters on the meta device.
-        blocks: the blocks of `view`.
-        weights: full weights by name, in the dtype to run in; each is freed before the next is
-            read.
-        offload: keep the shards in host memory.
+    Each weight is freed before the next is read.
     """
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    policy = MixedPrecisionPolicy()
-    _shard(view, list(blocks), mesh, keep_gathered=False, offload=offload, precision=policy)
-    for buffer_name, buffer in list(view.named_buffers()):
+    offload, policy = run.config.teacher.placement == "offload", MixedPrecisionPolicy()
+    module = _shard(view, mesh, keep_gathered=False, offload=offload, precision=policy)
+    for buffer_name, buffer in list(module.named_buffers()):
         parent, _, name = buffer_name.rpartition(".")
-        view.get_submodule(parent).register_buffer(name, buffer.to(ranks.device), persistent=False)
-    parameters = dict(view.named_parameters())
+        module.get_submodule(parent).register_buffer(
+            name, buffer.to(ranks.device), persistent=False
+        )
+    parameters = dict(module.named_parameters())
     for name, weight in weights:
         part = cast(DTensor, parameters[name])
         placed: Tensor = distribute_tensor(weight, mesh, part.placements, src_data_rank=None)
         placed = placed.to("cpu") if offload else placed
-        view.load_state_dict(
+        module.load_state_dict(
             {name: nn.Parameter(placed, requires_grad=False)}, strict=False, assign=True
         )
         del weight, placed
-    return view
+    return module
 
 
 def _shard(
-    view: nn.Module,
-    blocks: list[nn.Module],
+    view: QKVView,
     mesh: DeviceMesh,
     *,
     keep_gathered: bool,
@@ -183,7 +224,7 @@ def _shard(
     precision: MixedPrecisionPolicy,
     recompute: bool = False,
 ) -> Any:
-    """Shard a view by its blocks, and the rest (the embeddings) as one more unit.
+    """Shard a view's module by its blocks, and the rest (the embeddings) as one more unit.
 
     The next block is gathered while one runs.
     """
@@ -194,13 +235,14 @@ def _shard(
         "reshard_after_forward": not keep_gathered,
     }
     options["offload_policy"] = on_host if offload else OffloadPolicy()
+    blocks = view.blocks
     for block in blocks:
         fully_shard(checkpoint(block) if recompute else block, **options)
-    fully_shard(view, **options)
+    fully_shard(view.module, **options)
     for block, following in pairwise(cast("list[Any]", blocks)):
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])
-    return view
+    return view.module
 
 
 def _fill(part: Tensor, whole: Tensor) -> None:

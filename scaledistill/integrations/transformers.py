@@ -26,19 +26,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.integrations.datasets import prepare_dataset as prepare_dataset
 from scaledistill.models.capture import (
     base_encoder,
     capture_view,
     check_layer,
-    split_qkv,
-    view_inputs,
 )
+from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import WEIGHT_FILES, Teacher, load_encoder, resolve_folder
 from scaledistill.models.weights import check_finite
-from scaledistill.relations import QKV, check_relation_heads, normalise_pairs, relation_loss
+from scaledistill.relations import QKV, check_relation_heads, normalise_pairs
 from scaledistill.storage.files import set_default_mode
 
 log = logging.getLogger(__name__)
@@ -207,12 +207,13 @@ class MiniLMTrainer(Trainer):
                     teacher_model, num_layers=args.teacher_layer, setting="teacher_model"
                 )
         _check_models(teacher_model, model, args)
-        view = cast(PreTrainedModel, capture_view(model, args.student_layer))
+        self._view = capture_view(model, args.student_layer)
+        self._loss = StudentLoss(args.num_relation_heads, args.pairs, args.relation_backend)
+        view = cast(PreTrainedModel, self._view.module)
         prefix = "" if base_encoder(model) is model else f"{model.base_model_prefix}."
         # Trainer saves the module that it trains, the view; save the full student instead.
         view.__dict__["save_pretrained"] = partial(_save_whole, model, prefix, model.dtype)
         self.student = model
-        self._qkv_widths = cast(tuple[int, int, int], view.qkv_widths)
         super().__init__(view, args, *other, **options)
         if args.bf16 and args.device.type == "cpu" and self.is_world_process_zero():
             log.warning("%s", BF16_ON_CPU)
@@ -231,32 +232,16 @@ class MiniLMTrainer(Trainer):
 
         With `return_outputs`, also return the student's Q, K and V.
         """
-        mask_BT = self._mask(inputs)
+        tokens = TokenInputs(inputs["input_ids"], self._mask(inputs))
         dtype = (
             torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         )
-        with (
-            torch.no_grad(),
-            torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32),
-        ):
-            target_BTD = self.teacher.view(
-                **view_inputs(self.teacher.config, inputs["input_ids"], mask_BT),
-                **_passed_on(self.teacher.config, inputs),
-            ).last_hidden_state
-        output_BTD = model(
-            **view_inputs(self.student.config, inputs["input_ids"], mask_BT),
-            **_passed_on(self.student.config, inputs),
-        ).last_hidden_state
+        with torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
+            target = self.teacher(tokens, **_passed_on(self.teacher.config, inputs))
+        found = self._view(tokens, model, **_passed_on(self.student.config, inputs))
         # Exact: this only undoes autocast's upcast.
-        found = split_qkv(output_BTD.to(dtype), self._qkv_widths)
-        loss = relation_loss(
-            split_qkv(target_BTD.to(dtype), self.teacher.qkv_widths),
-            found,
-            num_heads=self.args.num_relation_heads,
-            pairs=self.args.pairs,
-            mask_BT=mask_BT,
-            backend=self.args.relation_backend,
-        ).total
+        target, found = (QKV(*(each.to(dtype) for each in qkv)) for qkv in (target, found))
+        loss = self._loss(target, found, tokens).total
         return (loss, found) if return_outputs else loss
 
     def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:

@@ -1,9 +1,8 @@
 """Capture Q, K and V of one block of an encoder, by one table row per architecture.
 
-Inputs: a transformers encoder, or a task model around one. Outputs: a view, a module that shares
-the encoder's parameters, computes nothing above the chosen block's projections and returns Q, K and
-V side by side as its `last_hidden_state`. Not handled here: loading, freezing and training
-(`models.teacher`, `models.student`).
+Inputs: a transformers encoder, or a task model around one. Outputs: a `QKVView`, which shares the
+encoder's parameters and computes nothing above the chosen block's projections. Not handled here:
+loading, freezing and training (`models.teacher`, `models.student`).
 
 Legend: B sequences, T tokens, D width of one projection.
 """
@@ -13,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.models.attention import VARLEN, document_attention
 from scaledistill.models.configs import plain_config
@@ -150,13 +150,71 @@ def build_encoder(config: PreTrainedConfig, *, device: str = "cpu") -> PreTraine
         return AutoModel.from_config(config, dtype=torch.float32, **encoder_options(config))
 
 
-def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
+@dataclass(frozen=True)
+class QKVView:
+    """A model that is cut at a block and returns that block's Q, K and V.
+
+    `module` shares the model's parameters, under the same names, up to the block's projections; it
+    does not contain the upper layers. It takes the inputs of the model and returns Q, K and V
+    joined in `last_hidden_state`, [B, T, Dq + Dk + Dv], so that an engine can wrap it.
+    """
+
+    module: nn.Module
+    config: PreTrainedConfig
+    widths: tuple[int, int, int]
+    """Dq, Dk and Dv."""
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of `module`; the last one has projections only."""
+        return list(self.module.get_submodule(architecture_of(self.config).blocks).children())
+
+    def __call__(
+        self, tokens: TokenInputs, module: Callable[..., Any] | None = None, **more: Any
+    ) -> QKV:
+        """Return Q, K and V, each [B, T, D], for a micro-batch.
+
+        Args:
+            module: what an engine returned for `module`, to run in its place.
+            more: further inputs of the model.
+        """
+        inputs = model_inputs(self.config, tokens)
+        return self.split((module or self.module)(**inputs, **more).last_hidden_state)
+
+    def split(self, joined: Tensor) -> QKV:
+        """Split the output of `module` into Q, K and V, without copying.
+
+        Raises:
+            ValueError: the last dimension is not the sum of the widths.
+        """
+        if joined.shape[-1] != sum(self.widths):
+            raise ValueError(
+                f"a view of widths {self.widths} returned {tuple(joined.shape)}; expected a last "
+                f"size of {sum(self.widths)}"
+            )
+        return QKV(*joined.split(self.widths, dim=-1))
+
+    def compile_blocks(self, *, backend: str = "inductor") -> None:
+        """Compile the blocks for fixed shapes; equal blocks share one compiled graph.
+
+        The blocks are shared with the model. Each new batch shape, and the first call with a mask
+        or with gradients, compiles once more.
+        """
+        # Imported here, because it takes seconds that a run without compilation need not spend.
+        from torch._dynamo import config as dynamo
+
+        # The blocks of all models count together; beyond the limit, 8, blocks would run uncompiled
+        # with only a warning. Teacher and student, training and validation, with and without a
+        # mask, whole and smaller batches make 12.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+        for block in self.blocks:
+            block.compile(backend=backend, dynamic=False)
+
+
+def capture_view(model: PreTrainedModel, layer: int) -> QKVView:
     """Return a view of `model` whose output is block `layer`'s Q, K and V.
 
-    They are joined in `last_hidden_state`, [B, T, Dq + Dk + Dv]; `view.qkv_widths` has the three
-    widths for `split_qkv`. The view takes the inputs of the model and shares its parameters, under
-    the same names, up to block `layer`'s projections; it does not contain the upper layers. `model`
-    (or the encoder inside a task model) is not changed.
+    `model` (or the encoder inside a task model) is not changed.
 
     Args:
         model: a supported encoder, or a task model around one.
@@ -195,48 +253,22 @@ def capture_view(model: PreTrainedModel, layer: int) -> nn.Module:
     # Keep the view from installing transformers' recording hooks: its blocks are shared, so the
     # model would install them a second time.
     view._output_capturing_hooks_installed = True
-    view.qkv_widths = tuple(last.get_submodule(path).out_features for path in row.projections)
-    return view
+    dq, dk, dv = (cast(nn.Linear, last.get_submodule(path)) for path in row.projections)
+    return QKVView(view, view.config, (dq.out_features, dk.out_features, dv.out_features))
 
 
-def split_qkv(hidden: Tensor, widths: tuple[int, int, int]) -> QKV:
-    """Split a view's output [B, T, Dq + Dk + Dv] into Q, K and V, without copying.
-
-    Raises:
-        ValueError: the last dimension is not the sum of the widths.
-    """
-    if hidden.shape[-1] != sum(widths):
-        raise ValueError(
-            f"a view of widths {widths} returned {tuple(hidden.shape)}; expected a last size of "
-            f"{sum(widths)}"
-        )
-    return QKV(*hidden.split(widths, dim=-1))
-
-
-def view_inputs(
-    config: PreTrainedConfig,
-    input_ids_BT: Tensor,
-    mask_BT: Tensor | None = None,
-    segment_ids_BT: Tensor | None = None,
-    position_ids_BT: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> dict[str, Tensor]:
+def model_inputs(config: PreTrainedConfig, tokens: TokenInputs) -> dict[str, Tensor]:
     """Return the arguments that make a model attend to real tokens, or within documents.
 
     Without mask and documents attention is not masked, which allows the fastest kernels. For `sdpa`
     masks are passed in their final form: otherwise transformers would read their values, and the
-    host would wait for the device in every forward.
-
-    Args:
-        mask_BT: bool, true on real tokens; ignored if documents are given.
-        segment_ids_BT: integer, equal within a document, -1 on padding.
-        position_ids_BT: int64, from 0 in each document.
-        cu_seqlens: int32, see `Batch`; only `use_varlen_attention` needs it.
+    host would wait for the device in every forward. The mask is ignored if documents are given.
 
     Raises:
         ValueError: only one of segment ids and position ids.
         ConfigError: documents are given, but the model has its own kind of attention.
     """
+    input_ids_BT, mask_BT, segment_ids_BT, position_ids_BT, cu_seqlens = tokens
     inputs = {"input_ids": input_ids_BT}
     if segment_ids_BT is not None and position_ids_BT is not None:
         inputs["position_ids"] = position_ids_BT + first_position(config)
@@ -251,32 +283,6 @@ def view_inputs(
     return inputs
 
 
-def blocks_of(view: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a view; the last one has projections only."""
-    return list(
-        view.get_submodule(architecture_of(cast(PreTrainedConfig, view.config)).blocks).children()
-    )
-
-
-def compile_blocks(view: nn.Module, *, backend: str = "inductor") -> None:
-    """Compile the blocks of a view for fixed shapes; equal blocks share one compiled graph.
-
-    The blocks are shared with the model. Each new batch shape, and the first call with a mask or
-    with gradients, compiles once more.
-    """
-    # Imported here, because it takes seconds that a run without compilation need not spend.
-    from torch._dynamo import config as dynamo
-
-    # The blocks of all models count together; beyond the limit, 8, blocks would run uncompiled with
-    # only a warning. Teacher and student, training and validation, with and without a mask, whole
-    # and smaller batches make 12.
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-    for block in view.get_submodule(
-        architecture_of(cast(PreTrainedConfig, view.config)).blocks
-    ).children():
-        block.compile(backend=backend, dynamic=False)
-
-
 def capture_qkv(model: PreTrainedModel, layer: int, **inputs: Any) -> QKV:
     """Run `model` on its usual `inputs`; return block `layer`'s Q, K and V, each [B, T, D].
 
@@ -287,7 +293,7 @@ def capture_qkv(model: PreTrainedModel, layer: int, **inputs: Any) -> QKV:
         ConfigError: the architecture is not supported, or has no such block.
     """
     view = capture_view(model, layer)
-    return split_qkv(view(**inputs).last_hidden_state, cast(tuple[int, int, int], view.qkv_widths))
+    return view.split(view.module(**inputs).last_hidden_state)
 
 
 def forward_flops(module: nn.Module, num_tokens: int) -> int:

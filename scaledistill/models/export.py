@@ -164,7 +164,7 @@ def untrained_parameters(config: PreTrainedConfig) -> list[str]:
     """
     student = build_encoder(config, device="meta")
     view = capture_view(student, config.num_hidden_layers)
-    return sorted(set(student.state_dict()) - set(view.state_dict()))
+    return sorted(set(student.state_dict()) - set(view.module.state_dict()))
 
 
 def _card_text(name: str, config: PreTrainedConfig, tap: str, card: Mapping[str, object]) -> str:

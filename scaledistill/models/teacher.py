@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -25,18 +25,17 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig,
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.models.capture import (
     ARCHITECTURES,
+    QKVView,
     architecture_of,
-    blocks_of,
     build_encoder,
     capture_view,
     check_layer,
     encoder_options,
     settle_padding,
-    split_qkv,
-    view_inputs,
 )
 from scaledistill.models.configs import plain_dict
 from scaledistill.models.hub import model_folder
@@ -56,7 +55,7 @@ from scaledistill.storage.files import is_path, near_folder, no_such_folder, rea
 
 logger = logging.getLogger(__name__)
 
-Shard = Callable[[nn.Module, list[nn.Module], Iterable[tuple[str, Tensor]]], nn.Module]
+Shard = Callable[[QKVView, Iterable[tuple[str, Tensor]]], nn.Module]
 """Shards a view's weights over the ranks, block by block, and returns the module that runs them.
 The weights come in the order of their names. Collective."""
 CONFIG_FILES = ("config.json", "adapter_config.json", "*.py")
@@ -316,8 +315,7 @@ def check_unused(folder: Path, config: PreTrainedConfig, model: str) -> list[str
 class Teacher(nn.Module):
     """A frozen encoder, cut at a block: token ids in, that block's Q, K and V out.
 
-    It is always in eval mode and never computes gradients. `view` does the work; to place the
-    teacher elsewhere, replace `view`.
+    It is always in eval mode and never computes gradients.
     """
 
     def __init__(
@@ -345,24 +343,25 @@ class Teacher(nn.Module):
             DataError: a weight is too large for `dtype`.
         """
         super().__init__()
-        view = capture_view(encoder, layer).requires_grad_(False)
-        self.config = cast(PreTrainedConfig, view.config)
-        self.qkv_widths = cast(tuple[int, int, int], view.qkv_widths)
-        self.num_parameters = sum(parameter.numel() for parameter in view.parameters())
+        self.view = capture_view(encoder, layer)
+        module = self.view.module.requires_grad_(False)
+        self.config = self.view.config
+        self.num_parameters = sum(parameter.numel() for parameter in module.parameters())
         dtype = dtype or encoder.dtype
         if stored is None or shard is None:
-            self.sha256 = weights_sha256(view)
+            self.sha256 = weights_sha256(module)
             loaded = encoder.dtype
-            self.view = view.to(dtype)
+            self.module = module.to(dtype)
             if dtype != loaded:
-                for name, tensor in self.view.state_dict().items():
+                for name, tensor in module.state_dict().items():
                     check_cast(name, tensor, loaded, "the teacher")
         else:
-            digest, names = hashlib.sha256(), sorted(view.state_dict())
+            digest, names = hashlib.sha256(), sorted(module.state_dict())
             weights = (
                 (name, _cast(_hashed(digest, name, stored[name]), name, dtype)) for name in names
             )
-            self.view = shard(view.eval(), blocks_of(view), weights)
+            module.eval()
+            self.module = shard(self.view, weights)
             self.sha256 = digest.hexdigest()
         self.train(False)
 
@@ -372,25 +371,12 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(
-        self,
-        input_ids_BT: Tensor,
-        mask_BT: Tensor | None = None,
-        segment_ids_BT: Tensor | None = None,
-        position_ids_BT: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> QKV:
+    def forward(self, tokens: TokenInputs, **more: Any) -> QKV:
         """Return Q, K and V, each [B, T, D] in the teacher's dtype.
 
-        Args:
-            input_ids_BT: token ids, int64.
-            mask_BT: bool, true on real tokens; None if there is no padding.
-            segment_ids_BT: with the next two, to stay within documents: see `view_inputs`.
+        `more` are further inputs of the model.
         """
-        inputs = view_inputs(
-            self.config, input_ids_BT, mask_BT, segment_ids_BT, position_ids_BT, cu_seqlens
-        )
-        return split_qkv(self.view(**inputs).last_hidden_state, self.qkv_widths)
+        return self.view(tokens, self.module, **more)
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -19,15 +19,14 @@ from transformers import PretrainedConfig
 
 from scaledistill.checkpoint import mirror
 from scaledistill.checkpoint.format import newest_state
+from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DistillConfig, differing_keys
 from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.prepare.text import load_tokenizer, tokenizer_fingerprint
 from scaledistill.data.stream import ShardReader
 from scaledistill.data.tokenizer import TOKENIZER_FILES
-from scaledistill.distributed.ranks import resolve_precision, resolve_teacher_dtype
-from scaledistill.engines.deepspeed_block import resolve_block
-from scaledistill.errors import ConfigError, DataError, Problems, counted
+from scaledistill.errors import ConfigError, DataError, Problems
 from scaledistill.metrics.trackers import check_trackers
 from scaledistill.models.capture import check_layer, max_sequence_length
 from scaledistill.models.hub import names_resolved_once
@@ -39,8 +38,9 @@ from scaledistill.models.teacher import (
     resolve_folder,
 )
 from scaledistill.preflight.estimate import Estimate, estimate
-from scaledistill.preflight.microbatch import free_bytes, predict, with_micro_batch
-from scaledistill.relations import check_relation_heads, resolve_backend
+from scaledistill.preflight.microbatch import free_bytes, predict
+from scaledistill.preflight.resolve import for_gpus, resolve
+from scaledistill.relations import check_relation_heads
 from scaledistill.storage.remote import ShardCache, is_url
 
 log = logging.getLogger(__name__)
@@ -50,17 +50,13 @@ log = logging.getLogger(__name__)
 class Plan:
     """The plan of a run: its resolved configuration, data and sizes."""
 
-    config: DistillConfig
-    """Resolved: precisions and the micro-batch are not "auto"."""
-    world_size: int
+    run: ResolvedRun
     order: SampleOrder
     shards: ShardReader
     held_out: ShardReader | None
     student_name: str
     estimate: Estimate
     free_disk_bytes: int
-    stated: DistillConfig
-    """The configuration before it was resolved."""
     evaluation: str | None = None
     """How many fine-tunings follow the run; None without any, and on ranks that do not check it."""
     evaluation_flops: float = 0.0
@@ -131,127 +127,22 @@ def check(
         and not fresh
         and (state := newest_state(Path(config.run.folder) / "checkpoints"))
     ):
-        attempt(check_same_run, state, resolved, order)
+        attempt(check_same_run, state, resolved.config, order)
     problems.raise_all()
     if not (resolved and teacher and student and shards and order):
         raise AssertionError("unreachable: an input is missing but no problem was recorded")
-    # A plan for GPUs may be made on a machine without any: "auto" must mean the same there.
-    sized_for = "cuda" if gpu_bytes else device.type
-    if sized_for != device.type and config.relations.backend == "auto":
-        resolved = resolved.model_copy(
-            update={"relations": resolved.relations.model_copy(update={"backend": "triton"})}
-        )
-    if config.train.micro_batch_size == "auto":
+    if gpu_bytes:
+        resolved = for_gpus(resolved)
+    if resolved.auto_micro_batch:
         free = gpu_bytes or free_bytes(device, int(os.environ.get("LOCAL_SIZE", world_size)))
-        size = predict(resolved, name, teacher, student, world_size, free, sized_for)
-        resolved = with_micro_batch(resolved, size)
-    facts = estimate(resolved, name, teacher, student, world_size, sized_for)
-    free = _free_disk_bytes(resolved, facts.checkpoint_bytes if writes else 0)
-    plan = Plan(resolved, world_size, order, shards, held_out, name, facts, free, config)
+        resolved = resolved.with_micro_batch(predict(resolved, name, teacher, student, free))
+    facts = estimate(resolved, name, teacher, student)
+    free = _free_disk_bytes(config, facts.checkpoint_bytes if writes else 0)
+    plan = Plan(resolved, order, shards, held_out, name, facts, free)
     if evaluation is None or not (config.evaluation and config.evaluation.tasks):
         return plan
     encoder = facts.student_parameters - student.vocab_size * student.hidden_size
     return replace(plan, evaluation=evaluation.size, evaluation_flops=evaluation.flops(encoder))
-
-
-def resolve(config: DistillConfig, world_size: int, device: torch.device) -> DistillConfig:
-    """Return the configuration with precisions, backend, micro-batch and compile resolved.
-
-    A micro-batch of "auto" becomes the rank's whole share of the global batch.
-
-    Raises:
-        ConfigError: the global batch is not divisible, the engine's block is wrong, or the device
-            or engine lacks a precision.
-    """
-    train, teacher = config.train, config.teacher
-    try:
-        backend = resolve_backend(config.relations.backend, device.type)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    precision = resolve_precision(train.precision, device)
-    teacher_dtype = resolve_teacher_dtype(teacher.dtype, train.precision, device)
-    batch, share = train.global_batch_size, max(1, train.global_batch_size // world_size)
-    stated = train.micro_batch_size if isinstance(train.micro_batch_size, int) else None
-    micro = min(stated or share, share)
-    if batch % (world_size * micro):
-        raise ConfigError(_indivisible(batch, world_size, share, micro if stated else None))
-    compiles = _compiles(config, backend, device)
-    settled = config.model_copy(
-        update={
-            "train": train.model_copy(
-                update={"precision": precision, "micro_batch_size": micro, "compile": compiles}
-            ),
-            "teacher": teacher.model_copy(update={"dtype": teacher_dtype}),
-            "relations": config.relations.model_copy(update={"backend": backend}),
-        }
-    )
-    if config.engine.name == "deepspeed":
-        resolve_block(settled, world_size)
-    elif precision == "fp16":
-        raise ConfigError(
-            "train.precision=fp16 with engine.name=fsdp: it has no loss scaling; use bf16, or "
-            "deepspeed"
-        )
-    return settled
-
-
-def _indivisible(batch: int, world_size: int, share: int, micro: int | None) -> str:
-    """Return the message for an indivisible global batch, with sizes that would work."""
-    unit = world_size * (micro or share)
-    batches = " or ".join(
-        str(size) for size in (batch // unit * unit, batch // unit * unit + unit) if size
-    )
-    ranks = counted(world_size, "rank")
-    if micro is None or batch % world_size:
-        what = ranks if micro is None else f"{ranks} × train.micro_batch_size={micro}"
-        return f"train.global_batch_size={batch} is not divisible by {what}; use {batches}"
-    sizes = [size for size in range(1, share + 1) if share % size == 0]
-    nearest = sorted(sorted(sizes, key=lambda size: abs(size - micro))[:4])
-    return (
-        f"train.global_batch_size={batch} is not divisible by {ranks} × "
-        f"train.micro_batch_size={micro}; use "
-        f"train.micro_batch_size={' or '.join(map(str, nearest))}, or "
-        f"train.global_batch_size={batches}"
-    )
-
-
-def clipped_micro_batch(config: DistillConfig, world_size: int) -> str | None:
-    """Return a warning if `train.micro_batch_size` is more than a rank's share, which is then used.
-
-    Returns None otherwise.
-    """
-    stated, share = (
-        config.train.micro_batch_size,
-        max(1, config.train.global_batch_size // world_size),
-    )
-    if not isinstance(stated, int) or stated <= share:
-        return None
-    return (
-        f"train.micro_batch_size={stated} is more than a rank's share of train.global_batch_size="
-        f"{config.train.global_batch_size} on {counted(world_size, 'rank')}: {share} is used; set "
-        f'it to {share} or "auto", or raise train.global_batch_size'
-    )
-
-
-def _compiles(config: DistillConfig, backend: str, device: torch.device) -> bool:
-    """Resolve `train.compile`, and check that the compiler it needs is installed."""
-    setting, on_gpu = config.train.compile, device.type == "cuda"
-    if setting is True and config.run.deterministic:
-        raise ConfigError(
-            "train.compile=true with run.deterministic=true: what is compiled depends on the step "
-            "at which a run was resumed, and so do its last bits; switch one of them off"
-        )
-    compiles = on_gpu and not config.run.deterministic if setting == "auto" else bool(setting)
-    compilers = (
-        [os.environ.get("CC", ""), "gcc", "clang"] if on_gpu else [os.environ.get("CXX", "g++")]
-    )
-    if (compiles or backend == "triton") and not any(map(shutil.which, compilers)):
-        raise ConfigError(
-            f"train.compile={setting!r} and relations.backend={backend!r} need a compiler, found "
-            f"none of {', '.join(filter(None, compilers))}; install one, or set "
-            "train.compile=false and relations.backend=reference"
-        )
-    return compiles
 
 
 def open_shards(config: DistillConfig, location: str) -> ShardReader:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
-from scaledistill.config.schema import DistillConfig
-from scaledistill.engines.deepspeed_block import resolve_block, zero_settings
-from scaledistill.models.capture import (
-    blocks_of,
-    build_encoder,
-    capture_view,
-    forward_flops,
-    split_qkv,
-    view_inputs,
-)
+from scaledistill.config.resolved import ResolvedRun
+from scaledistill.config.schema import DataSettings
+from scaledistill.data.tokens import TokenInputs
+from scaledistill.engines import engine_traits
+from scaledistill.models.capture import QKVView, build_encoder, capture_view, forward_flops
+from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import exported, set_dropout
-from scaledistill.relations import QKV, relation_loss
+from scaledistill.relations import QKV
 from scaledistill.relations.spec import letters_of
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 # Sequences in the micro-batch that is counted: so many that, divided by them, sizes that do not
 # depend on their number vanish.
 _COUNTED_SEQUENCES = 4096
@@ -72,7 +66,7 @@ class Estimate:
     """fp32 master weights and both Adam moments."""
     optimizer_on_host: bool
     engine_bytes: int
-    """Buckets for reducing gradients; for a sharded student also its gathered weights."""
+    """What the engine sends from or gathers into."""
     activation_bytes_per_sequence: int
     """What each sequence of the micro-batch adds to the peak of teacher, student, relation loss and
     backward."""
@@ -101,67 +95,57 @@ class Estimate:
 
 
 def estimate(
-    config: DistillConfig,
-    name: str,
-    teacher: PretrainedConfig,
-    student: PretrainedConfig,
-    world_size: int,
-    device_type: str = "cpu",
+    run: ResolvedRun, name: str, teacher: PretrainedConfig, student: PretrainedConfig
 ) -> Estimate:
     """Return what a run with student `name` needs.
 
     Args:
-        config: resolved.
-        name: the student.
         teacher: its full model config.
         student: its model config under training.
-        world_size: the number of ranks.
-        device_type: "cpu" or "cuda".
     """
-    data, length, on_host = config.data, config.data.sequence_length, device_type == "cpu"
+    config, data, length = run.config, run.config.data, run.config.data.sequence_length
     whole_teacher = build_encoder(teacher, device="meta")
     teacher_view = capture_view(whole_teacher, config.teacher.layer)
+    teacher_flops = _forward_flops(whole_teacher, config.teacher.layer, length)
+    placements = _placements(run, teacher_view)
+
     full = build_encoder(student, device="meta")
     student_view = capture_view(full, student.num_hidden_layers)
-    trained = sum(parameter.numel() for parameter in student_view.parameters())
-    whole = sum(parameter.numel() for parameter in full.parameters())
+    trained = _count(student_view.module)
     _, kept = exported(student, dict(full.named_parameters()), config.students[name].num_layers)
-    held = sum(parameter.numel() for parameter in teacher_view.parameters())
-    teacher_flops = _forward_flops(whole_teacher, config.teacher.layer, length)
+    # The backward takes twice the forward: one product for the inputs, one for the weights.
     student_flops = 3 * _forward_flops(full, student.num_hidden_layers, length)
-    stage, optimizer_on_host, parameters_on_host = zero_settings(config)
-    weight_share = world_size if stage == 3 else 1
-    gradient_share = world_size if stage >= 2 else 1
-    weights = trained * BYTES[config.train.precision] // weight_share
-    if config.engine.name == "fsdp" or (parameters_on_host and not on_host):
-        # FSDP2 computes on gathered copies of the fp32 weights, which are counted as the
-        # optimizer's; offloaded parameters are on the host.
-        weights = 0
-    placements = _placements(teacher_view, BYTES[config.teacher.dtype], world_size, on_host)
+
+    engine = engine_traits(run)
+    engine_bytes = engine.memory(trained, _gathered_elements(student_view))
     # Without a backward, activations do not add up over layers: two blocks in a row need as much
     # memory as many.
     short_view = capture_view(whole_teacher, min(3, config.teacher.layer))
-    activations, relation = _bytes_per_sequence(config, name, short_view, student_view)
+    activations, relation = _bytes_per_sequence(run, name, short_view, student_view)
     # Each token of a window takes a 16- or 32-bit id and two bits of layout.
     quarter_bytes_per_token = 9 if teacher.vocab_size <= 1 << 16 else 17
     return Estimate(
-        teacher_parameters=held,
+        teacher_parameters=_count(teacher_view.module),
         student_parameters=sum(parameter.numel() for parameter in kept.values()),
         trained_parameters=trained,
         flops_per_token=(teacher_flops + student_flops) / length,
         teacher_flops_fraction=teacher_flops / (teacher_flops + student_flops),
         placements=placements,
         teacher_bytes=placements[config.teacher.placement][0],
-        weights_and_gradients_bytes=weights + trained * 4 // gradient_share,
-        optimizer_bytes=trained * 12 // world_size,
-        optimizer_on_host=optimizer_on_host,
-        engine_bytes=_engine_bytes(config, student_view, world_size, on_host),
+        weights_and_gradients_bytes=engine_bytes.weights_and_gradients,
+        optimizer_bytes=trained * 12 // run.world_size,
+        optimizer_on_host=engine.optimizer_on_host,
+        engine_bytes=engine_bytes.buffers,
         activation_bytes_per_sequence=activations,
-        relation_bytes=relation * int(config.train.micro_batch_size or 1),
+        relation_bytes=relation * run.micro_batch_size,
         data_bytes=data.num_lanes * data.window_rows * length * quarter_bytes_per_token // 4,
-        checkpoint_bytes=whole * 4 + trained * 8,
-        on_host=on_host,
+        checkpoint_bytes=_count(full) * 4 + trained * 8,
+        on_host=run.device_type == "cpu",
     )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _forward_flops(model: PreTrainedModel, num_layers: int, length: int) -> int:
@@ -170,57 +154,57 @@ def _forward_flops(model: PreTrainedModel, num_layers: int, length: int) -> int:
     All blocks are alike, and counting takes long.
     """
     if num_layers <= 3:
-        return forward_flops(capture_view(model, num_layers), length)
-    two, three = (forward_flops(capture_view(model, layers), length) for layers in (2, 3))
+        return forward_flops(capture_view(model, num_layers).module, length)
+    two, three = (forward_flops(capture_view(model, layers).module, length) for layers in (2, 3))
     return three + (num_layers - 3) * (three - two)
 
 
-def batch_arguments(
-    config: DistillConfig, sequences: int, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
-    """Return a micro-batch of arguments for `Teacher.forward` and `view_inputs`.
-
-    It has every tensor that a batch of the run may have, of shape [B, T].
-    """
-    shape, mode = (sequences, config.data.sequence_length), config.data.attention
-    arguments = {"input_ids_BT": torch.zeros(shape, dtype=torch.long, device=device)}
-    if mode == "row":
-        return arguments | {"mask_BT": torch.ones(shape, dtype=torch.bool, device=device)}
-    arguments["segment_ids_BT"] = torch.zeros(shape, dtype=torch.int32, device=device)
-    arguments["position_ids_BT"] = torch.arange(shape[1], device=device).expand(shape)
-    ends = torch.arange(sequences + 1, dtype=torch.int32, device=device) * shape[1]
-    return arguments | {"cu_seqlens": ends}
+def sample_tokens(
+    data: DataSettings, sequences: int, device: torch.device | str = "cpu"
+) -> TokenInputs:
+    """Return a micro-batch with every tensor that a batch of the run may have."""
+    shape = (sequences, data.sequence_length)
+    input_ids_BT = torch.zeros(shape, dtype=torch.long, device=device)
+    if data.attention == "row":
+        return TokenInputs(input_ids_BT, torch.ones(shape, dtype=torch.bool, device=device))
+    return TokenInputs(
+        input_ids_BT,
+        segment_ids_BT=torch.zeros(shape, dtype=torch.int32, device=device),
+        position_ids_BT=torch.arange(shape[1], device=device).expand(shape),
+        cu_seqlens=torch.arange(sequences + 1, dtype=torch.int32, device=device) * shape[1],
+    )
 
 
 def _bytes_per_sequence(
-    config: DistillConfig, name: str, teacher_view: nn.Module, student_view: nn.Module
+    run: ResolvedRun, name: str, teacher_view: QKVView, student_view: QKVView
 ) -> tuple[int, int]:
     """Return the peak bytes of live tensors per sequence of a micro-batch, and the loss's part.
 
     The views are on the meta device, but the step runs on fake CPU tensors: on the meta device,
     attention would not use the fused kernel that it uses on real tensors.
     """
-    student_view.train()
-    set_dropout(student_view, config.students[name].dropout)
+    teacher_view.module.eval()
+    student_view.module.train()
+    set_dropout(student_view.module, run.config.students[name].dropout)
     with FakeTensorMode():
-        teacher_tensors = _fake_tensors(teacher_view.eval(), DTYPES[config.teacher.dtype])
-        student_tensors = _fake_tensors(student_view, DTYPES[config.train.precision])
-        batch = batch_arguments(config, _COUNTED_SEQUENCES)
+        teacher_tensors = _fake_tensors(teacher_view.module, run.teacher_dtype)
+        student_tensors = _fake_tensors(student_view.module, run.student_dtype)
+        tokens = sample_tokens(run.config.data, _COUNTED_SEQUENCES)
         with _LiveBytes(*teacher_tensors.values(), *student_tensors.values()) as live:
             with torch.no_grad():
-                target = _forward(teacher_view, teacher_tensors, batch)
-            output = _forward(student_view, student_tensors, batch)
+                target = _forward(teacher_view, teacher_tensors, tokens)
+            output = _forward(student_view, student_tensors, tokens)
             # Restart the peak, to see what the loss's forward adds; the backward raises it further.
             kept, peak, live.peak = live.now, live.peak, live.now
-            loss = _loss(config, name, target, output, batch)
+            loss = _loss(StudentLoss.of(run.config, name), target, output, tokens)
             relation, live.peak = live.peak - kept, max(peak, live.peak)
             del target, output
             loss.backward()
     return -(-live.peak // _COUNTED_SEQUENCES), -(-relation // _COUNTED_SEQUENCES)
 
 
-def _fake_tensors(view: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    named = [*view.named_parameters(), *view.named_buffers()]
+def _fake_tensors(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    named = [*module.named_parameters(), *module.named_buffers()]
     return {
         name: torch.empty(
             x.shape, dtype=dtype if x.is_floating_point() else x.dtype
@@ -229,37 +213,22 @@ def _fake_tensors(view: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def _forward(view: nn.Module, tensors: dict[str, Tensor], batch: dict[str, Tensor]) -> QKV:
-    inputs = view_inputs(cast(PretrainedConfig, view.config), **batch)
-    output_BTD = torch.func.functional_call(view, tensors, kwargs=inputs).last_hidden_state
-    return split_qkv(output_BTD, cast("tuple[int, int, int]", view.qkv_widths))
+def _forward(view: QKVView, tensors: dict[str, Tensor], tokens: TokenInputs) -> QKV:
+    def module(**inputs: Tensor) -> Any:
+        return torch.func.functional_call(view.module, tensors, kwargs=inputs)
+
+    return view(tokens, module)
 
 
-def _loss(
-    config: DistillConfig, name: str, teacher: QKV, student: QKV, batch: dict[str, Tensor]
-) -> Tensor:
-    heads, pairs, backend = (
-        config.relation_heads(name),
-        config.relations.pairs,
-        config.relations.backend,
-    )
-    if backend == "reference":
-        mask_BT, ids_BT = batch.get("mask_BT"), batch.get("segment_ids_BT")
-        return relation_loss(
-            teacher,
-            student,
-            num_heads=heads,
-            pairs=pairs,
-            mask_BT=mask_BT,
-            segment_ids_BT=ids_BT,
-            backend=backend,
-        ).total
-    letters = letters_of(pairs)
+def _loss(loss: StudentLoss, teacher: QKV, student: QKV, tokens: TokenInputs) -> Tensor:
+    if loss.backend == "reference":
+        return loss(teacher, student, tokens).total
+    letters = letters_of(loss.pairs)
     inputs = [getattr(student, letter) for letter in letters]
     # Triton's backward recomputes the scores from both models' tensors, and from the logarithmic
     # sums of their rows and the factors derived from them.
-    if backend == "triton":
-        sums = torch.empty(4, len(pairs), heads, *student.q.shape[:2])
+    if loss.backend == "triton":
+        sums = torch.empty(4, len(loss.pairs), loss.num_heads, *student.q.shape[:2])
         return _LinearLoss.apply(
             [*(getattr(teacher, letter) for letter in letters), *inputs, sums], *inputs
         )
@@ -308,33 +277,16 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= self._known.pop(key)
 
 
-def _placements(
-    view: nn.Module, itemsize: int, world_size: int, on_host: bool
-) -> dict[str, tuple[int, int]]:
-    whole = sum(parameter.numel() for parameter in view.parameters()) * itemsize
-    part, gathered = -(-whole // world_size), _gathered_elements(view) * itemsize
-    offload = (part + gathered, 0) if on_host else (gathered, part)
+def _placements(run: ResolvedRun, view: QKVView) -> dict[str, tuple[int, int]]:
+    itemsize = run.teacher_dtype.itemsize
+    whole = _count(view.module) * itemsize
+    part, gathered = -(-whole // run.world_size), _gathered_elements(view) * itemsize
+    offload = (part + gathered, 0) if run.device_type == "cpu" else (gathered, part)
     return {"replicate": (whole, 0), "shard": (part + gathered, 0), "offload": offload}
 
 
-def _gathered_elements(view: nn.Module) -> int:
+def _gathered_elements(view: QKVView) -> int:
     """Return the most elements gathered at a time: two blocks, and what belongs to no block."""
-    blocks = [
-        sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(view)
-    ]
-    rest = sum(parameter.numel() for parameter in view.parameters()) - sum(blocks)
+    blocks = [_count(block) for block in view.blocks]
+    rest = _count(view.module) - sum(blocks)
     return rest + sum(sorted(blocks)[-2:])
-
-
-def _engine_bytes(config: DistillConfig, view: nn.Module, world_size: int, on_host: bool) -> int:
-    trained = sum(parameter.numel() for parameter in view.parameters())
-    itemsize = BYTES[config.train.precision]
-    if config.engine.name == "fsdp":
-        gathered = _gathered_elements(view) if config.engine.fsdp.reshard_after_forward else trained
-        # The gathered weights, and their fp32 gradients before they are reduced.
-        return gathered * itemsize + 4 * _gathered_elements(view)
-    zero = resolve_block(config, world_size)["zero_optimization"]
-    bucket = zero["reduce_bucket_size"]
-    buckets = (2 if zero["overlap_comm"] else 1) * (min(bucket, trained) if on_host else bucket)
-    gathered = trained * itemsize if zero["stage"] == 3 else 0
-    return 4 * buckets + gathered

@@ -13,19 +13,17 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
-from scaledistill.config.schema import DistillConfig
+from scaledistill.config.resolved import ResolvedRun
 from scaledistill.distributed.ranks import Ranks, failing_together, gather_objects
 from scaledistill.errors import ConfigError
-from scaledistill.models.capture import split_qkv, view_inputs
+from scaledistill.models.capture import QKVView
+from scaledistill.models.loss import StudentLoss
 from scaledistill.models.teacher import Teacher
-from scaledistill.preflight.estimate import DTYPES, Estimate, batch_arguments, estimate
-from scaledistill.relations import relation_loss
+from scaledistill.preflight.estimate import Estimate, estimate, sample_tokens
 
 log = logging.getLogger(__name__)
 
@@ -39,43 +37,39 @@ _OUT_OF_MEMORY = (
 
 
 def predict(
-    config: DistillConfig,
+    run: ResolvedRun,
     name: str,
     teacher: PretrainedConfig,
     student: PretrainedConfig,
-    world_size: int,
     limit_bytes: int,
-    device_type: str = "cpu",
 ) -> int:
     """Return the largest micro-batch predicted to fit, without running anything.
 
     Args:
-        config: resolved, except for the micro-batch.
+        run: its micro-batch is not read.
         name: the student.
         teacher: its model config.
         student: its model config.
-        world_size: the number of ranks.
         limit_bytes: free memory per rank; see `free_bytes`.
-        device_type: "cpu" or "cuda".
 
     Raises:
         ConfigError: not even the smallest fits.
     """
-    facts = estimate(with_micro_batch(config, 1), name, teacher, student, world_size, device_type)
+    facts = estimate(run.with_micro_batch(1), name, teacher, student)
     room = limit_bytes * (1 - MARGIN_FRACTION)
     found = (
         f"needs {facts.memory_bytes(1) / 1e9:.2f} GB, {room / 1e9:.2f} GB are free for each rank"
     )
     return largest_that_fits(
-        candidates(config, world_size), lambda size: facts.memory_bytes(size) <= room, found=found
+        candidates(run), lambda size: facts.memory_bytes(size) <= room, found=found
     )
 
 
 def choose(
-    config: DistillConfig,
+    run: ResolvedRun,
     name: str,
     teacher: Teacher,
-    student: nn.Module,
+    student: QKVView,
     facts: Estimate,
     ranks: Ranks,
     attempt: Callable[[int], None] | None = None,
@@ -85,11 +79,11 @@ def choose(
     Call it before blocks are compiled: they would be compiled again for each size that is tried.
 
     Args:
-        config: resolved; its micro-batch is the prediction, which is tried first on a GPU and
-            returned on a CPU.
+        run: its micro-batch is the prediction, which is tried first on a GPU and returned on a
+            CPU.
         name: the student.
         teacher: on the rank's device.
-        student: the training view for the engine, on any device; it is not changed.
+        student: on any device; it is not changed.
         facts: the estimate for this run; memory for its states is reserved while a size is tried.
         ranks: this process and its device.
         attempt: tries a size and raises `torch.OutOfMemoryError` if it does not fit (default: on a
@@ -99,14 +93,15 @@ def choose(
     Raises:
         ConfigError: not even the smallest fits.
     """
-    size, device = cast(int, config.train.micro_batch_size), ranks.device
+    size, device = run.micro_batch_size, ranks.device
     with failing_together():
-        if attempt is None and device.type == "cuda" and config.teacher.placement == "replicate":
+        whole_teacher = run.config.teacher.placement == "replicate"
+        if attempt is None and device.type == "cuda" and whole_teacher:
             margin = int(MARGIN_FRACTION * torch.cuda.mem_get_info(device)[1])
             held_bytes = facts.state_bytes - facts.teacher_bytes + margin
-            attempt = Trial(config, name, teacher, student, device, held_bytes)
+            attempt = Trial(run, name, teacher, student, device, held_bytes)
         if attempt:
-            sizes, found = candidates(config, ranks.world_size), f"a step was tried on {device}"
+            sizes, found = candidates(run), f"a step was tried on {device}"
             size = largest_that_fits(sizes, partial(fits, attempt), first=size, found=found)
             del attempt
             _release(device)
@@ -116,16 +111,9 @@ def choose(
     return size
 
 
-def with_micro_batch(config: DistillConfig, size: int | Literal["auto"]) -> DistillConfig:
-    """Return the configuration with a micro-batch of `size` sequences."""
-    return config.model_copy(
-        update={"train": config.train.model_copy(update={"micro_batch_size": size})}
-    )
-
-
-def candidates(config: DistillConfig, world_size: int) -> list[int]:
+def candidates(run: ResolvedRun) -> list[int]:
     """Return the micro-batches that divide a rank's share of the global batch, ascending."""
-    share = max(1, config.train.global_batch_size // world_size)
+    share = max(1, run.config.train.global_batch_size // run.world_size)
     return [size for size in range(1, share + 1) if share % size == 0]
 
 
@@ -175,16 +163,17 @@ class Trial:
 
     def __init__(
         self,
-        config: DistillConfig,
+        run: ResolvedRun,
         name: str,
         teacher: Teacher,
-        student: nn.Module,
+        student: QKVView,
         device: torch.device,
         held_bytes: int,
     ) -> None:
-        self._config, self._name, self._teacher = config, name, teacher
+        self._data, self._loss = run.config.data, StudentLoss.of(run.config, name)
         self._device, self._held_bytes = device, held_bytes
-        self._student = copy.deepcopy(student).to(device, DTYPES[config.train.precision])
+        self._teacher, self._view = teacher, student
+        self._module = copy.deepcopy(student.module).to(device, run.student_dtype)
 
     def __call__(self, size: int) -> None:
         """Try a micro-batch of `size` sequences.
@@ -192,25 +181,13 @@ class Trial:
         Raises:
             torch.OutOfMemoryError: it does not fit.
         """
-        config, student = self._config, self._student
-        student.zero_grad()
+        self._module.zero_grad()
         _release(self._device)
         held = torch.empty(self._held_bytes, dtype=torch.uint8, device=self._device)
-        batch = batch_arguments(config, size, self._device)
-        target = self._teacher(**batch)
-        inputs = view_inputs(cast(PretrainedConfig, student.config), **batch)
-        output = split_qkv(
-            student(**inputs).last_hidden_state, cast("tuple[int, int, int]", student.qkv_widths)
-        )
-        loss = relation_loss(
-            target,
-            output,
-            num_heads=config.relation_heads(self._name),
-            pairs=config.relations.pairs,
-            mask_BT=batch.get("mask_BT"),
-            segment_ids_BT=batch.get("segment_ids_BT"),
-            backend=config.relations.backend,
-        )
+        tokens = sample_tokens(self._data, size, self._device)
+        target = self._teacher(tokens)
+        output = self._view(tokens, self._module)
+        loss = self._loss(target, output, tokens)
         del target, output
         loss.total.backward()
         del held

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from scaledistill.config.schema import DistillConfig
+from scaledistill.config.resolved import ResolvedRun
 from scaledistill.distributed.ranks import BF16_ON_CPU
-from scaledistill.engines.deepspeed_block import communication_dtype, zero_settings
+from scaledistill.engines import engine_traits
 from scaledistill.errors import counted
 from scaledistill.metrics.recorder import short
-from scaledistill.preflight.checks import Plan, clipped_micro_batch
-from scaledistill.preflight.estimate import BYTES, Estimate
+from scaledistill.preflight.checks import Plan
+from scaledistill.preflight.estimate import Estimate
+from scaledistill.preflight.resolve import clipped_micro_batch
 
 # A forward with fewer tokens does not fill a large GPU's matrix units.
 _FEW_TOKENS = 2048
@@ -48,9 +49,9 @@ def reads(plan: Plan) -> Reads:
 
     The rows of a lane are shuffled, so a rank touches nearly every block of its lanes.
     """
-    manifest, order, train = plan.shards.manifest, plan.order, plan.config.train
-    together = math.gcd(order.num_lanes, plan.world_size)
-    lanes, sharers = order.num_lanes // together, plan.world_size // together
+    manifest, order, train = plan.shards.manifest, plan.order, plan.run.config.train
+    together = math.gcd(order.num_lanes, plan.run.world_size)
+    lanes, sharers = order.num_lanes // together, plan.run.world_size // together
     at_once = plan.shards.blocks_around(0, 0)  # the blocks that one read covers
     rows_per_read = min(
         sum(manifest.shards[0].block_rows[block] for block in at_once), order.window_rows
@@ -68,42 +69,27 @@ def reads(plan: Plan) -> Reads:
     )
 
 
-def traffic(config: DistillConfig, facts: Estimate, world_size: int) -> dict[str, float]:
-    """Return the bytes that each rank sends and receives per step with ring collectives, by use.
+def traffic(run: ResolvedRun, facts: Estimate, placement: str) -> dict[str, float]:
+    """Return the bytes that each rank sends and receives per step, by use.
 
-    A ring moves (W - 1) / W of a tensor for an all-gather or a reduce-scatter, twice that for an
-    all-reduce. DeepSpeed's stages 1 and 2 all-reduce gradients in buckets, stage 2 in every
-    micro-batch, and gather the new weights once. A sharded student's weights are gathered at most
-    once for each forward and once for each backward: small ones stay gathered.
+    That is what the engine sends for the student, and for a sharded teacher one all-gather in each
+    micro-batch.
     """
-    train, teacher = config.train, config.teacher
-    ring = (world_size - 1) / world_size
-    micro_batches = train.global_batch_size // (world_size * int(train.micro_batch_size or 1))
-    weights = ring * facts.trained_parameters * BYTES[train.precision]
-    if config.engine.name == "fsdp":  # gradients are sent in fp32, after the last micro-batch
-        gathers = 2 if config.engine.fsdp.reshard_after_forward else 1
-        sent = {
-            "weights": gathers * micro_batches * weights,
-            "gradients": ring * facts.trained_parameters * 4,
-        }
-    else:
-        stage = zero_settings(config)[0]
-        gradients = ring * facts.trained_parameters * BYTES[communication_dtype(config)]
-        sent = {
-            "weights": 2 * micro_batches * weights if stage == 3 else weights,
-            "gradients": {1: 2, 2: 2 * micro_batches, 3: micro_batches}[stage] * gradients,
-        }
-    if teacher.placement != "replicate":
-        sent["teacher"] = micro_batches * ring * facts.teacher_parameters * BYTES[teacher.dtype]
+    sent = engine_traits(run).traffic(facts.trained_parameters)
+    if placement != "replicate":
+        ring = (run.world_size - 1) / run.world_size
+        gathered = facts.teacher_parameters * run.teacher_dtype.itemsize
+        sent["teacher"] = run.accumulation * ring * gathered
     return sent
 
 
 def warnings_of(plan: Plan) -> list[str]:
     """Return warnings about what will work but could be faster, with the setting to change."""
-    order, shards, ranks = plan.order, len(plan.shards.manifest.shards), plan.world_size
-    train, length, found = plan.config.train, plan.config.data.sequence_length, reads(plan)
+    run, order, shards = plan.run, plan.order, len(plan.shards.manifest.shards)
+    ranks, train, found = run.world_size, run.config.train, reads(plan)
+    length = run.config.data.sequence_length
     told = []
-    if clipped := clipped_micro_batch(plan.stated, ranks):
+    if clipped := clipped_micro_batch(run):
         told.append(clipped)
     if found.times_over > _MANY_READS:
         more = math.lcm(order.num_lanes, ranks)
@@ -127,7 +113,7 @@ def warnings_of(plan: Plan) -> list[str]:
         )
     if plan.estimate.on_host and train.precision == "bf16":
         told.append(BF16_ON_CPU)
-    micro = int(train.micro_batch_size or 1)
+    micro = run.micro_batch_size
     if ranks > 1 and micro * length < _FEW_TOKENS:
         told.append(
             f"a forward has {micro} × {length} = {micro * length} tokens: too few to fill a GPU; "
@@ -149,60 +135,13 @@ def _lanes_advice(lanes: int, num_rows: int) -> str:
 
 def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
     """Return the plan as a table; with `tokens_per_second` of one rank, it shows the duration."""
-    config, facts, manifest = plan.config, plan.estimate, plan.shards.manifest
-    train, length, ranks = config.train, config.data.sequence_length, plan.world_size
-    tokens = train.global_batch_size * length
-    where = " in host memory" if facts.optimizer_on_host else ""
-    epochs = train.max_steps * train.global_batch_size / plan.order.rows_per_epoch
-    micro = int(train.micro_batch_size or 1)
-    accumulation = train.global_batch_size // (ranks * micro)
-    activations = facts.memory_bytes(micro) - facts.state_bytes
-    found, sent = reads(plan), traffic(config, facts, ranks)
     rows = {
-        "teacher": f"{config.teacher.model}, up to layer {config.teacher.layer}: "
-        f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}, placement "
-        f"{config.teacher.placement}",
-        "student": (
-            f"{plan.student_name}: {_millions(facts.student_parameters)}, {_trained(plan)}, "
-            f"{train.precision}"
-        ),
-        "relations": (
-            f"{config.relation_heads(plan.student_name)} heads, pairs "
-            f"{', '.join(config.relations.pairs)}"
-        ),
-        "engine": f"{engine_name(config)}, {counted(ranks, 'rank')}",
-        "step": f"{train.global_batch_size} sequences × {length} = {tokens:,} tokens; "
-        f"{counted(accumulation, 'micro-batch', 'micro-batches')} of {micro} per rank",
-        "FLOPs": (
-            f"{short(facts.flops_per_token)} per token, {facts.teacher_flops_fraction:.0%} the "
-            "teacher's"
-        ),
-        "run": (
-            f"{counted(train.max_steps, 'step')}, {short(train.max_steps * tokens)} tokens, "
-            f"{epochs:,.1f} epochs"
-        ),
-        **(_duration(plan, tokens_per_second, sum(sent.values())) if tokens_per_second else {}),
-        "data": f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}; "
-        f"{counted(plan.order.dropped_rows_per_epoch, 'row')} left out of an epoch",
-        "  rank and epoch": f"{plan.order.rows_per_epoch / ranks:,.1f} rows from {found.lanes} of "
-        f"{counted(plan.order.num_lanes, 'lane')}, about {found.shards_per_epoch:.1f} shards",
-        "  rank and step": f"{found.reads_per_step:.2g} reads, {_size(found.bytes_per_step)}",
-        "network": f"{_size(sum(sent.values()))} sent by each rank in a step"
-        + (
-            f" ({', '.join(f'{what} {_size(size)}' for what, size in sent.items())})"
-            if ranks > 1
-            else ""
-        ),
-        "memory per rank": _size(facts.memory_bytes(micro)),
-        "  teacher": _size(facts.teacher_bytes),
-        "  weights, gradients": _size(facts.weights_and_gradients_bytes),
-        "  optimizer": _size(facts.optimizer_bytes) + where,
-        "  activations": (
-            f"{_size(activations)}, of which the relation loss {_size(facts.relation_bytes)}"
-        ),
-        "checkpoint": f"{_size(facts.checkpoint_bytes)}, {config.checkpoint.keep} kept; "
-        f"{_size(plan.free_disk_bytes)} free",
-        "run folder": config.run.folder,
+        **_model_rows(plan),
+        **_step_rows(plan),
+        **(_duration(plan, tokens_per_second) if tokens_per_second else {}),
+        **_data_rows(plan),
+        **_memory_rows(plan),
+        "run folder": plan.run.config.run.folder,
         **_evaluation(plan),
     }
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -213,6 +152,88 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
     return table
 
 
+def _model_rows(plan: Plan) -> dict[str, str]:
+    config, facts, ranks = plan.run.config, plan.estimate, plan.run.world_size
+    pairs = ", ".join(config.relations.pairs)
+    return {
+        "teacher": (
+            f"{config.teacher.model}, up to layer {config.teacher.layer}: "
+            f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}, placement "
+            f"{config.teacher.placement}"
+        ),
+        "student": (
+            f"{plan.student_name}: {_millions(facts.student_parameters)}, {_trained(plan)}, "
+            f"{config.train.precision}"
+        ),
+        "relations": f"{config.relation_heads(plan.student_name)} heads, pairs {pairs}",
+        "engine": f"{engine_traits(plan.run).title}, {counted(ranks, 'rank')}",
+    }
+
+
+def _step_rows(plan: Plan) -> dict[str, str]:
+    run, facts, train = plan.run, plan.estimate, plan.run.config.train
+    micro_batches = counted(run.accumulation, "micro-batch", "micro-batches")
+    epochs = train.max_steps * train.global_batch_size / plan.order.rows_per_epoch
+    return {
+        "step": (
+            f"{train.global_batch_size} sequences × {run.config.data.sequence_length} = "
+            f"{run.tokens_per_step:,} tokens; {micro_batches} of {run.micro_batch_size} per rank"
+        ),
+        "FLOPs": (
+            f"{short(facts.flops_per_token)} per token, {facts.teacher_flops_fraction:.0%} the "
+            "teacher's"
+        ),
+        "run": (
+            f"{counted(train.max_steps, 'step')}, "
+            f"{short(train.max_steps * run.tokens_per_step)} tokens, {epochs:,.1f} epochs"
+        ),
+    }
+
+
+def _data_rows(plan: Plan) -> dict[str, str]:
+    order, manifest, ranks = plan.order, plan.shards.manifest, plan.run.world_size
+    found, sent = reads(plan), _sent(plan)
+    parts = ", ".join(f"{what} {_size(size)}" for what, size in sent.items())
+    return {
+        "data": (
+            f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}; "
+            f"{counted(order.dropped_rows_per_epoch, 'row')} left out of an epoch"
+        ),
+        "  rank and epoch": (
+            f"{order.rows_per_epoch / ranks:,.1f} rows from {found.lanes} of "
+            f"{counted(order.num_lanes, 'lane')}, about {found.shards_per_epoch:.1f} shards"
+        ),
+        "  rank and step": f"{found.reads_per_step:.2g} reads, {_size(found.bytes_per_step)}",
+        "network": (
+            f"{_size(sum(sent.values()))} sent by each rank in a step"
+            + (f" ({parts})" if ranks > 1 else "")
+        ),
+    }
+
+
+def _memory_rows(plan: Plan) -> dict[str, str]:
+    facts, needed = plan.estimate, plan.estimate.memory_bytes(plan.run.micro_batch_size)
+    where = " in host memory" if facts.optimizer_on_host else ""
+    return {
+        "memory per rank": _size(needed),
+        "  teacher": _size(facts.teacher_bytes),
+        "  weights, gradients": _size(facts.weights_and_gradients_bytes),
+        "  optimizer": _size(facts.optimizer_bytes) + where,
+        "  activations": (
+            f"{_size(needed - facts.state_bytes)}, of which the relation loss "
+            f"{_size(facts.relation_bytes)}"
+        ),
+        "checkpoint": (
+            f"{_size(facts.checkpoint_bytes)}, {plan.run.config.checkpoint.keep} kept; "
+            f"{_size(plan.free_disk_bytes)} free"
+        ),
+    }
+
+
+def _sent(plan: Plan) -> dict[str, float]:
+    return traffic(plan.run, plan.estimate, plan.run.config.teacher.placement)
+
+
 def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list[str]:
     """Return the log lines that say what a run is about to do.
 
@@ -221,11 +242,8 @@ def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list
         step: the step that the run resumes from, or 0.
         last_step: the last step of the run.
     """
-    config, facts = plan.config, plan.estimate
-    train, ranks, run = config.train, plan.world_size, config.run
-    micro = int(train.micro_batch_size or 1)
-    accumulation = train.global_batch_size // (ranks * micro)
-    tokens = train.global_batch_size * config.data.sequence_length
+    run, facts, config = plan.run, plan.estimate, plan.run.config
+    train, ranks, tokens = config.train, run.world_size, run.tokens_per_step
     epochs = last_step * train.global_batch_size / plan.order.rows_per_epoch
     validation = f", validation {config.data.validation}" if config.data.validation else ""
     lines = [
@@ -234,44 +252,40 @@ def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list
         f"teacher {config.teacher.model}, up to layer {config.teacher.layer}: "
         f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}, placement "
         f"{config.teacher.placement}",
-        f"batch: {counted(ranks, 'rank')} × {micro} × "
-        f"{counted(accumulation, 'micro-batch', 'micro-batches')} = {train.global_batch_size} "
+        f"batch: {counted(ranks, 'rank')} × {run.micro_batch_size} × "
+        f"{counted(run.accumulation, 'micro-batch', 'micro-batches')} = {train.global_batch_size} "
         f"sequences of {config.data.sequence_length}, {tokens:,} tokens a step",
         f"steps: {last_step:,}, {short(last_step * tokens)} tokens in all, {epochs:,.1f} epochs of "
         f"{counted(plan.order.rows_per_epoch, 'row')}",
-        f"engine: {engine_name(config)}, {train.precision} on {device}, compile "
+        f"engine: {engine_traits(run).title}, {train.precision} on {device}, compile "
         f"{'on' if train.compile else 'off'}, relations by {config.relations.backend}",
-        f"paths: run {run.folder}, training data {config.data.train}{validation}",
+        f"paths: run {config.run.folder}, training data {config.data.train}{validation}",
     ]
     if step:
-        checkpoint = f"{run.folder}/checkpoints/step-{step:09d}"
+        checkpoint = f"{config.run.folder}/checkpoints/step-{step:09d}"
         lines.append(
             f"resumed from {checkpoint}: {counted(last_step - step, 'step')} of {last_step:,} left"
         )
-    if clipped := clipped_micro_batch(plan.stated, ranks):
+    if clipped := clipped_micro_batch(run):
         lines.append(f"note: {clipped}")
     return lines
 
 
 def placement_table(plan: Plan, memory_bytes: int | None = None) -> Table:
     """Return what a rank needs for each `teacher.placement`, and if it fits in `memory_bytes`."""
-    config, facts = plan.config, plan.estimate
-    micro = int(config.train.micro_batch_size or 1)
-    beside = facts.memory_bytes(micro) - facts.teacher_bytes
+    run, facts = plan.run, plan.estimate
+    beside = facts.memory_bytes(run.micro_batch_size) - facts.teacher_bytes
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("teacher.placement", "teacher", "host", "rank total", "network/step"):
         table.add_column(heading, justify="left" if heading == "teacher.placement" else "right")
     if memory_bytes:
         table.add_column(f"in {_size(memory_bytes)}")
     for placement, (device_bytes, host_bytes) in facts.placements.items():
-        placed = config.model_copy(
-            update={"teacher": config.teacher.model_copy(update={"placement": placement})}
-        )
         cells = [
             device_bytes,
             host_bytes,
             beside + device_bytes,
-            sum(traffic(placed, facts, plan.world_size).values()),
+            sum(traffic(run, facts, placement).values()),
         ]
         fits = [] if not memory_bytes else ["fits" if cells[2] <= memory_bytes else "too large"]
         table.add_row(placement, *map(_size, cells), *fits)
@@ -290,28 +304,21 @@ def _evaluation(plan: Plan) -> dict[str, str]:
     }
 
 
-def _duration(plan: Plan, tokens_per_second: float, sent: float) -> dict[str, str]:
-    train, length = plan.config.train, plan.config.data.sequence_length
-    seconds = train.global_batch_size * length / (tokens_per_second * plan.world_size)
-    speed = tokens_per_second * plan.world_size
+def _duration(plan: Plan, tokens_per_second: float) -> dict[str, str]:
+    run, steps = plan.run, plan.run.config.train.max_steps
+    speed = tokens_per_second * run.world_size
+    seconds = run.tokens_per_step / speed
     text = f"{3600 / seconds:,.0f} steps and {short(3600 * speed)} tokens an hour, "
-    text += (
-        f"{train.max_steps * seconds / 3600:,.1f} hours, at {short(tokens_per_second)} tokens/s "
-        "per rank"
-    )
-    if plan.world_size > 1:
+    text += f"{steps * seconds / 3600:,.1f} hours, at {short(tokens_per_second)} tokens/s per rank"
+    if run.world_size > 1:
+        sent = sum(_sent(plan).values())
         text += f"; the network must carry {_size(sent / seconds)}/s per rank"
     return {"  time": text}
 
 
-def engine_name(config: DistillConfig) -> str:
-    """Return the engine's name for people, with DeepSpeed's ZeRO stage."""
-    return "FSDP2" if config.engine.name == "fsdp" else f"DeepSpeed ZeRO-{zero_settings(config)[0]}"
-
-
 def _trained(plan: Plan) -> str:
     facts = plan.estimate
-    if plan.config.students[plan.student_name].tap == "extra":
+    if plan.run.config.students[plan.student_name].tap == "extra":
         projection = facts.trained_parameters - facts.student_parameters
         return f"all trained, and a projection of {_millions(projection)} that the export drops"
     return f"of which {_millions(facts.trained_parameters)} are trained"

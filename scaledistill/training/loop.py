@@ -444,9 +444,9 @@ def _run(
         if any_rank(stop.reason() is not None, ranks.device):
             return stopped(status, ranks, status.step if status else 0, stop.acknowledge())
         watchdog.at("loading")
-        sized_by = plan.estimate if config.train.micro_batch_size == "auto" else None
+        sized_by = plan.estimate if plan.run.auto_micro_batch else None
         session = open_session(
-            plan.config,
+            plan.run,
             ranks,
             resume=status is not None,
             sized_by=sized_by,
@@ -454,7 +454,7 @@ def _run(
         )
         stack.enter_context(session.saver)
         if ranks.is_main:
-            plan = replace(plan, config=session.config)  # with the micro-batch that was chosen
+            plan = replace(plan, run=session.run)  # with the micro-batch that was chosen
             for text in start_summary(
                 plan, ranks.device.type, step=session.step, last_step=last_step
             ):

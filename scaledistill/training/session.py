@@ -1,6 +1,6 @@
 """The session of a run: teacher, student under its engine, data order and current step.
 
-Inputs: a resolved configuration. Outputs: a `Session` at the step to start or resume from, its
+Inputs: a resolved run. Outputs: a `Session` at the step to start or resume from, its
 checkpoints and its exports. Not handled here: the step (`training.step`), when to save and export
 (`training.loop`).
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from scaledistill import __version__
 from scaledistill.checkpoint.format import Checkpoint, newest_checkpoint
 from scaledistill.checkpoint.saver import Groups, Saver
+from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DistillConfig
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
@@ -32,24 +33,28 @@ from scaledistill.distributed.ranks import (
     gather_objects,
     reported_once,
 )
-from scaledistill.engines import Engine, EngineState, create_engine, shard_teacher
-from scaledistill.engines.deepspeed_block import zero_settings
+from scaledistill.engines import (
+    Engine,
+    EngineState,
+    create_engine,
+    engine_traits,
+    shard_teacher,
+)
 from scaledistill.errors import ConfigError
 from scaledistill.metrics.stopwatch import measured_matrix_rate, peak_flops
 from scaledistill.models.attention import use_varlen_attention
 from scaledistill.models.capture import (
-    blocks_of,
     build_encoder,
     capture_view,
-    compile_blocks,
     forward_flops,
 )
+from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import build_student
 from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
 from scaledistill.preflight.checks import check_same_run, open_shards, other_run, student_shape
-from scaledistill.preflight.estimate import DTYPES, Estimate
+from scaledistill.preflight.estimate import Estimate
 from scaledistill.preflight.fetching import fetch_weights
-from scaledistill.preflight.microbatch import choose, with_micro_batch
+from scaledistill.preflight.microbatch import choose
 from scaledistill.training.exports import Facts, write_student
 
 log = logging.getLogger(__name__)
@@ -66,7 +71,7 @@ class Student:
     name: str
     config: PretrainedConfig
     engine: Engine
-    qkv_widths: tuple[int, int, int]
+    loss: StudentLoss
     dropout: float
     untrained: dict[str, Tensor]
     """Weights of the full model that the training view lacks, as initialised: fp32, on the CPU."""
@@ -78,7 +83,7 @@ class Student:
 class Session:
     """A run in progress; equal on all ranks unless noted otherwise."""
 
-    config: DistillConfig
+    run: ResolvedRun
     ranks: Ranks
     teacher: Teacher
     student: Student
@@ -103,23 +108,9 @@ class Session:
         self.saver = Saver(root, self.ranks, keep=settings.keep, remote=settings.remote)
 
     @property
-    def accumulation(self) -> int:
-        """Micro-batches per rank and optimizer step."""
-        return self.config.train.global_batch_size // (
-            self.ranks.world_size * self.micro_batch_size
-        )
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Sequences per micro-batch.
-
-        Raises:
-            ValueError: the configuration is not resolved.
-        """
-        size = self.config.train.micro_batch_size
-        if not isinstance(size, int):
-            raise ValueError("the configuration is not resolved")
-        return size
+    def config(self) -> DistillConfig:
+        """The run's settings, resolved."""
+        return self.run.config
 
     def stream(self, step: int | None = None) -> ShardStream:
         """Return this rank's micro-batches from a step on (default: the current step)."""
@@ -127,7 +118,7 @@ class Session:
             self.shards,
             self.order,
             global_batch_size=self.config.train.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.run.micro_batch_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             first_sample=(self.step if step is None else step)
@@ -148,7 +139,7 @@ class Session:
         batches = iter_validation(
             self.held_out,
             rows=self.config.train.validation_rows,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.run.micro_batch_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             with_documents=self.config.data.attention == "document",
@@ -252,7 +243,7 @@ def versions() -> dict[str, str]:
 
 
 def open_session(
-    config: DistillConfig,
+    run: ResolvedRun,
     ranks: Ranks,
     *,
     resume: bool,
@@ -262,9 +253,9 @@ def open_session(
     """Set up everything that a run needs. Collective.
 
     Args:
-        config: resolved.
+        run: its settings, resolved for these ranks.
         resume: start from the newest good checkpoint, if there is one.
-        sized_by: the estimate that predicted the micro-batch in `config`; given if the largest one
+        sized_by: the estimate that predicted the micro-batch of `run`; given if the largest one
             that fits is wanted. A run resumed on as many ranks keeps its micro-batch, and so its
             rounding.
         opened: the data sets, if already open: reading a manifest can take seconds, and memory.
@@ -273,101 +264,111 @@ def open_session(
         ConfigError: the run to resume had other settings, another teacher or other data.
         DataError: data or models do not meet the run's needs.
     """
-    data, teacher_settings = config.data, config.teacher
+    config = run.config
+    teacher_settings, name = config.teacher, next(iter(config.students))
     if ranks.is_main and ranks.device.type == "cpu" and config.train.precision == "bf16":
         log.warning("%s", BF16_ON_CPU)
     if ranks.is_main:
         log.info("loading %s up to layer %d", teacher_settings.model, teacher_settings.layer)
     fetch_weights(teacher_settings.model, teacher_settings.revision, ranks)
     with failing_together():
-        shards, held_out = opened or _open_data(config)
-        if not config.train.validation_every_steps:
-            held_out = None
-        order = shards.order(
-            seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
-        )
-        whole = teacher_settings.placement == "replicate"
-        encoder, stored = (_load_whole if whole else open_encoder)(
-            teacher_settings.model,
-            revision=teacher_settings.revision,
-            num_layers=teacher_settings.layer,
-            trust_remote_code=teacher_settings.trust_remote_code,
-        )
-    root, remote = Path(config.run.folder) / "checkpoints", config.checkpoint.remote
-    checkpoint = newest_checkpoint(root, ranks, remote) if resume else None
-    if checkpoint:
-        with reported_once(ranks):
-            check_same_run(checkpoint.state, config, order)
-    name = next(iter(config.students))
+        shards, held_out, order = _open_data(config, opened)
+        encoder, stored = _open_teacher(config)
+    checkpoint = _checkpoint_to_resume(config, order, ranks) if resume else None
     if not checkpoint:
         fetch_weights(config.students[name].init, None, ranks)
     with failing_together():
         model = _create_student(config, name, encoder, stored, checkpoint)
     flops = _flops_per_token(encoder, model, config)
-    teacher = _place_teacher(config, encoder, stored, ranks)
+    teacher = _place_teacher(run, encoder, stored, ranks)
+    # The teacher has taken over what it needs; the layers above it can be freed.
     del encoder, stored
-    if data.attention == "document":
-        dropout = config.students[name].dropout
-        use_varlen_attention(teacher.config, ranks.device, DTYPES[config.teacher.dtype])
-        use_varlen_attention(
-            model.config, ranks.device, DTYPES[config.train.precision], dropout=dropout
-        )
-    # A predicted micro-batch may differ from rank to rank, so it is not compared.
-    _check_same_everywhere(
-        with_micro_batch(config, "auto") if sized_by else config, teacher, order, ranks
-    )
-    if checkpoint and sized_by and checkpoint.state["world_size"] == ranks.world_size:
-        config = with_micro_batch(config, checkpoint.state["config"]["train"]["micro_batch_size"])
-    elif sized_by:
-        view = capture_view(model, model.config.num_hidden_layers)
-        config = with_micro_batch(config, choose(config, name, teacher, view, sized_by, ranks))
+    if config.data.attention == "document":
+        _attend_within_documents(run, name, teacher, model, ranks)
+    _check_same_everywhere(config, teacher, order, ranks, with_micro_batch=not sized_by)
     if checkpoint:
         with reported_once(ranks):
             _check_same_teacher(checkpoint, config, teacher)
-    peak = peak_flops(ranks.device) or measured_matrix_rate(
-        ranks.device, DTYPES[config.teacher.dtype]
-    )
-    if config.train.compile and not _gathered_by_hooks_within_blocks(config, teacher=True):
-        compile_blocks(teacher.view)
+    if checkpoint and sized_by and checkpoint.state["world_size"] == ranks.world_size:
+        run = run.with_micro_batch(checkpoint.state["config"]["train"]["micro_batch_size"])
+    elif sized_by:
+        view = capture_view(model, model.config.num_hidden_layers)
+        run = run.with_micro_batch(choose(run, name, teacher, view, sized_by, ranks))
+    peak = peak_flops(ranks.device) or measured_matrix_rate(ranks.device, run.teacher_dtype)
+    replicated = teacher_settings.placement == "replicate"
+    if config.train.compile and (replicated or engine_traits(run).compiles_sharded_teacher):
+        teacher.view.compile_blocks()
     with reported_once(ranks):
-        student = _train_student(config, name, model, ranks)
+        student = _train_student(run, name, model, ranks)
     session = Session(
-        config, ranks, teacher, student, shards, order, held_out, flops, peak * ranks.world_size
+        run, ranks, teacher, student, shards, order, held_out, flops, peak * ranks.world_size
     )
     if checkpoint:
         _restore(session, checkpoint)
     return session
 
 
-def _open_data(config: DistillConfig) -> DataSets:
-    shards = open_shards(config, config.data.train)
-    held_out = open_shards(config, config.data.validation) if config.data.validation else None
-    return shards, held_out
+def _open_data(
+    config: DistillConfig, opened: DataSets | None
+) -> tuple[ShardReader, ShardReader | None, SampleOrder]:
+    data = config.data
+    shards, held_out = opened or (
+        open_shards(config, data.train),
+        open_shards(config, data.validation) if data.validation else None,
+    )
+    order = shards.order(
+        seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
+    )
+    return shards, held_out if config.train.validation_every_steps else None, order
 
 
-def _load_whole(model: str, **options: Any) -> tuple[PreTrainedModel, None]:
-    return load_encoder(model, **options), None
+def _open_teacher(config: DistillConfig) -> tuple[PreTrainedModel, Mapping[str, Tensor] | None]:
+    """Return the teacher's encoder; if it will be sharded, its weights are still on disk."""
+    teacher = config.teacher
+    options: dict[str, Any] = {
+        "revision": teacher.revision,
+        "num_layers": teacher.layer,
+        "trust_remote_code": teacher.trust_remote_code,
+    }
+    if teacher.placement == "replicate":
+        return load_encoder(teacher.model, **options), None
+    return open_encoder(teacher.model, **options)
+
+
+def _checkpoint_to_resume(
+    config: DistillConfig, order: SampleOrder, ranks: Ranks
+) -> Checkpoint | None:
+    """Return the newest good checkpoint, if there is one; it is checked to be of this run."""
+    root = Path(config.run.folder) / "checkpoints"
+    checkpoint = newest_checkpoint(root, ranks, config.checkpoint.remote)
+    if checkpoint:
+        with reported_once(ranks):
+            check_same_run(checkpoint.state, config, order)
+    return checkpoint
 
 
 def _place_teacher(
-    config: DistillConfig,
+    run: ResolvedRun,
     encoder: PreTrainedModel,
     stored: Mapping[str, Tensor] | None,
     ranks: Ranks,
 ) -> Teacher:
     """Place the teacher according to `teacher.placement`. Collective if it is sharded."""
-    dtype, layer = DTYPES[config.teacher.dtype], config.teacher.layer
+    dtype, layer = run.teacher_dtype, run.config.teacher.layer
     if stored is None:
         return Teacher(encoder, layer, dtype=dtype).to(ranks.device)
     return Teacher(
-        encoder, layer, dtype=dtype, stored=stored, shard=partial(shard_teacher, config, ranks)
+        encoder, layer, dtype=dtype, stored=stored, shard=partial(shard_teacher, run, ranks)
     )
 
 
-def _gathered_by_hooks_within_blocks(config: DistillConfig, *, teacher: bool) -> bool:
-    """Return whether ZeRO-3 gathers parameters by hooks inside blocks: those cannot be compiled."""
-    sharded = config.teacher.placement != "replicate" if teacher else zero_settings(config)[0] == 3
-    return sharded and config.engine.name == "deepspeed"
+def _attend_within_documents(
+    run: ResolvedRun, name: str, teacher: Teacher, model: PreTrainedModel, ranks: Ranks
+) -> None:
+    """Use the fast kernel for attention within documents, where there is one."""
+    dropout = run.config.students[name].dropout
+    use_varlen_attention(teacher.config, ranks.device, run.teacher_dtype)
+    use_varlen_attention(model.config, ranks.device, run.student_dtype, dropout=dropout)
 
 
 def _create_student(
@@ -396,26 +397,21 @@ def _create_student(
     return model
 
 
-def _train_student(
-    config: DistillConfig, name: str, model: PreTrainedModel, ranks: Ranks
-) -> Student:
+def _train_student(run: ResolvedRun, name: str, model: PreTrainedModel, ranks: Ranks) -> Student:
     """Cut the student's training view and hand it to an engine. Collective."""
     view = capture_view(model, model.config.num_hidden_layers)
-    trained = {parameter_name for parameter_name, _ in view.named_parameters()}
+    trained = {parameter_name for parameter_name, _ in view.module.named_parameters()}
     untrained = {
         key: value.clone() for key, value in model.state_dict().items() if key not in trained
     }
     num_bytes = sum(value.nbytes for value in model.state_dict().values())
-    num_bytes += 2 * sum(parameter.nbytes for parameter in view.parameters())
-    blocks = blocks_of(view)
+    num_bytes += 2 * sum(parameter.nbytes for parameter in view.module.parameters())
     # Compile only afterwards: the engine runs a first step with another shape.
-    engine = create_engine(config, view, blocks, ranks)
-    if config.train.compile and not _gathered_by_hooks_within_blocks(config, teacher=False):
-        compile_blocks(view)
-    widths = cast(tuple[int, int, int], view.qkv_widths)
-    return Student(
-        name, model.config, engine, widths, config.students[name].dropout, untrained, num_bytes
-    )
+    engine = create_engine(run, view, ranks)
+    if run.config.train.compile and engine_traits(run).compiles_student:
+        view.compile_blocks()
+    loss, dropout = StudentLoss.of(run.config, name), run.config.students[name].dropout
+    return Student(name, model.config, engine, loss, dropout, untrained, num_bytes)
 
 
 def _flops_per_token(
@@ -424,15 +420,24 @@ def _flops_per_token(
     length = config.data.sequence_length
     teacher_view = capture_view(encoder, config.teacher.layer)
     student_view = capture_view(model, model.config.num_hidden_layers)
-    return (forward_flops(teacher_view, length) + 3 * forward_flops(student_view, length)) / length
+    flops = forward_flops(teacher_view.module, length) + 3 * forward_flops(
+        student_view.module, length
+    )
+    return flops / length
 
 
 def _check_same_everywhere(
-    config: DistillConfig, teacher: Teacher, order: SampleOrder, ranks: Ranks
+    config: DistillConfig,
+    teacher: Teacher,
+    order: SampleOrder,
+    ranks: Ranks,
+    *,
+    with_micro_batch: bool,
 ) -> None:
     """Check that settings, teacher and data are equal on all ranks. Collective.
 
-    Each rank reads its own files, so they may differ.
+    Each rank reads its own files, so they may differ. A predicted micro-batch may differ from rank
+    to rank: it is not compared.
 
     Raises:
         ConfigError: they differ.
@@ -443,6 +448,8 @@ def _check_same_everywhere(
         )
     }
     facts |= {"teacher.model": {"sha256": teacher.sha256}, "data.train": order.fingerprint()}
+    if not with_micro_batch:
+        facts["settings"]["train"].pop("micro_batch_size")
     facts["settings"]["teacher"].pop("model")  # a path that may differ; its weights are compared
     everyone = gather_objects(facts)
     for rank, other in enumerate(everyone):

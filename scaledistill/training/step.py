@@ -17,8 +17,8 @@ from scaledistill.data.stream import Batch
 from scaledistill.distributed.ranks import all_reduce_sum, any_rank
 from scaledistill.errors import DataError
 from scaledistill.metrics.stopwatch import Stopwatch
-from scaledistill.models.capture import capture_view, split_qkv, view_inputs
-from scaledistill.relations import QKV, RelationLoss, relation_loss
+from scaledistill.models.capture import capture_view
+from scaledistill.relations import QKV, RelationLoss
 from scaledistill.training.session import Session
 
 STOP_CHECK_BATCHES = 4
@@ -90,8 +90,8 @@ def train_step(
     pairs = list(session.config.relations.pairs)
     # Sums of the total loss, of each pair's loss and of the stop requests.
     sums = torch.zeros(2 + len(pairs), dtype=torch.float64, device=ranks.device)
-    batches = []
-    for micro in range(session.accumulation):
+    accumulation, batches = session.run.accumulation, []
+    for micro in range(accumulation):
         with watch.phase("data wait"):
             batch = next(stream)
         batches.append(batch)
@@ -101,7 +101,7 @@ def train_step(
         # A non-finite loss makes the gradients NaN, so that the engine skips the step on all ranks.
         poison = torch.where(torch.isfinite(loss.total.detach()), 1.0, torch.nan)
         with watch.phase("backward"):
-            student.engine.backward(loss.total * poison, last=micro + 1 == session.accumulation)
+            student.engine.backward(loss.total * poison, last=micro + 1 == accumulation)
         sums[:-1] += torch.stack(
             [loss.total.detach(), *(loss.by_pair[pair].detach() for pair in pairs)]
         )
@@ -115,7 +115,7 @@ def train_step(
     # Our one device-to-host synchronisation per step.
     *losses, stops = all_reduce_sum(sums).tolist()
     names = ["loss", *(f"loss/{student.name}/{pair}" for pair in pairs)]
-    means = [loss / (session.accumulation * ranks.world_size) for loss in losses]
+    means = [loss / (accumulation * ranks.world_size) for loss in losses]
     session.step += 1
     is_finite = math.isfinite(means[0])
     skipped = outcome.skipped or not is_finite
@@ -136,9 +136,8 @@ def skip_cause(session: Session, batches: Iterable[Batch], *, loss_is_finite: bo
     student.engine.train_mode(False)
     counts = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for batch in batches:
-        target, output_BTD = both_outputs(session, batch, Stopwatch())
-        found = split_qkv(output_BTD, student.qkv_widths)
-        counts += torch.stack([_count_not_finite(qkv, batch.mask_BT) for qkv in (target, found)])
+        outputs = both_outputs(session, batch, Stopwatch())
+        counts += torch.stack([_count_not_finite(qkv, batch.mask_BT) for qkv in outputs])
     student.engine.train_mode(True)
     teacher, own = all_reduce_sum(counts).tolist()
     if teacher:
@@ -159,43 +158,17 @@ def _count_not_finite(qkv: QKV, mask_BT: Tensor | None) -> Tensor:
 
 def forward_loss(session: Session, batch: Batch, watch: Stopwatch) -> RelationLoss:
     """Return the relation loss of a micro-batch: the teacher's Q, K and V against the student's."""
-    target, output_BTD = both_outputs(session, batch, watch)
+    target, found = both_outputs(session, batch, watch)
     with watch.phase("loss"):
-        return _relation_loss(session, batch, target, output_BTD)
+        return session.student.loss(target, found, batch.tokens)
 
 
-def both_outputs(session: Session, batch: Batch, watch: Stopwatch) -> tuple[QKV, Tensor]:
-    """Return the teacher's Q, K and V of a micro-batch, and the student's as one [B, T, D]."""
-    student, tokens = session.student, _tokens(batch)
+def both_outputs(session: Session, batch: Batch, watch: Stopwatch) -> tuple[QKV, QKV]:
+    """Return the teacher's and the student's Q, K and V of a micro-batch."""
     with watch.phase("teacher"):
-        target = session.teacher(*tokens)
+        target = session.teacher(batch.tokens)
     with watch.phase("student"):
-        return target, student.engine.forward(view_inputs(student.config, *tokens))
-
-
-def _tokens(
-    batch: Batch,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    return (
-        batch.input_ids_BT,
-        batch.mask_BT,
-        batch.segment_ids_BT,
-        batch.position_ids_BT,
-        batch.cu_seqlens,
-    )
-
-
-def _relation_loss(session: Session, batch: Batch, target: QKV, output_BTD: Tensor) -> RelationLoss:
-    student, relations = session.student, session.config.relations
-    return relation_loss(
-        target,
-        split_qkv(output_BTD, student.qkv_widths),
-        num_heads=session.config.relation_heads(student.name),
-        pairs=relations.pairs,
-        mask_BT=batch.mask_BT,
-        segment_ids_BT=batch.segment_ids_BT,
-        backend=relations.backend,
-    )
+        return target, session.student.engine.forward(batch.tokens)
 
 
 class ExportProbe:
@@ -215,14 +188,12 @@ class ExportProbe:
                 if session.held_out
                 else stack.enter_context(session.stream(0))
             )
-            count = PROBE_BATCHES if session.held_out else min(PROBE_BATCHES, session.accumulation)
-            self._batches = list(islice(batches, count))
-        self._targets = [session.teacher(*_tokens(batch)) for batch in self._batches]
-        outputs = [
-            engine.forward(view_inputs(session.student.config, *_tokens(batch)))
-            for batch in self._batches
-        ]
-        self._dtype = outputs[0].dtype
+            # Of the stream, no more than the first step's.
+            most = PROBE_BATCHES if session.held_out else session.run.accumulation
+            self._batches = list(islice(batches, min(PROBE_BATCHES, most)))
+        self._targets = [session.teacher(batch.tokens) for batch in self._batches]
+        outputs = [engine.forward(batch.tokens) for batch in self._batches]
+        self._dtype = outputs[0].q.dtype
         self._loss = self._mean_loss(outputs)
         engine.train_mode(True)
 
@@ -237,12 +208,9 @@ class ExportProbe:
             DataError: its loss differs from the run's by more than rounding can explain.
         """
         config, device = self._session.student.config, self._session.ranks.device
-        view = capture_view(model, config.num_hidden_layers).to(device, self._dtype).eval()
-        outputs = [
-            view(**view_inputs(config, *_tokens(batch))).last_hidden_state
-            for batch in self._batches
-        ]
-        loss = self._mean_loss(outputs)
+        view = capture_view(model, config.num_hidden_layers)
+        view.module.to(device, self._dtype).eval()
+        loss = self._mean_loss([view(batch.tokens) for batch in self._batches])
         relative, absolute = PROBE_TOLERANCE[self._dtype]
         if not abs(loss - self._loss) <= relative * abs(self._loss) + absolute:
             rows = "data.validation" if self._session.held_out else "data.train"
@@ -253,11 +221,13 @@ class ExportProbe:
                 "be wrong too: start over with other settings in `engine`, and report this"
             )
 
-    def _mean_loss(self, outputs: list[torch.Tensor]) -> float:
-        compared = zip(self._batches, self._targets, outputs, strict=True)
-        return sum(float(_relation_loss(self._session, *each).total) for each in compared) / len(
-            outputs
+    def _mean_loss(self, outputs: list[QKV]) -> float:
+        loss = self._session.student.loss
+        compared = zip(self._targets, outputs, self._batches, strict=True)
+        total = sum(
+            float(loss(target, found, batch.tokens).total) for target, found, batch in compared
         )
+        return total / len(outputs)
 
 
 def seed_dropout(*numbers: int) -> None:

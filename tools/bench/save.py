@@ -105,7 +105,7 @@ def measure(config: Any, saves: int, every: int) -> dict[str, tuple[str, list[fl
     """Run the steps; return each figure's unit and values."""
     from scaledistill.distributed.ranks import process_group
     from scaledistill.metrics.stopwatch import Stopwatch
-    from scaledistill.preflight.checks import resolve
+    from scaledistill.preflight.resolve import resolve
     from scaledistill.training.session import open_session
     from scaledistill.training.step import train_step
 

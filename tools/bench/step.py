@@ -467,7 +467,7 @@ def make_steps(file: Path) -> int:
     from scaledistill.config.load import load_config
     from scaledistill.distributed.ranks import process_group
     from scaledistill.metrics.stopwatch import Stopwatch, memory_peak_bytes
-    from scaledistill.preflight.checks import resolve
+    from scaledistill.preflight.resolve import resolve
     from scaledistill.training.session import open_session
     from scaledistill.training.step import train_step
 

@@ -399,7 +399,7 @@ class Lab:
         pairs, layer = self.config["relations"]["pairs"], model.config.num_hidden_layers
         with torch.no_grad():
             for batch in iter_validation(held_out, rows=HELD_OUT_ROWS, micro_batch_size=64):
-                target = teacher(batch.input_ids_BT, batch.mask_BT)
+                target = teacher(batch.tokens)
                 qkv = capture_qkv(
                     model, layer, input_ids=batch.input_ids_BT, attention_mask=batch.mask_BT
                 )

@@ -1,0 +1,123 @@
+"""Decide what "auto" means in a run: precisions, relation backend, micro-batch, compilation.
+
+Inputs: a configuration, the number of ranks and their device. Outputs: a `ResolvedRun`. Not handled
+here: checking models and data (`preflight.checks`), the largest micro-batch that fits
+(`preflight.microbatch`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+
+import torch
+
+from scaledistill.config.resolved import ResolvedRun
+from scaledistill.config.schema import DistillConfig
+from scaledistill.distributed.ranks import resolve_precision, resolve_teacher_dtype
+from scaledistill.engines import engine_traits
+from scaledistill.errors import ConfigError, counted
+from scaledistill.relations import resolve_backend
+
+
+def resolve(config: DistillConfig, world_size: int, device: torch.device) -> ResolvedRun:
+    """Return a run with precisions, backend, micro-batch and compile resolved.
+
+    A micro-batch of "auto" becomes the rank's whole share of the global batch.
+
+    Raises:
+        ConfigError: the global batch is not divisible, the engine's block is wrong, or the device
+            or engine lacks a precision.
+    """
+    train, teacher = config.train, config.teacher
+    try:
+        backend = resolve_backend(config.relations.backend, device.type)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    precision = resolve_precision(train.precision, device)
+    teacher_dtype = resolve_teacher_dtype(teacher.dtype, train.precision, device)
+    batch, share = train.global_batch_size, max(1, train.global_batch_size // world_size)
+    stated = train.micro_batch_size if isinstance(train.micro_batch_size, int) else None
+    micro = min(stated or share, share)
+    if batch % (world_size * micro):
+        raise ConfigError(_indivisible(batch, world_size, share, micro if stated else None))
+    compiles = _compiles(config, backend, device)
+    settled = config.model_copy(
+        update={
+            "train": train.model_copy(
+                update={"precision": precision, "micro_batch_size": micro, "compile": compiles}
+            ),
+            "teacher": teacher.model_copy(update={"dtype": teacher_dtype}),
+            "relations": config.relations.model_copy(update={"backend": backend}),
+        }
+    )
+    run = ResolvedRun(settled, config, world_size, device.type)
+    engine_traits(run)  # checks the engine's settings
+    return run
+
+
+def for_gpus(run: ResolvedRun) -> ResolvedRun:
+    """Return a run as it would be resolved on a machine with GPUs, for a plan made without any."""
+    config = run.config
+    if run.stated.relations.backend == "auto" and run.device_type != "cuda":
+        relations = config.relations.model_copy(update={"backend": "triton"})
+        config = config.model_copy(update={"relations": relations})
+    return replace(run, config=config, device_type="cuda")
+
+
+def _indivisible(batch: int, world_size: int, share: int, micro: int | None) -> str:
+    """Return the message for an indivisible global batch, with sizes that would work."""
+    unit = world_size * (micro or share)
+    batches = " or ".join(
+        str(size) for size in (batch // unit * unit, batch // unit * unit + unit) if size
+    )
+    ranks = counted(world_size, "rank")
+    if micro is None or batch % world_size:
+        what = ranks if micro is None else f"{ranks} × train.micro_batch_size={micro}"
+        return f"train.global_batch_size={batch} is not divisible by {what}; use {batches}"
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    nearest = sorted(sorted(sizes, key=lambda size: abs(size - micro))[:4])
+    return (
+        f"train.global_batch_size={batch} is not divisible by {ranks} × "
+        f"train.micro_batch_size={micro}; use "
+        f"train.micro_batch_size={' or '.join(map(str, nearest))}, or "
+        f"train.global_batch_size={batches}"
+    )
+
+
+def clipped_micro_batch(run: ResolvedRun) -> str | None:
+    """Return a warning if `train.micro_batch_size` is more than a rank's share, which is then used.
+
+    Returns None otherwise.
+    """
+    batch, stated = run.stated.train.global_batch_size, run.stated.train.micro_batch_size
+    share = max(1, batch // run.world_size)
+    if not isinstance(stated, int) or stated <= share:
+        return None
+    return (
+        f"train.micro_batch_size={stated} is more than a rank's share of train.global_batch_size="
+        f"{batch} on {counted(run.world_size, 'rank')}: {share} is used; set "
+        f'it to {share} or "auto", or raise train.global_batch_size'
+    )
+
+
+def _compiles(config: DistillConfig, backend: str, device: torch.device) -> bool:
+    """Resolve `train.compile`, and check that the compiler it needs is installed."""
+    setting, on_gpu = config.train.compile, device.type == "cuda"
+    if setting is True and config.run.deterministic:
+        raise ConfigError(
+            "train.compile=true with run.deterministic=true: what is compiled depends on the step "
+            "at which a run was resumed, and so do its last bits; switch one of them off"
+        )
+    compiles = on_gpu and not config.run.deterministic if setting == "auto" else bool(setting)
+    compilers = (
+        [os.environ.get("CC", ""), "gcc", "clang"] if on_gpu else [os.environ.get("CXX", "g++")]
+    )
+    if (compiles or backend == "triton") and not any(map(shutil.which, compilers)):
+        raise ConfigError(
+            f"train.compile={setting!r} and relations.backend={backend!r} need a compiler, found "
+            f"none of {', '.join(filter(None, compilers))}; install one, or set "
+            "train.compile=false and relations.backend=reference"
+        )
+    return compiles
