@@ -20,7 +20,7 @@ MODULES = {
 THIRD_PARTIES: dict[str, set[str]] = {
     "accelerate": {"metrics.trackers", "models.teacher"},
     "datasets": {"data.prepare.sources", "glue.read", "integrations.datasets"},
-    "deepspeed": {"engines.deepspeed"},
+    "deepspeed": {"engines.zero"},
     "matplotlib": {"glue.picture", "metrics.recorder"},
     "torch.distributed.fsdp": {"engines.fsdp"},
     "triton": {"relations"},

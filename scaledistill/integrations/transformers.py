@@ -232,7 +232,8 @@ class MiniLMTrainer(Trainer):
 
         With `return_outputs`, also return the student's Q, K and V.
         """
-        tokens = TokenInputs(inputs["input_ids"], self._mask(inputs))
+        mask_BT = self._mask(inputs)
+        tokens = TokenInputs(inputs["input_ids"], mask_BT)
         dtype = (
             torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         )
