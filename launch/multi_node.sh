@@ -2,7 +2,7 @@
 # Distil on the hosts of a DeepSpeed hostfile:
 #   launch/multi_node.sh --config FILE [options of launch/distill.py]
 #
-# Run it on one host. Each line of the hostfile has a host and its GPUs: «node1 slots=8». It needs
+# Run it on one host. Each line of the hostfile has a host and its GPUs: "node1 slots=8". It needs
 # pdsh here, ssh without a password to every host, and this folder at the same path on all hosts.
 # The variables NCCL_*, PYTHON*, PATH and LD_LIBRARY_PATH are passed to the other hosts; put others
 # into a file .deepspeed_env (NAME=VALUE lines) here or in your home folder.
@@ -22,7 +22,7 @@ help_if_asked "$@"
 
 HOSTFILE=${HOSTFILE:-hostfile}
 [[ -r $HOSTFILE ]] ||
-  fail "no hostfile $HOSTFILE; write lines such as «node1 slots=8», or set HOSTFILE"
+  fail "no hostfile $HOSTFILE; write lines such as 'node1 slots=8', or set HOSTFILE"
 command -v pdsh >/dev/null ||
   fail "pdsh is not installed; install it, or use launch/torchrun_multi_node.sh"
 MASTER_PORT=${MASTER_PORT:-$(free_port)}

@@ -28,7 +28,7 @@ MASTER_PORT=${MASTER_PORT:-${PET_MASTER_PORT:-29500}}
 
 # torchrun would compare the host's name to find out whether it is the head, and announce that name.
 # Both fail if the name resolves to another interface or to 127.0.1.1.
-found=$(python - "$HEAD_ADDRESS" "$MASTER_PORT" <<'PYTHON'
+addresses=$(python - "$HEAD_ADDRESS" "$MASTER_PORT" <<'PYTHON'
 import socket, sys, time
 head, port = sys.argv[1:]
 for attempt in range(60):  # a pod's name may resolve a little later than the pod starts
@@ -59,7 +59,7 @@ with socket.socket(family, socket.SOCK_STREAM) as probe:
 print(is_head, own)
 PYTHON
 ) || exit 2
-read -r is_head own_address <<<"$found"
+read -r is_head own_address <<<"$addresses"
 
 # torchrun ends in a traceback if another process has the rendezvous port.
 if [[ $is_head == true ]] && ! free_port "$MASTER_PORT" only >/dev/null 2>&1; then

@@ -52,7 +52,7 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., t
 
 
 def peer_environment(folder: Path, versions: str, worker: str = "") -> Path:
-    """Make a folder that looks like bertdistiller's environment: its `python` tells `versions` and
+    """Make a folder that looks like bertdistiller's environment: its `python` prints `versions` and
     runs `worker`.
     """
     python = folder / "bin" / "python"

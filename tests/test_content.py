@@ -1,4 +1,4 @@
-"""Content by first bytes: what is no text is named, and JSON is told from text that quotes it."""
+"""Content by first bytes: binary formats are named, and text that quotes JSON is not JSON."""
 
 from __future__ import annotations
 

@@ -74,8 +74,8 @@ def test_a_run_under(launcher: str, config_file: Callable[..., Path], tmp_path: 
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("done", 4)
     assert (tmp_path / "run" / "export" / "l2" / "model.safetensors").exists()
-    told = [line for line in (output + errors).splitlines() if "step 4/4" in line]
-    assert len(told) == 1, "rank 0 alone speaks"
+    lines = [line for line in (output + errors).splitlines() if "step 4/4" in line]
+    assert len(lines) == 1, "only rank 0 logs"
     if launcher == "accelerate":
         assert "accelerate launch was asked for several" not in output + errors
     # Accelerate starts CPU ranks by MPI only.
@@ -86,30 +86,30 @@ def test_a_run_under(launcher: str, config_file: Callable[..., Path], tmp_path: 
     assert state["world_size"] == ranks
 
 
-def test_a_mistake_is_told_once_under_deepspeed(config_file: Callable[..., Path]) -> None:
+def test_a_mistake_is_reported_once_under_deepspeed(config_file: Callable[..., Path]) -> None:
     process = start("deepspeed", "--config", config_file(), "--set", "train.max_stepz=4")
     output, errors = process.communicate(timeout=60)
-    told = [
+    lines = [
         line for line in (output + errors).splitlines() if "train.max_stepz: unknown key" in line
     ]
-    assert len(told) == 1
+    assert len(lines) == 1
     assert process.returncode == 2
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("fault", ["data.train=./nowhere", "train.max_stepz=4"])
-def test_a_failure_is_told_once_under_torchrun(
+def test_a_failure_is_reported_once_under_torchrun(
     fault: str, config_file: Callable[..., Path]
 ) -> None:
     """The rank that does not report must not make torchrun end the one that does."""
     process = start("torchrun", "--config", config_file(), "--set", fault)
     output, errors = process.communicate(timeout=120)
-    told = [
+    lines = [
         line
         for line in (output + errors).splitlines()
         if re.search("no such folder: nowhere|unknown key", line)
     ]
-    assert len(told) == 1
+    assert len(lines) == 1
     assert process.returncode == 1
 
 

@@ -218,7 +218,7 @@ wait
 @pytest.mark.parametrize("runs", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_a_hostfile(stand_ins: Path, config_file: MakeFile, tmp_path: Path, runs: bool) -> None:
     """Two hosts of one rank, as pdsh would start them; the stand-in starts both here, or only
-    tells.
+    prints the command.
     """
     put(stand_ins, "pdsh", PDSH)
     put(
@@ -253,7 +253,7 @@ def test_a_hostfile_that_is_not_there(stand_ins: Path, tmp_path: Path) -> None:
 # --- torchrun ---
 
 
-def test_torchrun_is_told_who_is_the_head(stand_ins: Path) -> None:
+def test_torchrun_gets_the_head_s_address(stand_ins: Path) -> None:
     put(stand_ins, "torchrun", 'printf "%s\\n" "$@"\n')
     here = environment(
         stand_ins, HEAD_ADDRESS="127.0.0.1", NUM_NODES="2:4", NUM_PROCESSES=3, MASTER_PORT=1234
@@ -563,9 +563,9 @@ def test_two_hosts_lose_a_rank(two_hosts: TwoHosts, config_file: MakeFile, tmp_p
     pgrep = ["pgrep", "-P", str(hosts[1].pid), "-f", "launch/distill.py"]
     [rank] = subprocess.run(pgrep, capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(rank), signal.SIGKILL)
-    told = [host.communicate(timeout=240)[0] for host in hosts]
-    assert [host.returncode for host in hosts] == [0, 0], "\n".join(told)
-    assert "resuming at step " in told[0]
+    outputs = [host.communicate(timeout=240)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], "\n".join(outputs)
+    assert "resuming at step " in outputs[0]
     assert status(folder)["state"] == "done"
     assert list(losses(folder)) == list(range(1, 121))
 
@@ -593,18 +593,19 @@ def test_two_hosts_lose_their_link(
     )
     begin = time.monotonic()
     two_hosts.cut()
-    told = [host.communicate(timeout=180)[0] for host in hosts]
+    outputs = [host.communicate(timeout=180)[0] for host in hosts]
     seconds = time.monotonic() - begin
     with capsys.disabled():
         sys.stdout.write(
-            f"\nlink cut: both hosts ended after {seconds:.1f} s\n{told[0]}\n=====\n{told[1]}\n"
+            f"\nlink cut: both hosts ended after {seconds:.1f} s\n"
+            f"{outputs[0]}\n=====\n{outputs[1]}\n"
         )
     assert all(host.returncode for host in hosts)
     first, second = two_hosts.names
-    assert f"ERROR rank 1 on {second} is lost: no heartbeat for " in told[0]
+    assert f"ERROR rank 1 on {second} is lost: no heartbeat for " in outputs[0]
     assert (
         f"[rank 1] ERROR rank 0 on {first}, which holds the job's store, no longer answers"
-        in told[1]
+        in outputs[1]
     )
     assert status(folder)["state"] == "failed"
     two_hosts.close()

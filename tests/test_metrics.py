@@ -151,7 +151,7 @@ def test_a_disk_that_hangs_does_not_hold_up_a_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(metrics, "WORD_SECONDS", 0.3)
-    told = (
+    warning = (
         "metrics.jsonl: the disk has not answered for 0 s; training continues, and the rows are "
         "written when it does"
     )
@@ -169,7 +169,7 @@ def test_a_disk_that_hangs_does_not_hold_up_a_step(
             file.answers.set()
             record._waiting[-1][1].result(60)
     assert read_rows(tmp_path / "metrics.jsonl") == [row(step) for step in range(1, 201)]
-    assert [told in message for message in warnings(caplog)] == [True, True], "once each time"
+    assert [warning in message for message in warnings(caplog)] == [True, True], "once each time"
     assert (tmp_path / "loss.png").is_file()
 
 

@@ -93,14 +93,14 @@ def test_equal_vectors_have_no_rank(tiny_teacher: Path, stsb: Path) -> None:
 def test_wrong_options_say_what_to_type(
     tiny_teacher: Path, stsb: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def told(*arguments: str) -> str:
+    def error_of(*arguments: str) -> str:
         with pytest.raises(SystemExit):
             parse(["--model", str(tiny_teacher), *arguments])
         return capsys.readouterr().err
 
-    assert "--probe stsb excludes --tasks" in told("--probe", "stsb", "--tasks", "stsb")
-    assert "--tasks is missing (or --probe stsb" in told()
-    assert "choose from" in told("--probe", "rte")
+    assert "--probe stsb excludes --tasks" in error_of("--probe", "stsb", "--tasks", "stsb")
+    assert "--tasks is missing (or --probe stsb" in error_of()
+    assert "choose from" in error_of("--probe", "rte")
     missing = ["--probe", "stsb", "--model", f"none={tmp_path}", "--data-dir", str(tmp_path)]
     assert main(missing) in (2, 3)
     text = capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_one_seed_of_every_model_comes_first(lab: Lab) -> None:
         assert names.index(f"models/{name}") < names.index(f"glue/{name}/rte-seed1")
 
 
-def test_settings_decide_where_a_cell_s_work_lies(lab: Lab) -> None:
+def test_settings_decide_the_folder_of_a_cell(lab: Lab) -> None:
     cells = [cell for job in lab.jobs() for cell in job.cells]
     assert len({lab._folder_of(cell) for cell in cells}) == len(cells)
     before = lab._folder_of(lab._model_cell("teacher-init"))
@@ -161,7 +161,7 @@ def prepare_run(
     monkeypatch.setattr(sys, "argv", [*words, str(folder)])
 
 
-def test_interrupted_twice_it_ends_with_the_same_and_redoes_nothing(
+def test_an_interrupted_run_resumes_and_redoes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done: list[str] = []
@@ -194,7 +194,7 @@ def test_a_job_that_measures_nothing_is_an_error(
     assert "models/a was not measured" in capsys.readouterr().err
 
 
-def test_the_full_tier_is_told_as_commands(
+def test_the_full_tier_prints_commands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["tools/quality", "run", "--tier", "full"])
@@ -214,7 +214,7 @@ def row(name: str, values: list[float]) -> Row:
     return Row(name, None, {COLUMN: score}, average=score.median)
 
 
-def test_a_difference_counts_where_the_seeds_are_apart() -> None:
+def test_a_difference_is_bold_if_the_seeds_do_not_overlap() -> None:
     theirs = row("theirs", [50.0, 52.0, 51.0])
     assert report.difference(row("ours", [53.0, 52.5, 60.0]), theirs, COLUMN) == "**+2.0**"
     assert report.difference(row("ours", [53.0, 52.0, 60.0]), theirs, COLUMN) == "+2.0"
@@ -230,7 +230,7 @@ def test_shares_of_the_teacher() -> None:
         for name in MODELS
     ]
     table = report.comparison(Summary([COLUMN], [COLUMN], rows, [], [], []))
-    assert table.rows[0] == ["teacher-init against teacher-init-undistilled", "+12.0", "+12.0", ""]
+    assert table.rows[0] == ["teacher-init vs. teacher-init-undistilled", "+12.0", "+12.0", ""]
     shares = {line[0]: line[-1] for line in table.rows[-len(MODELS) :]}
     assert (shares["teacher"], shares["teacher-init"], shares["bertdistiller"]) == (
         "100.0%",
@@ -249,7 +249,7 @@ def test_shares_of_the_teacher() -> None:
         ([0.150, 0.151], [0.75, 0.76], "missing"),
     ],
 )
-def test_what_an_ablation_says_of_the_default(
+def test_conclusion_of_an_ablation(
     losses: list[float], probes: list[float], conclusion: str
 ) -> None:
     def runs(losses: list[float], probes: list[float]) -> list[dict[str, float]]:
@@ -295,7 +295,7 @@ def put_glue(
     results.put(f"glue/{name}/{task}-seed{seed}", kept, result, 3600.0)
 
 
-def test_the_report_is_made_of_the_results(tmp_path: Path, document: Path) -> None:
+def test_the_report_comes_from_the_results(tmp_path: Path, document: Path) -> None:
     results = Results(tmp_path / "results")
     assert report.write_report(results, document) == [
         "state",
@@ -352,7 +352,7 @@ def test_the_report_is_made_of_the_results(tmp_path: Path, document: Path) -> No
         report.write_report(results, document)
 
 
-def test_results_under_other_settings_stand_in_no_table(tmp_path: Path, document: Path) -> None:
+def test_results_under_different_settings_are_refused(tmp_path: Path, document: Path) -> None:
     results = Results(tmp_path / "results")
     put_glue(results, "teacher", "rte", 1, 60.0)
     put_glue(results, "teacher-init", "rte", 1, 60.0, epochs=4)

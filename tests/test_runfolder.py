@@ -176,7 +176,7 @@ def test_the_end_stands_last_though_the_disk_hangs(
     assert disk.states == ["running", "running", how, "evaluating"]
 
 
-def test_a_full_disk_is_told_though_nobody_waits(
+def test_a_full_disk_is_reported_though_nobody_waits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     status = Status(tmp_path, max_steps=10)

@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_rows() -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose content tells their number; every seventh ends in padding."""
+    """Rows whose content encodes their number; every seventh ends in padding."""
     ids_NT = np.arange(ROWS * T).reshape(ROWS, T) % 2999 + 1
     documents = [
         (row, *span) for row in range(ROWS) for span in ((0, 5), (5, 12 if row % 7 == 0 else T))

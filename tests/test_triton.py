@@ -245,9 +245,9 @@ def test_tiles_that_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five tiles of 16 tokens, of which documents of 17 tokens meet two or three."""
     monkeypatch.setattr(fused, "candidates", lambda *_: [Launch(16, 1, 1)])
     keys_BT = torch.arange(65, dtype=torch.int32)[None] // 17
-    told = fused._tokens(keys_BT, torch.ones(1, 65), 16)
-    assert told.first_BG.tolist() == [[0, 0, 1, 2, 3]]
-    assert told.end_BG.tolist() == [[2, 3, 4, 5, 5]]
+    ranges = fused._tokens(keys_BT, torch.ones(1, 65), 16)
+    assert ranges.first_BG.tolist() == [[0, 0, 1, 2, 3]]
+    assert ranges.end_BG.tolist() == [[2, 3, 4, 5, 5]]
     padded = fused._tokens(keys_BT.where(keys_BT == 1, -1), torch.ones(1, 65), 16)
     assert (padded.end_BG - padded.first_BG).clamp(min=0).tolist() == [[0, 2, 2, 0, 0]]
     check(65, "documents", "16/6", "mixed", "fp32", False, "slices")

@@ -45,7 +45,7 @@ interrupted. <run.folder>/status.json states how a run ended, even if a launcher
 code."""
 
 
-class _OneVoice(argparse.ArgumentParser):
+class _MainRankParser(argparse.ArgumentParser):
     """A parser that prints on rank 0 only and suggests the nearest option for a misspelt one."""
 
     def parse_args(self, arguments: Any = None, namespace: Any = None) -> Any:
@@ -69,7 +69,7 @@ class _OneVoice(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `launch/distill.py`."""
-    parse = _OneVoice(
+    parse = _MainRankParser(
         prog="distill",
         description="Distil a student from a frozen teacher. Start it with `deepspeed`, "
         "`torchrun`, `accelerate launch` or plain `python`; rerun the same command to resume.",

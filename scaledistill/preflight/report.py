@@ -86,45 +86,45 @@ def traffic(run: ResolvedRun, facts: Estimate, placement: str) -> dict[str, floa
 def warnings_of(plan: Plan) -> list[str]:
     """Return warnings about what will work but could be faster, with the setting to change."""
     run, order, shards = plan.run, plan.order, len(plan.shards.manifest.shards)
-    ranks, train, found = run.world_size, run.config.train, reads(plan)
+    ranks, train, reading = run.world_size, run.config.train, reads(plan)
     length = run.config.data.sequence_length
-    told = []
+    warnings = []
     if clipped := clipped_micro_batch(run):
-        told.append(clipped)
-    if found.times_over > _MANY_READS:
+        warnings.append(clipped)
+    if reading.times_over > _MANY_READS:
         more = math.lcm(order.num_lanes, ranks)
-        told.append(
-            f"data.num_lanes={order.num_lanes} with {counted(ranks, 'rank')}: {found.sharers} "
-            f"ranks share a lane, and storage serves each row {found.times_over:.0f} times an "
+        warnings.append(
+            f"data.num_lanes={order.num_lanes} with {counted(ranks, 'rank')}: {reading.sharers} "
+            f"ranks share a lane, and storage serves each row {reading.times_over:.0f} times an "
             f"epoch; {_lanes_advice(more, order.num_rows)} (before the first step: it is part of "
             "the order)"
         )
     if shards < ranks:
-        told.append(
+        warnings.append(
             f"{counted(shards, 'shard')} for {counted(ranks, 'rank')}: many read the same file at "
             "once, fine on a parallel file system, slow on one disk; make more shards with "
             "tools/make_shards.py --rows-per-shard"
         )
     if order.rows_per_lane <= order.window_rows:
-        told.append(
+        warnings.append(
             f"data.window_rows ({order.window_rows}) is at least the rows per lane "
             f"({order.rows_per_lane}), so all lanes read at the same step; lower it or "
             "data.num_lanes"
         )
     if plan.estimate.on_host and train.precision == "bf16":
-        told.append(BF16_ON_CPU)
+        warnings.append(BF16_ON_CPU)
     micro = run.micro_batch_size
     if ranks > 1 and micro * length < _FEW_TOKENS:
-        told.append(
+        warnings.append(
             f"a forward has {micro} × {length} = {micro * length} tokens: too few to fill a GPU; "
             "raise train.global_batch_size, or take fewer ranks"
         )
     epochs = train.max_steps * train.global_batch_size / order.rows_per_epoch
     if epochs > 100:
-        told.append(
+        warnings.append(
             f"each row is seen {epochs:,.0f} times; make more shards or lower train.max_steps"
         )
-    return told
+    return warnings
 
 
 def _lanes_advice(lanes: int, num_rows: int) -> str:

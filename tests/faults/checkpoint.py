@@ -1,4 +1,4 @@
-"""Damaged checkpoints: each is told from a good one, and the run goes on from the one before."""
+"""Damaged checkpoints: each is recognised, and the run resumes from the previous one."""
 
 from __future__ import annotations
 

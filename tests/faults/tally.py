@@ -1,4 +1,4 @@
-"""What came of the cases of a kind."""
+"""The outcomes of the cases of a kind."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-TELL_SECONDS = 10.0
-"""How often progress is told."""
+REPORT_SECONDS = 10.0
+"""How often progress is reported."""
 
 
 @dataclass
@@ -23,19 +23,19 @@ class Tally:
     """Rows lost or repeated; or damaged ones that were used."""
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    _told: float = field(default_factory=time.monotonic)
+    _reported_at: float = field(default_factory=time.monotonic)
 
     def case(self, name: str, problems: Iterable[str], *, lost: int = 0) -> None:
         """Count a case; it survived if nothing is wrong with it."""
-        found = [f"{self.kind} {name}: {problem}" for problem in problems]
+        failed = [f"{self.kind} {name}: {problem}" for problem in problems]
         self.tried += 1
-        self.survived += not found
+        self.survived += not failed
         self.lost += lost
-        self.failures += found
-        for problem in found:
+        self.failures += failed
+        for problem in failed:
             self.say(f"not survived: {problem}")
-        if time.monotonic() > self._told + TELL_SECONDS:
-            self._told = time.monotonic()
+        if time.monotonic() > self._reported_at + REPORT_SECONDS:
+            self._reported_at = time.monotonic()
             self.say(
                 f"{self.kind}: {self.tried} of {self.planned}, {self.tried - self.survived} not "
                 "survived"

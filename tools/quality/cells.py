@@ -372,14 +372,14 @@ class Lab:
 
         model = load_encoder(export)
         scores = SimilarityProbe(load_tokenizer(export), self._glue_data).score(model)
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "probe": scores,
             "weights_sha256": sha256_of(export / "model.safetensors"),
         }
         # With tap "extra" the export lacks the projection whose Q, K and V were trained.
         if name != TEACHER and "tap-extra" not in name:
-            found["held_out_loss"] = self._held_out_loss(model)
-        return found
+            result["held_out_loss"] = self._held_out_loss(model)
+        return result
 
     def _held_out_loss(self, model: Any) -> dict[str, float]:
         """Return the mean relation loss on held-out rows, by number of relation heads.

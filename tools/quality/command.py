@@ -91,15 +91,15 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="print what is left and how long it will take, and exit",
     )
-    tell = commands.add_parser("report", help="write docs/quality.md from the results")
-    tell.set_defaults(run=report)
-    tell.add_argument(
+    write = commands.add_parser("report", help="write docs/quality.md from the results")
+    write.set_defaults(run=report)
+    write.add_argument(
         "--document",
         type=Path,
         default=ROOT / "docs" / "quality.md",
         help="the document to update (default: %(default)s)",
     )
-    for command in (run, tell):
+    for command in (run, write):
         command.add_argument(
             "--results",
             type=Path,

@@ -1,8 +1,8 @@
 """Write the tables and pictures of docs/quality.md from the results of tools/quality alone.
 
 Inputs: result files. Outputs: the tables in the document, between the marks that name them, and
-pictures in the folder beside it. A difference counts as real if all seeds of one side are above all
-seeds of the other, or by Welch's test.
+pictures in the folder next to it. A difference counts as real if all seeds of one side are above
+all seeds of the other, or by Welch's test.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ COMPARED = (
     ("teacher-init", "bertdistiller"),
 )
 DEFAULTS = {
-    "random": 'init "teacher" against "random"',
-    "heads-12": "relation heads 48 against 12",
-    "map-last": "layer map even against the last layers",
-    "tap-extra": 'tap "last" against "extra"',
-    "dropout-0.1": "dropout 0 against 0.1",
+    "random": 'init "random" instead of "teacher"',
+    "heads-12": "12 relation heads instead of 48",
+    "map-last": "the last layers instead of evenly spaced ones",
+    "tap-extra": 'tap "extra" instead of "last"',
+    "dropout-0.1": "dropout 0.1 instead of 0",
 }
-"""The question that each ablation answers."""
+"""What each ablation changes."""
 MISSING = "missing"
 MINUS = str.maketrans("-", "\N{MINUS SIGN}")
 LAST, BELOW = "stsb_spearman", "stsb_spearman_below"
@@ -64,7 +64,7 @@ def write_report(results: Results, document: Path) -> list[str]:
         "probe": probe_table(results).markdown(),
         "ablations": ablation_table(runs).markdown(),
     }
-    # A picture stands below its table once there is something to see.
+    # A picture follows its table once there is data to show.
     if summary.columns:
         draw(summary, pictures / "glue.png")
         tables["glue"] += f"\n![Scores by task]({pictures.name}/glue.png)"
@@ -104,17 +104,17 @@ def expected_cells() -> list[str]:
 def state(results: Results) -> str:
     """Return a text: how much is finished, how long that took and where, and what is missing."""
     names = expected_cells()
-    found = [record for name in names if (record := results.record(name))]
-    if not found:
+    finished = [record for name in names if (record := results.record(name))]
+    if not finished:
         return f"No result yet: all {len(names)} cells are {MISSING}."
-    hours = sum(record["seconds"] for record in found) / 3600
-    where = sorted({record["hardware"] for record in found})
-    commits = sorted({record["commit"] for record in found})
+    hours = sum(record["seconds"] for record in finished) / 3600
+    where = sorted({record["hardware"] for record in finished})
+    commits = sorted({record["commit"] for record in finished})
     lines = [
-        f"{len(found)} of {counted(len(names), 'cell')} are finished; together they took "
-        f"{hours:.1f} hours at idle priority, other work's share included, on "
-        f"{'; '.join(where)}, with "
-        f"{counted(len(commits), 'version')} of the code ({', '.join(commits)})."
+        f"{len(finished)} of {counted(len(names), 'cell')} are finished. They took {hours:.1f} "
+        "hours in total at idle priority, including time in which other work ran, on "
+        f"{'; '.join(where)}, with {counted(len(commits), 'version')} of the code "
+        f"({', '.join(commits)})."
     ]
     if absent := [name for name in names if not results.record(name)]:
         lines += ["", f"Missing: {', '.join(absent)}."]
@@ -133,22 +133,23 @@ def summary_from(results: Results) -> Summary:
             records = _of_task(results, name, task)
             if not records:
                 continue
-            found = [record["result"] for record in records]
+            outcomes = [record["result"] for record in records]
             by_metric = {
-                metric: Score.of([one["scores"][metric] for one in found])
+                metric: Score.of([one["scores"][metric] for one in outcomes])
                 for metric in TASKS[task].metrics
             }
             scores |= {f"{task}/{metric}": score for metric, score in by_metric.items()}
-            only = tuple(one["only_answer"] for one in found if one["only_answer"] is not None)
+            only = tuple(one["only_answer"] for one in outcomes if one["only_answer"] is not None)
             settings = records[0]["settings"]
             choices.append(
                 Choice(
                     name, task, settings["learning_rate"], settings["epochs"], by_metric,
-                    n=len(found), planned=len(SMALL.seeds), tried=1, only_answers=only,
+                    n=len(outcomes), planned=len(SMALL.seeds), tried=1, only_answers=only,
                 )
             )  # fmt: skip
             majority |= {
-                f"{task}/{metric}": value for metric, value in found[0]["majority_scores"].items()
+                f"{task}/{metric}": value
+                for metric, value in outcomes[0]["majority_scores"].items()
             }
         rows.append(Row(name, None, scores, average=None))
     present = [column for column in columns if any(column in row.scores for row in rows)]
@@ -169,8 +170,8 @@ def summary_from(results: Results) -> Summary:
     rate, epochs = glue.learning_rates[0], glue.epochs[0]
     conditions = [
         f"Learning rate {rate:g}, {epochs} epochs, batch {glue.batch_size}, the same "
-        f"{glue.max_train_rows:,} training rows of each task for all, rows of similar length "
-        "together, fp32."
+        f"{glue.max_train_rows:,} training rows per task for all models, batches of rows with "
+        "similar length, fp32."
     ]
     return Summary(present, averaged, rows, choices, [], conditions, majority)
 
@@ -202,12 +203,12 @@ def comparison(summary: Summary) -> Table:
     """Return the differences between pairs of models, and shares of the teacher's average."""
     rows = {row.name: row for row in summary.rows}
     table = Table(
-        "Differences of the medians; bold where every seed of one is above every seed of the other",
-        ["", *map(column_title, summary.averaged), "average", "share of the teacher's"],
+        "Differences of the medians; bold if all seeds of one model score above all of the other",
+        ["", *map(column_title, summary.averaged), "average", "share of the teacher's average"],
     )
     for ours, theirs in COMPARED:
         cells = [difference(rows[ours], rows[theirs], column) for column in summary.averaged]
-        table.rows.append([f"{ours} against {theirs}", *cells, _gap(rows[ours], rows[theirs]), ""])
+        table.rows.append([f"{ours} vs. {theirs}", *cells, _gap(rows[ours], rows[theirs]), ""])
     teacher = rows[TEACHER].average
     for row in summary.rows:
         share = f"{row.average / teacher:.1%}" if teacher and row.average is not None else MISSING
@@ -251,19 +252,19 @@ def probe_table(results: Results) -> Table:
         if record is None:
             table.rows.append([name, *[MISSING] * (2 + len(HELD_OUT_HEADS))])
             continue
-        found = record["result"]
-        losses = found.get("held_out_loss", {})
+        result = record["result"]
+        losses = result.get("held_out_loss", {})
         cells = [f"{losses[str(heads)]:.4f}" if losses else "–" for heads in HELD_OUT_HEADS]
         table.rows.append(
-            [name, f"{found['probe'][LAST]:.3f}", f"{found['probe'][BELOW]:.3f}", *cells]
+            [name, f"{result['probe'][LAST]:.3f}", f"{result['probe'][BELOW]:.3f}", *cells]
         )
     return table
 
 
 def ablations_from(results: Results) -> dict[str, list[dict[str, float]]]:
     """Return the figures of each finished distillation seed, by variant."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ABLATIONS}
-    for name, runs in found.items():
+    finished: dict[str, list[dict[str, float]]] = {name: [] for name in ABLATIONS}
+    for name, runs in finished.items():
         for seed in SMALL.seeds:
             if record := results.record(f"ablations/{name}-seed{seed}"):
                 result = record["result"]
@@ -271,7 +272,7 @@ def ablations_from(results: Results) -> dict[str, list[dict[str, float]]]:
                     f"R{heads}": loss for heads, loss in result.get("held_out_loss", {}).items()
                 }
                 runs.append({**losses, LAST: result["probe"][LAST], BELOW: result["probe"][BELOW]})
-    return found
+    return finished
 
 
 def ablation_table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
@@ -279,18 +280,18 @@ def ablation_table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
     columns = {f"R{heads}": f"loss, {heads} relation heads" for heads in HELD_OUT_HEADS}
     columns |= {LAST: "probe, last block", BELOW: "probe, block below"}
     table = Table(
-        "Short runs: median over distillation seeds (lowest to highest); against base by Welch's "
-        "test",
+        "Short runs: median over distillation seeds (lowest to highest); compared with base by "
+        "Welch's test",
         ["variant", "n", *columns.values(), "conclusion"],
     )
-    for name, found in runs.items():
+    for name, seeds in runs.items():
         cells = [
-            _range([run[key] for run in found if key in run], 3 if key in (LAST, BELOW) else 4)
+            _range([run[key] for run in seeds if key in run], 3 if key in (LAST, BELOW) else 4)
             for key in columns
         ]
-        conclusion = "the defaults" if name == "base" else conclude(name, found, runs["base"])
+        conclusion = "the defaults" if name == "base" else conclude(name, seeds, runs["base"])
         table.rows.append(
-            [name, str(len(found)), *(cells if found else [MISSING] * len(columns)), conclusion]
+            [name, str(len(seeds)), *(cells if seeds else [MISSING] * len(columns)), conclusion]
         )
     return table
 
@@ -326,12 +327,12 @@ def conclude(
         verdicts.append(better * gap if chance < SIGNIFICANT else 0.0)
     figures = ", ".join(texts)
     if all(verdict >= 0 for verdict in verdicts) and any(verdicts):
-        return f"{DEFAULTS[name]}: {figures}: better, the default should change"
+        return f"{DEFAULTS[name]}: {figures}; better, the default should change"
     if all(verdict <= 0 for verdict in verdicts) and any(verdicts):
-        return f"{DEFAULTS[name]}: {figures}: worse, the default stays"
+        return f"{DEFAULTS[name]}: {figures}; worse, the default stays"
     if any(verdicts):
-        return f"{DEFAULTS[name]}: {figures}: the measures disagree, the default stays"
-    return f"{DEFAULTS[name]}: {figures}: not significant, the default stays"
+        return f"{DEFAULTS[name]}: {figures}; the measures disagree, the default stays"
+    return f"{DEFAULTS[name]}: {figures}; not significant, the default stays"
 
 
 def _welch(ours: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
@@ -364,7 +365,9 @@ def draw_curves(results: Results, path: Path) -> None:
             teacher["result"]["probe"][LAST], color="black", linestyle="--", label=TEACHER
         )
     for axes, label in zip(
-        panels, ("held-out relation loss at its own tap", "STS-B dev, Spearman"), strict=True
+        panels,
+        ("held-out relation loss at the student's own tap", "STS-B dev, Spearman"),
+        strict=True,
     ):
         axes.set(xlabel="million tokens", ylabel=label)
         axes.grid(alpha=0.3)

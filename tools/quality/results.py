@@ -31,7 +31,7 @@ class Results:
             DataError: a file was changed, or a cell has two files.
         """
         self.folder = folder
-        self._found: dict[str, dict[str, Any]] = {}
+        self._records: dict[str, dict[str, Any]] = {}
         self._paths: dict[str, Path] = {}
         for path in sorted(folder.rglob("*.json")):
             content = path.read_bytes()
@@ -47,16 +47,16 @@ class Results:
                     f"{path} and {self._paths[name]} are results of the same cell; delete the "
                     "wrong one"
                 )
-            self._found[name], self._paths[name] = json.loads(content), path
+            self._records[name], self._paths[name] = json.loads(content), path
 
     def get(self, cell: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the result of a cell with these settings; None if it is not measured yet."""
-        found = self._found.get(cell)
-        return found["result"] if found and found["settings"] == _plain(settings) else None
+        record = self._records.get(cell)
+        return record["result"] if record and record["settings"] == _plain(settings) else None
 
     def record(self, cell: str) -> dict[str, Any] | None:
         """Return all content of a cell's file, whatever its settings; None if there is none."""
-        return self._found.get(cell)
+        return self._records.get(cell)
 
     def put(
         self, cell: str, settings: Mapping[str, Any], result: Mapping[str, Any], seconds: float
@@ -79,7 +79,7 @@ class Results:
         write_bytes(path, content)
         if (old := self._paths.get(cell)) and old != path:
             old.unlink(missing_ok=True)
-        self._found[cell], self._paths[cell] = json.loads(content), path
+        self._records[cell], self._paths[cell] = json.loads(content), path
         return path
 
 
