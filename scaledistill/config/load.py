@@ -7,7 +7,6 @@ Not handled here: the fields and their checks (`schema`), the wording of pydanti
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from pydantic import ValidationError
 
 from scaledistill.config.schema import DistillConfig
 from scaledistill.config.wording import explain
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, did_you_mean, near_miss
 
 log = logging.getLogger(__name__)
 
@@ -148,10 +147,10 @@ def _where_else(path: Path) -> str:
     candidates += [REPOSITORY / path, *(each for each in presets if each.stem == path.stem)]
     for candidate in candidates:
         if candidate.is_file():
-            return f"{looked}; did you mean {_short(candidate)}?"
+            return f"{looked}{did_you_mean(_short(candidate))}"
     files = {each.stem: each for each in (*presets, *path.parent.glob("*.json"))}
-    if near := difflib.get_close_matches(path.stem, files, n=1):
-        return f"{looked}; did you mean {_short(files[near[0]])}?"
+    if near := near_miss(path.stem, files):
+        return f"{looked}{did_you_mean(_short(files[near]))}"
     return f"{looked}; configs/ of the repository holds some to start from"
 
 
