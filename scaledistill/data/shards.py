@@ -32,9 +32,9 @@ from scaledistill.data.manifest import (
     DOCUMENTS_DTYPE,
     IDS_DTYPES,
     MANIFEST_FILE,
+    MANIFEST_FILES,
     MAX_BLOCK_ROWS,
     MAX_SEQUENCE_LENGTH,
-    OLD_MANIFEST_FILE,
     PARTIAL,
     TAR_BLOCK,
     Manifest,
@@ -161,7 +161,7 @@ class ShardWriter:
             leftover.unlink()
 
     def _finished_files(self) -> list[Path]:
-        manifests = [self._folder / name for name in (MANIFEST_FILE, OLD_MANIFEST_FILE)]
+        manifests = [self._folder / name for name in MANIFEST_FILES]
         return [
             *(path for path in manifests if path.exists()),
             *sorted(self._folder.glob("shard-[0-9]*.tar")),
