@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from scaledistill.data.sizes import ROWS_PER_SHARD
 from scaledistill.errors import counted, did_you_mean, near_miss
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument(
         "--rows-per-shard",
         type=int,
-        default=65_536,
+        default=ROWS_PER_SHARD,
         metavar="N",
         help="rows per shard: a multiple of 256, or less than 256 (default: %(default)s)",
     )
