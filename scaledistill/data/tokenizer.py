@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from scaledistill.errors import DataError
+from scaledistill.models.hub import model_folder
 from scaledistill.storage.files import is_path, near_folder, no_such_folder, read_json
 
 if TYPE_CHECKING:
@@ -64,13 +65,8 @@ def _find(name_or_folder: str | Path, revision: str | None) -> Path:
         raise DataError(f"tokenizer {name!r}: {no_such_folder(name_or_folder, remedy)}")
     if near := near_folder(name):
         remedy = f"did you mean {near}?"
-
-    from huggingface_hub import snapshot_download
-
     try:  # AutoTokenizer asks for each file in turn, and retries each one without a network
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES))
-        )
+        return model_folder(name, revision, TOKENIZER_FILES)
     except Exception as error:
         version = f" at revision {revision!r}" if revision else ""
         raise DataError(
