@@ -207,10 +207,11 @@ class MiniLMTrainer(Trainer):
                     teacher_model, num_layers=args.teacher_layer, setting="teacher_model"
                 )
         _check_models(teacher_model, model, args)
-        view = cast(PreTrainedModel, capture_view(model, args.student_layer))
+        view = cast(Any, capture_view(model, args.student_layer))
         prefix = "" if base_encoder(model) is model else f"{model.base_model_prefix}."
-        # Trainer saves the module that it trains, the view; save the full student instead.
-        view.__dict__["save_pretrained"] = partial(_save_whole, model, prefix, model.dtype)
+        # Trainer and its callbacks save the module that is trained, the view; let it save the full
+        # student instead.
+        view.save_pretrained = partial(_save_whole, model, prefix, model.dtype)
         self.student = model
         self._qkv_widths = cast(tuple[int, int, int], view.qkv_widths)
         super().__init__(view, args, *other, **options)
