@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,11 +67,12 @@ def parse_config(tree: Mapping[str, Any]) -> DistillConfig:
         raise ConfigError("\n".join(explain(error.errors(), tree))) from None
 
 
-def check_paths(config: DistillConfig, path: str | Path) -> None:
+def check_paths(config: DistillConfig, path: str | Path, *, warns: bool = True) -> None:
     """Check that relative paths are meant from the working folder.
 
     A path that is missing there is also looked for beside the configuration file, one folder above
-    it and in the repository.
+    it and in the repository. `warns`: log a warning if the run would start in another folder
+    than an earlier one.
 
     Raises:
         ConfigError: a path exists in one of those places, but not in the working folder.
@@ -103,7 +103,7 @@ def check_paths(config: DistillConfig, path: str | Path) -> None:
             (root for root in roots if root != here and (root / folder / "checkpoints").is_dir()),
             None,
         )
-        if root and os.environ.get("RANK", "0") == "0":
+        if root and warns:
             log.warning(
                 "run.folder=%s starts a new run in the working folder %s; to resume the run in %s, "
                 "start the command in %s",

@@ -11,10 +11,10 @@ import functools
 import json
 import logging
 import numbers
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from scaledistill.distributed.launcher import stated_rank
 from scaledistill.errors import DataError
 from scaledistill.models.hub import model_folder
 from scaledistill.storage.files import is_path, near_folder, no_such_folder, read_json
@@ -186,7 +186,7 @@ def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedT
 @functools.cache
 def _warn_once(folder: Path, tokenizer_class: str, text: str) -> None:
     """Warn once per process, on rank 0, that a rebuilt tokenizer differs from its file."""
-    if os.environ.get("RANK", "0") == "0":
+    if stated_rank() == "0":
         log.warning(
             "tokenizer %s: transformers rebuilds it as %s, which reads %r differently from its "
             "tokenizer.json; tokenizer.json is used",
