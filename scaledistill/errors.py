@@ -6,7 +6,8 @@ is a bug.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -23,6 +24,26 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun: "1 rank", "1,024 ranks", "2 micro-batches"."""
     plural = plural or noun + ("es" if noun.endswith(("ch", "s", "x")) else "s")
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def near_misses(
+    found: str, known: Iterable[str], *, at_most: int, cutoff: float = 0.6
+) -> list[str]:
+    """Return the known names most like a wrong one, the most similar first.
+
+    `cutoff` is the least similarity, from 0 (anything) to 1 (equal).
+    """
+    return difflib.get_close_matches(found, list(known), n=at_most, cutoff=cutoff)
+
+
+def near_miss(found: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the known name most like a wrong one; None if none is alike (see `near_misses`)."""
+    return next(iter(near_misses(found, known, at_most=1, cutoff=cutoff)), None)
+
+
+def did_you_mean(near: object | None) -> str:
+    """Return the end of a message that suggests `near`; "" for None."""
+    return "" if near is None else f"; did you mean {near}?"
 
 
 class ConfigError(ValueError):

@@ -23,6 +23,7 @@ from test_shards import change_manifest
 from scaledistill.config.schema import DistillConfig
 from scaledistill.data.prepare.make import make_shards
 from scaledistill.data.prepare.text import load_tokenizer
+from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.preflight import checks as doctor
 from scaledistill.preflight.report import plan_table
@@ -438,6 +439,14 @@ def test_run_folder_that_is_a_file(tiny_config: MakeConfig, tmp_path: Path) -> N
         f"run.folder={tmp_path}/file/run: {tmp_path}/file is not a writable folder; set another "
         "folder"
     )
+
+
+def test_rank_0_alone_checks_the_trackers(tiny_config: MakeConfig) -> None:
+    config = tiny_config(logging={"trackers": ["none"]})
+    main, other = (Ranks(rank, 2, rank, CPU) for rank in (0, 1))
+    with pytest.raises(ConfigError, match="unknown tracker 'none'"):
+        doctor.check(config, 2, CPU, ranks=main)
+    assert doctor.check(config, 2, CPU, ranks=other).world_size == 2
 
 
 def test_all_problems_at_once(tiny_config: MakeConfig, shards: Path, teacher: Path) -> None:

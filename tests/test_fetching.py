@@ -25,11 +25,12 @@ CPU = torch.device("cpu")
 
 def distil_from_hub(trees: list[dict[str, Any]], url: str, cache: Path) -> list[Any]:
     """Return how each run ended, and how often this rank asked for a snapshot."""
+    import huggingface_hub
+
     from scaledistill.distributed.ranks import process_group
-    from scaledistill.models import teacher
 
     asked: list[str | None] = []
-    download = teacher.snapshot_download
+    download = huggingface_hub.snapshot_download
 
     def counted(name: str, *, revision: str | None, **options: Any) -> str:
         asked.append(revision)
@@ -37,7 +38,7 @@ def distil_from_hub(trees: list[dict[str, Any]], url: str, cache: Path) -> list[
 
     with pytest.MonkeyPatch.context() as patch, process_group(60):
         use_hub(patch, url, cache)
-        patch.setattr(teacher, "snapshot_download", counted)
+        patch.setattr(huggingface_hub, "snapshot_download", counted)
         ends = []
         for tree in trees:
             end = distil(tree)

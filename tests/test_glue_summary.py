@@ -11,7 +11,8 @@ import pytest
 
 from scaledistill.errors import DataError
 from scaledistill.glue.cell import Cell, Conditions, write_error, write_record
-from scaledistill.glue.summary import GRID, Summary, choose, summary_of, write_summary
+from scaledistill.glue.output import write_summary
+from scaledistill.glue.summary import GRID, Summary, choose, summary_of
 from scaledistill.glue.tasks import TASKS
 from scaledistill.storage.files import write_json
 

@@ -40,7 +40,14 @@ def offline(revision: str | None) -> str:
 def folder_of(
     download: Callable[[str | None], str], *patterns: str, revision: str | None = None
 ) -> Path:
-    return model_folder("some/model", revision, patterns, download)
+    """Return the folder of the files, which `download` fetches at a revision."""
+
+    def snapshot_download(name: str, *, revision: str | None, **_: object) -> str:
+        return download(revision)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        return model_folder("some/model", revision, patterns)
 
 
 def test_a_branch_that_moves_is_one_commit_to_a_run(branch: Branch) -> None:

@@ -34,11 +34,12 @@ def test_wheel_and_source_archive(tmp_path: Path) -> None:
     [wheel] = output.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     # Types of ours are for type checkers of others too.
-    assert names == modules | {"scaledistill/py.typed"}
+    data = {"scaledistill/py.typed", "scaledistill/glue/published.json"}
+    assert names == modules | data
 
     [archive] = output.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         inside = {name.partition("/")[2] for name in tar.getnames()}
-    assert inside >= modules | {"scaledistill/py.typed", "pyproject.toml", "README.md", "LICENSE"}
+    assert inside >= modules | data | {"pyproject.toml", "README.md", "LICENSE"}
     # They need files that are not packaged.
     assert not [name for name in inside if name.startswith("tests")]

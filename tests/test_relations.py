@@ -371,35 +371,6 @@ def test_slices_of_one_tensor_under_autocast(backend: str) -> None:
     assert relative_error([grad], [torch.cat(grads_of(expected, plain), dim=-1)]) < 1e-5
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_sequences_laid_end_to_end(backend: str, causal: bool) -> None:
-    """Equal to the padded batch of the same sequences, of which one is empty; tokens after the last
-    may be NaN.
-    """
-    mask = torch.tensor(
-        [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool
-    )
-    teacher, student = random_qkv(4, 5, 8, 0), with_grad(random_qkv(4, 5, 4, 1))
-    options: dict[str, Any] = {"num_heads": 2, "pairs": PAIRS, "causal": causal, "backend": backend}
-    expected = relation_loss(teacher, student, mask_BT=mask, **options)
-
-    def flat(qkv: QKV) -> QKV:
-        return QKV(
-            *(
-                torch.cat([x[mask].detach(), x.new_full((2, x.shape[2]), torch.nan)])[None]
-                for x in qkv
-            )
-        )
-
-    laid = with_grad(flat(student))
-    found = relation_loss(flat(teacher), laid, cu_seqlens=torch.tensor([0, 3, 3, 8, 9]), **options)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
-    for x, y in zip(grads_of(found, laid), grads_of(expected, student), strict=True):
-        torch.testing.assert_close(x[0, :9], y[mask], rtol=1e-10, atol=1e-15)
-        assert not x[0, 9:].count_nonzero()
-
-
 MEMORY_SCRIPT = """
 import json, re, sys
 import torch
@@ -454,9 +425,6 @@ def test_sdpa_keeps_nothing_of_size_t_squared() -> None:
             )
         kept[T] = sum(sizes)
     assert kept == {64: 64 * 12, 128: 128 * 12}
-
-
-ONE_ROW = {"teacher": random_qkv(1, 5, 8, 0), "student": random_qkv(1, 5, 4, 1)}
 
 
 def bad_call(**changes: Any) -> None:
@@ -520,27 +488,6 @@ def bad_call(**changes: Any) -> None:
         (
             {"segment_ids_BT": torch.ones(2, 5)},
             "segment_ids_BT is torch.float32 of shape [2, 5] on cpu; expected integers",
-        ),
-        (
-            {"cu_seqlens": torch.tensor([0, 5]), "mask_BT": torch.ones(2, 5).bool()},
-            "cu_seqlens says which tokens see each other; leave mask_BT and segment_ids_BT out",
-        ),
-        (
-            {"cu_seqlens": torch.tensor([0, 5])},
-            "cu_seqlens has shape [2] on cpu, Q/K/V have B = 2; expected [S + 1]",
-        ),
-        (
-            {**ONE_ROW, "cu_seqlens": torch.tensor([0.0, 5.0])},
-            "cu_seqlens is torch.float32; expected int32 or int64",
-        ),
-        (
-            {**ONE_ROW, "cu_seqlens": torch.tensor([0, 4, 6])},
-            "cu_seqlens goes from 0 to 6; expected bounds that ascend from 0 to at most 5, the "
-            "tokens",
-        ),
-        (
-            {**ONE_ROW, "cu_seqlens": torch.tensor([0, 4, 3])},
-            "cu_seqlens goes from 0 to 3; expected bounds that ascend",
         ),
         ({"backend": "flash"}, "relations.backend='flash'; expected auto, reference, sdpa, triton"),
         (

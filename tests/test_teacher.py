@@ -26,7 +26,6 @@ from transformers import (
 
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.models import teacher as teacher_module
 from scaledistill.models.capture import build_encoder, capture_qkv
 from scaledistill.models.teacher import (
     Teacher,
@@ -294,7 +293,7 @@ def test_hub_names(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((name, revision, allow_patterns))
         return str(saved)
 
-    monkeypatch.setattr(teacher_module, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert load_encoder("some/model", revision="v2", num_layers=1).config.num_hidden_layers == 1
     assert {call[:2] for call in calls} == {("some/model", "v2")}
     assert not any(pattern.endswith((".bin", "*")) for call in calls for pattern in call[2])
@@ -302,7 +301,7 @@ def test_hub_names(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(name: str, **_: object) -> str:
         raise LocalEntryNotFoundError("Got: ConnectError")
 
-    monkeypatch.setattr(teacher_module, "snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
         DataError,
         match=r"teacher.model='some/model' is not a folder, and the hub gave .*'v2' \(Got: Conn",
@@ -329,7 +328,7 @@ def test_a_misspelt_folder_is_not_looked_for_on_the_hub(
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(teacher_module, "snapshot_download", None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     name = name.format(here=tmp_path.name)
     with pytest.raises(
         DataError, match=rf"model='{name}': no such folder; (did you mean .*first\?|give a model's)"
@@ -345,7 +344,7 @@ def test_a_name_of_two_parts_is_asked_from_the_hub(
 
     (tmp_path / "models" / "first").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(teacher_module, "snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
         DataError,
         match=r"no such model \(no network\); did you mean the folder models/first\? Other",

@@ -68,6 +68,29 @@ def test_a_tracker_gets_the_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ]
 
 
+@pytest.mark.parametrize("in_use", [False, True])
+def test_accelerate_s_runtime_is_left_as_it_was(
+    in_use: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A run of several ranks neither hands its processes to accelerate nor takes its runtime."""
+    pytest.importorskip("tensorboard", reason="the extra 'tracking' is not installed")
+    from accelerate import PartialState
+
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    if in_use:
+        PartialState(cpu=True)
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    environment = dict(os.environ)
+    before = dict(PartialState._shared_state)
+    with recorder(tmp_path, trackers=("tensorboard",)) as record:
+        record.record(row(1))
+        assert PartialState().num_processes == 1
+        assert os.environ == environment
+    assert PartialState._shared_state == before
+
+
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra 'tracking' is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -284,7 +307,7 @@ def test_wandb_without_a_key(bare_home: Path) -> None:
 
 @pytest.mark.parametrize(
     "variables",
-    [{"WANDB_API_KEY": "k"}, {"WANDB_MODE": "offline"}, {"WANDB_MODE": "disabled"}, {"RANK": "1"}],
+    [{"WANDB_API_KEY": "k"}, {"WANDB_MODE": "offline"}, {"WANDB_MODE": "disabled"}],
     ids=str,
 )
 def test_wandb_with_a_key_or_without_need_of_one(

@@ -450,7 +450,7 @@ def test_create_student_takes_the_hub_s_cache(
         asked.append((name, options["cache_dir"]))
         return str(RECORDED / "teacher")
 
-    monkeypatch.setattr("scaledistill.models.teacher.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     args = arguments(tmp_path)
     student = create_student("some-org/some-model", args, cache_dir=".cache")
     assert asked == [("some-org/some-model", ".cache")]

@@ -61,7 +61,6 @@ VISIBILITIES = [
     "empty",
     "documents",
     "unordered documents",
-    "end to end",
 ]
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
@@ -140,9 +139,6 @@ def visible(visibility: str, T: int) -> tuple[int, dict[str, Tensor]]:
     mask = torch.ones(2, T, dtype=torch.bool)
     mask[1, (T + 1) // 2 :] = False
     documents = torch.stack([torch.arange(T) // (1 + T // 4), 3 * torch.arange(T) // T - 5])
-    if visibility == "end to end":
-        bounds = torch.tensor([0, T // 3, T // 3, T - T // 5], dtype=torch.int32)
-        return 1, {"cu_seqlens": bounds}
     return 2, {
         "all": {},
         "right": {"mask_BT": mask},
@@ -157,8 +153,6 @@ def visible(visibility: str, T: int) -> tuple[int, dict[str, Tensor]]:
 
 
 def padding(B: int, T: int, arguments: dict[str, Tensor]) -> Tensor:
-    if "cu_seqlens" in arguments:
-        return (torch.arange(T) >= arguments["cu_seqlens"][-1])[None]
     return ~arguments.get("mask_BT", torch.ones(B, T, dtype=torch.bool))
 
 
@@ -559,25 +553,19 @@ def test_all_defaults_compile(capability: int, tmp_path: Path) -> None:
 def test_nothing_waits_for_the_gpu() -> None:
     x = torch.randn(2, 100, 3 * R * 16, device="cuda", dtype=torch.bfloat16)
     mask = torch.ones(2, 100, dtype=torch.bool, device="cuda")
-    bounds = torch.tensor([0, 40, 100], device="cuda")
     for backend in ("triton", "reference"):
         for mode in ("default", "error"):  # the first round compiles
             torch.cuda.set_sync_debug_mode(mode)
             try:
                 student = x.detach().clone().requires_grad_()
-                told: list[dict[str, Any]] = [
-                    {"mask_BT": mask, "segment_ids_BT": mask.int()},
-                    {"cu_seqlens": bounds},
-                ]
-                for arguments in told:
-                    one = slice(None) if "mask_BT" in arguments else slice(1)
-                    relation_loss(
-                        laid_out(x[one], "slices"),
-                        laid_out(student[one], "slices"),
-                        num_heads=R,
-                        pairs={"qq": 1.0, "qk": 0.5},
-                        backend=backend,
-                        **arguments,
-                    ).total.backward()
+                relation_loss(
+                    laid_out(x, "slices"),
+                    laid_out(student, "slices"),
+                    num_heads=R,
+                    pairs={"qq": 1.0, "qk": 0.5},
+                    backend=backend,
+                    mask_BT=mask,
+                    segment_ids_BT=mask.int(),
+                ).total.backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")

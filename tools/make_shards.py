@@ -9,7 +9,6 @@ options, 3 wrong input or environment, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import json
 import logging
@@ -25,7 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from scaledistill.errors import counted
+from scaledistill.data.sizes import ROWS_PER_SHARD
+from scaledistill.errors import counted, did_you_mean, near_miss
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -151,7 +151,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument(
         "--rows-per-shard",
         type=int,
-        default=65_536,
+        default=ROWS_PER_SHARD,
         metavar="N",
         help="rows per shard: a multiple of 256, or less than 256 (default: %(default)s)",
     )
@@ -178,8 +178,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     known = [option for action in parser._actions for option in action.option_strings]
     for name in (argument.split("=")[0] for argument in arguments if argument.startswith("--")):
         if name not in (*known, "--"):
-            near = difflib.get_close_matches(name, known, n=1)
-            parser.error(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            parser.error(f"unknown option {name}{did_you_mean(near_miss(name, known))}")
     options = parser.parse_intermixed_args(arguments)
     given = [bool(options.inputs), bool(options.wds), bool(options.dataset), options.installed_docs]
     if sum(given) != 1:

@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -30,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from scaledistill.checkpoint import mirror
+from scaledistill.checkpoint.names import MANIFEST, STATE, committed, folder_name
 from scaledistill.distributed.ranks import Ranks, broadcast_object, failing_together
 from scaledistill.errors import DataError
 from scaledistill.storage.files import disk_remedy, read_json, sha256_of, sync, write_json
@@ -37,8 +37,6 @@ from scaledistill.storage.files import disk_remedy, read_json, sha256_of, sync, 
 log = logging.getLogger(__name__)
 
 FORMAT = {"format": "scaledistill-checkpoint", "version": 1}
-MANIFEST, STATE = "manifest.json", "state.json"
-FOLDER = re.compile(r"step-(\d{9})")
 CHUNK_BYTES = 1 << 22
 FALLING_BACK, NONE_LEFT = (
     "falling back to the one before",
@@ -80,11 +78,6 @@ class Checkpoint:
                 f"{path} cannot be used ({error}); remove {self.folder} to resume from the "
                 "checkpoint before it"
             ) from None
-
-
-def folder_name(step: int) -> str:
-    """Return the folder name of a step's checkpoint."""
-    return f"step-{step:09d}"
 
 
 def write_checkpoint(
@@ -200,7 +193,7 @@ def commit(partial: Path, folder: Path) -> None:
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints up to this one."""
     # A later checkpoint is damaged, or the run would have resumed from it: it must not count.
-    for old in [path for path in _committed(folder.parent) if path.name <= folder.name][keep:]:
+    for old in [path for path in committed(folder.parent) if path.name <= folder.name][keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -243,7 +236,7 @@ def _newest_good(root: Path, remote: str | None) -> str | None:
     for leftover in root.glob(".partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     name = None
-    for folder in _committed(root):
+    for folder in committed(root):
         if (damage := verify(folder)) is None:
             name = folder.name
             break
@@ -269,7 +262,7 @@ def _newest_good(root: Path, remote: str | None) -> str | None:
 
 
 def _fallback(root: Path, damaged: str, remote: str | None) -> str:
-    if any(path.name < damaged for path in _committed(root)):
+    if any(path.name < damaged for path in committed(root)):
         return FALLING_BACK
     if remote:
         return f"there is none before it here; looking in {remote}"
@@ -290,7 +283,7 @@ def _fetch(url: str, partial: Path) -> str | None:
 
 def newest_state(root: Path) -> dict[str, Any] | None:
     """Return the newest checkpoint's JSON, unverified; None if there is no readable one."""
-    return next(filter(None, (read_json(folder / STATE) for folder in _committed(root))), None)
+    return next(filter(None, (read_json(folder / STATE) for folder in committed(root))), None)
 
 
 def verify(folder: Path) -> str | None:
@@ -314,10 +307,3 @@ def verify(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} is unreadable: {error!r}"
     return None if STATE in files else f"{MANIFEST} does not name {STATE}"
-
-
-def _committed(root: Path) -> list[Path]:
-    """Return the committed checkpoints, newest first."""
-    return sorted(
-        (path for path in root.glob("step-*") if FOLDER.fullmatch(path.name)), reverse=True
-    )

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from scaledistill.checkpoint.names import FOLDER, MANIFEST
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.storage.remote import WRITABLE, change, is_url
 
-MANIFEST = "manifest.json"
-FOLDER = re.compile(r"step-\d{9}")
 FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -7,7 +7,6 @@ code. Not handled here: the configuration (`config`) and the run itself (`traini
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import sys
@@ -15,13 +14,13 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from scaledistill.config.hints import argument_hint
 from scaledistill.config.load import check_paths, load_config
 from scaledistill.config.schema import DistillConfig
 from scaledistill.config.wording import setting_names
-from scaledistill.distributed.launcher import check_numbers
+from scaledistill.distributed.launcher import check_numbers, stated_rank
 from scaledistill.errors import (
     EXIT_DONE,
     EXIT_ENVIRONMENT,
@@ -63,7 +62,7 @@ class _MainRankParser(argparse.ArgumentParser):
         sys.exit(_after_report(status, "RANK") if status else 0)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if os.environ.get("RANK", "0") == "0":
+        if stated_rank() == "0":
             super()._print_message(message, file)
 
 
@@ -198,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, option) and not options.validate:
             parse.error(f"--{option.replace('_', '-')} is read only with --validate")
     _check_together(parse, options)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = stated_rank() == "0"
     _set_up_messages(is_main, options.debug)
     log = logging.getLogger("scaledistill")
     try:
@@ -209,10 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         if not options.print_config:
-            check_paths(config, options.config)
+            check_paths(config, options.config, warns=is_main)
     except ConfigError as error:
         # One message per machine, since each machine reads its own copy of the file.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if stated_rank("LOCAL_RANK") == "0":
             log.error("%s", error)
         return _after_report(error.exit_code, "LOCAL_RANK")
     try:
@@ -223,12 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.export is not None:
             return _export(config, options.export, is_main)
         if options.validate:
-            # A short process that mostly imports: the garbage collector only costs time here.
-            gc.disable()
-            try:
-                return _validate(config, options, is_main)
-            finally:
-                gc.enable()
+            return _validate(config, options, is_main)
         from scaledistill.training.loop import distill
 
         under_elastic = "TORCHELASTIC_RUN_ID" in os.environ
@@ -277,13 +271,13 @@ def _export(config: DistillConfig, step: int | str, is_main: bool) -> int:
     return EXIT_DONE
 
 
-def _after_report(code: int, name: str) -> int:
+def _after_report(code: int, name: Literal["RANK", "LOCAL_RANK"]) -> int:
     """Return an exit code once the rank whose `name` is 0 has had time to report the error.
 
     Launchers end all ranks of their machine as soon as one fails. The ranks that print nothing
     therefore wait; the launcher ends them as soon as the reporting rank has exited.
     """
-    numbers = (os.environ.get(each, "0") for each in (name, "RANK", "LOCAL_RANK"))
+    numbers = (stated_rank(name), stated_rank(), stated_rank("LOCAL_RANK"))
     number, rank, local_rank = (int(text) if text.isdecimal() else 0 for text in numbers)
     if number:
         time.sleep(
@@ -340,7 +334,7 @@ def _set_up_messages(is_main: bool, debug: bool) -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
-        where = "" if is_main else f"[rank {os.environ['RANK']}] "
+        where = "" if is_main else f"[rank {stated_rank()}] "
         handler.setFormatter(
             logging.Formatter(f"%(asctime)s {where}%(levelname)s %(message)s", "%H:%M:%S")
         )

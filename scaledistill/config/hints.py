@@ -7,9 +7,10 @@ reading the configuration (`load`).
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
+
+from scaledistill.errors import did_you_mean, near_miss
 
 MAX_STEPS = (
     "set train.max_steps, which counts optimizer steps: epochs × training rows ÷ "
@@ -234,9 +235,9 @@ def argument_hint(unknown: Sequence[str], options: Iterable[str], settings: Sequ
     known = [
         setting for setting in settings if setting == name or setting.rpartition(".")[2] == name
     ]
-    near = difflib.get_close_matches(option, list(options), n=1)
+    near = near_miss(option, options)
     if near and name not in FOREIGN and not known:
-        return f"unknown option {option}; did you mean {near[0]}?"
+        return f"unknown option {option}{did_you_mean(near)}"
     if advice := foreign(name):
         return f"unknown option {option}; {_as_option(advice, value)}"
     if known:
@@ -244,10 +245,8 @@ def argument_hint(unknown: Sequence[str], options: Iterable[str], settings: Sequ
             f"unknown option {option}; type "
             f"{' or '.join(f'--set {setting}={value}' for setting in known)}"
         )
-    close = difflib.get_close_matches(
-        name, [setting.rpartition(".")[2] for setting in settings], n=1, cutoff=0.75
-    )
-    matches = [setting for setting in settings if close and setting.rpartition(".")[2] == close[0]]
+    close = near_miss(name, (setting.rpartition(".")[2] for setting in settings), cutoff=0.75)
+    matches = [setting for setting in settings if setting.rpartition(".")[2] == close]
     if matches:
         return (
             f"unknown option {option}; type "

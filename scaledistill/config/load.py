@@ -7,10 +7,8 @@ Not handled here: the fields and their checks (`schema`), the wording of pydanti
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from pydantic import ValidationError
 
 from scaledistill.config.schema import DistillConfig
 from scaledistill.config.wording import explain
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, did_you_mean, near_miss
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +67,12 @@ def parse_config(tree: Mapping[str, Any]) -> DistillConfig:
         raise ConfigError("\n".join(explain(error.errors(), tree))) from None
 
 
-def check_paths(config: DistillConfig, path: str | Path) -> None:
+def check_paths(config: DistillConfig, path: str | Path, *, warns: bool = True) -> None:
     """Check that relative paths are meant from the working folder.
 
     A path that is missing there is also looked for beside the configuration file, one folder above
-    it and in the repository.
+    it and in the repository. `warns`: log a warning if the run would start in another folder
+    than an earlier one.
 
     Raises:
         ConfigError: a path exists in one of those places, but not in the working folder.
@@ -104,7 +103,7 @@ def check_paths(config: DistillConfig, path: str | Path) -> None:
             (root for root in roots if root != here and (root / folder / "checkpoints").is_dir()),
             None,
         )
-        if root and os.environ.get("RANK", "0") == "0":
+        if root and warns:
             log.warning(
                 "run.folder=%s starts a new run in the working folder %s; to resume the run in %s, "
                 "start the command in %s",
@@ -148,10 +147,10 @@ def _where_else(path: Path) -> str:
     candidates += [REPOSITORY / path, *(each for each in presets if each.stem == path.stem)]
     for candidate in candidates:
         if candidate.is_file():
-            return f"{looked}; did you mean {_short(candidate)}?"
+            return f"{looked}{did_you_mean(_short(candidate))}"
     files = {each.stem: each for each in (*presets, *path.parent.glob("*.json"))}
-    if near := difflib.get_close_matches(path.stem, files, n=1):
-        return f"{looked}; did you mean {_short(files[near[0]])}?"
+    if near := near_miss(path.stem, files):
+        return f"{looked}{did_you_mean(_short(files[near]))}"
     return f"{looked}; configs/ of the repository holds some to start from"
 
 

@@ -28,6 +28,8 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MAY_CHANGE = "may change on resume"
 """Marks a field whose change alters no result, or rounding only; resume refuses any other change.
 Data and teacher are identified by hashes, so that their paths may change."""
+NUM_LANES, WINDOW_ROWS = 32, 16_384
+"""Defaults of `data.num_lanes` and `data.window_rows`."""
 STUDENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -160,9 +162,9 @@ class DataSettings(Settings):
     attention: Literal["row", "document"] = "row"
     """"row": every token of a row sees the whole row, as in BERT's training; "document": every
     token sees only its own document."""
-    num_lanes: Positive = 32
+    num_lanes: Positive = NUM_LANES
     """Lanes that the epoch is cut into; more lanes shuffle better and need more memory."""
-    window_rows: Positive = 16384
+    window_rows: Positive = WINDOW_ROWS
     """Rows shuffled together in a lane. Memory: at most num_lanes × window_rows × T × 2¼ bytes."""
     prefetch_batches: Annotated[Positive, MAY_CHANGE] = 4
     """Micro-batches prepared ahead of the step."""

@@ -7,7 +7,6 @@ kinds of errors have the same form.
 
 from __future__ import annotations
 
-import difflib
 import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from scaledistill.config.hints import foreign
 from scaledistill.config.schema import DistillConfig, Settings
-from scaledistill.errors import counted
+from scaledistill.errors import counted, did_you_mean, near_miss
 
 VERY_NEAR, NEAR, FAR = 0.85, 0.5, 0.75
 """How similar an unknown key must be to a known one: for a typing error; within the same block;
@@ -202,8 +201,8 @@ def _remedy(found: Any, annotation: Any, default: Any) -> str:
             each for member in members if get_origin(member) is Literal for each in get_args(member)
         ]
         alias = PRECISIONS.get(found.lower(), found.lower())
-        if near := difflib.get_close_matches(alias, choices, n=1):
-            return f"; did you mean {json.dumps(near[0])}?"
+        if near := near_miss(alias, choices):
+            return did_you_mean(json.dumps(near))
     elif isinstance(found, bool):
         candidates.append(str(found).lower())
     elif isinstance(found, int | float):
@@ -250,8 +249,8 @@ def _key_hint(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
     *parents, key = map(str, location)
     block = _block(_setting_at(location[:-1])[1]) if parents else DistillConfig
     here = list(block.model_fields) if block else []
-    if near := difflib.get_close_matches(key, here, n=1, cutoff=VERY_NEAR):
-        return f"did you mean {near[0]!r}?"
+    if near := near_miss(key, here, cutoff=VERY_NEAR):
+        return f"did you mean {near!r}?"
     students = tree.get("students")
     own = (
         [str(name) for name in students] if isinstance(students, dict) and students else ["<name>"]
@@ -266,8 +265,8 @@ def _key_hint(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
         return advice.replace("<name>", own[0])
     if nearly := _nearest(last, names, VERY_NEAR):
         return f"did you mean {_either(nearly)}?"
-    if near := difflib.get_close_matches(key, here, n=1, cutoff=NEAR):
-        return f"did you mean {near[0]!r}?"
+    if near := near_miss(key, here, cutoff=NEAR):
+        return f"did you mean {near!r}?"
     if close := _nearest(last, names, FAR):
         return f"did you mean {_either(close)}?"
     return f"known keys: {', '.join(here)}"
@@ -275,10 +274,8 @@ def _key_hint(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
 
 def _nearest(key: str, names: Sequence[str], likeness: float) -> list[str]:
     """Return the settings whose last part is most similar to a key."""
-    near = difflib.get_close_matches(
-        key, [name.rpartition(".")[2] for name in names], n=1, cutoff=likeness
-    )
-    return [name for name in names if name.rpartition(".")[2] in near]
+    near = near_miss(key, (name.rpartition(".")[2] for name in names), cutoff=likeness)
+    return [name for name in names if name.rpartition(".")[2] == near]
 
 
 def _either(names: Sequence[str]) -> str:

@@ -54,6 +54,7 @@ MANIFEST_FILE = "shards.manifest"
 """JSON without the suffix: `datasets.load_dataset` would take a .json file beside a tar as data."""
 OLD_MANIFEST_FILE = "manifest.json"
 """Its name in data sets made by earlier versions; the format is the same."""
+MANIFEST_FILES = (MANIFEST_FILE, OLD_MANIFEST_FILE)
 PARTIAL = ".partial-"
 MAX_SEQUENCE_LENGTH = 65_535
 IDS_DTYPES: dict[str, np.dtype[Any]] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
@@ -371,9 +372,7 @@ def manifest_path(folder: Path) -> Path:
 def _open_manifest(location: str) -> tuple[str, BinaryIO]:
     """Open the manifest of a folder or URL; return its path or URL and the file."""
     if remote.is_url(location):
-        where, data = remote.read_first(
-            [f"{location}/{name}" for name in (MANIFEST_FILE, OLD_MANIFEST_FILE)]
-        )
+        where, data = remote.read_first([f"{location}/{name}" for name in MANIFEST_FILES])
         return where, io.BytesIO(data)
     path = manifest_path(Path(location))
     try:
@@ -424,8 +423,8 @@ def _content_sha256(content: Mapping[str, object]) -> str:
 def _why_missing(folder: Path) -> str:
     if not folder.is_dir():
         return f"no such folder: {folder}; expected a folder made by tools/make_shards.py"
-    names = (MANIFEST_FILE, OLD_MANIFEST_FILE)
-    if inside := sorted({path.parent for name in names for path in folder.glob(f"*/{name}")}):
+    found = (path for name in MANIFEST_FILES for path in folder.glob(f"*/{name}"))
+    if inside := sorted({path.parent for path in found}):
         return (
             f"{folder} has no {MANIFEST_FILE}, but folders in it do; did you mean "
             f"{' or '.join(map(str, inside))}?"

@@ -18,6 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from scaledistill.config.schema import NUM_LANES, WINDOW_ROWS
 from scaledistill.errors import ConfigError, DataError
 
 ORDER_VERSION = 1
@@ -40,8 +41,8 @@ class SampleOrder:
         shard_rows: Sequence[int],
         *,
         seed: int,
-        num_lanes: int = 32,
-        window_rows: int = 16_384,
+        num_lanes: int = NUM_LANES,
+        window_rows: int = WINDOW_ROWS,
         identity: str | None = None,
     ) -> None:
         if not 0 <= seed < 2**63:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from scaledistill.config.schema import NUM_LANES, WINDOW_ROWS
 from scaledistill.data.ahead import FetchAhead
 from scaledistill.data.blocks import block_span, decode_block
-from scaledistill.data.manifest import (
-    Manifest,
-)
+from scaledistill.data.manifest import Manifest
 from scaledistill.data.order import SampleOrder
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.storage import remote
@@ -188,7 +187,9 @@ class ShardReader:
                 f"{self.location}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256
             )
 
-    def order(self, *, seed: int, num_lanes: int = 32, window_rows: int = 16_384) -> SampleOrder:
+    def order(
+        self, *, seed: int, num_lanes: int = NUM_LANES, window_rows: int = WINDOW_ROWS
+    ) -> SampleOrder:
         """Return the order of this data set's samples, identified by its manifest."""
         rows = [shard.rows for shard in self.manifest.shards]
         return SampleOrder(

@@ -32,9 +32,9 @@ from scaledistill.data.manifest import (
     DOCUMENTS_DTYPE,
     IDS_DTYPES,
     MANIFEST_FILE,
+    MANIFEST_FILES,
     MAX_BLOCK_ROWS,
     MAX_SEQUENCE_LENGTH,
-    OLD_MANIFEST_FILE,
     PARTIAL,
     TAR_BLOCK,
     Manifest,
@@ -42,6 +42,7 @@ from scaledistill.data.manifest import (
     ids_offset_after,
     manifest_path,
 )
+from scaledistill.data.sizes import ROWS_PER_BLOCK, ROWS_PER_SHARD
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.storage.files import flush, lock, sync
 
@@ -86,8 +87,8 @@ class ShardWriter:
         tokenizer: Mapping[str, object],
         pad_token_id: int,
         source: Mapping[str, object] | None = None,
-        rows_per_block: int = 256,
-        rows_per_shard: int = 65_536,
+        rows_per_block: int = ROWS_PER_BLOCK,
+        rows_per_shard: int = ROWS_PER_SHARD,
         overwrite: bool = False,
     ) -> None:
         if not 1 <= sequence_length <= MAX_SEQUENCE_LENGTH:
@@ -161,7 +162,7 @@ class ShardWriter:
             leftover.unlink()
 
     def _finished_files(self) -> list[Path]:
-        manifests = [self._folder / name for name in (MANIFEST_FILE, OLD_MANIFEST_FILE)]
+        manifests = [self._folder / name for name in MANIFEST_FILES]
         return [
             *(path for path in manifests if path.exists()),
             *sorted(self._folder.glob("shard-[0-9]*.tar")),

@@ -11,11 +11,12 @@ import functools
 import json
 import logging
 import numbers
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from scaledistill.distributed.launcher import stated_rank
 from scaledistill.errors import DataError
+from scaledistill.models.hub import model_folder
 from scaledistill.storage.files import is_path, near_folder, no_such_folder, read_json
 
 if TYPE_CHECKING:
@@ -64,13 +65,8 @@ def _find(name_or_folder: str | Path, revision: str | None) -> Path:
         raise DataError(f"tokenizer {name!r}: {no_such_folder(name_or_folder, remedy)}")
     if near := near_folder(name):
         remedy = f"did you mean {near}?"
-
-    from huggingface_hub import snapshot_download
-
     try:  # AutoTokenizer asks for each file in turn, and retries each one without a network
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES))
-        )
+        return model_folder(name, revision, TOKENIZER_FILES)
     except Exception as error:
         version = f" at revision {revision!r}" if revision else ""
         raise DataError(
@@ -190,7 +186,7 @@ def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedT
 @functools.cache
 def _warn_once(folder: Path, tokenizer_class: str, text: str) -> None:
     """Warn once per process, on rank 0, that a rebuilt tokenizer differs from its file."""
-    if os.environ.get("RANK", "0") == "0":
+    if stated_rank() == "0":
         log.warning(
             "tokenizer %s: transformers rebuilds it as %s, which reads %r differently from its "
             "tokenizer.json; tokenizer.json is used",

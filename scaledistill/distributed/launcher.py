@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from scaledistill.errors import ConfigError
 
@@ -41,6 +41,14 @@ class LauncherFacts(NamedTuple):
     world_size: int
     local_rank: int
     local_world_size: int
+
+
+def stated_rank(name: Literal["RANK", "LOCAL_RANK"] = "RANK") -> str:
+    """Return a rank as the launcher states it, unchecked; "0" without a launcher.
+
+    For what runs without a process group; what runs in one has its `Ranks`.
+    """
+    return os.environ.get(name, "0")
 
 
 def check_numbers() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import itertools
 import json
 import logging
@@ -32,6 +31,8 @@ from scaledistill.errors import (
     ConfigError,
     DataError,
     counted,
+    did_you_mean,
+    near_miss,
 )
 from scaledistill.glue.cell import MODEL_NAME
 from scaledistill.glue.tasks import TASKS
@@ -257,9 +258,8 @@ def _unknown(word: str, arguments: Sequence[str], known: Sequence[str]) -> str:
     """Return the error message for an unknown argument, with what was probably meant."""
     if word.startswith("-"):
         name = word.partition("=")[0]
-        foreign = FOREIGN.get(name.replace("_", "-"))
-        near = [foreign] if foreign else difflib.get_close_matches(name, known, n=1)
-        return f"unknown option {word}" + (f"; did you mean {near[0]}?" if near else "")
+        near = FOREIGN.get(name.replace("_", "-")) or near_miss(name, known)
+        return f"unknown option {word}{did_you_mean(near)}"
     place = list(arguments).index(word)
     before = [i for i in range(place) if arguments[i].startswith("-")]
     option, equals, value = arguments[before[-1]].partition("=") if before else ("", "", "")

@@ -21,8 +21,9 @@ import torch
 from scaledistill.config.schema import EvaluationSettings
 from scaledistill.errors import ConfigError, DataError, counted
 from scaledistill.glue.cell import Cell, read_error, read_record, remove_partial_files, write_error
+from scaledistill.glue.output import write_summary
 from scaledistill.glue.plan import Plan, make_plan
-from scaledistill.glue.summary import GRID, Summary, summary_of, write_summary
+from scaledistill.glue.summary import GRID, Summary, summary_of
 from scaledistill.glue.worker import Share, Worker
 from scaledistill.storage.files import locked, read_json, write_json
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from scaledistill.config.schema import EvaluationSettings
-from scaledistill.data.tokenizer import has_vocabulary_file, load_tokenizer
+from scaledistill.data.tokenizer import TOKENIZER_FILES, has_vocabulary_file, load_tokenizer
 from scaledistill.errors import ConfigError, DataError, Problems
 from scaledistill.glue.cell import MODEL_NAME, Cell, Conditions, hash_of
 from scaledistill.glue.features import data_sha256
@@ -40,7 +40,9 @@ from scaledistill.models.teacher import (
 from scaledistill.models.weights import weight_files
 from scaledistill.storage.files import sha256_of
 
-TOKENIZER_FILES = (
+# Part of a model's hash, in this order: other files, or another order, would give models with
+# finished cells another hash.
+HASHED_TOKENIZER_FILES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
     *("sentencepiece.bpe.model", "spm.model", "tokenizer_config.json", "special_tokens_map.json"),
 )
@@ -273,7 +275,7 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
     files = [
         "config.json",
         *weight_files(folder),
-        *(file for file in TOKENIZER_FILES if (folder / file).is_file()),
+        *(file for file in HASHED_TOKENIZER_FILES if (folder / file).is_file()),
     ]
     return Model(
         name=name,

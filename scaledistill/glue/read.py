@@ -6,7 +6,6 @@ have no meaning in the original TSV files: a row is the text between two line fe
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scaledistill.data.prepare.compression import StoredError, open_stored
-from scaledistill.errors import DataError, counted
+from scaledistill.errors import DataError, counted, did_you_mean
 from scaledistill.glue.tasks import Task
+from scaledistill.storage.files import near_folder
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +79,7 @@ Rows = tuple[list[str], list[tuple[str, ...]], list[Any]]
 def _find(task: Task, split: str, data_folder: Path) -> Path:
     """Return the file of a split."""
     if not data_folder.is_dir():
-        siblings = [path.name for path in data_folder.parent.glob("*") if path.is_dir()]
-        near = difflib.get_close_matches(data_folder.name, siblings, n=1)
-        meant = f"; did you mean {data_folder.parent / near[0]}?" if near else ""
+        meant = did_you_mean(near_folder(data_folder))
         if data_folder.is_file():
             meant = f"; for {task.title} that is {data_folder.absolute().parent.parent}"
         raise DataError(

@@ -1,7 +1,7 @@
 """Summarise a folder of cells: the best hyper-parameters per model and task, and their scores.
 
-Inputs: an output folder of `grid`. Outputs: a `Summary`, and its tables as Markdown, CSV, JSON and
-PNG. Not handled here: running cells (`grid`), drawing (`picture`).
+Inputs: an output folder of `grid`. Outputs: a `Summary`, and its tables as Markdown. Not handled
+here: running cells (`grid`), drawing (`picture`), writing files (`output`).
 
 For each model and task, the chosen hyper-parameters are those with the highest median of the task's
 first dev metric over the seeds; in a tie the lower learning rate, then fewer epochs. Those without
@@ -11,22 +11,23 @@ after the last epoch. Nothing is rescaled.
 
 from __future__ import annotations
 
-import csv
+import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from scaledistill.errors import DataError, counted
 from scaledistill.glue.cell import Cell, read_error, read_predictions, read_record
 from scaledistill.glue.metrics import only_answer
-from scaledistill.glue.published import PUBLISHED
 from scaledistill.glue.tasks import TASKS
 from scaledistill.metrics.benchmark import Table
-from scaledistill.storage.files import read_json, write_json
+from scaledistill.storage.files import read_json
 
 GRID = "grid.json"
+PUBLISHED = Path(__file__).with_name("published.json")
+"""Scores of other models, and their sources."""
 BASELINE = "baseline"
 MAJORITY = "majority class"  # the baseline's row; a model's name cannot have a space
 ONE_ANSWER = {"classification": "one class", "regression": "one value", "span": "one answer"}
@@ -384,48 +385,6 @@ def _only_answers(
     return tuple(found)
 
 
-def write_summary(summary: Summary, output: Path) -> None:
-    """Write `summary.md`, `.csv`, `.json` and `.png` into a folder."""
-    from scaledistill.glue.picture import draw
-
-    (output / "summary.md").write_text(summary.markdown())
-    with (output / "summary.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(
-            [
-                *(
-                    "model",
-                    "published",
-                    "task",
-                    "metric",
-                    "median",
-                    "low",
-                    "high",
-                    "n",
-                    "learning_rate",
-                    "epochs",
-                ),
-                *("one_answer_seeds", "majority_class"),
-            ]
-        )
-        chosen = {(choice.model, choice.task): choice for choice in summary.choices}
-        for row in summary.rows:
-            for column, score in row.scores.items():
-                task, metric = column.split("/")
-                choice = None if row.published else chosen[row.name, task]
-                picked = [choice.learning_rate, choice.epochs] if choice else ["", ""]
-                numbers = [score.median, score.low, score.high, score.n]
-                marks = [
-                    len(choice.only_answers) if choice else "",
-                    summary.majority.get(column, ""),
-                ]
-                table.writerow(
-                    [row.name, row.published or "", task, metric, *numbers, *picked, *marks]
-                )
-    write_json(output / "summary.json", asdict(summary))
-    draw(summary, output / "summary.png")
-
-
 def column_title(column: str) -> str:
     """Return "CoLA matthews" for "cola/matthews"."""
     task, metric = column.split("/")
@@ -442,12 +401,13 @@ def _scores(choices: Any) -> dict[str, Score]:
 
 def _published(columns: Sequence[str]) -> list[Row]:
     rows = []
-    for row in PUBLISHED:
-        scores = {
-            column: Score.of([row.scores[column]]) for column in columns if column in row.scores
-        }
+    for model in json.loads(PUBLISHED.read_text(encoding="utf-8"))["models"]:
+        known = model["scores"]
+        scores = {column: Score.of([known[column]]) for column in columns if column in known}
         if scores:
-            rows.append(Row(row.name, row.parameters, scores, average=None, published=row.source))
+            rows.append(
+                Row(model["name"], model["parameters"], scores, None, published=model["source"])
+            )
     return rows
 
 

@@ -5,14 +5,13 @@ Inputs: names. Outputs: `Task` objects. Not handled here: reading (`read`) and s
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, did_you_mean, near_miss
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,7 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
             if hint := _several(name):
                 raise ConfigError(f"tasks: {name!r} is not a task; {hint}")
             plain = "".join(character for character in name.lower() if character.isalnum())
-            near = difflib.get_close_matches(plain, TASKS, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            meant = did_you_mean(near_miss(plain, TASKS))
             raise ConfigError(
                 f"tasks: unknown task {name!r}, expected some of {', '.join(TASKS)}{meant}"
             )

@@ -209,10 +209,11 @@ class MiniLMTrainer(Trainer):
         _check_models(teacher_model, model, args)
         self._view = capture_view(model, args.student_layer)
         self._loss = StudentLoss(args.num_relation_heads, args.pairs, args.relation_backend)
-        view = cast(PreTrainedModel, self._view.module)
+        view = cast(Any, self._view.module)
         prefix = "" if base_encoder(model) is model else f"{model.base_model_prefix}."
-        # Trainer saves the module that it trains, the view; save the full student instead.
-        view.__dict__["save_pretrained"] = partial(_save_whole, model, prefix, model.dtype)
+        # Trainer and its callbacks save the module that is trained, the view; let it save the full
+        # student instead.
+        view.save_pretrained = partial(_save_whole, model, prefix, model.dtype)
         self.student = model
         super().__init__(view, args, *other, **options)
         if args.bf16 and args.device.type == "cpu" and self.is_world_process_zero():

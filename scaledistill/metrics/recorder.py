@@ -24,6 +24,7 @@ from rich.text import Text
 
 from scaledistill.metrics.trackers import Trackers
 from scaledistill.storage.background import Background, ended
+from scaledistill.storage.files import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +69,7 @@ class Recorder:
         self._trackers = Trackers(trackers, folder, config, project=project, run_name=run_name)
         # A resumed run repeats the later steps, and records them again.
         kept = [row for row in read_rows(self._path) if row["step"] <= resumed_at]
-        partial = self._path.with_name(".metrics.jsonl")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(self._path)
+        write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = self._path.open("a")
         self._disk = Background("metrics.jsonl")
         self._waiting: deque[tuple[float, Future[None]]] = deque()  # rows, with when each was made

@@ -26,6 +26,11 @@ from scaledistill.storage.files import read_json, write_json
 log = logging.getLogger(__name__)
 
 RECORD = "trackers.json"
+LAUNCHED = (
+    *("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "ACCELERATE_USE_SAGEMAKER",
+)
+"""The variables by which accelerate learns of other processes."""
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -62,7 +67,7 @@ def _has_wandb_key() -> bool:
     Looks where W&B itself does: in environment variables, its settings files and netrc.
     """
     given = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-    if given or os.environ.get("RANK", "0") != "0":  # other ranks do not use it
+    if given:
         return True
     mode, host = os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_BASE_URL", "")
     configured = Path(os.environ.get("WANDB_CONFIG_DIR") or Path("~/.config/wandb").expanduser())
@@ -119,6 +124,7 @@ class Trackers:
         self._known = read_json(folder / RECORD) or {}
         self._running: dict[str, Any] = {}
         self._failed: dict[str, Any] = {}
+        self._runtime_is_ours = False
         for name in names:
             self._attempt(name, "start", self._start, name, config)
 
@@ -131,15 +137,19 @@ class Trackers:
 
     def finish(self) -> None:
         """Close every tracker; close the run's own files first, since this may take long."""
-        # Failed trackers may hold files open; their failure has been reported already.
-        for tracker in self._failed.values():
-            try:
-                tracker.finish()
-            except (Exception, SystemExit):  # noqa: BLE001 - any package's errors
-                continue
-        for name, tracker in list(self._running.items()):
-            self._attempt(name, "finish", tracker.finish)
-        self._running, self._failed = {}, {}
+        try:
+            # Failed trackers may hold files open; their failure has been reported already.
+            for tracker in self._failed.values():
+                try:
+                    tracker.finish()
+                except (Exception, SystemExit):  # noqa: BLE001 - any package's errors
+                    continue
+            for name, tracker in list(self._running.items()):
+                self._attempt(name, "finish", tracker.finish)
+        finally:
+            if self._runtime_is_ours:
+                _end_runtime()
+        self._running, self._failed, self._runtime_is_ours = {}, {}, False
 
     def _attempt(
         self, name: str, what: str, action: Callable[..., Any], *arguments: Any, **options: Any
@@ -160,19 +170,16 @@ class Trackers:
         from accelerate import tracking
 
         known = tracking.LOGGER_TYPE_TO_CLASS[name]
-        # Only rank 0 gets here. Accelerate's own rank check and logger would need its runtime, so
-        # both are replaced.
-        tracking.logger = _Messages(log, {})
-        cls = type(known.__name__, (known,), {"main_process_only": False})
+        self._runtime_is_ours = _start_runtime() or self._runtime_is_ours
         accepted = inspect.signature(known.__init__).parameters.values()
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted)
         named = {parameter.name for parameter in accepted}
         options = self._options(name)
         options = {key: value for key, value in options.items() if takes_any or key in named}
         if known.requires_logging_directory:  # a folder in the run's folder, as if for a project
-            tracker = cls(self._run_name, logging_dir=str(self._folder), **options)
+            tracker = known(self._run_name, logging_dir=str(self._folder), **options)
         else:
-            tracker = cls(self._project, **options)
+            tracker = known(self._project, **options)
         tracker.start()
         self._running[name] = tracker
         continued = name in self._known
@@ -213,10 +220,26 @@ class Trackers:
             write_json(self._folder / RECORD, self._known)
 
 
-class _Messages(logging.LoggerAdapter):
-    """Provides the methods that accelerate's trackers expect of their logger."""
+def _start_runtime() -> bool:
+    """Start accelerate's runtime, which its trackers need; return False if it runs already.
 
-    def warning_once(self, message: str, *arguments: Any, **options: Any) -> None:
-        """Log a warning, without accelerate's `main_process_only` option."""
-        options.pop("main_process_only", None)
-        self.warning(message, *arguments, **options)
+    For one process on the CPU, whatever launched the run: only rank 0 has trackers, and accelerate
+    must neither join the run's processes nor choose their device.
+    """
+    from accelerate import PartialState
+
+    if PartialState._shared_state:
+        return False
+    hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
+    try:
+        PartialState(cpu=True)
+    finally:
+        os.environ.update(hidden)
+    return True
+
+
+def _end_runtime() -> None:
+    """End accelerate's runtime, so that what comes after the run can start its own."""
+    from accelerate import PartialState
+
+    PartialState._reset_state()

@@ -11,14 +11,13 @@ computation.
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from scaledistill.errors import DataError
+from scaledistill.errors import DataError, near_misses
 
 # How a model is run, stored or generated from, and the labels of a head: keys that do not change
 # what an encoder computes.
@@ -132,7 +131,7 @@ def _plain_encoder(
             )
     activation = plain.get("hidden_act", defaults["hidden_act"])
     if activation not in ACT2FN:
-        near = difflib.get_close_matches(str(activation).lower(), ACT2FN, n=3) or [
+        near = near_misses(str(activation).lower(), ACT2FN, at_most=3) or [
             "gelu",
             "gelu_new",
             "relu",

@@ -1,17 +1,20 @@
-"""Resolve a hub model's name to a commit once per run; take every file from that commit.
+"""Look up a model on the hub; its name is resolved to a commit once per run.
 
-Inputs: names, and a function that downloads. Outputs: local folders. Not handled here: which rank
-downloads (`fetching`).
+Inputs: names and the files wanted. Outputs: local folders. Imports nothing heavy before a lookup.
+Not handled here: which rank downloads (`preflight.fetching`).
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -71,20 +74,35 @@ def learn(known: Mapping[tuple[str, str | None], Snapshot | str]) -> None:
 
 
 def model_folder(
-    name: str, revision: str | None, patterns: Sequence[str], download: Callable[[str | None], str]
+    name: str,
+    revision: str | None,
+    patterns: Sequence[str],
+    *,
+    cache_dir: str | Path | None = None,
 ) -> Path:
     """Return the folder of a model's files that match `patterns`, downloaded if needed.
 
     Args:
-        download: fetches these files at a revision and returns their folder; its errors pass
-            through.
+        cache_dir: the folder of the downloads, by default the hub's usual cache.
 
     Raises:
+        Exception: whatever `huggingface_hub` raises if the hub does not provide them.
         UnavailableError: it failed before, with the same message.
     """
+
+    def download(version: str | None) -> Path:
+        from huggingface_hub import snapshot_download
+
+        log.info("looking for %s on the hub", name)
+        return Path(
+            snapshot_download(
+                name, revision=version, allow_patterns=list(patterns), cache_dir=cache_dir
+            )
+        )
+
     known = _known.get()
     if known is None:
-        return Path(download(revision))
+        return download(revision)
     found = known.get((name, revision))
     if isinstance(found, str):
         raise UnavailableError(found)
@@ -92,7 +110,7 @@ def model_folder(
         return found.folder
     try:
         # By commit, so that a branch that moves meanwhile does not mix files of two versions.
-        folder = Path(download(found.commit or revision if found else revision))
+        folder = download(found.commit or revision if found else revision)
     except Exception as error:
         known[name, revision] = str(error)
         raise

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -83,16 +82,9 @@ def resolve_folder(
     if is_path(model):
         remedy = "give a model's folder or its hub name"
         raise DataError(f"{setting}={str(model)!r}: {no_such_folder(model, remedy)}")
-
-    def download(version: str | None) -> str:
-        logger.info("looking for %s on the hub", model)
-        with quiet_transformers():
-            return snapshot_download(
-                str(model), revision=version, allow_patterns=list(patterns), cache_dir=cache_dir
-            )
-
     try:
-        return model_folder(str(model), revision, patterns, download)
+        with quiet_transformers():
+            return model_folder(str(model), revision, patterns, cache_dir=cache_dir)
     except Exception as error:
         version = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().partition("\n")[0]

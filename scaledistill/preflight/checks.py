@@ -26,6 +26,7 @@ from scaledistill.data.order import SampleOrder
 from scaledistill.data.prepare.text import load_tokenizer, tokenizer_fingerprint
 from scaledistill.data.stream import ShardReader
 from scaledistill.data.tokenizer import TOKENIZER_FILES
+from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import ConfigError, DataError, Problems
 from scaledistill.metrics.trackers import check_trackers
 from scaledistill.models.capture import check_layer, max_sequence_length
@@ -68,6 +69,7 @@ def check(
     world_size: int,
     device: torch.device,
     *,
+    ranks: Ranks | None = None,
     writes: bool = True,
     fresh: bool = False,
     gpu_bytes: int | None = None,
@@ -80,6 +82,7 @@ def check(
         config: as given by the user.
         world_size: the number of ranks.
         device: this rank's.
+        ranks: of a run; None for a process of its own, which checks everything.
         writes: the run folder will be written to, and needs space.
         fresh: the run will not resume.
         gpu_bytes: size the plan for GPUs with this much memory, whatever `device` is.
@@ -101,24 +104,26 @@ def check(
         # Models from the hub are checked when their weights are fetched.
         if model not in ("random", "teacher") and Path(model).is_dir():
             attempt(_check_weights, config, setting, model)
-    attempt(check_trackers, config.logging.trackers)
-    # Rank 0 alone writes to the remote folder, to probe it.
-    if writes and config.checkpoint.remote and os.environ.get("RANK", "0") == "0":
+    is_main = ranks is None or ranks.is_main
+    # Rank 0 alone has trackers, and writes to the remote folder, to probe it.
+    if is_main:
+        attempt(check_trackers, config.logging.trackers)
+    if writes and config.checkpoint.remote and is_main:
         attempt(mirror.check, config.checkpoint.remote)
     evaluation = None
-    if writes and config.evaluation and os.environ.get("RANK", "0") == "0":
+    if writes and config.evaluation and is_main:
         from scaledistill.glue.api import check_evaluation  # imported here: it takes seconds
 
         evaluation = attempt(check_evaluation, config)
-    shards = attempt(_open_set, config, "data.train", config.data.train)
+    shards = attempt(_open_set, config, "data.train", config.data.train, ranks)
     held_out = (
-        attempt(_open_set, config, "data.validation", config.data.validation)
+        attempt(_open_set, config, "data.validation", config.data.validation, ranks)
         if config.data.validation
         else None
     )
     for setting, reader in (("data.train", shards), ("data.validation", held_out)):
         if reader and teacher:
-            attempt(_check_shards, config, setting, reader, teacher)
+            attempt(_check_shards, config, setting, reader, teacher, is_main)
     order = attempt(_order, config, shards) if shards else None
     if (
         resolved
@@ -145,27 +150,30 @@ def check(
     return replace(plan, evaluation=evaluation.size, evaluation_flops=evaluation.flops(encoder))
 
 
-def open_shards(config: DistillConfig, location: str) -> ShardReader:
+def open_shards(config: DistillConfig, location: str, ranks: Ranks | None = None) -> ShardReader:
     """Open a data set, through the local cache if it is a URL.
 
     Only the first rank of each machine checks that all shards exist: the others see the same files.
+    Without `ranks`, they are checked here.
 
     Raises:
         ConfigError, DataError: see `ShardReader`.
     """
-    folder, rank = config.data.cache_folder, os.environ.get("RANK")
+    folder = config.data.cache_folder
     cache = ShardCache(Path(folder) if folder else None, limit_bytes=config.data.cache_bytes)
     return ShardReader(
         location,
         cache=cache,
-        rank=None if rank is None else int(rank),
-        check_sizes=os.environ.get("LOCAL_RANK", "0") == "0",
+        rank=None if ranks is None else ranks.rank,
+        check_sizes=ranks is None or ranks.local_rank == 0,
     )
 
 
-def _open_set(config: DistillConfig, setting: str, location: str) -> ShardReader:
+def _open_set(
+    config: DistillConfig, setting: str, location: str, ranks: Ranks | None
+) -> ShardReader:
     try:
-        return open_shards(config, location)
+        return open_shards(config, location, ranks)
     except DataError as error:
         missing = not (is_url(location) or Path(location).is_absolute() or Path(location).exists())
         looked = f" (looked for in the working folder {Path.cwd()})" if missing else ""
@@ -235,7 +243,11 @@ def _student_config(
 
 
 def _check_shards(
-    config: DistillConfig, setting: str, shards: ShardReader, teacher: PretrainedConfig
+    config: DistillConfig,
+    setting: str,
+    shards: ShardReader,
+    teacher: PretrainedConfig,
+    is_main: bool,
 ) -> None:
     manifest, location = shards.manifest, shards.location
     if manifest.sequence_length != config.data.sequence_length:
@@ -252,9 +264,7 @@ def _check_shards(
         )
     if problem := manifest.unknown_problem():
         raise DataError(f"{setting}: {location}: {problem}")
-    if (problem := manifest.unknown_problem(MAX_UNKNOWN_FRACTION)) and os.environ.get(
-        "RANK", "0"
-    ) == "0":
+    if (problem := manifest.unknown_problem(MAX_UNKNOWN_FRACTION)) and is_main:
         log.warning("%s: %s: %s", setting, location, problem)  # accepted when the set was made
     folder = resolve_folder(config.teacher.model, config.teacher.revision, TOKENIZER_FILES)
     expected = tokenizer_fingerprint(load_tokenizer(folder))

@@ -4,7 +4,7 @@ Inputs: `QKV` of one teacher block and one student block. Outputs: `RelationLoss
 computes it: `reference` (any device, whole maps), `sdpa` (CPU, tiles) or `triton` (GPU, fused
 kernels). Not handled here: capturing Q/K/V (`models.capture`).
 
-Legend: B sequences, T tokens, D width, P pairs, S sequences laid end to end.
+Legend: B sequences, T tokens, D width, P pairs.
 """
 
 from __future__ import annotations
@@ -112,7 +112,6 @@ def relation_loss(
     pairs: Mapping[str, float],
     mask_BT: Tensor | None = None,
     segment_ids_BT: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     causal: bool = False,
     backend: str = "auto",
 ) -> RelationLoss:
@@ -131,9 +130,6 @@ def relation_loss(
         mask_BT: bool or integer, true on real tokens, in any position.
         segment_ids_BT: integer, less than 2^31 apart; tokens attend only within their segment. n is
             still the number of real tokens in the row.
-        cu_seqlens: `[S + 1]` int32 or int64, ascending from 0: B is 1, and the tokens from one
-            bound to the next are a sequence of the mean, with its own n; tokens after the last
-            bound are padding. Excludes mask and segments.
         causal: tokens attend only to themselves and earlier tokens.
         backend: "auto", "reference", "sdpa" or "triton".
 
@@ -145,9 +141,7 @@ def relation_loss(
 
     Source: MiniLMv2, arXiv 2012.15828, eq. 5–8.
     """
-    spec = check_request(
-        teacher, student, num_heads, pairs, mask_BT, segment_ids_BT, cu_seqlens, causal
-    )
+    spec = check_request(teacher, student, num_heads, pairs, mask_BT, segment_ids_BT, causal)
     device_type = getattr(student, spec.letters[0]).device.type
     compute = BACKENDS[resolve_backend(backend, device_type)]
     with torch.autocast(device_type, enabled=False):

@@ -35,8 +35,8 @@ class RelationSpec(NamedTuple):
     `pairs` holds (name, weight), e.g. ("qk", 1.0). `keys_BT` is int32: tokens of a row attend to
     each other if their keys are equal; -1 is padding; None: every token attends to its whole row.
     `share_BT` is the weight in the loss of a token's row, summed over heads, before the division by
-    R: 1 / (n · B), or 1 / (n · S) among S sequences laid end to end; 0 on padding. `dtype` is that
-    of scores, softmax, shares and losses: float64 if an input is float64, else float32.
+    R: 1 / (n · B); 0 on padding. `dtype` is that of scores, softmax, shares and losses: float64 if
+    an input is float64, else float32.
     """
 
     num_heads: int
@@ -137,17 +137,16 @@ def check_request(
     pairs: Mapping[str, float],
     mask_BT: Tensor | None,
     segment_ids_BT: Tensor | None,
-    cu_seqlens: Tensor | None,
     causal: bool,
 ) -> RelationSpec:
     """Check settings and tensors against each other and return the request.
 
-    It never waits for a GPU: the values of `cu_seqlens` there are not checked.
+    It never waits for a GPU.
 
     Raises:
         ValueError: as `normalise_pairs` and `check_relation_heads`; tensors that differ in B, T or
-            device or are not floating; a mask, segment ids or `cu_seqlens` of another shape or
-            device or of floating dtype.
+            device or are not floating; a mask or segment ids of another shape or device or of
+            floating dtype.
     """
     weighted = normalise_pairs(pairs)
     names = [name for name, _ in weighted]
@@ -190,21 +189,14 @@ def check_request(
     dtype = (
         torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
     )
-    if cu_seqlens is None:
-        keys_BT, share_BT = _tokens_in_rows(mask_BT, segment_ids_BT, first, dtype)
-    elif mask_BT is None and segment_ids_BT is None:
-        keys_BT, share_BT = _tokens_laid_end_to_end(cu_seqlens, first, dtype)
-    else:
-        raise ValueError(
-            "cu_seqlens says which tokens see each other; leave mask_BT and segment_ids_BT out"
-        )
+    keys_BT, share_BT = _keys_and_shares(mask_BT, segment_ids_BT, first, dtype)
     return RelationSpec(num_heads, weighted, keys_BT, share_BT, causal, dtype)
 
 
-def _tokens_in_rows(
+def _keys_and_shares(
     mask_BT: Tensor | None, segment_ids_BT: Tensor | None, first: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
-    """Return keys and shares of `RelationSpec` if each row is one sequence of the mean."""
+    """Return the keys and shares of `RelationSpec`."""
     B, T, _ = first.shape
     keys_BT = None
     if segment_ids_BT is not None:
@@ -216,34 +208,3 @@ def _tokens_in_rows(
         keys_BT = torch.zeros_like(real_BT, dtype=torch.int32)
     share_BT = real_BT / (real_BT.sum(1, keepdim=True, dtype=dtype).clamp(min=1) * B)
     return keys_BT.masked_fill(~real_BT, -1), share_BT
-
-
-def _tokens_laid_end_to_end(
-    cu_seqlens: Tensor, first: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return keys and shares of `RelationSpec` if sequences are laid end to end in one row.
-
-    The tokens between two bounds are a sequence of the mean.
-    """
-    B, N, _ = first.shape
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or B != 1 or cu_seqlens.device != first.device:
-        raise ValueError(
-            f"cu_seqlens has shape {list(cu_seqlens.shape)} on {cu_seqlens.device}, Q/K/V have B = "
-            f"{B}; expected [S + 1] bounds of S sequences on {first.device} and B = 1"
-        )
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}; expected int32 or int64")
-    lengths_S = cu_seqlens.diff()
-    if cu_seqlens.device.type == "cpu" and (
-        cu_seqlens[0] != 0 or cu_seqlens[-1] > N or bool((lengths_S < 0).any())
-    ):
-        raise ValueError(
-            f"cu_seqlens goes from {cu_seqlens[0]} to {cu_seqlens[-1]}; "
-            f"expected bounds that ascend from 0 to at most {N}, the tokens"
-        )
-    S = len(lengths_S)
-    positions_N = torch.arange(N, dtype=cu_seqlens.dtype, device=first.device)
-    sequences_N = torch.bucketize(positions_N, cu_seqlens[1:], right=True)
-    real_N = sequences_N < S
-    share_N = real_N / (lengths_S[sequences_N.clamp(max=S - 1)].clamp(min=1).to(dtype) * S)
-    return sequences_N.to(torch.int32).masked_fill(~real_N, -1)[None], share_N[None]

@@ -9,10 +9,9 @@ The host never waits for the GPU, except at the first call with new widths, dtyp
 may time a few launches. Two calls give the same bits: partial sums are stored and added in a fixed
 order, without atomics.
 
-Tokens of padding, of other documents and of other sequences laid end to end cost next to nothing: a
-tile meets only the tiles from the first to the last whose range of keys overlaps its own. That is
-exact if keys ascend along a row, as those of packed documents do. Otherwise some tiles are computed
-only to be masked.
+Tokens of padding and of other documents cost next to nothing: a tile meets only the tiles from the
+first to the last whose range of keys overlaps its own. That is exact if keys ascend along a row, as
+those of packed documents do. Otherwise some tiles are computed only to be masked.
 
 Legend: B sequences, T tokens, D width, R relation heads, E width per relation head, P pairs, G
 tiles of a sequence.

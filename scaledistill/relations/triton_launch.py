@@ -8,7 +8,6 @@ tiles and give the same bits.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -17,6 +16,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from scaledistill.storage.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +113,7 @@ class Winners:
         tree.setdefault(self._hardware, {})[key] = list(self._chosen[key])
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            # Not by tempfile, whose files only the owner may read: the mode follows the umask.
-            partial = self._file.with_name(f"{self._file.name}.{os.getpid()}")
-            with contextlib.ExitStack() as stack:
-                stack.callback(partial.unlink, missing_ok=True)
-                with partial.open("w") as out:
-                    json.dump(tree, out, indent=1, sort_keys=True)
-                partial.replace(self._file)
+            write_bytes(self._file, json.dumps(tree, indent=1, sort_keys=True).encode())
         except OSError as error:
             logger.warning(
                 "%s: %s; kernel launches are measured again in the next run", self._file, error

@@ -7,20 +7,19 @@ interrupted during its imports. Not handled here: whether the checkpoint is good
 
 from __future__ import annotations
 
-import re
 import threading
 from pathlib import Path
 
-FOLDER = re.compile(r"step-(\d{9})")
+from scaledistill.checkpoint.names import MANIFEST, committed, step_of
+
 DISK_SECONDS = 2.0
 """How long to wait for the disk, which may be the reason that the run ended."""
 
 
 def newest_step(folder: Path) -> int | None:
     """Return the step of the newest checkpoint in a run's folder, unverified; None without one."""
-    manifests = folder.glob("checkpoints/step-*/manifest.json")
-    steps = [int(found[1]) for path in manifests if (found := FOLDER.fullmatch(path.parent.name))]
-    return max(steps, default=None)
+    folders = committed(folder / "checkpoints")
+    return next((step_of(path) for path in folders if (path / MANIFEST).exists()), None)
 
 
 def resume_hint(folder: str | Path) -> str:

@@ -10,7 +10,6 @@ real disk error stays an `OSError`.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import fcntl
 import hashlib
@@ -25,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, near_miss
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +50,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
         sync(partial)
         partial.replace(path)
-    except OSError:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
     sync(path.parent)
 
 
@@ -85,10 +83,10 @@ def near_folder(name: str | Path) -> Path | None:
                 folders = [each.name for each in found.iterdir() if each.is_dir()]
             except OSError:
                 return None
-            near = difflib.get_close_matches(part, folders, n=1)
-            if not near:
+            near = near_miss(part, folders)
+            if near is None:
                 return None
-            part = near[0]
+            part = near
         found = found / part
     return found
 
@@ -158,14 +156,19 @@ def flush(descriptor: int) -> None:
             )
 
 
-def lock(descriptor: int, *, wait: bool = False) -> Literal["locked", "in use", "no locks"]:
+def lock(
+    descriptor: int, *, wait: bool = False, shared: bool = False
+) -> Literal["locked", "in use", "no locks"]:
     """Lock an open file until it is closed; with `wait`, never return "in use".
+
+    A `shared` lock, which only an exclusive one refuses, also locks a file opened for reading.
 
     Raises:
         OSError: the disk failed. A file system without locks is not an error.
     """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno in LOCK_HELD_ELSEWHERE and not wait:
             return "in use"
@@ -238,9 +241,6 @@ def in_use(folder: Path) -> bool:
         return False
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # a file system without locks
+            return lock(file.fileno(), shared=True) == "in use"
+        except OSError:  # the run itself will report a failing disk
             return False
-    return False

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scaledistill.checkpoint import mirror
-from scaledistill.checkpoint.format import FOLDER, STATE, Checkpoint, folder_name, verify
+from scaledistill.checkpoint.format import Checkpoint, verify
+from scaledistill.checkpoint.names import STATE, committed, folder_name, step_of
 from scaledistill.config.load import parse_config
 from scaledistill.config.schema import DistillConfig
 from scaledistill.errors import ConfigError, DataError
@@ -165,24 +166,22 @@ def export_checkpoint(config: DistillConfig, wanted: int | str) -> Path:
 
 def _find(config: DistillConfig, wanted: int | str) -> Checkpoint:
     root = Path(config.run.folder) / "checkpoints"
-    committed = sorted(
-        (path for path in root.glob("step-*") if FOLDER.fullmatch(path.name)), reverse=True
-    )
-    if not committed:
+    candidates = committed(root)
+    if not candidates:
         raise ConfigError(
             f"run.folder={config.run.folder!r} has no checkpoints{_elsewhere(config)}"
         )
-    steps = [int(path.name.removeprefix("step-")) for path in committed]
+    steps = [step_of(path) for path in candidates]
     known = f"there {'is' if len(steps) == 1 else 'are'} {', '.join(map(str, sorted(steps)))}"
     if wanted != "newest":
-        committed = [root / folder_name(int(wanted))]
+        candidates = [root / folder_name(int(wanted))]
         if int(wanted) not in steps:
             raise ConfigError(
                 f"--export {wanted}: {root} has no checkpoint of step {wanted}; {known} "
                 "(checkpoint.every_steps and checkpoint.keep say which are "
                 f"kept){_elsewhere(config)}"
             )
-    for folder in committed:
+    for folder in candidates:
         damage = verify(folder)
         if damage is None:
             try:

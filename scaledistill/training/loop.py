@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ import torch
 from scaledistill.checkpoint import mirror
 from scaledistill.checkpoint.saver import Outcome
 from scaledistill.config.schema import DistillConfig
+from scaledistill.distributed.launcher import stated_rank
 from scaledistill.distributed.ranks import (
     Ranks,
     any_rank,
@@ -380,7 +380,7 @@ def distill(
     if (
         not (config.evaluation and config.evaluation.tasks)
         or result.state != "done"
-        or os.environ.get("RANK", "0") != "0"
+        or stated_rank() != "0"
     ):
         return result
     from scaledistill.glue.api import evaluate_run  # imported here because it takes seconds
@@ -440,7 +440,9 @@ def _run(
         watchdog.at("checking")
         fetching.fetch_configs(config, ranks)
         with failing_together():
-            plan = doctor.check(config, ranks.world_size, ranks.device, writes=status is not None)
+            plan = doctor.check(
+                config, ranks.world_size, ranks.device, ranks=ranks, writes=status is not None
+            )
         if any_rank(stop.reason() is not None, ranks.device):
             return stopped(status, ranks, status.step if status else 0, stop.acknowledge())
         watchdog.at("loading")

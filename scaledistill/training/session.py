@@ -272,7 +272,7 @@ def open_session(
         log.info("loading %s up to layer %d", teacher_settings.model, teacher_settings.layer)
     fetch_weights(teacher_settings.model, teacher_settings.revision, ranks)
     with failing_together():
-        shards, held_out, order = _open_data(config, opened)
+        shards, held_out, order = _open_data(config, opened, ranks)
         encoder, stored = _open_teacher(config)
     checkpoint = _checkpoint_to_resume(config, order, ranks) if resume else None
     if not checkpoint:
@@ -309,12 +309,12 @@ def open_session(
 
 
 def _open_data(
-    config: DistillConfig, opened: DataSets | None
+    config: DistillConfig, opened: DataSets | None, ranks: Ranks
 ) -> tuple[ShardReader, ShardReader | None, SampleOrder]:
     data = config.data
     shards, held_out = opened or (
-        open_shards(config, data.train),
-        open_shards(config, data.validation) if data.validation else None,
+        open_shards(config, data.train, ranks),
+        open_shards(config, data.validation, ranks) if data.validation else None,
     )
     order = shards.order(
         seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows

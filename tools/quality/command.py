@@ -21,6 +21,7 @@ from pathlib import Path
 from cells import CONFIG, SMALL, Cell, Job, Lab
 from results import Results
 
+from scaledistill.data.manifest import manifest_path
 from scaledistill.errors import ConfigError, DataError, counted
 from scaledistill.glue.listing import duration
 
@@ -192,7 +193,7 @@ def make_shards(options: argparse.Namespace) -> None:
     config = json.loads(CONFIG.read_text())
     for name, files in (("train", options.text), ("validation", [options.held_out])):
         folder = Path(config["data"][name])
-        if any(folder.glob("*manifest*")):
+        if manifest_path(folder).exists():
             continue
         command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), *map(str, files)]
         command += ["--tokenizer", config["teacher"]["model"], "--output", str(folder.parent)]

@@ -34,6 +34,7 @@ from scaledistill.data.prepare.text import (
     unknown_words,
 )
 from scaledistill.data.shards import ShardWriter
+from scaledistill.data.sizes import ROWS_PER_BLOCK, ROWS_PER_SHARD
 from scaledistill.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 _CHUNK_CHARACTERS = PIECE_CHARACTERS
 _CHUNK_DOCUMENTS = 4096
-_ROWS_PER_BLOCK = 256
 # Enough tokens to find, within minutes, that a tokenizer does not fit.
 _UNKNOWN_SAMPLE_TOKENS = 1_000_000
 
@@ -109,7 +109,7 @@ def make_shards(
     max_documents: int | None = None,
     max_tokens: int | None = None,
     max_unknown_fraction: float = MAX_UNKNOWN_FRACTION,
-    rows_per_shard: int = 65_536,
+    rows_per_shard: int = ROWS_PER_SHARD,
     workers: int | None = None,
     overwrite: bool = False,
     on_progress: Callable[[ShardReport], None] | None = None,
@@ -182,7 +182,7 @@ def make_shards(
                 tokenizer=facts,
                 pad_token_id=vocabulary.pad_id,
                 source={**source, **selection, "split": split},
-                rows_per_block=min(_ROWS_PER_BLOCK, rows_per_shard),
+                rows_per_block=min(ROWS_PER_BLOCK, rows_per_shard),
                 rows_per_shard=rows_per_shard,
                 overwrite=overwrite,
             )
@@ -291,11 +291,11 @@ def _check_rows(sequence_length: int, rows_per_shard: int) -> None:
             f"sequence_length={sequence_length}; expected 3 ([CLS] token [SEP]) to "
             f"{MAX_SEQUENCE_LENGTH}, such as 512"
         )
-    num_blocks = max(1, -(-rows_per_shard // _ROWS_PER_BLOCK))
-    if rows_per_shard < 1 or (num_blocks > 1 and rows_per_shard % _ROWS_PER_BLOCK):
+    num_blocks = max(1, -(-rows_per_shard // ROWS_PER_BLOCK))
+    if rows_per_shard < 1 or (num_blocks > 1 and rows_per_shard % ROWS_PER_BLOCK):
         raise ConfigError(
-            f"rows_per_shard={rows_per_shard}; use a multiple of {_ROWS_PER_BLOCK}, such as "
-            f"{num_blocks * _ROWS_PER_BLOCK}, or 1 to {_ROWS_PER_BLOCK - 1}"
+            f"rows_per_shard={rows_per_shard}; use a multiple of {ROWS_PER_BLOCK}, such as "
+            f"{num_blocks * ROWS_PER_BLOCK}, or 1 to {ROWS_PER_BLOCK - 1}"
         )
 
 
