@@ -621,7 +621,7 @@ def distil_with_bad_values(tree: dict[str, Any], where: str) -> tuple[str, int, 
         def bad_output(inputs: Any) -> Any:
             found = forward(inputs)
             if where == "student":
-                return found._replace(k=found.k * float("nan"))
+                return type(found)(*(values * float("nan") for values in found))
             if found.k.requires_grad:
                 found.k.register_hook(lambda gradient: gradient * float("nan"))
             return found

@@ -198,7 +198,7 @@ def _train(
         metrics = MetricsLog(session, watch, last_step, RowLog(last_step))
         return run_steps(session, last_step, stop, at, watch, metrics, train_step=train_step)
     stop.answer = "saving a checkpoint and stopping"
-    status.step, status.started = session.step, True
+    status.reached(session.step)
     recorder = open_recorder(session, status, last_step)
     validates = session.config.train.validation_every_steps > 0
     with recorder or nullcontext():

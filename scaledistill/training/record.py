@@ -52,7 +52,7 @@ class MetricsLog:
     def reached(self, step: int) -> None:
         """Show and report that a step was made."""
         if self._status:
-            self._status.step = step
+            self._status.reached(step)
         if self._recorder:
             self._recorder.advance(step)
 
