@@ -123,11 +123,15 @@ def test_a_module_is_quiet(name: str) -> None:
     assert ast.get_docstring(tree) or not tree.body, "a module says what enters and what leaves"
 
 
-def test_the_train_step_fits_on_one_screen() -> None:
-    [step] = [
+@pytest.mark.parametrize(
+    ("module", "function", "num_lines"),
+    [("training.step", "train_step", 45), ("training.loop", "run_steps", 65)],
+)
+def test_what_a_run_does_fits_on_one_screen(module: str, function: str, num_lines: int) -> None:
+    [found] = [
         node
-        for node in parse("training.step").body
-        if isinstance(node, ast.FunctionDef) and node.name == "train_step"
+        for node in parse(module).body
+        if isinstance(node, ast.FunctionDef) and node.name == function
     ]
-    assert step.end_lineno is not None
-    assert step.end_lineno - step.lineno + 1 <= 45
+    assert found.end_lineno is not None
+    assert found.end_lineno - found.lineno + 1 <= num_lines

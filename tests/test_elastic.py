@@ -30,27 +30,24 @@ TRAIN = {
 
 def run_leg(tree: dict[str, Any], last_step: int) -> list[list[int]]:
     """Run up to `last_step`; return the samples of each step that this rank trained on."""
-    from scaledistill.training import step as step_module
-    from scaledistill.training.loop import Bookkeeper, distill
+    from scaledistill.training.loop import distill
+    from scaledistill.training.step import train_step
 
     samples: list[list[int]] = []
-    forward_loss, after_step = step_module.forward_loss, Bookkeeper.after_step
 
-    def recording(session: Any, batch: Any, watch: Any) -> Any:
+    def recorded(batch: Any) -> Any:
         samples[-1].extend(batch.samples_B.tolist())
-        return forward_loss(session, batch, watch)
+        return batch
 
-    def stopping(self: Any, result: Any) -> None:
-        after_step(self, result)
+    def recording(session: Any, stream: Any, *arguments: Any) -> Any:
+        if session.step == last_step - 1 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)  # this step is still made
         samples.append([])
-        if self._session.step == last_step - 1 and os.environ["RANK"] == "0":
-            os.kill(os.getpid(), signal.SIGTERM)  # one more step is made
+        return train_step(session, map(recorded, stream), *arguments)
 
-    samples.append([])
-    step_module.forward_loss, Bookkeeper.after_step = recording, stopping
-    result = distill(parse_config(tree))
+    result = distill(parse_config(tree), train_step=recording)
     assert (result.state, result.step) == (("done" if last_step == STEPS else "stopped"), last_step)
-    return samples[:-1]
+    return samples
 
 
 def run(

@@ -143,7 +143,8 @@ def bytes_held_after(
     from contextlib import nullcontext
 
     from scaledistill.distributed.ranks import process_group
-    from scaledistill.training import loop as train
+    from scaledistill.training.loop import distill
+    from scaledistill.training.step import train_step
 
     def tensors() -> list[torch.Tensor]:
         return [held for held in gc.get_objects() if issubclass(type(held), torch.Tensor)]
@@ -155,19 +156,19 @@ def bytes_held_after(
         return sum(storages.values())
 
     during = 0
-    real = train.Bookkeeper.after_step
 
-    def after_step(self: Any, result: Any) -> None:
+    def measured(*arguments: Any) -> Any:
         nonlocal during
-        real(self, result)
+        result = train_step(*arguments)
         during = held_bytes()
+        return result
 
-    train.Bookkeeper.after_step = after_step  # type: ignore[method-assign]
     linear, ends = torch.nn.functional.linear, []
     with process_group(60) if in_own_group else nullcontext():
         before = held_bytes()
         for tree in trees:
-            assert train.distill(parse_config(tree), fresh=True).state == "done"
+            result = distill(parse_config(tree), fresh=True, train_step=measured)
+            assert result.state == "done"
             names = (
                 "ZeroEngine",
                 "FsdpEngine",

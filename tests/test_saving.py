@@ -386,11 +386,10 @@ def distil_beside_slow_writes(
     Returns:
         How it ended, when each write began and ended, and when each step ended.
     """
-    from scaledistill.training import loop as train
+    from scaledistill.training.step import train_step
 
     max_steps = tree["train"]["max_steps"]
-
-    write_group, train_step = checkpoint.write_group, train.train_step
+    write_group = checkpoint.write_group
     writes: list[tuple[float, float]] = []
     steps: list[float] = []
 
@@ -409,8 +408,8 @@ def distil_beside_slow_writes(
         steps.append(time.monotonic())
         return result
 
-    checkpoint.write_group, train.train_step = slow, timed
-    return distil(tree), writes, steps
+    checkpoint.write_group = slow
+    return distil(tree, train_step=timed), writes, steps
 
 
 def test_training_goes_on_beside_a_write(

@@ -140,28 +140,29 @@ def test_a_student_is_fp32_on_every_cpu(
 
 def manifests_of(tree: dict[str, Any]) -> tuple[int, list[int]]:
     """Make a run; return how often manifests were read, and the rows of those that stand in memory
-    at its last step.
+    in its last step.
     """
     import gc
 
     from scaledistill.data.manifest import Manifest
-    from scaledistill.training import loop as train
+    from scaledistill.training.loop import distill
+    from scaledistill.training.step import train_step
 
     reads, alive = 0, []
-    load, after_step = Manifest.load.__func__, train.Bookkeeper.after_step
+    load = Manifest.load.__func__
 
     def counted(cls: type[Manifest], location: Any) -> Manifest:
         nonlocal reads
         reads += 1
         return load(cls, location)
 
-    def after(self: Any, result: Any) -> None:
-        after_step(self, result)
+    def counting(*arguments: Any) -> Any:
+        result = train_step(*arguments)
         alive[:] = [found.rows for found in gc.get_objects() if isinstance(found, Manifest)]
+        return result
 
     Manifest.load = classmethod(counted)  # type: ignore[method-assign, assignment]
-    train.Bookkeeper.after_step = after  # type: ignore[method-assign]
-    train.distill(parse_config(tree), fresh=True)
+    distill(parse_config(tree), fresh=True, train_step=counting)
     return reads, alive
 
 
@@ -169,7 +170,7 @@ def test_a_manifest_is_read_once_and_kept_once(
     tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
 ) -> None:
     validates = {
-        "validation_every_steps": 2,
+        "validation_every_steps": 1,
         "validation_rows": 8,
         "max_steps": 2,
         "global_batch_size": 8,

@@ -25,30 +25,30 @@ def stop_at_awkward_times(
 ) -> list[tuple[str, int, str]]:
     """Run twice; rank 1 gets a signal in its second batch of a validation, then while it loads."""
     from scaledistill.distributed.ranks import process_group
-    from scaledistill.training import loop as train
-    from scaledistill.training import step
+    from scaledistill.training.session import open_session
 
-    forward_loss, open_session, batches = step.forward_loss, train.open_session, 0
-    is_hit = os.environ["RANK"] == "1"
+    batches, is_hit = 0, os.environ["RANK"] == "1"
 
-    def validated(*arguments: Any) -> Any:
+    def validated(module: Any, inputs: Any) -> None:
         nonlocal batches
         if not torch.is_grad_enabled():
             batches += 1
             if is_hit and batches == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return forward_loss(*arguments)
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        session = open_session(*arguments, **options)
+        session.teacher.register_forward_pre_hook(validated)
+        return session
 
     def opened(*arguments: Any, **options: Any) -> Any:
         if is_hit:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return open_session(*arguments, **options)
+        return watched(*arguments, **options)
 
-    step.forward_loss = validated
     with process_group(60):
-        ends = [distil(validating)]
-        train.open_session = opened
-        return [*ends, distil(starting), ("batches", batches, "")]
+        ends = [distil(validating, open_session=watched), distil(starting, open_session=opened)]
+    return [*ends, ("batches", batches, "")]
 
 
 def test_stops_while_validating_and_while_starting(

@@ -69,21 +69,30 @@ def distil_all(trees: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
         return [distil(tree) for tree in trees]
 
 
+def once_made(step: int, act: Callable[[], None]) -> Callable[..., Any]:
+    """Return a run's `train_step` that calls `act` when `step` steps are made, and all that is due
+    after the last of them.
+    """
+    from scaledistill.training.step import train_step
+
+    def acting(session: Any, *arguments: Any) -> Any:
+        if session.step == step:
+            act()
+        return train_step(session, *arguments)
+
+    return acting
+
+
 def distil_and_die(tree: dict[str, Any], step: int) -> None:
     """Run until rank 1 has made `step` steps, then kill it; what the other rank makes of that is
     not looked at.
     """
-    from scaledistill.training.loop import Bookkeeper
 
-    after_step = Bookkeeper.after_step
-
-    def deadly(self: Bookkeeper, result: Any) -> None:
-        after_step(self, result)
-        if self._session.step == step and os.environ["RANK"] == "1":
+    def die() -> None:
+        if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Bookkeeper.after_step = deadly  # type: ignore[method-assign]
-    distil(tree)
+    distil(tree, train_step=once_made(step, die))
 
 
 def flip_a_bit(shard: Path) -> None:
@@ -406,20 +415,16 @@ def stop_after(
     tree: dict[str, Any], step: int, signal_number: int = signal.SIGTERM
 ) -> tuple[str, int, str]:
     """Run, and have the last rank get a signal once `step` steps are made."""
-    from scaledistill.training.loop import Bookkeeper
 
-    after_step = Bookkeeper.after_step
-
-    def signalled(self: Bookkeeper, result: Any) -> None:
-        after_step(self, result)
-        if (
-            self._session.step == step
-            and self._session.ranks.rank == self._session.ranks.world_size - 1
-        ):
+    def signal_last() -> None:
+        if is_last_rank():
             os.kill(os.getpid(), signal_number)
 
-    Bookkeeper.after_step = signalled  # type: ignore[method-assign]
-    return distil(tree)
+    return distil(tree, train_step=once_made(step, signal_last))
+
+
+def is_last_rank() -> bool:
+    return int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1", "STOP"])
@@ -456,16 +461,11 @@ def distil_while_the_disk_hangs(tree: dict[str, Any]) -> tuple[Any, list[int], s
 
     from scaledistill.metrics import recorder as metrics
     from scaledistill.run import folder as runfolder
-    from scaledistill.training.loop import Bookkeeper
+    from scaledistill.training.step import train_step
 
     answers, seen = threading.Event(), []
     answers.set()
-    after_step, write, write_json = (
-        Bookkeeper.after_step,
-        metrics.Recorder._write,
-        runfolder.write_json,
-    )
-    exists = Path.exists
+    write, write_json, exists = metrics.Recorder._write, runfolder.write_json, Path.exists
 
     def written(self: Any, row: Any) -> None:
         assert answers.wait(60)
@@ -479,17 +479,18 @@ def distil_while_the_disk_hangs(tree: dict[str, Any]) -> tuple[Any, list[int], s
         assert path.name != "STOP" or answers.wait(60)
         return exists(path, **options)
 
-    def after(self: Any, result: Any) -> None:
-        if self._session.step == 3:
-            answers.clear()
-        after_step(self, result)
-        if self._session.step == 9:
+    def hanging(session: Any, *arguments: Any) -> Any:
+        if session.step == 9:
             seen.extend([[step for step, _ in losses_of(tree)], status_of(tree)["state"]])
             answers.set()
+        result = train_step(session, *arguments)
+        if session.step == 3:
+            answers.clear()
+        return result
 
     metrics.Recorder._write, runfolder.write_json = written, replaced  # type: ignore[method-assign]
-    Bookkeeper.after_step, Path.exists = after, looked  # type: ignore[assignment,method-assign]
-    return (distil(tree)[:2], *seen)
+    Path.exists = looked  # type: ignore[assignment,method-assign]
+    return (distil(tree, train_step=hanging)[:2], *seen)
 
 
 def test_steps_go_on_while_the_disk_hangs(make_tree: Callable[..., dict[str, Any]]) -> None:
@@ -506,32 +507,32 @@ def distil_with_bad_loss(
     tree: dict[str, Any], first: int, last: int, value: float
 ) -> tuple[str, int, str]:
     """Run with a loss of `value` on the last rank in the steps from `first` to `last`."""
-    from scaledistill.training import step as step_module
+    from scaledistill.training.session import open_session
 
-    forward_loss, calls = step_module.forward_loss, 0
+    calls = 0
 
-    def bad(session: Any, batch: Any, watch: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        loss = forward_loss(session, batch, watch)
-        here = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
-        return loss._replace(total=loss.total + value) if here and first <= calls <= last else loss
+    def opened(*arguments: Any, **options: Any) -> Any:
+        session = open_session(*arguments, **options)
+        compute = session.student.loss
 
-    step_module.forward_loss = bad
-    return distil(tree)
+        def bad(*tensors: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            loss = compute(*tensors)
+            return loss._replace(total=loss.total + value) if first <= calls <= last else loss
+
+        session.student.loss = bad  # type: ignore[assignment]
+        return session
+
+    return distil(tree, **({"open_session": opened} if is_last_rank() else {}))
 
 
 def distil_all_with_bad_loss(trees: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
     """Run each, with NaN as the loss of its third forward."""
     from scaledistill.distributed.ranks import process_group
-    from scaledistill.training import step as step_module
 
-    forward_loss, ends = step_module.forward_loss, []
     with process_group(60):
-        for tree in trees:
-            step_module.forward_loss = forward_loss
-            ends.append(distil_with_bad_loss(tree, 3, 3, float("nan")))
-    return ends
+        return [distil_with_bad_loss(tree, 3, 3, float("nan")) for tree in trees]
 
 
 @pytest.mark.parametrize(
@@ -607,24 +608,31 @@ def distil_with_bad_values(tree: dict[str, Any], where: str) -> tuple[str, int, 
     """Run with a NaN on the last rank from the first step on: in an output, or in a gradient behind
     the loss.
     """
-    from scaledistill.training import step as step_module
+    from scaledistill.training.session import open_session
 
-    both_outputs = step_module.both_outputs
+    def bad_target(module: Any, inputs: Any, target: Any) -> Any:
+        return target._replace(k=torch.full_like(target.k, float("inf")))
 
-    def bad(session: Any, batch: Any, watch: Any) -> Any:
-        target, output = both_outputs(session, batch, watch)
-        if os.environ["RANK"] != str(int(os.environ["WORLD_SIZE"]) - 1):
-            return target, output
+    def opened(*arguments: Any, **options: Any) -> Any:
+        session = open_session(*arguments, **options)
+        engine = session.student.engine
+        forward = engine.forward
+
+        def bad_output(inputs: Any) -> Any:
+            found = forward(inputs)
+            if where == "student":
+                return type(found)(*(values * float("nan") for values in found))
+            if found.k.requires_grad:
+                found.k.register_hook(lambda gradient: gradient * float("nan"))
+            return found
+
         if where == "teacher":
-            target = target._replace(k=torch.full_like(target.k, float("inf")))
-        elif where == "student":
-            output = output * float("nan")
-        elif output.requires_grad:
-            output.register_hook(lambda gradient: gradient * float("nan"))
-        return target, output
+            session.teacher.register_forward_hook(bad_target)
+        else:
+            engine.forward = bad_output  # type: ignore[method-assign]
+        return session
 
-    step_module.both_outputs = bad
-    return distil(tree)
+    return distil(tree, **({"open_session": opened} if is_last_rank() else {}))
 
 
 @pytest.mark.parametrize(

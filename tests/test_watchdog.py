@@ -17,9 +17,11 @@ from conftest import tiny_tree
 from ranks import Job
 
 from scaledistill.config.schema import RunSettings
-from scaledistill.distributed import watchdog as module
+from scaledistill.distributed import peers as module
+from scaledistill.distributed.peers import PeerMonitor
 from scaledistill.distributed.ranks import Ranks
-from scaledistill.distributed.watchdog import Beat, Unchanged, Watchdog
+from scaledistill.distributed.stall import Beat, Unchanged
+from scaledistill.distributed.watchdog import Watchdog
 from scaledistill.errors import DataError, PeerError
 from scaledistill.run.resume_hint import resume_hint
 
@@ -36,11 +38,12 @@ class Clock:
 
 
 class Ranked(Watchdog):
-    """A rank's watchdog without its threads: `go_round` calls `_round`. While one waits, the living
-    ones beat.
+    """A rank's watchdog without its threads: `go_round` calls `peers.round`. While one waits, the
+    living ones beat.
     """
 
     living: list[Ranked]
+    peers: PeerMonitor
 
     def __init__(
         self,
@@ -60,13 +63,14 @@ class Ranked(Watchdog):
         super().__init__(
             ranks, settings, store=store, clock=clock, leave=self.ended.append, resume_hint=hint
         )
-        self.tell = self.told.append
+        assert self._peers
+        self.tell, self.peers, self._clock = self.told.append, self._peers, clock
         self._over.wait = self._wait  # type: ignore[method-assign,assignment]
 
     def _wait(self, seconds: float) -> bool:
-        self._clock.now += seconds  # type: ignore[attr-defined]
+        self._clock.now += seconds
         for dog in self.living:
-            dog._publish()
+            dog.peers._publish()
         return False
 
 
@@ -94,7 +98,7 @@ def go_round(dogs: list[Ranked], clock: Clock, seconds: float, moving: bool = Tr
         for dog in dogs:
             if moving:
                 dog.at("teacher", 7)
-            dog._round()
+            dog.peers.round()
             if dog.ended:
                 return
 
@@ -127,7 +131,7 @@ def test_a_silent_rank_is_named_by_its_neighbour(
     go_round(others, clock, 5)
     assert dogs[1].ended == [3]
     assert clock.now - started < 10, "one second to the limit, six for a second look"
-    dogs[0]._round()
+    dogs[0].peers.round()
     assert dogs[0].ended == [3]
     host = os.uname().nodename
     message = (
@@ -148,9 +152,9 @@ def test_a_lost_machine_is_named_whole(make: Callable[..., list[Ranked]], clock:
     go_round(dogs[:4], clock, 12)
     told = next(dog for dog in dogs if dog.ended)
     assert told is dogs[3]
-    assert told._verdict is not None
-    assert told._verdict.lost == list(range(4, 16))
-    assert told._verdict.message.startswith("ranks 4, 5, 6, 7, 8, 9, 10, 11 and 4 more on ")
+    assert told.peers.verdict is not None
+    assert told.peers.verdict.lost == list(range(4, 16))
+    assert told.peers.verdict.message.startswith("ranks 4, 5, 6, 7, 8, 9, 10, 11 and 4 more on ")
 
 
 def test_a_rank_that_never_comes(make: Callable[..., list[Ranked]], clock: Clock) -> None:
@@ -163,8 +167,8 @@ def test_a_rank_that_never_comes(make: Callable[..., list[Ranked]], clock: Clock
 def test_a_rank_that_is_done_is_not_lost(make: Callable[..., list[Ranked]], clock: Clock) -> None:
     dogs = make(2)
     go_round(dogs, clock, 2)
-    dogs[1]._left = "done"
-    dogs[1]._publish()
+    dogs[1].peers.left = "done"
+    dogs[1].peers._publish()
     go_round(dogs[:1], clock, 50)
     assert not dogs[0].ended
 
@@ -185,7 +189,7 @@ def test_a_stall_names_who_is_behind(
         "was saved yet: rerun the same command to start from the beginning"
     ]
     for dog in dogs[1:]:
-        dog._round()
+        dog.peers.round()
         assert dog.ended == [3]
     assert {path.name for path in (tmp_path / "stacks").iterdir()} == {
         "rank-0.txt",
@@ -218,13 +222,13 @@ def test_a_collective_that_lost_a_peer(
 ) -> None:
     dogs = make(3)
     go_round(dogs, clock, 2)
-    dogs[0]._left = left
+    dogs[0].peers.left = left
     if left:
-        dogs[0]._publish()
+        dogs[0].peers._publish()
     for dog in dogs[1:]:
         dog.living = dogs[1:]
-        dog._asked.set()
-        dog._round()
+        dog.peers._asked.set()
+        dog.peers.round()
         assert not dog.ended, "its main thread ends it"
     message = (
         f"rank 0 on {os.uname().nodename} is lost: it ended or was killed; last seen at step 7, "
@@ -241,8 +245,8 @@ def test_an_error_of_a_collective_with_all_ranks_there(
 ) -> None:
     dogs = make(2)
     go_round(dogs, clock, 2)
-    dogs[0]._asked.set()
-    dogs[0]._round()
+    dogs[0].peers._asked.set()
+    dogs[0].peers.round()
     with pytest.raises(RuntimeError, match="Connection closed"), dogs[0].naming_lost_ranks():
         raise LOST_PEER
     with pytest.raises(ZeroDivisionError), dogs[0].naming_lost_ranks():
@@ -265,7 +269,8 @@ def test_a_store_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         leave=lambda code: ended.set(),
         resume_hint=partial(resume_hint, tmp_path),
     )
-    watchdog._known[0] = Beat(1, os.uname().nodename, 3, "teacher", 4, 0.0)
+    assert watchdog._peers
+    watchdog._peers._known[0] = Beat(1, os.uname().nodename, 3, "teacher", 4, 0.0)
     started = time.monotonic()
     with watchdog:
         watchdog.at("backward", 5)

@@ -2,7 +2,7 @@
 
 Inputs: a function that gathers a checkpoint. Outputs: checkpoints in the run's folder, copies in
 `checkpoint.remote`, and the outcome of each save, the same on every rank. Not handled here: the
-format (`checkpoint.format`), when to save (`training.loop`).
+format (`checkpoint.format`), when to save (`training.saves`).
 """
 
 from __future__ import annotations

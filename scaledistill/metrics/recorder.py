@@ -1,7 +1,7 @@
 """The record of a run: `metrics.jsonl`, a progress bar or log lines, trackers, and `loss.png`.
 
-Inputs: one row per logging step, as plain numbers. Outputs: files and console output. Only rank 0
-creates a `Recorder`.
+Inputs: one row per logging step, as plain numbers. Outputs: files and console output; for a dry
+run, the log lines only. Only rank 0 creates a `Recorder`.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Recorder:
         if self._display:
             self._display.show(clean)
         else:
-            log.info("step %d/%d  %s", row["step"], self._max_steps, line(clean, seconds_left))
+            _log(clean, self._max_steps, seconds_left)
 
     def _warn_of_waiting(self) -> None:
         """Warn once each time that the disk hangs."""
@@ -155,6 +155,20 @@ class Recorder:
             draw_losses(self._folder)
         except OSError as error:
             log.warning("%s: the record is not complete: %s", self._folder, error.strerror)
+
+
+class RowLog:
+    """Logs rows and writes nothing: what a dry run has in place of a `Recorder`."""
+
+    def __init__(self, max_steps: int) -> None:
+        self._max_steps = max_steps
+
+    def advance(self, step: int) -> None:
+        """Show nothing: there is no display."""
+
+    def record(self, row: Mapping[str, Any], seconds_left: float | None = None) -> None:
+        """Log a logging step's row."""
+        _log(row, self._max_steps, seconds_left)
 
 
 class Pace:
@@ -202,6 +216,10 @@ def line(row: Mapping[str, Any], seconds_left: float | None = None) -> str:
     if seconds_left is not None:
         parts.append(f"{timedelta(seconds=round(seconds_left))} left")
     return "  ".join(parts)
+
+
+def _log(row: Mapping[str, Any], max_steps: int, seconds_left: float | None) -> None:
+    log.info("step %d/%d  %s", row["step"], max_steps, line(row, seconds_left))
 
 
 def short(number: float) -> str:

@@ -73,6 +73,10 @@ class Status:
         self._writer = _writers.setdefault(self.path.absolute(), Background("status.json"))
         self._soon: Future[None] | None = None
 
+    def reached(self, step: int) -> None:
+        """Note that the run has started, and its step; the next status written says so."""
+        self.step, self.started = step, True
+
     def write(self, state: str, message: str, exit_code: int | None = None) -> None:
         """Write a status, after those submitted earlier, and wait for the disk.
 

@@ -10,6 +10,7 @@ thread hangs).
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -51,11 +52,6 @@ def command_line(facts: dict[str, Any]) -> int:
     folder = Path(facts["folder"])
     (folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     phases = Phases(folder, facts.get("slow", {}))
-    hook(
-        "training.loop.open_session",
-        before=lambda: phases.enter("start"),
-        after=lambda: phases.leave("start"),
-    )
     for stage in facts.get("save_stages", ()):
         hook(stage, before=lambda: phases.enter("save"), after=lambda: phases.leave("save"))
     if kill := facts.get("kill"):
@@ -63,9 +59,15 @@ def command_line(facts: dict[str, Any]) -> int:
     full_disk = (
         FullDisk(folder, **facts["disk"]) if "disk" in facts and os.environ["RANK"] == "0" else None
     )
-    record_steps(folder, phases, facts, full_disk)
     from scaledistill.cli.distill import main
+    from scaledistill.training import loop
 
+    # The command line has no options for these.
+    loop.distill = functools.partial(
+        loop.distill,
+        open_session=session_opener(phases),
+        train_step=step_recorder(folder, phases, facts, full_disk),
+    )
     return main(["--config", facts["config"]])
 
 
@@ -103,16 +105,35 @@ def hook(
     setattr(module, function_name, hooked)
 
 
-def record_steps(
-    folder: Path, phases: Phases, facts: dict[str, Any], full_disk: FullDisk | None
-) -> None:
-    """Append a line for every step that is made: its loss to the bit, its samples and the crc32 of
-    their tokens.
-    """
-    from scaledistill.training import loop as train
-    from scaledistill.training import step
+def session_opener(phases: Phases) -> Callable[..., Any]:
+    """Return an `open_session` that notes when the run starts, and when the teacher validates."""
+    from scaledistill.training.session import open_session
 
-    train_step, forward_loss = train.train_step, step.forward_loss
+    def opened(*arguments: Any, **options: Any) -> Any:
+        phases.enter("start")
+        session = open_session(*arguments, **options)
+        phases.leave("start")
+        session.teacher.register_forward_pre_hook(lambda *call: noted(phases.enter))
+        session.teacher.register_forward_hook(lambda *call: noted(phases.leave))
+        return session
+
+    def noted(note: Callable[[str], None]) -> None:
+        import torch
+
+        if not torch.is_grad_enabled():  # else it is training
+            note("validate")
+
+    return opened
+
+
+def step_recorder(
+    folder: Path, phases: Phases, facts: dict[str, Any], full_disk: FullDisk | None
+) -> Callable[..., Any]:
+    """Return a `train_step` that appends a line for every step that is made: its loss to the bit,
+    its samples and the crc32 of their tokens.
+    """
+    from scaledistill.training.step import train_step
+
     record = os.open(
         folder / f"steps-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
     )
@@ -144,17 +165,7 @@ def record_steps(
         phases.leave("train")
         return result
 
-    def validated(*arguments: Any, **options: Any) -> Any:
-        import torch
-
-        if torch.is_grad_enabled():  # training
-            return forward_loss(*arguments, **options)
-        phases.enter("validate")
-        loss = forward_loss(*arguments, **options)
-        phases.leave("validate")
-        return loss
-
-    train.train_step, step.forward_loss = recorded, validated
+    return recorded
 
 
 def die_at(folder: Path, stage: str, side: str, nth: int, ranks: list[int]) -> None:

@@ -1,0 +1,122 @@
+"""The record of a run: what is measured at a logging step, and where it goes.
+
+Inputs: the results of steps and validations, and the stopwatch. Outputs: rows for the files, the
+trackers and the log, and `status.json` while the run trains. Not handled here: how rows are written
+(`metrics.recorder`), at which steps (`training.loop`).
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from scaledistill.distributed.ranks import failing_together
+from scaledistill.errors import DataError
+from scaledistill.metrics.recorder import Pace, Recorder, RowLog
+from scaledistill.metrics.stopwatch import Stopwatch, memory_peak_bytes
+from scaledistill.run.folder import Status
+from scaledistill.storage.files import disk_remedy, write_json
+from scaledistill.training.session import Session
+from scaledistill.training.step import StepResult
+from scaledistill.training.validation import Validation
+
+log = logging.getLogger(__name__)
+
+RECORDED_PHASES = ("data wait", "teacher", "optimizer")
+
+
+class MetricsLog:
+    """Measures laps of the loop and records a row for each."""
+
+    def __init__(
+        self,
+        session: Session,
+        watch: Stopwatch,
+        last_step: int,
+        recorder: Recorder | RowLog | None,
+        status: Status | None = None,
+    ) -> None:
+        """Start the first lap.
+
+        Args:
+            watch: times the steps; nobody else may read it.
+            last_step: where the run ends, to estimate the time left.
+            recorder: takes the rows; None on ranks that record nothing.
+            status: of the run; None for a dry run.
+        """
+        self._session, self._watch = session, watch
+        self._recorder, self._status = recorder, status
+        self._pace = Pace(last_step)
+        self._lap_start = session.step
+
+    def reached(self, step: int) -> None:
+        """Show and report that a step was made."""
+        if self._status:
+            self._status.reached(step)
+        if self._recorder:
+            self._recorder.advance(step)
+
+    def record(self, result: StepResult, validation: Validation | None) -> None:
+        """Record the last step and the lap that it ends; waits for the GPU."""
+        row = self._row(result, validation)
+        seconds_left = self._pace.seconds_left(self._session.step)
+        if self._recorder:
+            self._recorder.record(row, seconds_left)
+            if self._status:
+                self._status.write_soon("running", "training")
+
+    def _row(self, result: StepResult, validation: Validation | None) -> dict[str, float]:
+        session, config = self._session, self._session.config
+        seconds, phases = self._watch.lap()
+        steps, self._lap_start = session.step - self._lap_start, session.step
+        tokens = steps * config.train.global_batch_size * config.data.sequence_length
+        row = {
+            "step": session.step,
+            **result.losses,
+            "lr": result.learning_rate,
+            "grad_norm": float(result.grad_norm),
+        }
+        if validation:
+            row |= {"validation_loss": validation.loss, **validation.scores}
+        row["tokens_per_second"] = tokens / seconds
+        row["mfu"] = tokens / seconds * session.flops_per_token / session.peak_flops
+        for phase in RECORDED_PHASES:
+            row[f"{phase.replace(' ', '_')}_fraction"] = phases[phase] / seconds
+        row["memory_peak_bytes"] = memory_peak_bytes(session.ranks.device)
+        row["skipped_steps"] = session.skipped_steps
+        return row
+
+
+def open_recorder(session: Session, status: Status, last_step: int) -> Recorder | None:
+    """Write `config.json` and the status, and open the recorder on rank 0. Collective.
+
+    Raises:
+        DataError: the run's folder cannot be written.
+    """
+    with failing_together():
+        if session.ranks.is_main:
+            return _open_recorder(session, status, last_step)
+    return None
+
+
+def _open_recorder(session: Session, status: Status, last_step: int) -> Recorder:
+    config = session.config
+    folder, settings = Path(config.run.folder), config.logging
+    origin = f"resuming at step {session.step}" if session.step else "starting"
+    log.info("%s: %s, up to step %d", folder, origin, last_step)
+    try:
+        write_json(folder / "config.json", config.model_dump())
+        status.write("running", "training")
+        return Recorder(
+            folder,
+            max_steps=last_step,
+            resumed_at=session.step,
+            trackers=settings.trackers,
+            config=config.model_dump(),
+            project=settings.project,
+            run_name=settings.run_name,
+        )
+    except OSError as error:
+        raise DataError(
+            f"run.folder={folder} cannot be written: {error}; {disk_remedy(error)}"
+        ) from None
