@@ -19,7 +19,7 @@ from scaledistill.storage.files import read_json
 def test_unknown_tracker() -> None:
     check_trackers([])
     with pytest.raises(
-        ConfigError, match=r"^logging\.trackers: unknown tracker 'tensorbord'; known: aim, .*wandb$"
+        ConfigError, match=r"^trackers: unknown tracker 'tensorbord'; known: aim, .*wandb$"
     ):
         check_trackers(["tensorbord"])
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from scaledistill.config.schema import DistillConfig
 from scaledistill.config.wording import explain
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, joined
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def parse_config(tree: Mapping[str, Any]) -> DistillConfig:
     try:
         return DistillConfig.model_validate(dict(tree))
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(error.errors(), tree))) from None
+        raise joined(explain(error.errors(), tree)) from None
 
 
 def check_paths(config: DistillConfig, path: str | Path) -> None:

@@ -42,7 +42,7 @@ from scaledistill.data.manifest import (
     ids_offset_after,
     manifest_path,
 )
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import ConfigError, DataError, Field
 from scaledistill.storage.files import flush, lock, sync
 
 
@@ -144,7 +144,8 @@ class ShardWriter:
     def _open_folder(self) -> None:
         if not self._overwrite and (old := [path.name for path in self._finished_files()]):
             raise DataError(
-                f"{self._folder} holds {old[0]} already; name another folder, or use overwrite=True"
+                f"{self._folder} holds {old[0]} already; name another folder, or use ",
+                Field("overwrite", True),
             )
         self._made = [
             folder for folder in (self._folder, *self._folder.parents) if not folder.exists()

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from scaledistill.checkpoint import mirror
 from scaledistill.checkpoint.format import newest_state
+from scaledistill.config.naming import student_names, teacher_names
 from scaledistill.config.schema import DistillConfig, differing_keys
 from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
 from scaledistill.data.order import SampleOrder
@@ -27,7 +28,7 @@ from scaledistill.data.stream import ShardReader
 from scaledistill.data.tokenizer import TOKENIZER_FILES
 from scaledistill.distributed.ranks import resolve_precision, resolve_teacher_dtype
 from scaledistill.engines.deepspeed_block import resolve_block
-from scaledistill.errors import ConfigError, DataError, Problems, counted
+from scaledistill.errors import ConfigError, DataError, Field, Problems, counted, named
 from scaledistill.metrics.trackers import check_trackers
 from scaledistill.models.capture import check_layer, max_sequence_length
 from scaledistill.models.hub import names_resolved_once
@@ -105,7 +106,7 @@ def check(
         # Models from the hub are checked when their weights are fetched.
         if model not in ("random", "teacher") and Path(model).is_dir():
             attempt(_check_weights, config, setting, model)
-    attempt(check_trackers, config.logging.trackers)
+    attempt(_check_trackers, config)
     # Rank 0 alone writes to the remote folder, to probe it.
     if writes and config.checkpoint.remote and os.environ.get("RANK", "0") == "0":
         attempt(mirror.check, config.checkpoint.remote)
@@ -164,12 +165,10 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Dis
             or engine lacks a precision.
     """
     train, teacher = config.train, config.teacher
-    try:
+    with named(backend="relations.backend", precision="train.precision", dtype="teacher.dtype"):
         backend = resolve_backend(config.relations.backend, device.type)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    precision = resolve_precision(train.precision, device)
-    teacher_dtype = resolve_teacher_dtype(teacher.dtype, train.precision, device)
+        precision = resolve_precision(train.precision, device)
+        teacher_dtype = resolve_teacher_dtype(teacher.dtype, train.precision, device)
     batch, share = train.global_batch_size, max(1, train.global_batch_size // world_size)
     stated = train.micro_batch_size if isinstance(train.micro_batch_size, int) else None
     micro = min(stated or share, share)
@@ -281,11 +280,17 @@ def _open_set(config: DistillConfig, setting: str, location: str) -> ShardReader
         raise DataError(f"{setting}: {error}{looked}") from error
 
 
+def _check_trackers(config: DistillConfig) -> None:
+    with named(trackers="logging.trackers"):
+        check_trackers(config.logging.trackers)
+
+
 def _teacher_config(config: DistillConfig) -> PretrainedConfig:
-    teacher = load_config(
-        config.teacher.model, config.teacher.revision, config.teacher.trust_remote_code
-    )
-    check_layer(config.teacher.layer, teacher.num_hidden_layers)
+    with named(**teacher_names(config.teacher)):
+        teacher = load_config(
+            config.teacher.model, config.teacher.revision, config.teacher.trust_remote_code
+        )
+        check_layer(config.teacher.layer, teacher.num_hidden_layers)
     limit = max_sequence_length(teacher)
     if config.data.sequence_length > limit:
         raise ConfigError(
@@ -297,12 +302,10 @@ def _teacher_config(config: DistillConfig) -> PretrainedConfig:
 
 def _check_weights(config: DistillConfig, setting: str, model: str) -> None:
     """Check the weights in a folder by the headers of their files."""
-    name, trusted = (
-        f"{setting}={model!r}",
-        setting == "teacher.model" and config.teacher.trust_remote_code,
-    )
-    check_weight_files(Path(model), name)
-    check_unused(Path(model), load_config(model, trust_remote_code=trusted, setting=setting), name)
+    trusted = setting == "teacher.model" and config.teacher.trust_remote_code
+    with named(model=Field(setting, model), trust_remote_code="teacher.trust_remote_code"):
+        check_weight_files(Path(model))
+        check_unused(Path(model), load_config(model, trust_remote_code=trusted))
 
 
 def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:
@@ -312,15 +315,15 @@ def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -
         ConfigError: see `student_config`.
     """
     spec = config.students[name]
-    return student_config(
-        teacher,
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        num_attention_heads=spec.num_attention_heads,
-        intermediate_size=spec.intermediate_size,
-        tap=spec.tap,
-        name=name,
-    )
+    with named(**student_names(name)):
+        return student_config(
+            teacher,
+            num_layers=spec.num_layers,
+            hidden_size=spec.hidden_size,
+            num_attention_heads=spec.num_attention_heads,
+            intermediate_size=spec.intermediate_size,
+            tap=spec.tap,
+        )
 
 
 def _student_config(
@@ -333,13 +336,12 @@ def _student_config(
         "capture_layer": config.teacher.layer,
         "tap": spec.tap,
     }
-    check_init(spec.init, student, teacher, **options, name=name)
-    setting = f"students.{name}.relation_heads" if spec.relation_heads else "relations.num_heads"
+    with named(**student_names(name)):
+        check_init(spec.init, student, teacher, **options)
+    heads = f"students.{name}.relation_heads" if spec.relation_heads else "relations.num_heads"
     widths = {"teacher": teacher.hidden_size, f"student {name}": spec.hidden_size}
-    try:
-        check_relation_heads(config.relation_heads(name), widths, config.relations.pairs, setting)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    with named(num_heads=heads, pairs="relations.pairs"):
+        check_relation_heads(config.relation_heads(name), widths, config.relations.pairs)
     return student
 
 
@@ -365,7 +367,8 @@ def _check_shards(
         "RANK", "0"
     ) == "0":
         log.warning("%s: %s: %s", setting, location, problem)  # accepted when the set was made
-    folder = resolve_folder(config.teacher.model, config.teacher.revision, TOKENIZER_FILES)
+    with named(**teacher_names(config.teacher)):
+        folder = resolve_folder(config.teacher.model, config.teacher.revision, TOKENIZER_FILES)
     expected = tokenizer_fingerprint(load_tokenizer(folder))
     if (found := manifest.tokenizer["sha256"]) != expected:
         raise DataError(
@@ -431,10 +434,16 @@ def other_run(state: Mapping[str, Any], config: DistillConfig, differences: str)
 
 def _order(config: DistillConfig, shards: ShardReader) -> SampleOrder:
     data = config.data
-    shards.check_cache(data.num_lanes)
-    return shards.order(
-        seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
-    )
+    with named(
+        seed="run.seed",
+        num_lanes="data.num_lanes",
+        window_rows="data.window_rows",
+        limit_bytes="data.cache_bytes",
+    ):
+        shards.check_cache(data.num_lanes)
+        return shards.order(
+            seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
+        )
 
 
 def _free_disk_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from scaledistill import __version__
 from scaledistill.checkpoint.format import Checkpoint, newest_checkpoint
 from scaledistill.checkpoint.saver import Groups, Saver
+from scaledistill.config.naming import student_names, teacher_names
 from scaledistill.config.schema import DistillConfig
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
@@ -34,7 +35,7 @@ from scaledistill.distributed.ranks import (
 )
 from scaledistill.engines import Engine, EngineState, create_engine, shard_teacher
 from scaledistill.engines.deepspeed_block import zero_settings
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, named
 from scaledistill.metrics.stopwatch import measured_matrix_rate, peak_flops
 from scaledistill.models.attention import use_varlen_attention
 from scaledistill.models.capture import (
@@ -287,12 +288,13 @@ def open_session(
             seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
         )
         whole = teacher_settings.placement == "replicate"
-        encoder, stored = (_load_whole if whole else open_encoder)(
-            teacher_settings.model,
-            revision=teacher_settings.revision,
-            num_layers=teacher_settings.layer,
-            trust_remote_code=teacher_settings.trust_remote_code,
-        )
+        with named(**teacher_names(teacher_settings)):
+            encoder, stored = (_load_whole if whole else open_encoder)(
+                teacher_settings.model,
+                revision=teacher_settings.revision,
+                num_layers=teacher_settings.layer,
+                trust_remote_code=teacher_settings.trust_remote_code,
+            )
     root, remote = Path(config.run.folder) / "checkpoints", config.checkpoint.remote
     checkpoint = newest_checkpoint(root, ranks, remote) if resume else None
     if checkpoint:
@@ -301,10 +303,11 @@ def open_session(
     name = next(iter(config.students))
     if not checkpoint:
         fetch_weights(config.students[name].init, None, ranks)
-    with failing_together():
+    with failing_together(), named(**student_names(name)):
         model = _create_student(config, name, encoder, stored, checkpoint)
     flops = _flops_per_token(encoder, model, config)
-    teacher = _place_teacher(config, encoder, stored, ranks)
+    with named(**teacher_names(teacher_settings)):
+        teacher = _place_teacher(config, encoder, stored, ranks)
     del encoder, stored
     if data.attention == "document":
         dropout = config.students[name].dropout
@@ -388,7 +391,6 @@ def _create_student(
         capture_layer=config.teacher.layer,
         seed=config.run.seed,
         dropout=spec.dropout,
-        name=name,
         stored=stored,
     )
     if checkpoint:
