@@ -30,7 +30,7 @@ def test_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(tracking, "get_available_trackers", list)
     with pytest.raises(
         ConfigError,
-        match=r"^logging\.trackers: 'wandb' is not installed; pip install it or remove it$",
+        match=r"^trackers: 'wandb' is not installed; pip install it or remove it$",
     ):
         recorder(tmp_path, trackers=("wandb",))
 

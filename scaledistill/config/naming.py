@@ -31,5 +31,6 @@ def student_names(student: str) -> dict[str, str | Field]:
     return {
         "config": block,
         "teacher_config": "teacher.model",
+        "trust_remote_code": "teacher.trust_remote_code",
         **{name: f"{block}.{name}" for name in StudentSettings.model_fields},
     }

@@ -250,8 +250,7 @@ class ShardStream:
     Bookkeeping adds 6 bytes per row. `next` re-raises what the thread raises, such as a DataError
     for a damaged block.
 
-    Raises: ConfigError naming train.global_batch_size if it does not divide, or data.cache_bytes if
-    it is too small.
+    Raises: SettingError if `global_batch_size` does not divide, or the cache is too small.
     """
 
     def __init__(

@@ -68,6 +68,8 @@ ARGUMENTS = {
     "output": "output_dir",
 }
 """The arguments of `evaluate` whose names differ from those of the settings."""
+SETTINGS = {name: f"evaluation.{name}" for name in RunEvaluation.model_fields}
+"""The settings of a run's evaluation."""
 EIGHT_TASKS = ("mnli", "qnli", "qqp", "rte", "sst2", "mrpc", "cola", "stsb")
 
 
@@ -268,7 +270,8 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
             {TEACHER: _teacher_folder(config)} if settings.include_teacher else {}
         )
         try:
-            result = run_grid(models, settings, output, stop=stop.reason)
+            with named(**SETTINGS):
+                result = run_grid(models, settings, output, stop=stop.reason)
         except GridStoppedError:
             why = (
                 f"the evaluation was stopped ({stop.acknowledge()}); rerun the same command to "
@@ -291,11 +294,9 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
 
 def _of_evaluation(problem: ConfigError | DataError) -> ConfigError | DataError:
     """Return a problem as one of the run's `evaluation`: by its setting, or else by the block."""
-    fields = RunEvaluation.model_fields
-    named_itself = isinstance(problem, SettingError | SourceError) and problem.field in fields
-    if not named_itself:
+    if not (isinstance(problem, SettingError | SourceError) and problem.field in SETTINGS):
         problem = plain_type(problem)("evaluation: ", *problem.pieces)
-    problem.rename({name: f"evaluation.{name}" for name in fields})
+    problem.rename(SETTINGS)
     return problem
 
 
