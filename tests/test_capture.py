@@ -322,7 +322,7 @@ def test_max_sequence_length() -> None:
 
 def test_refusals(bert: PreTrainedModel) -> None:
     with pytest.raises(
-        ConfigError, match=r"teacher.layer=30 is beyond the model's 24 layers; use 1 to 24"
+        ConfigError, match=r"^layer=30 is beyond the model's 24 layers; use 1 to 24"
     ):
         check_layer(30, 24)
     with pytest.raises(ConfigError, match="layer=0 is below the model's 4 layers; use 1 to 4"):

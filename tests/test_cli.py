@@ -310,7 +310,7 @@ def test_validate_says_that_the_folder_is_in_use(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    with locked(folder, "run.folder"):
+    with locked(folder):
         (folder / "status.json").write_text(
             '{"state": "running", "step": 3, "max_steps": 6, "pid": 17, "host": "node1"}'
         )

@@ -29,7 +29,9 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from scaledistill.errors import DataError
+from scaledistill.config.naming import teacher_names
+from scaledistill.config.schema import TeacherSettings
+from scaledistill.errors import DataError, named
 from scaledistill.glue.finetune import _load_model
 from scaledistill.glue.tasks import TASKS
 from scaledistill.models.student import student_config
@@ -268,7 +270,7 @@ def test_an_adapter_without_its_model(tmp_path: Path) -> None:
     ):
         load_config(tmp_path)
     with pytest.raises(DataError, match="is an adapter without its model"):
-        check_weight_files(tmp_path, "m")
+        check_weight_files(tmp_path)
 
 
 def test_an_adapter_beside_the_weights(bert: Path, tmp_path: Path) -> None:
@@ -295,14 +297,13 @@ def test_weights_that_are_not_finite(bert: Path, tmp_path: Path) -> None:
 def test_weights_that_overflow_in_the_dtype_of_the_teacher(bert: Path, tmp_path: Path) -> None:
     name = "bert.encoder.layer.0.output.dense.bias"
     folder = changed(bert, tmp_path, {}, {name: torch.full((48,), 1e5)})
-    message = (
-        r"output.dense.bias is finite in float32, but not in float16, whose maximum is 65504; set "
-        r"teacher.dtype"
-    )
-    with pytest.raises(DataError, match=message):
+    problem = r"output.dense.bias is finite in float32, but not in float16, whose maximum is 65504"
+    with pytest.raises(DataError, match=f"^model: its weight .*{problem}; set dtype to"):
         Teacher(load_encoder(folder), 3, dtype=torch.float16)
     encoder, stored = open_encoder(folder)
-    with pytest.raises(DataError, match=message):
+    names = teacher_names(TeacherSettings(model="bert", layer=3))
+    message = f"^teacher.model='bert': its weight .*{problem}; set teacher.dtype to"
+    with pytest.raises(DataError, match=message), named(**names):
         Teacher(
             encoder,
             3,

@@ -198,11 +198,11 @@ def test_automatic_precision_on_a_gpu(
 def test_fp16_needs_a_gpu() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^train\.precision=fp16 needs a GPU, found only a CPU; use bf16 or fp32$",
+        match=r"^precision='fp16' needs a GPU, found only a CPU; use bf16 or fp32$",
     ):
         resolve_precision("fp16", CPU)
     with pytest.raises(
-        ConfigError, match=r"^teacher\.dtype=fp16 needs a GPU, found only a CPU; use bf16 or fp32$"
+        ConfigError, match=r"^dtype='fp16' needs a GPU, found only a CPU; use bf16 or fp32$"
     ):
         resolve_teacher_dtype("fp16", "auto", CPU)
 

@@ -178,7 +178,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], int, str]] = {
     "precision": (
         {"train": {"precision": "fp16"}},
         1,
-        r"train\.precision=fp16 needs a GPU, found only a CPU; .*",
+        r"train\.precision='fp16' needs a GPU, found only a CPU; .*",
     ),
     "engine": (
         {"engine": {"deepspeed": {"zero_optimization": {"stage": 4}}}},

@@ -288,7 +288,7 @@ def test_refusals(batch: Batch) -> None:
     config._attn_implementation = "flex_attention"
     with pytest.raises(
         ConfigError,
-        match=r"data.attention='document' works with .* eager, found 'flex_attention'; leave",
+        match=r"^segment_ids_BT works with .* eager, found 'flex_attention'; leave",
     ):
         model_inputs(config, batch.tokens)
 

@@ -103,11 +103,11 @@ def test_an_evaluation_that_cannot_be_is_told_before_the_run(
                 "include_teacher": True,
                 "students": {"teacher": {}},
             },
-            "evaluation: seeds has 1 more than once; name it once\n"
-            "evaluation: include_teacher needs the name 'teacher' in the tables; give the student "
+            r"evaluation\.seeds has 1 more than once; name it once\n"
+            r"evaluation\.include_teacher needs the name 'teacher' in the tables; give the student "
             "another name\n"
-            r"evaluation: max_length=600 \(RTE\) is more than the \d+ positions of the student "
-            r"teacher; set max_length",
+            r"evaluation\.max_length=600 \(RTE\) is more than the \d+ positions of the student "
+            r"teacher; set evaluation\.max_length to",
         ),
     ):
         students = changes.pop("students", {})
@@ -120,7 +120,7 @@ def test_an_evaluation_that_cannot_be_is_told_before_the_run(
         assert not (Path(tree["run"]["folder"]) / "metrics.jsonl").exists()
     with pytest.raises(
         ConfigError,
-        match=r"evaluation: max_length=1 \(RTE\) leaves no room for text: .* the student l2",
+        match=r"evaluation\.max_length=1 \(RTE\) leaves no room for text: .* the student l2",
     ):
         check_evaluation(parse_config(make_tree(max_length=1)))
     with pytest.raises(ConfigError, match=r"evaluation\.task\b.*tasks"):

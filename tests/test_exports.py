@@ -57,7 +57,7 @@ def card_of(folder: Path) -> dict[str, str]:
 
 def test_a_checkpoint_that_several_ranks_wrote(run: DistillConfig) -> None:
     before = {path: path.stat().st_mtime_ns for path in checkpoints(run).rglob("*")}
-    with locked(Path(run.run.folder), "run.folder"):  # a run in progress
+    with locked(Path(run.run.folder)):  # a run in progress
         folder = export_checkpoint(run, 8)
     assert folder == Path(run.run.folder) / "export" / "l2-step-8"
     check_export(folder, checkpoints(run) / "step-000000008" / "l2.weights.safetensors")

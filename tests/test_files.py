@@ -41,7 +41,7 @@ def test_a_file_system_without_locks(
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(number))
     for _ in range(2):
-        with files.locked(tmp_path, "run.folder"):
+        with files.locked(tmp_path):
             pass
     with (tmp_path / "file").open("w") as file:
         assert files.lock(file.fileno(), wait=True) == "no locks"
@@ -58,24 +58,24 @@ def test_a_lock_that_another_process_holds(
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(number))
     with (
-        pytest.raises(ConfigError, match=r"^output=.* is in use by another process; wait"),
-        files.locked(tmp_path, "output"),
+        pytest.raises(ConfigError, match=r"^folder=.* is in use by another process; wait"),
+        files.locked(tmp_path),
     ):
         pytest.fail("it was held")
 
 
 def test_a_disk_that_fails_is_no_held_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(errno.EIO))
-    with pytest.raises(OSError, match="Input/output error"), files.locked(tmp_path, "output"):
+    with pytest.raises(OSError, match="Input/output error"), files.locked(tmp_path):
         pytest.fail("it was locked")
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     """A lock file that is left behind, as by `kill -9`, holds nobody up."""
     (tmp_path / ".lock").write_text("left behind")
-    with files.locked(tmp_path, "output"), (tmp_path / ".lock").open("w") as other:
+    with files.locked(tmp_path), (tmp_path / ".lock").open("w") as other:
         assert files.lock(other.fileno()) == "in use"
-    with files.locked(tmp_path, "output"):
+    with files.locked(tmp_path):
         pass
 
 

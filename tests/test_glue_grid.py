@@ -429,7 +429,7 @@ def test_interrupted_twice_it_ends_with_the_same_numbers(
     assert last.summary.figures() == whole.summary.figures()
     assert [path.name for path in output.rglob(".*")] == [".lock"]
     with (
-        locked(output, "output"),
+        locked(output),
         pytest.raises(ConfigError, match=r"in use by another process; .* another output"),
     ):
         run_grid({"tiny": str(model)}, settings(data, **STUB), output)

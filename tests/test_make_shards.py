@@ -316,7 +316,7 @@ def test_old_held_out_documents_do_not_stay_beside_new_shards(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"held_out_fraction": 1.0}, "held_out_fraction=1; expected 0 to below 1"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction=1.0; expected 0 to below 1"),
         (
             {"held_out_max_documents": 5},
             "held_out_max_documents=5 has no effect without a held_out_fraction",
@@ -558,7 +558,7 @@ def test_the_other_sources_of_the_tool(
         (["a.txt", "--installed-docs"], 2, "found 2 kinds of input"),
         (["a.txt", "--last-row", "cut"], 2, "invalid choice: 'cut'"),
         (["a.txt", "--max-tokens", "0"], 2, "make_shards: --max-tokens 0; expected 1 or more"),
-        (["a.txt", "--held-out-fraction", "2"], 2, "--held-out-fraction 2; expected 0 to below 1"),
+        (["a.txt", "--held-out-fraction", "2"], 2, "--held-out-fraction 2.0; expected 0 to below"),
         (
             ["a.txt", "--held-out-max-documents", "5"],
             2,

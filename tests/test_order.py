@@ -118,14 +118,14 @@ def test_order_mixes_about_as_well_as_uniform_sampling() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"seed": -1}, ConfigError, "run.seed=-1; expected 0 to 2"),
-        ({"seed": 2**63}, ConfigError, "run.seed=9223372036854775808"),
-        ({"seed": 0, "num_lanes": 0}, ConfigError, "data.num_lanes=0"),
-        ({"seed": 0, "window_rows": 0}, ConfigError, "data.window_rows=0; expected at least 1"),
+        ({"seed": -1}, ConfigError, "^seed=-1; expected 0 to 2"),
+        ({"seed": 2**63}, ConfigError, "^seed=9223372036854775808"),
+        ({"seed": 0, "num_lanes": 0}, ConfigError, "^num_lanes=0"),
+        ({"seed": 0, "window_rows": 0}, ConfigError, "window_rows=0; expected at least 1"),
         (
             {"seed": 0, "num_lanes": 11},
             DataError,
-            "10 rows don't fill data.num_lanes=11 lanes; lower it",
+            "10 rows don't fill num_lanes=11 lanes; lower it",
         ),
     ],
 )

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from scaledistill.errors import named
 from scaledistill.relations import (
     QKV,
     RelationLoss,
@@ -442,7 +443,7 @@ def bad_call(**changes: Any) -> None:
     [
         (
             {"num_heads": 3},
-            "relations.num_heads=3 does not divide the teacher's width 8; use 2 or 4",
+            "num_heads=3 does not divide the teacher's width 8; use 2 or 4",
         ),
         (
             {"student": random_qkv(2, 5, (6, 4, 4), 1), "num_heads": 4},
@@ -450,21 +451,21 @@ def bad_call(**changes: Any) -> None:
         ),
         (
             {"teacher": random_qkv(2, 5, (8, 4, 4), 1), "pairs": {"qk": 1.0}},
-            "relations.pairs: 'qk' needs q and k of equal width, but the teacher's are 8 and 4; "
+            "pairs: 'qk' needs q and k of equal width, but the teacher's are 8 and 4; "
             "leave 'qk' out",
         ),
-        ({"pairs": {}}, "relations.pairs is empty; name at least one pair"),
+        ({"pairs": {}}, "pairs is empty; name at least one pair"),
         (
             {"pairs": {"qo": 1.0}},
-            "relations.pairs has 'qo'; a pair is two of the letters q, k and v",
+            "pairs has 'qo'; a pair is two of the letters q, k and v",
         ),
-        ({"pairs": {"q": 1.0}}, "relations.pairs has 'q'; a pair is two of the letters"),
+        ({"pairs": {"q": 1.0}}, "pairs has 'q'; a pair is two of the letters"),
         (
             {"pairs": {"qq": -1.0}},
-            "relations.pairs.qq=-1.0; a weight is a finite number, 0 or more",
+            "pairs.qq=-1.0; a weight is a finite number, 0 or more",
         ),
-        ({"pairs": {"qq": math.nan}}, "relations.pairs.qq=nan; a weight is a finite number"),
-        ({"pairs": {"qq": 0.0}}, "relations.pairs has only zero weights"),
+        ({"pairs": {"qq": math.nan}}, "pairs.qq=nan; a weight is a finite number"),
+        ({"pairs": {"qq": 0.0}}, "pairs has only zero weights"),
         (
             {"student": random_qkv(2, 6, 4, 1)},
             "student.q has shape [2, 6, 4], teacher.q has [2, 5, 8]; expected [B, T, D]",
@@ -489,14 +490,14 @@ def bad_call(**changes: Any) -> None:
             {"segment_ids_BT": torch.ones(2, 5)},
             "segment_ids_BT is torch.float32 of shape [2, 5] on cpu; expected integers",
         ),
-        ({"backend": "flash"}, "relations.backend='flash'; expected auto, reference, sdpa, triton"),
+        ({"backend": "flash"}, "backend='flash'; expected auto, reference, sdpa, triton"),
         (
             {
                 "teacher": random_qkv(2, 5, 8, 0, device="meta"),
                 "student": random_qkv(2, 5, 4, 1, device="meta"),
                 "backend": "sdpa",
             },
-            "relations.backend='sdpa' computes on the CPU, found meta; use auto or reference",
+            "backend='sdpa' computes on the CPU, found meta; use auto or reference",
         ),
     ],
 )
@@ -511,22 +512,22 @@ def test_settings_checked_without_tensors() -> None:
     check_relation_heads(64, widths)
     with pytest.raises(ValueError) as error:
         check_relation_heads(48, widths)
-    assert (
-        str(error.value)
-        == "relations.num_heads=48 does not divide the teacher's width 1024; use 32 or 64"
-    )
+    assert str(error.value) == "num_heads=48 does not divide the teacher's width 1024; use 32 or 64"
     with pytest.raises(
         ValueError,
-        match=r"relations\.num_heads=256 does not divide the student l6's width 384; use 128",
+        match=r"^num_heads=256 does not divide the student l6's width 384; use 128",
     ):
         check_relation_heads(256, widths)
     grouped = {"teacher": {"q": 1024, "k": 256, "v": 256}, "student": 384}
     check_relation_heads(128, grouped)
-    with pytest.raises(
-        ValueError,
-        match=r"students\.s\.relation_heads=96 .* the teacher's q width 1024; use 64 or 128",
+    with (
+        pytest.raises(
+            ValueError,
+            match=r"students\.s\.relation_heads=96 .* the teacher's q width 1024; use 64 or 128",
+        ),
+        named(num_heads="students.s.relation_heads"),
     ):
-        check_relation_heads(96, grouped, setting="students.s.relation_heads")
+        check_relation_heads(96, grouped)
     check_relation_heads(12, {"teacher": {"q": 1024, "k": 768, "v": 768}}, ["kv"])
     assert normalise_pairs({"vv": 1, "qk": 0.5}) == (("vv", 1.0), ("qk", 0.5))
 

@@ -181,7 +181,7 @@ def test_cache_stays_within_its_bound_and_drops_the_least_recently_used(
 
 def test_cache_too_small(memory_url: str, tmp_path: Path) -> None:
     shards = ShardReader(memory_url, cache=ShardCache(tmp_path, limit_bytes=100))
-    with pytest.raises(ConfigError, match=r"data.cache_bytes=100 is less than .* data.num_lanes=6"):
+    with pytest.raises(ConfigError, match=r"^limit_bytes=100 is less than .* num_lanes=6"):
         ShardStream(
             shards, shards.order(seed=0, num_lanes=6), global_batch_size=8, micro_batch_size=8
         )

@@ -169,12 +169,12 @@ def test_scores_by_hand() -> None:
 def test_a_tokenizer_without_cls_is_refused_before_work_begins(tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path, cls=None)
     config = BertConfig(vocab_size=100)
-    _check_tokenizer(folder, config, "model m", find_tasks(["rte"]))
+    _check_tokenizer(folder, config, find_tasks(["rte"]))
     with pytest.raises(
         DataError,
-        match=r"^model m: its tokenizer has no cls_token, which stands for no answer in SQuAD",
+        match=r"^model: its tokenizer has no cls_token, which stands for no answer in SQuAD",
     ):
-        _check_tokenizer(folder, config, "model m", find_tasks(["rte", "squad2"]))
+        _check_tokenizer(folder, config, find_tasks(["rte", "squad2"]))
 
 
 def test_the_majority_answer() -> None:

@@ -263,11 +263,10 @@ def test_validation_masks_and_documents(folder: Path) -> None:
     [
         (
             {"micro_batch_size": 5},
-            "train.global_batch_size=48 is not a multiple of 1 ranks × train.micro_batch_size=5; "
-            "use 50",
+            "global_batch_size=48 is not a multiple of 1 ranks × micro_batch_size=5; use 50",
         ),
         ({"world_size": 5}, "global_batch_size=48 is not a multiple of 5 ranks"),
-        ({"first_sample": 50}, "data cursor 50 is not a multiple of train.global_batch_size=48"),
+        ({"first_sample": 50}, "data cursor 50 is not a multiple of global_batch_size=48"),
     ],
 )
 def test_bad_settings(folder: Path, settings: dict[str, int], message: str) -> None:

@@ -26,7 +26,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.config.naming import student_names
+from scaledistill.errors import ConfigError, DataError, named
 from scaledistill.models import export
 from scaledistill.models.capture import build_encoder, capture_view
 from scaledistill.models.export import export_student, untrained_parameters
@@ -108,16 +109,17 @@ def test_config_of_a_student() -> None:
     for kind, embedding_size in (("electra", 32), ("electra-wide", 24)):
         config = student_config(TEACHERS[kind], num_layers=3, hidden_size=24, num_attention_heads=2)
         assert config.embedding_size == embedding_size
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"students.l6.num_attention_heads=5 does not divide students.l6.hidden_size=384; use 4 "
-            r"or 6"
+    with (
+        pytest.raises(
+            ConfigError,
+            match=(
+                r"students.l6.num_attention_heads=5 does not divide "
+                r"students.l6.hidden_size=384; use 4 or 6"
+            ),
         ),
+        named(**student_names("l6")),
     ):
-        student_config(
-            TEACHERS["bert"], num_layers=6, hidden_size=384, num_attention_heads=5, name="l6"
-        )
+        student_config(TEACHERS["bert"], num_layers=6, hidden_size=384, num_attention_heads=5)
 
 
 def test_random_weights_are_seeded_and_disturb_nothing() -> None:
@@ -238,8 +240,8 @@ def test_what_cannot_be_cut(
     bert: PreTrainedModel, sizes: dict[str, int], options: dict[str, list[int]], message: str
 ) -> None:
     config = student_config(bert.config, **sizes)
-    with pytest.raises(ConfigError, match=message):
-        check_init("teacher", config, bert.config, capture_layer=5, name="s", **options)
+    with pytest.raises(ConfigError, match=message), named(**student_names("s")):
+        check_init("teacher", config, bert.config, capture_layer=5, **options)
 
 
 def test_embeddings_projection_that_would_be_lost() -> None:
@@ -251,14 +253,14 @@ def test_embeddings_projection_that_would_be_lost() -> None:
         ConfigError,
         match=r"hidden_size=32 is the width of the teacher's embeddings, .* use another width",
     ):
-        check_init("teacher", config, TEACHERS["electra"], name="s")
+        check_init("teacher", config, TEACHERS["electra"])
     build_student(None, config)
 
 
 def test_the_extra_tap_is_one_block_more(bert: PreTrainedModel, tmp_path: Path) -> None:
     plain, config = (student_config(bert.config, **SMALL, tap=tap) for tap in ("last", "extra"))
     assert (plain.num_hidden_layers, config.num_hidden_layers) == (2, 3)
-    options = {"capture_layer": 5, "tap": "extra", "name": "s"}
+    options = {"capture_layer": 5, "tap": "extra"}
     assert (
         check_init("teacher", config, bert.config, **options) == even_layer_map(3, 5) == [2, 3, 5]
     )
@@ -293,15 +295,22 @@ def test_start_from_a_folder(bert: PreTrainedModel, tmp_path: Path) -> None:
     second = build_student(None, config, init=str(tmp_path))
     assert all(map(torch.equal, second.state_dict().values(), first.state_dict().values()))
     other = student_config(bert.config, **SMALL | {"hidden_size": 24, "num_attention_heads": 4})
-    with pytest.raises(
-        ConfigError,
-        match=r"students.s.init='.*' has hidden_size=16, .*, but the student has hidden_size=24",
+    with (
+        pytest.raises(
+            ConfigError,
+            match=r"students.s.init='.*' has hidden_size=16, .*, but the student has hidden_size=24"
+            r".*; give a model of the same shape or change students.s$",
+        ),
+        named(**student_names("s")),
     ):
-        build_student(None, other, init=str(tmp_path), name="s")
-    with pytest.raises(
-        DataError, match=r"students.s.init='no/such/folder/here': no such folder; give a"
+        build_student(None, other, init=str(tmp_path))
+    with (
+        pytest.raises(
+            DataError, match=r"students.s.init='no/such/folder/here': no such folder; give a"
+        ),
+        named(**student_names("s")),
     ):
-        build_student(None, config, init="no/such/folder/here", name="s")
+        build_student(None, config, init="no/such/folder/here")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -391,7 +400,8 @@ def test_the_exported_tokenizer_is_that_of_tokenizer_json(tmp_path: Path) -> Non
     )
     (source / "tokenizer.json").unlink()
     with pytest.raises(
-        DataError, match=r"teacher has no tokenizer to export .*; give the folder with tok"
+        DataError,
+        match=r"^tokenizer_source='.*teacher' has no tokenizer to export .*; give the folder with",
     ):
         export_student(
             folder,

@@ -19,7 +19,7 @@ from scaledistill.storage.files import read_json
 def test_unknown_tracker() -> None:
     check_trackers([])
     with pytest.raises(
-        ConfigError, match=r"^logging\.trackers: unknown tracker 'tensorbord'; known: aim, .*wandb$"
+        ConfigError, match=r"^trackers: unknown tracker 'tensorbord'; known: aim, .*wandb$"
     ):
         check_trackers(["tensorbord"])
 
@@ -30,7 +30,7 @@ def test_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(tracking, "get_available_trackers", list)
     with pytest.raises(
         ConfigError,
-        match=r"^logging\.trackers: 'wandb' is not installed; pip install it or remove it$",
+        match=r"^trackers: 'wandb' is not installed; pip install it or remove it$",
     ):
         recorder(tmp_path, trackers=("wandb",))
 

@@ -410,6 +410,35 @@ def test_create_student(tmp_path: Path) -> None:
         create_student(teacher, arguments(tmp_path), use_teacher_weights=True)
 
 
+def test_messages_name_the_arguments(tmp_path: Path) -> None:
+    teacher, student = models()
+    for change, message in (
+        (
+            {"student_attention_heads": 5},
+            "^student_attention_heads=5 does not divide student_hidden_size=8; use 2 or 4$",
+        ),
+        (
+            {"student_layer": 5},
+            "^student_layer=5 is more than the 3 teacher layers .*, or use_teacher_weights=False$",
+        ),
+    ):
+        made = arguments(tmp_path, **{"student_hidden_size": 8, "teacher_layer": 3} | change)
+        with pytest.raises(ConfigError, match=message):
+            create_student(teacher, made, use_teacher_weights="student_layer" in change)
+    missing = r"='\./no/model': no such folder"
+    with pytest.raises(DataError, match=f"^teacher{missing}"):
+        create_student("./no/model", arguments(tmp_path))
+    with pytest.raises(DataError, match=f"^teacher_model{missing}"):
+        MiniLMTrainer(model=student, teacher_model="./no/model", args=arguments(tmp_path))
+    trainer = MiniLMTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=arguments(tmp_path, relation_backend="flash"),
+    )
+    with pytest.raises(ConfigError, match=r"^relation_backend='flash'; expected auto, ref"):
+        trainer.compute_loss(trainer.model, {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+
+
 def task_model() -> BertForMaskedLM:
     config = BertConfig(
         vocab_size=60,

@@ -412,7 +412,7 @@ def test_what_the_kernels_leave_to_reference(dtype: torch.dtype, D: int) -> None
 
 def test_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    message = "relations.backend='triton' computes on CUDA GPUs, found cpu; use auto"
+    message = "backend='triton' computes on CUDA GPUs, found cpu; use auto"
     with pytest.raises(ValueError, match=message):
         resolve_backend("triton", "cpu")
     assert resolve_backend("triton", "cuda") == "triton"

@@ -165,7 +165,7 @@ def test_the_settings_of_an_evaluation_alone() -> None:
     with pytest.raises(ConfigError) as caught:
         evaluate("m", ["rte"], learning_rate=["1e-4"], epochs=[3, 0])  # type: ignore[list-item]
     assert str(caught.value).splitlines() == [
-        'learning_rates.0: found "1e-4" (str); expected a number above 0; write 0.0001 without '
+        'learning_rate.0: found "1e-4" (str); expected a number above 0; write 0.0001 without '
         "quotes",
         "epochs.1: found 0 (int); expected a whole number above 0",
     ]

@@ -13,7 +13,6 @@ import functools
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -310,18 +309,6 @@ def _shown(path: Path) -> str:
     )
 
 
-def in_options(message: str, options: argparse.Namespace) -> str:
-    """Write setting names in a message as options: `max_tokens=0` becomes `--max-tokens 0`."""
-
-    def option(found: re.Match[str]) -> str:
-        name, assigned = found.groups()
-        if name not in vars(options) or not (assigned or "_" in name):
-            return found.group()
-        return f"--{name.replace('_', '-')}" + (" " if assigned == "=" else "")
-
-    return re.sub(r"(?<![\w./'-])([a-z_]+)(?![\w/'-]|\.\w)(=True\b|=)?", option, message)
-
-
 def run(options: argparse.Namespace) -> None:
     """Make the shards and print a summary."""
     from rich.console import Console
@@ -379,12 +366,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The hub client logs each retry; the final failure is reported here.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
-        from scaledistill.errors import EXIT_ENVIRONMENT, ConfigError, DataError
+        from scaledistill.errors import EXIT_ENVIRONMENT, ConfigError, DataError, named
 
         try:
-            run(options)
+            with named(**{name: f"--{name.replace('_', '-')}" for name in vars(options)}):
+                run(options)
         except (ConfigError, DataError) as error:
-            print(f"make_shards: {in_options(str(error), options)}", file=sys.stderr)
+            print(f"make_shards: {error}", file=sys.stderr)
             return error.exit_code
         except OSError as error:  # a full disk, a folder that may not be written
             print(f"make_shards: {error}; check {options.output} and its disk", file=sys.stderr)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from scaledistill.config.schema import DistillConfig
 from scaledistill.config.wording import explain
-from scaledistill.errors import ConfigError, did_you_mean, near_miss
+from scaledistill.errors import ConfigError, did_you_mean, joined, near_miss
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def parse_config(tree: Mapping[str, Any]) -> DistillConfig:
     try:
         return DistillConfig.model_validate(dict(tree))
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(error.errors(), tree))) from None
+        raise joined(explain(error.errors(), tree)) from None
 
 
 def check_paths(config: DistillConfig, path: str | Path, *, warns: bool = True) -> None:

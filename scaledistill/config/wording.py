@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from scaledistill.config.hints import foreign
 from scaledistill.config.schema import DistillConfig, Settings
-from scaledistill.errors import counted, did_you_mean, near_miss
+from scaledistill.errors import ConfigError, Field, counted, did_you_mean, near_miss
 
 VERY_NEAR, NEAR, FAR = 0.85, 0.5, 0.75
 """How similar an unknown key must be to a known one: for a typing error; within the same block;
@@ -34,15 +34,15 @@ PRECISIONS = {
 
 def explain(
     errors: Sequence[Any], tree: Mapping[str, Any], root: type[Settings] = DistillConfig
-) -> list[str]:
-    """Return one line for each setting of `tree` that pydantic refuses, in pydantic's order.
+) -> list[ConfigError]:
+    """Return an error for each setting of `tree` that pydantic refuses, in pydantic's order.
 
     Args:
         errors: as `ValidationError.errors()` returns them.
         tree: the refused values.
         root: the model that refused them.
     """
-    lines: dict[str, str] = {}
+    problems: dict[str, ConfigError] = {}
     for error in errors:
         path, annotation, default = _setting_at(
             [part for part in error["loc"] if part != "[key]"], root
@@ -57,8 +57,9 @@ def explain(
             line = f"{path}: {message}" if path else message
         else:
             line = _wrong_value(path, error, annotation, default)
-        lines.setdefault(path if error["type"] != "value_error" else line, line)
-    return list(lines.values())
+        key = path if error["type"] != "value_error" else line
+        problems.setdefault(key, ConfigError(Field(path), line.removeprefix(path)))
+    return list(problems.values())
 
 
 def setting_names(students: Sequence[str] = ("<name>",)) -> list[str]:

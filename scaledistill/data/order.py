@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 
 from scaledistill.config.schema import NUM_LANES, WINDOW_ROWS
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import DataError, Field, SettingError
 
 ORDER_VERSION = 1
 _ROWS, _SHARDS = 0, 1  # what is shuffled; part of the generator's key
@@ -46,16 +46,20 @@ class SampleOrder:
         identity: str | None = None,
     ) -> None:
         if not 0 <= seed < 2**63:
-            raise ConfigError(f"run.seed={seed}; expected 0 to 2^63 - 1")
+            raise SettingError("seed", seed, remedy="expected 0 to 2^63 - 1")
         if num_lanes < 1 or window_rows < 1:
-            raise ConfigError(
-                f"data.num_lanes={num_lanes}, data.window_rows={window_rows}; expected at least 1"
+            raise SettingError(
+                "num_lanes",
+                num_lanes,
+                (", ", Field("window_rows", window_rows)),
+                "expected at least 1",
             )
         self.num_rows = sum(shard_rows)
         if self.num_rows < num_lanes:
             raise DataError(
-                f"{self.num_rows} rows don't fill data.num_lanes={num_lanes} lanes; lower it or "
-                "add data"
+                f"{self.num_rows} rows don't fill ",
+                Field("num_lanes", num_lanes),
+                " lanes; lower it or add data",
             )
         self.seed = seed
         self.num_lanes = num_lanes

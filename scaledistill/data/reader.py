@@ -21,7 +21,7 @@ from scaledistill.data.ahead import FetchAhead
 from scaledistill.data.blocks import block_span, decode_block
 from scaledistill.data.manifest import Manifest
 from scaledistill.data.order import SampleOrder
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import DataError, Field, SettingError
 from scaledistill.storage import remote
 
 logger = logging.getLogger(__name__)
@@ -205,10 +205,15 @@ class ShardReader:
         if self._cache is None:
             return
         if (needed := self._bytes_at_once(num_lanes)) > self._cache.limit_bytes:
-            raise ConfigError(
-                f"data.cache_bytes={self._cache.limit_bytes} is less than the {needed} bytes of "
-                f"the shards that data.num_lanes={num_lanes} lanes read at the same time, so "
-                "shards would be fetched again and again; raise it"
+            raise SettingError(
+                "limit_bytes",
+                self._cache.limit_bytes,
+                (
+                    f"is less than the {needed} bytes of the shards that ",
+                    Field("num_lanes", num_lanes),
+                    " lanes read at the same time, so shards would be fetched again and again",
+                ),
+                "raise it",
             )
 
     def _bytes_at_once(self, num_shards: int) -> int:

@@ -43,7 +43,7 @@ from scaledistill.data.manifest import (
     manifest_path,
 )
 from scaledistill.data.sizes import ROWS_PER_BLOCK, ROWS_PER_SHARD
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import ConfigError, DataError, Field
 from scaledistill.storage.files import flush, lock, sync
 
 
@@ -145,7 +145,8 @@ class ShardWriter:
     def _open_folder(self) -> None:
         if not self._overwrite and (old := [path.name for path in self._finished_files()]):
             raise DataError(
-                f"{self._folder} holds {old[0]} already; name another folder, or use overwrite=True"
+                f"{self._folder} holds {old[0]} already; name another folder, or use ",
+                Field("overwrite", True),
             )
         self._made = [
             folder for folder in (self._folder, *self._folder.parents) if not folder.exists()

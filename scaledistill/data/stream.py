@@ -31,7 +31,7 @@ from scaledistill.data.blocks import count_tokens
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.reader import ShardReader
 from scaledistill.data.tokens import TokenInputs
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, Field, SettingError
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,7 @@ class ShardStream:
     Bookkeeping adds 6 bytes per row. `next` re-raises what the thread raises, such as a DataError
     for a damaged block.
 
-    Raises: ConfigError naming train.global_batch_size if it does not divide, or data.cache_bytes if
-    it is too small.
+    Raises: SettingError if `global_batch_size` does not divide, or the cache is too small.
     """
 
     def __init__(
@@ -282,16 +281,20 @@ class ShardStream:
     ) -> None:
         unit = world_size * micro_batch_size
         if unit < 1 or global_batch_size < 1 or global_batch_size % unit:
-            raise ConfigError(
-                f"train.global_batch_size={global_batch_size} is not a multiple of {world_size} "
-                f"ranks × train.micro_batch_size={micro_batch_size}; use "
-                f"{global_batch_size // max(unit, 1) * unit + unit}"
+            raise SettingError(
+                "global_batch_size",
+                global_batch_size,
+                (
+                    f"is not a multiple of {world_size} ranks × ",
+                    Field("micro_batch_size", micro_batch_size),
+                ),
+                f"use {global_batch_size // max(unit, 1) * unit + unit}",
             )
         if first_sample % global_batch_size or first_sample < 0:
             raise ConfigError(
-                f"the data cursor {first_sample} is not a multiple of "
-                f"train.global_batch_size={global_batch_size}; resume with the batch size that the "
-                "checkpoint was made with"
+                f"the data cursor {first_sample} is not a multiple of ",
+                Field("global_batch_size", global_batch_size),
+                "; resume with the batch size that the checkpoint was made with",
             )
         if order.num_rows != shards.manifest.rows:
             raise ValueError(

@@ -25,7 +25,15 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from scaledistill.distributed.launcher import LauncherFacts, launcher_facts
-from scaledistill.errors import EXIT_ENVIRONMENT, ConfigError, DataError, DivergedError, PeerError
+from scaledistill.errors import (
+    EXIT_ENVIRONMENT,
+    ConfigError,
+    DataError,
+    DivergedError,
+    PeerError,
+    SettingError,
+    plain_type,
+)
 
 log = logging.getLogger(__name__)
 
@@ -263,8 +271,8 @@ def has_fast_bf16(device: torch.device) -> bool:
     )
 
 
-def resolve_precision(setting: str, device: torch.device) -> str:
-    """Return the student's "fp32", "bf16" or "fp16" for `train.precision`.
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return the student's "fp32", "bf16" or "fp16" for a stated precision or "auto".
 
     "auto" is fp32 on all CPUs: PyTorch's CPU backward of LayerNorm and Embedding sums over tokens
     in bf16, which makes these gradients 10 % wrong over 512 tokens and 80 % over 16,384.
@@ -272,29 +280,29 @@ def resolve_precision(setting: str, device: torch.device) -> str:
     Raises:
         ConfigError: fp16 on a CPU, which DeepSpeed refuses.
     """
-    if setting == "auto":
+    if precision == "auto":
         return "bf16" if device.type == "cuda" and has_fast_bf16(device) else "fp32"
-    return _possible("train.precision", setting, device)
+    return _possible("precision", precision, device)
 
 
-def resolve_teacher_dtype(setting: str, precision: str, device: torch.device) -> str:
-    """Return the teacher's "fp32", "bf16" or "fp16" for `teacher.dtype`.
+def resolve_teacher_dtype(dtype: str, precision: str, device: torch.device) -> str:
+    """Return the teacher's "fp32", "bf16" or "fp16" for a stated dtype or "auto".
 
-    "auto" takes the configured `train.precision`. If that is "auto" too, it is bf16 if that is
+    "auto" takes the student's stated `precision`. If that is "auto" too, it is bf16 if that is
     fast, on CPUs too, since a forward sums in fp32.
 
     Raises:
         ConfigError: fp16 on a CPU.
     """
-    if setting == "auto" == precision:
+    if dtype == "auto" == precision:
         return "bf16" if has_fast_bf16(device) else "fp32"
-    return _possible("teacher.dtype", precision if setting == "auto" else setting, device)
+    return _possible("dtype", precision if dtype == "auto" else dtype, device)
 
 
-def _possible(name: str, setting: str, device: torch.device) -> str:
-    if setting == "fp16" and device.type == "cpu":
-        raise ConfigError(f"{name}=fp16 needs a GPU, found only a CPU; use bf16 or fp32")
-    return setting
+def _possible(field: str, dtype: str, device: torch.device) -> str:
+    if dtype == "fp16" and device.type == "cpu":
+        raise SettingError(field, dtype, "needs a GPU, found only a CPU", "use bf16 or fp32")
+    return dtype
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
@@ -376,10 +384,12 @@ def failing_together() -> Iterator[None]:
     except Exception as caught:  # noqa: BLE001 - no error may leave the other ranks waiting
         error = caught
     expected = isinstance(error, ConfigError | DataError)
-    kind = (type(error) if expected else DataError) if error else None
-    failures = gather_objects(
-        kind and (kind, str(error) if expected else repr(error), socket.gethostname())
-    )
+    failure = None
+    if isinstance(error, ConfigError | DataError):
+        failure = (plain_type(error), str(error), socket.gethostname())
+    elif error:
+        failure = (DataError, repr(error), socket.gethostname())
+    failures = gather_objects(failure)
     failed = next((rank for rank, failure in enumerate(failures) if failure), None)
     if failed is None:
         return

@@ -10,7 +10,6 @@ default; so every key is checked here, and every value that it would guess is se
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from scaledistill.config.resolved import DTYPES, ResolvedRun
 from scaledistill.distributed.ranks import Ranks
 from scaledistill.engines import Engine, EngineBytes
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, near_miss
 from scaledistill.models.capture import QKVView
 
 REMEDY = "correct the value or remove the key"
@@ -447,8 +446,8 @@ def _check_keys(block: dict[str, Any], known: Mapping[str, Check], path: str = "
         if name in REFUSED_KEYS:
             raise ConfigError(f"engine.deepspeed.{name}: not allowed here; {REFUSED_KEYS[name]}")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            near = near_miss(key, known)
+            hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
             raise ConfigError(f"engine.deepspeed.{name}: unknown key; {hint}")
         check = known[key]
         left = value == "auto" and check not in (BLOCK, BLOCK_OR_NULL)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import ValidationError
 
+from scaledistill.config.naming import teacher_names
 from scaledistill.config.schema import DistillConfig, EvaluationSettings, RunEvaluation
 from scaledistill.config.wording import explain
 from scaledistill.errors import (
@@ -24,8 +25,14 @@ from scaledistill.errors import (
     EXIT_ENVIRONMENT,
     EXIT_STOPPED,
     ConfigError,
+    DataError,
     Problems,
+    SettingError,
+    SourceError,
     counted,
+    joined,
+    named,
+    plain_type,
 )
 from scaledistill.glue.grid import GridResult, GridStoppedError, run_grid
 from scaledistill.glue.metrics import check_installed
@@ -52,6 +59,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TEACHER = "teacher"
+ARGUMENTS = {
+    "data_folder": "data_dir",
+    "learning_rates": "learning_rate",
+    "seeds": "seed",
+    "batch_size": "per_device_train_batch_size",
+    "max_length": "max_seq_length",
+    "output": "output_dir",
+}
+"""The arguments of `evaluate` whose names differ from those of the settings."""
+SETTINGS = {name: f"evaluation.{name}" for name in RunEvaluation.model_fields}
+"""The settings of a run's evaluation."""
 EIGHT_TASKS = ("mnli", "qnli", "qqp", "rte", "sst2", "mrpc", "cola", "stsb")
 
 
@@ -103,9 +121,11 @@ def evaluate(
             max_train_rows=max_train_rows,
         )
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(error.errors(), {}, EvaluationSettings))) from error
+        with named(**ARGUMENTS):
+            raise joined(explain(error.errors(), {}, EvaluationSettings)) from error
     name = model_name or Path(os.path.abspath(model_name_or_path)).name
-    return run_grid({name: model_name_or_path}, settings, Path(output_dir), workers=workers)
+    with named(**ARGUMENTS):
+        return run_grid({name: model_name_or_path}, settings, Path(output_dir), workers=workers)
 
 
 def create_summary_table(
@@ -184,15 +204,18 @@ def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
     [student] = config.students
     if settings.include_teacher and not settings.tasks:
         problems.found.append(
-            ConfigError(
-                "include_teacher needs tasks to score the teacher on; name some, or turn it off"
+            SettingError(
+                "include_teacher",
+                expected="needs tasks to score the teacher on",
+                remedy="name some, or turn it off",
             )
         )
     if settings.include_teacher and student == TEACHER:
         problems.found.append(
-            ConfigError(
-                f"include_teacher needs the name {TEACHER!r} in the tables; give the student "
-                "another name"
+            SettingError(
+                "include_teacher",
+                expected=f"needs the name {TEACHER!r} in the tables",
+                remedy="give the student another name",
             )
         )
     whole_teacher = None
@@ -201,13 +224,13 @@ def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
             lambda: check_model(TEACHER, _teacher_folder(config), tasks)
         )
     # The student's table of positions is as long as the teacher's.
-    shape = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
+    with named(**teacher_names(teacher)):
+        shape = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
     check_lengths(f"the student {student}", positions(shape), data.values(), problems)
     folder = problems.attempt(lambda: Path(_teacher_folder(config)))
     if folder:  # the student has the teacher's tokenizer
         check_room(f"the student {student}", folder, data.values(), problems)
-    for problem in problems.found:
-        problem.args = (f"evaluation: {problem}",)
+    problems.found = [_of_evaluation(problem) for problem in problems.found]
     problems.raise_all()
     return PlannedEvaluation(
         size=grid_size(2 if settings.include_teacher else 1, settings),
@@ -247,7 +270,8 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
             {TEACHER: _teacher_folder(config)} if settings.include_teacher else {}
         )
         try:
-            result = run_grid(models, settings, output, stop=stop.reason)
+            with named(**SETTINGS):
+                result = run_grid(models, settings, output, stop=stop.reason)
         except GridStoppedError:
             why = (
                 f"the evaluation was stopped ({stop.acknowledge()}); rerun the same command to "
@@ -268,6 +292,14 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
     return end
 
 
+def _of_evaluation(problem: ConfigError | DataError) -> ConfigError | DataError:
+    """Return a problem as one of the run's `evaluation`: by its setting, or else by the block."""
+    if not (isinstance(problem, SettingError | SourceError) and problem.field in SETTINGS):
+        problem = plain_type(problem)("evaluation: ", *problem.pieces)
+    problem.rename(SETTINGS)
+    return problem
+
+
 def _settings_of(config: DistillConfig) -> RunEvaluation:
     if config.evaluation is None:
         raise ValueError("the configuration has no evaluation block")
@@ -276,4 +308,5 @@ def _settings_of(config: DistillConfig) -> RunEvaluation:
 
 def _teacher_folder(config: DistillConfig) -> str:
     """Return the folder of the teacher and its tokenizer; for a hub name, of the right revision."""
-    return str(resolve_folder(config.teacher.model, config.teacher.revision, MODEL_FILES))
+    with named(**teacher_names(config.teacher)):
+        return str(resolve_folder(config.teacher.model, config.teacher.revision, MODEL_FILES))

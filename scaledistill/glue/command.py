@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -32,6 +31,7 @@ from scaledistill.errors import (
     DataError,
     counted,
     did_you_mean,
+    named,
     near_miss,
 )
 from scaledistill.glue.cell import MODEL_NAME
@@ -52,6 +52,15 @@ QUICK = EvaluationSettings(
     group_by_length=True,
 )
 DEFAULTS = EvaluationSettings(tasks=["cola"])
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+OPTIONS = {name: _option(name) for name in (*EvaluationSettings.model_fields, "workers", "output")}
+OPTIONS["data_folder"] = "--data-dir"
+"""The options, by the settings and parameters that errors name."""
 DESCRIPTION = """Fine-tune and score models on GLUE and SQuAD 2.0.
 
 With --probe, score them without fine-tuning.
@@ -225,10 +234,6 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; wrong options end the process with exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -316,9 +321,7 @@ def settings_of(options: argparse.Namespace) -> EvaluationSettings:
     try:
         return EvaluationSettings.model_validate(values)
     except ValidationError as error:
-        setting, _, problem = explain(error.errors(), values, EvaluationSettings)[0].partition(": ")
-        name = _option(setting.partition(".")[0]).replace("--data-folder", "--data-dir")
-        raise ConfigError(f"{name}: {problem}") from error
+        raise explain(error.errors(), values, EvaluationSettings)[0] from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -334,9 +337,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The hub client logs each retry; the final failure is reported here.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
-        return run(options)
+        with named(**OPTIONS):
+            return run(options)
     except (ConfigError, DataError) as error:
-        _say(in_options(str(error)))
+        _say(str(error))
         return error.exit_code
     except OSError as error:  # a full disk, a folder that may not be written
         _say(f"{error}; check {options.output} and its disk")
@@ -530,18 +534,6 @@ class Display:
         whole = sum(self._work.values())
         done = sum(self._work[one] * share for one, share in self._done.items())
         return f"  (about {duration(elapsed * (whole - done) / done)} left)" if done else ""
-
-
-def in_options(message: str) -> str:
-    """Write setting names in a message as options: `max_length=512` becomes `--max-length 512`."""
-    names = "|".join([*EvaluationSettings.model_fields, "workers", "output"])
-    text = re.sub(rf"\b({names})=", lambda found: f"{_option(found[1])} ", message)
-    text = re.sub(
-        r"\b(learning_rates|max_length|max_train_rows|batch_size|data_folder)\b",
-        lambda f: _option(f[1]),
-        text,
-    )
-    return text.replace("--data-folder", "--data-dir")
 
 
 def _say(text: str) -> None:

@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from scaledistill.errors import DivergedError
+from scaledistill.errors import DivergedError, named
 from scaledistill.glue.cell import Cell
 from scaledistill.glue.features import Features, prepare
 from scaledistill.glue.metrics import only_answer
@@ -158,7 +158,8 @@ def _load_model(folder: Path, task: Task, name: str) -> tuple[PreTrainedModel, l
 
     A head in the folder is used if its shapes fit, as in transformers.
     """
-    config = read_config(folder, f"model {name}")
+    with named(model=f"model {name}"):
+        config = read_config(folder)
     if task.kind == "classification":
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: i for i, label in enumerate(task.labels)}
@@ -185,16 +186,15 @@ def _load_model(folder: Path, task: Task, name: str) -> tuple[PreTrainedModel, l
         key: (list(found), list(expected)) for key, found, expected in info["mismatched_keys"]
     }
     missing: dict[str, tuple[None, list[int]]] = {key: (None, []) for key in info["missing_keys"]}
-    check_complete(
-        {
-            key: shapes
-            for key, shapes in (wrong | missing).items()
-            if key.startswith(encoder) and ".pooler." not in key
-        },
-        f"model {name}",
-    )
-    for key, tensor in model.state_dict().items():
-        check_finite(key, tensor, f"model {name}")
+    needed = {
+        key: shapes
+        for key, shapes in (wrong | missing).items()
+        if key.startswith(encoder) and ".pooler." not in key
+    }
+    with named(model=f"model {name}"):
+        check_complete(needed)
+        for key, tensor in model.state_dict().items():
+            check_finite(key, tensor)
     return model, sorted({*wrong, *missing})
 
 

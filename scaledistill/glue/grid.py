@@ -12,6 +12,7 @@ import os
 import selectors
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from typing import Literal
 import torch
 
 from scaledistill.config.schema import EvaluationSettings
-from scaledistill.errors import ConfigError, DataError, counted
+from scaledistill.errors import DataError, Field, SettingError, counted, named
 from scaledistill.glue.cell import Cell, read_error, read_record, remove_partial_files, write_error
 from scaledistill.glue.output import write_summary
 from scaledistill.glue.plan import Plan, make_plan
@@ -126,7 +127,9 @@ def run_plan(
         GridStoppedError: `stop` returned a true value.
     """
     output.mkdir(parents=True, exist_ok=True)
-    with locked(output, "output"):
+    with ExitStack() as stack:
+        with named(folder="output"):
+            stack.enter_context(locked(output))
         remove_partial_files(output)
         write_grid(plan, output, quick=quick)
         waiting = [cell for cell in plan.cells if read_record(cell, output) is None]
@@ -151,7 +154,7 @@ def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
     """Write the list of cells for the summary: the plan's, and comparable earlier ones.
 
     Raises:
-        ConfigError: one of the plan's models has the name of another model in the folder.
+        SettingError: one of the plan's models has the name of another model in the folder.
     """
     before = read_json(output / GRID) or {"cells": [], "models": {}}
     earlier = [Cell.from_dict(cell) for cell in before["cells"]]
@@ -162,9 +165,11 @@ def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
             and model.sha256 != cell.model_sha256
             and os.path.abspath(path) != os.path.abspath(model.path)
         ):
-            raise ConfigError(
-                f"output={str(output)!r} has scores of another model {model.name}, {path}; give "
-                f"{model.path} a name of its own, or set another output"
+            raise SettingError(
+                "output",
+                str(output),
+                f"has scores of another model {model.name}, {path}",
+                (f"give {model.path} a name of its own, or set another ", Field("output")),
             )
     kept = [cell for cell in earlier if _compares(cell, plan)]
     if len(kept) < len(earlier):
@@ -202,13 +207,15 @@ def check_workers(workers: int | None) -> int:
     """Return the number of cells that run at a time; None means the default.
 
     Raises:
-        ConfigError: `workers` is below 1, or above the machine's number of GPUs, or of cores if it
+        SettingError: `workers` is below 1, or above the machine's number of GPUs, or of cores if it
             has no GPU.
     """
     gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
     most, what = (gpus, "GPUs") if gpus else (cores, "cores")
     if workers is not None and not 1 <= workers <= most:
-        raise ConfigError(f"workers={workers}, expected 1 to {most}: the machine has {most} {what}")
+        raise SettingError(
+            "workers", workers, f", expected 1 to {most}: the machine has {most} {what}"
+        )
     return workers or max(1, gpus)
 
 

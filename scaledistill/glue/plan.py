@@ -22,7 +22,15 @@ from transformers import (
 
 from scaledistill.config.schema import EvaluationSettings
 from scaledistill.data.tokenizer import TOKENIZER_FILES, has_vocabulary_file, load_tokenizer
-from scaledistill.errors import ConfigError, DataError, Problems
+from scaledistill.errors import (
+    ConfigError,
+    DataError,
+    Field,
+    Problems,
+    SettingError,
+    SourceError,
+    named,
+)
 from scaledistill.glue.cell import MODEL_NAME, Cell, Conditions, hash_of
 from scaledistill.glue.features import data_sha256
 from scaledistill.glue.metrics import check_installed
@@ -172,11 +180,13 @@ def check_tasks(
     Returns:
         The tasks, and by task name the data that can be used.
     """
-    for setting in ("learning_rates", "epochs", "seeds"):
-        values = getattr(settings, setting)
+    for name in ("learning_rates", "epochs", "seeds"):
+        values = getattr(settings, name)
         if repeated := [value for value in values if values.count(value) > 1]:
             problems.found.append(
-                ConfigError(f"{setting} has {repeated[0]:g} more than once; name it once")
+                SettingError(
+                    name, expected=f"has {repeated[0]:g} more than once", remedy="name it once"
+                )
             )
     problems.attempt(check_installed)
     tasks = problems.attempt(find_tasks, settings.tasks) or []
@@ -198,9 +208,11 @@ def check_lengths(
         length = each.conditions.max_length
         if limit is not None and length > limit:
             problems.found.append(
-                ConfigError(
-                    f"max_length={length} ({each.task.title}) is more than the {limit} positions "
-                    f"of {what}; set max_length to {limit} or less, the same for all models"
+                SettingError(
+                    "max_length",
+                    length,
+                    f"({each.task.title}) is more than the {limit} positions of {what}",
+                    ("set ", Field("max_length"), f" to {limit} or less, the same for all models"),
                 )
             )
 
@@ -225,10 +237,16 @@ def check_room(what: str, folder: Path, data: Iterable[TaskData], problems: Prob
         added = tokenizer.num_special_tokens_to_add(pair=texts == 2)
         if length < added + texts:
             problems.found.append(
-                ConfigError(
-                    f"max_length={length} ({title}) leaves no room for text: the tokenizer of "
-                    f"{what} adds {added} tokens to {'a pair' if texts == 2 else 'a sentence'}; "
-                    f"set max_length to {added + texts} or more (128 is usual)"
+                SettingError(
+                    "max_length",
+                    length,
+                    f"({title}) leaves no room for text: the tokenizer of {what} adds {added} "
+                    f"tokens to {'a pair' if texts == 2 else 'a sentence'}",
+                    (
+                        "set ",
+                        Field("max_length"),
+                        f" to {added + texts} or more (128 is usual)",
+                    ),
                 )
             )
 
@@ -243,11 +261,16 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
         raise ConfigError(
             f"model name {name!r}: expected letters, digits, '.', '-' and '_'; it names a folder"
         )
-    setting = f"model {name}"
+    with named(model=Field(f"model {name}", path)):
+        return _check_files(name, path, tasks)
+
+
+def _check_files(name: str, path: str, tasks: Sequence[Task]) -> Model:
+    """Check a model's files; errors call it `model`."""
     if hint := _model_inside(Path(path)):
-        raise DataError(f"{setting}={path!r} {hint}")
-    folder = resolve_folder(path, None, MODEL_FILES, setting=setting)
-    config = read_config(folder, f"{setting}={path!r}")
+        raise SourceError("model", expected=hint)
+    folder = resolve_folder(path, None, MODEL_FILES)
+    config = read_config(folder)
     for task in tasks:
         mapping = (
             MODEL_FOR_QUESTION_ANSWERING_MAPPING
@@ -255,13 +278,15 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
             else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
         )
         if type(config) not in mapping:
-            raise ConfigError(
-                f"{setting}={path!r}: transformers has no model of type {config.model_type!r} for "
-                f"{task.title}; leave the task or the model out"
+            raise SettingError(
+                "model",
+                expected=f": transformers has no model of type {config.model_type!r} for "
+                f"{task.title}",
+                remedy="leave the task or the model out",
             )
-    check_weight_files(folder, f"{setting}={path!r}")
-    check_unused(folder, config, f"{setting}={path!r}")
-    _check_tokenizer(folder, config, f"{setting}={path!r}", tasks)
+    check_weight_files(folder)
+    check_unused(folder, config)
+    _check_tokenizer(folder, config, tasks)
     sizes: dict[str, int] = {}
     for file in weight_files(folder):
         try:
@@ -269,8 +294,10 @@ def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
                 for key in stored.keys():  # noqa: SIM118 - not a dictionary
                     sizes[key] = math.prod(stored.get_slice(key).get_shape())
         except (SafetensorError, OSError) as error:
-            raise DataError(
-                f"{setting}={path!r}: {file} cannot be read ({error}); fetch the model again"
+            raise SourceError(
+                "model",
+                expected=f": {file} cannot be read ({error})",
+                remedy="fetch the model again",
             ) from error
     files = [
         "config.json",
@@ -349,33 +376,36 @@ def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
     return TaskData(task, conditions, used, questions, train_tokens, dev_tokens)
 
 
-def _check_tokenizer(
-    folder: Path, config: PreTrainedConfig, model: str, tasks: Sequence[Task]
-) -> None:
+def _check_tokenizer(folder: Path, config: PreTrainedConfig, tasks: Sequence[Task]) -> None:
     # transformers silently makes an empty tokenizer if its files are missing.
     if not has_vocabulary_file(folder):
-        raise DataError(
-            f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json there from "
-            "the original model"
+        raise SourceError(
+            "model",
+            expected="has no tokenizer",
+            remedy="copy tokenizer.json and tokenizer_config.json there from the original model",
         )
     try:
         tokenizer = load_tokenizer(folder)
     except DataError as error:
-        raise DataError(f"{model}: {error}") from error
+        raise SourceError("model", expected=f": {error}") from error
     if tokenizer.pad_token is None:
-        raise DataError(
-            f"{model}: its tokenizer has no padding token; set pad_token in tokenizer_config.json"
+        raise SourceError(
+            "model",
+            expected=": its tokenizer has no padding token",
+            remedy="set pad_token in tokenizer_config.json",
         )
     spans = [task.title for task in tasks if task.kind == "span"]
     if tokenizer.cls_token is None and spans:
-        raise DataError(
-            f"{model}: its tokenizer has no cls_token, which stands for no answer in {spans[0]}; "
-            "set cls_token in tokenizer_config.json, or leave the task out"
+        raise SourceError(
+            "model",
+            expected=f": its tokenizer has no cls_token, which stands for no answer in {spans[0]}",
+            remedy="set cls_token in tokenizer_config.json, or leave the task out",
         )
     if len(tokenizer) > config.vocab_size:
-        raise DataError(
-            f"{model}: its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; "
-            "they do not match: copy the tokenizer from the original model"
+        raise SourceError(
+            "model",
+            expected=f": its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}",
+            remedy="they do not match: copy the tokenizer from the original model",
         )
 
 

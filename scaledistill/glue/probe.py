@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from scaledistill.data.tokenizer import load_tokenizer
-from scaledistill.errors import Problems
+from scaledistill.errors import Field, Problems, named
 from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.plan import check_model
 from scaledistill.glue.read import read_split
@@ -56,7 +56,8 @@ def probe_models(models: Mapping[str, str], data_folder: Path | None) -> Report:
         assert model is not None
         start = time.perf_counter()
         probe = SimilarityProbe(load_tokenizer(model.folder), data_folder, model.positions)
-        encoder = load_encoder(model.folder, dtype=torch.float32, setting=f"model {model.name}")
+        with named(model=Field(f"model {model.name}", model.path)):
+            encoder = load_encoder(model.folder, dtype=torch.float32)
         nn.Module.to(encoder, "cuda" if torch.cuda.is_available() else "cpu")
         scores = probe.score(encoder)
         for metric, value in scores.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scaledistill.data.prepare.compression import StoredError, open_stored
-from scaledistill.errors import DataError, counted, did_you_mean
+from scaledistill.errors import DataError, Field, SourceError, counted, did_you_mean
 from scaledistill.glue.tasks import Task
 from scaledistill.storage.files import near_folder
 
@@ -82,12 +82,14 @@ def _find(task: Task, split: str, data_folder: Path) -> Path:
         meant = did_you_mean(near_folder(data_folder))
         if data_folder.is_file():
             meant = f"; for {task.title} that is {data_folder.absolute().parent.parent}"
-        raise DataError(
-            f"data_folder={str(data_folder)!r} is not a folder; give the one that has a folder for "
-            f"each task{meant}"
+        raise SourceError(
+            "data_folder",
+            str(data_folder),
+            "is not a folder",
+            f"give the one that has a folder for each task{meant}",
         )
     if hint := _nearby(task, split, data_folder):
-        raise DataError(f"data_folder={str(data_folder)!r} {hint}")
+        raise SourceError("data_folder", str(data_folder), hint)
     wanted = {
         _plain(task.name),
         _plain(task.title),
@@ -274,7 +276,8 @@ def _read_hub(task: Task, split: str) -> Rows:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"{name} ({task.title}, {hub_split}) cannot be loaded from the hub ({reason}); without "
-            "network access, give a folder with the original files as data_folder"
+            "network access, give a folder with the original files as ",
+            Field("data_folder"),
         ) from error
     where = f"{name}, {task.title}, {hub_split}"
     rows: Rows = ([], [], [])

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, named
 from scaledistill.glue.plan import Plan
 from scaledistill.metrics.benchmark import Report, in_turn, machine_facts, ratios
 from scaledistill.models.teacher import quiet_transformers, read_config
@@ -110,7 +110,8 @@ def measure_speed(folders: Mapping[str, Path], output: Path) -> Report:
 
 
 def _encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    config = read_config(folder, str(folder))
+    with named(model=str(folder)):
+        config = read_config(folder)
     with quiet_transformers():
         model = AutoModel.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False

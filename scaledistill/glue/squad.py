@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from scaledistill.errors import DataError
+from scaledistill.errors import Field, SourceError
 from scaledistill.glue.read import Answers, Examples
 
 STRIDE = 128  # tokens that neighbouring features of a context share
@@ -52,14 +52,17 @@ def check_questions(
     """Check that each question leaves room for its context.
 
     Raises:
-        DataError: a question does not.
+        SourceError: a question does not.
     """
     ids = tokenizer(list(questions), add_special_tokens=False)["input_ids"] if questions else []
     fixed = max(map(len, ids), default=0) + tokenizer.num_special_tokens_to_add(pair=True) + 1
     if fixed + stride_of(max_length) > max_length:
-        raise DataError(
-            f"max_length={max_length} leaves too little room beside the longest question of SQuAD "
-            f"2.0; set max_length to {min(fixed + STRIDE, math.ceil(1.5 * fixed))} or more"
+        least = min(fixed + STRIDE, math.ceil(1.5 * fixed))
+        raise SourceError(
+            "max_length",
+            max_length,
+            "leaves too little room beside the longest question of SQuAD 2.0",
+            ("set ", Field("max_length"), f" to {least} or more"),
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scaledistill.errors import ConfigError, did_you_mean, near_miss
+from scaledistill.errors import SettingError, did_you_mean, near_miss
 
 
 @dataclass(frozen=True)
@@ -103,26 +103,27 @@ TASKS: dict[str, Task] = {
 }
 
 
-def find_tasks(names: Sequence[str]) -> list[Task]:
+def find_tasks(tasks: Sequence[str]) -> list[Task]:
     """Return the tasks of these names.
 
     Raises:
-        ConfigError: a name is unknown or repeated, or there are none.
+        SettingError: a name is unknown or repeated, or there are none.
     """
-    if not names:
-        raise ConfigError(f"tasks is empty; name some of {', '.join(TASKS)}")
-    for number, name in enumerate(names):
+    if not tasks:
+        raise SettingError("tasks", expected="is empty", remedy=f"name some of {', '.join(TASKS)}")
+    for number, name in enumerate(tasks):
         if name not in TASKS:
             if hint := _several(name):
-                raise ConfigError(f"tasks: {name!r} is not a task; {hint}")
+                raise SettingError("tasks", expected=f": {name!r} is not a task", remedy=hint)
             plain = "".join(character for character in name.lower() if character.isalnum())
             meant = did_you_mean(near_miss(plain, TASKS))
-            raise ConfigError(
-                f"tasks: unknown task {name!r}, expected some of {', '.join(TASKS)}{meant}"
+            raise SettingError(
+                "tasks",
+                expected=f": unknown task {name!r}, expected some of {', '.join(TASKS)}{meant}",
             )
-        if name in names[:number]:
-            raise ConfigError(f"tasks names {name} twice; name it once")
-    return [TASKS[name] for name in names]
+        if name in tasks[:number]:
+            raise SettingError("tasks", expected=f"names {name} twice", remedy="name it once")
+    return [TASKS[name] for name in tasks]
 
 
 def _several(name: str) -> str | None:

@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from scaledistill.data.tokens import TokenInputs
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import ConfigError, DataError, Field, named
 from scaledistill.integrations.datasets import prepare_dataset as prepare_dataset
 from scaledistill.models.capture import (
     base_encoder,
@@ -50,6 +50,20 @@ BF16_ON_CPU = (
 
 LETTERS = dict(enumerate(QKV._fields, start=1))  # bertdistiller's numbers: 1 query, 2 key, 3 value
 PASSED_ON = ("token_type_ids", "position_ids")
+SIZES = {
+    "num_layers": "student_layer",
+    "hidden_size": "student_hidden_size",
+    "num_attention_heads": "student_attention_heads",
+    "intermediate_size": "the student's intermediate_size",  # follows from the width
+    "hidden_size / num_attention_heads": "student_hidden_size / student_attention_heads",
+}
+STUDENT_NAMES: dict[str, str | Field] = {
+    **SIZES,
+    **{f"config.{size}": name for size, name in SIZES.items()},
+    "teacher_config": "teacher",
+    "init": Field("use_teacher_weights", False),
+}
+"""The arguments of `create_student`, by the parameters of `models.student`."""
 
 
 @dataclass
@@ -149,16 +163,17 @@ def named_relations(relations: object) -> dict[str, float]:
         raise ConfigError(
             f'relations={relations!r}; expected weights of pairs, such as {{"qq": 1.0, "kk": 1.0}}'
         )
-    named = {
+    weights = {
         "".join(str(LETTERS.get(part, part)) for part in pair)
         if isinstance(pair, Sequence)
         else str(pair): weight
         for pair, weight in relations.items()
     }
     try:
-        return dict(normalise_pairs(named))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error).replace("relations.pairs", "relations")) from None
+        with named(pairs="relations"):
+            return dict(normalise_pairs(weights))
+    except TypeError as error:  # a weight is not a number
+        raise ConfigError(f"relations: {error}") from None
 
 
 class MiniLMTrainer(Trainer):
@@ -202,10 +217,11 @@ class MiniLMTrainer(Trainer):
                 "MiniLMTrainer needs model, the student, and args, MiniLMTrainingArguments"
             )
         if not isinstance(teacher_model, PreTrainedModel):
-            with _built_whole(args):
-                teacher_model = load_encoder(
-                    teacher_model, num_layers=args.teacher_layer, setting="teacher_model"
-                )
+            with (
+                _built_whole(args),
+                named(model="teacher_model", num_layers="teacher_layer"),
+            ):
+                teacher_model = load_encoder(teacher_model, num_layers=args.teacher_layer)
         _check_models(teacher_model, model, args)
         self._view = capture_view(model, args.student_layer)
         self._loss = StudentLoss(args.num_relation_heads, args.pairs, args.relation_backend)
@@ -220,7 +236,8 @@ class MiniLMTrainer(Trainer):
             log.warning("%s", BF16_ON_CPU)
         # The loss is a mean over sequences, not scaled by a number of tokens.
         self.model_accepts_loss_kwargs = False
-        self.teacher = Teacher(teacher_model, args.teacher_layer).to(args.device)
+        with named(model="teacher_model"):
+            self.teacher = Teacher(teacher_model, args.teacher_layer).to(args.device)
 
     def compute_loss(
         self,
@@ -243,7 +260,8 @@ class MiniLMTrainer(Trainer):
         found = self._view(tokens, model, **_passed_on(self.student.config, inputs))
         # Exact: this only undoes autocast's upcast.
         target, found = (QKV(*(each.to(dtype) for each in qkv)) for qkv in (target, found))
-        loss = self._loss(target, found, tokens).total
+        with named(backend="relation_backend"):
+            loss = self._loss(target, found, tokens).total
         return (loss, found) if return_outputs else loss
 
     def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -361,21 +379,22 @@ def _check_models(
     _check_whole(teacher, "teacher_model")
     _check_whole(student, "model")
     first, second = base_encoder(teacher).config, base_encoder(student).config
-    check_layer(args.teacher_layer, first.num_hidden_layers, setting="teacher_layer")
-    check_layer(args.student_layer, second.num_hidden_layers, setting="student_layer")
+    with named(layer="teacher_layer"):
+        check_layer(args.teacher_layer, first.num_hidden_layers)
+    with named(layer="student_layer"):
+        check_layer(args.student_layer, second.num_hidden_layers)
     widths = {"teacher": first.hidden_size, "student": second.hidden_size}
-    try:
-        check_relation_heads(args.num_relation_heads, widths, args.pairs, "num_relation_heads")
-    except ValueError as error:
-        raise ConfigError(str(error).replace("relations.pairs", "relations")) from None
+    with named(num_heads="num_relation_heads", pairs="relations"):
+        check_relation_heads(args.num_relation_heads, widths, args.pairs)
     if first.vocab_size != second.vocab_size:
         raise ConfigError(
             f"the teacher has {first.vocab_size} tokens, the student {second.vocab_size}: both "
             "read the same ids; make the student with create_student from this teacher"
         )
     for name, model in (("teacher_model", teacher), ("model", student)):
-        for key, tensor in model.state_dict().items():
-            check_finite(key, tensor, name)
+        with named(model=name):
+            for key, tensor in model.state_dict().items():
+                check_finite(key, tensor)
 
 
 def _check_whole(model: PreTrainedModel, name: str) -> None:
@@ -407,14 +426,13 @@ def create_student(
             partitioned by ZeRO-3 when it was built.
         DataError: the teacher cannot be loaded.
     """
-    try:
-        with _built_whole(args):
-            if not isinstance(teacher, PreTrainedModel):
-                folder = resolve_folder(
-                    teacher, None, WEIGHT_FILES, setting="teacher", cache_dir=cache_dir
-                )
-                teacher = load_encoder(folder, num_layers=args.teacher_layer, setting="teacher")
-            _check_whole(teacher, "teacher")
+    with _built_whole(args):
+        if not isinstance(teacher, PreTrainedModel):
+            with named(model=Field("teacher", str(teacher)), num_layers="teacher_layer"):
+                folder = resolve_folder(teacher, None, WEIGHT_FILES, cache_dir=cache_dir)
+                teacher = load_encoder(folder, num_layers=args.teacher_layer)
+        _check_whole(teacher, "teacher")
+        with named(**STUDENT_NAMES):
             config = student_config(
                 base_encoder(teacher).config,
                 num_layers=args.student_layer,
@@ -429,6 +447,3 @@ def create_student(
                 seed=args.seed,
                 dropout=None,
             )
-    except ConfigError as error:  # it names the settings of a run, not these arguments
-        message = str(error).replace("students.student.init='random'", "use_teacher_weights=False")
-        raise ConfigError(message.replace("students.student.", "student's ")) from None

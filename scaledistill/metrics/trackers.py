@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from scaledistill.errors import ConfigError
+from scaledistill.errors import SettingError
 from scaledistill.storage.files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -33,31 +33,37 @@ LAUNCHED = (
 """The variables by which accelerate learns of other processes."""
 
 
-def check_trackers(names: Iterable[str]) -> None:
-    """Check `logging.trackers`.
+def check_trackers(trackers: Iterable[str]) -> None:
+    """Check that the trackers can be used.
 
     Raises:
-        ConfigError: accelerate has no such tracker, its package is not installed, or W&B has no
+        SettingError: accelerate has no such tracker, its package is not installed, or W&B has no
             key.
     """
-    for name in names:
+    for name in trackers:
         from accelerate import tracking  # imported here because it takes seconds
 
         if name not in tracking.LOGGER_TYPE_TO_CLASS:
             known = ", ".join(sorted(tracking.LOGGER_TYPE_TO_CLASS))
-            raise ConfigError(f"logging.trackers: unknown tracker {name!r}; known: {known}")
+            raise SettingError(
+                "trackers", expected=f": unknown tracker {name!r}", remedy=f"known: {known}"
+            )
         built_in = tracking.LOGGER_TYPE_TO_CLASS[name].__module__ == tracking.__name__
         available = [
             getattr(tracker, "value", tracker) for tracker in tracking.get_available_trackers()
         ]
         if built_in and name not in available:
-            raise ConfigError(
-                f"logging.trackers: {name!r} is not installed; pip install it or remove it"
+            raise SettingError(
+                "trackers",
+                expected=f": {name!r} is not installed",
+                remedy="pip install it or remove it",
             )
         if built_in and name == "wandb" and not _has_wandb_key():
-            raise ConfigError(
-                "logging.trackers: 'wandb' has no API key; run `wandb login`, set WANDB_API_KEY, "
-                "or set WANDB_MODE=offline to keep the figures on this machine"
+            raise SettingError(
+                "trackers",
+                expected=": 'wandb' has no API key",
+                remedy="run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to keep "
+                "the figures on this machine",
             )
 
 

@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from scaledistill.errors import ConfigError
+from scaledistill.errors import SettingError
 
 VARLEN = "scaledistill_varlen"
 
@@ -73,7 +73,7 @@ def document_attention(
             mask without it.
 
     Raises:
-        ConfigError: the model uses another attention implementation than sdpa or eager.
+        SettingError: the model uses another attention implementation than sdpa or eager.
     """
     implementation = config._attn_implementation
     if implementation == VARLEN and cu_seqlens is not None:
@@ -89,9 +89,11 @@ def document_attention(
                 torch.int16
             )
         }
-    raise ConfigError(
-        "data.attention='document' works with the attention implementations sdpa and eager, found "
-        f"{implementation!r}; leave attn_implementation out of the model's config.json"
+    raise SettingError(
+        "segment_ids_BT",
+        expected="works with the attention implementations sdpa and eager, found "
+        f"{implementation!r}",
+        remedy="leave attn_implementation out of the model's config.json",
     )
 
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from scaledistill.data.tokens import TokenInputs
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import SettingError, SourceError, named
 from scaledistill.models.attention import VARLEN, document_attention
 from scaledistill.models.configs import plain_config
 from scaledistill.relations import QKV
@@ -71,18 +71,19 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture_of(config: PreTrainedConfig, *, setting: str = "teacher.model") -> Architecture:
+def architecture_of(config: PreTrainedConfig) -> Architecture:
     """Return the table row of a model.
 
     Raises:
-        ConfigError: its `model_type` is not in the table.
+        SettingError: its `model_type` is not in the table.
     """
     try:
         return ARCHITECTURES[config.model_type]
     except KeyError:
-        raise ConfigError(
-            f"{setting} is of type {config.model_type!r}, which is not supported; use a model of "
-            f"type {', '.join(sorted(ARCHITECTURES))}"
+        raise SettingError(
+            "config",
+            expected=f"is of type {config.model_type!r}, which is not supported",
+            remedy=f"use a model of type {', '.join(sorted(ARCHITECTURES))}",
         ) from None
 
 
@@ -91,12 +92,15 @@ def base_encoder(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.base_model)
 
 
-def check_layer(layer: int, num_layers: int, *, setting: str = "teacher.layer") -> None:
-    """Raise ConfigError unless the 1-based `layer` exists in a model of `num_layers` blocks."""
+def check_layer(layer: int, num_layers: int) -> None:
+    """Raise SettingError unless the 1-based `layer` exists in a model of `num_layers` blocks."""
     if not 1 <= layer <= num_layers:
         where = "beyond" if layer > num_layers else "below"
-        raise ConfigError(
-            f"{setting}={layer} is {where} the model's {num_layers} layers; use 1 to {num_layers}"
+        raise SettingError(
+            "layer",
+            layer,
+            f"is {where} the model's {num_layers} layers",
+            f"use 1 to {num_layers}",
         )
 
 
@@ -110,22 +114,21 @@ def first_position(config: PreTrainedConfig) -> int:
     return config.pad_token_id + 1 if architecture_of(config).positions_follow_padding else 0
 
 
-def settle_padding(config: PreTrainedConfig, model: str) -> None:
+def settle_padding(config: PreTrainedConfig) -> None:
     """Set `pad_token_id` to None if it is not a token id and positions do not depend on it.
 
-    `model` names the model in messages.
-
     Raises:
-        DataError: positions depend on it.
+        SourceError: positions depend on it.
     """
     row, found = ARCHITECTURES.get(config.model_type), config.pad_token_id
     if row is None or (found is not None and 0 <= found < config.vocab_size):
         return
     if row.positions_follow_padding:
-        raise DataError(
-            f"{model}: its config.json has pad_token_id={json.dumps(found)}, but models of type "
-            f"{config.model_type!r} count their positions from it; set it to the padding token's "
-            "id in the tokenizer (1 in RoBERTa and XLM-R)"
+        raise SourceError(
+            "model",
+            expected=f": its config.json has pad_token_id={json.dumps(found)}, but models of type "
+            f"{config.model_type!r} count their positions from it",
+            remedy="set it to the padding token's id in the tokenizer (1 in RoBERTa and XLM-R)",
         )
     config.pad_token_id = None
 
@@ -221,24 +224,28 @@ def capture_view(model: PreTrainedModel, layer: int) -> QKVView:
         layer: the block, counted from 1.
 
     Raises:
-        ConfigError: the architecture is not supported, or has no such block.
+        SettingError: the architecture is not supported, or has no such block.
     """
     encoder = base_encoder(model)
-    row = architecture_of(encoder.config)
+    with named(config="model"):
+        row = architecture_of(encoder.config)
     if getattr(encoder.config, "is_decoder", False):
-        raise ConfigError(
-            "teacher.model has is_decoder=true in its config, so its tokens do not attend to later "
-            "ones; use an encoder"
+        raise SettingError(
+            "model",
+            expected="has is_decoder=true in its config, so its tokens do not attend to later ones",
+            remedy="use an encoder",
         )
     try:
         blocks = cast(nn.ModuleList, encoder.get_submodule(row.blocks))
-        check_layer(layer, len(blocks), setting="layer")
+        check_layer(layer, len(blocks))
         last = encoder.get_submodule(row.block_path(layer))
         captured = _CapturedBlock(last, row)
     except AttributeError as error:
-        raise ConfigError(
-            f"teacher.model calls itself {encoder.config.model_type!r} but is not built like one: "
-            f"{error}; use a model that runs on transformers' own code"
+        raise SettingError(
+            "model",
+            expected=f"calls itself {encoder.config.model_type!r} but is not built like one: "
+            f"{error}",
+            remedy="use a model that runs on transformers' own code",
         ) from error
     view = _own_copy(encoder)
     view.config = plain_config(encoder.config)
@@ -266,7 +273,7 @@ def model_inputs(config: PreTrainedConfig, tokens: TokenInputs) -> dict[str, Ten
 
     Raises:
         ValueError: only one of segment ids and position ids.
-        ConfigError: documents are given, but the model has its own kind of attention.
+        SettingError: documents are given, but the model has its own kind of attention.
     """
     input_ids_BT, mask_BT, segment_ids_BT, position_ids_BT, cu_seqlens = tokens
     inputs = {"input_ids": input_ids_BT}
@@ -290,7 +297,7 @@ def capture_qkv(model: PreTrainedModel, layer: int, **inputs: Any) -> QKV:
     and outputs of `model` are not changed. Gradients flow unless the caller disables them.
 
     Raises:
-        ConfigError: the architecture is not supported, or has no such block.
+        SettingError: the architecture is not supported, or has no such block.
     """
     view = capture_view(model, layer)
     return view.split(view.module(**inputs).last_hidden_state)

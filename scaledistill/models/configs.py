@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from scaledistill.errors import DataError, near_misses
+from scaledistill.errors import SourceError, near_misses
 
 # How a model is run, stored or generated from, and the labels of a head: keys that do not change
 # what an encoder computes.
@@ -75,59 +75,60 @@ DECODING = ("is_decoder", "add_cross_attention")
 
 
 def plain_dict(
-    found: Mapping[str, Any], known: type[PreTrainedConfig], model: str, *, encoder: bool
+    found: Mapping[str, Any], known: type[PreTrainedConfig], *, encoder: bool
 ) -> dict[str, Any]:
     """Return the content of a `config.json` reduced to what its config class should get.
 
     Args:
         found: the content of the file.
         known: the config class.
-        model: names the model in messages.
         encoder: it is a supported encoder, so keys that its class does not have are dropped too.
 
     Raises:
-        DataError: a key asks for a computation that this transformers, or no encoder, supports.
+        SourceError: a key asks for a computation that this transformers, or no encoder, supports.
     """
     defaults = known().to_dict()
     if found.get("quantization_config") or found.get("compression_config"):
-        raise DataError(
-            f"{model} is quantised (quantization_config in its config.json), which is not "
-            "supported; give the model before quantisation, in fp32, bf16 or fp16"
+        raise SourceError(
+            "model",
+            expected="is quantised (quantization_config in its config.json), which is not "
+            "supported",
+            remedy="give the model before quantisation, in fp32, bf16 or fp16",
         )
     for key, neutral in COMPUTING.items():
         if key in found and key not in defaults and found[key] not in neutral:
-            raise DataError(
-                f"{model}: its config.json has {key}={found[key]!r}, which transformers' "
-                f"{known.__name__} no longer computes, so the model would give other results; give "
-                "a model without it"
+            raise SourceError(
+                "model",
+                expected=f": its config.json has {key}={found[key]!r}, which transformers' "
+                f"{known.__name__} no longer computes, so the model would give other results",
+                remedy="give a model without it",
             )
     plain = {
         key: value
         for key, value in found.items()
         if key not in STEERING and not _is_code(known, key)
     }
-    plain |= _dtype(plain.pop("torch_dtype", None), plain.pop("dtype", None), model)
+    plain |= _dtype(plain.pop("torch_dtype", None), plain.pop("dtype", None))
     for key in plain.keys() & defaults.keys():
         plain[key] = _number(plain[key], defaults[key])
     if isinstance(plain.get("architectures"), str):
         plain["architectures"] = [plain["architectures"]]
-    return _plain_encoder(plain, defaults, model) if encoder else plain
+    return _plain_encoder(plain, defaults) if encoder else plain
 
 
-def _plain_encoder(
-    plain: dict[str, Any], defaults: Mapping[str, Any], model: str
-) -> dict[str, Any]:
+def _plain_encoder(plain: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Keep the keys of an encoder's config class; free token ids are dropped unless integers.
 
     Raises:
-        DataError: the model is a decoder, or its activation is unknown.
+        SourceError: the model is a decoder, or its activation is unknown.
     """
     for key in DECODING:
         if plain.get(key):
-            raise DataError(
-                f"{model}: its config.json has {key}={plain[key]!r}, which makes it a decoder; "
-                "expected an encoder, whose tokens attend to the whole row: if it is one, set "
-                f"{key} to false"
+            raise SourceError(
+                "model",
+                expected=f": its config.json has {key}={plain[key]!r}, which makes it a decoder",
+                remedy="expected an encoder, whose tokens attend to the whole row: if it is one, "
+                f"set {key} to false",
             )
     activation = plain.get("hidden_act", defaults["hidden_act"])
     if activation not in ACT2FN:
@@ -136,9 +137,11 @@ def _plain_encoder(
             "gelu_new",
             "relu",
         ]
-        raise DataError(
-            f"{model}: its config.json has hidden_act={activation!r}, which transformers does not "
-            f"have; set the one that it was trained with: {', '.join(near)}, …"
+        raise SourceError(
+            "model",
+            expected=f": its config.json has hidden_act={activation!r}, which transformers does "
+            "not have",
+            remedy=f"set the one that it was trained with: {', '.join(near)}, …",
         )
     free = {
         "is_encoder_decoder",
@@ -170,7 +173,7 @@ def _is_code(known: type[PreTrainedConfig], key: str) -> bool:
     return callable(attribute) or (isinstance(attribute, property) and attribute.fset is None)
 
 
-def _dtype(old: Any, new: Any, model: str) -> dict[str, str]:
+def _dtype(old: Any, new: Any) -> dict[str, str]:
     """Return the entry for the precision of the weights; empty if the config leaves it to them.
 
     Older files call it `torch_dtype`.
@@ -187,9 +190,11 @@ def _dtype(old: Any, new: Any, model: str) -> dict[str, str]:
         "float": "float32",
     }.get(name, name)
     if name not in FLOATS:
-        raise DataError(
-            f"{model}: its config.json has {key}={value!r}; expected {', '.join(FLOATS)}, or no "
-            "such key, to use the weights' own precision"
+        raise SourceError(
+            "model",
+            expected=f": its config.json has {key}={value!r}",
+            remedy=f"expected {', '.join(FLOATS)}, or no such key, to use the weights' own "
+            "precision",
         )
     return {"dtype": name}
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from scaledistill.data.tokenizer import TOKENIZER_FILES, gives_same_ids, load_tokenizer
-from scaledistill.errors import DataError
+from scaledistill.errors import DataError, SourceError, named
 from scaledistill.models.capture import build_encoder, capture_view, encoder_options
 from scaledistill.models.teacher import load_encoder, quiet_transformers, resolve_folder
 from scaledistill.storage.files import read_json, set_default_mode, sync, write_bytes, write_json
@@ -220,14 +220,17 @@ def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> N
     Raises:
         DataError: the source has none, or it is not read back as it was written.
     """
-    origin = resolve_folder(source, revision, TOKENIZER_FILES, setting="the tokenizer's source")
+    with named(model="tokenizer_source"):
+        origin = resolve_folder(source, revision, TOKENIZER_FILES)
     with quiet_transformers():
         try:
             tokenizer = load_tokenizer(origin)
         except DataError as error:
-            raise DataError(
-                f"{source} has no tokenizer to export ({error}); give the folder with "
-                "tokenizer.json"
+            raise SourceError(
+                "tokenizer_source",
+                str(source),
+                f"has no tokenizer to export ({error})",
+                "give the folder with tokenizer.json",
             ) from error
         tokenizer.save_pretrained(folder)
         path = folder / "tokenizer_config.json"
@@ -258,7 +261,8 @@ def _check_export(folder: Path, weights: Mapping[str, Tensor], kept: str) -> Pre
             f"{kept}. If an earlier checkpoint is good, remove the newer ones from checkpoints/ "
             "and rerun the same command"
         )
-    model = load_encoder(folder, setting="the export")
+    with named(model="the export"):
+        model = load_encoder(folder)
     read = model.state_dict()
     # Compared as integers, so that -0.0 and 0.0 differ.
     if different := [

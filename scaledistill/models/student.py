@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from scaledistill.errors import ConfigError
+from scaledistill.errors import Field, SettingError, named
 from scaledistill.models.capture import (
     architecture_of,
     base_encoder,
@@ -59,7 +59,6 @@ def student_config(
     num_attention_heads: int,
     intermediate_size: int | None = None,
     tap: str = "last",
-    name: str = "student",
 ) -> PreTrainedConfig:
     """Return a student's config: the teacher's, vocabulary and dropout included, with new sizes.
 
@@ -68,15 +67,18 @@ def student_config(
     the teacher; projected ones keep their width.
 
     Raises:
-        ConfigError: the architecture is not supported, or the heads do not divide the width.
+        SettingError: the architecture is not supported, or the heads do not divide the width.
     """
-    architecture_of(teacher_config)
+    with named(config="teacher_config"):
+        architecture_of(teacher_config)
     if hidden_size % num_attention_heads:
         divisors = [heads for heads in range(1, hidden_size + 1) if hidden_size % heads == 0]
         nearest = sorted(sorted(divisors, key=lambda heads: abs(heads - num_attention_heads))[:2])
-        raise ConfigError(
-            f"students.{name}.num_attention_heads={num_attention_heads} does not divide "
-            f"students.{name}.hidden_size={hidden_size}; use {' or '.join(map(str, nearest))}"
+        raise SettingError(
+            "num_attention_heads",
+            num_attention_heads,
+            ("does not divide ", Field("hidden_size", hidden_size)),
+            f"use {' or '.join(map(str, nearest))}",
         )
     config = copy.deepcopy(plain_config(teacher_config))
     if getattr(config, "embedding_size", None) == config.hidden_size:
@@ -103,7 +105,6 @@ def build_student(
     seed: int = 0,
     dropout: float | None = 0.0,
     tap: str = "last",
-    name: str = "student",
     stored: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """Build a student: fp32, on the CPU, in training mode, without pooler.
@@ -125,12 +126,11 @@ def build_student(
             None: train with those of the config.
         tap: "last", or "extra": the last of `config`'s blocks is the projection, which a folder's
             model lacks.
-        name: the student's key in `students`, for messages.
         stored: for "teacher": the weights of a `teacher` on the meta device, from `open_encoder`.
 
     Raises:
-        ConfigError: see `check_init`.
-        DataError: the folder's model cannot be loaded.
+        SettingError: see `check_init`.
+        SourceError: the folder's model cannot be loaded.
     """
     teacher_config = None if teacher is None else base_encoder(teacher).config
     layers = check_init(
@@ -140,7 +140,6 @@ def build_student(
         layer_map=layer_map,
         capture_layer=capture_layer,
         tap=tap,
-        name=name,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs too
@@ -151,7 +150,8 @@ def build_student(
             _cut_weights(encoder.config, stored or encoder.state_dict(), student, layers)
         )
     elif init != "random":
-        weights = load_encoder(init, setting=f"students.{name}.init").state_dict()
+        with named(model="init"):
+            weights = load_encoder(init).state_dict()
         student.load_state_dict(student.state_dict() | weights)
     if dropout is not None:
         set_dropout(student, dropout)
@@ -166,45 +166,54 @@ def check_init(
     layer_map: Sequence[int] | None = None,
     capture_layer: int | None = None,
     tap: str = "last",
-    name: str = "student",
 ) -> list[int]:
     """Check, without weights, that a student can start from `init`; return its layer map.
 
     The map is empty unless `init` is "teacher".
 
     Raises:
-        ConfigError: the teacher is too small to be cut to this shape, the layer map does not fit,
+        SettingError: the teacher is too small to be cut to this shape, the layer map does not fit,
             or the folder's model has another shape.
-        DataError: the folder holds no model.
+        SourceError: the folder holds no model.
     """
     if init == "random":
         return []
     if init != "teacher":
-        _check_folder(init, config, tap, name)
+        _check_folder(init, config, tap)
         return []
     if teacher_config is None:
-        raise ConfigError(
-            f"students.{name}.init='teacher' needs the teacher's weights; pass the teacher, or use "
-            "'random'"
+        raise SettingError(
+            "init", init, "needs the teacher's weights", "pass the teacher, or use 'random'"
         )
-    _check_cut(config, teacher_config, name)
+    _check_cut(config, teacher_config)
     extra, last = int(tap == "extra"), capture_layer or teacher_config.num_hidden_layers
     num_layers = config.num_hidden_layers - extra
     if layer_map is None:
         if num_layers > last - extra:
-            raise ConfigError(
-                f"students.{name}.num_layers={num_layers} is more than the {last - extra} teacher "
-                f"layers to start from; use {last - extra} or fewer, set "
-                f"students.{name}.layer_map, or students.{name}.init='random'"
+            raise SettingError(
+                "config.num_layers",
+                num_layers,
+                f"is more than the {last - extra} teacher layers to start from",
+                (
+                    f"use {last - extra} or fewer, set ",
+                    Field("layer_map"),
+                    ", or ",
+                    Field("init", "random"),
+                ),
             )
         return even_layer_map(num_layers + extra, last)
     if len(layer_map) != num_layers:
-        raise ConfigError(
-            f"students.{name}.layer_map names {len(layer_map)} teacher layers, expected "
-            f"students.{name}.num_layers={num_layers} of them"
+        raise SettingError(
+            "layer_map",
+            expected=(
+                f"names {len(layer_map)} teacher layers, expected ",
+                Field("config.num_layers", num_layers),
+                " of them",
+            ),
         )
-    for layer in layer_map:
-        check_layer(layer, last, setting=f"students.{name}.layer_map")
+    with named(layer="layer_map"):
+        for layer in layer_map:
+            check_layer(layer, last)
     return [*layer_map, last] if extra else list(layer_map)
 
 
@@ -247,17 +256,19 @@ def set_dropout(model: nn.Module, probability: float) -> None:
             module.p = probability
 
 
-def _check_folder(folder: str, config: PreTrainedConfig, tap: str, name: str) -> None:
-    found = load_config(folder, setting=f"students.{name}.init")
+def _check_folder(folder: str, config: PreTrainedConfig, tap: str) -> None:
+    with named(model="init"):
+        found = load_config(folder)
     if tap == "extra":
         config = copy.deepcopy(config)
         config.num_hidden_layers -= 1
     differing = [key for key in SHAPE if getattr(found, key, None) != getattr(config, key, None)]
     if differing:
-        raise ConfigError(
-            f"students.{name}.init={folder!r} has {_values(found, differing)}, but the student has "
-            f"{_values(config, differing)}; give a model of the same shape or change "
-            f"students.{name}"
+        raise SettingError(
+            "init",
+            folder,
+            f"has {_values(found, differing)}, but the student has {_values(config, differing)}",
+            ("give a model of the same shape or change ", Field("config")),
         )
 
 
@@ -265,7 +276,7 @@ def _values(config: PreTrainedConfig, keys: Sequence[str]) -> str:
     return ", ".join(f"{key}={getattr(config, key, None)!r}" for key in keys)
 
 
-def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig, name: str) -> None:
+def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
     for key, found, most in (
         ("hidden_size", config.hidden_size, teacher.hidden_size),
         ("num_attention_heads", config.num_attention_heads, teacher.num_attention_heads),
@@ -273,16 +284,20 @@ def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig, name: str) -
         ("intermediate_size", config.intermediate_size, teacher.intermediate_size),
     ):
         if found > most:
-            raise ConfigError(
-                f"students.{name}.{key}={found} is more than the teacher's {most}, from which it "
-                f"would be cut; use at most {most}, or students.{name}.init='random'"
+            raise SettingError(
+                f"config.{key}",
+                found,
+                f"is more than the teacher's {most}, from which it would be cut",
+                (f"use at most {most}, or ", Field("init", "random")),
             )
     embedding_size = getattr(teacher, "embedding_size", teacher.hidden_size)
     if embedding_size != teacher.hidden_size and embedding_size == config.hidden_size:
-        raise ConfigError(
-            f"students.{name}.hidden_size={config.hidden_size} is the width of the teacher's "
-            "embeddings, so the student cannot take over their projection; use another "
-            f"width, or students.{name}.init='random'"
+        raise SettingError(
+            "config.hidden_size",
+            config.hidden_size,
+            "is the width of the teacher's embeddings, so the student cannot take over their "
+            "projection",
+            ("use another width, or ", Field("init", "random")),
         )
 
 

@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from scaledistill.data.tokens import TokenInputs
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import DataError, Field, SettingError, SourceError, named
 from scaledistill.models.capture import (
     ARCHITECTURES,
     QKVView,
@@ -67,7 +67,6 @@ def resolve_folder(
     revision: str | None,
     patterns: Sequence[str],
     *,
-    setting: str = "teacher.model",
     cache_dir: str | Path | None = None,
 ) -> Path:
     """Return a model's local folder; for a hub name, that of its files matching `patterns`.
@@ -75,13 +74,14 @@ def resolve_folder(
     They are downloaded, or taken from `cache_dir`, by default the hub's usual cache.
 
     Raises:
-        DataError: it is not a folder and the hub does not provide it.
+        SourceError: it is not a folder and the hub does not provide it.
     """
     if Path(model).is_dir():
         return Path(model)
     if is_path(model):
         remedy = "give a model's folder or its hub name"
-        raise DataError(f"{setting}={str(model)!r}: {no_such_folder(model, remedy)}")
+        raise SourceError("model", str(model), f": {no_such_folder(model, remedy)}")
+
     try:
         with quiet_transformers():
             return model_folder(str(model), revision, patterns, cache_dir=cache_dir)
@@ -93,56 +93,58 @@ def resolve_folder(
         )
         if near := near_folder(model):
             remedy = f"did you mean the folder {near}? Otherwise {remedy}"
-        raise DataError(
-            f"{setting}={str(model)!r} is not a folder, and the hub gave no such model{version} "
-            f"({reason}); {remedy}"
+        raise SourceError(
+            "model",
+            str(model),
+            f"is not a folder, and the hub gave no such model{version} ({reason})",
+            remedy,
         ) from error
 
 
 def load_config(
-    model: str | Path,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    *,
-    setting: str = "teacher.model",
+    model: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
     """Read a model's config, without weights.
 
     Raises:
-        ConfigError: it needs its own Python code and `trust_remote_code` is off, or its
+        SettingError: it needs its own Python code and `trust_remote_code` is off, or its
             `model_type` is not supported.
-        DataError: no such model, no `config.json`, or one that cannot be read.
+        SourceError: no such model, no `config.json`, or one that cannot be read.
     """
-    folder = resolve_folder(model, revision, CONFIG_FILES, setting=setting)
-    name, found = f"{setting}={str(model)!r}", read_json(folder / "config.json") or {}
+    folder = resolve_folder(model, revision, CONFIG_FILES)
+    found = read_json(folder / "config.json") or {}
     if (
         not trust_remote_code
         and "auto_map" in found
         and found.get("model_type") not in CONFIG_MAPPING
     ):
-        raise ConfigError(
-            f"{name} runs only with Python code of its own, which is refused; if you trust that "
-            "code, set teacher.trust_remote_code=true"
+        raise SettingError(
+            "model",
+            str(model),
+            "runs only with Python code of its own, which is refused",
+            ("if you trust that code, set ", Field("trust_remote_code"), "=true"),
         )
-    config = read_config(folder, name, trust_remote_code)
-    architecture_of(config, setting=setting)
+    with named(model=Field("model", str(model)), config=Field("model", str(model))):
+        config = read_config(folder, trust_remote_code)
+        architecture_of(config)
     return config
 
 
-def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Read a folder's config, of any architecture, and reduce it (`models.configs`).
 
-    Args:
-        name: names the model in messages.
-
     Raises:
-        DataError: no `config.json`, one that cannot be read, or one that asks for an unsupported
+        SourceError: no `config.json`, one that cannot be read, or one that asks for an unsupported
             computation.
     """
     path = folder / "config.json"
     if not path.is_file():
-        check_adapter(folder, name)
-        raise DataError(f"{name} has no config.json; give the folder that save_pretrained wrote")
+        check_adapter(folder)
+        raise SourceError(
+            "model",
+            expected="has no config.json",
+            remedy="give the folder that save_pretrained wrote",
+        )
     found = read_json(path) or {}
     model_type = found.get("model_type")
     own_code = trust_remote_code and "AutoConfig" in (found.get("auto_map") or {})
@@ -151,21 +153,21 @@ def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> Pre
             if own_code or model_type not in CONFIG_MAPPING:
                 return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             known = CONFIG_MAPPING[str(model_type)]
-            config = known.from_dict(
-                plain_dict(found, known, name, encoder=model_type in ARCHITECTURES)
-            )
+            config = known.from_dict(plain_dict(found, known, encoder=model_type in ARCHITECTURES))
     except DataError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise DataError(
-            f"{name}: its config.json cannot be used ({reason}); fetch the model again"
+        raise SourceError(
+            "model",
+            expected=f": its config.json cannot be used ({reason})",
+            remedy="fetch the model again",
         ) from error
     config.name_or_path = str(folder)
     # The config is transformers' own, but the model may have code of its own: keep the reference.
     if trust_remote_code and "auto_map" in found:
         config.auto_map = found["auto_map"]
-    settle_padding(config, name)
+    settle_padding(config)
     return config
 
 
@@ -176,7 +178,6 @@ def load_encoder(
     num_layers: int | None = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
-    setting: str = "teacher.model",
 ) -> PreTrainedModel:
     """Load an encoder's first `num_layers` blocks on the CPU, in eval mode, without pooler or head.
 
@@ -184,15 +185,13 @@ def load_encoder(
         model: a folder or a hub name, with weights in safetensors.
         num_layers: the number of blocks; all by default.
         dtype: of the loaded weights; by default the file's own.
-        setting: names the model in messages.
 
     Raises:
-        ConfigError: see `load_config`; or fewer blocks than `num_layers`.
-        DataError: no safetensors, a damaged or missing file, or a weight that is missing from the
+        SettingError: see `load_config`; or fewer blocks than `num_layers`.
+        SourceError: no safetensors, a damaged or missing file, or a weight that is missing from the
             file or has another shape there.
     """
-    config, folder = _locate(model, revision, num_layers, trust_remote_code, setting)
-    name = f"{setting}={str(model)!r}"
+    config, folder = _locate(model, revision, num_layers, trust_remote_code)
     options = encoder_options(config) if type(config) in MODEL_MAPPING else {}
     try:
         with quiet_transformers():
@@ -207,16 +206,17 @@ def load_encoder(
                 **options,
             )
     except Exception as error:
-        raise _not_loaded(name, error) from error
+        raise _not_loaded(model, error) from error
     wrong: dict[str, tuple[list[int] | None, list[int]]] = {
         name: (None, []) for name in info["missing_keys"]
     }
     wrong |= {
         name: (list(found), list(expected)) for name, found, expected in info["mismatched_keys"]
     }
-    check_complete(wrong, name)
-    for key, tensor in encoder.state_dict().items():
-        check_finite(key, tensor, name)
+    with named(model=Field("model", str(model))):
+        check_complete(wrong)
+        for key, tensor in encoder.state_dict().items():
+            check_finite(key, tensor)
     return encoder
 
 
@@ -226,17 +226,16 @@ def open_encoder(
     revision: str | None = None,
     num_layers: int | None = None,
     trust_remote_code: bool = False,
-    setting: str = "teacher.model",
 ) -> tuple[PreTrainedModel, StoredWeights]:
     """Return the encoder of `load_encoder` on the meta device, and its weights still on disk.
 
     Only the parameters are on the meta device; buffers are on the CPU.
 
     Raises:
-        ConfigError, DataError: see `load_encoder`; a damaged weight is detected when it is read.
+        SettingError, SourceError: see `load_encoder`; a damaged weight is detected when it is
+            read.
     """
-    config, folder = _locate(model, revision, num_layers, trust_remote_code, setting)
-    name = f"{setting}={str(model)!r}"
+    config, folder = _locate(model, revision, num_layers, trust_remote_code)
     options = (
         encoder_options(config)
         if type(config) in MODEL_MAPPING
@@ -249,16 +248,16 @@ def open_encoder(
                 config, dtype=config.dtype or torch.float32, **options
             ).eval()
     except Exception as error:
-        raise _not_loaded(name, error) from error
+        raise _not_loaded(model, error) from error
     dtype = encoder.dtype if stated else None
-    return encoder, StoredWeights(
-        folder, encoder, prefix=encoder.base_model_prefix, dtype=dtype, model=name
-    )
+    with named(model=Field("model", str(model))):
+        stored = StoredWeights(folder, encoder, prefix=encoder.base_model_prefix, dtype=dtype)
+    return encoder, stored
 
 
-def _not_loaded(name: str, error: Exception) -> DataError:
+def _not_loaded(model: str | Path, error: Exception) -> SourceError:
     reason = " ".join(str(error).split())
-    return DataError(f"{name} cannot be loaded ({reason}); fetch the model again")
+    return SourceError("model", str(model), f"cannot be loaded ({reason})", "fetch the model again")
 
 
 def _locate(
@@ -266,31 +265,33 @@ def _locate(
     revision: str | None,
     num_layers: int | None,
     trust_remote_code: bool,
-    setting: str,
 ) -> tuple[PreTrainedConfig, Path]:
     """Return a model's config, cut to `num_layers`, and the folder of its weights."""
-    config = copy.deepcopy(load_config(model, revision, trust_remote_code, setting=setting))
-    name = f"{setting}={str(model)!r}"
+    config = copy.deepcopy(load_config(model, revision, trust_remote_code))
     if num_layers is not None:
-        check_layer(num_layers, config.num_hidden_layers)
-    folder = resolve_folder(model, revision, WEIGHT_FILES, setting=setting)
-    check_weight_files(folder, name)
-    if heads := check_unused(folder, config, name):
+        with named(layer="num_layers"):
+            check_layer(num_layers, config.num_hidden_layers)
+    folder = resolve_folder(model, revision, WEIGHT_FILES)
+    with named(model=Field("model", str(model))):
+        check_weight_files(folder)
+        heads = check_unused(folder, config)
+    if heads:
         logger.info(
-            "%s: weights that an encoder has no use for are left out: %s", name, ", ".join(heads)
+            "%s: weights that an encoder has no use for are left out: %s", model, ", ".join(heads)
         )
     if num_layers is not None:
         config.num_hidden_layers = num_layers
     return config, folder
 
 
-def check_unused(folder: Path, config: PreTrainedConfig, model: str) -> list[str]:
+def check_unused(folder: Path, config: PreTrainedConfig) -> list[str]:
     """Check the names of a model's weights, given its full config; return those of its heads.
 
     Raises:
-        DataError: weights or adapters change what the encoder computes, but it does not read them.
+        SourceError: weights or adapters change what the encoder computes, but it does not read
+            them.
     """
-    check_adapter(folder, model)
+    check_adapter(folder)
     # The names of other architectures are unknown here.
     if type(config) not in MODEL_MAPPING or config.model_type not in ARCHITECTURES:
         return []
@@ -298,10 +299,8 @@ def check_unused(folder: Path, config: PreTrainedConfig, model: str) -> list[str
         # A copy, because building sets the dtype of the config.
         encoder = build_encoder(copy.deepcopy(config), device="meta")
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
-        raise _not_loaded(model, error) from error
-    return check_names(
-        stored_keys(folder, model), encoder, prefix=encoder.base_model_prefix, model=model
-    )
+        raise _not_loaded(folder, error) from error
+    return check_names(stored_keys(folder), encoder, prefix=encoder.base_model_prefix)
 
 
 class Teacher(nn.Module):
@@ -346,7 +345,7 @@ class Teacher(nn.Module):
             self.module = module.to(dtype)
             if dtype != loaded:
                 for name, tensor in module.state_dict().items():
-                    check_cast(name, tensor, loaded, "the teacher")
+                    check_cast(name, tensor, loaded)
         else:
             digest, names = hashlib.sha256(), sorted(module.state_dict())
             weights = (
@@ -392,7 +391,7 @@ def _hashed(digest: Any, name: str, tensor: Tensor) -> Tensor:
 
 
 def _cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    return check_cast(name, tensor.to(dtype), tensor.dtype, "the teacher")
+    return check_cast(name, tensor.to(dtype), tensor.dtype)
 
 
 @contextmanager
@@ -413,34 +412,41 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def check_weight_files(folder: Path, model: str) -> None:
-    """Raise DataError unless every weight file of a folder is present and is safetensors.
+def check_weight_files(folder: Path) -> None:
+    """Raise SourceError unless every weight file of a model's folder is there and is safetensors.
 
-    No file is opened. `model` names the model in messages.
+    No file is opened.
     """
-    check_adapter(folder, model)
+    check_adapter(folder)
     try:
         names = weight_files(folder)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{model}: {INDEX} is not a weight index ({error}); fetch the model again"
+        raise SourceError(
+            "model",
+            expected=f": {INDEX} is not a weight index ({error})",
+            remedy="fetch the model again",
         ) from error
     if foreign := [
         name for name in names if not name.endswith(".safetensors") or Path(name).name != name
     ]:
-        raise DataError(
-            f"{model}: {INDEX} names {foreign[0]!r}; expected safetensors files in the same folder"
+        raise SourceError(
+            "model",
+            expected=f": {INDEX} names {foreign[0]!r}",
+            remedy="expected safetensors files in the same folder",
         )
     if missing := [name for name in names if not (folder / name).is_file()]:
         if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED):
-            raise DataError(
-                f"{model} has pickled weights only ({pickled[0]}), which can run code when loaded; "
-                f"expected {missing[0]}. If you trust them, convert them once: "
+            raise SourceError(
+                "model",
+                expected=f"has pickled weights only ({pickled[0]}), which can run code when loaded",
+                remedy=f"expected {missing[0]}. If you trust them, convert them once: "
                 "AutoModel.from_pretrained(folder, "
                 "use_safetensors=False).save_pretrained(new_folder), and copy the tokenizer there "
                 "as well (tokenizer*, vocab*, merges.txt, *.model, special_tokens_map.json, "
-                "added_tokens.json)"
+                "added_tokens.json)",
             )
-        raise DataError(
-            f"{model} lacks {missing[0]}; give a folder with all of its safetensors files"
+        raise SourceError(
+            "model",
+            expected=f"lacks {missing[0]}",
+            remedy="give a folder with all of its safetensors files",
         )

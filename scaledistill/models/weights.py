@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from scaledistill.errors import DataError
+from scaledistill.errors import Field, SourceError
 
 INDEX = "model.safetensors.index.json"
 # The first BERT checkpoints use these names.
@@ -66,32 +66,32 @@ def weight_files(folder: Path) -> list[str]:
     return ["model.safetensors"]
 
 
-def check_names(
-    keys: Mapping[str, str], encoder: nn.Module, *, prefix: str, model: str
-) -> list[str]:
+def check_names(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str) -> list[str]:
     """Return the first name parts of heads and poolers, which an encoder does not need.
 
     Args:
         keys: the names in the files, with safetensors' names of their dtypes.
         encoder: the full one of its config; may be on the meta device.
         prefix: the first part of the encoder's names inside a task model.
-        model: names the model in messages.
 
     Raises:
-        DataError: other weights do not belong to the encoder, so that it would compute something
+        SourceError: other weights do not belong to the encoder, so that it would compute something
             else without them.
     """
     parameters = {name for name, _ in encoder.named_parameters()}
     known = parameters | {name for name, _ in encoder.named_buffers()}
     own = {key for key in keys if encoder_name(key, prefix) in parameters}
     if coded := sorted(key for key in own if keys[key] not in FLOATS):
-        raise DataError(
-            f"{model} is quantised: {coded[0]} is stored as {keys[coded[0]]}; {UNQUANTISED}"
+        raise SourceError(
+            "model",
+            expected=f"is quantised: {coded[0]} is stored as {keys[coded[0]]}",
+            remedy=UNQUANTISED,
         )
     if not own and (wrapper := _wrapper(keys, parameters, prefix)):
-        raise DataError(
-            f"{model} was saved inside a wrapper: the names of its weights begin with {wrapper!r}; "
-            f"{UNWRAPPED}"
+        raise SourceError(
+            "model",
+            expected=f"was saved inside a wrapper: the names of its weights begin with {wrapper!r}",
+            remedy=UNWRAPPED,
         )
     children = {name for name, _ in encoder.named_children()}
     heads, foreign = set(), []
@@ -126,8 +126,10 @@ def check_names(
         )
     elif all(WRAPPER.search(key) for key in foreign):
         what, remedy = "was saved inside a wrapper", UNWRAPPED
-    raise DataError(
-        f"{model} {what}: {names}; it would compute something else without them: {remedy}"
+    raise SourceError(
+        "model",
+        expected=f"{what}: {names}",
+        remedy=f"it would compute something else without them: {remedy}",
     )
 
 
@@ -150,10 +152,10 @@ def encoder_name(key: str, prefix: str) -> str:
     return name
 
 
-def stored_keys(folder: Path, model: str) -> dict[str, str]:
+def stored_keys(folder: Path) -> dict[str, str]:
     """Return the names of all weights in a folder's files, with safetensors' dtype names.
 
-    Raises: DataError if a file cannot be read.
+    Raises: SourceError if a file cannot be read.
     """
     keys: dict[str, str] = {}
     for path in (folder / name for name in weight_files(folder)):
@@ -162,10 +164,14 @@ def stored_keys(folder: Path, model: str) -> dict[str, str]:
                 for key in file.keys():  # noqa: SIM118 - not a dictionary
                     keys[key] = str(file.get_slice(key).get_dtype())
         except (SafetensorError, OSError) as error:
-            raise DataError(
-                f"{model}: {path.name} cannot be read ({error}); fetch the model again"
-            ) from error
+            raise _damaged(path, error) from error
     return keys
+
+
+def _damaged(path: Path, error: Exception) -> SourceError:
+    return SourceError(
+        "model", expected=f": {path.name} cannot be read ({error})", remedy="fetch the model again"
+    )
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -175,29 +181,33 @@ def is_finite(tensor: Tensor) -> bool:
     )
 
 
-def check_cast(name: str, tensor: Tensor, stored: torch.dtype, model: str) -> Tensor:
+def check_cast(name: str, tensor: Tensor, stored: torch.dtype) -> Tensor:
     """Return a weight that was cast from the finite dtype `stored`.
 
-    Raises: DataError if it overflowed.
+    Raises: SourceError if it overflowed.
     """
     if not is_finite(tensor):
         before, now = (str(dtype).removeprefix("torch.") for dtype in (stored, tensor.dtype))
-        raise DataError(
-            f"{model}: its weight {name} is finite in {before}, but not in {now}, whose maximum is "
-            f'{torch.finfo(tensor.dtype).max:g}; set teacher.dtype to "bf16" or "fp32"'
+        raise SourceError(
+            "model",
+            expected=f": its weight {name} is finite in {before}, but not in {now}, whose maximum "
+            f"is {torch.finfo(tensor.dtype).max:g}",
+            remedy=("set ", Field("dtype"), ' to "bf16" or "fp32"'),
         )
     return tensor
 
 
-def check_finite(name: str, tensor: Tensor, model: str) -> Tensor:
+def check_finite(name: str, tensor: Tensor) -> Tensor:
     """Return a weight.
 
-    Raises: DataError if it has values that are not finite.
+    Raises: SourceError if it has values that are not finite.
     """
     if not is_finite(tensor):
-        raise DataError(
-            f"{model}: its weight {name} has values that are not finite (NaN or infinite) in "
-            f"{tensor.dtype}; fetch the model again, or take an earlier checkpoint of it"
+        raise SourceError(
+            "model",
+            expected=f": its weight {name} has values that are not finite (NaN or infinite) in "
+            f"{tensor.dtype}",
+            remedy="fetch the model again, or take an earlier checkpoint of it",
         )
     return tensor
 
@@ -212,7 +222,6 @@ class StoredWeights(Mapping[str, Tensor]):
         *,
         prefix: str,
         dtype: torch.dtype | None,
-        model: str,
     ) -> None:
         """Locate each parameter of `encoder` in the folder's files.
 
@@ -220,12 +229,10 @@ class StoredWeights(Mapping[str, Tensor]):
             encoder: may be on the meta device; its buffers are not looked up.
             prefix: the first part of the encoder's names inside a task model.
             dtype: of the returned tensors; by default that of the first weight in the files.
-            model: names the model in messages.
 
         Raises:
-            DataError: a file is damaged, lacks a weight or has it in another shape.
+            SourceError: a file is damaged, lacks a weight or has it in another shape.
         """
-        self._model = model
         stored: dict[str, tuple[Path, str]] = {}
         shapes: dict[str, list[int]] = {}
         for path in (folder / name for name in weight_files(folder)):
@@ -236,9 +243,9 @@ class StoredWeights(Mapping[str, Tensor]):
                         stored[name] = path, key
                         shapes[name] = file.get_slice(key).get_shape()
             except (SafetensorError, OSError) as error:
-                raise self._damaged(path, error) from error
+                raise _damaged(path, error) from error
         expected = {name: list(parameter.shape) for name, parameter in encoder.named_parameters()}
-        check_complete({name: (shapes.get(name), shape) for name, shape in expected.items()}, model)
+        check_complete({name: (shapes.get(name), shape) for name, shape in expected.items()})
         self._stored = {name: stored[name] for name in sorted(expected)}
         self.dtype = dtype or next(
             tensor.dtype for tensor in map(self._read, self._stored) if tensor.is_floating_point()
@@ -258,18 +265,13 @@ class StoredWeights(Mapping[str, Tensor]):
         path, key = self._stored[name]
         try:
             with safe_open(path, "pt") as file:
-                return check_finite(name, file.get_tensor(key), self._model)
+                return check_finite(name, file.get_tensor(key))
         except (SafetensorError, OSError) as error:
-            raise self._damaged(path, error) from error
-
-    def _damaged(self, path: Path, error: Exception) -> DataError:
-        return DataError(
-            f"{self._model}: {path.name} cannot be read ({error}); fetch the model again"
-        )
+            raise _damaged(path, error) from error
 
 
-def check_complete(shapes: Mapping[str, tuple[list[int] | None, list[int]]], model: str) -> None:
-    """Raise DataError unless each weight has the expected shape.
+def check_complete(shapes: Mapping[str, tuple[list[int] | None, list[int]]]) -> None:
+    """Raise SourceError unless each weight has the expected shape.
 
     `shapes` maps a name to the shape in the file (None: no such weight) and the expected one.
     """
@@ -284,19 +286,21 @@ def check_complete(shapes: Mapping[str, tuple[list[int] | None, list[int]]], mod
     ]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise DataError(
-            f"{model} lacks weights that are needed: {', '.join(wrong[:4])}{more}; give a complete "
-            "model whose config.json belongs to its weights"
+        raise SourceError(
+            "model",
+            expected=f"lacks weights that are needed: {', '.join(wrong[:4])}{more}",
+            remedy="give a complete model whose config.json belongs to its weights",
         )
 
 
-def check_adapter(folder: Path, model: str) -> None:
-    """Raise DataError, naming `model`, if its folder has an adapter; adapters are not read."""
+def check_adapter(folder: Path) -> None:
+    """Raise SourceError if a model's folder has an adapter; adapters are not read."""
     if not (folder / "adapter_config.json").is_file():
         return
     alone = not any(folder.glob("model*.safetensors"))
     what = "is an adapter without its model" if alone else "has an adapter beside its weights"
-    raise DataError(
-        f"{model} {what} (adapter_config.json), which is not read; merge it (PEFT: "
-        "merge_and_unload), save_pretrained, and give that folder"
+    raise SourceError(
+        "model",
+        expected=f"{what} (adapter_config.json), which is not read",
+        remedy="merge it (PEFT: merge_and_unload), save_pretrained, and give that folder",
     )

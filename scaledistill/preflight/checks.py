@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from scaledistill.checkpoint import mirror
 from scaledistill.checkpoint.format import newest_state
+from scaledistill.config.naming import student_names, teacher_names
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DistillConfig, differing_keys
 from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
@@ -27,7 +28,7 @@ from scaledistill.data.prepare.text import load_tokenizer, tokenizer_fingerprint
 from scaledistill.data.stream import ShardReader
 from scaledistill.data.tokenizer import TOKENIZER_FILES
 from scaledistill.distributed.ranks import Ranks
-from scaledistill.errors import ConfigError, DataError, Problems
+from scaledistill.errors import ConfigError, DataError, Field, Problems, named
 from scaledistill.metrics.trackers import check_trackers
 from scaledistill.models.capture import check_layer, max_sequence_length
 from scaledistill.models.hub import names_resolved_once
@@ -107,7 +108,7 @@ def check(
     is_main = ranks is None or ranks.is_main
     # Rank 0 alone has trackers, and writes to the remote folder, to probe it.
     if is_main:
-        attempt(check_trackers, config.logging.trackers)
+        attempt(_check_trackers, config)
     if writes and config.checkpoint.remote and is_main:
         attempt(mirror.check, config.checkpoint.remote)
     evaluation = None
@@ -180,11 +181,17 @@ def _open_set(
         raise DataError(f"{setting}: {error}{looked}") from error
 
 
+def _check_trackers(config: DistillConfig) -> None:
+    with named(trackers="logging.trackers"):
+        check_trackers(config.logging.trackers)
+
+
 def _teacher_config(config: DistillConfig) -> PretrainedConfig:
-    teacher = load_config(
-        config.teacher.model, config.teacher.revision, config.teacher.trust_remote_code
-    )
-    check_layer(config.teacher.layer, teacher.num_hidden_layers)
+    with named(**teacher_names(config.teacher)):
+        teacher = load_config(
+            config.teacher.model, config.teacher.revision, config.teacher.trust_remote_code
+        )
+        check_layer(config.teacher.layer, teacher.num_hidden_layers)
     limit = max_sequence_length(teacher)
     if config.data.sequence_length > limit:
         raise ConfigError(
@@ -196,12 +203,10 @@ def _teacher_config(config: DistillConfig) -> PretrainedConfig:
 
 def _check_weights(config: DistillConfig, setting: str, model: str) -> None:
     """Check the weights in a folder by the headers of their files."""
-    name, trusted = (
-        f"{setting}={model!r}",
-        setting == "teacher.model" and config.teacher.trust_remote_code,
-    )
-    check_weight_files(Path(model), name)
-    check_unused(Path(model), load_config(model, trust_remote_code=trusted, setting=setting), name)
+    trusted = setting == "teacher.model" and config.teacher.trust_remote_code
+    with named(model=Field(setting, model), trust_remote_code="teacher.trust_remote_code"):
+        check_weight_files(Path(model))
+        check_unused(Path(model), load_config(model, trust_remote_code=trusted))
 
 
 def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:
@@ -211,15 +216,15 @@ def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -
         ConfigError: see `student_config`.
     """
     spec = config.students[name]
-    return student_config(
-        teacher,
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        num_attention_heads=spec.num_attention_heads,
-        intermediate_size=spec.intermediate_size,
-        tap=spec.tap,
-        name=name,
-    )
+    with named(**student_names(name)):
+        return student_config(
+            teacher,
+            num_layers=spec.num_layers,
+            hidden_size=spec.hidden_size,
+            num_attention_heads=spec.num_attention_heads,
+            intermediate_size=spec.intermediate_size,
+            tap=spec.tap,
+        )
 
 
 def _student_config(
@@ -232,13 +237,12 @@ def _student_config(
         "capture_layer": config.teacher.layer,
         "tap": spec.tap,
     }
-    check_init(spec.init, student, teacher, **options, name=name)
-    setting = f"students.{name}.relation_heads" if spec.relation_heads else "relations.num_heads"
+    with named(**student_names(name)):
+        check_init(spec.init, student, teacher, **options)
+    heads = f"students.{name}.relation_heads" if spec.relation_heads else "relations.num_heads"
     widths = {"teacher": teacher.hidden_size, f"student {name}": spec.hidden_size}
-    try:
-        check_relation_heads(config.relation_heads(name), widths, config.relations.pairs, setting)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    with named(num_heads=heads, pairs="relations.pairs"):
+        check_relation_heads(config.relation_heads(name), widths, config.relations.pairs)
     return student
 
 
@@ -266,7 +270,8 @@ def _check_shards(
         raise DataError(f"{setting}: {location}: {problem}")
     if (problem := manifest.unknown_problem(MAX_UNKNOWN_FRACTION)) and is_main:
         log.warning("%s: %s: %s", setting, location, problem)  # accepted when the set was made
-    folder = resolve_folder(config.teacher.model, config.teacher.revision, TOKENIZER_FILES)
+    with named(**teacher_names(config.teacher)):
+        folder = resolve_folder(config.teacher.model, config.teacher.revision, TOKENIZER_FILES)
     expected = tokenizer_fingerprint(load_tokenizer(folder))
     if (found := manifest.tokenizer["sha256"]) != expected:
         raise DataError(
@@ -332,10 +337,16 @@ def other_run(state: Mapping[str, Any], config: DistillConfig, differences: str)
 
 def _order(config: DistillConfig, shards: ShardReader) -> SampleOrder:
     data = config.data
-    shards.check_cache(data.num_lanes)
-    return shards.order(
-        seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
-    )
+    with named(
+        seed="run.seed",
+        num_lanes="data.num_lanes",
+        window_rows="data.window_rows",
+        limit_bytes="data.cache_bytes",
+    ):
+        shards.check_cache(data.num_lanes)
+        return shards.order(
+            seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
+        )
 
 
 def _free_disk_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:

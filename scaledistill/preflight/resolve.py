@@ -17,7 +17,7 @@ from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DistillConfig
 from scaledistill.distributed.ranks import resolve_precision, resolve_teacher_dtype
 from scaledistill.engines import engine_traits
-from scaledistill.errors import ConfigError, counted
+from scaledistill.errors import ConfigError, counted, named
 from scaledistill.relations import resolve_backend
 
 
@@ -31,12 +31,10 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Res
             or engine lacks a precision.
     """
     train, teacher = config.train, config.teacher
-    try:
+    with named(backend="relations.backend", precision="train.precision", dtype="teacher.dtype"):
         backend = resolve_backend(config.relations.backend, device.type)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    precision = resolve_precision(train.precision, device)
-    teacher_dtype = resolve_teacher_dtype(teacher.dtype, train.precision, device)
+        precision = resolve_precision(train.precision, device)
+        teacher_dtype = resolve_teacher_dtype(teacher.dtype, train.precision, device)
     batch, share = train.global_batch_size, max(1, train.global_batch_size // world_size)
     stated = train.micro_batch_size if isinstance(train.micro_batch_size, int) else None
     micro = min(stated or share, share)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scaledistill.errors import SettingError
 from scaledistill.relations.reference import reference_loss
 from scaledistill.relations.sdpa import sdpa_loss
 from scaledistill.relations.spec import (
@@ -71,31 +72,32 @@ def resolve_backend(backend: str, device_type: str) -> str:
     """Return the backend's name, with `auto` resolved for the device ("cpu", "cuda").
 
     Raises:
-        ValueError: no such backend, or it cannot compute on that device.
+        SettingError: no such backend, or it cannot compute on that device.
     """
     if backend == "auto":
         if device_type == "cuda" and _triton_installed():
             return "triton"
         return "sdpa" if device_type == "cpu" else "reference"
     if backend not in BACKENDS:
-        raise ValueError(f"relations.backend={backend!r}; expected auto, {', '.join(BACKENDS)}")
+        raise SettingError("backend", backend, remedy=f"expected auto, {', '.join(BACKENDS)}")
     if backend == "sdpa" and device_type != "cpu":
-        raise ValueError(
-            f"relations.backend='sdpa' computes on the CPU, found {device_type}; use auto or "
-            "reference"
+        raise SettingError(
+            "backend",
+            backend,
+            f"computes on the CPU, found {device_type}",
+            "use auto or reference",
         )
     if backend == "triton":
         if not _triton_installed():
-            raise ValueError(
-                "relations.backend='triton' needs the package triton, which is not installed; use "
-                "auto"
+            raise SettingError(
+                "backend", backend, "needs the package triton, which is not installed", "use auto"
             )
         # For tests: Triton's interpreter runs the kernels on the CPU, slowly.
         if device_type != "cuda" and (
             device_type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1"
         ):
-            raise ValueError(
-                f"relations.backend='triton' computes on CUDA GPUs, found {device_type}; use auto"
+            raise SettingError(
+                "backend", backend, f"computes on CUDA GPUs, found {device_type}", "use auto"
             )
     return backend
 
@@ -137,7 +139,7 @@ def relation_loss(
         Float32 losses; float64 if an input is float64.
 
     Raises:
-        ValueError: settings or tensors that don't fit together; the message names the setting.
+        ValueError: settings or tensors that don't fit together; the message names the parameter.
 
     Source: MiniLMv2, arXiv 2012.15828, eq. 5–8.
     """

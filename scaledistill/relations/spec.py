@@ -1,8 +1,8 @@
 """Check the request for a relation loss.
 
-Inputs: the settings `relations.num_heads` and `relations.pairs`, widths or Q/K/V tensors. Outputs:
-a `RelationSpec` that a backend can trust, or a `ValueError` that names the setting. Not handled
-here: the mathematics (the backends).
+Inputs: the number of relation heads, the pairs, widths or Q/K/V tensors. Outputs: a `RelationSpec`
+that a backend can trust, or a `ValueError` that names the parameter. Not handled here: the
+mathematics (the backends).
 
 Legend: B sequences, T tokens, D width (q, k and v of a model may differ in it, and so may teacher
 and student).
@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from scaledistill.errors import SettingError
 
 
 class QKV(NamedTuple):
@@ -59,30 +61,34 @@ def letters_of(pairs: Iterable[str]) -> list[str]:
 
 
 def normalise_pairs(pairs: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-    """Check `relations.pairs` and return it as (name, weight) tuples in the given order.
+    """Check the pairs' weights and return them as (name, weight) tuples in the given order.
 
     Raises:
-        ValueError: no pair; a name that is not two of q, k, v; a negative or non-finite weight;
+        SettingError: no pair; a name that is not two of q, k, v; a negative or non-finite weight;
             only zero weights.
     """
     if not pairs:
-        raise ValueError(
-            'relations.pairs is empty; name at least one pair, e.g. {"qq": 1.0, "kk": 1.0, "vv": '
-            "1.0}"
+        raise SettingError(
+            "pairs",
+            expected="is empty",
+            remedy='name at least one pair, e.g. {"qq": 1.0, "kk": 1.0, "vv": 1.0}',
         )
     for name, weight in pairs.items():
         if len(name) != 2 or not set(name) <= set(QKV._fields):
-            raise ValueError(
-                f"relations.pairs has '{name}'; a pair is two of the letters q, k and v, e.g. 'qq' "
-                "or 'qk'"
+            raise SettingError(
+                "pairs",
+                expected=f"has '{name}'",
+                remedy="a pair is two of the letters q, k and v, e.g. 'qq' or 'qk'",
             )
         if not math.isfinite(weight) or weight < 0:
-            raise ValueError(
-                f"relations.pairs.{name}={weight}; a weight is a finite number, 0 or more"
+            raise SettingError(
+                f"pairs.{name}", weight, remedy="a weight is a finite number, 0 or more"
             )
     if not any(pairs.values()):
-        raise ValueError(
-            "relations.pairs has only zero weights; give at least one pair a weight above 0"
+        raise SettingError(
+            "pairs",
+            expected="has only zero weights",
+            remedy="give at least one pair a weight above 0",
         )
     return tuple((name, float(weight)) for name, weight in pairs.items())
 
@@ -91,7 +97,6 @@ def check_relation_heads(
     num_heads: int,
     widths: Mapping[str, int | Mapping[str, int]],
     pairs: Iterable[str] = ("qq", "kk", "vv"),
-    setting: str = "relations.num_heads",
 ) -> None:
     """Check, without tensors, that `num_heads` divides every width that the pairs use.
 
@@ -99,7 +104,7 @@ def check_relation_heads(
     v, or to {"q": …, "k": …, "v": …} if they differ (grouped-query attention).
 
     Raises:
-        ValueError: `num_heads` does not divide a used width, or a pair joins tensors of unequal
+        SettingError: `num_heads` does not divide a used width, or a pair joins tensors of unequal
             width.
     """
     pairs = list(pairs)
@@ -111,9 +116,11 @@ def check_relation_heads(
         for pair in pairs:
             a, b = tuple(pair)
             if model[a] != model[b]:
-                raise ValueError(
-                    f"relations.pairs: '{pair}' needs {a} and {b} of equal width, "
-                    f"but the {name}'s are {model[a]} and {model[b]}; leave '{pair}' out"
+                raise SettingError(
+                    "pairs",
+                    expected=f": '{pair}' needs {a} and {b} of equal width, but the {name}'s are "
+                    f"{model[a]} and {model[b]}",
+                    remedy=f"leave '{pair}' out",
                 )
         for letter, width in model.items():
             if num_heads < 1 or width % num_heads:
@@ -124,9 +131,11 @@ def check_relation_heads(
                     *[d for d in divisors if d < num_heads][-1:],
                     *[d for d in divisors if d > num_heads][:1],
                 ]
-                raise ValueError(
-                    f"{setting}={num_heads} does not divide the {name}'s {which} {width}; "
-                    f"use {' or '.join(map(str, nearest))}"
+                raise SettingError(
+                    "num_heads",
+                    num_heads,
+                    f"does not divide the {name}'s {which} {width}",
+                    f"use {' or '.join(map(str, nearest))}",
                 )
 
 

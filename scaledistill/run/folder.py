@@ -35,6 +35,7 @@ from scaledistill.errors import (
     DataError,
     DivergedError,
     PeerError,
+    named,
 )
 from scaledistill.storage.background import Background, ended
 from scaledistill.storage.files import locked, read_json, write_json
@@ -165,11 +166,12 @@ def owned(folder: Path, max_steps: int, ranks: Ranks, *, fresh: bool) -> Iterato
         with failing_together():
             if ranks.is_main:
                 try:
-                    if fresh and folder.exists():
-                        with locked(folder, "run.folder"):
-                            log.info("--fresh: the old run is kept as %s", set_aside(folder))
-                    folder.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(locked(folder, "run.folder"))
+                    with named(folder="run.folder"):
+                        if fresh and folder.exists():
+                            with locked(folder):
+                                log.info("--fresh: the old run is kept as %s", set_aside(folder))
+                        folder.mkdir(parents=True, exist_ok=True)
+                        stack.enter_context(locked(folder))
                 except OSError as error:
                     raise ConfigError(
                         f"run.folder={str(folder)!r} cannot be written: {error.strerror}"

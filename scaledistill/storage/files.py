@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from scaledistill.errors import ConfigError, near_miss
+from scaledistill.errors import Field, SettingError, near_miss
 
 log = logging.getLogger(__name__)
 
@@ -217,18 +217,20 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path, setting: str) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a folder and refuse it to other processes; without file locks, none is refused.
 
     Raises:
-        ConfigError: another process holds it.
+        SettingError: another process holds it.
         OSError: its lock file cannot be created.
     """
     with (folder / ".lock").open("w") as file:
         if lock(file.fileno()) == "in use":
-            raise ConfigError(
-                f"{setting}={str(folder)!r} is in use by another process; wait for it, or set "
-                f"another {setting}"
+            raise SettingError(
+                "folder",
+                str(folder),
+                "is in use by another process",
+                ("wait for it, or set another ", Field("folder")),
             )
         yield
 

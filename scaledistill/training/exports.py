@@ -22,8 +22,9 @@ from scaledistill.checkpoint import mirror
 from scaledistill.checkpoint.format import Checkpoint, verify
 from scaledistill.checkpoint.names import STATE, committed, folder_name, step_of
 from scaledistill.config.load import parse_config
+from scaledistill.config.naming import teacher_names
 from scaledistill.config.schema import DistillConfig
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import ConfigError, DataError, named
 from scaledistill.metrics.recorder import read_rows
 from scaledistill.models.export import export_student
 from scaledistill.models.hub import names_resolved_once
@@ -80,16 +81,17 @@ def write_student(
         "versions": ", ".join(f"{package} {number}" for package, number in facts.versions.items()),
     }
     try:
-        export_student(
-            folder,
-            student_config,
-            state,
-            tap=spec.tap,
-            tokenizer_source=config.teacher.model,
-            revision=config.teacher.revision,
-            card=card,
-            check=check,
-        )
+        with named(tokenizer_source="teacher.model"):
+            export_student(
+                folder,
+                student_config,
+                state,
+                tap=spec.tap,
+                tokenizer_source=config.teacher.model,
+                revision=config.teacher.revision,
+                card=card,
+                check=check,
+            )
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"{folder}: the export could not be written: {error}; {disk_remedy(error)}"
@@ -141,9 +143,9 @@ def export_checkpoint(config: DistillConfig, wanted: int | str) -> Path:
     )
     [name] = settled.students
     teacher = settled.teacher
-    model = student_shape(
-        settled, name, load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
-    )
+    with named(**teacher_names(teacher)):
+        teacher_config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
+    model = student_shape(settled, name, teacher_config)
     weights = checkpoint.tensors(f"{name}.weights")
     folder = Path(config.run.folder) / "export" / f"{name}-step-{step}"
     losses = _losses_at(Path(config.run.folder), step)

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from scaledistill import __version__
 from scaledistill.checkpoint.format import Checkpoint, newest_checkpoint
 from scaledistill.checkpoint.saver import Groups, Saver
+from scaledistill.config.naming import student_names, teacher_names
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DistillConfig
 from scaledistill.data.order import SampleOrder
@@ -40,7 +41,7 @@ from scaledistill.engines import (
     engine_traits,
     shard_teacher,
 )
-from scaledistill.errors import ConfigError
+from scaledistill.errors import ConfigError, named
 from scaledistill.metrics.stopwatch import measured_matrix_rate, peak_flops
 from scaledistill.models.attention import use_varlen_attention
 from scaledistill.models.capture import (
@@ -273,14 +274,16 @@ def open_session(
     fetch_weights(teacher_settings.model, teacher_settings.revision, ranks)
     with failing_together():
         shards, held_out, order = _open_data(config, opened, ranks)
-        encoder, stored = _open_teacher(config)
+        with named(**teacher_names(teacher_settings)):
+            encoder, stored = _open_teacher(config)
     checkpoint = _checkpoint_to_resume(config, order, ranks) if resume else None
     if not checkpoint:
         fetch_weights(config.students[name].init, None, ranks)
-    with failing_together():
+    with failing_together(), named(**student_names(name)):
         model = _create_student(config, name, encoder, stored, checkpoint)
     flops = _flops_per_token(encoder, model, config)
-    teacher = _place_teacher(run, encoder, stored, ranks)
+    with named(**teacher_names(teacher_settings)):
+        teacher = _place_teacher(run, encoder, stored, ranks)
     # The teacher has taken over what it needs; the layers above it can be freed.
     del encoder, stored
     if config.data.attention == "document":
@@ -389,7 +392,6 @@ def _create_student(
         capture_layer=config.teacher.layer,
         seed=config.run.seed,
         dropout=spec.dropout,
-        name=name,
         stored=stored,
     )
     if checkpoint:

@@ -148,13 +148,13 @@ def a_vocabulary_of_2_40(box: Box) -> Callable[[], object]:
     return lambda: load(box)
 
 
-@case("teacher.model")
+@case("model=")
 def a_vocabulary_of_2_40_for_a_sharded_teacher(box: Box) -> Callable[[], object]:
     copy_teacher(box, vocab_size=1 << 40)
     return lambda: load_sharded(box)
 
 
-@case("teacher.model")
+@case("model=")
 def a_width_of_2_40(box: Box) -> Callable[[], object]:
     copy_teacher(box, hidden_size=1 << 40)
     return lambda: load(box)
@@ -177,7 +177,7 @@ def with_remote_code(box: Box, model_type: str) -> None:
     (box.folder / "evil.py").write_text(REMOTE_CODE.format(command=box.command()))
 
 
-@case("which is refused; if you trust that code, set teacher.trust_remote_code=true")
+@case("which is refused; if you trust that code, set trust_remote_code=true")
 def remote_code_of_an_unknown_model(box: Box) -> Callable[[], object]:
     with_remote_code(box, "evil")
     return lambda: load(box)
@@ -189,7 +189,7 @@ def remote_code_beside_a_known_model(box: Box) -> Callable[[], object]:
     return lambda: load(box)
 
 
-@case("teacher.model='pipe:")
+@case("model='pipe:")
 def a_command_as_the_model(box: Box) -> Callable[[], object]:
     from scaledistill.models.teacher import load_encoder
 

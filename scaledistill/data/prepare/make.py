@@ -35,7 +35,7 @@ from scaledistill.data.prepare.text import (
 )
 from scaledistill.data.shards import ShardWriter
 from scaledistill.data.sizes import ROWS_PER_BLOCK, ROWS_PER_SHARD
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import DataError, Field, SettingError, SourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -140,8 +140,10 @@ def make_shards(
     _check_rows(sequence_length, rows_per_shard)
     _check_selection(held_out_fraction, held_out_max_documents, max_documents, max_tokens, workers)
     if not 0 <= max_unknown_fraction <= 1:
-        raise ConfigError(
-            f"max_unknown_fraction={max_unknown_fraction:g}; expected 0 to 1, for instance 0.05"
+        raise SettingError(
+            "max_unknown_fraction",
+            max_unknown_fraction,
+            remedy="expected 0 to 1, for instance 0.05",
         )
     start = time.perf_counter()
     vocabulary = Vocabulary.of(tokenizer)
@@ -198,7 +200,9 @@ def make_shards(
         elif manifest_path(output / "validation").exists():
             raise DataError(
                 f"{output / 'validation'} was made by another run and may share documents with "
-                "this one's train; remove it, set held_out_fraction, or name another output folder"
+                "this one's train; remove it, set ",
+                Field("held_out_fraction"),
+                ", or name another output folder",
             )
         num_to_hold_out = float("inf") if held_out_max_documents is None else held_out_max_documents
         # Documents equal to a held-out one are held out too, even after the limit is reached.
@@ -246,9 +250,11 @@ def make_shards(
                 f"the source {dict(source)} gave no document; check its path and options"
             )
         if report.validation is not None and not report.validation.documents:
-            raise DataError(
-                f"held_out_fraction={held_out_fraction:g} chose none of {report.documents} "
-                "documents; use a larger one"
+            raise SourceError(
+                "held_out_fraction",
+                held_out_fraction,
+                f"chose none of {report.documents} documents",
+                "use a larger one",
             )
         train.finish(last_row)
         if report.validation is not None:
@@ -280,22 +286,27 @@ def _too_many_unknown(
     return DataError(
         f"{counts.unknown_fraction:.1%} of the {counts.tokens:,} tokens for {split} are unknown to "
         f"the tokenizer {tokenizer.name_or_path}{f' (such as {examples})' if examples else ''}, "
-        f"more than max_unknown_fraction={bound:g}; give the teacher's tokenizer with all of its "
-        "files, or text that it knows, or raise the bound (1 accepts any)"
+        "more than ",
+        Field("max_unknown_fraction", bound),
+        "; give the teacher's tokenizer with all of its files, or text that it knows, or raise the "
+        "bound (1 accepts any)",
     )
 
 
 def _check_rows(sequence_length: int, rows_per_shard: int) -> None:
     if not 3 <= sequence_length <= MAX_SEQUENCE_LENGTH:
-        raise ConfigError(
-            f"sequence_length={sequence_length}; expected 3 ([CLS] token [SEP]) to "
-            f"{MAX_SEQUENCE_LENGTH}, such as 512"
+        raise SettingError(
+            "sequence_length",
+            sequence_length,
+            remedy=f"expected 3 ([CLS] token [SEP]) to {MAX_SEQUENCE_LENGTH}, such as 512",
         )
     num_blocks = max(1, -(-rows_per_shard // ROWS_PER_BLOCK))
     if rows_per_shard < 1 or (num_blocks > 1 and rows_per_shard % ROWS_PER_BLOCK):
-        raise ConfigError(
-            f"rows_per_shard={rows_per_shard}; use a multiple of {ROWS_PER_BLOCK}, such as "
-            f"{num_blocks * ROWS_PER_BLOCK}, or 1 to {ROWS_PER_BLOCK - 1}"
+        raise SettingError(
+            "rows_per_shard",
+            rows_per_shard,
+            remedy=f"use a multiple of {ROWS_PER_BLOCK}, such as {num_blocks * ROWS_PER_BLOCK}, "
+            f"or 1 to {ROWS_PER_BLOCK - 1}",
         )
 
 
@@ -307,13 +318,17 @@ def _check_selection(
     workers: int | None,
 ) -> None:
     if not 0 <= held_out_fraction < 1:
-        raise ConfigError(
-            f"held_out_fraction={held_out_fraction:g}; expected 0 to below 1, for instance 0.01"
+        raise SettingError(
+            "held_out_fraction",
+            held_out_fraction,
+            remedy="expected 0 to below 1, for instance 0.01",
         )
     if held_out_max_documents is not None and not held_out_fraction:
-        raise ConfigError(
-            f"held_out_max_documents={held_out_max_documents} has no effect without a "
-            "held_out_fraction; set both"
+        raise SettingError(
+            "held_out_max_documents",
+            held_out_max_documents,
+            ("has no effect without a ", Field("held_out_fraction")),
+            "set both",
         )
     limits = {
         "held_out_max_documents": held_out_max_documents,
@@ -322,9 +337,9 @@ def _check_selection(
     }
     for name, limit in limits.items():
         if limit is not None and limit < 1:
-            raise ConfigError(f"{name}={limit}; expected 1 or more, or leave it out")
+            raise SettingError(name, limit, remedy="expected 1 or more, or leave it out")
     if workers is not None and workers < 0:
-        raise ConfigError(f"workers={workers}; expected 0 (this process alone) or more")
+        raise SettingError("workers", workers, remedy="expected 0 (this process alone) or more")
 
 
 class _Piece(NamedTuple):
