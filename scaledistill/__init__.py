@@ -13,7 +13,7 @@ if TYPE_CHECKING:
         MiniLMTrainingArguments as MiniLMTrainingArguments,
     )
     from scaledistill.integrations.transformers import create_student as create_student
-    from scaledistill.models.capture import capture_qkv as capture_qkv
+    from scaledistill.models.view import capture_qkv as capture_qkv
     from scaledistill.relations import QKV as QKV
     from scaledistill.relations import RelationLoss as RelationLoss
     from scaledistill.relations import relation_loss as relation_loss
@@ -28,7 +28,7 @@ _HOMES = {
     "MiniLMTrainingArguments": "integrations.transformers",
     "QKV": "relations",
     "RelationLoss": "relations",
-    "capture_qkv": "models.capture",
+    "capture_qkv": "models.view",
     "create_student": "integrations.transformers",
     "distill": "training.loop",
     "prepare_dataset": "integrations.datasets",

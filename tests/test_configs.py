@@ -38,9 +38,9 @@ from scaledistill.models.student import student_config
 from scaledistill.models.teacher import (
     Teacher,
     check_weight_files,
+    encoder_on_meta,
     load_config,
     load_encoder,
-    open_encoder,
 )
 from scaledistill.storage.files import set_default_mode
 
@@ -134,7 +134,7 @@ def test_roberta_counts_from_its_padding_token(tmp_path: Path) -> None:
         load_config(changed(tmp_path, tmp_path, {"pad_token_id": None}))
 
 
-@pytest.mark.parametrize("load", [load_encoder, open_encoder])
+@pytest.mark.parametrize("load", [load_encoder, encoder_on_meta])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -159,7 +159,7 @@ def test_weights_that_the_encoder_does_not_read(
         load(changed(bert, tmp_path, {}, {name: torch.ones(3, 3)}))
 
 
-@pytest.mark.parametrize("load", [load_encoder, open_encoder])
+@pytest.mark.parametrize("load", [load_encoder, encoder_on_meta])
 def test_heads_and_old_buffers_are_no_fault(load, bert: Path, tmp_path: Path) -> None:
     extra = {
         "bert.embeddings.position_ids": torch.arange(40)[None],
@@ -179,7 +179,7 @@ def test_heads_and_old_buffers_are_no_fault(load, bert: Path, tmp_path: Path) ->
     load(tmp_path, num_layers=2)
 
 
-@pytest.mark.parametrize("load", [load_encoder, open_encoder])
+@pytest.mark.parametrize("load", [load_encoder, encoder_on_meta])
 @pytest.mark.parametrize(
     "prefix", ["model.", "base_model.model.", "module.", "_orig_mod.", "module._orig_mod."]
 )
@@ -238,7 +238,7 @@ TASK_MODELS = [
 def test_heads_of_task_models_are_no_fault(config: Any, auto: Any, tmp_path: Path) -> None:
     auto.from_config(config(**SIZES)).save_pretrained(tmp_path)
     expected = Teacher(load_encoder(tmp_path), 3).sha256
-    assert len(open_encoder(tmp_path, num_layers=3)[1]) > 0
+    assert len(encoder_on_meta(tmp_path, num_layers=3)[1]) > 0
     assert Teacher(load_encoder(tmp_path, num_layers=3), 3).sha256 == expected
 
 
@@ -257,7 +257,7 @@ def test_the_names_of_the_first_bert(bert: Path, tmp_path: Path) -> None:
     changed(bert, tmp_path, {})
     save_file(weights, tmp_path / "model.safetensors")
     assert Teacher(load_encoder(tmp_path), 3).sha256 == Teacher(load_encoder(bert), 3).sha256
-    open_encoder(tmp_path)
+    encoder_on_meta(tmp_path)
 
 
 def test_an_adapter_without_its_model(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_weights_that_are_not_finite(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"its weight {name} has values that are not finite"):
         load_encoder(tmp_path)
     with pytest.raises(DataError, match=f"its weight {name} has values that are not finite"):
-        dict(open_encoder(tmp_path)[1])
+        dict(encoder_on_meta(tmp_path)[1])
     with pytest.raises(
         DataError, match=f"^model m: its weight bert.{name} has values that are not finite"
     ):
@@ -300,7 +300,7 @@ def test_weights_that_overflow_in_the_dtype_of_the_teacher(bert: Path, tmp_path:
     problem = r"output.dense.bias is finite in float32, but not in float16, whose maximum is 65504"
     with pytest.raises(DataError, match=f"^model: its weight .*{problem}; set dtype to"):
         Teacher(load_encoder(folder), 3, dtype=torch.float16)
-    encoder, stored = open_encoder(folder)
+    encoder, stored = encoder_on_meta(folder)
     names = teacher_names(TeacherSettings(model="bert", layer=3))
     message = f"^teacher.model='bert': its weight .*{problem}; set teacher.dtype to"
     with pytest.raises(DataError, match=message), named(**names):

@@ -30,14 +30,10 @@ from scaledistill.data.stream import Batch, iter_validation
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError
 from scaledistill.models import attention
+from scaledistill.models.architectures import build_encoder
 from scaledistill.models.attention import VARLEN, use_varlen_attention, varlen_attention_available
-from scaledistill.models.capture import (
-    QKVView,
-    build_encoder,
-    capture_view,
-    model_inputs,
-)
 from scaledistill.models.teacher import Teacher
+from scaledistill.models.view import QKVView, capture_view, model_inputs
 from scaledistill.relations import relation_loss
 
 # Weights large enough for attention to be far from uniform, so that a token too many would show.

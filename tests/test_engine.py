@@ -53,7 +53,7 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
     losses = []
     with process_group(60) as ranks:
         for tree in trees:
-            run = doctor.check(parse_config(tree), ranks.world_size, ranks.device).run
+            run = doctor.plan_run(parse_config(tree), ranks.world_size, ranks.device).run
             session = open_session(run, ranks, resume=False)
             with session.stream() as stream:
                 assert isinstance(stream, ShardStream)
@@ -113,7 +113,7 @@ def timeouts_of_groups(tree: dict[str, Any], timeout_seconds: int) -> list[float
     from scaledistill.training.session import open_session
 
     with process_group(timeout_seconds) as ranks:
-        open_session(doctor.check(parse_config(tree), 2, ranks.device).run, ranks, resume=False)
+        open_session(doctor.plan_run(parse_config(tree), 2, ranks.device).run, ranks, resume=False)
         dist.new_group([0, 1])
         groups = [group._get_backend(ranks.device) for group in dist.distributed_c10d._world.pg_map]
         seconds = [group.options._timeout.total_seconds() for group in groups]
@@ -257,7 +257,7 @@ def gradient_collectives(trees: list[dict[str, Any]]) -> list[list[tuple[bool, t
     found = []
     with process_group(60) as ranks:
         for tree in trees:
-            run = doctor.check(parse_config(tree), ranks.world_size, ranks.device).run
+            run = doctor.plan_run(parse_config(tree), ranks.world_size, ranks.device).run
             session = open_session(run, ranks, resume=False)
             with (
                 pytest.MonkeyPatch.context() as monkeypatch,
@@ -677,7 +677,7 @@ def losses_carried_over(
 
         def opened(tree: dict[str, Any], **student: str) -> Any:
             tree = {**tree, "students": {"l2": {**tree["students"]["l2"], **student}}}
-            run = doctor.check(parse_config(tree), ranks.world_size, ranks.device).run
+            run = doctor.plan_run(parse_config(tree), ranks.world_size, ranks.device).run
             return open_session(run, ranks, resume=False)
 
         def steps(session: Any) -> list[float]:

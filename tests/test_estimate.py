@@ -15,9 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from scaledistill.config.load import parse_config
 from scaledistill.config.resolved import DTYPES
 from scaledistill.config.schema import DistillConfig
-from scaledistill.models.capture import build_encoder, capture_view, forward_flops
+from scaledistill.models.architectures import build_encoder
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import Teacher, load_config, load_encoder
+from scaledistill.models.view import capture_view, forward_flops
 from scaledistill.preflight import checks as doctor
 from scaledistill.preflight.estimate import Estimate, estimate
 from scaledistill.preflight.microbatch import Trial
@@ -304,7 +305,7 @@ def save_once(tree: dict[str, Any]) -> tuple[int, Estimate]:
     from scaledistill.training.session import open_session
 
     with process_group(60) as ranks:
-        plan = doctor.check(parse_config(tree), 1, ranks.device)
+        plan = doctor.plan_run(parse_config(tree), 1, ranks.device)
         session = open_session(plan.run, ranks, resume=False)
         session.save()
         assert session.saver.settle(wait=True) == Outcome(0, None)

@@ -91,15 +91,15 @@ def test_a_check_asks_once_and_fetches_no_weights(
     config = parse_config(make_tree(teacher={"model": NAME}))
     with FakeHub(NAME, tiny_teacher) as hub:
         use_hub(monkeypatch, hub.url, tmp_path / "cache")
-        assert doctor.check(config, 1, CPU).run.config.teacher.model == NAME
+        assert doctor.plan_run(config, 1, CPU).run.config.teacher.model == NAME
         asked = hub.take()
         assert asked.count(REVISION) == 1
         assert not any("safetensors" in path for path in asked)
-        doctor.check(config, 1, CPU)
+        doctor.plan_run(config, 1, CPU)
         assert REVISION in hub.take(), "the next check asks again: the branch may have moved"
-    doctor.check(config, 1, CPU)  # without a network, from the cache
+    doctor.plan_run(config, 1, CPU)  # without a network, from the cache
     with pytest.raises(
         DataError,
         match=r"teacher.model='some-org/other' is not a folder, and the hub gave no such mod",
     ):
-        doctor.check(parse_config(make_tree(teacher={"model": "some-org/other"})), 1, CPU)
+        doctor.plan_run(parse_config(make_tree(teacher={"model": "some-org/other"})), 1, CPU)

@@ -26,7 +26,7 @@ from scaledistill.glue import grid as grid_module
 from scaledistill.glue import worker as worker_module
 from scaledistill.glue.cell import Cell, read_record
 from scaledistill.glue.features import subset
-from scaledistill.glue.grid import GridResult, Update, check_workers, run_grid
+from scaledistill.glue.grid import GridResult, Update, run_grid, worker_count
 from scaledistill.glue.plan import make_plan
 from scaledistill.glue.worker import Share
 from scaledistill.storage.files import locked
@@ -307,7 +307,7 @@ def test_more_workers_than_there_is_room_for() -> None:
     with pytest.raises(
         ConfigError, match=r"workers=1000, expected 1 to \d+: the machine has \d+ (cores|GPUs)"
     ):
-        check_workers(1000)
+        worker_count(1000)
 
 
 STUB = {"tasks": ["cola", "stsb"], "learning_rates": [1e-3, 2e-3], "seeds": [1, 2]}

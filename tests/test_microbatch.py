@@ -15,9 +15,9 @@ from scaledistill.config.load import parse_config
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DistillConfig
 from scaledistill.errors import ConfigError, PeerError
-from scaledistill.models.capture import capture_view
 from scaledistill.models.student import build_student
 from scaledistill.models.teacher import Teacher, load_config, load_encoder
+from scaledistill.models.view import capture_view
 from scaledistill.preflight import checks as doctor
 from scaledistill.preflight.estimate import estimate, sample_tokens
 from scaledistill.preflight.microbatch import (

@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from scaledistill.config.load import parse_config
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import DataError
-from scaledistill.models.capture import ARCHITECTURES, QKVView
-from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
+from scaledistill.models.architectures import ARCHITECTURES
+from scaledistill.models.teacher import Teacher, encoder_on_meta, load_encoder
+from scaledistill.models.view import QKVView
 
 ENGINES: dict[str, dict[str, Any]] = {
     "zero1": {"deepspeed": {"zero_optimization": {"stage": 1}}},
@@ -104,7 +105,7 @@ def place(folder: Path, trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
     results = []
     with process_group(60) as ranks:
         for tree in trees:
-            encoder, stored = open_encoder(folder)
+            encoder, stored = encoder_on_meta(folder)
             watched = Watched(stored)
 
             def shard(
@@ -175,7 +176,7 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
     losses = []
     with process_group(60) as ranks:
         for tree in trees:
-            run = doctor.check(parse_config(tree), ranks.world_size, ranks.device).run
+            run = doctor.plan_run(parse_config(tree), ranks.world_size, ranks.device).run
             session = open_session(run, ranks, resume=False)
             with session.stream() as stream:
                 steps = [
@@ -234,7 +235,7 @@ def test_stored_weights_are_those_of_a_loaded_model(model_type, tmp_path) -> Non
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     for num_layers in (None, 2):
         whole = load_encoder(tmp_path, num_layers=num_layers)
-        empty, stored = open_encoder(tmp_path, num_layers=num_layers)
+        empty, stored = encoder_on_meta(tmp_path, num_layers=num_layers)
         assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
         assert {name: x.tolist() for name, x in empty.named_buffers()} == {
             name: x.tolist() for name, x in whole.named_buffers()
@@ -251,7 +252,7 @@ def test_stored_weights_have_the_dtype_of_a_loaded_model(stated, tiny_teacher, t
     )
     weights = {name: x.half() for name, x in load_file(tiny_teacher / "model.safetensors").items()}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    _, stored = open_encoder(tmp_path)
+    _, stored = encoder_on_meta(tmp_path)
     assert (
         stored.dtype
         == load_encoder(tmp_path).dtype
@@ -269,7 +270,7 @@ def test_the_first_names_of_layer_norms(tiny_teacher, tmp_path) -> None:
     assert any("gamma" in key for key in weights)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((tiny_teacher / "config.json").read_text())
-    _, stored = open_encoder(tmp_path)
+    _, stored = encoder_on_meta(tmp_path)
     assert all(
         torch.equal(stored[name], x) for name, x in load_encoder(tiny_teacher).state_dict().items()
     )
@@ -280,7 +281,7 @@ def lacking(weights: dict[str, Tensor]) -> None:
     weights["embeddings.LayerNorm.weight"] = torch.ones(5)
 
 
-@pytest.mark.parametrize("load", [load_encoder, open_encoder])
+@pytest.mark.parametrize("load", [load_encoder, encoder_on_meta])
 def test_incomplete_weights_are_refused(load, tiny_teacher, tmp_path) -> None:
     weights = load_file(tiny_teacher / "model.safetensors")
     del weights["encoder.layer.1.output.dense.bias"]
@@ -303,4 +304,4 @@ def test_a_cut_file_is_refused(tiny_teacher, tmp_path) -> None:
     with pytest.raises(
         DataError, match=r"model\.safetensors cannot be read \(.*\); fetch the model again"
     ):
-        open_encoder(tmp_path)
+        encoder_on_meta(tmp_path)

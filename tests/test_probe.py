@@ -21,7 +21,6 @@ from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.glue.command import main, parse
 from scaledistill.glue.probe import SimilarityProbe
-from scaledistill.preflight.checks import check
 
 DATA = Path(
     os.environ.get(
@@ -171,7 +170,7 @@ def test_settings_that_measure_nothing_are_refused(
 
 
 def plan_of(config: DistillConfig) -> Any:
-    return check(config, 1, torch.device("cpu"), writes=True)
+    return plan_run(config, 1, torch.device("cpu"), writes=True)
 
 
 def test_a_real_encoder_scores_what_is_published_of_it() -> None:

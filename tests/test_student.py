@@ -29,7 +29,7 @@ from transformers import (
 from scaledistill.config.naming import student_names
 from scaledistill.errors import ConfigError, DataError, named
 from scaledistill.models import export
-from scaledistill.models.capture import build_encoder, capture_view
+from scaledistill.models.architectures import build_encoder
 from scaledistill.models.export import export_student, untrained_parameters
 from scaledistill.models.student import (
     build_student,
@@ -39,6 +39,7 @@ from scaledistill.models.student import (
     set_dropout,
     student_config,
 )
+from scaledistill.models.view import capture_view
 
 SIZES = {
     "vocab_size": 97,

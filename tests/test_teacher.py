@@ -26,7 +26,7 @@ from transformers import (
 
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.models.capture import build_encoder, capture_qkv
+from scaledistill.models.architectures import build_encoder
 from scaledistill.models.teacher import (
     Teacher,
     load_config,
@@ -34,6 +34,7 @@ from scaledistill.models.teacher import (
     resolve_folder,
     weights_sha256,
 )
+from scaledistill.models.view import capture_qkv
 
 IDS_BT = torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(0))
 

@@ -28,7 +28,7 @@ from scaledistill import (
 )
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.integrations.transformers import _passed_on, named_relations
-from scaledistill.models.capture import capture_qkv
+from scaledistill.models.view import capture_qkv
 
 PEER = Path(__file__).parent / "peer"
 RECORDED = PEER / "bertdistiller-0.1.1"

@@ -495,7 +495,7 @@ for teacher_E, student_E, dtype, T, keyed, causal in cases:
     ]
     mask = torch.ones(1, T, dtype=torch.bool) if keyed else None
     pairs = {"qq": 1.0, "kk": 1.0, "vv": 1.0}
-    request = spec.check_request(*models, 2, pairs, mask, None, causal)
+    request = spec.make_spec(*models, 2, pairs, mask, None, causal)
     fused.triton_loss(*models, request)[0].backward()
 found = []
 for kernel in kernels:

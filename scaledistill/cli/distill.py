@@ -292,7 +292,7 @@ def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool)
     import torch
     from rich.console import Console
 
-    from scaledistill.preflight.checks import check
+    from scaledistill.preflight.checks import plan_run
     from scaledistill.preflight.report import placement_table, plan_table, warnings_of
     from scaledistill.run.folder import described
     from scaledistill.storage.files import in_use
@@ -302,7 +302,7 @@ def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool)
         os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count()))
     )
     stated = options.device_memory_gb and int(options.device_memory_gb * 1e9)
-    plan = check(config, ranks, device, fresh=options.fresh, gpu_bytes=stated)
+    plan = plan_run(config, ranks, device, fresh=options.fresh, gpu_bytes=stated)
     here = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     console = Console()
     console.print(plan_table(plan, options.tokens_per_second))

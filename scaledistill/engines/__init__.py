@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.distributed.ranks import Ranks
-from scaledistill.models.capture import QKVView
+from scaledistill.models.view import QKVView
 from scaledistill.relations import QKV
 
 

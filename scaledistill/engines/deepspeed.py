@@ -21,7 +21,7 @@ from scaledistill.config.resolved import DTYPES, ResolvedRun
 from scaledistill.distributed.ranks import Ranks
 from scaledistill.engines import Engine, EngineBytes
 from scaledistill.errors import ConfigError, near_miss
-from scaledistill.models.capture import QKVView
+from scaledistill.models.view import QKVView
 
 REMEDY = "correct the value or remove the key"
 

@@ -28,7 +28,7 @@ from scaledistill.data.tokens import TokenInputs
 from scaledistill.distributed.ranks import Ranks, all_reduce_sum
 from scaledistill.engines import EngineBytes, EngineState, StepOutcome, parameter_groups
 from scaledistill.errors import ConfigError
-from scaledistill.models.capture import QKVView
+from scaledistill.models.view import QKVView
 from scaledistill.relations import QKV
 
 

@@ -37,7 +37,7 @@ from scaledistill.distributed.ranks import Ranks, at_leaving
 from scaledistill.engines import EngineState, StepOutcome, parameter_groups
 from scaledistill.engines.deepspeed import resolve_block
 from scaledistill.errors import ConfigError
-from scaledistill.models.capture import QKVView
+from scaledistill.models.view import QKVView
 from scaledistill.relations import QKV
 
 log = logging.getLogger(__name__)

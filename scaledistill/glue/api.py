@@ -39,11 +39,11 @@ from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.plan import (
     MODEL_FILES,
     check_lengths,
-    check_model,
     check_room,
-    check_tasks,
     flops_per_parameter,
     grid_size,
+    plan_model,
+    plan_tasks,
     positions,
 )
 from scaledistill.glue.read import read_split
@@ -184,7 +184,7 @@ class PlannedEvaluation:
         return self.flops_per_parameter * (student_parameters + self.teacher_parameters)
 
 
-def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
+def plan_evaluation(config: DistillConfig) -> PlannedEvaluation:
     """Check, before a run, its evaluation's settings and data, and the teacher if it is scored.
 
     Raises:
@@ -197,10 +197,10 @@ def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
         data_folder = Path(settings.data_folder) if settings.data_folder else None
         problems.attempt(read_split, TASKS[settings.probe], "dev", data_folder)
     if settings.tasks:
-        tasks, data = check_tasks(settings, problems)
+        tasks, data = plan_tasks(settings, problems)
     else:
         tasks, data = [], {}
-        problems.attempt(check_installed)  # among what `check_tasks` checks
+        problems.attempt(check_installed)  # among what `plan_tasks` checks
     [student] = config.students
     if settings.include_teacher and not settings.tasks:
         problems.found.append(
@@ -221,7 +221,7 @@ def check_evaluation(config: DistillConfig) -> PlannedEvaluation:
     whole_teacher = None
     if settings.include_teacher and tasks:
         whole_teacher = problems.attempt(
-            lambda: check_model(TEACHER, _teacher_folder(config), tasks)
+            lambda: plan_model(TEACHER, _teacher_folder(config), tasks)
         )
     # The student's table of positions is as long as the teacher's.
     with named(**teacher_names(teacher)):

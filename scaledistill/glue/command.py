@@ -401,10 +401,10 @@ def _plan(
     models: Mapping[str, str], settings: EvaluationSettings, options: argparse.Namespace
 ) -> tuple[Plan, int]:
     """Return the checked plan and the number of workers."""
-    from scaledistill.glue.grid import check_workers
+    from scaledistill.glue.grid import worker_count
     from scaledistill.glue.plan import make_plan
 
-    workers = check_workers(options.workers)
+    workers = worker_count(options.workers)
     plan = make_plan(models, settings)
     if options.speed:
         from scaledistill.glue.speed import check_positions

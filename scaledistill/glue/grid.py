@@ -92,7 +92,7 @@ def run_grid(
         ConfigError, DataError: models, data or settings cannot be used and nothing has run, or a
             worker does not start.
     """
-    workers = check_workers(workers)
+    workers = worker_count(workers)
     plan = make_plan(models, settings)
     return run_plan(
         plan,
@@ -203,7 +203,7 @@ def _compares(cell: Cell, plan: Plan) -> bool:
     return all(cell.conditions.general == data.conditions.general for data in plan.tasks.values())
 
 
-def check_workers(workers: int | None) -> int:
+def worker_count(workers: int | None) -> int:
     """Return the number of cells that run at a time; None means the default.
 
     Raises:

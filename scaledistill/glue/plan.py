@@ -37,11 +37,11 @@ from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.read import read_split
 from scaledistill.glue.squad import check_questions, stride_of
 from scaledistill.glue.tasks import Task, find_tasks
-from scaledistill.models.capture import first_position
+from scaledistill.models.architectures import first_position
 from scaledistill.models.teacher import (
     WEIGHT_FILES,
-    check_unused,
     check_weight_files,
+    omitted_weights,
     read_config,
     resolve_folder,
 )
@@ -155,8 +155,8 @@ def make_plan(models: Mapping[str, str], settings: EvaluationSettings) -> Plan:
     problems = Problems()
     if not models:
         problems.found.append(ConfigError("no model to fine-tune; name at least one"))
-    tasks, data = check_tasks(settings, problems)
-    found = [problems.attempt(check_model, name, path, tasks) for name, path in models.items()]
+    tasks, data = plan_tasks(settings, problems)
+    found = [problems.attempt(plan_model, name, path, tasks) for name, path in models.items()]
     ready = {model.name: model for model in found if model}
     for model in ready.values():
         check_lengths(f"model {model.name}", model.positions, data.values(), problems)
@@ -170,7 +170,7 @@ def make_plan(models: Mapping[str, str], settings: EvaluationSettings) -> Plan:
     return Plan(ready, data, settings, cells)
 
 
-def check_tasks(
+def plan_tasks(
     settings: EvaluationSettings, problems: Problems
 ) -> tuple[list[Task], dict[str, TaskData]]:
     """Check the settings and read the data of all tasks.
@@ -190,7 +190,7 @@ def check_tasks(
             )
     problems.attempt(check_installed)
     tasks = problems.attempt(find_tasks, settings.tasks) or []
-    found = [problems.attempt(check_data, task, settings) for task in tasks]
+    found = [problems.attempt(plan_data, task, settings) for task in tasks]
     return tasks, {data.task.name: data for data in found if data}
 
 
@@ -251,7 +251,7 @@ def check_room(what: str, folder: Path, data: Iterable[TaskData], problems: Prob
             )
 
 
-def check_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
+def plan_model(name: str, path: str, tasks: Sequence[Task]) -> Model:
     """Check a model's name, config, weight files and tokenizer.
 
     Raises:
@@ -285,7 +285,7 @@ def _check_files(name: str, path: str, tasks: Sequence[Task]) -> Model:
                 remedy="leave the task or the model out",
             )
     check_weight_files(folder)
-    check_unused(folder, config)
+    omitted_weights(folder, config)
     _check_tokenizer(folder, config, tasks)
     sizes: dict[str, int] = {}
     for file in weight_files(folder):
@@ -340,7 +340,7 @@ def _model_inside(path: Path) -> str | None:
     return None
 
 
-def check_data(task: Task, settings: EvaluationSettings) -> TaskData:
+def plan_data(task: Task, settings: EvaluationSettings) -> TaskData:
     """Read all of a task's data, and return what the plan needs to know of it.
 
     Raises:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.errors import Field, Problems, named
 from scaledistill.glue.metrics import check_installed
-from scaledistill.glue.plan import check_model
+from scaledistill.glue.plan import plan_model
 from scaledistill.glue.read import read_split
 from scaledistill.glue.tasks import TASKS
 from scaledistill.metrics.benchmark import Report
@@ -44,7 +44,7 @@ def probe_models(models: Mapping[str, str], data_folder: Path | None) -> Report:
     """
     problems = Problems()
     problems.attempt(check_installed)
-    found = [problems.attempt(check_model, name, path, []) for name, path in models.items()]
+    found = [problems.attempt(plan_model, name, path, []) for name, path in models.items()]
     problems.attempt(read_split, TASKS["stsb"], "dev", data_folder)
     problems.raise_all()
     report = Report()

@@ -29,14 +29,11 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError, DataError, Field, named
 from scaledistill.integrations.datasets import prepare_dataset as prepare_dataset
-from scaledistill.models.capture import (
-    base_encoder,
-    capture_view,
-    check_layer,
-)
+from scaledistill.models.architectures import base_encoder, check_layer
 from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import WEIGHT_FILES, Teacher, load_encoder, resolve_folder
+from scaledistill.models.view import capture_view
 from scaledistill.models.weights import check_finite
 from scaledistill.relations import QKV, check_relation_heads, normalise_pairs
 from scaledistill.storage.files import set_default_mode

@@ -2,7 +2,7 @@
 
 Inputs: a `Batch`'s description of its documents. Outputs: arguments for a transformers model, and a
 transformers attention implementation, `VARLEN`, that handles documents one by one instead of
-masking whole rows. Not handled here: position ids and all other arguments (`models.capture`).
+masking whole rows. Not handled here: position ids and all other arguments (`models.view`).
 
 Legend: B sequences, T tokens, H attention heads, E width of a head, S documents and stretches of
 padding.

@@ -22,8 +22,9 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from scaledistill.data.tokenizer import TOKENIZER_FILES, gives_same_ids, load_tokenizer
 from scaledistill.errors import DataError, SourceError, named
-from scaledistill.models.capture import build_encoder, capture_view, encoder_options
+from scaledistill.models.architectures import build_encoder, encoder_options
 from scaledistill.models.teacher import load_encoder, quiet_transformers, resolve_folder
+from scaledistill.models.view import capture_view
 from scaledistill.storage.files import read_json, set_default_mode, sync, write_bytes, write_json
 
 INIT_TEXT = {

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from scaledistill.errors import Field, SettingError, named
-from scaledistill.models.capture import (
+from scaledistill.models.architectures import (
     architecture_of,
     base_encoder,
     build_encoder,
@@ -126,7 +126,8 @@ def build_student(
             None: train with those of the config.
         tap: "last", or "extra": the last of `config`'s blocks is the projection, which a folder's
             model lacks.
-        stored: for "teacher": the weights of a `teacher` on the meta device, from `open_encoder`.
+        stored: for "teacher": the weights of a `teacher` on the meta device; see
+            `encoder_on_meta`.
 
     Raises:
         SettingError: see `check_init`.

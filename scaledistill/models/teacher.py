@@ -26,18 +26,17 @@ from transformers.utils import logging as transformers_logging
 
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import DataError, Field, SettingError, SourceError, named
-from scaledistill.models.capture import (
+from scaledistill.models.architectures import (
     ARCHITECTURES,
-    QKVView,
     architecture_of,
     build_encoder,
-    capture_view,
     check_layer,
     encoder_options,
     settle_padding,
 )
 from scaledistill.models.configs import plain_dict
 from scaledistill.models.hub import model_folder
+from scaledistill.models.view import QKVView, capture_view
 from scaledistill.models.weights import (
     INDEX,
     StoredWeights,
@@ -45,7 +44,7 @@ from scaledistill.models.weights import (
     check_cast,
     check_complete,
     check_finite,
-    check_names,
+    omitted_heads,
     stored_keys,
     weight_files,
 )
@@ -220,7 +219,7 @@ def load_encoder(
     return encoder
 
 
-def open_encoder(
+def encoder_on_meta(
     model: str | Path,
     *,
     revision: str | None = None,
@@ -274,7 +273,7 @@ def _locate(
     folder = resolve_folder(model, revision, WEIGHT_FILES)
     with named(model=Field("model", str(model))):
         check_weight_files(folder)
-        heads = check_unused(folder, config)
+        heads = omitted_weights(folder, config)
     if heads:
         logger.info(
             "%s: weights that an encoder has no use for are left out: %s", model, ", ".join(heads)
@@ -284,7 +283,7 @@ def _locate(
     return config, folder
 
 
-def check_unused(folder: Path, config: PreTrainedConfig) -> list[str]:
+def omitted_weights(folder: Path, config: PreTrainedConfig) -> list[str]:
     """Check the names of a model's weights, given its full config; return those of its heads.
 
     Raises:
@@ -300,7 +299,7 @@ def check_unused(folder: Path, config: PreTrainedConfig) -> list[str]:
         encoder = build_encoder(copy.deepcopy(config), device="meta")
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
         raise _not_loaded(folder, error) from error
-    return check_names(stored_keys(folder), encoder, prefix=encoder.base_model_prefix)
+    return omitted_heads(stored_keys(folder), encoder, prefix=encoder.base_model_prefix)
 
 
 class Teacher(nn.Module):
@@ -326,7 +325,7 @@ class Teacher(nn.Module):
         Args:
             layer: the block whose Q, K and V are returned, counted from 1.
             dtype: the precision to run in; by default that of `encoder`.
-            stored: the weights of an `encoder` on the meta device, from `open_encoder`; needs
+            stored: the weights of an `encoder` on the meta device, from `encoder_on_meta`; needs
                 `shard`.
             shard: shards them over the ranks.
 

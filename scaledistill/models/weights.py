@@ -66,7 +66,7 @@ def weight_files(folder: Path) -> list[str]:
     return ["model.safetensors"]
 
 
-def check_names(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str) -> list[str]:
+def omitted_heads(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str) -> list[str]:
     """Return the first name parts of heads and poolers, which an encoder does not need.
 
     Args:

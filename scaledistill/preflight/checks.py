@@ -30,13 +30,13 @@ from scaledistill.data.tokenizer import TOKENIZER_FILES
 from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import ConfigError, DataError, Field, Problems, named
 from scaledistill.metrics.trackers import check_trackers
-from scaledistill.models.capture import check_layer, max_sequence_length
+from scaledistill.models.architectures import check_layer, max_sequence_length
 from scaledistill.models.hub import names_resolved_once
 from scaledistill.models.student import check_init, student_config
 from scaledistill.models.teacher import (
-    check_unused,
     check_weight_files,
     load_config,
+    omitted_weights,
     resolve_folder,
 )
 from scaledistill.preflight.estimate import Estimate, estimate
@@ -65,7 +65,7 @@ class Plan:
 
 
 @names_resolved_once()
-def check(
+def plan_run(
     config: DistillConfig,
     world_size: int,
     device: torch.device,
@@ -113,9 +113,9 @@ def check(
         attempt(mirror.check, config.checkpoint.remote)
     evaluation = None
     if writes and config.evaluation and is_main:
-        from scaledistill.glue.api import check_evaluation  # imported here: it takes seconds
+        from scaledistill.glue.api import plan_evaluation  # imported here: it takes seconds
 
-        evaluation = attempt(check_evaluation, config)
+        evaluation = attempt(plan_evaluation, config)
     shards = attempt(_open_set, config, "data.train", config.data.train, ranks)
     held_out = (
         attempt(_open_set, config, "data.validation", config.data.validation, ranks)
@@ -206,7 +206,7 @@ def _check_weights(config: DistillConfig, setting: str, model: str) -> None:
     trusted = setting == "teacher.model" and config.teacher.trust_remote_code
     with named(model=Field(setting, model), trust_remote_code="teacher.trust_remote_code"):
         check_weight_files(Path(model))
-        check_unused(Path(model), load_config(model, trust_remote_code=trusted))
+        omitted_weights(Path(model), load_config(model, trust_remote_code=trusted))
 
 
 def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:

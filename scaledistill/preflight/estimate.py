@@ -25,9 +25,10 @@ from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DataSettings
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.engines import engine_traits
-from scaledistill.models.capture import QKVView, build_encoder, capture_view, forward_flops
+from scaledistill.models.architectures import build_encoder
 from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import exported, set_dropout
+from scaledistill.models.view import QKVView, capture_view, forward_flops
 from scaledistill.relations import QKV
 from scaledistill.relations.spec import letters_of
 

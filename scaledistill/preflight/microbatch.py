@@ -20,9 +20,9 @@ from transformers import PretrainedConfig
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.distributed.ranks import Ranks, failing_together, gather_objects
 from scaledistill.errors import ConfigError
-from scaledistill.models.capture import QKVView
 from scaledistill.models.loss import StudentLoss
 from scaledistill.models.teacher import Teacher
+from scaledistill.models.view import QKVView
 from scaledistill.preflight.estimate import Estimate, estimate, sample_tokens
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 Inputs: `QKV` of one teacher block and one student block. Outputs: `RelationLoss`. A backend
 computes it: `reference` (any device, whole maps), `sdpa` (CPU, tiles) or `triton` (GPU, fused
-kernels). Not handled here: capturing Q/K/V (`models.capture`).
+kernels). Not handled here: capturing Q/K/V (`models.view`).
 
 Legend: B sequences, T tokens, D width, P pairs.
 """
@@ -24,7 +24,7 @@ from scaledistill.relations.spec import (
     QKV,
     RelationSpec,
     check_relation_heads,
-    check_request,
+    make_spec,
     normalise_pairs,
 )
 
@@ -143,7 +143,7 @@ def relation_loss(
 
     Source: MiniLMv2, arXiv 2012.15828, eq. 5–8.
     """
-    spec = check_request(teacher, student, num_heads, pairs, mask_BT, segment_ids_BT, causal)
+    spec = make_spec(teacher, student, num_heads, pairs, mask_BT, segment_ids_BT, causal)
     device_type = getattr(student, spec.letters[0]).device.type
     compute = BACKENDS[resolve_backend(backend, device_type)]
     with torch.autocast(device_type, enabled=False):

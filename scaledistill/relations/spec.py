@@ -139,7 +139,7 @@ def check_relation_heads(
                 )
 
 
-def check_request(
+def make_spec(
     teacher: QKV,
     student: QKV,
     num_heads: int,

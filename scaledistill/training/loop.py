@@ -158,7 +158,7 @@ def _run(
         watchdog.at("checking")
         fetching.fetch_configs(config, ranks)
         with failing_together():
-            plan = doctor.check(
+            plan = doctor.plan_run(
                 config, ranks.world_size, ranks.device, ranks=ranks, writes=status is not None
             )
         if any_rank(stop.reason() is not None, ranks.device):

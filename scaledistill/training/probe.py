@@ -14,7 +14,7 @@ from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.distributed.ranks import failing_together
 from scaledistill.glue.plan import positions
 from scaledistill.glue.probe import SimilarityProbe
-from scaledistill.models.capture import build_encoder
+from scaledistill.models.architectures import build_encoder
 from scaledistill.models.student import exported
 from scaledistill.training.session import Session
 

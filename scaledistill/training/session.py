@@ -43,15 +43,12 @@ from scaledistill.engines import (
 )
 from scaledistill.errors import ConfigError, named
 from scaledistill.metrics.stopwatch import measured_matrix_rate, peak_flops
+from scaledistill.models.architectures import build_encoder
 from scaledistill.models.attention import use_varlen_attention
-from scaledistill.models.capture import (
-    build_encoder,
-    capture_view,
-    forward_flops,
-)
 from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import build_student
-from scaledistill.models.teacher import Teacher, load_encoder, open_encoder
+from scaledistill.models.teacher import Teacher, encoder_on_meta, load_encoder
+from scaledistill.models.view import capture_view, forward_flops
 from scaledistill.preflight.checks import check_same_run, open_shards, other_run, student_shape
 from scaledistill.preflight.estimate import Estimate
 from scaledistill.preflight.fetching import fetch_weights
@@ -335,7 +332,7 @@ def _open_teacher(config: DistillConfig) -> tuple[PreTrainedModel, Mapping[str, 
     }
     if teacher.placement == "replicate":
         return load_encoder(teacher.model, **options), None
-    return open_encoder(teacher.model, **options)
+    return encoder_on_meta(teacher.model, **options)
 
 
 def _checkpoint_to_resume(

@@ -17,7 +17,7 @@ from scaledistill.data.stream import Batch
 from scaledistill.distributed.ranks import all_reduce_sum, any_rank
 from scaledistill.errors import DataError
 from scaledistill.metrics.stopwatch import Stopwatch
-from scaledistill.models.capture import capture_view
+from scaledistill.models.view import capture_view
 from scaledistill.relations import QKV, RelationLoss
 from scaledistill.training.session import Session
 

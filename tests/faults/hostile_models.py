@@ -23,9 +23,9 @@ def load(box: Box) -> object:
 
 
 def load_sharded(box: Box) -> object:
-    from scaledistill.models.teacher import open_encoder
+    from scaledistill.models.teacher import encoder_on_meta
 
-    _, weights = open_encoder(box.folder, num_layers=3)
+    _, weights = encoder_on_meta(box.folder, num_layers=3)
     return [weights[name] for name in weights]
 
 

@@ -216,7 +216,7 @@ def write_models(options: argparse.Namespace, folder: Path) -> None:
     import torch
     from transformers import BertConfig
 
-    from scaledistill.models.capture import build_encoder
+    from scaledistill.models.architectures import build_encoder
     from scaledistill.models.teacher import quiet_transformers
     from scaledistill.preflight.checks import student_shape
 

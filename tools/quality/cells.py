@@ -153,11 +153,11 @@ class Lab:
     @cached_property
     def _glue_conditions(self) -> dict[str, Any]:
         from scaledistill.errors import Problems
-        from scaledistill.glue.plan import check_tasks
+        from scaledistill.glue.plan import plan_tasks
 
         problems = Problems()
         settings = self.tier.glue.model_copy(update={"data_folder": str(self._glue_data)})
-        _, data = check_tasks(settings, problems)
+        _, data = plan_tasks(settings, problems)
         problems.raise_all()
         return {task: asdict(each.conditions) for task, each in data.items()}
 
@@ -389,8 +389,8 @@ class Lab:
         import torch
 
         from scaledistill.data.stream import ShardReader, iter_validation
-        from scaledistill.models.capture import capture_qkv
         from scaledistill.models.teacher import Teacher, load_encoder
+        from scaledistill.models.view import capture_qkv
         from scaledistill.relations import relation_loss
 
         teacher = Teacher(load_encoder(self._teacher), self.config["teacher"]["layer"])

@@ -15,7 +15,7 @@ from scaledistill.data.prepare.longtext import LARGEST_DOCUMENT_BYTES, too_long
 from scaledistill.errors import DataError
 
 
-def check_archive(path: Path, file: IO[bytes]) -> int:
+def count_files(path: Path, file: IO[bytes]) -> int:
     """Walk the archive to its end mark and return how many files webdataset should yield.
 
     tarfile, and so webdataset, takes a damaged header or a missing end mark for the end of the

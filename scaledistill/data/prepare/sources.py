@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from scaledistill.data.prepare.archives import check_archive
+from scaledistill.data.prepare.archives import count_files
 from scaledistill.data.prepare.compression import (
     COMPRESSIONS,
     ReadProgress,
@@ -443,7 +443,7 @@ def _tar_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     with seekable(path, stream) as file:
-        num_members = check_archive(path, file)
+        num_members = count_files(path, file)
         file.seek(0)
         try:
             for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):

@@ -33,17 +33,14 @@ from transformers import (
 
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError
-from scaledistill.models import capture
-from scaledistill.models.capture import (
+from scaledistill.models import architectures
+from scaledistill.models.architectures import (
     Architecture,
     build_encoder,
-    capture_qkv,
-    capture_view,
     check_layer,
-    forward_flops,
     max_sequence_length,
-    model_inputs,
 )
+from scaledistill.models.view import capture_qkv, capture_view, forward_flops, model_inputs
 
 CONFIGS = {
     "bert": BertConfig(**SIZES),
@@ -272,7 +269,7 @@ def test_pre_norm_row(monkeypatch: pytest.MonkeyPatch) -> None:
         final_norm="norm",
         dropped=(),
     )
-    monkeypatch.setitem(capture.ARCHITECTURES, "llama", row)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "llama", row)
     sizes = {key: value for key, value in SIZES.items() if key != "max_position_embeddings"}
     model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, pad_token_id=0)).eval()
     found: list[Tensor] = []

@@ -48,7 +48,7 @@ def shards(tmp_path: Path, tiny_shards: Path) -> Path:
 def problems_of(config: DistillConfig, error: type[Exception], world_size: int = 1) -> list[str]:
     """Check a configuration that is wrong; return the lines of its error."""
     with pytest.raises(error) as caught:
-        doctor.check(config, world_size, CPU)
+        doctor.plan_run(config, world_size, CPU)
     return str(caught.value).splitlines()
 
 
@@ -62,7 +62,7 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
         train={"global_batch_size": 24, "precision": "bf16", "max_steps": 50},
         logging={"trackers": []},
     )
-    plan = doctor.check(config, 3, CPU)
+    plan = doctor.plan_run(config, 3, CPU)
     assert (plan.run.config.train.precision, plan.run.config.teacher.dtype) == ("bf16", "bf16")
     assert plan.run.config.train.micro_batch_size == 8
     assert plan.shards.manifest.rows == sum(shard.rows for shard in plan.shards.manifest.shards)
@@ -94,7 +94,7 @@ def test_no_weights_are_read(tiny_config: MakeConfig, teacher: Path) -> None:
     path = teacher / "model.safetensors"
     save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
     config = tiny_config(teacher={"model": str(teacher)})
-    assert doctor.check(config, 1, CPU).estimate.student_parameters == 10_848
+    assert doctor.plan_run(config, 1, CPU).estimate.student_parameters == 10_848
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -279,7 +279,7 @@ def test_unknown_tokens_that_were_accepted_are_reported(
 ) -> None:
     change_manifest(shards, count_all_as_unknown)
     change_manifest(shards, lambda content: content["source"].update(max_unknown_fraction=1))
-    doctor.check(tiny_config(data={"train": str(shards)}), 1, CPU)
+    doctor.plan_run(tiny_config(data={"train": str(shards)}), 1, CPU)
     [record] = [record for record in caplog.records if "unknown" in record.getMessage()]
     assert record.getMessage().startswith(
         f"data.train: {shards}: 100.0% of its tokens are unknown to the tokenizer"
@@ -418,7 +418,7 @@ def test_disk_too_small(
     config = tiny_config(
         run={"folder": str(tmp_path / "not" / "there" / "yet")}, checkpoint={"keep": 4}
     )
-    needed = 5 * doctor.check(config, 1, CPU).estimate.checkpoint_bytes
+    needed = 5 * doctor.plan_run(config, 1, CPU).estimate.checkpoint_bytes
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=needed - 1)
     )
@@ -429,7 +429,7 @@ def test_disk_too_small(
         "checkpoints and one being written; free some space or set another folder"
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
-    assert doctor.check(config, 1, CPU).free_disk_bytes == needed
+    assert doctor.plan_run(config, 1, CPU).free_disk_bytes == needed
 
 
 def test_run_folder_that_is_a_file(tiny_config: MakeConfig, tmp_path: Path) -> None:
@@ -445,8 +445,8 @@ def test_rank_0_alone_checks_the_trackers(tiny_config: MakeConfig) -> None:
     config = tiny_config(logging={"trackers": ["none"]})
     main, other = (Ranks(rank, 2, rank, CPU) for rank in (0, 1))
     with pytest.raises(ConfigError, match="unknown tracker 'none'"):
-        doctor.check(config, 2, CPU, ranks=main)
-    assert doctor.check(config, 2, CPU, ranks=other).world_size == 2
+        doctor.plan_run(config, 2, CPU, ranks=main)
+    assert doctor.plan_run(config, 2, CPU, ranks=other).world_size == 2
 
 
 def test_all_problems_at_once(tiny_config: MakeConfig, shards: Path, teacher: Path) -> None:
@@ -587,7 +587,7 @@ def test_max_steps_may_change_where_no_step_was_made_otherwise(
     old, new = (
         tiny_config(train={"max_steps": steps, "warmup_steps": 5}) for steps in (before, now)
     )
-    order = doctor.check(new, 1, CPU).order
+    order = doctor.plan_run(new, 1, CPU).order
     if goes_on:
         doctor.check_same_run(state_of(old, step, order), new, order)
         return
@@ -605,7 +605,7 @@ def test_max_steps_may_change_where_no_step_was_made_otherwise(
 
 def test_a_finished_run_is_continued_from_its_export(tiny_config: MakeConfig) -> None:
     old, new = (tiny_config(train={"max_steps": steps, "warmup_steps": 0}) for steps in (10, 20))
-    order = doctor.check(new, 1, CPU).order
+    order = doctor.plan_run(new, 1, CPU).order
     (Path(new.run.folder) / "export" / "l2").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"and students\.l2\.init=.*/run/export/l2$"):
         doctor.check_same_run(state_of(old, 10, order), new, order)
@@ -618,7 +618,7 @@ def test_a_finished_run_is_continued_from_its_export(tiny_config: MakeConfig) ->
 
 def test_another_order_is_named_once(tiny_config: MakeConfig) -> None:
     old, new = tiny_config(data={"window_rows": 32}), tiny_config(data={"window_rows": 16})
-    before, now = (doctor.check(config, 1, CPU).order for config in (old, new))
+    before, now = (doctor.plan_run(config, 1, CPU).order for config in (old, new))
     with pytest.raises(
         ConfigError, match=r"with other settings: data\.window_rows: 32 -> 16\. Restore them"
     ):
