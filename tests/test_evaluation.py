@@ -22,6 +22,7 @@ from scaledistill.config.load import parse_config
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.glue import worker
 from scaledistill.glue.api import create_summary_table, evaluate, evaluate_run, plan_evaluation
+from scaledistill.preflight.checks import plan_run
 from scaledistill.preflight.report import plan_table
 from scaledistill.training import loop as train
 

@@ -21,6 +21,7 @@ from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.glue.command import main, parse
 from scaledistill.glue.probe import SimilarityProbe
+from scaledistill.preflight.checks import plan_run
 
 DATA = Path(
     os.environ.get(
