@@ -313,5 +313,5 @@ def test_a_rank_0_that_does_not_answer(
             process_group(9),
         ):
             pytest.fail("a group was made")
-        assert pauses == expected, "rank 0 of the same machine speaks for both"
+        assert pauses == expected, "rank 0 of the same machine reports for both"
         pauses.clear()

@@ -295,7 +295,7 @@ def test_a_thread_listens_to_no_signals(tmp_path: Path, caplog: pytest.LogCaptur
     """As under Ray, Airflow or a notebook's server."""
     caplog.set_level("INFO")
     before = [signal.getsignal(each) for each in STOP_SIGNALS]
-    stop = StopRequest(tmp_path, watch_file=True, speaks=True)
+    stop = StopRequest(tmp_path, watch_file=True, logs=True)
     seen: list[Any] = []
 
     def run() -> None:
@@ -319,7 +319,7 @@ def test_what_a_signal_is_answered_by(tmp_path: Path, capfd: pytest.CaptureFixtu
         (signal.SIGUSR1, ""),
         (signal.SIGINT, "; press Ctrl-C again to quit at once"),
     ):
-        stop = StopRequest(tmp_path, watch_file=False, speaks=True)
+        stop = StopRequest(tmp_path, watch_file=False, logs=True)
         with stop.listening():
             stop.answer = "saving"
             os.kill(os.getpid(), number)

@@ -167,11 +167,11 @@ def test_a_disk_that_hangs_is_told(
     threading.Thread(target=open_after_two_words, daemon=True).start()
     assert saver.settle(wait=True) == Outcome(10, None)
     words = [record.getMessage() for record in caplog.records]
-    told = re.compile(
+    pattern = re.compile(
         rf"waiting for the checkpoint of step 10 for \d+ s; is {re.escape(str(tmp_path))} slow, "
         r"or gone\?"
     )
-    assert all(told.fullmatch(word) for word in words), words
+    assert all(pattern.fullmatch(word) for word in words), words
     assert 2 <= len(words) <= (time.monotonic() - start) / 0.1
 
 

@@ -55,7 +55,7 @@ class Ranked(Watchdog):
         **limits: int,
     ) -> None:
         self.ended: list[int] = []
-        self.told: list[str] = []
+        self.lines: list[str] = []
         ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
         limits = {"lost_rank_seconds": 10, "timeout_seconds": 60} | limits
         settings = RunSettings(folder=str(folder), **limits)
@@ -64,7 +64,7 @@ class Ranked(Watchdog):
             ranks, settings, store=store, clock=clock, leave=self.ended.append, resume_hint=hint
         )
         assert self._peers
-        self.tell, self.peers, self._clock = self.told.append, self._peers, clock
+        self.record_failure, self.peers, self._clock = self.lines.append, self._peers, clock
         self._over.wait = self._wait  # type: ignore[method-assign,assignment]
 
     def _wait(self, seconds: float) -> bool:
@@ -139,7 +139,7 @@ def test_a_silent_rank_is_named_by_its_neighbour(
         "stopped, or the machine or its network is down; last seen at step 7, 'teacher'; rerun the "
         "same command to resume from the checkpoint of step 5"
     )
-    assert (dogs[0].told, dogs[1].told) == ([message], []), "the lowest rank that is left speaks"
+    assert (dogs[0].lines, dogs[1].lines) == ([message], []), "the lowest rank left reports"
     assert [record.message for record in caplog.records] == [message]
     stacks = (tmp_path / "stacks" / "rank-1.txt").read_text()
     assert stacks.startswith(message)
@@ -150,18 +150,18 @@ def test_a_lost_machine_is_named_whole(make: Callable[..., list[Ranked]], clock:
     dogs = make(16)
     go_round(dogs, clock, 3)
     go_round(dogs[:4], clock, 12)
-    told = next(dog for dog in dogs if dog.ended)
-    assert told is dogs[3]
-    assert told.peers.verdict is not None
-    assert told.peers.verdict.lost == list(range(4, 16))
-    assert told.peers.verdict.message.startswith("ranks 4, 5, 6, 7, 8, 9, 10, 11 and 4 more on ")
+    ended = next(dog for dog in dogs if dog.ended)
+    assert ended is dogs[3]
+    assert ended.peers.verdict is not None
+    assert ended.peers.verdict.lost == list(range(4, 16))
+    assert ended.peers.verdict.message.startswith("ranks 4, 5, 6, 7, 8, 9, 10, 11 and 4 more on ")
 
 
 def test_a_rank_that_never_comes(make: Callable[..., list[Ranked]], clock: Clock) -> None:
     dogs = make(2)
     go_round(dogs[:1], clock, 11)
-    assert "rank 1 on a host that is not known is lost: no heartbeat for 10 s" in dogs[0].told[0]
-    assert "never seen" in dogs[0].told[0]
+    assert "rank 1 on a host that is not known is lost: no heartbeat for 10 s" in dogs[0].lines[0]
+    assert "never seen" in dogs[0].lines[0]
 
 
 def test_a_rank_that_is_done_is_not_lost(make: Callable[..., list[Ranked]], clock: Clock) -> None:
@@ -183,7 +183,7 @@ def test_a_stall_names_who_is_behind(
     go_round(dogs, clock, 29, moving=False)
     assert not any(dog.ended for dog in dogs)
     go_round(dogs, clock, 4, moving=False)
-    assert dogs[0].told == [
+    assert dogs[0].lines == [
         f"no progress for 30 s (run.timeout_seconds=30): rank 1 on {os.uname().nodename} is at "
         f"step 7, 'teacher'; the stacks of the ranks are in {tmp_path / 'stacks'}; no checkpoint "
         "was saved yet: rerun the same command to start from the beginning"
@@ -207,13 +207,13 @@ def test_a_rank_that_works_while_others_wait_is_no_stall(
         go_round(dogs, clock, 1, moving=False)
     assert not any(dog.ended for dog in dogs)
     go_round(dogs, clock, 32, moving=False)
-    assert "rank 0 on " in dogs[0].told[0]
+    assert "rank 0 on " in dogs[0].lines[0]
 
 
 def test_all_stand_at_one_place(make: Callable[..., list[Ranked]], clock: Clock) -> None:
     dogs = make(2, timeout_seconds=30)
     go_round(dogs, clock, 33, moving=False)
-    assert "each rank is at step 0, 'starting'" in dogs[0].told[0]
+    assert "each rank is at step 0, 'starting'" in dogs[0].lines[0]
 
 
 @pytest.mark.parametrize("left", ["failed", ""])

@@ -137,7 +137,7 @@ class Saver:
         """
         if self._step is None:
             return None
-        start = told = time.monotonic()
+        start = reported = time.monotonic()
         while True:
             over = (
                 self._ended.wait(ROUND_SECONDS if wait else 0.0) if self._ranks.is_main else False
@@ -154,8 +154,8 @@ class Saver:
                 return outcome
             if not wait:
                 return None
-            if self._ranks.is_main and time.monotonic() > told + WORD_SECONDS:
-                told = time.monotonic()
+            if self._ranks.is_main and time.monotonic() > reported + WORD_SECONDS:
+                reported = time.monotonic()
                 where = (
                     f"{self._root} or checkpoint.remote={self._remote}"
                     if self._remote
@@ -163,7 +163,7 @@ class Saver:
                 )
                 log.warning(
                     "waiting for the checkpoint of step %d for %.0f s; is %s slow, or gone?",
-                    *(self._step, told - start, where),
+                    *(self._step, reported - start, where),
                 )
 
     def _no_room(self, num_bytes: int) -> str | None:

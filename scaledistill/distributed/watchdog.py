@@ -38,7 +38,7 @@ BEAT_SECONDS = 2.0
 class Watchdog:
     """Watches a job from each of its ranks; a context manager around the run."""
 
-    tell: Callable[[str], None] | None = None
+    record_failure: Callable[[str], None] | None = None
     """Called with a verdict's message on the rank that reports it, to write `status.json`."""
 
     def __init__(
@@ -144,8 +144,8 @@ class Watchdog:
             self._write_stacks(verdict)
         if self._peers is None or self._peers.reports(verdict):
             log.error("%s", verdict.message)
-            if self.tell:
-                self.tell(verdict.message)
+            if self.record_failure:
+                self.record_failure(verdict.message)
         backstop.cancel()
         self._over.set()
         self._leave(EXIT_ENVIRONMENT)

@@ -262,7 +262,7 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
     status = Status(folder, config.train.max_steps)
     answer = "stopping; finished fine-tunings are kept"
     stop = StopRequest(
-        folder, watch_file=True, speaks=True, max_hours=config.run.max_hours, answer=answer
+        folder, watch_file=True, logs=True, max_hours=config.run.max_hours, answer=answer
     )
     with stop.listening(), failures_told(status, of_settings=True):
         status.write("evaluating", f"{message}; the student is being fine-tuned and scored")

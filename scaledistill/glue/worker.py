@@ -193,11 +193,11 @@ class _Progress:
     """Reports the finished fraction of a cell, at most once a second."""
 
     def __init__(self, answer: Callable[..., None]) -> None:
-        self._answer, self._told = answer, time.monotonic()
+        self._answer, self._reported = answer, time.monotonic()
 
     def __call__(self, fraction: float) -> None:
-        if time.monotonic() - self._told >= PROGRESS_SECONDS:
-            self._told = time.monotonic()
+        if time.monotonic() - self._reported >= PROGRESS_SECONDS:
+            self._reported = time.monotonic()
             self._answer(fraction=fraction)
 
 

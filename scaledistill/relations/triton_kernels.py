@@ -105,6 +105,8 @@ def relation_forward(
     if CAUSAL:
         end = tl.minimum(end, tile + 1)
 
+    # The softmaxes of both models are summed tile by tile, relative to the largest score so far
+    # (online softmax); `difference` is Σ p (t − s), where p belongs to the teacher's sum.
     max_t_M = tl.full([BLOCK], _HIDDEN, tl.float32)
     max_s_M = tl.full([BLOCK], _HIDDEN, tl.float32)
     sum_t_M = tl.full([BLOCK], 0.0, tl.float32)
@@ -117,6 +119,8 @@ def relation_forward(
         sb_NE = _load_tile(sb, sb_stride, other, keys_N, STUDENT_E, BLOCK)
         t_MN = tl.dot(ta_ME, tl.trans(tb_NE), input_precision="ieee")
         s_MN = tl.dot(sa_ME, tl.trans(sb_NE), input_precision="ieee")
+
+        # Masking costs time, and most tiles have nothing to hide.
         some_hidden = _may_hide(tokens, sequence, tile, other, T, BLOCK)
         if CAUSAL:
             some_hidden = some_hidden | (other == tile)
@@ -126,10 +130,13 @@ def relation_forward(
                 visible_MN = visible_MN & (columns_N[None, :] <= rows_M[:, None])
             t_MN = tl.where(visible_MN, t_MN, _HIDDEN)
             s_MN = tl.where(visible_MN, s_MN, _HIDDEN)
+
+        # What was summed before is rescaled to the new largest score.
         new_max_t_M = tl.maximum(max_t_M, tl.max(t_MN, 1) * teacher.scale)
         new_max_s_M = tl.maximum(max_s_M, tl.max(s_MN, 1) * student.scale)
         p_MN = tl.exp2(t_MN * teacher.scale - new_max_t_M[:, None])
         exp_s_MN = tl.exp2(s_MN * student.scale - new_max_s_M[:, None])
+
         rescale_t_M = tl.exp2(max_t_M - new_max_t_M)
         rescale_s_M = tl.exp2(max_s_M - new_max_s_M)
         sum_t_M = sum_t_M * rescale_t_M + tl.sum(p_MN, 1)
@@ -145,10 +152,13 @@ def relation_forward(
     sum_s_M = tl.where(real_M, sum_s_M, 1.0)
     lse_t_M = max_t_M + tl.log2(sum_t_M)
     lse_s_M = max_s_M + tl.log2(sum_s_M)
+    # KL(p ‖ q) = Σ p (t − s) − lse_t + lse_s, in bits until it is multiplied by ln 2.
     share_M = tl.load(tokens.share_BT + sequence * T + rows_M, mask=real_M, other=0.0)
     kl_M = tl.where(real_M, difference_M / sum_t_M - lse_t_M + lse_s_M, 0.0)
     loss = tl.sum(kl_M * share_M, 0) * (_LN2 / R)
     tl.store(loss_PG + pair * tl.num_programs(0) + tl.program_id(0), loss)
+
+    # The backward recomputes the scores and needs the normalisers only.
     P = tl.num_programs(1)
     lse_t = lse_2PBRT + _index(0, pair, P, sequence, B, head, R) * T
     lse_s = lse_2PBRT + _index(1, pair, P, sequence, B, head, R) * T
@@ -194,15 +204,20 @@ def relation_backward(
     tx_ME = _load_tile(tx, tx_stride, tile, keys_M, TEACHER_E, BLOCK)
     sx_ME = _load_tile(sx, sx_stride, tile, keys_M, STUDENT_E, BLOCK)
     grad_ME = tl.full(sx_ME.shape, 0.0, tl.float32)
+
+    # The letter x gets a gradient from the pairs "xo", where this tile's tokens are rows, and "ox",
+    # where they are columns; both need the same scores, which are computed once.
     for o in range(3):
         xo = _nibble(pair_numbers, 3 * x + o)
         ox = _nibble(pair_numbers, 3 * o + x)
         as_rows, as_columns = xo != _NO_PAIR, ox != _NO_PAIR
+
         first, end = _tiles_to_meet(tokens, sequence, tile, T, BLOCK)
         if CAUSAL:
             end = tl.where(as_columns, end, tl.minimum(end, tile + 1))
             first = tl.where(as_rows, first, tl.maximum(first, tile))
         end = tl.where(as_rows | as_columns, end, first)
+
         # A pair that is not requested uses the other's normalisers, with weight 0.
         row_pair = tl.where(as_rows, xo, tl.where(as_columns, ox, 0))
         column_pair = tl.where(as_columns, ox, row_pair)
@@ -212,6 +227,9 @@ def relation_backward(
         row_s = _index(1, row_pair, P, sequence, B, head, R)
         column_t = _index(0, column_pair, P, sequence, B, head, R)
         column_s = _index(1, column_pair, P, sequence, B, head, R)
+
+        # Where all normalisers are near a centre c, 2^(s − lse) is 2^(s − c) · 2^(c − lse): one
+        # exponential for a score as row and as column, and factors that were computed once.
         centre_t, shift_t, near_t = _centre(centre_2PBR, reach_2PBR, row_t, column_t)
         centre_s, shift_s, near_s = _centre(centre_2PBR, reach_2PBR, row_s, column_s)
         near = near_t & near_s
@@ -224,6 +242,7 @@ def relation_backward(
         )
         to, to_stride = _head(teacher, o, sequence, head, TEACHER_E)
         so, so_stride = _head(student, o, sequence, head, STUDENT_E)
+
         for other in range(first, end):
             positions_N = other * BLOCK + tl.arange(0, BLOCK)
             keys_N = _load_keys(tokens, sequence, positions_N, T)
@@ -235,6 +254,8 @@ def relation_backward(
                 visible_MN = (keys_M[:, None] == keys_N[None, :]) & (keys_N >= 0)[None, :]
                 t_MN = tl.where(visible_MN, t_MN, _HIDDEN)
                 s_MN = tl.where(visible_MN, s_MN, _HIDDEN)
+
+            # The gradient of a score is the student's probability minus the teacher's.
             if near:
                 factor_t_N = tl.load(
                     factor_2PBRT + column_t * T + positions_N, mask=positions_N < T, other=0.0
@@ -242,6 +263,7 @@ def relation_backward(
                 factor_s_N = tl.load(
                     factor_2PBRT + column_s * T + positions_N, mask=positions_N < T, other=0.0
                 )
+
                 row_factor_t, row_factor_s = factor_t_M[:, None], factor_s_M[:, None]
                 column_factor_t = column_weight * shift_t * factor_t_N[None, :]
                 column_factor_s = column_weight * shift_s * factor_s_N[None, :]
@@ -258,6 +280,7 @@ def relation_backward(
                     column_factor_s = tl.where(
                         positions_N[None, :] >= positions_M[:, None], column_factor_s, 0.0
                     )
+
                 t_MN = t_MN * teacher.scale - centre_t
                 s_MN = s_MN * student.scale - centre_s
                 # A score that is hidden in both directions may be very large: 0 · ∞ would be NaN.
@@ -284,6 +307,7 @@ def relation_backward(
                 lse_s_N = tl.load(
                     lse_2PBRT + column_s * T + positions_N, mask=wanted_N, other=-_HIDDEN
                 )
+
                 t_MN *= teacher.scale
                 s_MN *= student.scale
                 rows_MN = tl.exp2(s_MN - lse_s_M[:, None]) - tl.exp2(t_MN - lse_t_M[:, None])

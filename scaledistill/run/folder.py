@@ -254,7 +254,7 @@ class StopRequest:
         folder: Path,
         *,
         watch_file: bool,
-        speaks: bool = False,
+        logs: bool = False,
         max_hours: float | None = None,
         answer: str = "stopping as soon as the ranks agree",
     ) -> None:
@@ -263,7 +263,7 @@ class StopRequest:
         self._deadline = (
             math.inf if max_hours is None else time.monotonic() + max_hours * 3600 - job_seconds()
         )
-        self._speaks = speaks
+        self._logs = logs
         # Printed in answer to a signal; it says what will be saved, which depends on the phase.
         self.answer = answer
         self._signal: int | None = None
@@ -327,7 +327,7 @@ class StopRequest:
         signals to the main thread only: in another thread, the caller's handlers stay in place.
         """
         if threading.current_thread() is not threading.main_thread():
-            if self._speaks:
+            if self._logs:
                 where = f"{self._file} or run.max_hours" if self._file else "run.max_hours"
                 log.info("not in the main thread: signals do not stop this run, use %s", where)
             yield
@@ -344,7 +344,7 @@ class StopRequest:
         now = time.monotonic()
         if self._signal is None:
             self._signal, self._since = number, now
-            if self._speaks:
+            if self._logs:
                 name = signal.Signals(number).name
                 again = "; press Ctrl-C again to quit at once" if number == signal.SIGINT else ""
                 os.write(2, f"\ngot {name}: {self.answer}{again}\n".encode())  # safe in a handler

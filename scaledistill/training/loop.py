@@ -133,7 +133,7 @@ def _run(
         stop = runfolder.StopRequest(
             Path(run.folder),
             watch_file=ranks.is_main and not trial,
-            speaks=ranks.is_main,
+            logs=ranks.is_main,
             max_hours=run.max_hours,
         )
         stack.enter_context(stop.listening())
@@ -149,7 +149,9 @@ def _run(
                 remote = config.checkpoint.remote if fresh and ranks.is_main else None
                 if remote and (aside := mirror.set_aside(remote)):
                     log.info("--fresh: the old run's copies are kept as %s", aside)
-            watchdog.tell = partial(status.write_failure, "failed", exit_code=EXIT_ENVIRONMENT)
+            watchdog.record_failure = partial(
+                status.write_failure, "failed", exit_code=EXIT_ENVIRONMENT
+            )
         else:
             last_step = dry_run_steps or (profile_steps or 0) + WARMUP_STEPS
             with reported_once(ranks):

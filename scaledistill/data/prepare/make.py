@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
+
 from scaledistill.data.manifest import (
     MAX_SEQUENCE_LENGTH,
     MAX_UNKNOWN_FRACTION,
@@ -204,9 +206,8 @@ def make_shards(
                 Field("held_out_fraction"),
                 ", or name another output folder",
             )
-        num_to_hold_out = float("inf") if held_out_max_documents is None else held_out_max_documents
-        # Documents equal to a held-out one are held out too, even after the limit is reached.
-        held_out_keys: set[float] = set()
+        held_out = _HeldOut(held_out_fraction, held_out_max_documents)
+        packing = _Packing(report, train, validation, held_out, max_tokens)
 
         if isinstance(documents, Generator):
             stack.callback(documents.close)
@@ -215,34 +216,13 @@ def make_shards(
         chunks = _chunks(documents, max_documents, encoder, pieces)
         encoded = parallel_map(encoder, _first_and_last_kept(chunks, sample), workers=workers)
         stack.enter_context(contextlib.closing(encoded))
-        num_tokens, num_document_tokens, is_full = 0, 0, False
         for ids_n, lengths, keys in encoded:
-            end = 0
-            piece = pieces.popleft()
-            is_end = piece is None or piece.is_last
-            for length, key in zip(
-                lengths.tolist(), keys.tolist() if piece is None else [piece.key], strict=True
-            ):
-                num_document_tokens += length
-                if is_end:
-                    report.documents += 1
-                    report.empty_documents += not num_document_tokens
-                    num_document_tokens = 0
-                is_held_out = key < held_out_fraction and (
-                    key in held_out_keys or len(held_out_keys) < num_to_hold_out
-                )
-                if is_held_out and length:
-                    held_out_keys.add(key)
-                (validation if is_held_out else train).add(ids_n[end : end + length], is_end=is_end)
-                end += length
-                num_tokens += length
-                if is_full := is_end and max_tokens is not None and num_tokens >= max_tokens:
-                    break
+            packing.add(pieces.popleft(), ids_n, lengths, keys)
             report.seconds = time.perf_counter() - start
             check_unknown(_UNKNOWN_SAMPLE_TOKENS)
             if on_progress is not None:
                 on_progress(report)
-            if is_full:
+            if packing.is_full:
                 break
 
         if report.documents == 0:
@@ -264,6 +244,74 @@ def make_shards(
             writers[split].tokenizer_facts["unknown_tokens"] = counts.unknown
     report.seconds = time.perf_counter() - start
     return report
+
+
+class _HeldOut:
+    """Chooses the documents of `validation`, by the hash of their text."""
+
+    def __init__(self, fraction: float, max_documents: int | None) -> None:
+        self._fraction = fraction
+        self._limit = float("inf") if max_documents is None else max_documents
+        self._keys: set[float] = set()
+
+    def chooses(self, key: float, length: int) -> bool:
+        """Return whether a document, or a piece of one, is held out.
+
+        A document equal to one that is held out is held out too, even after the limit is reached.
+
+        Args:
+            key: of the document, from 0 to 1; equal texts have equal keys.
+            length: tokens; an empty document does not count towards the limit.
+        """
+        chosen = key < self._fraction and (key in self._keys or len(self._keys) < self._limit)
+        if chosen and length:
+            self._keys.add(key)
+        return chosen
+
+
+class _Packing:
+    """Adds tokenised documents to their split, and counts them."""
+
+    def __init__(
+        self,
+        report: ShardReport,
+        train: Packer,
+        validation: Packer,
+        held_out: _HeldOut,
+        max_tokens: int | None,
+    ) -> None:
+        self._report, self._train, self._validation = report, train, validation
+        self._held_out, self._max_tokens = held_out, max_tokens
+        self._tokens = self._document_tokens = 0
+        self.is_full = False
+        """`max_tokens` is reached; it takes nothing more."""
+
+    def add(
+        self, piece: _Piece | None, ids_n: np.ndarray, lengths: np.ndarray, keys: np.ndarray
+    ) -> None:
+        """Add the documents of a chunk, or one piece of a long document.
+
+        Args:
+            piece: None if the chunk holds whole documents.
+            ids_n: the ids of all, end to end.
+            lengths: of each in `ids_n`.
+            keys: of each; unused for a piece, which has its document's key.
+        """
+        is_end, end = piece is None or piece.is_last, 0
+        keys_of = keys.tolist() if piece is None else [piece.key]
+        for length, key in zip(lengths.tolist(), keys_of, strict=True):
+            self._tokens += length
+            self._document_tokens += length
+            if is_end:
+                self._report.documents += 1
+                self._report.empty_documents += not self._document_tokens
+                self._document_tokens = 0
+            split = self._validation if self._held_out.chooses(key, length) else self._train
+            split.add(ids_n[end : end + length], is_end=is_end)
+            end += length
+            if is_end and self._max_tokens is not None and self._tokens >= self._max_tokens:
+                self.is_full = True
+                return
 
 
 def _first_and_last_kept(chunks: Iterator[list[str]], kept: list[list[str]]) -> Iterator[list[str]]:
