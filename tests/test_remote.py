@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -21,6 +22,7 @@ from scaledistill.data.reader import ShardReader
 from scaledistill.data.shards import Manifest, ShardWriter
 from scaledistill.data.stream import ShardStream, iter_validation
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.preflight.checks import _order
 from scaledistill.storage import remote
 from scaledistill.storage.remote import ShardCache
 
@@ -185,6 +187,13 @@ def test_cache_too_small(memory_url: str, tmp_path: Path) -> None:
         ShardStream(
             shards, shards.order(seed=0, num_lanes=6), global_batch_size=8, micro_batch_size=8
         )
+    settings: Any = SimpleNamespace(
+        data=SimpleNamespace(num_lanes=6, window_rows=64), run=SimpleNamespace(seed=0)
+    )
+    with pytest.raises(
+        ConfigError, match=r"^data.cache_bytes=100 is less than .* data.num_lanes=6"
+    ):
+        _order(settings, shards)
     with pytest.raises(ConfigError, match=r"data.cache_bytes=100 is too small for one shard"):
         shards.read(0, range(1))
 

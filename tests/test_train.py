@@ -845,7 +845,7 @@ def test_a_standing_file_where_the_run_belongs(
     time.sleep(0.2)
     kind, code, message = run_ranks(distil, 1, tree)[0]
     holder.kill()
-    assert (kind, code) == ("ConfigError", 2)
+    assert (kind, code) == ("SettingError", 2)
     assert "is in use by another process" in message
 
 
