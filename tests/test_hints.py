@@ -60,6 +60,10 @@ RESUME = "rerun the same command: it resumes from the newest checkpoint in run.f
             ["train.max_steps=3"],
             "unexpected argument 'train.max_steps=3'; type --set train.max_steps=3",
         ),
+        (
+            ["--do_eval"],
+            "unknown option --do_eval; set train.validation_every_steps, or the block evaluation",
+        ),
         (["100"], "unexpected argument '100'; settings are given as --set KEY=VALUE"),
     ],
 )
@@ -83,7 +87,7 @@ def test_every_setting_named_in_advice_exists() -> None:
 
     names = set(setting_names())
     blocks = {name.rpartition(".")[0] for name in names}
-    for advice in FOREIGN.values():
+    for advice in (advice.as_key("<name>") for advice in FOREIGN.values()):
         for name in re.findall(
             r"\b(?:run|teacher|relations|data|train|engine|checkpoint|logging)\.[a-z_.]+\w", advice
         ):

@@ -7,52 +7,105 @@ reading the configuration (`load`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from scaledistill.errors import did_you_mean, near_miss
 
-MAX_STEPS = (
-    "set train.max_steps, which counts optimizer steps: epochs × training rows ÷ "
-    "train.global_batch_size (--validate prints rows and epochs)"
+
+class Advice(NamedTuple):
+    """What to do instead: set a setting, or what `text` says."""
+
+    text: str
+    """Follows the setting's name; without a setting, the whole advice."""
+    setting: str | None = None
+    value: str | None = None
+    """The value to set."""
+    takes_given: bool = True
+    """The value that the user gave has the form and unit of the setting."""
+
+    def as_key(self, student: str) -> str:
+        """Return the advice for a configuration file, in which the student has this name."""
+        return self._render("set", "" if self.value is None else f"={self.value}", student)
+
+    def as_option(self, given: str) -> str:
+        """Return the advice for the command line, with the value that the user gave."""
+        given = given if self.takes_given else "…"
+        return self._render("type --set", f"={given if self.value is None else self.value}")
+
+    def _render(self, verb: str, value: str, student: str = "<name>") -> str:
+        if self.setting is None:
+            return self.text
+        return f"{verb} {self.setting.format(student=student)}{value}{self.text}"
+
+
+def use(
+    setting: str, text: str = "", value: str | None = None, *, takes_given: bool = True
+) -> Advice:
+    """Return the advice to use a setting; see `Advice`."""
+    return Advice(text, setting, value, takes_given)
+
+
+MAX_STEPS = use(
+    "train.max_steps",
+    ", which counts optimizer steps: epochs × training rows ÷ train.global_batch_size "
+    "(--validate prints rows and epochs)",
+    takes_given=False,
 )
-BATCH = "set train.global_batch_size, the sequences of an optimizer step over all ranks"
-MICRO_BATCH = (
-    'set train.micro_batch_size, the sequences per forward of a rank (or "auto"), and '
-    "train.global_batch_size, the sequences of an optimizer step over all ranks"
+BATCH = use("train.global_batch_size", ", the sequences of an optimizer step over all ranks")
+MICRO_BATCH = use(
+    "train.micro_batch_size",
+    ', the sequences per forward of a rank (or "auto"), and train.global_batch_size, the sequences '
+    "of an optimizer step over all ranks",
+    takes_given=False,
 )
-ACCUMULATION = (
+ACCUMULATION = Advice(
     "it follows from train.global_batch_size, train.micro_batch_size and the number of ranks"
 )
-RATE = "set train.learning_rate, the peak"
-WARMUP = "set train.warmup_steps, a number of steps: the ratio × train.max_steps"
-LENGTH = (
-    "set data.sequence_length, which is that of the shards (tools/make_shards.py --sequence-length)"
+RATE = use("train.learning_rate", ", the peak")
+WARMUP = use(
+    "train.warmup_steps", ", a number of steps: the ratio × train.max_steps", takes_given=False
 )
-FOLDER = "set run.folder"
-RESUME = "rerun the same command: it resumes from the newest checkpoint in run.folder by itself"
-START_OVER = "use --fresh to start over; the old run folder is renamed, not deleted"
-SHARDS = "set data.train, a folder of shards that tools/make_shards.py makes from text"
-LAUNCHER = (
+LENGTH = use(
+    "data.sequence_length", ", which is that of the shards (tools/make_shards.py --sequence-length)"
+)
+FOLDER = use("run.folder")
+RESUME = Advice(
+    "rerun the same command: it resumes from the newest checkpoint in run.folder by itself"
+)
+START_OVER = Advice("use --fresh to start over; the old run folder is renamed, not deleted")
+SHARDS = use(
+    "data.train",
+    ", a folder of shards that tools/make_shards.py makes from text",
+    takes_given=False,
+)
+LAUNCHER = Advice(
     "give it to the launcher, before the script: torchrun --nproc-per-node N launch/distill.py …, "
     "or deepspeed --num_gpus N launch/distill.py …"
 )
-SCHEDULE = (
+OPTIMIZER = Advice(
+    "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, train.adam_betas, …"
+)
+SCHEDULE = Advice(
     "the schedule is linear: train.warmup_steps of warm-up, then decay to 0 at train.max_steps"
 )
-READ_AHEAD = "shards are read ahead in the background; data.prefetch_batches sets how far"
+READ_AHEAD = Advice("shards are read ahead in the background; data.prefetch_batches sets how far")
 
 FOREIGN = {
     "epochs": MAX_STEPS,
     "num_epochs": MAX_STEPS,
     "num_train_epochs": MAX_STEPS,
     "max_epochs": MAX_STEPS,
-    "steps": "set train.max_steps",
-    "num_steps": "set train.max_steps",
-    "num_train_steps": "set train.max_steps",
-    "max_train_steps": "set train.max_steps",
-    "total_steps": "set train.max_steps",
-    "batch_size": f"{BATCH}; train.micro_batch_size is what a rank computes at once",
+    "steps": use("train.max_steps"),
+    "num_steps": use("train.max_steps"),
+    "num_train_steps": use("train.max_steps"),
+    "max_train_steps": use("train.max_steps"),
+    "total_steps": use("train.max_steps"),
+    "batch_size": use(
+        "train.global_batch_size",
+        ", the sequences of an optimizer step over all ranks; train.micro_batch_size is what a "
+        "rank computes at once",
+    ),
     "train_batch_size": BATCH,
     "total_batch_size": BATCH,
     "per_device_train_batch_size": MICRO_BATCH,
@@ -68,35 +121,29 @@ FOREIGN = {
     "lr": RATE,
     "peak_lr": RATE,
     "max_lr": RATE,
-    "warmup": "set train.warmup_steps, a number of steps",
-    "num_warmup_steps": "set train.warmup_steps",
+    "warmup": use("train.warmup_steps", ", a number of steps"),
+    "num_warmup_steps": use("train.warmup_steps"),
     "warmup_ratio": WARMUP,
     "warmup_proportion": WARMUP,
     "lr_scheduler_type": SCHEDULE,
     "lr_scheduler": SCHEDULE,
     "scheduler": SCHEDULE,
-    "optim": (
-        "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, "
-        "train.adam_betas, …"
-    ),
-    "optimizer": (
-        "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, "
-        "train.adam_betas, …"
-    ),
-    "adam_beta1": "set train.adam_betas, a list of two",
-    "adam_beta2": "set train.adam_betas, a list of two",
-    "betas": "set train.adam_betas",
-    "eps": "set train.adam_epsilon",
-    "gradient_clipping": "set train.max_grad_norm",
-    "clip_grad_norm": "set train.max_grad_norm",
-    "fp16": 'set train.precision="fp16"',
-    "bf16": 'set train.precision="bf16"',
-    "mixed_precision": "set train.precision",
-    "torch_dtype": "set train.precision, and teacher.dtype for the teacher",
-    "tf32": "set train.precision",
-    "torch_compile": "set train.compile",
-    "gradient_checkpointing": (
-        'set engine.name="fsdp" and engine.fsdp.activation_checkpointing=true'
+    "optim": OPTIMIZER,
+    "optimizer": OPTIMIZER,
+    "adam_beta1": use("train.adam_betas", ", a list of two", takes_given=False),
+    "adam_beta2": use("train.adam_betas", ", a list of two", takes_given=False),
+    "betas": use("train.adam_betas"),
+    "eps": use("train.adam_epsilon"),
+    "gradient_clipping": use("train.max_grad_norm"),
+    "clip_grad_norm": use("train.max_grad_norm"),
+    "fp16": use("train.precision", value='"fp16"'),
+    "bf16": use("train.precision", value='"bf16"'),
+    "mixed_precision": use("train.precision"),
+    "torch_dtype": use("train.precision", ", and teacher.dtype for the teacher"),
+    "tf32": use("train.precision"),
+    "torch_compile": use("train.compile"),
+    "gradient_checkpointing": use(
+        "engine.name", " and engine.fsdp.activation_checkpointing=true", value='"fsdp"'
     ),
     "max_seq_length": LENGTH,
     "max_seq_len": LENGTH,
@@ -111,27 +158,27 @@ FOREIGN = {
     "save_path": FOLDER,
     "run_folder": FOLDER,
     "checkpoint_dir": FOLDER,
-    "logging_dir": f"{FOLDER}; the logs go there too",
-    "log_dir": f"{FOLDER}; the logs go there too",
-    "logging_steps": "set logging.every_steps",
-    "log_every": "set logging.every_steps",
-    "log_interval": "set logging.every_steps",
-    "report_to": "set logging.trackers, a list",
-    "log_with": "set logging.trackers, a list",
-    "wandb": 'set logging.trackers=["wandb"]',
-    "wandb_project": "set logging.project",
-    "project_name": "set logging.project",
-    "experiment_name": "set logging.project",
-    "save_steps": "set checkpoint.every_steps",
-    "save_every": "set checkpoint.every_steps",
-    "save_interval": "set checkpoint.every_steps",
-    "checkpointing_steps": "set checkpoint.every_steps",
-    "save_total_limit": "set checkpoint.keep",
-    "save_strategy": "set checkpoint.every_steps",
-    "eval_steps": "set train.validation_every_steps, and data.validation",
-    "eval_strategy": "set train.validation_every_steps, and data.validation",
-    "evaluation_strategy": "set train.validation_every_steps, and data.validation",
-    "eval_interval": "set train.validation_every_steps, and data.validation",
+    "logging_dir": use("run.folder", "; the logs go there too"),
+    "log_dir": use("run.folder", "; the logs go there too"),
+    "logging_steps": use("logging.every_steps"),
+    "log_every": use("logging.every_steps"),
+    "log_interval": use("logging.every_steps"),
+    "report_to": use("logging.trackers", ", a list", takes_given=False),
+    "log_with": use("logging.trackers", ", a list", takes_given=False),
+    "wandb": use("logging.trackers", value='["wandb"]'),
+    "wandb_project": use("logging.project"),
+    "project_name": use("logging.project"),
+    "experiment_name": use("logging.project"),
+    "save_steps": use("checkpoint.every_steps"),
+    "save_every": use("checkpoint.every_steps"),
+    "save_interval": use("checkpoint.every_steps"),
+    "checkpointing_steps": use("checkpoint.every_steps"),
+    "save_total_limit": use("checkpoint.keep"),
+    "save_strategy": use("checkpoint.every_steps"),
+    "eval_steps": use("train.validation_every_steps", ", and data.validation"),
+    "eval_strategy": use("train.validation_every_steps", ", and data.validation"),
+    "evaluation_strategy": use("train.validation_every_steps", ", and data.validation"),
+    "eval_interval": use("train.validation_every_steps", ", and data.validation"),
     "num_workers": READ_AHEAD,
     "dataloader_num_workers": READ_AHEAD,
     "dataset": SHARDS,
@@ -141,29 +188,31 @@ FOREIGN = {
     "train_file": SHARDS,
     "train_data": SHARDS,
     "train_dataset": SHARDS,
-    "validation_file": "set data.validation, a folder of held-out shards",
-    "eval_dataset": "set data.validation, a folder of held-out shards",
-    "cache_dir": "set data.cache_folder for shards from URLs; HF_HOME sets where models are kept",
-    "model": "set teacher.model; the student is described in the block students",
-    "model_name": "set teacher.model",
-    "model_name_or_path": "set teacher.model",
-    "teacher_model": "set teacher.model",
-    "teacher_name_or_path": "set teacher.model",
-    "teacher_layer": "set teacher.layer",
-    "tokenizer": "the tokenizer is the teacher's: set teacher.model",
-    "tokenizer_name": "the tokenizer is the teacher's: set teacher.model",
-    "num_hidden_layers": "set students.<name>.num_layers",
-    "num_relation_heads": "set relations.num_heads",
-    "hidden_dropout_prob": "set students.<name>.dropout",
-    "student": (
+    "validation_file": use("data.validation", ", a folder of held-out shards"),
+    "eval_dataset": use("data.validation", ", a folder of held-out shards"),
+    "cache_dir": use(
+        "data.cache_folder", " for shards from URLs; HF_HOME sets where models are kept"
+    ),
+    "model": use("teacher.model", "; the student is described in the block students"),
+    "model_name": use("teacher.model"),
+    "model_name_or_path": use("teacher.model"),
+    "teacher_model": use("teacher.model"),
+    "teacher_name_or_path": use("teacher.model"),
+    "teacher_layer": use("teacher.layer"),
+    "tokenizer": Advice("the tokenizer is the teacher's: set teacher.model"),
+    "tokenizer_name": Advice("the tokenizer is the teacher's: set teacher.model"),
+    "num_hidden_layers": use("students.{student}.num_layers"),
+    "num_relation_heads": use("relations.num_heads"),
+    "hidden_dropout_prob": use("students.{student}.dropout"),
+    "student": Advice(
         'set the block students: {"<name>": {"num_layers": 6, "hidden_size": 384, '
         '"num_attention_heads": 12}}'
     ),
-    "zero_stage": "set engine.deepspeed.zero_optimization.stage",
-    "zero_optimization": "set engine.deepspeed.zero_optimization",
-    "deepspeed": "set the block engine.deepspeed in the configuration file",
-    "deepspeed_config": "set the block engine.deepspeed in the configuration file",
-    "fsdp": 'set engine.name="fsdp"; engine.fsdp has its settings',
+    "zero_stage": use("engine.deepspeed.zero_optimization.stage"),
+    "zero_optimization": use("engine.deepspeed.zero_optimization"),
+    "deepspeed": Advice("set the block engine.deepspeed in the configuration file"),
+    "deepspeed_config": Advice("set the block engine.deepspeed in the configuration file"),
+    "fsdp": use("engine.name", "; engine.fsdp has its settings", value='"fsdp"'),
     "resume": RESUME,
     "resume_from": RESUME,
     "resume_from_checkpoint": RESUME,
@@ -185,23 +234,23 @@ OPTIONS = {
     "num_nodes": LAUNCHER,
     "nnodes": LAUNCHER,
     "master_port": LAUNCHER,
-    "config_file": "type --config FILE",
-    "config_path": "type --config FILE",
-    "config_name": "type --config FILE",
-    "settings": "type --config FILE",
-    "c": "type --config FILE",
-    "override": "type --set KEY=VALUE",
-    "check": "type --validate",
-    "test": "type --validate for the checks, or --dry-run N for N real steps",
-    "do_train": "leave it out: the command trains",
-    "do_eval": "set train.validation_every_steps, or the block evaluation",
-    "verbose": "type --debug",
+    "config_file": Advice("type --config FILE"),
+    "config_path": Advice("type --config FILE"),
+    "config_name": Advice("type --config FILE"),
+    "settings": Advice("type --config FILE"),
+    "c": Advice("type --config FILE"),
+    "override": Advice("type --set KEY=VALUE"),
+    "check": Advice("type --validate"),
+    "test": Advice("type --validate for the checks, or --dry-run N for N real steps"),
+    "do_train": Advice("leave it out: the command trains"),
+    "do_eval": use("train.validation_every_steps", ", or the block evaluation"),
+    "verbose": Advice("type --debug"),
     "force": START_OVER,
     "f": START_OVER,
 }
 
 
-def foreign(name: str) -> str | None:
+def foreign(name: str) -> Advice | None:
     """Return what to do instead of using another tool's option or key; None if it is not known."""
     return FOREIGN.get(name.strip("-").replace("-", "_").lower())
 
@@ -228,7 +277,7 @@ def argument_hint(unknown: Sequence[str], options: Iterable[str], settings: Sequ
     value = value if equals else next((each for each in rest[:1] if not each.startswith("-")), "…")
     name = option.lstrip("-").replace("-", "_")
     if name.lower() in OPTIONS:
-        return f"unknown option {option}; {OPTIONS[name.lower()]}"
+        return f"unknown option {option}; {OPTIONS[name.lower()].as_key('<name>')}"
     settings = [
         setting for setting in settings if not setting.startswith("evaluation.") or setting == name
     ]
@@ -239,7 +288,7 @@ def argument_hint(unknown: Sequence[str], options: Iterable[str], settings: Sequ
     if near and name not in FOREIGN and not known:
         return f"unknown option {option}{did_you_mean(near)}"
     if advice := foreign(name):
-        return f"unknown option {option}; {_as_option(advice, value)}"
+        return f"unknown option {option}; {advice.as_option(value)}"
     if known:
         return (
             f"unknown option {option}; type "
@@ -255,15 +304,3 @@ def argument_hint(unknown: Sequence[str], options: Iterable[str], settings: Sequ
     return (
         f"unknown option {option}; settings are given as --set KEY=VALUE, --help lists the options"
     )
-
-
-def _as_option(advice: str, given: str) -> str:
-    """Turn "set train.max_steps, …" into what to type on a command line, with the given value."""
-    # These settings have another unit or form than the option that the user typed.
-    if advice in (MAX_STEPS, MICRO_BATCH, WARMUP, SHARDS) or "a list" in advice:
-        given = "…"
-    setting = re.match(r"set ([\w.<>]+)(=[^\s,;]+)?(.*)", advice)
-    if setting is None or advice.startswith("set the block"):
-        return advice
-    name, value, more = setting.groups()
-    return f"type --set {name}{value or f'={given}'}{more}"

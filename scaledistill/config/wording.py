@@ -263,7 +263,7 @@ def _key_hint(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
     if elsewhere:
         return f"did you mean {_either(elsewhere)}?"
     if advice := foreign(last):
-        return advice.replace("<name>", own[0])
+        return advice.as_key(own[0])
     if nearly := _nearest(last, names, VERY_NEAR):
         return f"did you mean {_either(nearly)}?"
     if near := near_miss(key, here, cutoff=NEAR):
