@@ -59,6 +59,8 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1
+    """Ranks on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -115,7 +117,9 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     with _environment({**facts, **address}), _default_timeout(timeout):
         if dist.is_initialized():  # the caller's own group, which stays as it is
             with _callbacks_at_leaving():
-                yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+                yield Ranks(
+                    dist.get_rank(), dist.get_world_size(), local_rank, device, local_world_size
+                )
             return
         if world_size == 1:
             dist.init_process_group(
@@ -143,7 +147,7 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
         backstop.daemon = True
         try:
             with _callbacks_at_leaving(backstop.start):
-                yield Ranks(rank, world_size, local_rank, device)
+                yield Ranks(rank, world_size, local_rank, device, local_world_size)
         finally:
             # DeepSpeed keeps groups of its own, which the next run would otherwise reuse.
             comm = sys.modules.get("deepspeed.comm")

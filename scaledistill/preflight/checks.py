@@ -140,7 +140,8 @@ def plan_run(
     if gpu_bytes:
         resolved = for_gpus(resolved)
     if resolved.auto_micro_batch:
-        free = gpu_bytes or free_bytes(device, int(os.environ.get("LOCAL_SIZE", world_size)))
+        ranks_here = ranks.local_size if ranks else world_size
+        free = gpu_bytes or free_bytes(device, ranks_here)
         resolved = resolved.with_micro_batch(predict(resolved, name, teacher, student, free))
     facts = estimate(resolved, name, teacher, student)
     free = _free_disk_bytes(config, facts.checkpoint_bytes if writes else 0)
