@@ -100,14 +100,21 @@ class EngineBytes(NamedTuple):
 class EngineTraits(Protocol):
     """What an engine does with a run's student, known from the settings alone."""
 
-    title: str
-    """The engine's name for people."""
-    optimizer_on_host: bool
-    """fp32 weights and moments are offloaded to host memory."""
-    compiles_student: bool
-    """The student's blocks can be compiled."""
-    compiles_sharded_teacher: bool
-    """A sharded teacher's blocks can be compiled."""
+    @property
+    def title(self) -> str:
+        """The engine's name for people."""
+
+    @property
+    def optimizer_on_host(self) -> bool:
+        """Whether fp32 weights and moments are offloaded to host memory."""
+
+    @property
+    def compiles_student(self) -> bool:
+        """Whether the student's blocks can be compiled."""
+
+    @property
+    def compiles_sharded_teacher(self) -> bool:
+        """Whether a sharded teacher's blocks can be compiled."""
 
     def memory(self, trained: int, gathered: int) -> EngineBytes:
         """Return what a rank holds, besides the optimizer's fp32 weights and moments.
