@@ -446,7 +446,7 @@ def test_rank_0_alone_checks_the_trackers(tiny_config: MakeConfig) -> None:
     main, other = (Ranks(rank, 2, rank, CPU) for rank in (0, 1))
     with pytest.raises(ConfigError, match="unknown tracker 'none'"):
         doctor.plan_run(config, 2, CPU, ranks=main)
-    assert doctor.plan_run(config, 2, CPU, ranks=other).world_size == 2
+    assert doctor.plan_run(config, 2, CPU, ranks=other).run.world_size == 2
 
 
 def test_all_problems_at_once(tiny_config: MakeConfig, shards: Path, teacher: Path) -> None:
