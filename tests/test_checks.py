@@ -75,6 +75,7 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
         "DeepSpeed ZeRO-2, 3 ranks",
         "24 sequences × 16 = 384 tokens; 1 micro-batch of 8 per rank",
         f"50 steps, 19.2k tokens, {1200 / plan.order.rows_per_epoch:.1f} epochs",
+        "2 steps of warm-up, linear decay to 0 at step 50; peak 0.001",
         f"{rows} rows in 2 shards; ",
         f"{plan.order.dropped_rows_per_epoch} rows left out of an epoch",
         "up to layer 3: ",
@@ -446,7 +447,7 @@ def test_rank_0_alone_checks_the_trackers(tiny_config: MakeConfig) -> None:
     main, other = (Ranks(rank, 2, rank, CPU) for rank in (0, 1))
     with pytest.raises(ConfigError, match="unknown tracker 'none'"):
         doctor.plan_run(config, 2, CPU, ranks=main)
-    assert doctor.plan_run(config, 2, CPU, ranks=other).world_size == 2
+    assert doctor.plan_run(config, 2, CPU, ranks=other).run.world_size == 2
 
 
 def test_all_problems_at_once(tiny_config: MakeConfig, shards: Path, teacher: Path) -> None:
@@ -576,9 +577,12 @@ def state_of(config: DistillConfig, step: int, order: Any) -> dict[str, Any]:
         (5, 10, 20, True),  # the end of the warm-up, whose rates do not depend on max_steps
         (5, 20, 10, True),
         (5, 20, 5, True),
-        (6, 10, 20, False),
+        (6, 10, 20, True),  # the first step after it, which has the peak in any case
+        (6, 20, 10, True),
+        (6, 20, 5, False),
+        (7, 10, 20, False),
         (10, 10, 20, False),
-        (6, 20, 10, False),
+        (7, 20, 10, False),
     ],
 )
 def test_max_steps_may_change_where_no_step_was_made_otherwise(
@@ -601,6 +605,79 @@ def test_max_steps_may_change_where_no_step_was_made_otherwise(
         "longer, start a new run from its student: another run.folder and "
         f"students.l2.init={folder}/export/l2-step-{step} (write it with --export newest)"
     )
+
+
+WSD = {"schedule": "warmup_stable_decay", "warmup_steps": 5, "max_steps": 20, "decay_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("step", "now", "changes", "same"),
+    [
+        (10, {"max_steps": 40}, None, 10),  # extended
+        (10, {"max_steps": 14}, None, 10),  # decayed from there
+        (10, {"max_steps": 40, "decay_steps": None}, None, 10),
+        (10, {"decay_steps": 10}, None, 10),
+        (17, {"max_steps": 40}, None, 17),  # the first step of the decay still has the peak rate
+        (5, {"schedule": "linear", "decay_steps": None}, None, 5),
+        (18, {"max_steps": 40}, "train.max_steps: 20 -> 40", 17),  # made in the old decay
+        (10, {"max_steps": 12}, "train.max_steps: 20 -> 12", 9),  # made in the new one
+        (20, {"max_steps": 19}, "train.max_steps: 20 -> 19", 16),
+        (
+            10,
+            {"schedule": "cosine", "decay_steps": None},
+            'train.decay_steps: 4 -> null; train.schedule: "warmup_stable_decay" -> "cosine"',
+            6,
+        ),
+    ],
+)
+def test_a_schedule_may_change_where_no_step_was_made_otherwise(
+    step: int, now: dict[str, Any], changes: str | None, same: int, tiny_config: MakeConfig
+) -> None:
+    old, new = tiny_config(train=WSD), tiny_config(train={**WSD, **now})
+    order = doctor.plan_run(new, 1, CPU).order
+    if changes is None:
+        doctor.check_same_run(state_of(old, step, order), new, order)
+        return
+    restored = " and ".join(
+        f"{key}={before.partition(' -> ')[0]}"
+        for key, _, before in (change.partition(": ") for change in changes.split("; "))
+    )
+    folder = new.run.folder
+    begun = (
+        f"{folder} holds a run at step {step} with other settings: {changes}. With them, the steps "
+        f"made after step {same} would have had another learning rate. Set {restored} to go on; to "
+    )
+    with pytest.raises(ConfigError) as caught:
+        doctor.check_same_run(state_of(old, step, order), new, order)
+    assert str(caught.value) == (
+        f"{begun}train longer, start a new run from its student: another run.folder and "
+        f"students.l2.init={folder}/export/l2-step-{step} (write it with --export newest)"
+    )
+    for kept in (same - 1, same, same + 1):
+        (Path(folder) / f"checkpoints/step-{kept:09d}").mkdir(parents=True)
+    with pytest.raises(ConfigError) as caught:
+        doctor.check_same_run(state_of(old, step, order), new, order)
+    assert str(caught.value) == (
+        f"{begun}train on with the new schedule, copy {folder}/checkpoints/step-{same:09d} to the "
+        "folder checkpoints of another run.folder"
+    )
+
+
+def test_a_checkpoint_from_before_schedules_could_be_chosen(tiny_config: MakeConfig) -> None:
+    old = tiny_config(train={"max_steps": 20, "warmup_steps": 5})
+    order = doctor.plan_run(old, 1, CPU).order
+    state = state_of(old, 15, order)
+    for key in ("schedule", "decay_steps"):
+        del state["config"]["train"][key]
+    doctor.check_same_run(state, old, order)
+    longer = tiny_config(train={"max_steps": 30, "warmup_steps": 5})
+    with pytest.raises(
+        ConfigError, match=r"other settings: train\.max_steps: 20 -> 30\. The learn"
+    ):
+        doctor.check_same_run(state, longer, order)
+    cosine = tiny_config(train={"max_steps": 20, "warmup_steps": 5, "schedule": "cosine"})
+    with pytest.raises(ConfigError, match=r'train\.schedule: "linear" -> "cosine"\. With them'):
+        doctor.check_same_run(state, cosine, order)
 
 
 def test_a_finished_run_is_continued_from_its_export(tiny_config: MakeConfig) -> None:

@@ -73,6 +73,18 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ),
         ("train.bool", 1, r"^train\.bool: unknown key"),
         ("train.warmup_steps", 11, r"warmup_steps=11 is more than max_steps=10"),
+        (
+            "train.schedule",
+            "cosin",
+            r'^train\.schedule: found "cosin" \(str\); .*"warmup_stable_decay"',
+        ),
+        (
+            "train.decay_steps",
+            5,
+            r"decay_steps=5 is read only with schedule='warmup_stable_decay', found "
+            r"schedule='linear'; remove one of them",
+        ),
+        ("train.decay_steps", 0, r"^train\.decay_steps: found 0 \(int\); expected a whole number"),
         ("train.validation_every_steps", 5, r"needs data\.validation, which is not set"),
         ("train.adam_betas", [0.9], r"^train\.adam_betas: found \[0\.9\]"),
         (
@@ -96,6 +108,18 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 def test_bad_setting_is_named(path: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(changed(path, value))
+
+
+def test_the_decay_begins_after_the_warm_up() -> None:
+    tree = changed("train.schedule", "warmup_stable_decay")
+    tree["train"] |= {"warmup_steps": 3, "decay_steps": 7}
+    assert parse_config(tree).train.decay_steps == 7
+    tree["train"]["decay_steps"] = 8
+    with pytest.raises(
+        ConfigError,
+        match="warmup_steps=3 and decay_steps=8 are together more than max_steps=10; lower one",
+    ):
+        parse_config(tree)
 
 
 def test_layer_map_has_one_entry_per_layer() -> None:

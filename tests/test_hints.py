@@ -23,6 +23,11 @@ RESUME = "rerun the same command: it resumes from the newest checkpoint in run.f
             ["--num-epochs", "3"],
             "unknown option --num-epochs; type --set train.max_steps=…, which counts optimizer",
         ),
+        (
+            ["--lr_scheduler_type", "cosine"],
+            'type --set train.schedule=…: "linear", "cosine" or "warmup_stable_decay", which keeps',
+        ),
+        (["--num-decay-steps", "9"], "type --set train.decay_steps=9"),
         (["--max_steps", "100"], "unknown option --max_steps; type --set train.max_steps=100"),
         (["--train.max_steps=7"], "unknown option --train.max_steps; type --set train.max_steps=7"),
         (["--max_step", "7"], "unknown option --max_step; type --set train.max_steps=7"),

@@ -24,7 +24,6 @@ from transformers import AutoModel
 from scaledistill.config.load import parse_config
 from scaledistill.errors import ConfigError, DataError, DivergedError, PeerError
 from scaledistill.metrics.recorder import read_rows
-from scaledistill.training.step import learning_rate
 
 LONG = {
     "global_batch_size": 8,
@@ -120,12 +119,6 @@ def losses_of(tree: dict[str, Any]) -> list[tuple[int, float]]:
 
 def status_of(tree: dict[str, Any]) -> dict[str, Any]:
     return json.loads((Path(tree["run"]["folder"]) / "status.json").read_text())
-
-
-def test_learning_rate_is_a_function_of_the_step() -> None:
-    rates = [learning_rate(step, peak=8.0, warmup_steps=4, max_steps=12) for step in range(13)]
-    assert rates == [2, 4, 6, 8, 8, 7, 6, 5, 4, 3, 2, 1, 0]
-    assert learning_rate(0, peak=1.0, warmup_steps=0, max_steps=1) == 1
 
 
 def test_a_whole_run(make_tree: Callable[..., dict[str, Any]], tiny_shards: Path) -> None:
@@ -300,6 +293,40 @@ def test_max_steps_may_grow_while_the_rate_warms_up(
     assert losses_of(grown) == losses_of(whole)
     assert (
         "train.max_steps: 8 -> 9. The learning rate decays to 0 at train.max_steps" in ends[0][3][2]
+    )
+
+
+def test_a_stable_run_is_extended_and_decayed(make_tree: Callable[..., dict[str, Any]]) -> None:
+    """From a step of the stable phase, a run of another length is the same as from the start."""
+    ten = {**LONG, "max_steps": 10, "schedule": "warmup_stable_decay", "decay_steps": 4}
+    longer, shorter = {**ten, "max_steps": 14}, {**ten, "max_steps": 7, "decay_steps": 2}
+    saves = {"checkpoint": {"every_steps": 5}}
+    decayed, extended, branch = (
+        make_tree(name, train=ten, **saves) for name in ("decayed", "extended", "branch")
+    )
+    whole, short = make_tree("whole", train=longer), make_tree("short", train=shorter)
+    ends = run_ranks(distil_all, 1, [decayed, whole, short])
+    assert [state for state, *_ in ends[0]] == ["done"] * 3
+    run_ranks(stop_after, 1, extended, 4)
+    assert losses_of(extended) == losses_of(decayed)[:5] == losses_of(whole)[:5]
+    folder, name = Path(decayed["run"]["folder"]), "step-000000005"
+    kept = folder / "checkpoints" / name
+    shutil.copytree(kept, Path(branch["run"]["folder"]) / "checkpoints" / name)
+    ends = run_ranks(
+        distil_all,
+        1,
+        [{**extended, "train": longer}, {**branch, "train": shorter}, {**decayed, "train": longer}],
+    )
+    assert [state for state, *_ in ends[0]] == ["done", "done", "ConfigError"]
+    for resumed, like, made in ((extended, whole, 0), (branch, short, 5)):
+        assert losses_of(resumed) == losses_of(like)[made:]
+        rates = [[row["lr"] for row in rows_of(tree)] for tree in (resumed, like)]
+        assert rates[0] == rates[1][made:]
+    assert ends[0][2][2] == (
+        f"{folder} holds a run at step 10 with other settings: train.max_steps: 10 -> 14. With "
+        "them, the steps made after step 7 would have had another learning rate. Set "
+        f"train.max_steps=10 to go on; to train on with the new schedule, copy {kept} to the "
+        "folder checkpoints of another run.folder"
     )
 
 

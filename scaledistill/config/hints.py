@@ -86,8 +86,11 @@ LAUNCHER = Advice(
 OPTIMIZER = Advice(
     "the optimizer is AdamW, set by train.learning_rate, train.weight_decay, train.adam_betas, …"
 )
-SCHEDULE = Advice(
-    "the schedule is linear: train.warmup_steps of warm-up, then decay to 0 at train.max_steps"
+SCHEDULE = use(
+    "train.schedule",
+    ': "linear", "cosine" or "warmup_stable_decay", which keeps the peak rate until the last '
+    "train.decay_steps",
+    takes_given=False,
 )
 READ_AHEAD = Advice("shards are read ahead in the background; data.prefetch_batches sets how far")
 
@@ -127,7 +130,15 @@ FOREIGN = {
     "warmup_proportion": WARMUP,
     "lr_scheduler_type": SCHEDULE,
     "lr_scheduler": SCHEDULE,
+    "lr_schedule": SCHEDULE,
+    "lr_decay_style": SCHEDULE,
     "scheduler": SCHEDULE,
+    "num_decay_steps": use("train.decay_steps"),
+    "num_stable_steps": use(
+        "train.decay_steps",
+        "; the peak rate is kept until that many steps before train.max_steps",
+        takes_given=False,
+    ),
     "optim": OPTIMIZER,
     "optimizer": OPTIMIZER,
     "adam_beta1": use("train.adam_betas", ", a list of two", takes_given=False),

@@ -188,7 +188,14 @@ class TrainSettings(Settings):
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
     warmup_steps: NotNegative = 0
-    """Steps of linear warm-up, followed by linear decay to 0 at `max_steps`."""
+    """Steps of linear warm-up, at the end of which the learning rate is at its peak."""
+    schedule: Literal["linear", "cosine", "warmup_stable_decay"] = "linear"
+    """The learning rate after the warm-up. "linear" and "cosine": decay to 0 at `max_steps`;
+    "warmup_stable_decay": the peak, until the last `decay_steps` decay to 0 as 1 - sqrt. Any
+    checkpoint before that decay can be trained on with another `max_steps` or `decay_steps`."""
+    decay_steps: Positive | None = None
+    """Steps of decay at the end of "warmup_stable_decay" (default: a tenth of `max_steps`, or what
+    the warm-up leaves)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW weight decay; biases and LayerNorms are exempt."""
     adam_betas: Annotated[
@@ -217,6 +224,17 @@ class TrainSettings(Settings):
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}; lower "
                 "it"
+            )
+        if self.decay_steps is not None and self.schedule != "warmup_stable_decay":
+            raise ValueError(
+                f"decay_steps={self.decay_steps} is read only with "
+                f"schedule='warmup_stable_decay', found schedule={self.schedule!r}; remove one of "
+                "them"
+            )
+        if self.decay_steps is not None and self.warmup_steps + self.decay_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} are together "
+                f"more than max_steps={self.max_steps}; lower one of them"
             )
         if (
             isinstance(self.micro_batch_size, int)

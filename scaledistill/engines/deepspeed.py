@@ -238,8 +238,8 @@ REFUSED_KEYS = {
         "train.adam_betas, …"
     ),
     "scheduler": (
-        "the learning rate is a function of the step, set by train.learning_rate and "
-        "train.warmup_steps"
+        "the learning rate is a function of the step, set by train.learning_rate, "
+        "train.warmup_steps and train.schedule"
     ),
     "torch_autocast": "set train.precision instead",
     "activation_checkpointing": (

@@ -6,6 +6,7 @@ or one error that lists every problem. Not handled here: showing the plan (`pref
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -19,9 +20,11 @@ from transformers import PretrainedConfig
 
 from scaledistill.checkpoint import mirror
 from scaledistill.checkpoint.format import newest_state
+from scaledistill.checkpoint.names import committed, step_of
 from scaledistill.config.naming import student_names, teacher_names
 from scaledistill.config.resolved import ResolvedRun
-from scaledistill.config.schema import DistillConfig, differing_keys
+from scaledistill.config.schedule import SCHEDULE_KEYS, same_rates, with_schedule_of
+from scaledistill.config.schema import DistillConfig, TrainSettings, differing_keys
 from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.prepare.text import load_tokenizer, tokenizer_fingerprint
@@ -291,13 +294,17 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Sampl
         ConfigError: naming the keys that differ.
     """
     before, now = state["config"], config.model_dump()
-    steps = [tree["train"]["max_steps"] for tree in (before, now)]
-    if steps[0] != steps[1] and state["step"] <= min(before["train"]["warmup_steps"], steps[1]):
-        # Warm-up does not depend on it.
-        before = {**before, "train": {**before["train"], "max_steps": steps[1]}}
+    earlier, step = with_schedule_of(config.train, before["train"]), state["step"]
+    same = same_rates(earlier, config.train, step)
+    schedule = config.train if same == step else earlier
+    before = {
+        **before,
+        "train": before["train"] | {key: getattr(schedule, key) for key in SCHEDULE_KEYS},
+    }
     differences = differing_keys(before, now)
-    if len(differences) == 1 and differences[0].startswith("train.max_steps:"):
-        raise _other_length(state, config)
+    changed = {line.partition(":")[0].removeprefix("train.") for line in differences}
+    if changed and changed <= set(SCHEDULE_KEYS):
+        raise _other_schedule(state, config, differences, earlier, same)
     # run.seed is the order's seed.
     named = {line.partition(":")[0].rpartition(".")[2] for line in differences}
     differences += [
@@ -309,21 +316,49 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Sampl
         raise other_run(state, config, "; ".join(differences))
 
 
-def _other_length(state: Mapping[str, Any], config: DistillConfig) -> ConfigError:
-    """Return the error that refuses another number of steps, with the ways to train longer."""
-    before, now = state["config"]["train"]["max_steps"], config.train.max_steps
+def _other_schedule(
+    state: Mapping[str, Any],
+    config: DistillConfig,
+    differences: list[str],
+    earlier: TrainSettings,
+    same: int,
+) -> ConfigError:
+    """Return the error that refuses another schedule, with the ways to train on.
+
+    Args:
+        earlier: the settings with the schedule of the steps made.
+        same: how many of these, from the first on, have the same learning rate under both.
+    """
     [name] = config.students
-    folder = Path(config.run.folder)
-    step = state["step"]
-    done = step == before and (folder / "export" / name).is_dir()
-    student = folder / "export" / (name if done else f"{name}-step-{step}")
-    export = "" if done else " (write it with --export newest)"
+    folder, step, train = Path(config.run.folder), state["step"], config.train
+    if train.schedule == earlier.schedule != "warmup_stable_decay":
+        why = (
+            "The learning rate decays to 0 at train.max_steps, so that the steps made after "
+            f"train.warmup_steps={train.warmup_steps} had another one"
+        )
+    else:
+        why = f"With them, the steps made after step {same} would have had another learning rate"
+    changed = [line.partition(":")[0] for line in differences]
+    restored = " and ".join(
+        f"{key}={json.dumps(getattr(earlier, key.removeprefix('train.')))}" for key in changed
+    )
+    usable = [path for path in committed(folder / "checkpoints") if step_of(path) <= same]
+    if usable:
+        longer = (
+            f"to train on with the new schedule, copy {usable[0]} to the folder checkpoints of "
+            "another run.folder"
+        )
+    else:
+        done = step == earlier.max_steps and (folder / "export" / name).is_dir()
+        student = folder / "export" / (name if done else f"{name}-step-{step}")
+        export = "" if done else " (write it with --export newest)"
+        longer = (
+            "to train longer, start a new run from its student: another run.folder and "
+            f"students.{name}.init={student}{export}"
+        )
     return ConfigError(
-        f"{folder} holds a run at step {step} with other settings: train.max_steps: {before} -> "
-        f"{now}. The learning rate decays to 0 at train.max_steps, so that the steps made after "
-        f"train.warmup_steps={config.train.warmup_steps} had another one. Set "
-        f"train.max_steps={before} to go on; to train longer, start a new run from its student: "
-        f"another run.folder and students.{name}.init={student}{export}"
+        f"{folder} holds a run at step {step} with other settings: {'; '.join(differences)}. "
+        f"{why}. Set {restored} to go on; {longer}"
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from scaledistill.config.resolved import ResolvedRun
+from scaledistill.config.schedule import schedule_text
 from scaledistill.distributed.ranks import BF16_ON_CPU
 from scaledistill.engines import engine_traits
 from scaledistill.errors import counted
@@ -187,6 +188,7 @@ def _step_rows(plan: Plan) -> dict[str, str]:
             f"{counted(train.max_steps, 'step')}, "
             f"{short(train.max_steps * run.tokens_per_step)} tokens, {epochs:,.1f} epochs"
         ),
+        "schedule": f"{schedule_text(train)}; peak {train.learning_rate:g}",
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from scaledistill.config.schedule import learning_rate
 from scaledistill.data.stream import Batch
 from scaledistill.distributed.ranks import all_reduce_sum, any_rank
 from scaledistill.errors import DataError
@@ -69,16 +70,6 @@ class StepResult:
     """What was first not finite in a skipped step: "teacher", "student", "loss" or "gradient"."""
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int) -> float:
-    """Return the learning rate of a step, counted from 0.
-
-    It warms up linearly over `warmup_steps` and decays linearly to 0 at `max_steps`.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * (max_steps - step) / (max_steps - warmup_steps)
-
-
 def train_step(
     session: Session,
     stream: Iterator[Batch],
@@ -86,7 +77,7 @@ def train_step(
     watch: Stopwatch,
 ) -> StepResult:
     """Run one optimizer step on the next global batch. Collective."""
-    student, ranks, train = session.student, session.ranks, session.config.train
+    student, ranks = session.student, session.ranks
     pairs = list(session.config.relations.pairs)
     # Sums of the total loss, of each pair's loss and of the stop requests.
     sums = torch.zeros(2 + len(pairs), dtype=torch.float64, device=ranks.device)
@@ -107,8 +98,7 @@ def train_step(
         )
         # Else the loss's graph would stay in memory during the next micro-batch's forward.
         del loss, poison
-    peak, warmup, last = train.learning_rate, train.warmup_steps, train.max_steps
-    rate = learning_rate(session.step, peak=peak, warmup_steps=warmup, max_steps=last)
+    rate = learning_rate(session.step, session.config.train)
     with watch.phase("optimizer"):
         outcome = student.engine.step(rate)
     sums[-1] = float(stop_reason() is not None)
