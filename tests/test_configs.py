@@ -31,6 +31,7 @@ from transformers import (
 
 from scaledistill.config.naming import teacher_names
 from scaledistill.config.schema import TeacherSettings
+from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import DataError, named
 from scaledistill.glue.finetune import _load_model
 from scaledistill.glue.tasks import TASKS
@@ -91,9 +92,9 @@ def changed(source: Path, folder: Path, keys: dict, weights: dict | None = None)
     ],
 )
 def test_keys_that_change_nothing(keys: dict, bert: Path, tmp_path: Path) -> None:
-    expected = Teacher(load_encoder(bert), 3)(IDS_BT)
+    expected = Teacher(load_encoder(bert), 3)(TokenInputs(IDS_BT))
     encoder = load_encoder(changed(bert, tmp_path, keys))
-    assert all(map(torch.equal, Teacher(encoder, 3)(IDS_BT), expected))
+    assert all(map(torch.equal, Teacher(encoder, 3)(TokenInputs(IDS_BT)), expected))
     student = student_config(
         encoder.config, num_layers=1, hidden_size=8, num_attention_heads=2
     ).to_dict()
@@ -309,7 +310,7 @@ def test_weights_that_overflow_in_the_dtype_of_the_teacher(bert: Path, tmp_path:
             3,
             dtype=torch.float16,
             stored=stored,
-            shard=lambda view, _, weights: (dict(weights), view)[1],
+            shard=lambda view, weights: (dict(weights), view.module)[1],
         )
     Teacher(load_encoder(folder), 3, dtype=torch.bfloat16)
 
