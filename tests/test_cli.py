@@ -413,11 +413,11 @@ def test_export_is_rank_0s(
 ) -> None:
     asked: list[Any] = []
 
-    def export(config: Any, wanted: Any) -> Path:
+    def export(config: Any, wanted: Any) -> list[Path]:
         asked.append(wanted)
         if wanted == 7:
             raise doctor.ConfigError("no checkpoint of step 7")
-        return Path("export/l2-step-8")
+        return [Path("export/l2-step-8")]
 
     monkeypatch.setattr(exports, "export_checkpoint", export)
     os.environ["RANK"] = rank

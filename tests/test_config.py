@@ -96,6 +96,16 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("relations.pairs", {"qx": 1.0}, r"unknown pair 'qx', expected some of qq, qk"),
         ("relations.pairs", {"qq": 0.0}, r"no pair has a weight above 0"),
         ("students", {}, r"students has 0 entries"),
+        (
+            "students",
+            dict.fromkeys(("a", "a-best"), BASE["students"]["l3"]),
+            r"students\.a-best: the best student 'a' is exported under this name; rename it",
+        ),
+        (
+            "students.l3.warmup_steps",
+            10_000,
+            r"students\.l3\.warmup_steps=10000 is more than train",
+        ),
         ("students", {"a b": BASE["students"]["l3"]}, r"students\.a b: use only letters"),
         ("students.l3.layer_map", [1, 2, 3], r"layer_map is read only with init='teacher'"),
         (

@@ -61,7 +61,7 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
                     train_step(session, stream, lambda: None, Stopwatch())
                     for _ in range(run.config.train.max_steps)
                 ]
-            losses.append([step.losses["loss"] for step in steps])
+            losses.append([step.loss for step in steps])
     return losses
 
 
@@ -683,22 +683,21 @@ def losses_carried_over(
         def steps(session: Any) -> list[float]:
             with session.stream() as stream:
                 return [
-                    train_step(session, stream, lambda: None, Stopwatch()).losses["loss"]
-                    for _ in range(2)
+                    train_step(session, stream, lambda: None, Stopwatch()).loss for _ in range(2)
                 ]
 
         def moved(tree: dict[str, Any], export: Path, state: Any) -> list[float]:
             session = opened(tree, init=str(export))
             session.step = 2
-            session.student.engine.load_state(state)
+            session.students[0].engine.load_state(state)
             return steps(session)
 
         ends = []
         for tree in trees:
             session = opened(tree)
             steps(session)
-            export = session.export("moved", {})
-            state = broadcast_object(session.student.engine.state())
+            export = session.export(session.students[0], "moved", {})
+            state = broadcast_object(session.students[0].engine.state())
             ends.append(
                 (steps(session), moved(trees[0], export, state), moved(tree, export, state))
             )

@@ -32,7 +32,7 @@ LARGER = {"larger": {"num_layers": 3, "hidden_size": 96, "num_attention_heads": 
 def estimate_of(config: DistillConfig, world_size: int = 1, device_type: str = "cpu") -> Estimate:
     run = replace(resolve(config, world_size, CPU), device_type=device_type)
     teacher = load_config(config.teacher.model)
-    return estimate(run, "l2", teacher, doctor.student_shape(config, "l2", teacher))
+    return estimate(run, teacher, {"l2": doctor.student_shape(config, "l2", teacher)})
 
 
 def count(module: torch.nn.Module) -> int:
@@ -53,7 +53,7 @@ def test_parameters_are_those_of_real_models(tiny_config: Callable[..., DistillC
     view = capture_view(student, 2).module
     assert facts.teacher_parameters == teacher.num_parameters
     assert facts.student_parameters == count(student)
-    assert facts.trained_parameters == count(view)
+    assert facts.students["l2"].trained == count(view)
     assert count(view) == count(student) - (48 * 48 + 48 + 2 * 48) - (
         48 * 192 + 192 + 192 * 48 + 48 + 2 * 48
     )
@@ -86,7 +86,7 @@ def test_bytes_per_trained_parameter_on_four_ranks(
         teacher={"dtype": "fp32"},
     )
     facts = estimate_of(config, world_size=4, device_type="cuda")
-    trained = facts.trained_parameters
+    trained = facts.students["l2"].trained
     assert facts.weights_and_gradients_bytes == pytest.approx(
         (weights + gradients) * trained, abs=2
     )
@@ -136,7 +136,7 @@ def test_fsdp_memory(tiny_config: Callable[..., DistillConfig]) -> None:
         config = tiny_config(engine={"name": "fsdp", "fsdp": fsdp}, train={"precision": "bf16"})
         return estimate_of(config, world_size=4, device_type="cuda")
 
-    trained = facts().trained_parameters
+    trained = facts().students["l2"].trained
     assert facts().weights_and_gradients_bytes == trained  # a quarter of the fp32 gradients
     assert facts().optimizer_bytes == 3 * trained  # a quarter of fp32 weights and moments
     assert facts().engine_bytes <= (2 + 4) * trained
@@ -153,7 +153,7 @@ def test_host_memory_holds_what_was_offloaded(tiny_config: Callable[..., Distill
         }
     )
     gpu, host = (estimate_of(config, device_type=device_type) for device_type in ("cuda", "cpu"))
-    trained = gpu.trained_parameters
+    trained = gpu.students["l2"].trained
     assert gpu.engine_bytes == 2 * 10 * 4 + 4 * trained  # two buckets; the weights, gathered
     assert gpu.state_bytes == gpu.teacher_bytes + 4 * trained + gpu.engine_bytes
     assert gpu.memory_bytes(5) == gpu.state_bytes + 5 * gpu.activation_bytes_per_sequence
@@ -167,7 +167,7 @@ def test_gradient_buckets(tiny_config: Callable[..., DistillConfig]) -> None:
         config = tiny_config(engine={"deepspeed": {"zero_optimization": {"stage": 2, **zero}}})
         return estimate_of(config, device_type=device_type).engine_bytes
 
-    trained = estimate_of(tiny_config()).trained_parameters
+    trained = estimate_of(tiny_config()).students["l2"].trained
     assert engine_bytes("cuda", reduce_bucket_size=10**6, overlap_comm=True) == 8 * 10**6
     # Never touched pages.
     assert engine_bytes("cpu", reduce_bucket_size=10**6, overlap_comm=False) == 4 * trained
@@ -185,7 +185,7 @@ def test_relation_memory_grows_as_the_backends_do(
         run = replace(settled, config=settled.config.model_copy(update={"relations": relations}))
         teacher = load_config(config.teacher.model)
         student = doctor.student_shape(config, "l2", teacher)
-        return estimate(run, "l2", teacher, student).relation_bytes
+        return estimate(run, teacher, {"l2": student}).relation_bytes
 
     gradients = 8 * 3 * 16 * 4  # sequences; q, k, v of width 16 in fp32
     maps = 8 * 3 * 4 * 4  # sequences, pairs, relation heads, in fp32
@@ -226,7 +226,7 @@ def test_activations_are_those_that_a_step_allocates(
         encoder, doctor.student_shape(config, "l2", encoder.config), dropout=dropout
     )
     teacher = Teacher(encoder, 3, dtype=DTYPES[precision])
-    trial = Trial(run, "l2", teacher, capture_view(student, 3), CPU, 0)
+    trial = Trial(run, teacher, {"l2": capture_view(student, 3)}, CPU, 0)
     trial(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trial(sequences)
@@ -275,7 +275,7 @@ def peak_of_a_run(sequences: int, length: int) -> tuple[int, int]:
     with process_group(60) as ranks:
         run = resolve(parse_config(tree), 1, CPU)
         shape = student_config(BertConfig(), num_layers=6, hidden_size=384, num_attention_heads=12)
-        facts = estimate(run, "l6", BertConfig(), shape)
+        facts = estimate(run, BertConfig(), {"l6": shape})
         before = memory_bytes("VmRSS")
         teacher = Teacher(build_encoder(BertConfig()), 12)
         view = capture_view(build_student(None, shape), 6)

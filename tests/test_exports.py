@@ -58,7 +58,7 @@ def card_of(folder: Path) -> dict[str, str]:
 def test_a_checkpoint_that_several_ranks_wrote(run: DistillConfig) -> None:
     before = {path: path.stat().st_mtime_ns for path in checkpoints(run).rglob("*")}
     with locked(Path(run.run.folder)):  # a run in progress
-        folder = export_checkpoint(run, 8)
+        [folder] = export_checkpoint(run, 8)
     assert folder == Path(run.run.folder) / "export" / "l2-step-8"
     check_export(folder, checkpoints(run) / "step-000000008" / "l2.weights.safetensors")
     assert {path: path.stat().st_mtime_ns for path in checkpoints(run).rglob("*")} == before
@@ -78,7 +78,7 @@ def test_a_checkpoint_that_several_ranks_wrote(run: DistillConfig) -> None:
 
 
 def test_the_newest_is_what_the_run_itself_exported(run: DistillConfig) -> None:
-    folder = export_checkpoint(run, "newest")
+    [folder] = export_checkpoint(run, "newest")
     assert folder.name == "l2-step-10"
     own = load_file(folder.with_name("l2") / "model.safetensors")
     written = load_file(folder / "model.safetensors")
@@ -91,11 +91,11 @@ def test_losses_that_were_measured_before(run: DistillConfig) -> None:
     path.write_text(
         '{"step": 2, "loss": 0.5, "validation_loss": 0.75}\n{"step": 3, "loss": 0.25}\n'
     )
-    card = card_of(export_checkpoint(run, 4))
+    card = card_of(*export_checkpoint(run, 4))
     assert card["validation loss"] == "0.7500 (at step 2)"
     assert card["training loss"] == "0.2500 (at step 3)"
     path.unlink()
-    card = card_of(export_checkpoint(run, 4))
+    card = card_of(*export_checkpoint(run, 4))
     assert card["validation loss"] == "not measured"
     assert "training loss" not in card
 
@@ -107,7 +107,7 @@ def test_the_checkpoints_own_settings_count(
     tree = run.model_dump()
     tree["teacher"]["model"] = str(moved)
     tree["students"]["l2"] |= {"num_layers": 1, "hidden_size": 32}
-    folder = export_checkpoint(parse_config(tree), 8)
+    [folder] = export_checkpoint(parse_config(tree), 8)
     check_export(folder, checkpoints(run) / "step-000000008" / "l2.weights.safetensors")
     change = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**change, "vocab_size": 300}))
@@ -167,7 +167,7 @@ def test_the_extra_tap_is_left_out(tmp_path: Path, tiny_teacher: Path, tiny_shar
         engine=engine,
     )
     assert run_ranks(distil, 1, tree)[0][:2] == ("done", 0)
-    folder = export_checkpoint(parse_config(tree), "newest")
+    [folder] = export_checkpoint(parse_config(tree), "newest")
     own = load_file(folder.with_name("l2") / "model.safetensors")
     written = load_file(folder / "model.safetensors")
     assert own.keys() == written.keys()

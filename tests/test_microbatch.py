@@ -79,10 +79,10 @@ def test_prediction_fills_the_limit(tiny_config: Callable[..., DistillConfig]) -
     config = tiny_config(train={"global_batch_size": 48})
     teacher = load_config(config.teacher.model)
     student = doctor.student_shape(config, "l2", teacher)
-    facts = estimate(resolved(config), "l2", teacher, student)
+    facts = estimate(resolved(config), teacher, {"l2": student})
 
     def at(limit: float, world_size: int = 1) -> int:
-        return predict(resolved(config, world_size), "l2", teacher, student, int(limit))
+        return predict(resolved(config, world_size), teacher, {"l2": student}, int(limit))
 
     assert at(facts.memory_bytes(6) / (1 - MARGIN_FRACTION) + 2) == 6
     assert at(facts.memory_bytes(8) / (1 - MARGIN_FRACTION) - 2) == 6
@@ -120,9 +120,9 @@ def test_a_trial_makes_a_step_and_leaves_the_student_alone(
     view = capture_view(student, 2)
     before = {name: parameter.clone() for name, parameter in view.module.named_parameters()}
     teacher = Teacher(encoder, 3, dtype=torch.bfloat16)
-    trial = Trial(resolved(config), "l2", teacher, view, CPU, held_bytes=1000)
+    trial = Trial(resolved(config), teacher, {"l2": view}, CPU, held_bytes=1000)
     trial(6)
-    copies = dict(trial._module.named_parameters())
+    copies = dict(trial._students[0][1].named_parameters())
     assert all(
         parameter.grad is None and torch.equal(parameter, before[name])
         for name, parameter in view.module.named_parameters()
@@ -168,7 +168,7 @@ def choose_with(tree: dict[str, Any], *most: tuple[int, int]) -> list[int | str]
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
         try:
-            return choose(run, "l2", unused, unused, unused, ranks, attempt)
+            return choose(run, unused, unused, unused, ranks, attempt)
         except (ConfigError, PeerError) as error:
             return f"{type(error).__name__}: {error}"
 
@@ -199,7 +199,7 @@ def test_without_a_gpu_the_prediction_is_taken(tiny_config: Callable[..., Distil
     unused: Any = None
     with process_group(60) as ranks:
         run = resolved(tiny_config(train={"micro_batch_size": 2}))
-        assert choose(run, "l2", unused, unused, unused, replace(ranks, device=CPU)) == 2
+        assert choose(run, unused, unused, unused, replace(ranks, device=CPU)) == 2
 
 
 def write_files(root: Path, files: dict[str, object]) -> None:
@@ -254,12 +254,12 @@ def test_the_gpu_takes_what_was_chosen_and_no_more(
         encoder = load_encoder(config.teacher.model, num_layers=3)
         student = build_student(encoder, doctor.student_shape(config, "l2", encoder.config))
         teacher = Teacher(encoder, 3).to(ranks.device)
-        facts = estimate(run, "l2", teacher.config, student.config)
+        facts = estimate(run, teacher.config, {"l2": student.config})
         free, total = torch.cuda.mem_get_info(ranks.device)
         left = facts.state_bytes - facts.teacher_bytes + 200 * facts.activation_bytes_per_sequence
         filler = torch.empty(
             free - int(MARGIN_FRACTION * total) - left, dtype=torch.uint8, device=ranks.device
         )
-        size = choose(run, "l2", teacher, capture_view(student, 2), facts, ranks)
+        size = choose(run, teacher, {"l2": capture_view(student, 2)}, facts, ranks)
         assert 32 <= size <= 512
         del filler

@@ -183,7 +183,7 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
                     train_step(session, stream, lambda: None, Stopwatch())
                     for _ in range(run.config.train.max_steps)
                 ]
-            losses.append([step.losses["loss"] for step in steps])
+            losses.append([step.loss for step in steps])
     return losses
 
 

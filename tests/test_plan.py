@@ -16,6 +16,7 @@ from scaledistill.config.schema import DistillConfig
 from scaledistill.data.order import SampleOrder
 from scaledistill.preflight import checks as doctor
 from scaledistill.preflight import report as plan
+from scaledistill.preflight.estimate import StudentSize
 from scaledistill.preflight.resolve import resolve
 
 CPU = torch.device("cpu")
@@ -62,7 +63,10 @@ def test_traffic(
         teacher={"placement": placement, "dtype": "bf16"},
         train={"global_batch_size": 24, "micro_batch_size": 2, "precision": "bf16"},
     )
-    facts = cast(Any, SimpleNamespace(trained_parameters=TRAINED, teacher_parameters=TEACHER))
+    facts = cast(
+        Any,
+        SimpleNamespace(students={"l2": StudentSize(TRAINED, TRAINED)}, teacher_parameters=TEACHER),
+    )
     assert plan.traffic(resolve(config, 4, CPU), facts, placement) == expected
     alone = resolve(config, 1, CPU)
     assert sum(plan.traffic(alone, facts, placement).values()) == 0 or placement != "replicate"

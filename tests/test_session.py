@@ -117,14 +117,11 @@ def dtypes_of(tree: dict[str, Any]) -> tuple[set[str], set[str], list[float]]:
         session.teacher.module.register_forward_hook(
             lambda module, inputs, output: teacher.add(str(output.last_hidden_state.dtype))
         )
-        for parameter in session.student.engine._engine.module.parameters():  # type: ignore[attr-defined]
+        for parameter in session.students[0].engine._engine.module.parameters():  # type: ignore[attr-defined]
             student.add(str(parameter.dtype))
             parameter.register_hook(lambda grad: student.add(str(grad.dtype)))
         with session.stream() as stream:
-            losses = [
-                train_step(session, stream, lambda: None, Stopwatch()).losses["loss"]
-                for _ in range(3)
-            ]
+            losses = [train_step(session, stream, lambda: None, Stopwatch()).loss for _ in range(3)]
     return teacher, student, losses
 
 

@@ -9,13 +9,13 @@ from scaledistill.config.schema import TrainSettings
 from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import DivergedError, PeerError
 from scaledistill.training.skips import SkipGuard
-from scaledistill.training.step import StepResult
+from scaledistill.training.step import StepResult, StudentStep
 
 SETTINGS = TrainSettings(
     global_batch_size=8, max_steps=9, learning_rate=1e-3, warmup_steps=0, max_skipped_steps=1
 )
 GOOD, BAD = (
-    StepResult({"loss": 1.0}, 1e-3, 1.0, skipped, stop_requested=False, cause=cause)
+    StepResult({"s": StudentStep(1.0, {}, 1e-3, 1.0, skipped, cause)}, stop_requested=False)
     for skipped, cause in ((False, None), (True, "student"))
 )
 

@@ -20,7 +20,7 @@ from scaledistill.metrics.stopwatch import Stopwatch
 from scaledistill.preflight import checks as doctor
 from scaledistill.training.loop import COMPILING_STEPS, distill
 from scaledistill.training.session import Session, open_session
-from scaledistill.training.step import StepResult, forward_loss, train_step, validation_loss
+from scaledistill.training.step import StepResult, student_loss, train_step, validation_losses
 
 # What makes the host wait for a GPU: values, or shapes that depend on them.
 READS = {
@@ -81,7 +81,7 @@ def alive_at_forwards(tree: dict[str, Any]) -> list[int]:
         session = open_session(
             doctor.plan_run(parse_config(tree), 1, ranks.device).run, ranks, resume=False
         )
-        teacher, compute = session.teacher.forward, session.student.loss
+        teacher, compute = session.teacher.forward, session.students[0].loss
 
         def watched(*arguments: Any) -> Any:
             alive.append(sum(reference() is not None for reference in references))
@@ -96,10 +96,10 @@ def alive_at_forwards(tree: dict[str, Any]) -> list[int]:
 
         with pytest.MonkeyPatch.context() as monkeypatch, session.stream() as stream:
             monkeypatch.setattr(session.teacher, "forward", watched)
-            monkeypatch.setattr(session.student, "loss", remembered)
+            monkeypatch.setattr(session.students[0], "loss", remembered)
             for _ in range(2):
                 train_step(session, stream, lambda: None, Stopwatch())
-            validation_loss(session)
+            validation_losses(session)
     return alive
 
 
@@ -138,7 +138,12 @@ def test_a_forward_on_a_gpu_waits_for_nothing(tiny_config, attention: str) -> No
         for mode in ("default", "error"):  # the first time kernels are compiled, and tried
             torch.cuda.set_sync_debug_mode(mode)
             try:
-                forward_loss(session, batch, Stopwatch(ranks.device))
+                student_loss(
+                    session.students[0],
+                    session.teacher(batch.tokens),
+                    batch,
+                    Stopwatch(ranks.device),
+                )
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
@@ -162,7 +167,7 @@ def compiles_of_run(tree: dict[str, Any]) -> tuple[list[int], list[float]]:
     def opened(*arguments: Any, **options: Any) -> Session:
         session = open_session(*arguments, **options)
         if session.config.train.compile:
-            for view in (session.teacher.view, session.student.engine._view):  # type: ignore[attr-defined]
+            for view in (session.teacher.view, session.students[0].engine._view):  # type: ignore[attr-defined]
                 view.compile_blocks(backend=backend)  # in place of what has not run yet
         return session
 

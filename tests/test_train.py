@@ -156,7 +156,8 @@ def test_a_whole_run(make_tree: Callable[..., dict[str, Any]], tiny_shards: Path
         (row for row in rows if "validation_loss" in row), key=lambda row: row["validation_loss"]
     )
     state = json.loads((folder / "checkpoints" / "step-000000020" / "state.json").read_text())
-    assert (state["best"]["step"], state["best"]["validation_loss"]) == (
+    own = state["students"]["l2"]["best"]
+    assert (own["step"], own["validation_loss"]) == (
         best["step"],
         best["validation_loss"],
     )
@@ -540,7 +541,7 @@ def distil_with_bad_loss(
 
     def opened(*arguments: Any, **options: Any) -> Any:
         session = open_session(*arguments, **options)
-        compute = session.student.loss
+        compute = session.students[0].loss
 
         def bad(*tensors: Any) -> Any:
             nonlocal calls
@@ -548,7 +549,7 @@ def distil_with_bad_loss(
             loss = compute(*tensors)
             return loss._replace(total=loss.total + value) if first <= calls <= last else loss
 
-        session.student.loss = bad  # type: ignore[assignment]
+        session.students[0].loss = bad  # type: ignore[assignment]
         return session
 
     return distil(tree, **({"open_session": opened} if is_last_rank() else {}))
@@ -608,7 +609,10 @@ def test_non_finite_losses_are_skipped_on_all_ranks(
         False,
         False,
     ]
-    assert json.loads((folders[-1] / "state.json").read_text())["optimizer_steps"] == {"l2": 4}
+    assert (
+        json.loads((folders[-1] / "state.json").read_text())["students"]["l2"]["optimizer_steps"]
+        == 4
+    )
 
 
 def test_too_many_non_finite_losses_end_the_run(make_tree: Callable[..., dict[str, Any]]) -> None:
@@ -642,7 +646,7 @@ def distil_with_bad_values(tree: dict[str, Any], where: str) -> tuple[str, int, 
 
     def opened(*arguments: Any, **options: Any) -> Any:
         session = open_session(*arguments, **options)
-        engine = session.student.engine
+        engine = session.students[0].engine
         forward = engine.forward
 
         def bad_output(inputs: Any) -> Any:

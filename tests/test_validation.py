@@ -29,12 +29,12 @@ def distil_with_failing_exports(tree: dict[str, Any], failing: int) -> tuple[str
         session = open_session(*arguments, **options)
         export = session.export
 
-        def exported(folder_name: str, *rest: Any) -> Path:
+        def exported(student: Any, folder_name: str, *rest: Any) -> Path:
             nonlocal failing
             if folder_name == "l2-best" and failing > 0:
                 failing -= 1
                 raise DataError("the disk is full")
-            return export(folder_name, *rest)
+            return export(student, folder_name, *rest)
 
         session.export = exported  # type: ignore[method-assign]
         return session
@@ -57,7 +57,7 @@ def test_an_export_of_the_best_that_fails_is_survived(
     losses = {row["step"]: row["validation_loss"] for row in rows_of(tree) if row["step"] % 2 == 0}
     folder = Path(tree["run"]["folder"])
     [checkpoint] = (folder / "checkpoints").iterdir()
-    best = json.loads((checkpoint / "state.json").read_text())["best"]
+    best = json.loads((checkpoint / "state.json").read_text())["students"]["l2"]["best"]
     assert best["step"] == min((4, 6), key=lambda step: losses[step])
     assert best["validation_loss"] == losses[best["step"]]
     assert (folder / "export" / "l2-best" / "model.safetensors").exists()

@@ -266,8 +266,8 @@ def _export(config: DistillConfig, step: int | str, is_main: bool) -> int:
     if is_main:
         from scaledistill.training.exports import export_checkpoint
 
-        folder = export_checkpoint(config, step)
-        logging.getLogger("scaledistill").info("the student is in %s", folder)
+        for folder in export_checkpoint(config, step):
+            logging.getLogger("scaledistill").info("the student is in %s", folder)
     return EXIT_DONE
 
 

@@ -69,6 +69,12 @@ class ResolvedRun:
         """Whether the user wants the largest micro-batch that fits."""
         return self.stated.train.micro_batch_size == "auto"
 
+    def for_student(self, name: str) -> ResolvedRun:
+        """Return the run as it would be with this student alone."""
+        return replace(
+            self, config=self.config.for_student(name), stated=self.stated.for_student(name)
+        )
+
     def with_micro_batch(self, size: int) -> ResolvedRun:
         """Return the run with micro-batches of `size` sequences."""
         train = self.config.train.model_copy(update={"micro_batch_size": size})

@@ -25,6 +25,8 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+TRAINED_ALONE = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+"""Settings of a student that override those of the same names in `train`."""
 MAY_CHANGE = "may change on resume"
 """Marks a field whose change alters no result, or rounding only; resume refuses any other change.
 Data and teacher are identified by hashes, so that their paths may change."""
@@ -107,6 +109,14 @@ class StudentSettings(Settings):
     """Relation heads for this student (default: `relations.num_heads`)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout while distilling. The exported config keeps the teacher's values."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of this student (default: `train.learning_rate`)."""
+    warmup_steps: NotNegative | None = None
+    """Steps of warm-up of this student (default: `train.warmup_steps`)."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay of this student (default: `train.weight_decay`)."""
+    max_grad_norm: Annotated[float, Field(ge=0)] | None = None
+    """Clipping of this student's gradients (default: `train.max_grad_norm`)."""
 
     @model_validator(mode="after")
     def _check(self) -> StudentSettings:
@@ -355,7 +365,8 @@ class DistillConfig(Settings):
     run: RunSettings
     teacher: TeacherSettings
     students: dict[str, StudentSettings]
-    """Students by name; the name is part of metric names and of the export folder."""
+    """Students by name; the name is part of metric names and of the export folder. All learn from
+    one forward of the teacher; each has its own engine, optimizer and exports."""
     relations: RelationSettings
     data: DataSettings
     train: TrainSettings
@@ -369,13 +380,24 @@ class DistillConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
-        if len(self.students) != 1:
-            raise ValueError(f"students has {len(self.students)} entries, expected one")
+        if not self.students:
+            raise ValueError("students has 0 entries, expected at least one")
         if bad := [name for name in self.students if not STUDENT_NAME.fullmatch(name)]:
             raise ValueError(
                 f"students.{bad[0]}: use only letters, digits, '-' and '_' in a name; it names a "
                 "folder"
             )
+        for name, student in self.students.items():
+            if f"{name}-best" in self.students:
+                raise ValueError(
+                    f"students.{name}-best: the best student {name!r} is exported under this name; "
+                    "rename it"
+                )
+            if (student.warmup_steps or 0) > self.train.max_steps:
+                raise ValueError(
+                    f"students.{name}.warmup_steps={student.warmup_steps} is more than "
+                    f"train.max_steps={self.train.max_steps}; lower it"
+                )
         if self.evaluation and not (self.evaluation.tasks or self.evaluation.probe):
             found = (
                 "found [] (list, 0 entries)"
@@ -396,6 +418,15 @@ class DistillConfig(Settings):
                 "data.validation, which is not set; name a folder of held-out shards or set it to 0"
             )
         return self
+
+    def for_student(self, name: str) -> DistillConfig:
+        """Return the settings of a run with this student alone; its own override `train`."""
+        student = self.students[name]
+        own = {key: getattr(student, key) for key in TRAINED_ALONE}
+        train = self.train.model_copy(
+            update={key: value for key, value in own.items() if value is not None}
+        )
+        return self.model_copy(update={"students": {name: student}, "train": train})
 
     def relation_heads(self, student: str) -> int:
         """Return the number of relation heads of a student."""

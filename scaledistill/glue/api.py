@@ -201,7 +201,6 @@ def plan_evaluation(config: DistillConfig) -> PlannedEvaluation:
     else:
         tasks, data = [], {}
         problems.attempt(check_installed)  # among what `plan_tasks` checks
-    [student] = config.students
     if settings.include_teacher and not settings.tasks:
         problems.found.append(
             SettingError(
@@ -210,7 +209,7 @@ def plan_evaluation(config: DistillConfig) -> PlannedEvaluation:
                 remedy="name some, or turn it off",
             )
         )
-    if settings.include_teacher and student == TEACHER:
+    if settings.include_teacher and TEACHER in config.students:
         problems.found.append(
             SettingError(
                 "include_teacher",
@@ -223,24 +222,26 @@ def plan_evaluation(config: DistillConfig) -> PlannedEvaluation:
         whole_teacher = problems.attempt(
             lambda: plan_model(TEACHER, _teacher_folder(config), tasks)
         )
-    # The student's table of positions is as long as the teacher's.
+    # The students' tables of positions are as long as the teacher's.
+    students = " and ".join(config.students)
+    whose = f"the student{'' if len(config.students) == 1 else 's'} {students}"
     with named(**teacher_names(teacher)):
         shape = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
-    check_lengths(f"the student {student}", positions(shape), data.values(), problems)
+    check_lengths(whose, positions(shape), data.values(), problems)
     folder = problems.attempt(lambda: Path(_teacher_folder(config)))
-    if folder:  # the student has the teacher's tokenizer
-        check_room(f"the student {student}", folder, data.values(), problems)
+    if folder:  # the students have the teacher's tokenizer
+        check_room(whose, folder, data.values(), problems)
     problems.found = [_of_evaluation(problem) for problem in problems.found]
     problems.raise_all()
     return PlannedEvaluation(
-        size=grid_size(2 if settings.include_teacher else 1, settings),
+        size=grid_size(len(config.students) + settings.include_teacher, settings),
         flops_per_parameter=flops_per_parameter(data.values(), settings),
         teacher_parameters=whole_teacher.encoder_parameters if whole_teacher else 0,
     )
 
 
 def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
-    """Score the exported student of a finished run, and write the scores into its model card.
+    """Score the exported students of a finished run, and write the scores into their model cards.
 
     Only one rank calls this.
 
@@ -257,18 +258,19 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
     """
     folder, settings = Path(config.run.folder), _settings_of(config)
     torch.cuda.empty_cache()  # the worker processes need the memory
-    [name] = config.students
-    export, output = folder / "export" / name, folder / "evaluation"
+    exports = {name: folder / "export" / name for name in config.students}
+    output, several = folder / "evaluation", len(exports) > 1
     status = Status(folder, config.train.max_steps)
     answer = "stopping; finished fine-tunings are kept"
     stop = StopRequest(
         folder, watch_file=True, logs=True, max_hours=config.run.max_hours, answer=answer
     )
     with stop.listening(), failures_told(status, of_settings=True):
-        status.write("evaluating", f"{message}; the student is being fine-tuned and scored")
-        models = {name: str(export)} | (
-            {TEACHER: _teacher_folder(config)} if settings.include_teacher else {}
-        )
+        who = "the students are" if several else "the student is"
+        status.write("evaluating", f"{message}; {who} being fine-tuned and scored")
+        models = {name: str(export) for name, export in exports.items()}
+        if settings.include_teacher:
+            models[TEACHER] = _teacher_folder(config)
         try:
             with named(**SETTINGS):
                 result = run_grid(models, settings, output, stop=stop.reason)
@@ -279,8 +281,10 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
             )
             end = ("stopped", EXIT_STOPPED, f"{message}; {why}")
         else:
-            write_card_section(export, "Evaluation", result.summary.markdown())
-            end = ("done", EXIT_DONE, f"{message}; its scores are in {output}/summary.md")
+            for export in exports.values():
+                write_card_section(export, "Evaluation", result.summary.markdown())
+            whose = "their" if several else "its"
+            end = ("done", EXIT_DONE, f"{message}; {whose} scores are in {output}/summary.md")
             if result.failures:
                 why = (
                     f"{counted(len(result.failures), 'fine-tuning')} failed, {output}/summary.md "

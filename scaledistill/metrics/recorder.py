@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 import time
 from collections import deque
@@ -193,6 +194,12 @@ class Pace:
 def summary(row: Mapping[str, Any]) -> str:
     """Return a row's metrics for people, on one line."""
     parts = ["loss " + ("not finite" if row["loss"] is None else f"{row['loss']:.4f}")]
+    # A run of several students has "loss/<student>" beside their sum.
+    own = {key: value for key, value in row.items() if re.fullmatch(r"loss/[^/]+", key)}
+    if own:
+        shown = ("not finite" if value is None else f"{value:.4f}" for value in own.values())
+        names = (key.partition("/")[2] for key in own)
+        parts.append(f"({', '.join(map(' '.join, zip(names, shown, strict=True)))})")
     if row.get("validation_loss") is not None:
         parts.append(f"validation {row['validation_loss']:.4f}")
     if row.get("probe/stsb_spearman") is not None:

@@ -59,7 +59,6 @@ class Plan:
     order: SampleOrder
     shards: ShardReader
     held_out: ShardReader | None
-    student_name: str
     estimate: Estimate
     free_disk_bytes: int
     evaluation: str | None = None
@@ -97,14 +96,14 @@ def plan_run(
     """
     problems = Problems()
     attempt = problems.attempt
-    [(name, spec)] = config.students.items()
     resolved = attempt(resolve, config, world_size, device)
     teacher = attempt(_teacher_config, config)
-    student = attempt(_student_config, config, name, teacher) if teacher else None
-    for setting, model in (
-        ("teacher.model", config.teacher.model),
-        (f"students.{name}.init", spec.init),
-    ):
+    shapes = {
+        name: attempt(_student_config, config, name, teacher) if teacher else None
+        for name in config.students
+    }
+    inits = {f"students.{name}.init": spec.init for name, spec in config.students.items()}
+    for setting, model in {"teacher.model": config.teacher.model, **inits}.items():
         # Models from the hub are checked when their weights are fetched.
         if model not in ("random", "teacher") and Path(model).is_dir():
             attempt(_check_weights, config, setting, model)
@@ -138,21 +137,23 @@ def plan_run(
     ):
         attempt(check_same_run, state, resolved.config, order)
     problems.raise_all()
-    if not (resolved and teacher and student and shards and order):
+    students = {name: shape for name, shape in shapes.items() if shape}
+    if not (resolved and teacher and len(students) == len(shapes) and shards and order):
         raise AssertionError("unreachable: an input is missing but no problem was recorded")
     if gpu_bytes:
         resolved = for_gpus(resolved)
     if resolved.auto_micro_batch:
         ranks_here = ranks.local_size if ranks else world_size
         free = gpu_bytes or free_bytes(device, ranks_here)
-        resolved = resolved.with_micro_batch(predict(resolved, name, teacher, student, free))
-    facts = estimate(resolved, name, teacher, student)
+        resolved = resolved.with_micro_batch(predict(resolved, teacher, students, free))
+    facts = estimate(resolved, teacher, students)
     free = _free_disk_bytes(config, facts.checkpoint_bytes if writes else 0)
-    plan = Plan(resolved, order, shards, held_out, name, facts, free)
+    plan = Plan(resolved, order, shards, held_out, facts, free)
     if evaluation is None or not (config.evaluation and config.evaluation.tasks):
         return plan
-    encoder = facts.student_parameters - student.vocab_size * student.hidden_size
-    return replace(plan, evaluation=evaluation.size, evaluation_flops=evaluation.flops(encoder))
+    embeddings = sum(shape.vocab_size * shape.hidden_size for shape in students.values())
+    flops = evaluation.flops(facts.student_parameters - embeddings)
+    return replace(plan, evaluation=evaluation.size, evaluation_flops=flops)
 
 
 def open_shards(config: DistillConfig, location: str, ranks: Ranks | None = None) -> ShardReader:
@@ -295,7 +296,11 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Sampl
     """
     before, now = state["config"], config.model_dump()
     earlier, step = with_schedule_of(config.train, before["train"]), state["step"]
-    same = same_rates(earlier, config.train, step)
+    then = config.model_copy(update={"train": earlier})
+    same = min(
+        same_rates(then.for_student(name).train, config.for_student(name).train, step)
+        for name in config.students
+    )
     schedule = config.train if same == step else earlier
     before = {
         **before,
@@ -329,7 +334,7 @@ def _other_schedule(
         earlier: the settings with the schedule of the steps made.
         same: how many of these, from the first on, have the same learning rate under both.
     """
-    [name] = config.students
+    name = next(iter(config.students))
     folder, step, train = Path(config.run.folder), state["step"], config.train
     if train.schedule == earlier.schedule != "warmup_stable_decay":
         why = (

@@ -10,9 +10,9 @@ Legend: B sequences, T tokens, D width.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DataSettings
 from scaledistill.data.tokens import TokenInputs
-from scaledistill.engines import engine_traits
+from scaledistill.engines import EngineBytes, engine_traits
 from scaledistill.models.architectures import build_encoder
 from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import exported, set_dropout
@@ -43,6 +43,14 @@ _HEAP_BYTES = 350_000_000
 _MOST_HOLES_BYTES = 500_000_000
 
 
+class StudentSize(NamedTuple):
+    """The parameters of a student."""
+
+    parameters: int
+    """Of the full student, as exported."""
+    trained: int
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a run needs.
@@ -52,11 +60,10 @@ class Estimate:
 
     teacher_parameters: int
     """Parameters of the truncated teacher."""
-    student_parameters: int
-    """Parameters of the full student, as exported."""
-    trained_parameters: int
+    students: Mapping[str, StudentSize]
+    """By name."""
     flops_per_token: float
-    """Teacher forward, student forward and backward."""
+    """Teacher forward, and each student's forward and backward."""
     teacher_flops_fraction: float
     placements: dict[str, tuple[int, int]]
     """The teacher's bytes for each `teacher.placement`: (on the device, on the host as well)."""
@@ -81,6 +88,11 @@ class Estimate:
     """The run has no GPU: everything is in host memory."""
 
     @property
+    def student_parameters(self) -> int:
+        """Parameters of all students, as exported."""
+        return sum(student.parameters for student in self.students.values())
+
+    @property
     def state_bytes(self) -> int:
         """Bytes that do not depend on the micro-batch."""
         held = self.teacher_bytes + self.weights_and_gradients_bytes + self.engine_bytes
@@ -96,52 +108,81 @@ class Estimate:
 
 
 def estimate(
-    run: ResolvedRun, name: str, teacher: PretrainedConfig, student: PretrainedConfig
+    run: ResolvedRun, teacher: PretrainedConfig, students: Mapping[str, PretrainedConfig]
 ) -> Estimate:
-    """Return what a run with student `name` needs.
+    """Return what a run needs.
 
     Args:
         teacher: its full model config.
-        student: its model config under training.
+        students: their model configs under training, by name.
     """
     config, data, length = run.config, run.config.data, run.config.data.sequence_length
     whole_teacher = build_encoder(teacher, device="meta")
     teacher_view = capture_view(whole_teacher, config.teacher.layer)
     teacher_flops = _forward_flops(whole_teacher, config.teacher.layer, length)
     placements = _placements(run, teacher_view)
-
-    full = build_encoder(student, device="meta")
-    student_view = capture_view(full, student.num_hidden_layers)
-    trained = _count(student_view.module)
-    _, kept = exported(student, dict(full.named_parameters()), config.students[name].num_layers)
-    # The backward takes twice the forward: one product for the inputs, one for the weights.
-    student_flops = 3 * _forward_flops(full, student.num_hidden_layers, length)
-
-    engine = engine_traits(run)
-    engine_bytes = engine.memory(trained, _gathered_elements(student_view))
     # Without a backward, activations do not add up over layers: two blocks in a row need as much
     # memory as many.
     short_view = capture_view(whole_teacher, min(3, config.teacher.layer))
-    activations, relation = _bytes_per_sequence(run, name, short_view, student_view)
+    parts = {
+        name: _student_part(run.for_student(name), name, short_view, shape)
+        for name, shape in students.items()
+    }
+    student_flops = sum(part.flops for part in parts.values())
     # Each token of a window takes a 16- or 32-bit id and two bits of layout.
     quarter_bytes_per_token = 9 if teacher.vocab_size <= 1 << 16 else 17
     return Estimate(
         teacher_parameters=_count(teacher_view.module),
-        student_parameters=sum(parameter.numel() for parameter in kept.values()),
-        trained_parameters=trained,
+        students={name: part.size for name, part in parts.items()},
         flops_per_token=(teacher_flops + student_flops) / length,
         teacher_flops_fraction=teacher_flops / (teacher_flops + student_flops),
         placements=placements,
         teacher_bytes=placements[config.teacher.placement][0],
-        weights_and_gradients_bytes=engine_bytes.weights_and_gradients,
-        optimizer_bytes=trained * 12 // run.world_size,
-        optimizer_on_host=engine.optimizer_on_host,
-        engine_bytes=engine_bytes.buffers,
-        activation_bytes_per_sequence=activations,
-        relation_bytes=relation * run.micro_batch_size,
+        weights_and_gradients_bytes=sum(part.held.weights_and_gradients for part in parts.values()),
+        optimizer_bytes=sum(part.size.trained * 12 // run.world_size for part in parts.values()),
+        optimizer_on_host=any(part.optimizer_on_host for part in parts.values()),
+        engine_bytes=sum(part.held.buffers for part in parts.values()),
+        # Students take their turns, so that activations of one live at a time.
+        activation_bytes_per_sequence=max(part.activations for part in parts.values()),
+        relation_bytes=max(part.relation for part in parts.values()) * run.micro_batch_size,
         data_bytes=data.num_lanes * data.window_rows * length * quarter_bytes_per_token // 4,
-        checkpoint_bytes=_count(full) * 4 + trained * 8,
+        checkpoint_bytes=sum(part.checkpoint_bytes for part in parts.values()),
         on_host=run.device_type == "cpu",
+    )
+
+
+class _StudentPart(NamedTuple):
+    """One student's part of an estimate."""
+
+    size: StudentSize
+    flops: int
+    """Forward and backward of a sequence."""
+    held: EngineBytes
+    optimizer_on_host: bool
+    activations: int
+    """Bytes per sequence, the teacher's included."""
+    relation: int
+    checkpoint_bytes: int
+
+
+def _student_part(
+    run: ResolvedRun, name: str, teacher_view: QKVView, shape: PretrainedConfig
+) -> _StudentPart:
+    full = build_encoder(shape, device="meta")
+    view = capture_view(full, shape.num_hidden_layers)
+    trained = _count(view.module)
+    _, kept = exported(shape, dict(full.named_parameters()), run.config.students[name].num_layers)
+    engine = engine_traits(run)
+    activations, relation = _bytes_per_sequence(run, name, teacher_view, view)
+    return _StudentPart(
+        size=StudentSize(sum(parameter.numel() for parameter in kept.values()), trained),
+        # The backward takes twice the forward: one product for the inputs, one for the weights.
+        flops=3 * _forward_flops(full, shape.num_hidden_layers, run.config.data.sequence_length),
+        held=engine.memory(trained, _gathered_elements(view)),
+        optimizer_on_host=engine.optimizer_on_host,
+        activations=activations,
+        relation=relation,
+        checkpoint_bytes=_count(full) * 4 + trained * 8,
     )
 
 

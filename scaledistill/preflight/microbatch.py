@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -38,24 +38,22 @@ _OUT_OF_MEMORY = (
 
 def predict(
     run: ResolvedRun,
-    name: str,
     teacher: PretrainedConfig,
-    student: PretrainedConfig,
+    students: Mapping[str, PretrainedConfig],
     limit_bytes: int,
 ) -> int:
     """Return the largest micro-batch predicted to fit, without running anything.
 
     Args:
         run: its micro-batch is not read.
-        name: the student.
         teacher: its model config.
-        student: its model config.
+        students: their model configs, by name.
         limit_bytes: free memory per rank; see `free_bytes`.
 
     Raises:
         ConfigError: not even the smallest fits.
     """
-    facts = estimate(run.with_micro_batch(1), name, teacher, student)
+    facts = estimate(run.with_micro_batch(1), teacher, students)
     room = limit_bytes * (1 - MARGIN_FRACTION)
     found = (
         f"needs {facts.memory_bytes(1) / 1e9:.2f} GB, {room / 1e9:.2f} GB are free for each rank"
@@ -67,9 +65,8 @@ def predict(
 
 def choose(
     run: ResolvedRun,
-    name: str,
     teacher: Teacher,
-    student: QKVView,
+    students: Mapping[str, QKVView],
     facts: Estimate,
     ranks: Ranks,
     attempt: Callable[[int], None] | None = None,
@@ -81,9 +78,8 @@ def choose(
     Args:
         run: its micro-batch is the prediction, which is tried first on a GPU and returned on a
             CPU.
-        name: the student.
         teacher: on the rank's device.
-        student: on any device; it is not changed.
+        students: on any device, by name; they are not changed.
         facts: the estimate for this run; memory for its states is reserved while a size is tried.
         ranks: this process and its device.
         attempt: tries a size and raises `torch.OutOfMemoryError` if it does not fit (default: on a
@@ -99,7 +95,7 @@ def choose(
         if attempt is None and device.type == "cuda" and whole_teacher:
             margin = int(MARGIN_FRACTION * torch.cuda.mem_get_info(device)[1])
             held_bytes = facts.state_bytes - facts.teacher_bytes + margin
-            attempt = Trial(run, name, teacher, student, device, held_bytes)
+            attempt = Trial(run, teacher, students, device, held_bytes)
         if attempt:
             sizes, found = candidates(run), f"a step was tried on {device}"
             size = largest_that_fits(sizes, partial(fits, attempt), first=size, found=found)
@@ -156,7 +152,7 @@ def fits(attempt: Callable[[int], None], size: int) -> bool:
 
 
 class Trial:
-    """Runs a micro-batch through teacher, a copy of the student, loss and backward.
+    """Runs a micro-batch through the teacher and, in turn, a copy of each student, loss, backward.
 
     Meanwhile `held_bytes` of memory are reserved.
     """
@@ -164,16 +160,21 @@ class Trial:
     def __init__(
         self,
         run: ResolvedRun,
-        name: str,
         teacher: Teacher,
-        student: QKVView,
+        students: Mapping[str, QKVView],
         device: torch.device,
         held_bytes: int,
     ) -> None:
-        self._data, self._loss = run.config.data, StudentLoss.of(run.config, name)
+        self._data, self._teacher = run.config.data, teacher
         self._device, self._held_bytes = device, held_bytes
-        self._teacher, self._view = teacher, student
-        self._module = copy.deepcopy(student.module).to(device, run.student_dtype)
+        self._students = [
+            (
+                view,
+                copy.deepcopy(view.module).to(device, run.student_dtype),
+                StudentLoss.of(run.config, name),
+            )
+            for name, view in students.items()
+        ]
 
     def __call__(self, size: int) -> None:
         """Try a micro-batch of `size` sequences.
@@ -181,15 +182,18 @@ class Trial:
         Raises:
             torch.OutOfMemoryError: it does not fit.
         """
-        self._module.zero_grad()
+        for _, module, _ in self._students:
+            module.zero_grad()
         _release(self._device)
         held = torch.empty(self._held_bytes, dtype=torch.uint8, device=self._device)
         tokens = sample_tokens(self._data, size, self._device)
         target = self._teacher(tokens)
-        output = self._view(tokens, self._module)
-        loss = self._loss(target, output, tokens)
-        del target, output
-        loss.total.backward()
+        for view, module, compute in self._students:
+            output = view(tokens, module)
+            loss = compute(target, output, tokens)
+            del output
+            loss.total.backward()
+            del loss
         del held
 
 

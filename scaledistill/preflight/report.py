@@ -76,7 +76,10 @@ def traffic(run: ResolvedRun, facts: Estimate, placement: str) -> dict[str, floa
     That is what the engine sends for the student, and for a sharded teacher one all-gather in each
     micro-batch.
     """
-    sent = engine_traits(run).traffic(facts.trained_parameters)
+    sent: dict[str, float] = {}
+    for name, size in facts.students.items():
+        for what, num_bytes in engine_traits(run.for_student(name)).traffic(size.trained).items():
+            sent[what] = sent.get(what, 0.0) + num_bytes
     if placement != "replicate":
         ring = (run.world_size - 1) / run.world_size
         gathered = facts.teacher_parameters * run.teacher_dtype.itemsize
@@ -155,19 +158,22 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
 
 def _model_rows(plan: Plan) -> dict[str, str]:
     config, facts, ranks = plan.run.config, plan.estimate, plan.run.world_size
-    pairs = ", ".join(config.relations.pairs)
+    heads = {name: config.relation_heads(name) for name in config.students}
+    by_student = ", ".join(f"{number} ({name})" for name, number in heads.items())
+    number = str(*set(heads.values())) if len(set(heads.values())) == 1 else by_student
     return {
         "teacher": (
             f"{config.teacher.model}, up to layer {config.teacher.layer}: "
             f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}, placement "
             f"{config.teacher.placement}"
         ),
-        "student": (
-            f"{plan.student_name}: {_millions(facts.student_parameters)}, {_trained(plan)}, "
+        "student" if len(facts.students) == 1 else "students": "\n".join(
+            f"{name}: {_millions(size.parameters)}, {_trained(plan, name)}, "
             f"{config.train.precision}"
+            for name, size in facts.students.items()
         ),
-        "relations": f"{config.relation_heads(plan.student_name)} heads, pairs {pairs}",
-        "engine": f"{engine_traits(plan.run).title}, {counted(ranks, 'rank')}",
+        "relations": f"{number} heads, pairs {', '.join(config.relations.pairs)}",
+        "engine": f"{_engine_title(plan)}, {counted(ranks, 'rank')}",
     }
 
 
@@ -249,8 +255,10 @@ def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list
     epochs = last_step * train.global_batch_size / plan.order.rows_per_epoch
     validation = f", validation {config.data.validation}" if config.data.validation else ""
     lines = [
-        f"student {plan.student_name}: {_millions(facts.student_parameters)} in its export, "
-        f"{_trained(plan)}",
+        *(
+            f"student {name}: {_millions(size.parameters)} in its export, {_trained(plan, name)}"
+            for name, size in facts.students.items()
+        ),
         f"teacher {config.teacher.model}, up to layer {config.teacher.layer}: "
         f"{_millions(facts.teacher_parameters)}, {config.teacher.dtype}, placement "
         f"{config.teacher.placement}",
@@ -259,7 +267,7 @@ def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list
         f"sequences of {config.data.sequence_length}, {tokens:,} tokens a step",
         f"steps: {last_step:,}, {short(last_step * tokens)} tokens in all, {epochs:,.1f} epochs of "
         f"{counted(plan.order.rows_per_epoch, 'row')}",
-        f"engine: {engine_traits(run).title}, {train.precision} on {device}, compile "
+        f"engine: {_engine_title(plan)}, {train.precision} on {device}, compile "
         f"{'on' if train.compile else 'off'}, relations by {config.relations.backend}",
         f"paths: run {config.run.folder}, training data {config.data.train}{validation}",
     ]
@@ -318,12 +326,17 @@ def _duration(plan: Plan, tokens_per_second: float) -> dict[str, str]:
     return {"  time": text}
 
 
-def _trained(plan: Plan) -> str:
-    facts = plan.estimate
-    if plan.run.config.students[plan.student_name].tap == "extra":
-        projection = facts.trained_parameters - facts.student_parameters
+def _engine_title(plan: Plan) -> str:
+    name = next(iter(plan.run.config.students))
+    return engine_traits(plan.run.for_student(name)).title
+
+
+def _trained(plan: Plan, name: str) -> str:
+    size = plan.estimate.students[name]
+    if plan.run.config.students[name].tap == "extra":
+        projection = size.trained - size.parameters
         return f"all trained, and a projection of {_millions(projection)} that the export drops"
-    return f"of which {_millions(facts.trained_parameters)} are trained"
+    return f"of which {_millions(size.trained)} are trained"
 
 
 def _millions(count: int) -> str:

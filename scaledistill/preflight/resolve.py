@@ -51,7 +51,8 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Res
         }
     )
     run = ResolvedRun(settled, config, world_size, device.type)
-    engine_traits(run)  # checks the engine's settings
+    for name in config.students:
+        engine_traits(run.for_student(name))  # checks the engine's settings
     return run
 
 

@@ -99,8 +99,8 @@ def write_student(
 
 
 @names_resolved_once()
-def export_checkpoint(config: DistillConfig, wanted: int | str) -> Path:
-    """Export a checkpoint's student; return the folder, `<run.folder>/export/<student>-step-N`.
+def export_checkpoint(config: DistillConfig, wanted: int | str) -> list[Path]:
+    """Export a checkpoint's students; return the folders, `<run.folder>/export/<student>-step-N`.
 
     Settings are the checkpoint's own, except for the locations of the run folder and the teacher,
     which are those of `config`.
@@ -141,29 +141,27 @@ def export_checkpoint(config: DistillConfig, wanted: int | str) -> Path:
             ),
         }
     )
-    [name] = settled.students
     teacher = settled.teacher
     with named(**teacher_names(teacher)):
         teacher_config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
-    model = student_shape(settled, name, teacher_config)
-    weights = checkpoint.tensors(f"{name}.weights")
-    folder = Path(config.run.folder) / "export" / f"{name}-step-{step}"
-    losses = _losses_at(Path(config.run.folder), step)
-    try:
-        write_student(
-            folder,
-            settled,
-            model,
-            weights,
-            Facts(step, teacher_sha256, data_sha256, losses, written_with),
-        )
-    except ValueError as error:  # the student's shapes follow from the teacher's
-        raise ConfigError(
-            f"teacher.model={teacher.model!r} is not the one that {checkpoint.folder} was trained "
-            f"with: {error}; set it to {state['config']['teacher']['model']!r}, or to its current "
-            "path"
-        ) from None
-    return folder
+    folders = []
+    for name in settled.students:
+        model = student_shape(settled, name, teacher_config)
+        weights = checkpoint.tensors(f"{name}.weights")
+        folder = Path(config.run.folder) / "export" / f"{name}-step-{step}"
+        end = f"/{name}" if len(settled.students) > 1 else ""
+        losses = _losses_at(Path(config.run.folder), step, end)
+        facts = Facts(step, teacher_sha256, data_sha256, losses, written_with)
+        try:
+            write_student(folder, settled.for_student(name), model, weights, facts)
+        except ValueError as error:  # the student's shapes follow from the teacher's
+            raise ConfigError(
+                f"teacher.model={teacher.model!r} is not the one that {checkpoint.folder} was "
+                f"trained with: {error}; set it to {state['config']['teacher']['model']!r}, or to "
+                "its current path"
+            ) from None
+        folders.append(folder)
+    return folders
 
 
 def _find(config: DistillConfig, wanted: int | str) -> Checkpoint:
@@ -210,10 +208,14 @@ def _elsewhere(config: DistillConfig) -> str:
     )
 
 
-def _losses_at(folder: Path, step: int) -> dict[str, str | None]:
-    """Return the recorded losses of a step, or of the last step before it that has any."""
+def _losses_at(folder: Path, step: int, end: str) -> dict[str, str | None]:
+    """Return the recorded losses of a step, or of the last step before it that has any.
+
+    `end` is that of the metrics' names: "/<student>" if the run has several.
+    """
     losses: dict[str, str | None] = {}
-    for label, key in (("validation loss", "validation_loss"), ("training loss", "loss")):
+    names = {"validation loss": f"validation_loss{end}", "training loss": f"loss{end}"}
+    for label, key in names.items():
         rows = [
             row
             for row in read_rows(folder / "metrics.jsonl")
@@ -222,6 +224,6 @@ def _losses_at(folder: Path, step: int) -> dict[str, str | None]:
         if rows:
             when = "" if rows[-1]["step"] == step else f" (at step {rows[-1]['step']:,})"
             losses[label] = f"{rows[-1][key]:.4f}{when}"
-        elif key == "validation_loss":
+        elif label == "validation loss":
             losses[label] = None
     return losses

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -254,7 +255,8 @@ def run_steps(
             if result.stop_requested:
                 stopping, reason = True, stop.acknowledge()
 
-            session.skipped_steps += result.skipped
+            for student in session.students:
+                student.skipped_steps += result.students[student.name].skipped
             guard.check(step, result)
 
             validation = None
@@ -262,8 +264,10 @@ def run_steps(
                 with watch.paused():
                     validation = validator.validate()
                 if validation:
-                    session.best = validation.best
-                    session.last_validation = validation.finite_loss
+                    for student in session.students:
+                        student.best = validation.best[student.name]
+                        loss = validation.losses[student.name]
+                        student.last_validation = loss if math.isfinite(loss) else None
                 else:
                     stopping, reason = True, stop.acknowledge()
 
@@ -305,17 +309,22 @@ def finished(
     stop: runfolder.StopRequest,
     at: Callable[[str], None],
 ) -> RunResult:
-    """Export the student and return that all steps are done; a dry run exports none. Collective."""
+    """Export the students, unless this is a dry run; return that all steps are done. Collective."""
     step = session.step
     if status is None:
         message = f"{counted(step, 'step')} run, nothing written"
         return RunResult("dry run", EXIT_DONE, step, message)
     at("export")
     stop.answer = "all steps are done and saved; the run ends as soon as the student is exported"
-    losses = {"validation loss": session.last_validation}
-    folder = session.export(session.student.name, losses, ExportProbe(session).check)
+    folders = []
+    for student in session.students:
+        losses, probe = {"validation loss": student.last_validation}, ExportProbe(session, student)
+        folders.append(str(session.export(student, student.name, losses, probe.check)))
     curve = Path(session.config.run.folder) / "loss.png"
-    message = f"{counted(step, 'step')} done; the student is in {folder}, the loss curve in {curve}"
+    what = "the student is" if len(folders) == 1 else "the students are"
+    message = (
+        f"{counted(step, 'step')} done; {what} in {', '.join(folders)}, the loss curve in {curve}"
+    )
     if session.ranks.is_main:
         status.write_if_possible("done", message, EXIT_DONE)
     return RunResult("done", EXIT_DONE, step, message)

@@ -16,30 +16,33 @@ from scaledistill.glue.plan import positions
 from scaledistill.glue.probe import SimilarityProbe
 from scaledistill.models.architectures import build_encoder
 from scaledistill.models.student import exported
-from scaledistill.training.session import Session
+from scaledistill.training.session import Session, Student
 
 
 class StudentProbe:
-    """Scores a run's student; rank 0 holds the sentence pairs and computes."""
+    """Scores one of a run's students; rank 0 holds the sentence pairs and computes."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, student: Student) -> None:
         """Read the sentence pairs from `evaluation.data_folder`. Collective.
 
         Raises:
             DataError: the pairs cannot be read.
         """
-        self._session, config = session, session.config
+        self._session, self._student, config = session, student, session.config
         folder = config.evaluation.data_folder if config.evaluation else None
         with failing_together():
             if session.ranks.is_main:
                 tokenizer = load_tokenizer(config.teacher.model, config.teacher.revision)
-                limit = positions(session.student.config)
+                limit = positions(student.config)
                 self._probe = SimilarityProbe(tokenizer, Path(folder) if folder else None, limit)
 
     def scores(self) -> dict[str, float]:
-        """Return "probe/<metric>" of the current student on rank 0; {} elsewhere. Collective."""
-        session = self._session
-        student, weights = session.student, session.student.engine.weights()
+        """Return "probe/<metric>" of the current student on rank 0; {} elsewhere. Collective.
+
+        If the run has several students, "probe/<student>/<metric>".
+        """
+        session, student = self._session, self._student
+        weights, prefix = student.engine.weights(), f"probe/{session.metric_prefix(student)}"
         found: dict[str, float] = {}
         with failing_together():
             if session.ranks.is_main:
@@ -51,5 +54,5 @@ class StudentProbe:
                 encoder.load_state_dict(state)
                 nn.Module.to(encoder, session.ranks.device)
                 scores = self._probe.score(encoder.eval())
-                found = {f"probe/{metric}": value for metric, value in scores.items()}
+                found = {f"{prefix}{metric}": value for metric, value in scores.items()}
         return found

@@ -70,21 +70,38 @@ class MetricsLog:
         seconds, phases = self._watch.lap()
         steps, self._lap_start = session.step - self._lap_start, session.step
         tokens = steps * config.train.global_batch_size * config.data.sequence_length
-        row = {
-            "step": session.step,
-            **result.losses,
-            "lr": result.learning_rate,
-            "grad_norm": float(result.grad_norm),
-        }
+        row = {"step": session.step, **student_metrics(result)}
         if validation:
-            row |= {"validation_loss": validation.loss, **validation.scores}
+            row["validation_loss"] = sum(validation.losses.values())
+            if len(validation.losses) > 1:
+                row |= {f"validation_loss/{name}": x for name, x in validation.losses.items()}
+            row |= validation.scores
         row["tokens_per_second"] = tokens / seconds
         row["mfu"] = tokens / seconds * session.flops_per_token / session.peak_flops
         for phase in RECORDED_PHASES:
             row[f"{phase.replace(' ', '_')}_fraction"] = phases[phase] / seconds
         row["memory_peak_bytes"] = memory_peak_bytes(session.ranks.device)
-        row["skipped_steps"] = session.skipped_steps
+        row["skipped_steps"] = sum(student.skipped_steps for student in session.students)
         return row
+
+
+def student_metrics(result: StepResult) -> dict[str, float]:
+    """Return a step's losses, learning rates and gradient norms by metric name.
+
+    "loss" is the sum over students. "lr" and "grad_norm" have the student's name only if there are
+    several.
+    """
+    students, several = result.students, len(result.students) > 1
+    row = {"loss": result.loss}
+    for name, student in students.items():
+        if several:
+            row[f"loss/{name}"] = student.loss
+        row |= {f"loss/{name}/{pair}": loss for pair, loss in student.by_pair.items()}
+    for name, student in students.items():
+        end = f"/{name}" if several else ""
+        row[f"lr{end}"] = student.learning_rate
+        row[f"grad_norm{end}"] = float(student.grad_norm)
+    return row
 
 
 def open_recorder(session: Session, status: Status, last_step: int) -> Recorder | None:

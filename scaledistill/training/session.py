@@ -1,4 +1,4 @@
-"""The session of a run: teacher, student under its engine, data order and current step.
+"""The session of a run: teacher, students under their engines, data order and current step.
 
 Inputs: a resolved run. Outputs: a `Session` at the step to start or resume from, its
 checkpoints and its exports. Not handled here: the step (`training.step`), when to save and export
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -64,9 +64,11 @@ VERSIONED = ("torch", "transformers", "deepspeed", "safetensors")
 
 @dataclass
 class Student:
-    """A student under training."""
+    """A student under training; equal on all ranks unless noted otherwise."""
 
     name: str
+    run: ResolvedRun
+    """The settings of a run with this student alone."""
     config: PretrainedConfig
     engine: Engine
     loss: StudentLoss
@@ -75,6 +77,12 @@ class Student:
     """Weights of the full model that the training view lacks, as initialised: fp32, on the CPU."""
     checkpoint_bytes: int
     """Size of its weights and moments."""
+    skipped_steps: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
+    """Of the best export so far: "step", "validation_loss" and, under "yardstick", the
+    `validation_identity`."""
+    last_validation: float | None = None
+    """The last validation loss; None before the first, or if it was not finite."""
 
 
 @dataclass
@@ -84,21 +92,16 @@ class Session:
     run: ResolvedRun
     ranks: Ranks
     teacher: Teacher
-    student: Student
+    students: list[Student]
     shards: ShardReader
     order: SampleOrder
     held_out: ShardReader | None
     flops_per_token: float
-    """The truncated teacher's forward FLOPs plus three times the truncated student's."""
+    """The truncated teacher's forward FLOPs plus three times the truncated students'."""
     peak_flops: float
     """FLOP/s of all devices: from the data sheet at 16 bits, or else measured briefly in the
     teacher's precision."""
     step: int = 0
-    skipped_steps: int = 0
-    best: dict[str, Any] = field(default_factory=dict)
-    """Of the best export so far: "step", "validation_loss" and, under "yardstick", the
-    `validation_identity`."""
-    last_validation: float | None = None
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,6 +112,10 @@ class Session:
     def config(self) -> DistillConfig:
         """The run's settings, resolved."""
         return self.run.config
+
+    def metric_prefix(self, student: Student) -> str:
+        """Return what precedes the names of a student's metrics: nothing if it is the only one."""
+        return f"{student.name}/" if len(self.students) > 1 else ""
 
     def stream(self, step: int | None = None) -> ShardStream:
         """Return this rank's micro-batches from a step on (default: the current step)."""
@@ -157,24 +164,28 @@ class Session:
 
         `saver.settle` returns the outcome.
         """
-        self.saver.begin(self.step, self.student.checkpoint_bytes, self._gather)
+        num_bytes = sum(student.checkpoint_bytes for student in self.students)
+        self.saver.begin(self.step, num_bytes, self._gather)
 
     def _gather(self) -> tuple[Groups, dict[str, Any]]:
-        student = self.student
-        state = student.engine.state()
-        groups = {
-            f"{student.name}.weights": {**student.untrained, **state.weights},
-            f"{student.name}.exp_avg": dict(state.exp_avg),
-            f"{student.name}.exp_avg_sq": dict(state.exp_avg_sq),
-        }
+        groups: Groups = {}
+        by_student: dict[str, dict[str, Any]] = {}
+        for student in self.students:
+            state = student.engine.state()
+            groups[f"{student.name}.weights"] = {**student.untrained, **state.weights}
+            groups[f"{student.name}.exp_avg"] = dict(state.exp_avg)
+            groups[f"{student.name}.exp_avg_sq"] = dict(state.exp_avg_sq)
+            by_student[student.name] = {
+                "optimizer_steps": state.optimizer_steps,
+                "loss_scaler": dict(state.loss_scaler),
+                "skipped_steps": student.skipped_steps,
+                "best": student.best,
+                "last_validation": student.last_validation,
+            }
         facts = {
             "step": self.step,
             "samples": self.step * self.config.train.global_batch_size,
-            "skipped_steps": self.skipped_steps,
-            "optimizer_steps": {student.name: state.optimizer_steps},
-            "loss_scaler": {student.name: dict(state.loss_scaler)},
-            "best": self.best,
-            "last_validation": self.last_validation,
+            "students": by_student,
             "data": self.order.fingerprint(),
             "teacher_sha256": self.teacher.sha256,
             "config": self.config.model_dump(),
@@ -185,11 +196,12 @@ class Session:
 
     def export(
         self,
+        student: Student,
         folder_name: str,
         losses: Mapping[str, float | None],
         check: Callable[[PreTrainedModel], None] = lambda model: None,
     ) -> Path:
-        """Write the full student as a plain transformers model and verify it. Collective.
+        """Write a full student as a plain transformers model and verify it. Collective.
 
         Rank 0 writes the folder, reads it back and compares. `check` is called with the student
         that was read back, with the extra projection if the tap is "extra", before it replaces an
@@ -199,25 +211,25 @@ class Session:
             DataError: the export cannot be written, or what was read back differs.
         """
         folder = Path(self.config.run.folder) / "export" / folder_name
-        weights = self.student.engine.weights()
+        weights = student.engine.weights()
         with failing_together():
             if self.ranks.is_main:
-                self._write_export(folder, weights, losses, check)
+                self._write_export(student, folder, weights, losses, check)
         return folder
 
     def _write_export(
         self,
+        student: Student,
         folder: Path,
         weights: Mapping[str, Tensor],
         losses: Mapping[str, float | None],
         check: Callable[[PreTrainedModel], None],
     ) -> None:
-        student = self.student
         whole = {**student.untrained, **weights}
 
         def check_read_back(model: PreTrainedModel) -> None:
             # The export lacks the extra tap's projection, which the loss needs.
-            if self.config.students[student.name].tap == "extra":
+            if student.run.config.students[student.name].tap == "extra":
                 tapped = build_encoder(student.config)
                 tapped.load_state_dict({**whole, **model.state_dict()})
                 model = tapped
@@ -231,7 +243,7 @@ class Session:
             {label: None if loss is None else f"{loss:.4f}" for label, loss in losses.items()},
             versions(),
         )
-        write_student(folder, self.config, student.config, whole, facts, check_read_back)
+        write_student(folder, student.run.config, student.config, whole, facts, check_read_back)
 
 
 def versions() -> dict[str, str]:
@@ -263,7 +275,7 @@ def open_session(
         DataError: data or models do not meet the run's needs.
     """
     config = run.config
-    teacher_settings, name = config.teacher, next(iter(config.students))
+    teacher_settings, names = config.teacher, list(config.students)
     if ranks.is_main and ranks.device.type == "cpu" and config.train.precision == "bf16":
         log.warning("%s", BF16_ON_CPU)
     if ranks.is_main:
@@ -275,16 +287,19 @@ def open_session(
             encoder, stored = _open_teacher(config)
     checkpoint = _checkpoint_to_resume(config, order, ranks) if resume else None
     if not checkpoint:
-        fetch_weights(config.students[name].init, None, ranks)
-    with failing_together(), named(**student_names(name)):
-        model = _create_student(config, name, encoder, stored, checkpoint)
-    flops = _flops_per_token(encoder, model, config)
+        for name in names:
+            fetch_weights(config.students[name].init, None, ranks)
+    models: dict[str, PreTrainedModel] = {}
+    for name in names:
+        with failing_together(), named(**student_names(name)):
+            models[name] = _create_student(config, name, encoder, stored, checkpoint)
+    flops = _flops_per_token(encoder, models.values(), config)
     with named(**teacher_names(teacher_settings)):
         teacher = _place_teacher(run, encoder, stored, ranks)
     # The teacher has taken over what it needs; the layers above it can be freed.
     del encoder, stored
     if config.data.attention == "document":
-        _attend_within_documents(run, name, teacher, model, ranks)
+        _attend_within_documents(run, teacher, models, ranks)
     _check_same_everywhere(config, teacher, order, ranks, with_micro_batch=not sized_by)
     if checkpoint:
         with reported_once(ranks):
@@ -292,16 +307,22 @@ def open_session(
     if checkpoint and sized_by and checkpoint.state["world_size"] == ranks.world_size:
         run = run.with_micro_batch(checkpoint.state["config"]["train"]["micro_batch_size"])
     elif sized_by:
-        view = capture_view(model, model.config.num_hidden_layers)
-        run = run.with_micro_batch(choose(run, name, teacher, view, sized_by, ranks))
+        views = {
+            name: capture_view(model, model.config.num_hidden_layers)
+            for name, model in models.items()
+        }
+        run = run.with_micro_batch(choose(run, teacher, views, sized_by, ranks))
     peak = peak_flops(ranks.device) or measured_matrix_rate(ranks.device, run.teacher_dtype)
     replicated = teacher_settings.placement == "replicate"
-    if config.train.compile and (replicated or engine_traits(run).compiles_sharded_teacher):
+    own_engine = engine_traits(run.for_student(names[0]))  # the first student's; all have the same
+    if config.train.compile and (replicated or own_engine.compiles_sharded_teacher):
         teacher.view.compile_blocks()
-    with reported_once(ranks):
-        student = _train_student(run, name, model, ranks)
+    students = []
+    for name in names:
+        with reported_once(ranks):
+            students.append(_train_student(run.for_student(name), name, models.pop(name), ranks))
     session = Session(
-        run, ranks, teacher, student, shards, order, held_out, flops, peak * ranks.world_size
+        run, ranks, teacher, students, shards, order, held_out, flops, peak * ranks.world_size
     )
     if checkpoint:
         _restore(session, checkpoint)
@@ -363,12 +384,13 @@ def _place_teacher(
 
 
 def _attend_within_documents(
-    run: ResolvedRun, name: str, teacher: Teacher, model: PreTrainedModel, ranks: Ranks
+    run: ResolvedRun, teacher: Teacher, models: Mapping[str, PreTrainedModel], ranks: Ranks
 ) -> None:
     """Use the fast kernel for attention within documents, where there is one."""
-    dropout = run.config.students[name].dropout
     use_varlen_attention(teacher.config, ranks.device, run.teacher_dtype)
-    use_varlen_attention(model.config, ranks.device, run.student_dtype, dropout=dropout)
+    for name, model in models.items():
+        dropout = run.config.students[name].dropout
+        use_varlen_attention(model.config, ranks.device, run.student_dtype, dropout=dropout)
 
 
 def _create_student(
@@ -410,18 +432,18 @@ def _train_student(run: ResolvedRun, name: str, model: PreTrainedModel, ranks: R
     if run.config.train.compile and engine_traits(run).compiles_student:
         view.compile_blocks()
     loss, dropout = StudentLoss.of(run.config, name), run.config.students[name].dropout
-    return Student(name, model.config, engine, loss, dropout, untrained, num_bytes)
+    return Student(name, run, model.config, engine, loss, dropout, untrained, num_bytes)
 
 
 def _flops_per_token(
-    encoder: PreTrainedModel, model: PreTrainedModel, config: DistillConfig
+    encoder: PreTrainedModel, models: Iterable[PreTrainedModel], config: DistillConfig
 ) -> float:
     length = config.data.sequence_length
-    teacher_view = capture_view(encoder, config.teacher.layer)
-    student_view = capture_view(model, model.config.num_hidden_layers)
-    flops = forward_flops(teacher_view.module, length) + 3 * forward_flops(
-        student_view.module, length
-    )
+    flops = forward_flops(capture_view(encoder, config.teacher.layer).module, length)
+    for model in models:
+        flops += 3 * forward_flops(
+            capture_view(model, model.config.num_hidden_layers).module, length
+        )
     return flops / length
 
 
@@ -471,15 +493,30 @@ def _check_same_teacher(checkpoint: Checkpoint, config: DistillConfig, teacher: 
 
 
 def _restore(session: Session, checkpoint: Checkpoint) -> None:
-    name, state = session.student.name, checkpoint.state
-    session.student.engine.load_state(
-        EngineState(
-            weights=checkpoint.tensors(f"{name}.weights"),
-            exp_avg=checkpoint.tensors(f"{name}.exp_avg"),
-            exp_avg_sq=checkpoint.tensors(f"{name}.exp_avg_sq"),
-            optimizer_steps=state["optimizer_steps"][name],
-            loss_scaler=state["loss_scaler"][name],
+    session.step = checkpoint.state["step"]
+    for student in session.students:
+        name, state = student.name, _state_of(checkpoint.state, student.name)
+        student.engine.load_state(
+            EngineState(
+                weights=checkpoint.tensors(f"{name}.weights"),
+                exp_avg=checkpoint.tensors(f"{name}.exp_avg"),
+                exp_avg_sq=checkpoint.tensors(f"{name}.exp_avg_sq"),
+                optimizer_steps=state["optimizer_steps"],
+                loss_scaler=state["loss_scaler"],
+            )
         )
-    )
-    session.step, session.skipped_steps = state["step"], state["skipped_steps"]
-    session.best, session.last_validation = state["best"], state["last_validation"]
+        student.skipped_steps, student.best = state["skipped_steps"], state["best"]
+        student.last_validation = state["last_validation"]
+
+
+def _state_of(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a student's part of a checkpoint's state.
+
+    Runs of one student wrote it beside the rest before there were several.
+    """
+    if "students" in state:
+        return state["students"][name]
+    return {
+        **{key: state[key] for key in ("skipped_steps", "best", "last_validation")},
+        **{key: state[key][name] for key in ("optimizer_steps", "loss_scaler")},
+    }

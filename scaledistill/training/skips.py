@@ -7,6 +7,7 @@ skipped. Not handled here: finding out what was not finite (`training.step`).
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 from scaledistill.config.schema import TrainSettings
@@ -31,10 +32,10 @@ class SkipGuard:
         """
         self._settings, self._ranks = settings, ranks
         self._newest_checkpoint = newest_checkpoint
-        self._in_a_row = 0
+        self._in_a_row: Counter[str] = Counter()
 
     def check(self, step: int, result: StepResult) -> None:
-        """Report a step that was skipped. Collective.
+        """Report the students whose step was skipped. Collective.
 
         Args:
             step: how many steps have been made.
@@ -44,16 +45,19 @@ class SkipGuard:
             DivergedError: on rank 0, if too many in a row were skipped.
             PeerError: on the other ranks.
         """
-        if not result.skipped:
-            self._in_a_row = 0
-            return
-        self._in_a_row += 1
+        for name, student in result.students.items():
+            self._in_a_row[name] = self._in_a_row[name] + 1 if student.skipped else 0
+            if student.skipped:
+                of = f" of student {name}" if len(result.students) > 1 else ""
+                self._check(step, name, student.cause or "loss", of)
+
+    def _check(self, step: int, name: str, cause: str, of: str) -> None:
         batch, limit = self._settings.global_batch_size, self._settings.max_skipped_steps
         samples = f"samples {(step - 1) * batch} to {step * batch - 1}"
-        what, remedy = NOT_FINITE[result.cause or "loss"]
+        what, remedy = NOT_FINITE[cause]
         if self._ranks.is_main:
-            log.warning("step %d skipped: %s not finite on %s", step, what, samples)
-        if self._in_a_row <= limit:
+            log.warning("step %d%s skipped: %s not finite on %s", step, of, what, samples)
+        if self._in_a_row[name] <= limit:
             return
         newest = self._newest_checkpoint()
         checkpoint = (
@@ -63,7 +67,7 @@ class SkipGuard:
         )
         with reported_once(self._ranks):
             raise DivergedError(
-                f"{self._in_a_row} steps in a row had a non-finite loss or gradient, the last on "
-                f"{samples}, where {what} not finite; train.max_skipped_steps={limit} allows no "
-                f"more. {remedy}; {checkpoint}"
+                f"{self._in_a_row[name]} steps in a row{of} had a non-finite loss or gradient, the "
+                f"last on {samples}, where {what} not finite; train.max_skipped_steps={limit} "
+                f"allows no more. {remedy}; {checkpoint}"
             )

@@ -1,4 +1,4 @@
-"""One optimizer step, and the validation loss: where teacher, student, data and loss meet."""
+"""One optimizer step, and the validation loss: where teacher, students, data and loss meet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scaledistill.errors import DataError
 from scaledistill.metrics.stopwatch import Stopwatch
 from scaledistill.models.view import capture_view
 from scaledistill.relations import QKV, RelationLoss
-from scaledistill.training.session import Session
+from scaledistill.training.session import Session, Student
 
 STOP_CHECK_BATCHES = 4
 """Validation batches between checks for a stop request, each of which waits for the GPU."""
@@ -58,14 +58,28 @@ another order and compiled blocks round less often. Misplaced weights are tens o
 class StepResult:
     """The result of an optimizer step, reduced over micro-batches and ranks: equal on all ranks."""
 
-    losses: dict[str, float]
-    """"loss" (the weighted sum) and "loss/<student>/<pair>": means over the global batch."""
+    students: dict[str, StudentStep]
+    """By name."""
+    stop_requested: bool
+
+    @property
+    def loss(self) -> float:
+        """The sum over students."""
+        return sum(student.loss for student in self.students.values())
+
+
+@dataclass(frozen=True)
+class StudentStep:
+    """A student's part of an optimizer step."""
+
+    loss: float
+    """The weighted sum over pairs, a mean over the global batch."""
+    by_pair: dict[str, float]
     learning_rate: float
     grad_norm: float | torch.Tensor
     """Before clipping; on the device until it is recorded."""
     skipped: bool
     """The loss or a gradient was not finite: nothing was updated."""
-    stop_requested: bool
     cause: str | None = None
     """What was first not finite in a skipped step: "teacher", "student", "loss" or "gradient"."""
 
@@ -76,57 +90,69 @@ def train_step(
     stop_reason: Callable[[], str | None],
     watch: Stopwatch,
 ) -> StepResult:
-    """Run one optimizer step on the next global batch. Collective."""
-    student, ranks = session.student, session.ranks
-    pairs = list(session.config.relations.pairs)
-    # Sums of the total loss, of each pair's loss and of the stop requests.
-    sums = torch.zeros(2 + len(pairs), dtype=torch.float64, device=ranks.device)
-    accumulation, batches = session.run.accumulation, []
+    """Run one optimizer step of every student on the next global batch. Collective."""
+    students, ranks = session.students, session.ranks
+    accumulation, pairs = session.run.accumulation, list(session.config.relations.pairs)
+    # For each student, sums of the total loss and of each pair's; at the end of the stop requests.
+    num_losses = 1 + len(pairs)
+    sums = torch.zeros(len(students) * num_losses + 1, dtype=torch.float64, device=ranks.device)
+    batches = []
     for micro in range(accumulation):
         with watch.phase("data wait"):
             batch = next(stream)
         batches.append(batch)
-        if student.dropout:
-            seed_dropout(session.config.run.seed, session.step, micro, ranks.rank)
-        loss = forward_loss(session, batch, watch)
-        # A non-finite loss makes the gradients NaN, so that the engine skips the step on all ranks.
-        poison = torch.where(torch.isfinite(loss.total.detach()), 1.0, torch.nan)
-        with watch.phase("backward"):
-            student.engine.backward(loss.total * poison, last=micro + 1 == accumulation)
-        sums[:-1] += torch.stack(
-            [loss.total.detach(), *(loss.by_pair[pair].detach() for pair in pairs)]
-        )
-        # Else the loss's graph would stay in memory during the next micro-batch's forward.
-        del loss, poison
-    rate = learning_rate(session.step, session.config.train)
+        with watch.phase("teacher"):
+            target = session.teacher(batch.tokens)
+        for number, student in enumerate(students):
+            if student.dropout:
+                seed_dropout(session.config.run.seed, session.step, micro, ranks.rank)
+            loss = student_loss(student, target, batch, watch)
+            # A non-finite loss makes the gradients NaN: the engine skips the step on all ranks.
+            poison = torch.where(torch.isfinite(loss.total.detach()), 1.0, torch.nan)
+            with watch.phase("backward"):
+                student.engine.backward(loss.total * poison, last=micro + 1 == accumulation)
+            sums[number * num_losses : (number + 1) * num_losses] += torch.stack(
+                [loss.total.detach(), *(loss.by_pair[pair].detach() for pair in pairs)]
+            )
+            # Else the loss's graph would stay in memory during the next forward.
+            del loss, poison
+        del target
+    rates = [learning_rate(session.step, student.run.config.train) for student in students]
     with watch.phase("optimizer"):
-        outcome = student.engine.step(rate)
+        outcomes = [
+            student.engine.step(rate) for student, rate in zip(students, rates, strict=True)
+        ]
     sums[-1] = float(stop_reason() is not None)
     # Our one device-to-host synchronisation per step.
     *losses, stops = all_reduce_sum(sums).tolist()
-    names = ["loss", *(f"loss/{student.name}/{pair}" for pair in pairs)]
-    means = [loss / (accumulation * ranks.world_size) for loss in losses]
     session.step += 1
-    is_finite = math.isfinite(means[0])
-    skipped = outcome.skipped or not is_finite
-    cause = skip_cause(session, batches, loss_is_finite=is_finite) if skipped else None
-    return StepResult(
-        dict(zip(names, means, strict=True)), rate, outcome.grad_norm, skipped, stops > 0, cause
-    )
+    results = {}
+    for number, (student, rate, outcome) in enumerate(zip(students, rates, outcomes, strict=True)):
+        own = losses[number * num_losses : (number + 1) * num_losses]
+        total, *by_pair = (value / (accumulation * ranks.world_size) for value in own)
+        is_finite = math.isfinite(total)
+        skipped, cause = outcome.skipped or not is_finite, None
+        if skipped:
+            cause = skip_cause(session, student, batches, loss_is_finite=is_finite)
+        results[student.name] = StudentStep(
+            total, dict(zip(pairs, by_pair, strict=True)), rate, outcome.grad_norm, skipped, cause
+        )
+    return StepResult(results, stops > 0)
 
 
 @torch.no_grad()
-def skip_cause(session: Session, batches: Iterable[Batch], *, loss_is_finite: bool) -> str:
+def skip_cause(
+    session: Session, student: Student, batches: Iterable[Batch], *, loss_is_finite: bool
+) -> str:
     """Rerun a skipped step's batches; return what was first not finite on any rank. Collective.
 
     Since the step was skipped, the weights are unchanged and can be used again; successful steps
     pay nothing for this.
     """
-    student, ranks = session.student, session.ranks
     student.engine.train_mode(False)
-    counts = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    counts = torch.zeros(2, dtype=torch.float64, device=session.ranks.device)
     for batch in batches:
-        outputs = both_outputs(session, batch, Stopwatch())
+        outputs = session.teacher(batch.tokens), student.engine.forward(batch.tokens)
         counts += torch.stack([_count_not_finite(qkv, batch.mask_BT) for qkv in outputs])
     student.engine.train_mode(True)
     teacher, own = all_reduce_sum(counts).tolist()
@@ -146,31 +172,24 @@ def _count_not_finite(qkv: QKV, mask_BT: Tensor | None) -> Tensor:
     return count
 
 
-def forward_loss(session: Session, batch: Batch, watch: Stopwatch) -> RelationLoss:
-    """Return the relation loss of a micro-batch: the teacher's Q, K and V against the student's."""
-    target, found = both_outputs(session, batch, watch)
-    with watch.phase("loss"):
-        return session.student.loss(target, found, batch.tokens)
-
-
-def both_outputs(session: Session, batch: Batch, watch: Stopwatch) -> tuple[QKV, QKV]:
-    """Return the teacher's and the student's Q, K and V of a micro-batch."""
-    with watch.phase("teacher"):
-        target = session.teacher(batch.tokens)
+def student_loss(student: Student, target: QKV, batch: Batch, watch: Stopwatch) -> RelationLoss:
+    """Return a student's loss of a micro-batch against the teacher's Q, K and V."""
     with watch.phase("student"):
-        return target, session.student.engine.forward(batch.tokens)
+        found = student.engine.forward(batch.tokens)
+    with watch.phase("loss"):
+        return student.loss(target, found, batch.tokens)
 
 
 class ExportProbe:
-    """The loss of the student under training on a few rows, to compare its export with.
+    """The loss of a student under training on a few rows, to compare its export with.
 
     The rows are the first of `data.validation` if it is set, else those of the first training step.
     """
 
     @torch.no_grad()
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, student: Student) -> None:
         """Run the teacher and the student on the rows. Collective."""
-        self._session, engine = session, session.student.engine
+        self._session, self._student, engine = session, student, student.engine
         engine.train_mode(False)
         with ExitStack() as stack:
             batches = (
@@ -197,7 +216,7 @@ class ExportProbe:
         Raises:
             DataError: its loss differs from the run's by more than rounding can explain.
         """
-        config, device = self._session.student.config, self._session.ranks.device
+        config, device = self._student.config, self._session.ranks.device
         view = capture_view(model, config.num_hidden_layers)
         view.module.to(device, self._dtype).eval()
         loss = self._mean_loss([view(batch.tokens) for batch in self._batches])
@@ -212,7 +231,7 @@ class ExportProbe:
             )
 
     def _mean_loss(self, outputs: list[QKV]) -> float:
-        loss = self._session.student.loss
+        loss = self._student.loss
         compared = zip(self._targets, outputs, self._batches, strict=True)
         total = sum(
             float(loss(target, found, batch.tokens).total) for target, found, batch in compared
@@ -228,32 +247,38 @@ def seed_dropout(*numbers: int) -> None:
 
 
 @torch.no_grad()
-def validation_loss(
+def validation_losses(
     session: Session,
     stop_reason: Callable[[], str | None] = lambda: None,
     on_batch: Callable[[str], None] = lambda phase: None,
-) -> float | None:
-    """Return the mean loss over the held-out rows; None if a stop was requested. Collective.
+) -> dict[str, float] | None:
+    """Return each student's mean loss over the held-out rows; None if a stop was requested.
 
-    It does not depend on the number of ranks or on the micro-batch.
+    It does not depend on the number of ranks or on the micro-batch. Collective.
     """
-    student, ranks = session.student, session.ranks
-    student.engine.train_mode(False)
+    students, ranks, watch = session.students, session.ranks, Stopwatch()
+    for student in students:
+        student.engine.train_mode(False)
     stopped = False
-    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # Σ loss × rows, Σ rows
+    # Σ loss × rows of each student, Σ rows
+    sums = torch.zeros(len(students) + 1, dtype=torch.float64, device=ranks.device)
     for number, batch in enumerate(session.validation_batches()):
         on_batch("validation")
         if number % STOP_CHECK_BATCHES == 0 and (
             stopped := any_rank(stop_reason() is not None, ranks.device)
         ):
             break
-        loss = forward_loss(session, batch, Stopwatch())
-        sums += torch.stack(
-            [loss.total.double() * batch.weight, torch.full_like(sums[0], batch.weight)]
-        )
-        del loss
-    student.engine.train_mode(True)
+        target = session.teacher(batch.tokens)
+        for place, student in enumerate(students):
+            loss = student_loss(student, target, batch, watch)
+            sums[place] += loss.total.double() * batch.weight
+            del loss
+        sums[-1] += batch.weight
+    for student in students:
+        student.engine.train_mode(True)
     if stopped:
         return None
-    loss_sum, rows = all_reduce_sum(sums).tolist()
-    return loss_sum / rows
+    *loss_sums, rows = all_reduce_sum(sums).tolist()
+    return {
+        student.name: loss_sum / rows for student, loss_sum in zip(students, loss_sums, strict=True)
+    }

@@ -1,7 +1,8 @@
-"""Validation during a run: the loss on held-out rows, the best student so far, the probe.
+"""Validation during a run: losses on held-out rows, the best students so far, the probe.
 
-Inputs: a session. Outputs: the loss and the scores, and the best student in `export/<name>-best`.
-Not handled here: when to validate (`training.loop`), the loss itself (`training.step`).
+Inputs: a session. Outputs: the losses and the scores, and the best students in
+`export/<name>-best`. Not handled here: when to validate (`training.loop`), the loss itself
+(`training.step`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from scaledistill.errors import DataError, PeerError
-from scaledistill.training.session import Session
-from scaledistill.training.step import validation_loss
+from scaledistill.training.session import Session, Student
+from scaledistill.training.step import validation_losses
 
 if TYPE_CHECKING:
     from scaledistill.training.probe import StudentProbe
@@ -26,20 +27,16 @@ log = logging.getLogger(__name__)
 class Validation:
     """The result of a validation."""
 
-    loss: float
+    losses: dict[str, float]
+    """By student."""
     scores: dict[str, float]
-    """The probe's, on rank 0; {} without one."""
-    best: dict[str, Any]
-    """The best export after this validation, as in `Session.best`."""
-
-    @property
-    def finite_loss(self) -> float | None:
-        """The loss, or None if it is not finite."""
-        return self.loss if math.isfinite(self.loss) else None
+    """The probe's, by metric name, on rank 0; {} without one."""
+    best: dict[str, dict[str, Any]]
+    """The best export of each student after this validation, as in `Student.best`."""
 
 
 class Validator:
-    """Validates the student under training and exports it whenever it is the best so far."""
+    """Validates the students under training and exports each whenever it is the best so far."""
 
     def __init__(
         self, session: Session, stop_reason: Callable[[], str | None], at: Callable[[str], None]
@@ -51,45 +48,51 @@ class Validator:
             at: called with each phase that begins.
         """
         self._session, self._stop_reason, self._at = session, stop_reason, at
-        self._probe: StudentProbe | None = None
+        self._probes: list[StudentProbe] = []
         evaluation = session.config.evaluation
         if evaluation and evaluation.probe:
             # Imported here because it takes seconds.
             from scaledistill.training.probe import StudentProbe
 
-            self._probe = StudentProbe(session)
+            self._probes = [StudentProbe(session, student) for student in session.students]
 
     def validate(self) -> Validation | None:
-        """Validate, and export the student if it is the best so far. Collective.
+        """Validate, and export the students that are the best so far. Collective.
 
         Returns:
             None if a stop was requested meanwhile.
         """
-        loss = validation_loss(self._session, self._stop_reason, self._at)
-        if loss is None:
+        losses = validation_losses(self._session, self._stop_reason, self._at)
+        if losses is None:
             return None
-        best = self._best_after(loss)
+        best = {
+            student.name: self._best_after(student, losses[student.name])
+            for student in self._session.students
+        }
         self._at("probe")
-        return Validation(loss, self._probe.scores() if self._probe else {}, best)
+        scores: dict[str, float] = {}
+        for probe in self._probes:
+            scores |= probe.scores()
+        return Validation(losses, scores, best)
 
-    def _best_after(self, loss: float) -> dict[str, Any]:
-        """Export the student if its loss is the lowest; return what `Session.best` is then."""
+    def _best_after(self, student: Student, loss: float) -> dict[str, Any]:
+        """Export a student if its loss is its lowest; return what `Student.best` is then."""
         session = self._session
         # Losses on other held-out rows cannot be compared with this one.
         rows = session.validation_identity()
-        comparable = session.best if session.best.get("yardstick") == rows else {}
+        comparable = student.best if student.best.get("yardstick") == rows else {}
         if not (math.isfinite(loss) and loss < comparable.get("validation_loss", math.inf)):
-            return session.best
+            return student.best
         self._at("export")
         try:
-            session.export(f"{session.student.name}-best", {"validation loss": loss})
+            session.export(student, f"{student.name}-best", {"validation loss": loss})
         except (DataError, PeerError) as error:
             kept = (
                 "the previous best export is kept"
-                if session.best
+                if student.best
                 else "there is no best export yet"
             )
             if session.ranks.is_main:
                 log.warning("%s; training continues, %s", error, kept)
-            return session.best
+            return student.best
         return {"step": session.step, "validation_loss": loss, "yardstick": rows}

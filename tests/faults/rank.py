@@ -155,7 +155,7 @@ def step_recorder(
         crc = zlib.crc32(b"".join(batch.input_ids_BT.numpy().tobytes() for batch in batches))
         line = {
             "step": session.step,
-            "loss": result.losses["loss"].hex(),
+            "loss": result.loss.hex(),
             "samples": samples,
             "crc": crc,
         }

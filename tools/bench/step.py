@@ -484,7 +484,7 @@ def make_steps(file: Path) -> int:
                 turns.answer(
                     seconds=lap.seconds,
                     phases=lap.phases,
-                    loss=result.losses["loss"],
+                    loss=result.loss,
                     peak_memory_bytes=memory_peak_bytes(ranks.device),
                     flops_per_token=session.flops_per_token,
                     teacher_dtype=session.config.teacher.dtype,

@@ -1,0 +1,198 @@
+"""Several students of one teacher pass: each is trained as if it were alone, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Job, run_ranks
+from safetensors.torch import load_file
+from test_engine import ENGINES
+from test_train import LONG, distil, distil_and_die, losses_of, make_tree, rows_of, status_of
+
+from scaledistill.config.load import parse_config
+from scaledistill.training.exports import export_checkpoint
+
+__all__ = ["make_tree"]
+
+MakeTree = Callable[..., dict[str, Any]]
+SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "a": {**SMALL, "init": "teacher", "dropout": 0.1},
+    "b": {**SMALL, "num_layers": 1, "relation_heads": 2, "learning_rate": 5e-3, "warmup_steps": 4},
+    "c": {**SMALL, "tap": "extra", "init": "teacher", "max_grad_norm": 0.01, "weight_decay": 0.5},
+}
+
+
+def tree_of(make: MakeTree, names: str, **blocks: dict[str, Any]) -> dict[str, Any]:
+    """A run of the students that `names` holds."""
+    tree = make(f"run-{names}", **blocks)
+    return {**tree, "students": {name: STUDENTS[name] for name in names}}
+
+
+def weights_of(tree: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(tree["run"]["folder"]) / "export" / name / "model.safetensors")
+
+
+def own_metrics(tree: dict[str, Any], name: str) -> list[dict[str, float]]:
+    """Return a student's metrics by the names that they have if it is alone."""
+    renamed = {
+        f"loss/{name}": "loss",
+        f"lr/{name}": "lr",
+        f"grad_norm/{name}": "grad_norm",
+        f"validation_loss/{name}": "validation_loss",
+    }
+    alone = len(tree["students"]) == 1
+    return [
+        {
+            key if alone else renamed.get(key, key): value
+            for key, value in row.items()
+            if key.startswith(f"loss/{name}/")
+            or (key in renamed.values() if alone else key in renamed)
+        }
+        for row in rows_of(tree)
+    ]
+
+
+def distil_each(trees: list[dict[str, Any]]) -> list[str]:
+    from scaledistill.distributed.ranks import process_group
+
+    with process_group(60):
+        return [distil(tree)[0] for tree in trees]
+
+
+def assert_as_alone(together: dict[str, Any], alone: dict[str, dict[str, Any]]) -> None:
+    for name, tree in alone.items():
+        assert own_metrics(together, name) == own_metrics(tree, name), name
+        found, expected = weights_of(together, name), weights_of(tree, name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found), name
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size"),
+    [
+        ("zero2", 2),
+        ("fsdp", 2),
+        *(
+            pytest.param(engine, world_size, marks=pytest.mark.full)
+            for engine in ENGINES
+            for world_size in (1, 2)
+            if (engine, world_size) not in (("zero2", 2), ("fsdp", 2))
+        ),
+    ],
+)
+def test_students_together_are_as_alone(
+    make_tree: MakeTree, tiny_shards: Path, engine: str, world_size: int
+) -> None:
+    blocks: dict[str, Any] = {
+        "engine": ENGINES[engine],
+        "data": {"validation": str(tiny_shards / "validation")},
+        "train": {
+            **LONG,
+            "max_steps": 6,
+            "micro_batch_size": 2,
+            "validation_every_steps": 3,
+            "validation_rows": 11,
+        },
+    }
+    together = tree_of(make_tree, "abc", **blocks)
+    alone = {name: tree_of(make_tree, name, **blocks) for name in STUDENTS}
+    ends = run_ranks(distil_each, world_size, [together, *alone.values()])
+    assert ends[0] == ["done"] * 4
+    assert_as_alone(together, alone)
+    for row in rows_of(together):
+        assert row["loss"] == sum(row[f"loss/{name}"] for name in STUDENTS)
+        assert "lr" not in row
+    folder = Path(together["run"]["folder"])
+    assert {path.name for path in (folder / "export").iterdir()} == {
+        *STUDENTS,
+        *(f"{name}-best" for name in STUDENTS),
+    }
+    card = (folder / "export" / "b" / "README.md").read_text()
+    assert "2 heads" in card
+
+
+def test_killed_students_resume_bit_for_bit(make_tree: MakeTree) -> None:
+    blocks: dict[str, Any] = {
+        "train": {**LONG, "max_steps": 20},
+        "checkpoint": {"every_steps": 7},
+        "engine": ENGINES["zero2"],
+    }
+    killed = tree_of(make_tree, "ab", **blocks)
+    whole = {**killed, "run": {**killed["run"], "folder": f"{killed['run']['folder']}-whole"}}
+    job = Job(distil_and_die, 2, killed, 12)
+    job.processes[1].join(120)
+    job.kill()
+    assert status_of(killed)["state"] in ("running", "failed")
+    assert run_ranks(distil_each, 2, [killed, whole])[0] == ["done", "done"]
+    assert losses_of(killed) == losses_of(whole)
+    assert own_metrics(killed, "b") == own_metrics(whole, "b")
+    for name in "ab":
+        assert all(
+            torch.equal(weight, weights_of(whole, name)[key])
+            for key, weight in weights_of(killed, name).items()
+        )
+
+
+def test_every_student_of_a_checkpoint_is_exported(make_tree: MakeTree) -> None:
+    tree = tree_of(make_tree, "ac", train={**LONG, "max_steps": 4})
+    assert run_ranks(distil, 1, tree)[0][0] == "done"
+    folders = export_checkpoint(parse_config(tree), "newest")
+    assert [folder.name for folder in folders] == ["a-step-4", "c-step-4"]
+    for folder, name in zip(folders, "ac", strict=True):
+        found, expected = load_file(folder / "model.safetensors"), weights_of(tree, name)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def distil_with_a_diverging_student(tree: dict[str, Any]) -> tuple[str, int, str]:
+    """Run with a student "b" whose losses are not finite from the third step on."""
+    from scaledistill.training.session import open_session
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        session = open_session(*arguments, **options)
+        student = session.students[1]
+        compute = student.loss
+
+        def bad(*inputs: Any) -> Any:
+            loss = compute(*inputs)
+            return loss._replace(total=loss.total * float("nan")) if session.step >= 2 else loss
+
+        student.loss = bad
+        return session
+
+    return distil(tree, open_session=opened)
+
+
+def test_a_student_that_diverges_is_named_and_the_others_go_on(make_tree: MakeTree) -> None:
+    train = {**LONG, "max_steps": 6, "max_skipped_steps": 2}
+    tree = tree_of(make_tree, "ab", train=train)
+    alone = tree_of(make_tree, "a", train=train)
+    kind, code, message = run_ranks(distil_with_a_diverging_student, 1, tree)[0]
+    assert (kind, code) == ("DivergedError", 4)
+    assert message.startswith("3 steps in a row of student b had a non-finite loss or gradient")
+    assert run_ranks(distil, 1, alone)[0][0] == "done"
+    found = own_metrics(tree, "a")
+    assert len(found) >= 4
+    assert found == own_metrics(alone, "a")[: len(found)], "its steps were made all the same"
+    assert [row["skipped_steps"] for row in rows_of(tree)][:4] == [0, 0, 1, 2]
+
+
+def test_a_checkpoint_of_one_student_as_it_was_before_can_be_resumed(make_tree: MakeTree) -> None:
+    tree = tree_of(make_tree, "a", train={**LONG, "max_steps": 6})
+    assert run_ranks(distil, 1, tree)[0][0] == "done"
+    expected = rows_of(tree)[-1]
+    [folder] = (Path(tree["run"]["folder"]) / "checkpoints").iterdir()
+    state = json.loads((folder / "state.json").read_text())
+    from scaledistill.training.session import _state_of
+
+    own = state.pop("students")["a"]
+    by_student = ("optimizer_steps", "loss_scaler")
+    before = {**state, **{key: {"a": own[key]} for key in by_student}}
+    before |= {key: value for key, value in own.items() if key not in by_student}
+    assert _state_of(before, "a") == own
+    assert own["optimizer_steps"] == expected["step"]
