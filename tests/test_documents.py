@@ -101,15 +101,19 @@ def exact_varlen(
     max_k: int,
     *,
     scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """What `varlen_attn` computes, traceable: every token sees the tokens between the same two
-    ends, [N, H, E].
+    ends, no further away than the window, [N, H, E].
     """
     assert cu_seq_q is cu_seq_k
     assert cu_seq_q.dtype is torch.int32
     assert max_q == max_k == T
     sequence = torch.searchsorted(cu_seq_q[1:], torch.arange(len(query)), right=True)
     visible = sequence[:, None] == sequence
+    if window_size[0] >= 0:
+        position = torch.arange(len(query))
+        visible &= (position[:, None] - position).abs() <= window_size[0]
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     return scaled_dot_product_attention(query, key, value, visible, scale=scale)[0].transpose(0, 1)
 

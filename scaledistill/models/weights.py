@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -66,13 +66,16 @@ def weight_files(folder: Path) -> list[str]:
     return ["model.safetensors"]
 
 
-def omitted_heads(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str) -> list[str]:
+def omitted_heads(
+    keys: Mapping[str, str], encoder: nn.Module, *, prefix: str, unused: Sequence[str] = ()
+) -> list[str]:
     """Return the first name parts of heads and poolers, which an encoder does not need.
 
     Args:
         keys: the names in the files, with safetensors' names of their dtypes.
         encoder: the full one of its config; may be on the meta device.
         prefix: the first part of the encoder's names inside a task model.
+        unused: further weights, or the first parts of their names, that it does not need.
 
     Raises:
         SourceError: other weights do not belong to the encoder, so that it would compute something
@@ -100,7 +103,12 @@ def omitted_heads(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str) -
         root = name.partition(".")[0]
         if name in known or HARMLESS.search(name):
             continue
-        if root == "pooler" or (root in HEADS and not key.startswith(f"{prefix}.")):
+        if (
+            root == "pooler"
+            or root in unused
+            or name in unused
+            or (root in HEADS and not key.startswith(f"{prefix}."))
+        ):
             heads.add(root)
         elif key.startswith(f"{prefix}.") or root in children or CHANGING.search(key):
             foreign.append(key)
