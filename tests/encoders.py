@@ -13,9 +13,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "electra-wide": {"embedding_size": 48},
     "ernie": {"use_task_id": True},
     "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4},
+    "modernbert": {"local_attention": 8},  # tokens see 4 to each side, in layers 2 and 3
+    "modernbert-biased": {
+        "local_attention": 8,
+        "norm_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "esm-absolute": {"emb_layer_norm_before": True, "mask_token_id": 4},
 }
-PADDING = {"esm": 1}  # without a default
+PADDING = {"esm": 1, "modernbert": 0, "eurobert": 0}  # no default, or one beyond tiny vocabularies
 NAMES = tuple(dict.fromkeys((*ARCHITECTURES, *VARIANTS)))
 
 

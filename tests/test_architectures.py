@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from conftest import tiny_tree
 from encoders import NAMES, tiny_config
 from ranks import run_ranks
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from scaledistill.config.load import parse_config
 from scaledistill.data.tokens import TokenInputs
@@ -22,9 +23,17 @@ from scaledistill.errors import ConfigError, DataError
 from scaledistill.metrics.recorder import read_rows
 from scaledistill.models.architectures import ARCHITECTURES, architecture_of, build_encoder
 from scaledistill.models.export import export_student
-from scaledistill.models.student import build_student, set_dropout, student_config
+from scaledistill.models.student import (
+    build_student,
+    even_layer_map,
+    exported,
+    of_equal_kinds,
+    set_dropout,
+    student_config,
+)
 from scaledistill.models.teacher import load_config, load_encoder
 from scaledistill.models.view import capture_view
+from scaledistill.preflight.checks import plan_run
 
 # `test_student` and `test_documents` have the others.
 OLD = ("bert", "electra", "electra-wide", "roberta", "xlm-roberta", "camembert")
@@ -158,6 +167,120 @@ def test_export_and_reload(name: str, tmp_path: Path, tiny_teacher: Path) -> Non
     assert "FFN 24" in (folder / "README.md").read_text()
 
 
+def modernbert(**keys: Any) -> PreTrainedConfig:
+    return tiny_config("modernbert", {**SIZES, "num_hidden_layers": 7, **keys})
+
+
+def test_modernbert_keeps_its_pattern_of_global_layers() -> None:
+    full, near = "full_attention", "sliding_attention"
+    teacher = modernbert()
+    assert teacher.layer_types == [full, near, near] * 2 + [full]
+    for num_layers in (1, 2, 4, 7, 9):
+        student = student_config(teacher, **SAME | {"num_layers": num_layers})
+        assert student.layer_types == ([full, near, near] * 3)[:num_layers]
+        build_student(None, student)
+    tapped = student_config(teacher, **SAME | {"num_layers": 3}, tap="extra")
+    assert tapped.layer_types == [full, near, near, full]
+    config, _ = exported(tapped, {}, 3)
+    assert config.layer_types == [full, near, near]
+    assert (
+        student_config(
+            teacher, num_layers=3, hidden_size=32, num_attention_heads=4
+        ).intermediate_size
+        == 48
+    )
+
+
+def test_copied_layers_are_of_the_same_kind() -> None:
+    full, near = "full_attention", "sliding_attention"
+    kinds = [full, near, near] * 7 + [full]
+    for num_layers, last in ((6, 21), (6, 22), (3, 7), (21, 21), (12, 22)):
+        even = even_layer_map(num_layers, last)
+        found = of_equal_kinds(even, kinds[:num_layers], kinds, last)
+        assert found == sorted(set(found))
+        assert found[-1] <= last
+        different = [i for i in range(num_layers) if kinds[found[i] - 1] != kinds[i]]
+        assert len(different) <= (num_layers > 7)
+        assert max(abs(x - y) for x, y in zip(found, even, strict=True)) <= 4
+    assert of_equal_kinds([4, 7, 11, 14, 18, 21], kinds[:6], kinds, 21) == [4, 8, 11, 13, 18, 21]
+    assert of_equal_kinds([1, 2, 3], [full, near, near], [full] * 3, 3) == [1, 2, 3]
+
+
+def test_modernbert_cut() -> None:
+    """The halves of the gated FFN match, and a rotated pair keeps its frequency."""
+    teacher = teacher_of("modernbert")
+    config = student_config(teacher.config, **SAME | {"intermediate_size": 24, "hidden_size": 24})
+    student = build_student(teacher, config, init="teacher")
+    for theirs, ours in zip(teacher.layers, student.layers, strict=True):
+        halves = theirs.mlp.Wi.weight.chunk(2)
+        expected = torch.cat([half[:24, :24] for half in halves])
+        assert torch.equal(ours.mlp.Wi.weight, expected)
+        assert torch.equal(ours.mlp.Wo.weight, theirs.mlp.Wo.weight[:24, :24])
+    for kind in ("full_attention", "sliding_attention"):
+        frequencies = [getattr(each.rotary_emb, f"{kind}_inv_freq") for each in (teacher, student)]
+        torch.testing.assert_close(frequencies[1], frequencies[0][[0, 2, 4]])
+    shallow = student_config(teacher.config, **SAME | {"num_layers": 2})
+    student = build_student(teacher, shallow, init="teacher", layer_map=[3, 1])
+    # Layer 1 has no norm of its input, so that of the student's layer 2 starts as 1.
+    assert torch.equal(student.layers[1].attn_norm.weight, torch.ones(48))
+    assert torch.equal(student.layers[0].attn.Wqkv.weight, teacher.layers[2].attn.Wqkv.weight)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_modernbert_sees_its_window_only(attention: str) -> None:
+    """A change of the last token reaches 4 tokens to its left by a local layer, all by a global."""
+    other = IDS_BT.clone()
+    other[:, -1] = 5 + (IDS_BT[:, -1] - 4) % 92
+    for kind, seen in (("sliding_attention", 5), ("full_attention", 17)):
+        config = modernbert(layer_types=[kind] * 7)
+        config._attn_implementation = attention
+        view = capture_view(build_encoder(config).eval(), 2)
+        for mask_BT in (None, torch.ones_like(IDS_BT, dtype=torch.bool)):
+            outputs = [torch.cat(view(TokenInputs(ids, mask_BT)), -1) for ids in (IDS_BT, other)]
+            changed_T = (outputs[0] != outputs[1]).any(-1).any(0)
+            assert changed_T.nonzero().flatten().tolist() == [*range(17 - seen, 17)]
+
+
+def test_config_files_of_before_transformers_5(tmp_path: Path) -> None:
+    """The keys in which published ModernBERTs and EuroBERTs give their layers and rotations."""
+    old = {
+        "model_type": "modernbert",
+        "num_hidden_layers": 4,
+        "global_attn_every_n_layers": 2,
+        "global_rope_theta": 160000.0,
+        "local_rope_theta": 5000.0,
+        "local_attention": 64,
+        "position_embedding_type": "sans_pos",
+        "reference_compile": True,
+        "repad_logits_with_grad": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = load_config(tmp_path)
+    assert config.layer_types == ["full_attention", "sliding_attention"] * 2
+    thetas = {kind: each["rope_theta"] for kind, each in config.rope_parameters.items()}
+    assert thetas == {"full_attention": 160000.0, "sliding_attention": 5000.0}
+    assert config.sliding_window == 32
+    assert not hasattr(config, "reference_compile")
+    old = {"model_type": "eurobert", "rope_theta": 250000, "num_key_value_heads": 12}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert load_config(tmp_path).rope_parameters["rope_theta"] == 250000
+    old = {"model_type": "distilbert", "hidden_size": 96, "num_attention_heads": 4, "n_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = load_config(tmp_path)
+    assert (config.dim, config.n_heads, config.num_hidden_layers) == (96, 4, 2)
+
+
+def test_start_from_a_folder_of_the_same_shape(tmp_path: Path) -> None:
+    config = student_config(modernbert(), **HALF)
+    first = build_student(None, config, seed=3)
+    first.save_pretrained(tmp_path)
+    second = build_student(None, config, init=str(tmp_path))
+    assert all(map(torch.equal, second.state_dict().values(), first.state_dict().values()))
+    config.local_attention = 64
+    with pytest.raises(ConfigError, match=r"has local_attention=8, .* local_attention=64"):
+        build_student(None, config, init=str(tmp_path))
+
+
 def write_teacher(name: str, folder: Path, tokenizer: Path) -> Path:
     shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = tiny_config(name, {**SIZES, "vocab_size": 200, "initializer_range": 0.2})
@@ -202,6 +325,15 @@ def test_three_steps_and_an_export(tmp_path: Path, tiny_teacher: Path, tiny_shar
         assert torch.equal(
             model(input_ids=IDS_BT).last_hidden_state, again(input_ids=IDS_BT).last_hidden_state
         )
+
+
+def test_documents_are_refused_before_the_run(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> None:
+    tree = run_of("esm", tmp_path, tiny_teacher, tiny_shards)
+    tree["data"]["attention"] = "document"
+    with pytest.raises(ConfigError, match=r'^data.attention="document" is not .* ESM: .* "row"$'):
+        plan_run(parse_config(tree), 1, torch.device("cpu"))
 
 
 @pytest.mark.full
@@ -255,6 +387,16 @@ def test_refused_computations(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             loaded(name, **keys)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    for keys, message in (
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2 with 4 attention heads; keys and"),
+        ({"rope_parameters": dynamic}, "rotary positions of rope_type='dynamic', which depend on"),
+    ):
+        with pytest.raises(DataError, match=message):
+            loaded("eurobert", **keys)
+    grouped = tiny_config("eurobert", {**SIZES, "num_key_value_heads": 2})
+    with pytest.raises(DataError, match=r"^teacher_config: its config has num_key_value_heads=2"):
+        student_config(grouped, **HALF)
     with pytest.raises(ConfigError, match=r"num_attention_heads=16 gives heads of an odd size"):
         student_config(
             tiny_config("esm", SIZES), num_layers=2, hidden_size=48, num_attention_heads=16

@@ -290,7 +290,7 @@ def of_equal_kinds(
         lowest = found[-1] + 1 if found else 1
         highest = last - (len(layers) - 1 - i)  # leaves one for each further layer
         fitting = [each for each in range(lowest, highest + 1) if teacher[each - 1] == student[i]]
-        nearest = min(fitting, key=lambda each: abs(each - layer), default=layer)
+        nearest = min(fitting, key=lambda each: (abs(each - layer), -each), default=layer)
         found.append(min(max(nearest, lowest), highest))
     return found
 

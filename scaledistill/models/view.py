@@ -210,6 +210,8 @@ class _CapturedBlock(nn.Module):
     def __init__(self, block: nn.Module, row: Architecture) -> None:
         super().__init__()
         self.row = row
+        if row.windowed:
+            self.attention_type = block.attention_type  # by which the model chooses a mask
         for path in (*row.projections, *filter(None, [row.input_norm])):
             *parents, name = path.split(".")
             container: nn.Module = self
