@@ -397,6 +397,11 @@ def test_refused_computations(tmp_path: Path) -> None:
     grouped = tiny_config("eurobert", {**SIZES, "num_key_value_heads": 2})
     with pytest.raises(DataError, match=r"^teacher_config: its config has num_key_value_heads=2"):
         student_config(grouped, **HALF)
+    one = SAME | {"num_layers": 1}
+    mpnet = tiny_config("mpnet", SIZES)
+    with pytest.raises(ConfigError, match=r"num_layers=1 is too few for MPNet: .* use 2 or more"):
+        student_config(mpnet, **one)
+    assert student_config(mpnet, **one, tap="extra").num_hidden_layers == 2
     with pytest.raises(ConfigError, match=r"num_attention_heads=16 gives heads of an odd size"):
         student_config(
             tiny_config("esm", SIZES), num_layers=2, hidden_size=48, num_attention_heads=16

@@ -57,6 +57,7 @@ class Architecture:
     ffn_width: str = "intermediate_size"
     ffn_factor: float = 4  # of a student's FFN width, by default, to its width
     activation: str | None = "hidden_act"
+    least_blocks: int = 1  # of a student, for all of its weights to get gradients
     shape: tuple[str, ...] = ()  # further keys that one model must share to start from another
     older_keys: tuple[str, ...] = ()  # keys of older files that the config class translates
     idle_keys: tuple[str, ...] = ()  # keys that mean another computation elsewhere, but not here
@@ -140,6 +141,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         positions_follow_padding=True,
         block_returns_tuple=True,
         eager_only=True,
+        least_blocks=2,  # the first one reads the relative attention bias
         # transformers' MPNet has these numbers in its code.
         only={"pad_token_id": (1,), "relative_attention_num_buckets": (32,)},
     ),

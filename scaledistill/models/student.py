@@ -73,8 +73,8 @@ def student_config(
     teacher's are as wide as the teacher; projected ones keep their width.
 
     Raises:
-        SettingError: the architecture is not supported, the heads do not divide the width, or
-            heads of an odd size would be rotated.
+        SettingError: the architecture is not supported, the heads do not divide the width, heads
+            of an odd size would be rotated, or there are too few layers.
         SourceError: the teacher's config asks for an unsupported computation.
     """
     with named(config="teacher_config", model="teacher_config"):
@@ -89,6 +89,14 @@ def student_config(
             ("does not divide ", Field("hidden_size", hidden_size)),
             f"use {' or '.join(map(str, nearest))}",
         )
+    num_blocks = num_layers + (tap == "extra")
+    if num_blocks < row.least_blocks:
+        raise SettingError(
+            "num_layers",
+            num_layers,
+            f"is too few for {row.title}: some weights would get no gradient",
+            (f"use {row.least_blocks} or more, or ", Field("tap", "extra")),
+        )
     head_size = hidden_size // num_attention_heads
     if head_size % 2 and row.rotates(teacher_config):
         raise SettingError(
@@ -100,7 +108,7 @@ def student_config(
     config = copy.deepcopy(plain_config(teacher_config))
     if getattr(config, "embedding_size", None) == config.hidden_size:
         config.embedding_size = hidden_size
-    set_depth(config, num_layers + (tap == "extra"))
+    set_depth(config, num_blocks)
     config.hidden_size = hidden_size
     config.num_attention_heads = num_attention_heads
     for key, value in (("num_key_value_heads", num_attention_heads), ("head_dim", head_size)):
