@@ -264,6 +264,15 @@ def test_config_files_of_before_transformers_5(tmp_path: Path) -> None:
     old = {"model_type": "eurobert", "rope_theta": 250000, "num_key_value_heads": 12}
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert load_config(tmp_path).rope_parameters["rope_theta"] == 250000
+    old = {"model_type": "nomic_bert", "n_embd": 96, "n_head": 4, "n_layer": 2, "n_inner": 128}
+    old |= {"rotary_emb_base": 500, "activation_function": "swiglu", "prenorm": False}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = load_config(tmp_path)
+    assert (config.hidden_size, config.head_dim, config.intermediate_size) == (96, 24, 128)
+    assert config.rope_parameters["rope_theta"] == 500
+    (tmp_path / "config.json").write_text(json.dumps({**old, "rotary_emb_interleaved": True}))
+    with pytest.raises(DataError, match="rotary_emb_interleaved=True, which transformers' Nomic"):
+        load_config(tmp_path)
     old = {"model_type": "distilbert", "hidden_size": 96, "num_attention_heads": 4, "n_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(old))
     config = load_config(tmp_path)

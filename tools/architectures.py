@@ -66,6 +66,7 @@ LIMITS = {
     "with a norm of ones",
     "esm": "the mask is read once per forward, for which the host waits; the rotary frequencies of "
     "a sharded teacher are computed, not read from its file; the contact head is not exported",
+    "nomic_bert": "files in the format of its authors' own code are read as well",
     "mpnet": "the relative attention bias is shared by all layers; a student keeps that of its "
     "first heads, and needs two blocks to train it",
 }

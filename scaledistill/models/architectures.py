@@ -61,10 +61,18 @@ class Architecture:
     shape: tuple[str, ...] = ()  # further keys that one model must share to start from another
     older_keys: tuple[str, ...] = ()  # keys of older files that the config class translates
     idle_keys: tuple[str, ...] = ()  # keys that mean another computation elsewhere, but not here
+    older_names: Mapping[str, str] = field(default_factory=dict)  # of keys, in older files
+    # Keys that the config class drops, with the values that mean what it computes.
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     # The only values with which the computation is supported, by key.
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     # Weights of older files that the encoder does not use.
     unused_weights: tuple[str, ...] = ()
+    # How names in files, where they are others than the model's, become the model's: patterns and
+    # replacements, in order.
+    stored_names: tuple[tuple[str, str], ...] = ()
+    # In files, one weight of a block that holds the rows of query, key and value.
+    stored_fused: str | None = None
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -194,6 +202,56 @@ ARCHITECTURES: dict[str, Architecture] = {
             "rope_scaling",
         ),
         idle_keys=("position_embedding_type",),
+    ),
+    "nomic_bert": Architecture(
+        "NomicBERT",
+        blocks="layers",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        attention_output="self_attn.o_proj",
+        rotary="rotary_emb",
+        attention_dropout="self_attn.attention_dropout",
+        shape=("rope_parameters",),
+        older_keys=("rope_theta", "rope_scaling"),
+        older_names={
+            "n_embd": "hidden_size",
+            "n_layer": "num_hidden_layers",
+            "n_head": "num_attention_heads",
+            "n_inner": "intermediate_size",
+            "n_positions": "max_position_embeddings",
+            "layer_norm_epsilon": "layer_norm_eps",
+            "resid_pdrop": "hidden_dropout_prob",
+            "attn_pdrop": "attention_probs_dropout_prob",
+            "rotary_emb_base": "rope_theta",
+        },
+        neutral={
+            "activation_function": ("swiglu",),
+            "prenorm": (False,),
+            "parallel_block": (False,),
+            "causal": (False,),
+            "qkv_proj_bias": (False,),
+            "mlp_fc1_bias": (False,),
+            "mlp_fc2_bias": (False,),
+            "rotary_emb_fraction": (1.0,),
+            "rotary_emb_interleaved": (False,),
+            "rotary_emb_scale_base": (None,),
+            "rotary_scaling_factor": (None,),
+            "use_rms_norm": (False, None),
+            "num_experts": (0, None),
+            "moe_every_n_layers": (0, None),
+        },
+        stored_names=(
+            (r"^encoder\.layers\.", "layers."),
+            (r"^emb_ln\.", "embeddings.LayerNorm."),
+            (r"\.attn\.out_proj\.", ".self_attn.o_proj."),
+            (r"\.fc11\.", ".up_proj."),
+            (r"\.fc12\.", ".gate_proj."),
+            (r"\.fc2\.", ".down_proj."),
+            (r"\.norm1\.", ".post_attention_layernorm."),
+            (r"\.norm2\.", ".post_mlp_layernorm."),
+        ),
+        stored_fused="attn.Wqkv",
     ),
     "eurobert": Architecture(
         "EuroBERT",

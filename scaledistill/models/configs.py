@@ -90,9 +90,10 @@ def plain_dict(
         SourceError: a key asks for a computation that this transformers, or no encoder, supports.
     """
     defaults = known().to_dict()
-    own_names = {known.attribute_map.get(key, key): key for key in found}
+    renamed = {**known.attribute_map, **(row.older_names if row else {})}
+    own_names = {renamed.get(key, key): key for key in found}
     found = {name: found[name if name in found else key] for name, key in own_names.items()}
-    idle = row.idle_keys if row else ()
+    idle, own_neutral = (row.idle_keys, row.neutral) if row else ((), {})
     if found.get("quantization_config") or found.get("compression_config"):
         raise SourceError(
             "model",
@@ -100,12 +101,13 @@ def plain_dict(
             "supported",
             remedy="give the model before quantisation, in fp32, bf16 or fp16",
         )
-    for key, neutral in COMPUTING.items():
+    for key, neutral in {**COMPUTING, **own_neutral}.items():
         if key in found and key not in (*defaults, *idle) and found[key] not in neutral:
+            does_not = "no longer computes" if key in COMPUTING else "does not compute"
             raise SourceError(
                 "model",
                 expected=f": its config.json has {key}={found[key]!r}, which transformers' "
-                f"{known.__name__} no longer computes, so the model would give other results",
+                f"{known.__name__} {does_not}, so the model would give other results",
                 remedy="give a model without it",
             )
     plain = {

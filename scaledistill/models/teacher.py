@@ -259,7 +259,13 @@ def encoder_on_meta(
         raise _not_loaded(model, error) from error
     dtype = encoder.dtype if stated else None
     with named(model=Field("model", str(model))):
-        stored = StoredWeights(folder, encoder, prefix=encoder.base_model_prefix, dtype=dtype)
+        stored = StoredWeights(
+            folder,
+            encoder,
+            prefix=encoder.base_model_prefix,
+            row=architecture_of(config),
+            dtype=dtype,
+        )
     return encoder, stored
 
 
@@ -313,7 +319,7 @@ def omitted_weights(folder: Path, config: PreTrainedConfig) -> list[str]:
         stored_keys(folder),
         encoder,
         prefix=encoder.base_model_prefix,
-        unused=(*row.dropped, *row.unused_weights),
+        row=row,
     )
 
 
