@@ -22,6 +22,7 @@ from scaledistill.errors import ConfigError
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 sys.path.append(str(ROOT / "tools"))
+import architectures  # noqa: E402 - in tools
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -34,6 +35,13 @@ pytestmark = [
 def blocks(page: Path, language: str) -> list[str]:
     """Return the code blocks of a page in a language."""
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_page_of_architectures_is_current() -> None:
+    page = ROOT / "docs/architectures.md"
+    assert page.read_text(encoding="utf-8") == architectures.page(), (
+        "run: python tools/architectures.py > docs/architectures.md"
+    )
 
 
 def write_encoder(folder: Path, tokenizer: Path, **sizes: int) -> None:

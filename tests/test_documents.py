@@ -12,17 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ENCODER_SIZES
+from encoders import tiny_config
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import (
-    BertConfig,
-    CamembertConfig,
-    ElectraConfig,
-    PreTrainedConfig,
-    RobertaConfig,
-    XLMRobertaConfig,
-)
+from transformers import PreTrainedConfig
 
 from scaledistill.data.reader import ShardReader
 from scaledistill.data.shards import ShardWriter
@@ -30,8 +24,9 @@ from scaledistill.data.stream import Batch, iter_validation
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError
 from scaledistill.models import attention
-from scaledistill.models.architectures import build_encoder
+from scaledistill.models.architectures import ARCHITECTURES, build_encoder, set_depth
 from scaledistill.models.attention import VARLEN, use_varlen_attention, varlen_attention_available
+from scaledistill.models.student import set_dropout
 from scaledistill.models.teacher import Teacher
 from scaledistill.models.view import QKVView, capture_view, model_inputs
 from scaledistill.relations import relation_loss
@@ -43,15 +38,16 @@ SIZES = {
     "attention_probs_dropout_prob": 0.0,
     "initializer_range": 0.15,
 }
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "bert": BertConfig(**SIZES),
-    "roberta": RobertaConfig(**SIZES),
-    "xlm-roberta": XLMRobertaConfig(**SIZES),
-    "camembert": CamembertConfig(**SIZES),
-    "electra": ElectraConfig(**SIZES, embedding_size=32),
+SUPPORTED = [name for name in ARCHITECTURES if not ARCHITECTURES[name].no_documents]
+CONFIGS: dict[str, PreTrainedConfig] = {name: tiny_config(name, SIZES) for name in SUPPORTED}
+# The code of these is not copied from another's, with each attention.
+OFTEN = {
+    *itertools.product(["bert", "roberta", "electra", "modernbert"], ["sdpa", "eager", VARLEN]),
+    *itertools.product(["xlm-roberta", "camembert"], ["sdpa"]),
+    ("mpnet", "eager"),
+    ("eurobert", VARLEN),
+    ("distilbert", VARLEN),
 }
-# RoBERTa's code once more.
-OF_ROBERTA = set(itertools.product(["xlm-roberta", "camembert"], ["eager", VARLEN]))
 T = 17
 DOCUMENTS = [
     [(0, 5), (5, 17)],
@@ -101,15 +97,19 @@ def exact_varlen(
     max_k: int,
     *,
     scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """What `varlen_attn` computes, traceable: every token sees the tokens between the same two
-    ends, [N, H, E].
+    ends, no further away than the window, [N, H, E].
     """
     assert cu_seq_q is cu_seq_k
     assert cu_seq_q.dtype is torch.int32
     assert max_q == max_k == T
     sequence = torch.searchsorted(cu_seq_q[1:], torch.arange(len(query)), right=True)
     visible = sequence[:, None] == sequence
+    if window_size[0] >= 0:
+        position = torch.arange(len(query))
+        visible &= (position[:, None] - position).abs() <= window_size[0]
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     return scaled_dot_product_attention(query, key, value, visible, scale=scale)[0].transpose(0, 1)
 
@@ -117,9 +117,13 @@ def exact_varlen(
 def student_view(config: PreTrainedConfig, **sizes: int) -> QKVView:
     """A view that trains, of the first of two sizes of student."""
     own = copy.deepcopy(config)
-    own.update({"hidden_size": 32, "num_hidden_layers": 3, **sizes})
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, **sizes}
+    set_depth(own, sizes.pop("num_hidden_layers"))
+    own.update(sizes)
     torch.manual_seed(1)
-    return capture_view(build_encoder(own).train(), own.num_hidden_layers)
+    student = build_encoder(own).train()
+    set_dropout(student, 0.0)
+    return capture_view(student, own.num_hidden_layers)
 
 
 def run(view: QKVView, batch: Batch) -> Tensor:
@@ -144,8 +148,9 @@ def gradients(view: QKVView, loss: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [
-        pytest.param(*case, marks=pytest.mark.full if case in OF_ROBERTA else ())
+        pytest.param(*case, marks=() if case in OFTEN else pytest.mark.full)
         for case in itertools.product(CONFIGS, ["sdpa", "eager", VARLEN])
+        if case[1] == "eager" or not ARCHITECTURES[case[0]].eager_only
     ],
 )
 @pytest.mark.usefixtures("varlen")
@@ -211,13 +216,16 @@ def test_loss_is_the_same_under_reference_and_sdpa(batch: Batch) -> None:
         torch.testing.assert_close(other, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["roberta", "modernbert"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", VARLEN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_value_is_looked_at(dtype: torch.dtype, implementation: str, batch: Batch) -> None:
+def test_no_value_is_looked_at(
+    dtype: torch.dtype, implementation: str, name: str, batch: Batch
+) -> None:
     """Meta tensors have none: on a GPU nothing would wait. Under VARLEN this is the real operator
     with its checks.
     """
-    config = copy.deepcopy(CONFIGS["roberta"])
+    config = copy.deepcopy(CONFIGS[name])
     config._attn_implementation = implementation
     view = capture_view(build_encoder(config, device="meta").to(dtype), 4)
     hidden = run(view, batch.with_tensors(lambda tensor: tensor.to("meta")))
@@ -237,9 +245,12 @@ def test_masks_of_eager_attention_keep_the_dtype_and_hide_all(
     assert (eager - sdpa).norm() < 0.02 * sdpa.norm()
 
 
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
 @pytest.mark.usefixtures("varlen")
-def test_rows_without_documents_go_on_as_under_sdpa(batch: Batch, tmp_path: Path) -> None:
-    config = copy.deepcopy(CONFIGS["bert"])
+def test_rows_without_documents_go_on_as_under_sdpa(
+    name: str, batch: Batch, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(CONFIGS[name])
     view = student_view(config)
     ids_BT, mask_BT, segment_ids_BT, position_ids_BT, _ = batch.tokens
     inputs = (
@@ -331,7 +342,7 @@ def test_equal_blocks_share_one_compiled_graph(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not ARCHITECTURES[name].eager_only])
 def test_varlen_attention_on_a_gpu(name: str, batch: Batch) -> None:
     """Teacher and student in bf16 against the block mask in fp32, without a wait for the device."""
     config = copy.deepcopy(CONFIGS[name])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ENCODER_SIZES, tiny_tree
+from encoders import tiny_config
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -228,8 +229,7 @@ def test_all_engines_and_placements_agree(tmp_path, tiny_teacher, tiny_shards) -
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_stored_weights_are_those_of_a_loaded_model(model_type, tmp_path) -> None:
-    sizes = ENCODER_SIZES | ({"embedding_size": 24} if model_type == "electra" else {})
-    config = AutoConfig.for_model(model_type, **sizes)
+    config = tiny_config(model_type, ENCODER_SIZES)
     # With a prefix, a head.
     AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2

@@ -18,8 +18,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
-    DistilBertConfig,
     ElectraConfig,
+    FunnelConfig,
     PreTrainedConfig,
     RobertaConfig,
 )
@@ -256,9 +256,9 @@ def test_config_refusals(saved: Path, tmp_path: Path) -> None:
             "^model=.*; if you trust that code, set trust_remote_code=true",
         ),
         (
-            json.dumps(DistilBertConfig().to_dict()),
+            json.dumps(FunnelConfig().to_dict()),
             ConfigError,
-            "^model='.*' is of type 'distilbert', which is not supp",
+            "^model='.*' is of type 'funnel', which is not supp",
         ),
     ):
         (tmp_path / "config.json").write_text(content)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import ENCODER_SIZES as SIZES
+from encoders import NAMES, tiny_config
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
@@ -18,17 +19,11 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
-    CamembertConfig,
-    DistilBertConfig,
-    DistilBertModel,
-    ElectraConfig,
     ElectraForPreTraining,
     LlamaConfig,
     LlamaModel,
     PreTrainedConfig,
     PreTrainedModel,
-    RobertaConfig,
-    XLMRobertaConfig,
 )
 
 from scaledistill.data.tokens import TokenInputs
@@ -36,20 +31,14 @@ from scaledistill.errors import ConfigError
 from scaledistill.models import architectures
 from scaledistill.models.architectures import (
     Architecture,
+    architecture_of,
     build_encoder,
     check_layer,
     max_sequence_length,
 )
 from scaledistill.models.view import capture_qkv, capture_view, forward_flops, model_inputs
 
-CONFIGS = {
-    "bert": BertConfig(**SIZES),
-    "roberta": RobertaConfig(**SIZES),
-    "xlm-roberta": XLMRobertaConfig(**SIZES),
-    "camembert": CamembertConfig(**SIZES),
-    "electra": ElectraConfig(**SIZES, embedding_size=32),
-    "electra-wide": ElectraConfig(**SIZES, embedding_size=48),
-}
+CONFIGS = {name: tiny_config(name, SIZES) for name in NAMES}
 IDS_BT = torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(0))
 RIGHT, LEFT_AND_INNER = torch.ones(2, 3, 17, dtype=torch.bool)
 RIGHT[0, 9:] = RIGHT[1, 1:] = False
@@ -89,19 +78,18 @@ def snapshot(model: nn.Module) -> list[object]:
     ]
 
 
-def hooked_qkv(model: PreTrainedModel, layer: int, **inputs: Tensor) -> list[Tensor]:
-    attention = model.base_model.encoder.layer[layer - 1].attention.self
-    found: dict[str, Tensor] = {}
+def hooked_qkv(model: PreTrainedModel, layer: int, **inputs: Tensor) -> tuple[Tensor, ...]:
+    row = architecture_of(model.base_model.config)
+    block = model.base_model.get_submodule(row.block_path(layer))
+    found: list[Tensor] = []
     handles = [
-        getattr(attention, name).register_forward_hook(
-            lambda _m, _i, output, name=name: found.update({name: output})
-        )
-        for name in ("query", "key", "value")
+        block.get_submodule(path).register_forward_hook(lambda _m, _i, output: found.append(output))
+        for path in row.projections
     ]
     model(**inputs)
     for handle in handles:
         handle.remove()
-    return [found[name] for name in ("query", "key", "value")]
+    return found[0].chunk(3, dim=-1) if row.fused else tuple(found)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -111,6 +99,8 @@ def test_bit_equal_to_hooks_on_the_whole_model(
     name: str, dtype: torch.dtype, attention: str
 ) -> None:
     model = encoder(CONFIGS[name]).to(dtype)
+    if attention == "sdpa" and architecture_of(model.config).eager_only:
+        pytest.skip("transformers has eager attention only for it")
     model.set_attn_implementation(attention)
     with torch.no_grad():
         for layer, mask_BT in ((1, None), (3, None), (3, RIGHT), (4, LEFT_AND_INNER)):
@@ -326,17 +316,17 @@ def test_refusals(bert: PreTrainedModel) -> None:
         capture_view(bert, 0)
     with pytest.raises(ConfigError, match="layer=5 is beyond the model's 4 layers"):
         capture_qkv(bert, 5, input_ids=IDS_BT)
-    distilbert = DistilBertModel(
-        DistilBertConfig(vocab_size=97, dim=48, n_layers=1, n_heads=4, hidden_dim=64)
-    )
+    sizes = {key: value for key, value in SIZES.items() if key != "max_position_embeddings"}
+    llama = LlamaModel(LlamaConfig(**sizes, pad_token_id=0))
     with pytest.raises(
         ConfigError,
-        match="type 'distilbert', which is not supported; use a model of type bert, camem",
+        match=r"type 'llama', which is not supported; use a model of type bert, camem.*; "
+        "CONTRIBUTING.md has the recipe for adding an architecture$",
     ):
-        capture_view(distilbert, 1)
-    distilbert.config.model_type = "bert"
+        capture_view(llama, 1)
+    llama.config.model_type = "bert"
     with pytest.raises(ConfigError, match="calls itself 'bert' but is not built like one"):
-        capture_view(distilbert, 1)
+        capture_view(llama, 1)
     with pytest.raises(
         ValueError,
         match=r"widths \(48, 48, 48\) returned \(3, 17, 48\); expected a last size of 144",

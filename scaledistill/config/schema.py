@@ -94,7 +94,7 @@ class StudentSettings(Settings):
     hidden_size: Positive
     num_attention_heads: Positive
     intermediate_size: Positive | None = None
-    """FFN width (default: 4 × `hidden_size`)."""
+    """FFN width (default: 4 × `hidden_size`; ModernBERT: 1.5 ×)."""
     init: NonEmpty = "random"
     """"random", "teacher" (its weights, cut by layers, whole heads and width) or the folder of a
     model of this shape."""

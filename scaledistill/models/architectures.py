@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -20,27 +21,63 @@ from scaledistill.errors import SettingError, SourceError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where an architecture keeps its parts.
+    """Where an architecture keeps its parts, and how it differs from BERT.
 
-    The paths are relative to a block, except `blocks`, `final_norm` and `dropped`.
+    The paths are relative to a block, except `blocks`, `final_norm`, `dropped` and `rotary`.
     """
 
+    title: str = "BERT"
     blocks: str = "encoder.layer"
     query: str = "attention.self.query"
     key: str = "attention.self.key"
     value: str = "attention.self.value"
+    fused: str | None = None  # one projection instead of three; its output is in `fused_order`
+    fused_order: str = "qkv"
     attention_output: str = "attention.output.dense"  # reads the heads side by side
+    # A linear layer of the FFN whose output is two halves that are multiplied.
+    gated_halves: str | None = None
     input_norm: str | None = None  # pre-norm models: applied before the projections
     # Pre-norm models: follows the last block; must not be applied to Q, K and V.
     final_norm: str | None = None
-    dropped: tuple[str, ...] = ("pooler",)  # children that the encoder's forward does not need
+    # Children that the encoder's forward does not need; they are left out of models and exports.
+    dropped: tuple[str, ...] = ("pooler",)
     # Position ids start after pad_token_id (fairseq's convention).
     positions_follow_padding: bool = False
+    rotary: str | None = None  # computes the rotary embedding of positions
+    # Dropout of attention where it is a number, not a module: the path of that attribute.
+    attention_dropout: str | None = None
+    block_returns_tuple: bool = False
+    # transformers has no other attention for it than its own, which keeps the scores.
+    eager_only: bool = False
+    # Some layers attend within a window only: `layer_types` and `sliding_window` of the config.
+    windowed: bool = False
+    embeddings_read_mask: bool = False  # the padding mask must keep its shape [B, T]
+    no_documents: str | None = None  # why attention cannot be kept within documents
+    # Names in the config.
+    ffn_width: str = "intermediate_size"
+    ffn_factor: float = 4  # of a student's FFN width, by default, to its width
+    activation: str | None = "hidden_act"
+    least_blocks: int = 1  # of a student, for all of its weights to get gradients
+    shape: tuple[str, ...] = ()  # further keys that one model must share to start from another
+    older_keys: tuple[str, ...] = ()  # keys of older files that the config class translates
+    idle_keys: tuple[str, ...] = ()  # keys that mean another computation elsewhere, but not here
+    older_names: Mapping[str, str] = field(default_factory=dict)  # of keys, in older files
+    # Keys that the config class drops, with the values that mean what it computes.
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    # The only values with which the computation is supported, by key.
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    # Weights of older files that the encoder does not use.
+    unused_weights: tuple[str, ...] = ()
+    # How names in files, where they are others than the model's, become the model's: patterns and
+    # replacements, in order.
+    stored_names: tuple[tuple[str, str], ...] = ()
+    # In files, one weight of a block that holds the rows of query, key and value.
+    stored_fused: str | None = None
 
     @property
-    def projections(self) -> tuple[str, str, str]:
-        """The paths of the query, key and value projections."""
-        return self.query, self.key, self.value
+    def projections(self) -> tuple[str, ...]:
+        """The paths of the query, key and value projections, or that of the fused one."""
+        return (self.fused,) if self.fused else (self.query, self.key, self.value)
 
     def block_path(self, layer: int) -> str:
         """Return the path of block `layer`, counted from 1.
@@ -49,15 +86,189 @@ class Architecture:
         """
         return f"{self.blocks}.{layer - 1}"
 
+    def rotates(self, config: PreTrainedConfig) -> bool:
+        """Return whether queries and keys are rotated by their positions after the projections."""
+        return self.rotary is not None
+
+
+class _Esm(Architecture):
+    """ESM-1b has a table of positions, ESM-2 rotates."""
+
+    def rotates(self, config: PreTrainedConfig) -> bool:
+        return config.position_embedding_type == "rotary"
+
 
 _BERT = Architecture()
-_ROBERTA = Architecture(positions_follow_padding=True)
+_ROBERTA = Architecture("RoBERTa", positions_follow_padding=True)
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
-    "electra": _BERT,
+    "electra": replace(_BERT, title="ELECTRA"),
     "roberta": _ROBERTA,
-    "xlm-roberta": _ROBERTA,
-    "camembert": _ROBERTA,
+    "xlm-roberta": replace(_ROBERTA, title="XLM-R"),
+    "camembert": replace(_ROBERTA, title="CamemBERT"),
+    "data2vec-text": replace(_ROBERTA, title="Data2Vec-text"),
+    "ernie": replace(_BERT, title="ERNIE", shape=("use_task_id", "task_type_vocab_size")),
+    "xlm-roberta-xl": replace(
+        _ROBERTA,
+        title="XLM-RoBERTa-XL",
+        input_norm="attention.self_attn_layer_norm",
+        final_norm="encoder.LayerNorm",
+    ),
+    "roberta-prelayernorm": replace(
+        _ROBERTA,
+        title="RoBERTa pre-norm",
+        input_norm="attention.LayerNorm",
+        final_norm="LayerNorm",
+    ),
+    "megatron-bert": replace(
+        _BERT,
+        title="MegatronBERT",
+        input_norm="attention.ln",
+        final_norm="encoder.ln",
+        block_returns_tuple=True,
+        eager_only=True,
+    ),
+    "distilbert": Architecture(
+        "DistilBERT",
+        blocks="transformer.layer",
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        attention_output="attention.out_lin",
+        dropped=(),
+        ffn_width="hidden_dim",
+        activation="activation",
+        shape=("hidden_dim", "activation"),
+    ),
+    "mpnet": Architecture(
+        "MPNet",
+        query="attention.attn.q",
+        key="attention.attn.k",
+        value="attention.attn.v",
+        attention_output="attention.attn.o",
+        positions_follow_padding=True,
+        block_returns_tuple=True,
+        eager_only=True,
+        least_blocks=2,  # the first one reads the relative attention bias
+        # transformers' MPNet has these numbers in its code.
+        only={"pad_token_id": (1,), "relative_attention_num_buckets": (32,)},
+    ),
+    "esm": _Esm(
+        "ESM",
+        input_norm="attention.LayerNorm",
+        final_norm="encoder.emb_layer_norm_after",
+        dropped=("pooler", "contact_head"),
+        positions_follow_padding=True,
+        rotary="rotary_embeddings",
+        attention_dropout="attention.self.dropout",
+        embeddings_read_mask=True,
+        no_documents="its embeddings read the mask of padding, not one of documents",
+        activation=None,
+        shape=("position_embedding_type", "emb_layer_norm_before", "token_dropout", "rope_theta"),
+        only={
+            "position_embedding_type": ("absolute", "rotary"),
+            "is_folding_model": (False, None),
+        },
+        unused_weights=("embeddings.position_embeddings.weight",),
+    ),
+    "modernbert": Architecture(
+        "ModernBERT",
+        blocks="layers",
+        fused="attn.Wqkv",
+        attention_output="attn.Wo",
+        gated_halves="mlp.Wi",
+        input_norm="attn_norm",
+        final_norm="final_norm",
+        dropped=(),
+        rotary="rotary_emb",
+        attention_dropout="attn.attention_dropout",
+        windowed=True,
+        ffn_factor=1.5,
+        activation="hidden_activation",
+        shape=(
+            "hidden_activation",
+            "norm_eps",
+            "norm_bias",
+            "attention_bias",
+            "mlp_bias",
+            "layer_types",
+            "local_attention",
+            "rope_parameters",
+        ),
+        older_keys=(
+            "global_attn_every_n_layers",
+            "global_rope_theta",
+            "local_rope_theta",
+            "rope_scaling",
+        ),
+        idle_keys=("position_embedding_type",),
+    ),
+    "nomic_bert": Architecture(
+        "NomicBERT",
+        blocks="layers",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        attention_output="self_attn.o_proj",
+        rotary="rotary_emb",
+        attention_dropout="self_attn.attention_dropout",
+        shape=("rope_parameters",),
+        older_keys=("rope_theta", "rope_scaling"),
+        older_names={
+            "n_embd": "hidden_size",
+            "n_layer": "num_hidden_layers",
+            "n_head": "num_attention_heads",
+            "n_inner": "intermediate_size",
+            "n_positions": "max_position_embeddings",
+            "layer_norm_epsilon": "layer_norm_eps",
+            "resid_pdrop": "hidden_dropout_prob",
+            "attn_pdrop": "attention_probs_dropout_prob",
+            "rotary_emb_base": "rope_theta",
+        },
+        neutral={
+            "activation_function": ("swiglu",),
+            "prenorm": (False,),
+            "parallel_block": (False,),
+            "causal": (False,),
+            "qkv_proj_bias": (False,),
+            "mlp_fc1_bias": (False,),
+            "mlp_fc2_bias": (False,),
+            "rotary_emb_fraction": (1.0,),
+            "rotary_emb_interleaved": (False,),
+            "rotary_emb_scale_base": (None,),
+            "rotary_scaling_factor": (None,),
+            "use_rms_norm": (False, None),
+            "num_experts": (0, None),
+            "moe_every_n_layers": (0, None),
+        },
+        stored_names=(
+            (r"^encoder\.layers\.", "layers."),
+            (r"^emb_ln\.", "embeddings.LayerNorm."),
+            (r"\.attn\.out_proj\.", ".self_attn.o_proj."),
+            (r"\.fc11\.", ".up_proj."),
+            (r"\.fc12\.", ".gate_proj."),
+            (r"\.fc2\.", ".down_proj."),
+            (r"\.norm1\.", ".post_attention_layernorm."),
+            (r"\.norm2\.", ".post_mlp_layernorm."),
+        ),
+        stored_fused="attn.Wqkv",
+    ),
+    "eurobert": Architecture(
+        "EuroBERT",
+        blocks="layers",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        attention_output="self_attn.o_proj",
+        input_norm="input_layernorm",
+        final_norm="norm",
+        dropped=(),
+        rotary="rotary_emb",
+        attention_dropout="self_attn.attention_dropout",
+        shape=("rms_norm_eps", "attention_bias", "mlp_bias", "rope_parameters"),
+        older_keys=("rope_theta", "rope_scaling"),
+        idle_keys=("position_embedding_type",),
+    ),
 }
 
 
@@ -73,7 +284,8 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
         raise SettingError(
             "config",
             expected=f"is of type {config.model_type!r}, which is not supported",
-            remedy=f"use a model of type {', '.join(sorted(ARCHITECTURES))}",
+            remedy=f"use a model of type {', '.join(sorted(ARCHITECTURES))}; CONTRIBUTING.md has "
+            "the recipe for adding an architecture",
         ) from None
 
 
@@ -140,4 +352,31 @@ def build_encoder(config: PreTrainedConfig, *, device: str = "cpu") -> PreTraine
     On the "meta" device this costs nothing.
     """
     with torch.device(device):
-        return AutoModel.from_config(config, dtype=torch.float32, **encoder_options(config))
+        return encoder_only(
+            AutoModel.from_config(config, dtype=torch.float32, **encoder_options(config))
+        )
+
+
+def encoder_only(encoder: PreTrainedModel) -> PreTrainedModel:
+    """Return `encoder`, without the parts that its architecture can do without.
+
+    Its state then has parameters only: buffers, which the model computes itself, are not saved.
+    """
+    row = ARCHITECTURES.get(encoder.config.model_type)
+    if row and type(encoder) is MODEL_MAPPING.get(type(encoder.config), None):
+        encoder._modules.update({name: None for name in row.dropped if name in encoder._modules})
+        for module in encoder.modules():
+            module._non_persistent_buffers_set.update(module._buffers)
+    return encoder
+
+
+def set_depth(config: PreTrainedConfig, num_layers: int) -> None:
+    """Set the number of a config's layers; which kind each is continues the config's pattern."""
+    if kinds := getattr(config, "layer_types", None):
+        period = next(
+            period
+            for period in range(1, len(kinds) + 1)
+            if all(kind == kinds[i % period] for i, kind in enumerate(kinds))
+        )
+        config.layer_types = [kinds[i % period] for i in range(num_layers)]
+    config.num_hidden_layers = num_layers

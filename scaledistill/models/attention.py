@@ -19,8 +19,10 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from scaledistill.errors import SettingError
+from scaledistill.models.architectures import architecture_of
 
 VARLEN = "scaledistill_varlen"
+LAYER_KINDS = ("full_attention", "sliding_attention")  # as transformers' configs name them
 
 
 def varlen_attention_available(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
@@ -52,15 +54,38 @@ def use_varlen_attention(
         dropout: of attention in training, which `varlen_attn` does not have.
     """
     head_size = config.hidden_size // config.num_attention_heads
+    if architecture_of(config).eager_only:
+        return False
     if dropout or not varlen_attention_available(device, dtype, head_size):
         return False
     config._attn_implementation = VARLEN
     return True
 
 
+def row_attention(
+    config: PreTrainedConfig, input_ids_BT: Tensor, mask_BT: Tensor | None
+) -> dict[str, Any]:
+    """Return the arguments that make a model attend to the tokens of `mask_BT`, or to whole rows.
+
+    Without a mask attention is not masked, which allows the fastest kernels. Masks are passed in
+    their final form: otherwise transformers would read their values, and the host would wait for
+    the device in every forward.
+    """
+    row, implementation = architecture_of(config), config._attn_implementation
+    if row.embeddings_read_mask or (implementation == "eager" and not row.eager_only):
+        return {} if mask_BT is None else {"attention_mask": mask_BT}
+    if implementation not in ("sdpa", VARLEN, "eager"):
+        return {} if mask_BT is None else {"attention_mask": mask_BT}
+    if mask_BT is not None:
+        return _masks(config, mask_BT.bool()[:, None, None, :])
+    if row.eager_only:  # transformers would make a mask of ones, and read it
+        return _masks(config, input_ids_BT.new_ones(1, 1, 1, 1, dtype=torch.bool))
+    return _masks(config, None, input_ids_BT) if row.windowed else {}
+
+
 def document_attention(
     config: PreTrainedConfig, segment_ids_BT: Tensor, cu_seqlens: Tensor | None = None
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Return the arguments that make a model attend within documents only.
 
     Padding attends to padding of its row. No tensor value is read, so the host never waits for a
@@ -75,26 +100,63 @@ def document_attention(
     Raises:
         SettingError: the model uses another attention implementation than sdpa or eager.
     """
-    implementation = config._attn_implementation
+    row, implementation = architecture_of(config), config._attn_implementation
+    if row.no_documents:
+        raise SettingError(
+            "segment_ids_BT",
+            expected=f": attention within documents is not supported for {row.title}: "
+            f"{row.no_documents}",
+            remedy='use attention "row"',
+        )
     if implementation == VARLEN and cu_seqlens is not None:
-        return {"cu_seqlens": cu_seqlens}
-    visible_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
-    if implementation in ("sdpa", VARLEN):
-        return {"attention_mask": visible_B1TT}
-    if implementation == "eager":
-        # An integer mask, because adding it keeps the scores in the model's dtype, whichever that
-        # is; exp(-32768) is 0.
-        return {
-            "attention_mask": torch.where(visible_B1TT, 0, torch.iinfo(torch.int16).min).to(
-                torch.int16
-            )
+        unmasked = {"attention_mask": dict.fromkeys(LAYER_KINDS)} if row.windowed else {}
+        return {"cu_seqlens": cu_seqlens, **unmasked}
+    if implementation not in ("sdpa", VARLEN, "eager"):
+        raise SettingError(
+            "segment_ids_BT",
+            expected="works with the attention implementations sdpa and eager, found "
+            f"{implementation!r}",
+            remedy="leave attn_implementation out of the model's config.json",
+        )
+    return _masks(config, (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None])
+
+
+def _masks(
+    config: PreTrainedConfig, visible: Tensor | None, input_ids_BT: Tensor | None = None
+) -> dict[str, Any]:
+    """Return the attention mask, by kind of layer if some attend within a window only.
+
+    Args:
+        visible: bool [B or 1, 1, T or 1, T or 1], where a query sees a key; None: everywhere.
+        input_ids_BT: any tensor of the batch's length and device, needed without `visible`.
+    """
+    final = _additive if config._attn_implementation == "eager" else _boolean
+    if not architecture_of(config).windowed:
+        return {"attention_mask": final(cast(Tensor, visible))}
+    shaped = cast(Tensor, input_ids_BT if visible is None else visible)
+    positions_T = torch.arange(shaped.shape[-1], device=shaped.device)
+    near_TT = (positions_T[:, None] - positions_T).abs() <= config.sliding_window
+    windowed = near_TT[None, None] if visible is None else visible & near_TT
+    full, sliding = LAYER_KINDS
+    return {
+        "attention_mask": {
+            full: None if visible is None else final(visible),
+            sliding: final(windowed),
         }
-    raise SettingError(
-        "segment_ids_BT",
-        expected="works with the attention implementations sdpa and eager, found "
-        f"{implementation!r}",
-        remedy="leave attn_implementation out of the model's config.json",
-    )
+    }
+
+
+def _boolean(visible: Tensor) -> Tensor:
+    return visible
+
+
+def _additive(visible: Tensor) -> Tensor:
+    """Return a mask to add to scores.
+
+    It has integers, because adding it keeps the scores in the model's dtype, whichever that is;
+    exp(-32768) is 0.
+    """
+    return torch.where(visible, 0, torch.iinfo(torch.int16).min).to(torch.int16)
 
 
 def _varlen_attention(
@@ -106,10 +168,12 @@ def _varlen_attention(
     *,
     scaling: float | None = None,
     cu_seqlens: Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend by transformers' interface for attention implementations; return [B, T, H, E].
 
+    `sliding_window` is one more than the distance that tokens see, as transformers passes it.
     Shapes depend only on the batch, not on its documents: T stands for the longest document, so
     that compiled blocks stay valid.
     """
@@ -121,8 +185,12 @@ def _varlen_attention(
     query, key, value = (
         x_BHTE.transpose(1, 2).flatten(0, 1) for x_BHTE in (query_BHTE, key_BHTE, value_BHTE)
     )
+    window: dict[str, Any] = {}
+    if sliding_window is not None:
+        window["window_size"] = (sliding_window - 1, sliding_window - 1)
     attended = cast(
-        Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, T, T, scale=scaling)
+        Tensor,
+        varlen_attn(query, key, value, cu_seqlens, cu_seqlens, T, T, scale=scaling, **window),
     )
     return attended.unflatten(0, (B, T)), None
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from scaledistill.errors import SourceError, near_misses
+from scaledistill.models.architectures import Architecture
 
 # How a model is run, stored or generated from, and the labels of a head: keys that do not change
 # what an encoder computes.
@@ -71,23 +72,28 @@ COMPUTING: dict[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
     "per_layer_config": (None, {}, []),
 }
+CHANGING_ROTATIONS = ("dynamic", "longrope")
 DECODING = ("is_decoder", "add_cross_attention")
 
 
 def plain_dict(
-    found: Mapping[str, Any], known: type[PreTrainedConfig], *, encoder: bool
+    found: Mapping[str, Any], known: type[PreTrainedConfig], row: Architecture | None
 ) -> dict[str, Any]:
     """Return the content of a `config.json` reduced to what its config class should get.
 
     Args:
         found: the content of the file.
         known: the config class.
-        encoder: it is a supported encoder, so keys that its class does not have are dropped too.
+        row: of a supported encoder: keys that its class does not have are dropped too.
 
     Raises:
         SourceError: a key asks for a computation that this transformers, or no encoder, supports.
     """
     defaults = known().to_dict()
+    renamed = {**known.attribute_map, **(row.older_names if row else {})}
+    own_names = {renamed.get(key, key): key for key in found}
+    found = {name: found[name if name in found else key] for name, key in own_names.items()}
+    idle, own_neutral = (row.idle_keys, row.neutral) if row else ((), {})
     if found.get("quantization_config") or found.get("compression_config"):
         raise SourceError(
             "model",
@@ -95,12 +101,13 @@ def plain_dict(
             "supported",
             remedy="give the model before quantisation, in fp32, bf16 or fp16",
         )
-    for key, neutral in COMPUTING.items():
-        if key in found and key not in defaults and found[key] not in neutral:
+    for key, neutral in {**COMPUTING, **own_neutral}.items():
+        if key in found and key not in (*defaults, *idle) and found[key] not in neutral:
+            does_not = "no longer computes" if key in COMPUTING else "does not compute"
             raise SourceError(
                 "model",
                 expected=f": its config.json has {key}={found[key]!r}, which transformers' "
-                f"{known.__name__} no longer computes, so the model would give other results",
+                f"{known.__name__} {does_not}, so the model would give other results",
                 remedy="give a model without it",
             )
     plain = {
@@ -113,10 +120,12 @@ def plain_dict(
         plain[key] = _number(plain[key], defaults[key])
     if isinstance(plain.get("architectures"), str):
         plain["architectures"] = [plain["architectures"]]
-    return _plain_encoder(plain, defaults) if encoder else plain
+    return _plain_encoder(plain, defaults, row) if row else plain
 
 
-def _plain_encoder(plain: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_encoder(
+    plain: dict[str, Any], defaults: Mapping[str, Any], row: Architecture
+) -> dict[str, Any]:
     """Keep the keys of an encoder's config class; free token ids are dropped unless integers.
 
     Raises:
@@ -130,8 +139,8 @@ def _plain_encoder(plain: dict[str, Any], defaults: Mapping[str, Any]) -> dict[s
                 remedy="expected an encoder, whose tokens attend to the whole row: if it is one, "
                 f"set {key} to false",
             )
-    activation = plain.get("hidden_act", defaults["hidden_act"])
-    if activation not in ACT2FN:
+    name = row.activation
+    if name and (activation := plain.get(name, defaults[name])) not in ACT2FN:
         near = near_misses(str(activation).lower(), ACT2FN, at_most=3) or [
             "gelu",
             "gelu_new",
@@ -139,7 +148,7 @@ def _plain_encoder(plain: dict[str, Any], defaults: Mapping[str, Any]) -> dict[s
         ]
         raise SourceError(
             "model",
-            expected=f": its config.json has hidden_act={activation!r}, which transformers does "
+            expected=f": its config.json has {name}={activation!r}, which transformers does "
             "not have",
             remedy=f"set the one that it was trained with: {', '.join(near)}, …",
         )
@@ -147,7 +156,41 @@ def _plain_encoder(plain: dict[str, Any], defaults: Mapping[str, Any]) -> dict[s
         "is_encoder_decoder",
         *(key for key in FREE_TOKEN_IDS if not isinstance(plain.get(key), int)),
     }
-    return {key: value for key, value in plain.items() if key in defaults.keys() - free}
+    kept = (defaults.keys() - free) | set(row.older_keys)
+    return {key: value for key, value in plain.items() if key in kept}
+
+
+def check_computation(config: PreTrainedConfig, row: Architecture) -> None:
+    """Refuse a supported architecture's config if its values ask for an unsupported computation.
+
+    Raises:
+        SourceError: naming the key.
+    """
+    for key, supported in row.only.items():
+        if (found := getattr(config, key, None)) not in supported:
+            raise SourceError(
+                "model",
+                expected=f": its config has {key}={found!r}, which is not supported for "
+                f"{row.title}",
+                remedy=f"expected {' or '.join(map(repr, supported))}",
+            )
+    heads = config.num_attention_heads
+    if (groups := getattr(config, "num_key_value_heads", None)) not in (None, heads):
+        raise SourceError(
+            "model",
+            expected=f": its config has num_key_value_heads={groups} with {heads} attention heads; "
+            "keys and values that several query heads share are not supported",
+            remedy=f"give a model with num_key_value_heads={heads}",
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        if (kind := each.get("rope_type")) in CHANGING_ROTATIONS:
+            raise SourceError(
+                "model",
+                expected=f": its config has rotary positions of rope_type={kind!r}, which depend "
+                "on the length of each batch and are not supported",
+                remedy="give a model with another rope_type: default, linear, yarn",
+            )
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:

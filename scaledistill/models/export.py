@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from scaledistill.data.tokenizer import TOKENIZER_FILES, gives_same_ids, load_tokenizer
 from scaledistill.errors import DataError, SourceError, named
-from scaledistill.models.architectures import build_encoder, encoder_options
+from scaledistill.models.architectures import architecture_of, build_encoder, encoder_options
 from scaledistill.models.teacher import load_encoder, quiet_transformers, resolve_folder
 from scaledistill.models.view import capture_view
 from scaledistill.storage.files import read_json, set_default_mode, sync, write_bytes, write_json
@@ -183,7 +183,7 @@ def _card_text(name: str, config: PreTrainedConfig, tap: str, card: Mapping[str,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=getattr(config, architecture_of(config).ffn_width),
         parameters=sum(sizes.values()) / 1e6,
         facts="\n".join(
             f"| {label} | {value} |" for label, value in card.items() if value is not None

@@ -11,13 +11,16 @@ and `exported` drops it.
 A teacher's weight is made narrower by keeping, for q, k, v and the attention output's input, the
 first heads and the first components of each, and for every other axis (hidden, FFN, embedding) the
 first components. So all layers, embeddings and LayerNorms keep the same hidden components, and
-equal sizes give an exact copy.
+equal sizes give an exact copy. Where queries and keys are rotated, the kept components of a head
+are evenly spaced pairs instead, because pair i of n rotates by base^(-i/n) per token. The halves of
+a gated FFN are cut alike.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +28,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from scaledistill.errors import Field, SettingError, named
 from scaledistill.models.architectures import (
+    Architecture,
     architecture_of,
     base_encoder,
     build_encoder,
     check_layer,
     encoder_class,
+    set_depth,
 )
-from scaledistill.models.configs import plain_config
+from scaledistill.models.configs import check_computation, plain_config
 from scaledistill.models.teacher import load_config, load_encoder
 
-# The config fields that must be equal for one model to start from another's weights.
+# The config fields that must be equal for one model to start from another's weights, with those of
+# `Architecture.shape`.
 SHAPE = (
     "model_type",
     "vocab_size",
@@ -62,15 +68,18 @@ def student_config(
 ) -> PreTrainedConfig:
     """Return a student's config: the teacher's, vocabulary and dropout included, with new sizes.
 
-    `intermediate_size` defaults to 4 × `hidden_size`. With tap "extra" there is one block more,
-    which is tapped. ELECTRA's embeddings are as wide as the student if the teacher's are as wide as
-    the teacher; projected ones keep their width.
+    `intermediate_size` defaults to 4 × `hidden_size` (ModernBERT: 1.5 ×). With tap "extra" there is
+    one block more, which is tapped. ELECTRA's embeddings are as wide as the student if the
+    teacher's are as wide as the teacher; projected ones keep their width.
 
     Raises:
-        SettingError: the architecture is not supported, or the heads do not divide the width.
+        SettingError: the architecture is not supported, the heads do not divide the width, heads
+            of an odd size would be rotated, or there are too few layers.
+        SourceError: the teacher's config asks for an unsupported computation.
     """
-    with named(config="teacher_config"):
-        architecture_of(teacher_config)
+    with named(config="teacher_config", model="teacher_config"):
+        row = architecture_of(teacher_config)
+        check_computation(teacher_config, row)
     if hidden_size % num_attention_heads:
         divisors = [heads for heads in range(1, hidden_size + 1) if hidden_size % heads == 0]
         nearest = sorted(sorted(divisors, key=lambda heads: abs(heads - num_attention_heads))[:2])
@@ -80,13 +89,32 @@ def student_config(
             ("does not divide ", Field("hidden_size", hidden_size)),
             f"use {' or '.join(map(str, nearest))}",
         )
+    num_blocks = num_layers + (tap == "extra")
+    if num_blocks < row.least_blocks:
+        raise SettingError(
+            "num_layers",
+            num_layers,
+            f"is too few for {row.title}: some weights would get no gradient",
+            (f"use {row.least_blocks} or more, or ", Field("tap", "extra")),
+        )
+    head_size = hidden_size // num_attention_heads
+    if head_size % 2 and row.rotates(teacher_config):
+        raise SettingError(
+            "num_attention_heads",
+            num_attention_heads,
+            ("gives heads of an odd size with ", Field("hidden_size", hidden_size)),
+            f"use heads of an even size: {row.title} rotates pairs of their components",
+        )
     config = copy.deepcopy(plain_config(teacher_config))
     if getattr(config, "embedding_size", None) == config.hidden_size:
         config.embedding_size = hidden_size
-    config.num_hidden_layers = num_layers + (tap == "extra")
+    set_depth(config, num_blocks)
     config.hidden_size = hidden_size
     config.num_attention_heads = num_attention_heads
-    config.intermediate_size = intermediate_size or 4 * hidden_size
+    for key, value in (("num_key_value_heads", num_attention_heads), ("head_dim", head_size)):
+        if hasattr(config, key):
+            setattr(config, key, value)
+    setattr(config, row.ffn_width, intermediate_size or int(row.ffn_factor * hidden_size))
     config.architectures = [encoder_class(config).__name__]
     config.dtype = torch.float32
     config.name_or_path = ""
@@ -202,7 +230,10 @@ def check_init(
                     Field("init", "random"),
                 ),
             )
-        return even_layer_map(num_layers + extra, last)
+        even = even_layer_map(num_layers + extra, last)
+        if not architecture_of(config).windowed:
+            return even
+        return of_equal_kinds(even, config.layer_types, teacher_config.layer_types, last)
     if len(layer_map) != num_layers:
         raise SettingError(
             "layer_map",
@@ -227,7 +258,7 @@ def exported(
     """
     blocks = f"{architecture_of(config).blocks}."
     config = copy.deepcopy(config)
-    config.num_hidden_layers = num_layers
+    set_depth(config, num_layers)
     return config, {
         key: tensor
         for key, tensor in state.items()
@@ -247,14 +278,47 @@ def even_layer_map(num_layers: int, capture_layer: int) -> list[int]:
     ]
 
 
+def of_equal_kinds(
+    layers: Sequence[int], student: Sequence[str], teacher: Sequence[str], last: int
+) -> list[int]:
+    """Replace teacher layers in a map by the nearest of the same kind as the student's layers.
+
+    Args:
+        layers: the teacher's layer (from 1) for each of the student's, increasing.
+        student: the kind of each of its layers, "full_attention" or "sliding_attention".
+        teacher: the same for the teacher.
+        last: the last teacher layer that may be used.
+
+    Returns:
+        An increasing map; a layer stays as it is if none of its kind is left between its
+        neighbours.
+    """
+    found: list[int] = []
+    for i, layer in enumerate(layers):
+        lowest = found[-1] + 1 if found else 1
+        highest = last - (len(layers) - 1 - i)  # leaves one for each further layer
+        fitting = [each for each in range(lowest, highest + 1) if teacher[each - 1] == student[i]]
+        nearest = min(fitting, key=lambda each: (abs(each - layer), -each), default=layer)
+        found.append(min(max(nearest, lowest), highest))
+    return found
+
+
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set every dropout of `model`, that of attention included.
+    """Set every dropout of `model`, an encoder or its view, that of attention included.
 
     Its config, which an export writes, is not changed.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability
+    row = architecture_of(cast(PreTrainedConfig, model.config))
+    if row.attention_dropout is None:
+        return
+    path, _, attribute = row.attention_dropout.rpartition(".")
+    for block in model.get_submodule(row.blocks).children():
+        attention = block.get_submodule(path)
+        if hasattr(attention, attribute):  # the last block of a view has projections only
+            setattr(attention, attribute, probability)
 
 
 def _check_folder(folder: str, config: PreTrainedConfig, tap: str) -> None:
@@ -262,8 +326,9 @@ def _check_folder(folder: str, config: PreTrainedConfig, tap: str) -> None:
         found = load_config(folder)
     if tap == "extra":
         config = copy.deepcopy(config)
-        config.num_hidden_layers -= 1
-    differing = [key for key in SHAPE if getattr(found, key, None) != getattr(config, key, None)]
+        set_depth(config, config.num_hidden_layers - 1)
+    keys = (*SHAPE, *architecture_of(config).shape)
+    differing = [key for key in keys if getattr(found, key, None) != getattr(config, key, None)]
     if differing:
         raise SettingError(
             "init",
@@ -278,11 +343,12 @@ def _values(config: PreTrainedConfig, keys: Sequence[str]) -> str:
 
 
 def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    ffn_width = architecture_of(config).ffn_width
     for key, found, most in (
         ("hidden_size", config.hidden_size, teacher.hidden_size),
         ("num_attention_heads", config.num_attention_heads, teacher.num_attention_heads),
         ("hidden_size / num_attention_heads", _head_size(config), _head_size(teacher)),
-        ("intermediate_size", config.intermediate_size, teacher.intermediate_size),
+        ("intermediate_size", getattr(config, ffn_width), getattr(teacher, ffn_width)),
     ):
         if found > most:
             raise SettingError(
@@ -317,20 +383,46 @@ def _cut_weights(
     Block i of the student comes from the teacher's layer `layers[i]`.
     """
     row = architecture_of(teacher)
-    head_axes = {f"{path}.{kind}": 0 for path in row.projections for kind in ("weight", "bias")}
-    head_axes[f"{row.attention_output}.weight"] = 1
-    head_size = torch.arange(_head_size(student.config))
-    starts = torch.arange(student.config.num_attention_heads) * _head_size(teacher)
-    heads = (starts[:, None] + head_size).flatten()  # the first components of the first heads
+    axes = _cut_axes(row, teacher, student.config)
     cut = {}
     for key, target in student.state_dict().items():
-        source, head_axis = key, None
+        source, kept_by_axis = key, {}
         if key.startswith(f"{row.blocks}."):
             index, part = key.removeprefix(f"{row.blocks}.").split(".", 1)
-            source, head_axis = f"{row.block_path(layers[int(index)])}.{part}", head_axes.get(part)
+            source = f"{row.block_path(layers[int(index)])}.{part}"
+            kept_by_axis = axes.get(part, {})
+            if row.input_norm and part.startswith(f"{row.input_norm}.") and source not in weights:
+                cut[key] = target  # ModernBERT's first block has no such norm
+                continue
         tensor = weights[source]
         for axis, size in enumerate(target.shape):
-            kept = heads if axis == head_axis else torch.arange(size)
+            kept = kept_by_axis.get(axis, torch.arange(size))
             tensor = tensor.index_select(axis, kept.to(tensor.device))
         cut[key] = tensor
     return cut
+
+
+def _cut_axes(
+    row: Architecture, teacher: PreTrainedConfig, student: PreTrainedConfig
+) -> dict[str, dict[int, Tensor]]:
+    """Return what a student keeps of a teacher's block, by parameter and axis.
+
+    Of an axis that is not named it keeps the first components.
+    """
+    size, old_size = _head_size(student), _head_size(teacher)
+    in_head = torch.arange(size)
+    if row.rotates(teacher):  # component i of a head is rotated with component i + size / 2
+        pairs = torch.arange(size // 2) * old_size // size
+        in_head = torch.cat([pairs, pairs + old_size // 2])
+    starts = torch.arange(student.num_attention_heads) * old_size
+    heads = (starts[:, None] + in_head).flatten()  # of the first heads
+    outputs = dict.fromkeys(row.projections, heads)
+    if row.fused:
+        outputs[row.fused] = torch.cat([heads + third * teacher.hidden_size for third in range(3)])
+    if row.gated_halves:
+        first = torch.arange(getattr(student, row.ffn_width))
+        outputs[row.gated_halves] = torch.cat([first, first + getattr(teacher, row.ffn_width)])
+    axes = {
+        f"{path}.{kind}": {0: kept} for path, kept in outputs.items() for kind in ("weight", "bias")
+    }
+    return axes | {f"{row.attention_output}.weight": {1: heads}}

@@ -31,10 +31,12 @@ from scaledistill.models.architectures import (
     architecture_of,
     build_encoder,
     check_layer,
+    encoder_only,
     encoder_options,
+    set_depth,
     settle_padding,
 )
-from scaledistill.models.configs import plain_dict
+from scaledistill.models.configs import check_computation, plain_dict
 from scaledistill.models.hub import model_folder
 from scaledistill.models.view import QKVView, capture_view
 from scaledistill.models.weights import (
@@ -152,7 +154,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
             if own_code or model_type not in CONFIG_MAPPING:
                 return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             known = CONFIG_MAPPING[str(model_type)]
-            config = known.from_dict(plain_dict(found, known, encoder=model_type in ARCHITECTURES))
+            row = ARCHITECTURES.get(str(model_type))
+            config = known.from_dict(plain_dict(found, known, row))
     except DataError:
         raise
     except Exception as error:
@@ -167,6 +170,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     if trust_remote_code and "auto_map" in found:
         config.auto_map = found["auto_map"]
     settle_padding(config)
+    if row:
+        check_computation(config, row)
     return config
 
 
@@ -206,11 +211,15 @@ def load_encoder(
             )
     except Exception as error:
         raise _not_loaded(model, error) from error
+    encoder = encoder_only(encoder)
+    needed = {name for name, _ in encoder.named_parameters()}
     wrong: dict[str, tuple[list[int] | None, list[int]]] = {
-        name: (None, []) for name in info["missing_keys"]
+        name: (None, []) for name in info["missing_keys"] if name in needed
     }
     wrong |= {
-        name: (list(found), list(expected)) for name, found, expected in info["mismatched_keys"]
+        name: (list(found), list(expected))
+        for name, found, expected in info["mismatched_keys"]
+        if name in needed
     }
     with named(model=Field("model", str(model))):
         check_complete(wrong)
@@ -243,14 +252,20 @@ def encoder_on_meta(
     stated = config.dtype is not None
     try:
         with quiet_transformers(), init_empty_weights(include_buffers=False):
-            encoder = AutoModel.from_config(
-                config, dtype=config.dtype or torch.float32, **options
+            encoder = encoder_only(
+                AutoModel.from_config(config, dtype=config.dtype or torch.float32, **options)
             ).eval()
     except Exception as error:
         raise _not_loaded(model, error) from error
     dtype = encoder.dtype if stated else None
     with named(model=Field("model", str(model))):
-        stored = StoredWeights(folder, encoder, prefix=encoder.base_model_prefix, dtype=dtype)
+        stored = StoredWeights(
+            folder,
+            encoder,
+            prefix=encoder.base_model_prefix,
+            row=architecture_of(config),
+            dtype=dtype,
+        )
     return encoder, stored
 
 
@@ -279,7 +294,7 @@ def _locate(
             "%s: weights that an encoder has no use for are left out: %s", model, ", ".join(heads)
         )
     if num_layers is not None:
-        config.num_hidden_layers = num_layers
+        set_depth(config, num_layers)
     return config, folder
 
 
@@ -292,14 +307,20 @@ def omitted_weights(folder: Path, config: PreTrainedConfig) -> list[str]:
     """
     check_adapter(folder)
     # The names of other architectures are unknown here.
-    if type(config) not in MODEL_MAPPING or config.model_type not in ARCHITECTURES:
+    row = ARCHITECTURES.get(config.model_type)
+    if type(config) not in MODEL_MAPPING or row is None:
         return []
     try:
         # A copy, because building sets the dtype of the config.
         encoder = build_encoder(copy.deepcopy(config), device="meta")
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
         raise _not_loaded(folder, error) from error
-    return omitted_heads(stored_keys(folder), encoder, prefix=encoder.base_model_prefix)
+    return omitted_heads(
+        stored_keys(folder),
+        encoder,
+        prefix=encoder.base_model_prefix,
+        row=row,
+    )
 
 
 class Teacher(nn.Module):

@@ -29,7 +29,7 @@ from scaledistill.models.architectures import (
     check_layer,
     first_position,
 )
-from scaledistill.models.attention import VARLEN, document_attention
+from scaledistill.models.attention import document_attention, row_attention
 from scaledistill.models.configs import plain_config
 from scaledistill.relations import QKV
 
@@ -141,23 +141,23 @@ def capture_view(model: PreTrainedModel, layer: int) -> QKVView:
     # Keep the view from installing transformers' recording hooks: its blocks are shared, so the
     # model would install them a second time.
     view._output_capturing_hooks_installed = True
-    dq, dk, dv = (cast(nn.Linear, last.get_submodule(path)) for path in row.projections)
-    return QKVView(view, view.config, (dq.out_features, dk.out_features, dv.out_features))
+    if row.rotary is not None and view._modules.get(row.rotary) is not None:
+        rotary = view._modules[row.rotary] = _own_copy(view.get_submodule(row.rotary))
+        rotary.__class__ = type("ExactRotary", (_ExactBuffers, type(rotary)), {})
+    return QKVView(view, view.config, captured.widths)
 
 
-def model_inputs(config: PreTrainedConfig, tokens: TokenInputs) -> dict[str, Tensor]:
+def model_inputs(config: PreTrainedConfig, tokens: TokenInputs) -> dict[str, Any]:
     """Return the arguments that make a model attend to real tokens, or within documents.
 
-    Without mask and documents attention is not masked, which allows the fastest kernels. For `sdpa`
-    masks are passed in their final form: otherwise transformers would read their values, and the
-    host would wait for the device in every forward. The mask is ignored if documents are given.
+    The mask is ignored if documents are given.
 
     Raises:
         ValueError: only one of segment ids and position ids.
         SettingError: documents are given, but the model has its own kind of attention.
     """
     input_ids_BT, mask_BT, segment_ids_BT, position_ids_BT, cu_seqlens = tokens
-    inputs = {"input_ids": input_ids_BT}
+    inputs: dict[str, Any] = {"input_ids": input_ids_BT}
     if segment_ids_BT is not None and position_ids_BT is not None:
         inputs["position_ids"] = position_ids_BT + first_position(config)
         inputs |= document_attention(config, segment_ids_BT, cu_seqlens)
@@ -165,9 +165,8 @@ def model_inputs(config: PreTrainedConfig, tokens: TokenInputs) -> dict[str, Ten
         raise ValueError(
             "segment_ids_BT and position_ids_BT describe documents together; found one of them"
         )
-    elif mask_BT is not None:
-        ready = config._attn_implementation in ("sdpa", VARLEN)
-        inputs["attention_mask"] = mask_BT[:, None, None, :] if ready else mask_BT
+    else:
+        inputs |= row_attention(config, input_ids_BT, mask_BT)
     return inputs
 
 
@@ -196,8 +195,9 @@ def forward_flops(module: nn.Module, num_tokens: int) -> int:
     }
     shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
     input_ids_BT = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
+    inputs = model_inputs(cast(PreTrainedConfig, module.config), TokenInputs(input_ids_BT))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        torch.func.functional_call(module, shapes, kwargs={"input_ids": input_ids_BT})
+        torch.func.functional_call(module, shapes, kwargs=inputs)
     return counter.get_total_flops()
 
 
@@ -209,8 +209,9 @@ class _CapturedBlock(nn.Module):
 
     def __init__(self, block: nn.Module, row: Architecture) -> None:
         super().__init__()
-        self.input_norm = row.input_norm
-        self.projections = row.projections
+        self.row = row
+        if row.windowed:
+            self.attention_type = block.attention_type  # by which the model chooses a mask
         for path in (*row.projections, *filter(None, [row.input_norm])):
             *parents, name = path.split(".")
             container: nn.Module = self
@@ -220,12 +221,39 @@ class _CapturedBlock(nn.Module):
                 container = container.get_submodule(parent)
             container.add_module(name, block.get_submodule(path))
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.input_norm is not None:
-            hidden_states = self.get_submodule(self.input_norm)(hidden_states)
-        return torch.cat(
-            [self.get_submodule(path)(hidden_states) for path in self.projections], dim=-1
-        )
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Dq, Dk and Dv."""
+        sizes = [
+            cast(nn.Linear, self.get_submodule(path)).out_features for path in self.row.projections
+        ]
+        if self.row.fused:
+            sizes = [sizes[0] // 3] * 3
+        return sizes[0], sizes[1], sizes[2]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        row = self.row
+        if row.input_norm is not None:
+            hidden_states = self.get_submodule(row.input_norm)(hidden_states)
+        outputs = [self.get_submodule(path)(hidden_states) for path in row.projections]
+        if row.fused and row.fused_order != "qkv":
+            thirds = outputs[0].chunk(3, dim=-1)
+            outputs = [thirds[row.fused_order.index(letter)] for letter in "qkv"]
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return (joined,) if row.block_returns_tuple else joined
+
+
+class _ExactBuffers(nn.Module):
+    """A module whose buffers keep their dtype when the module is cast.
+
+    Rotary frequencies in 16 bits would put tokens at other positions.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(buffer.new_empty(0)).device)
+        return self
 
 
 def _own_copy(module: nn.Module) -> Any:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scaledistill.errors import Field, SourceError
+from scaledistill.models.architectures import Architecture
 
 INDEX = "model.safetensors.index.json"
 # The first BERT checkpoints use these names.
@@ -66,13 +67,16 @@ def weight_files(folder: Path) -> list[str]:
     return ["model.safetensors"]
 
 
-def omitted_heads(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str) -> list[str]:
+def omitted_heads(
+    keys: Mapping[str, str], encoder: nn.Module, *, prefix: str, row: Architecture
+) -> list[str]:
     """Return the first name parts of heads and poolers, which an encoder does not need.
 
     Args:
         keys: the names in the files, with safetensors' names of their dtypes.
         encoder: the full one of its config; may be on the meta device.
         prefix: the first part of the encoder's names inside a task model.
+        row: of its architecture.
 
     Raises:
         SourceError: other weights do not belong to the encoder, so that it would compute something
@@ -80,14 +84,15 @@ def omitted_heads(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str) -
     """
     parameters = {name for name, _ in encoder.named_parameters()}
     known = parameters | {name for name, _ in encoder.named_buffers()}
-    own = {key for key in keys if encoder_name(key, prefix) in parameters}
+    unused = (*row.dropped, *row.unused_weights)
+    own = {key for key in keys if encoder_names(key, prefix, row)[0] in parameters}
     if coded := sorted(key for key in own if keys[key] not in FLOATS):
         raise SourceError(
             "model",
             expected=f"is quantised: {coded[0]} is stored as {keys[coded[0]]}",
             remedy=UNQUANTISED,
         )
-    if not own and (wrapper := _wrapper(keys, parameters, prefix)):
+    if not own and (wrapper := _wrapper(keys, parameters, prefix, row)):
         raise SourceError(
             "model",
             expected=f"was saved inside a wrapper: the names of its weights begin with {wrapper!r}",
@@ -96,11 +101,16 @@ def omitted_heads(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str) -
     children = {name for name, _ in encoder.named_children()}
     heads, foreign = set(), []
     for key in sorted(keys):
-        name = encoder_name(key, prefix)
+        name = encoder_names(key, prefix, row)[0]
         root = name.partition(".")[0]
         if name in known or HARMLESS.search(name):
             continue
-        if root == "pooler" or (root in HEADS and not key.startswith(f"{prefix}.")):
+        if (
+            root == "pooler"
+            or root in unused
+            or name in unused
+            or (root in HEADS and not key.startswith(f"{prefix}."))
+        ):
             heads.add(root)
         elif key.startswith(f"{prefix}.") or root in children or CHANGING.search(key):
             foreign.append(key)
@@ -133,23 +143,29 @@ def omitted_heads(keys: Mapping[str, str], encoder: nn.Module, *, prefix: str) -
     )
 
 
-def _wrapper(keys: Iterable[str], parameters: set[str], prefix: str) -> str | None:
+def _wrapper(
+    keys: Iterable[str], parameters: set[str], prefix: str, row: Architecture
+) -> str | None:
     """Return what precedes the encoder's own names in a file; None if it lacks them."""
     for key in sorted(keys):
         parts = key.split(".")
         for start in range(1, len(parts)):
-            if encoder_name(".".join(parts[start:]), prefix) in parameters:
+            if encoder_names(".".join(parts[start:]), prefix, row)[0] in parameters:
                 return ".".join(parts[:start]) + "."
     return None
 
 
-def encoder_name(key: str, prefix: str) -> str:
-    """Return the encoder's name for a weight in a file."""
+def encoder_names(key: str, prefix: str, row: Architecture) -> list[str]:
+    """Return the encoder's name for a weight in a file, or three that share its rows."""
     name = key.removeprefix(f"{prefix}.")
+    for pattern, replacement in row.stored_names:
+        name = re.sub(pattern, replacement, name)
+    if row.stored_fused and f".{row.stored_fused}." in name:
+        return [name.replace(row.stored_fused, path) for path in row.projections]
     for old, new in OLD_NAMES.items():
         if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
+            return [name.removesuffix(old) + new]
+    return [name]
 
 
 def stored_keys(folder: Path) -> dict[str, str]:
@@ -221,6 +237,7 @@ class StoredWeights(Mapping[str, Tensor]):
         encoder: nn.Module,
         *,
         prefix: str,
+        row: Architecture,
         dtype: torch.dtype | None,
     ) -> None:
         """Locate each parameter of `encoder` in the folder's files.
@@ -228,20 +245,29 @@ class StoredWeights(Mapping[str, Tensor]):
         Args:
             encoder: may be on the meta device; its buffers are not looked up.
             prefix: the first part of the encoder's names inside a task model.
+            row: of its architecture.
             dtype: of the returned tensors; by default that of the first weight in the files.
 
         Raises:
             SourceError: a file is damaged, lacks a weight or has it in another shape.
         """
-        stored: dict[str, tuple[Path, str]] = {}
+        stored: dict[str, tuple[Path, str, slice]] = {}
         shapes: dict[str, list[int]] = {}
         for path in (folder / name for name in weight_files(folder)):
             try:
                 with safe_open(path, "pt") as file:
                     for key in file.keys():  # noqa: SIM118 - not a dictionary
-                        name = encoder_name(key, prefix)
-                        stored[name] = path, key
-                        shapes[name] = file.get_slice(key).get_shape()
+                        shape = file.get_slice(key).get_shape()
+                        names = encoder_names(key, prefix, row)
+                        for part, name in enumerate(names):
+                            rows = slice(None)
+                            if len(names) > 1:
+                                share = shape[0] // len(names)
+                                rows = slice(part * share, (part + 1) * share)
+                                shapes[name] = [share, *shape[1:]]
+                            else:
+                                shapes[name] = shape
+                            stored[name] = path, key, rows
             except (SafetensorError, OSError) as error:
                 raise _damaged(path, error) from error
         expected = {name: list(parameter.shape) for name, parameter in encoder.named_parameters()}
@@ -262,10 +288,12 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self._stored)
 
     def _read(self, name: str) -> Tensor:
-        path, key = self._stored[name]
+        path, key, rows = self._stored[name]
         try:
             with safe_open(path, "pt") as file:
-                return check_finite(name, file.get_tensor(key))
+                whole = rows == slice(None)
+                tensor = file.get_tensor(key) if whole else file.get_slice(key)[rows]
+                return check_finite(name, tensor)
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
 

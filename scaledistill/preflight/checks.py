@@ -33,7 +33,7 @@ from scaledistill.data.tokenizer import TOKENIZER_FILES
 from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import ConfigError, DataError, Field, Problems, named
 from scaledistill.metrics.trackers import check_trackers
-from scaledistill.models.architectures import check_layer, max_sequence_length
+from scaledistill.models.architectures import architecture_of, check_layer, max_sequence_length
 from scaledistill.models.hub import names_resolved_once
 from scaledistill.models.student import check_init, student_config
 from scaledistill.models.teacher import (
@@ -197,6 +197,12 @@ def _teacher_config(config: DistillConfig) -> PretrainedConfig:
             config.teacher.model, config.teacher.revision, config.teacher.trust_remote_code
         )
         check_layer(config.teacher.layer, teacher.num_hidden_layers)
+    row = architecture_of(teacher)
+    if row.no_documents and config.data.attention == "document":
+        raise ConfigError(
+            f'data.attention="document" is not supported for {row.title}: {row.no_documents}; '
+            'use "row"'
+        )
     limit = max_sequence_length(teacher)
     if config.data.sequence_length > limit:
         raise ConfigError(

@@ -1,0 +1,42 @@
+"""A tiny config of every supported architecture, for tests that run once for each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from scaledistill.models.architectures import ARCHITECTURES
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "electra": {"embedding_size": 32},
+    "electra-wide": {"embedding_size": 48},
+    "ernie": {"use_task_id": True},
+    "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4},
+    "modernbert": {"local_attention": 8},  # tokens see 4 to each side, in layers 2 and 3
+    "modernbert-biased": {
+        "local_attention": 8,
+        "norm_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "esm-absolute": {"emb_layer_norm_before": True, "mask_token_id": 4},
+}
+PADDING = {"esm": 1, "modernbert": 0, "eurobert": 0}  # no default, or one beyond tiny vocabularies
+NAMES = tuple(dict.fromkeys((*ARCHITECTURES, *VARIANTS)))
+
+
+def model_type_of(name: str) -> str:
+    """Return the `model_type` of a name of `NAMES`."""
+    return name if name in ARCHITECTURES else name.partition("-")[0]
+
+
+def tiny_config(name: str, sizes: dict[str, Any]) -> PreTrainedConfig:
+    """Return a config of `sizes`, named as BERT's."""
+    model_type = model_type_of(name)
+    row = ARCHITECTURES[model_type]
+    own = {row.ffn_width if key == "intermediate_size" else key: x for key, x in sizes.items()}
+    if model_type in PADDING:
+        own["pad_token_id"] = PADDING[model_type]
+    return AutoConfig.for_model(model_type, **own, **VARIANTS.get(name, {}))

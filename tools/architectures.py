@@ -1,0 +1,113 @@
+"""Print docs/architectures.md, made from the table in `scaledistill.models.architectures`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from scaledistill.models.architectures import ARCHITECTURES, Architecture
+
+PAGE = """\
+# Architectures
+
+<!-- Made by `python tools/architectures.py > docs/architectures.md`; change the table in
+scaledistill/models/architectures.py or the text in tools/architectures.py instead. -->
+
+A teacher, with any head or none, is a model of one of these types (`model_type` in its
+`config.json`). Its student has the same type, and any depth, width, number of heads and FFN width.
+An unsupported type is refused with the list of the supported ones; `CONTRIBUTING.md` has the recipe
+for adding one.
+
+| architecture | `model_type` | Q, K and V are the outputs of | attention | `data.attention` |
+|---|---|---|---|---|
+{rows}
+
+## What is captured
+
+Q, K and V are the outputs of the projections of the captured block, for teacher and student alike.
+So they are taken before rotary embeddings of positions, and before norms of queries and keys.
+In pre-norm models the block's input norm is applied first. The final norm is not: it belongs to
+the model's output. The output of a fused projection is split. Nothing above the projections is
+computed.
+
+## Attention
+
+`sdpa` is PyTorch's fused attention, used by default. `eager` keeps the scores in memory; the models
+that have only this are slower and need memory that grows with the square of the sequence length.
+With `data.attention="document"`, `sdpa` and `eager` get a block mask; on GPUs that have
+`varlen_attn`, in 16 bits and without dropout of attention, it replaces `sdpa`. In ModernBERT's
+local layers the window applies within each document.
+
+## Students
+
+With `init: "random"` all sizes are free; heads that are rotated must have an even size. With
+`init: "teacher"` the sizes are at most the teacher's, and equal sizes give an exact copy. Otherwise
+a student gets the first heads, and the first components of every other axis. Of each head it keeps
+the first components too; where heads are rotated, evenly spaced pairs of components, so that each
+pair turns about as fast as before. Both halves of a gated FFN keep the same components.
+
+`layer_map` is spread evenly by default. ModernBERT's student keeps the teacher's pattern of global
+and local layers, counted from its own first layer, and each layer is copied from the nearest
+teacher layer of the same kind. A student's FFN is by default {factors} its width.
+
+Parameters have the names of the model's own code, in checkpoints and exports.
+
+## Limits
+
+- `is_decoder=true`, adapters, quantised weights, and keys and values that several query heads share
+  (`num_key_value_heads`) are refused.
+- Rotary positions of `rope_type` "dynamic" and "longrope" are refused, because they depend on each
+  batch.
+{limits}
+"""
+LIMITS = {
+    "modernbert": "its first block has no input norm, so a student whose first layer is copied "
+    "from another one lacks that layer's norm, and a later layer copied from the first one starts "
+    "with a norm of ones",
+    "esm": "the mask is read once per forward, for which the host waits; the rotary frequencies of "
+    "a sharded teacher are computed, not read from its file; the contact head is not exported",
+    "nomic_bert": "files in the format of its authors' own code are read as well",
+    "mpnet": "the relative attention bias is shared by all layers; a student keeps that of its "
+    "first heads, and needs two blocks to train it",
+}
+
+
+def page() -> str:
+    """Return the page."""
+    listed = "\n".join(_row(name, row) for name, row in ARCHITECTURES.items())
+    return PAGE.format(rows=listed, factors=_factors(ARCHITECTURES), limits=_limits())
+
+
+def _row(model_type: str, row: Architecture) -> str:
+    projections = ", ".join(f"`{path}`" for path in row.projections)
+    norm = f", after `{row.input_norm}`" if row.input_norm else ""
+    attention = "eager" if row.eager_only else "sdpa, eager"
+    if row.windowed:
+        attention += "; local and global layers"
+    documents = "row" if row.no_documents else "row, document"
+    return f"| {row.title} | `{model_type}` | {projections}{norm} | {attention} | {documents} |"
+
+
+def _factors(rows: Mapping[str, Architecture]) -> str:
+    others = [f"{row.title}: {row.ffn_factor:g} ×" for row in rows.values() if row.ffn_factor != 4]
+    return f"4 × ({', '.join(others)})"
+
+
+def _limits() -> str:
+    lines = []
+    for model_type, row in ARCHITECTURES.items():
+        parts = [
+            f"`{key}` must be {' or '.join(f'`{value!r}`' for value in values)}"
+            for key, values in row.only.items()
+        ]
+        if row.no_documents:
+            parts.append(f'`data.attention="document"` is refused: {row.no_documents}')
+        if model_type in LIMITS:
+            parts.append(LIMITS[model_type])
+        if parts:
+            lines.append(f"- {row.title}: {'; '.join(parts)}.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
