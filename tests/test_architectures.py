@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,15 @@ from conftest import ENCODER_SIZES as SIZES
 from conftest import tiny_tree
 from encoders import NAMES, tiny_config
 from ranks import run_ranks
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from scaledistill.config.load import parse_config
 from scaledistill.data.tokens import TokenInputs
@@ -31,7 +39,7 @@ from scaledistill.models.student import (
     set_dropout,
     student_config,
 )
-from scaledistill.models.teacher import load_config, load_encoder
+from scaledistill.models.teacher import encoder_on_meta, load_config, load_encoder
 from scaledistill.models.view import capture_view
 from scaledistill.preflight.checks import plan_run
 
@@ -164,6 +172,7 @@ def test_export_and_reload(name: str, tmp_path: Path, tiny_teacher: Path) -> Non
         model.eval()(input_ids=IDS_BT).last_hidden_state,
         student(input_ids=IDS_BT).last_hidden_state,
     )
+    AutoModelForSequenceClassification.from_pretrained(folder)
     assert "FFN 24" in (folder / "README.md").read_text()
 
 
@@ -277,6 +286,33 @@ def test_config_files_of_before_transformers_5(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(old))
     config = load_config(tmp_path)
     assert (config.dim, config.n_heads, config.num_hidden_layers) == (96, 4, 2)
+
+
+def test_weight_files_of_published_esm_models(tmp_path: Path) -> None:
+    """Frequencies by layer, and an unused table of positions."""
+    model = AutoModelForMaskedLM.from_config(tiny_config("esm", SIZES))
+    model.save_pretrained(tmp_path)
+    weights = {key: x for key, x in model.state_dict().items() if "decoder" not in key}
+    frequencies = weights.pop("esm.rotary_embeddings.inv_freq")
+    for i in range(4):
+        attention = f"esm.encoder.layer.{i}.attention.self"
+        weights[f"{attention}.rotary_embeddings.inv_freq"] = frequencies.clone()
+    weights["esm.embeddings.position_embeddings.weight"] = torch.zeros(40, 48)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    encoder = load_encoder(tmp_path, num_layers=3)
+    _, stored = encoder_on_meta(tmp_path, num_layers=3)
+    assert list(stored) == sorted(encoder.state_dict())
+    found = capture_view(encoder, 3)(TokenInputs(IDS_BT))
+    assert all(map(torch.equal, found, capture_view(model.eval(), 3)(TokenInputs(IDS_BT))))
+
+
+def test_a_fused_projection_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = build_encoder(modernbert()).eval()
+    q, k, v = capture_view(encoder, 3)(TokenInputs(IDS_BT))
+    row = replace(ARCHITECTURES["modernbert"], fused_order="kvq")
+    monkeypatch.setitem(ARCHITECTURES, "modernbert", row)
+    found = capture_view(encoder, 3)(TokenInputs(IDS_BT))
+    assert all(map(torch.equal, found, (v, q, k)))
 
 
 def test_start_from_a_folder_of_the_same_shape(tmp_path: Path) -> None:

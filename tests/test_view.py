@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -39,6 +40,9 @@ from scaledistill.models.architectures import (
 from scaledistill.models.view import capture_qkv, capture_view, forward_flops, model_inputs
 
 CONFIGS = {name: tiny_config(name, SIZES) for name in NAMES}
+# With both dtypes and both kinds of attention.
+OFTEN = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "electra-wide", "modernbert")
+USUAL = [(torch.float32, "sdpa"), (torch.bfloat16, "eager")]
 IDS_BT = torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(0))
 RIGHT, LEFT_AND_INNER = torch.ones(2, 3, 17, dtype=torch.bool)
 RIGHT[0, 9:] = RIGHT[1, 1:] = False
@@ -92,15 +96,18 @@ def hooked_qkv(model: PreTrainedModel, layer: int, **inputs: Tensor) -> tuple[Te
     return found[0].chunk(3, dim=-1) if row.fused else tuple(found)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "attention"),
+    [
+        pytest.param(*case, marks=() if case[0] in OFTEN or case[1:] in USUAL else pytest.mark.full)
+        for case in itertools.product(CONFIGS, [torch.float32, torch.bfloat16], ["sdpa", "eager"])
+        if case[2] == "eager" or not architecture_of(CONFIGS[case[0]]).eager_only
+    ],
+)
 def test_bit_equal_to_hooks_on_the_whole_model(
     name: str, dtype: torch.dtype, attention: str
 ) -> None:
     model = encoder(CONFIGS[name]).to(dtype)
-    if attention == "sdpa" and architecture_of(model.config).eager_only:
-        pytest.skip("transformers has eager attention only for it")
     model.set_attn_implementation(attention)
     with torch.no_grad():
         for layer, mask_BT in ((1, None), (3, None), (3, RIGHT), (4, LEFT_AND_INNER)):
