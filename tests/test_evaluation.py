@@ -70,18 +70,23 @@ def make_tree(
 
 def test_a_run_ends_with_its_scores(make_tree: Callable[..., dict[str, Any]]) -> None:
     tree = make_tree(include_teacher=True)
+    tree["students"]["l1"] = {**tree["students"]["l2"], "num_layers": 1}
     folder = Path(tree["run"]["folder"])
     state, code, message = run_ranks(distil, 1, tree)[0]
     assert (state, code) == ("done", 0), message
     assert message.endswith("evaluation/summary.md")
     scores = json.loads((folder / "evaluation" / "summary.json").read_text())
-    assert [row["name"] for row in scores["rows"]] == ["l2", "teacher"]
-    card = (folder / "export" / "l2" / "README.md").read_text()
-    assert card.count("## Evaluation") == 1
-    assert card.index("## Untrained parts") < card.index("## Evaluation") < card.index("## Licence")
-    assert "| l2 |" in card
+    assert [row["name"] for row in scores["rows"]] == ["l2", "l1", "teacher"]
+    for name in ("l2", "l1"):
+        card = (folder / "export" / name / "README.md").read_text()
+        assert card.count("## Evaluation") == 1
+        places = [
+            card.index(f"## {title}") for title in ("Untrained parts", "Evaluation", "Licence")
+        ]
+        assert places == sorted(places)
+        assert f"| {name} |" in card
     cells = {path: path.stat().st_mtime_ns for path in folder.glob("evaluation/cells/*/*/*.json")}
-    assert len(cells) == 2
+    assert len(cells) == 3
     # Exports again; the same weights have their scores.
     assert run_ranks(distil, 1, tree)[0][0] == "done"
     assert {

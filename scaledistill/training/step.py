@@ -273,6 +273,7 @@ def validation_losses(
             loss = student_loss(student, target, batch, watch)
             sums[place] += loss.total.double() * batch.weight
             del loss
+        del target  # else it would stay in memory during the teacher's next forward
         sums[-1] += batch.weight
     for student in students:
         student.engine.train_mode(True)
