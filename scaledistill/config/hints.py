@@ -289,8 +289,16 @@ def argument_hint(unknown: Sequence[str], options: Iterable[str], settings: Sequ
     name = option.lstrip("-").replace("-", "_")
     if name.lower() in OPTIONS:
         return f"unknown option {option}; {OPTIONS[name.lower()].as_key('<name>')}"
+    # Of a student's own setting and that of all students, the second is meant.
+    in_train = {setting.rpartition(".")[2] for setting in settings if setting.startswith("train.")}
     settings = [
-        setting for setting in settings if not setting.startswith("evaluation.") or setting == name
+        setting
+        for setting in settings
+        if setting == name
+        or (
+            not setting.startswith("evaluation.")
+            and not (setting.startswith("students.") and setting.rpartition(".")[2] in in_train)
+        )
     ]
     known = [
         setting for setting in settings if setting == name or setting.rpartition(".")[2] == name

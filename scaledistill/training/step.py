@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from scaledistill.config.schedule import learning_rate
 from scaledistill.data.stream import Batch
 from scaledistill.distributed.ranks import all_reduce_sum, any_rank
+from scaledistill.engines import StepOutcome
 from scaledistill.errors import DataError
 from scaledistill.metrics.stopwatch import Stopwatch
 from scaledistill.models.view import capture_view
@@ -93,9 +94,8 @@ def train_step(
     """Run one optimizer step of every student on the next global batch. Collective."""
     students, ranks = session.students, session.ranks
     accumulation, pairs = session.run.accumulation, list(session.config.relations.pairs)
-    # For each student, sums of the total loss and of each pair's; at the end of the stop requests.
-    num_losses = 1 + len(pairs)
-    sums = torch.zeros(len(students) * num_losses + 1, dtype=torch.float64, device=ranks.device)
+    # A row per student, of its total loss and each pair's; a last row for the stop requests.
+    sums = torch.zeros(len(students) + 1, 1 + len(pairs), dtype=torch.float64, device=ranks.device)
     batches = []
     for micro in range(accumulation):
         with watch.phase("data wait"):
@@ -111,7 +111,7 @@ def train_step(
             poison = torch.where(torch.isfinite(loss.total.detach()), 1.0, torch.nan)
             with watch.phase("backward"):
                 student.engine.backward(loss.total * poison, last=micro + 1 == accumulation)
-            sums[number * num_losses : (number + 1) * num_losses] += torch.stack(
+            sums[number] += torch.stack(
                 [loss.total.detach(), *(loss.by_pair[pair].detach() for pair in pairs)]
             )
             # Else the loss's graph would stay in memory during the next forward.
@@ -119,25 +119,33 @@ def train_step(
         del target
     rates = [learning_rate(session.step, student.run.config.train) for student in students]
     with watch.phase("optimizer"):
-        outcomes = [
-            student.engine.step(rate) for student, rate in zip(students, rates, strict=True)
-        ]
+        outcomes = [each.engine.step(rate) for each, rate in zip(students, rates, strict=True)]
     sums[-1] = float(stop_reason() is not None)
     # Our one device-to-host synchronisation per step.
-    *losses, stops = all_reduce_sum(sums).tolist()
+    *losses, (stops, *_) = all_reduce_sum(sums).tolist()
     session.step += 1
     results = {}
-    for number, (student, rate, outcome) in enumerate(zip(students, rates, outcomes, strict=True)):
-        own = losses[number * num_losses : (number + 1) * num_losses]
-        total, *by_pair = (value / (accumulation * ranks.world_size) for value in own)
-        is_finite = math.isfinite(total)
-        skipped, cause = outcome.skipped or not is_finite, None
-        if skipped:
-            cause = skip_cause(session, student, batches, loss_is_finite=is_finite)
-        results[student.name] = StudentStep(
-            total, dict(zip(pairs, by_pair, strict=True)), rate, outcome.grad_norm, skipped, cause
-        )
+    for student, own, rate, outcome in zip(students, losses, rates, outcomes, strict=True):
+        means = [value / (accumulation * ranks.world_size) for value in own]
+        results[student.name] = _student_step(session, student, means, rate, outcome, batches)
     return StepResult(results, stops > 0)
+
+
+def _student_step(
+    session: Session,
+    student: Student,
+    losses: list[float],
+    rate: float,
+    outcome: StepOutcome,
+    batches: Iterable[Batch],
+) -> StudentStep:
+    """Return a student's part of a step, from its losses: the total and each pair's. Collective."""
+    is_finite, cause = math.isfinite(losses[0]), None
+    skipped = outcome.skipped or not is_finite
+    if skipped:
+        cause = skip_cause(session, student, batches, loss_is_finite=is_finite)
+    by_pair = dict(zip(session.config.relations.pairs, losses[1:], strict=True))
+    return StudentStep(losses[0], by_pair, rate, outcome.grad_norm, skipped, cause)
 
 
 @torch.no_grad()
