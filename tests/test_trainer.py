@@ -270,6 +270,10 @@ ZERO = {
 def train_ranked(folder: Path, how: str) -> dict[str, Any]:
     changes: dict[str, Any] = {"per_device_train_batch_size": record.BATCH // 2}
     if how.startswith("zero"):
+        import deepspeed
+
+        # As in our engine: compiling this operator takes a minute, and more on a busy machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         stage = {"stage": int(how[-1]), "stage3_gather_16bit_weights_on_model_save": True}
         changes["deepspeed"] = {**ZERO, "zero_optimization": stage}
     if how == "fsdp":
