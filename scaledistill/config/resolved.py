@@ -8,7 +8,6 @@ them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 
@@ -37,7 +36,7 @@ class ResolvedRun:
                 "configuration is not resolved; pass it through preflight.resolve.resolve"
             )
 
-    @cached_property
+    @property
     def micro_batch_size(self) -> int:
         """Sequences of a rank's forward."""
         size = self.config.train.micro_batch_size

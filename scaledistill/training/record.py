@@ -66,10 +66,10 @@ class MetricsLog:
                 self._status.write_soon("running", "training")
 
     def _row(self, result: StepResult, validation: Validation | None) -> dict[str, float]:
-        session, config = self._session, self._session.config
+        session = self._session
         seconds, phases = self._watch.lap()
         steps, self._lap_start = session.step - self._lap_start, session.step
-        tokens = steps * config.train.global_batch_size * config.data.sequence_length
+        tokens = steps * session.run.tokens_per_step
         row = {"step": session.step, **student_metrics(result)}
         if validation:
             row["validation_loss"] = sum(validation.losses.values())
