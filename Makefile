@@ -6,7 +6,7 @@ PYTEST ?= --numprocesses auto --dist worksteal
 READY := $(VENV)/.ready
 TEACHER := models/all-MiniLM-L6-v2
 
-.PHONY: venv quickstart test test-full test-faults lint format bench clean
+.PHONY: venv quickstart test test-full test-faults lint format bench docs clean
 
 venv: $(READY)
 
@@ -55,6 +55,10 @@ bench: $(READY)
 	mkdir -p runs/bench
 	for tool in data relations save step; do \
 	  $(BIN)/python tools/bench/$$tool.py --json runs/bench/$$tool.json --markdown runs/bench/$$tool.md || exit; done
+
+# The documentation as a site in build/site; a broken link is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -61,17 +61,17 @@ def run(codes: list[str]) -> dict[str, Any]:
     return names
 
 
-def run_readme(folder: Path) -> tuple[float, bool, str]:
-    """Run README's blocks in a folder; return the loss, whether the student got a gradient, how the
-    run ended.
+def run_page(folder: Path) -> tuple[float, bool, str]:
+    """Run the blocks of docs/python.md in a folder; return the loss, whether the student got a
+    gradient, how the run ended.
     """
     os.chdir(folder)
-    session = run(blocks(ROOT / "README.md", "python"))
+    session = run(blocks(ROOT / "docs/python.md", "python"))
     gradient = session["student"].get_input_embeddings().weight.grad
     return session["loss"].total.item(), gradient is not None, session["result"].state
 
 
-def test_the_readme_s_python(
+def test_the_python_page(
     tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a folder as `make quickstart` leaves it, with smaller models."""
@@ -103,7 +103,7 @@ def test_the_readme_s_python(
         workers=0,
     )
     Path("configs").symlink_to(ROOT / "configs")
-    [(loss, has_gradient, state)] = run_ranks(run_readme, 1, tmp_path)
+    [(loss, has_gradient, state)] = run_ranks(run_page, 1, tmp_path)
     assert loss > 0
     assert (has_gradient, state, Path("runs/from-python/export/l3-h192").is_dir()) == (
         True,
