@@ -82,12 +82,12 @@ def test_help_is_quick_and_says_what_counts(capsys: pytest.CaptureFixture[str]) 
     assert "local_rank" not in text
 
 
-@pytest.mark.parametrize("module", ["scaledistill", "scaledistill.cli"])
-def test_the_package_runs_as_a_module(module: str, config_file: MakeFile) -> None:
+def test_the_package_runs_as_a_module(config_file: MakeFile) -> None:
     command = [
         sys.executable,
         "-m",
-        module,
+        "scaledistill",
+        "distill",
         "--config",
         str(config_file()),
         "--set",
@@ -107,7 +107,7 @@ def test_the_package_runs_as_a_module(module: str, config_file: MakeFile) -> Non
 
 HEAVY = """
 import sys
-from scaledistill.cli.distill import main
+from scaledistill.cli.command import main
 try:
     main(sys.argv[1:])
 except SystemExit:
@@ -122,7 +122,7 @@ sys.stderr.write(" ".join(sorted(heavy & set(sys.modules))))
 
 @pytest.mark.parametrize("option", ["--help", "--print-config"])
 def test_nothing_heavy_is_imported(option: str) -> None:
-    arguments = ["--config", str(ROOT / "configs" / "large_to_l6.json"), option]
+    arguments = ["distill", "--config", str(ROOT / "configs" / "large_to_l6.json"), option]
     ended = subprocess.run(
         [sys.executable, "-c", HEAVY, *arguments],
         capture_output=True,
