@@ -30,8 +30,11 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 TRAINED_ALONE = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
 """Settings of a student that override those of the same names in `train`."""
 MAY_CHANGE = "may change on resume"
-"""Marks a field whose change alters no result, or rounding only; resume refuses any other change.
-Data and teacher are identified by hashes, so that their paths may change."""
+"""Marks a field whose change alters no result, or rounding only; a resume refuses others."""
+CONTENT_STAYS = "may change on resume, but not what it names"
+"""Marks the name of the data or the teacher, which are identified by their hashes."""
+SCHEMA_KEY = "$schema"
+"""A key that editors read; it may stand at the top of a configuration and is ignored."""
 NUM_LANES, WINDOW_ROWS = 32, 16_384
 """Defaults of `data.num_lanes` and `data.window_rows`."""
 STUDENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -72,9 +75,9 @@ class RunSettings(Settings):
 class TeacherSettings(Settings):
     """The teacher model, the block to learn from and how it runs."""
 
-    model: Annotated[NonEmpty, MAY_CHANGE]
+    model: Annotated[NonEmpty, CONTENT_STAYS]
     """A folder or a hub name, with weights in safetensors."""
-    revision: Annotated[NonEmpty | None, MAY_CHANGE] = None
+    revision: Annotated[NonEmpty | None, CONTENT_STAYS] = None
     """Branch, tag or commit on the hub."""
     layer: Positive
     """The block whose Q/K/V the student learns, counted from 1; nothing above it is loaded."""
@@ -168,7 +171,7 @@ class RelationSettings(Settings):
 class DataSettings(Settings):
     """The shards to read, and how their rows are shuffled and cached."""
 
-    train: Annotated[NonEmpty, MAY_CHANGE]
+    train: Annotated[NonEmpty, CONTENT_STAYS]
     """Folder or URL of the training shards, made by `scaledistill shards make`."""
     validation: Annotated[NonEmpty | None, MAY_CHANGE] = None
     """Folder or URL of held-out shards."""
@@ -390,7 +393,8 @@ class DistillConfig(Settings):
     )
     logging: Annotated[LoggingSettings, MAY_CHANGE] = Field(default_factory=LoggingSettings)
     evaluation: Annotated[RunEvaluation | None, MAY_CHANGE] = None
-    """None: the run ends with the export, which `scaledistill glue` can score at any time."""
+    """What is scored during the run and at its end (default: nothing; `scaledistill glue` scores
+    the export at any time)."""
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
@@ -459,7 +463,7 @@ def may_change() -> frozenset[str]:
 
 def _marked(block: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in block.model_fields.items():
-        if MAY_CHANGE in field.metadata:
+        if MAY_CHANGE in field.metadata or CONTENT_STAYS in field.metadata:
             yield prefix + name
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             yield from _marked(field.annotation, f"{prefix}{name}.")
