@@ -177,6 +177,14 @@ def test_nothing_heavy_is_imported(option: str) -> None:
             "--print-config and --validate do different things",
         ),
         (
+            ["--config", "x.json", "--print-config", "toml"],
+            "argument --print-config: invalid choice: 'toml' (choose from",
+        ),
+        (
+            ["--explain", "train", "--validate"],
+            "--explain and --validate do different things; give one of them",
+        ),
+        (
             ["--config", "x.json", "--export", "0", "--validate"],
             "--validate and --export do different things",
         ),
@@ -228,6 +236,28 @@ def test_print_config_round_trips(
     assert json.loads(printed)["train"]["max_steps"] == 4321
     assert main(["--config", str(tmp_path / "resolved.json"), "--print-config"]) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_print_config_as_yaml_round_trips(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(ROOT / "configs" / "family_from_large.json")
+    assert main(["--config", config, "--print-config", "yaml"]) == 0
+    (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "resolved.yaml") == load_config(config)
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--explain", "students.NAME.num_layers"]) == 0
+    assert "Number of blocks.\n\n  values   a whole number above 0\n" in capsys.readouterr().out
+    assert main(["--explain"]) == 0
+    assert "\n  train       Batch sizes, optimizer" in capsys.readouterr().out
+    assert main(["--explain", "trian"]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err[9:]) == (
+        "",
+        "ERROR unknown setting trian; did you mean 'train'?\n",
+    )
 
 
 def test_only_rank_0_prints(config_file: MakeFile, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -68,6 +69,13 @@ def test_misspelt_subcommands(words: str, message: str, capsys: pytest.CaptureFi
     assert out == ""
     assert message in err
     assert err.endswith("\nTry 'scaledistill --help'.\n")
+
+
+def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["train"] == {
+        "$ref": "#/$defs/TrainSettings"
+    }
 
 
 def test_the_overview_has_all_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ SUBCOMMANDS = {
     "shards check": Subcommand("shards_check", "verify shards and print their contents"),
     "distill": Subcommand("distill", "distil students from a teacher; rerun to resume"),
     "glue": Subcommand("glue", "fine-tune and score models on GLUE and SQuAD 2.0"),
+    "schema": Subcommand("schema", "print the JSON schema of a configuration, for editors"),
 }
 """The subcommands in the order of the overview; a name may have several words."""
 MEANT = {

@@ -62,7 +62,7 @@ class _MainRankParser(argparse.ArgumentParser):
 
             known = [name for action in self._actions for name in action.option_strings]
             self.error(argument_hint(unknown, known, setting_names()))
-        if options.config is None:
+        if options.config is None and options.explain is None:
             self.error("--config FILE is missing; `scaledistill init` writes one to start from")
         return options
 
@@ -85,16 +85,24 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parse.add_argument("--config", metavar="FILE", help="the run's settings, a JSON file")
+    parse.add_argument("--config", metavar="FILE", help="the run's settings, a YAML or JSON file")
     parse.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="override a setting, such as train.max_steps=100; repeatable",
     )  # fmt: skip
     parse.add_argument(
         "--print-config",
-        action="store_true",
-        default=None,
-        help="print the full configuration and exit",
+        nargs="?",
+        const="json",
+        choices=("json", "yaml"),
+        help="print the full configuration and exit; yaml says what each setting does",
+    )
+    parse.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="print what a setting or block does, its default and whether a resume may change it",
     )
     parse.add_argument(
         "--validate",
@@ -152,11 +160,11 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 def _check_together(parse: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse combinations in which an option would be ignored."""
-    modes = ("print_config", "validate", "dry_run", "profile", "export")
+    modes = ("print_config", "explain", "validate", "dry_run", "profile", "export")
     given = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(options, mode) is not None]
     if len(given) > 1:
         parse.error(f"{' and '.join(given)} do different things; give one of them")
-    if options.fresh and (options.print_config or options.export is not None):
+    if options.fresh and given and given[0] in ("--print-config", "--explain", "--export"):
         parse.error(f"--fresh starts a run over, {given[0]} starts none; give one of them")
 
 
@@ -218,6 +226,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     from scaledistill.config.load import check_paths, load_config
 
     try:
+        if options.explain is not None:
+            return _explain(options.explain, is_main)
         config = load_config(options.config, options.overrides)
         if not options.print_config:
             check_paths(config, options.config, warns=is_main)
@@ -229,7 +239,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     try:
         if options.print_config:
             if is_main:
-                sys.stdout.write(config.to_json())
+                sys.stdout.write(_printed(config, options.print_config))
             return EXIT_DONE
         if options.export is not None:
             return _export(config, options.export, is_main)
@@ -272,6 +282,23 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
         if is_main:
             log.error("interrupted%s", "" if trial else f"; {resume_hint(config.run.folder)}")
         return EXIT_INTERRUPTED
+
+
+def _explain(key: str, is_main: bool) -> int:
+    from scaledistill.config.manual import explain_setting
+
+    text = explain_setting(key)
+    if is_main:
+        sys.stdout.write(text)
+    return EXIT_DONE
+
+
+def _printed(config: DistillConfig, form: Literal["json", "yaml"]) -> str:
+    if form == "json":
+        return config.to_json()
+    from scaledistill.config.manual import commented_yaml
+
+    return commented_yaml(config.model_dump())
 
 
 def _export(config: DistillConfig, step: int | str, is_main: bool) -> int:
