@@ -172,15 +172,14 @@ def test_shell_commands_are_understood(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import make_shards
-
     from scaledistill.cli import distill as cli
+    from scaledistill.cli import shards_make
     from scaledistill.config.load import load_config
     from scaledistill.glue import command
 
     monkeypatch.chdir(ROOT)
     if tool == "tools/make_shards.py":
-        make_shards.parse(arguments)
+        shards_make.parse(arguments)
     elif tool == "tools/glue.py":
         command.parser().parse_args(arguments)
     else:

@@ -1,103 +1,10 @@
-"""Check a folder of shards against its manifest and print its contents.
-
-The checks: sizes, sha256, tar, crc32, ids, documents. Exit code 0 if all pass, otherwise 3.
-"""
+"""Check a folder of shards, as `scaledistill shards check` does; see --help."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
 
-LABELS = {  # make_shards prints other counts: input documents, and tokens of text
-    "documents": "document pieces (stored boundaries)",
-    "tokens": "tokens with [CLS] and [SEP]",
-}
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "folder",
-        type=Path,
-        help="folder with shards.manifest and the tar files, as written by make_shards.py",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as JSON")
-    return parser.parse_args()
-
-
-def main() -> int:
-    """Check the folder, print the findings and return the exit code."""
-    options = parse_arguments()
-
-    from rich.console import Console
-    from rich.progress import Progress
-    from rich.table import Table
-    from rich.text import Text
-
-    from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
-    from scaledistill.data.shards import Manifest, verify
-    from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, ConfigError, DataError
-
-    console = Console(soft_wrap=True, highlight=False)
-    try:
-        manifest = Manifest.load(options.folder)
-    except (ConfigError, DataError) as error:
-        console.print(f"ERROR {error}", markup=False)
-        return EXIT_ENVIRONMENT
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("checking", total=len(manifest.shards))
-        problems = list(verify(options.folder, manifest, on_shard=lambda: progress.advance(task)))
-
-    figures = [
-        ("shards", len(manifest.shards), "files"),
-        ("bytes", sum(shard.bytes for shard in manifest.shards), "bytes"),
-        ("rows", manifest.rows, "rows"),
-        ("sequence_length", manifest.sequence_length, "tokens"),
-        ("tokens", manifest.tokens, "tokens with [CLS] and [SEP]"),
-        ("documents", manifest.documents, "document pieces"),
-        ("padded_rows", manifest.padded_rows, "rows"),
-        (
-            "padding_fraction",
-            1 - manifest.tokens / (manifest.rows * manifest.sequence_length),
-            "fraction",
-        ),
-        ("vocab_size", manifest.vocab_size, "ids"),
-        ("largest_id", manifest.largest_id, "id"),
-        ("problems", len(problems), "problems"),
-    ]
-    unknown = manifest.unknown_fraction
-    if unknown is not None:
-        figures.insert(-1, ("unknown_fraction", unknown, "fraction of the tokens of text"))
-    table = Table(show_header=False, title=Text(str(options.folder)))
-    for name, value, _ in figures:
-        label = LABELS.get(name, name.replace("_", " "))
-        table.add_row(Text(label), f"{value:,}" if isinstance(value, int) else f"{value:.2%}")
-    console.print(table)
-    tokenizer = f"{manifest.tokenizer['name']} (sha256 {manifest.tokenizer['sha256']})"
-    console.print(f"tokenizer: {tokenizer}\nsha256 of the data: {manifest.sha256}", markup=False)
-    if unknown is None:
-        console.print("unknown tokens: not counted when these shards were made")
-    elif (
-        warning := manifest.unknown_problem(MAX_UNKNOWN_FRACTION)
-    ) and not manifest.unknown_problem():
-        console.print(f"WARNING {warning}", markup=False)  # accepted when the shards were made
-    for problem in problems:
-        console.print(f"ERROR {problem}", markup=False)
-    if problems:
-        console.print("Copy these shards again, or recreate them with tools/make_shards.py.")
-    if options.json:
-        rows = [
-            {"name": f"shards/{name}", "value": value, "unit": unit, "n": 1}
-            for name, value, unit in figures
-        ]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return EXIT_ENVIRONMENT if problems else EXIT_DONE
-
+from scaledistill.cli.shards_check import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="check_shards"))

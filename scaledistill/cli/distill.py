@@ -1,4 +1,4 @@
-"""The command line of a run.
+"""`scaledistill distill`: the command line of a run.
 
 Inputs: command-line arguments and launcher environment variables. Outputs: messages and an exit
 code. Not handled here: the configuration (`config`) and the run itself (`training.loop`).
@@ -14,12 +14,8 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from scaledistill.config.hints import argument_hint
-from scaledistill.config.load import check_paths, load_config
-from scaledistill.config.schema import DistillConfig
-from scaledistill.config.wording import setting_names
 from scaledistill.distributed.launcher import check_numbers, stated_rank
 from scaledistill.errors import (
     EXIT_DONE,
@@ -32,16 +28,27 @@ from scaledistill.errors import (
     PeerError,
 )
 
+if TYPE_CHECKING:
+    from scaledistill.config.schema import DistillConfig
+
+PROG = "scaledistill distill"
 REPORT_SECONDS = 30.0
 """How long a failing rank waits before it exits, so that the reporting rank on its machine can
 print the error first."""
 FAR_REPORT_SECONDS = 5.0
 """The same wait on a machine without the reporting rank; that rank's launcher does not see this one
 exit."""
+DESCRIPTION = """Distil students from a frozen teacher; rerun the same command to resume.
+
+It may also be started by `deepspeed`, `torchrun` or `accelerate launch`."""
 EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on
 request (0 under torchrun, which would restart the run; rerun the command to resume), 130
 interrupted. <run.folder>/status.json states how a run ended, even if a launcher changes the exit
-code."""
+code.
+
+examples:
+  %(prog)s --config my.yaml --validate
+  %(prog)s --config my.yaml --set train.max_steps=1000 --set run.folder=runs/short"""
 
 
 class _MainRankParser(argparse.ArgumentParser):
@@ -50,10 +57,13 @@ class _MainRankParser(argparse.ArgumentParser):
     def parse_args(self, arguments: Any = None, namespace: Any = None) -> Any:
         options, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
+            from scaledistill.config.hints import argument_hint
+            from scaledistill.config.wording import setting_names
+
             known = [name for action in self._actions for name in action.option_strings]
             self.error(argument_hint(unknown, known, setting_names()))
-        if options.config is None:
-            self.error("--config FILE is missing; configs/ holds some to start from")
+        if options.config is None and options.explain is None:
+            self.error("--config FILE is missing; `scaledistill init` writes one to start from")
         return options
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
@@ -66,25 +76,33 @@ class _MainRankParser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of `launch/distill.py`."""
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parse = _MainRankParser(
-        prog="distill",
-        description="Distil a student from a frozen teacher. Start it with `deepspeed`, "
-        "`torchrun`, `accelerate launch` or plain `python`; rerun the same command to resume.",
+        prog=prog,
+        description=DESCRIPTION,
         epilog=EPILOG,
         allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parse.add_argument("--config", metavar="FILE", help="the run's settings, a JSON file")
+    parse.add_argument("--config", metavar="FILE", help="the run's settings, a YAML or JSON file")
     parse.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="override a setting, such as train.max_steps=100; repeatable",
     )  # fmt: skip
     parse.add_argument(
         "--print-config",
-        action="store_true",
-        default=None,
-        help="print the full configuration and exit",
+        nargs="?",
+        const="json",
+        choices=("json", "yaml"),
+        help="print the full configuration and exit; yaml says what each setting does",
+    )
+    parse.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="print what a setting or block does, its default and whether a resume may change it",
     )
     parse.add_argument(
         "--validate",
@@ -142,11 +160,11 @@ def parser() -> argparse.ArgumentParser:
 
 def _check_together(parse: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse combinations in which an option would be ignored."""
-    modes = ("print_config", "validate", "dry_run", "profile", "export")
+    modes = ("print_config", "explain", "validate", "dry_run", "profile", "export")
     given = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(options, mode) is not None]
     if len(given) > 1:
         parse.error(f"{' and '.join(given)} do different things; give one of them")
-    if options.fresh and (options.print_config or options.export is not None):
+    if options.fresh and given and given[0] in ("--print-config", "--explain", "--export"):
         parse.error(f"--fresh starts a run over, {given[0]} starts none; give one of them")
 
 
@@ -182,12 +200,12 @@ def _above_zero(text: str) -> float:
     return number
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line and return the exit code.
 
     Collective: every rank of a run calls it with the same arguments.
     """
-    parse = parser()
+    parse = parser(prog)
     options = parse.parse_args(arguments)
     if options.world_size and not options.validate:
         parse.error(
@@ -205,7 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         log.error("%s", error)
         return error.exit_code
+    from scaledistill.config.load import check_paths, load_config
+
     try:
+        if options.explain is not None:
+            return _explain(options.explain, is_main)
         config = load_config(options.config, options.overrides)
         if not options.print_config:
             check_paths(config, options.config, warns=is_main)
@@ -217,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.print_config:
             if is_main:
-                sys.stdout.write(config.to_json())
+                sys.stdout.write(_printed(config, options.print_config))
             return EXIT_DONE
         if options.export is not None:
             return _export(config, options.export, is_main)
@@ -260,6 +282,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_main:
             log.error("interrupted%s", "" if trial else f"; {resume_hint(config.run.folder)}")
         return EXIT_INTERRUPTED
+
+
+def _explain(key: str, is_main: bool) -> int:
+    from scaledistill.config.manual import explain_setting
+
+    text = explain_setting(key)
+    if is_main:
+        sys.stdout.write(text)
+    return EXIT_DONE
+
+
+def _printed(config: DistillConfig, form: Literal["json", "yaml"]) -> str:
+    if form == "json":
+        return config.to_json()
+    from scaledistill.config.manual import commented_yaml
+
+    return commented_yaml(config.model_dump())
 
 
 def _export(config: DistillConfig, step: int | str, is_main: bool) -> int:

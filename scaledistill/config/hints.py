@@ -67,7 +67,8 @@ WARMUP = use(
     "train.warmup_steps", ", a number of steps: the ratio × train.max_steps", takes_given=False
 )
 LENGTH = use(
-    "data.sequence_length", ", which is that of the shards (tools/make_shards.py --sequence-length)"
+    "data.sequence_length",
+    ", which is that of the shards (--sequence-length of `scaledistill shards make`)",
 )
 FOLDER = use("run.folder")
 RESUME = Advice(
@@ -76,7 +77,7 @@ RESUME = Advice(
 START_OVER = Advice("use --fresh to start over; the old run folder is renamed, not deleted")
 SHARDS = use(
     "data.train",
-    ", a folder of shards that tools/make_shards.py makes from text",
+    ", a folder of shards that `scaledistill shards make` makes from text",
     takes_given=False,
 )
 LAUNCHER = Advice(
