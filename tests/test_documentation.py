@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 sys.path.append(str(ROOT / "tools"))
 import architectures  # noqa: E402 - in tools
+import configuration  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -37,10 +38,11 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_page_of_architectures_is_current() -> None:
-    page = ROOT / "docs/architectures.md"
-    assert page.read_text(encoding="utf-8") == architectures.page(), (
-        "run: python tools/architectures.py > docs/architectures.md"
+@pytest.mark.parametrize("made", [architectures, configuration], ids=lambda made: made.__name__)
+def test_made_pages_are_current(made: Any) -> None:
+    name = made.__name__
+    assert (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") == made.page(), (
+        f"run: python tools/{name}.py > docs/{name}.md"
     )
 
 
