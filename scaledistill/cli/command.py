@@ -25,6 +25,7 @@ class Subcommand(NamedTuple):
 
 
 SUBCOMMANDS = {
+    "init": Subcommand("init", "write a configuration to start from, and the launchers"),
     "shards make": Subcommand("shards_make", "make shards of token ids from text"),
     "shards check": Subcommand("shards_check", "verify shards and print their contents"),
     "distill": Subcommand("distill", "distil students from a teacher; rerun to resume"),
@@ -33,6 +34,10 @@ SUBCOMMANDS = {
 }
 """The subcommands in the order of the overview; a name may have several words."""
 MEANT = {
+    "new": "init",
+    "preset": "init",
+    "presets": "init",
+    "config": "init",
     "train": "distill",
     "run": "distill",
     "make": "shards make",

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from scaledistill.config.presets import CLONE
 from scaledistill.config.schema import SCHEMA_KEY, DistillConfig
 from scaledistill.config.wording import explain
 from scaledistill.config.yaml_text import lines_of, parse_yaml
@@ -23,7 +24,6 @@ from scaledistill.errors import ConfigError, DataError, Field, did_you_mean, joi
 
 log = logging.getLogger(__name__)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SUFFIXES = (".json", ".yaml", ".yml")
 YAML_SUFFIXES = SUFFIXES[1:]
 YAML_LINE = re.compile(r"^[A-Za-z_][\w.-]*\s*:(\s|$)", re.MULTILINE)
@@ -133,7 +133,7 @@ def check_paths(config: DistillConfig, path: str | Path, *, warns: bool = True) 
         ConfigError: a path exists in one of those places, but not in the working folder.
     """
     here = Path.cwd()
-    roots = [*Path(path).resolve().parents[:2], REPOSITORY]
+    roots = [*Path(path).resolve().parents[:2], *([CLONE] if CLONE else [])]
     named = {"data.train": config.data.train, "data.validation": config.data.validation}
     named |= {"teacher.model": config.teacher.model}
     for name, student in config.students.items():
@@ -201,10 +201,12 @@ def _read(path: Path) -> str:
 def _where_else(path: Path) -> str:
     """Return a hint where a missing file may be, or what it may be called."""
     looked = "" if path.is_absolute() else f" in the working folder {Path.cwd()}"
-    presets = sorted((REPOSITORY / "configs").glob("*.json"))
     candidates = [path.with_name(path.name + suffix) for suffix in SUFFIXES]
     candidates += [path.with_suffix(suffix) for suffix in SUFFIXES]
-    candidates += [REPOSITORY / path, *(each for each in presets if each.stem == path.stem)]
+    presets = []
+    if CLONE:
+        presets = sorted((CLONE / "configs").glob("*.json"))
+        candidates += [CLONE / path, *(each for each in presets if each.stem == path.stem)]
     for candidate in candidates:
         if candidate.is_file():
             return f"{looked}{did_you_mean(_short(candidate))}"
