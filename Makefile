@@ -6,7 +6,7 @@ PYTEST ?= --numprocesses auto --dist worksteal
 READY := $(VENV)/.ready
 TEACHER := models/all-MiniLM-L6-v2
 
-.PHONY: venv quickstart test test-full test-faults lint format bench docs clean
+.PHONY: venv quickstart test test-full test-docs test-faults lint format bench docs clean
 
 venv: $(READY)
 
@@ -34,6 +34,10 @@ test: $(READY)
 # The rest of the matrices whose pairs `make test` runs.
 test-full: $(READY)
 	$(BIN)/python -m pytest -m full --timeout 1200 $(PYTEST)
+
+# The site's links, and the notebook run as it stands.
+test-docs: docs $(TEACHER)
+	$(BIN)/python -m pytest -m docs --timeout 900 tests/test_documentation.py
 
 # Kills, stops, damage, full disks, hostile input: 50 minutes on two cores. JSON=FILE for the figures.
 test-faults: $(READY)

@@ -199,3 +199,24 @@ def test_wrong_commands_would_be_noticed() -> None:
         cli.parser().parse_args(["--config", "x.json", "--no-such-option"])
     with pytest.raises(ConfigError):
         load_config(str(ROOT / "configs" / "quickstart.json"), ["train.no_such_key=1"])
+
+
+@pytest.mark.docs
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the encoder of `make quickstart` in place of the hub's."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    teacher = ROOT / "models/all-MiniLM-L6-v2"
+    if not teacher.is_dir():
+        pytest.skip("needs models/all-MiniLM-L6-v2: make models/all-MiniLM-L6-v2")
+    monkeypatch.setenv("TEACHER", str(teacher))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    notebook = nbformat.read(ROOT / "docs/first_student.ipynb", as_version=4)
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells[-3:] for output in cell.get("outputs", ())
+    )
+    assert printed.startswith("tensor([[1.0")
+    assert (tmp_path / "first/export/l3-h192").is_dir()
