@@ -8,6 +8,11 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from scaledistill.models.architectures import ARCHITECTURES
 
+LAYERS_2_AND_3_SLIDE = {
+    "layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"],
+    "sliding_window": 5,
+    "use_sliding_window": True,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "electra": {"embedding_size": 32},
     "electra-wide": {"embedding_size": 48},
@@ -21,9 +26,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "eurobert-grouped": {"num_key_value_heads": 2},
+    "llama": {"num_key_value_heads": 2},
+    "llama-bidirectional": {"is_causal": False},
+    "mistral": {"num_key_value_heads": 2},
+    "mistral-windowed": {"num_key_value_heads": 1, "sliding_window": 5},
+    "qwen2": {"num_key_value_heads": 2, **LAYERS_2_AND_3_SLIDE},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "qwen3-windowed": {"num_key_value_heads": 2, "head_dim": 16, **LAYERS_2_AND_3_SLIDE},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, **LAYERS_2_AND_3_SLIDE},
+    "gemma3_text-bidirectional": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "use_bidirectional_attention": True,
+        **LAYERS_2_AND_3_SLIDE,
+    },
     "esm-absolute": {"emb_layer_norm_before": True, "mask_token_id": 4},
 }
-PADDING = {"esm": 1, "modernbert": 0, "eurobert": 0}  # no default, or one beyond tiny vocabularies
+NO_PADDING = ("modernbert", "eurobert", "llama", "mistral", "qwen2", "qwen3")
+PADDING = {"esm": 1, **dict.fromkeys(NO_PADDING, 0)}  # no default, or one beyond tiny vocabularies
 NAMES = tuple(dict.fromkeys((*ARCHITECTURES, *VARIANTS)))
 
 

@@ -29,7 +29,13 @@ from scaledistill.config.load import parse_config
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.metrics.recorder import read_rows
-from scaledistill.models.architectures import ARCHITECTURES, architecture_of, build_encoder
+from scaledistill.models.architectures import (
+    ARCHITECTURES,
+    architecture_of,
+    build_encoder,
+    head_size,
+    key_value_heads,
+)
 from scaledistill.models.export import export_student
 from scaledistill.models.student import (
     build_student,
@@ -82,19 +88,28 @@ def test_cut_by_whole_heads(name: str) -> None:
     student = build_student(
         teacher, student_config(teacher.config, **HALF), init="teacher", layer_map=[2, 4]
     )
-    in_head = [*range(8)]
+    in_head, size = [*range(8)], 12
     if row.rotates(teacher.config):
         in_head = [0, 1, 3, 4, 6, 7, 9, 10]
-    heads = [start + i for start in (0, 12) for i in in_head]
+    if head_size(teacher.config) == 16:  # as many in the student, though it is narrower
+        in_head, size = [*range(16)], 16
+    heads = [start + i for start in (0, size) for i in in_head]
+    # Two query heads of the teacher, and so of the student, share a key and value head.
+    groups = heads if key_value_heads(student.config) == 2 else heads[: len(in_head)]
     source = teacher.get_submodule(row.block_path(4))
     block = student.get_submodule(row.block_path(2))
     for path in row.projections:
         theirs, ours = source.get_submodule(path), block.get_submodule(path)
-        rows = [third * 48 + i for third in range(3) for i in heads] if row.fused else heads
+        rows = heads if path == row.query else groups
+        if row.fused:
+            rows = [third * 48 + i for third in range(3) for i in heads]
         assert torch.equal(ours.weight, theirs.weight[rows][:, :16])
         assert ours.bias is None or torch.equal(ours.bias, theirs.bias[rows])
     path = f"{row.attention_output}.weight"
     assert torch.equal(block.get_parameter(path), source.get_parameter(path)[:16][:, heads])
+    for path in row.head_norms:
+        name = f"{path}.weight"
+        assert torch.equal(block.get_parameter(name), source.get_parameter(name)[in_head])
     output = capture_view(student, 2)(TokenInputs(IDS_BT, RIGHT))
     assert all(each.isfinite().all() for each in output)
 
@@ -434,13 +449,13 @@ def test_refused_computations(tmp_path: Path) -> None:
             loaded(name, **keys)
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     for keys, message in (
-        ({"num_key_value_heads": 2}, "num_key_value_heads=2 with 4 attention heads; keys and"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3, which does not divide num_att.*=4"),
         ({"rope_parameters": dynamic}, "rotary positions of rope_type='dynamic', which depend on"),
     ):
         with pytest.raises(DataError, match=message):
             loaded("eurobert", **keys)
-    grouped = tiny_config("eurobert", {**SIZES, "num_key_value_heads": 2})
-    with pytest.raises(DataError, match=r"^teacher_config: its config has num_key_value_heads=2"):
+    grouped = tiny_config("eurobert", {**SIZES, "num_key_value_heads": 3})
+    with pytest.raises(DataError, match=r"^teacher_config: its config has num_key_value_heads=3"):
         student_config(grouped, **HALF)
     one = SAME | {"num_layers": 1}
     mpnet = tiny_config("mpnet", SIZES)

@@ -279,7 +279,10 @@ def peak_of_a_run(sequences: int, length: int) -> tuple[int, int]:
         before = memory_bytes("VmRSS")
         teacher = Teacher(build_encoder(BertConfig()), 12)
         view = capture_view(build_student(None, shape), 6)
-        engine, loss_of = create_engine(run, view, ranks), StudentLoss.of(run.config, "l6")
+        engine, loss_of = (
+            create_engine(run, view, ranks),
+            StudentLoss.of(run.config, "l6", (shape, shape)),
+        )
         for micro in range(4):
             tokens = sample_tokens(run.config.data, sequences)
             target, student = teacher(tokens), engine.forward(tokens)

@@ -93,6 +93,12 @@ class StudentSettings(Settings):
     num_layers: Positive
     hidden_size: Positive
     num_attention_heads: Positive
+    num_key_value_heads: Positive | None = None
+    """Heads of keys and values in grouped-query attention, each shared by equally many query heads
+    (default: as many query heads share one as in the teacher)."""
+    head_dim: Positive | None = None
+    """Width of a head, where the architecture lets it differ from `hidden_size` /
+    `num_attention_heads` (default: the teacher's if it differs there, else that quotient)."""
     intermediate_size: Positive | None = None
     """FFN width (default: 4 × `hidden_size`; ModernBERT: 1.5 ×)."""
     init: NonEmpty = "random"

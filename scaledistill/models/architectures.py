@@ -34,8 +34,11 @@ class Architecture:
     fused: str | None = None  # one projection instead of three; its output is in `fused_order`
     fused_order: str = "qkv"
     attention_output: str = "attention.output.dense"  # reads the heads side by side
+    head_norms: tuple[str, ...] = ()  # of the components of each query and key
     # A linear layer of the FFN whose output is two halves that are multiplied.
     gated_halves: str | None = None
+    # A table of embeddings that the model multiplies by the square root of their width.
+    scaled_embeddings: str | None = None
     input_norm: str | None = None  # pre-norm models: applied before the projections
     # Pre-norm models: follows the last block; must not be applied to Q, K and V.
     final_norm: str | None = None
@@ -51,6 +54,8 @@ class Architecture:
     eager_only: bool = False
     # Some layers attend within a window only: `layer_types` and `sliding_window` of the config.
     windowed: bool = False
+    one_window: bool = False  # all layers do, if the config has a `sliding_window`
+    causal: bool = False  # tokens attend to no later ones, unless the config says otherwise
     embeddings_read_mask: bool = False  # the padding mask must keep its shape [B, T]
     no_documents: str | None = None  # why attention cannot be kept within documents
     # Names in the config.
@@ -90,6 +95,22 @@ class Architecture:
         """Return whether queries and keys are rotated by their positions after the projections."""
         return self.rotary is not None
 
+    def is_causal(self, config: PreTrainedConfig) -> bool:
+        """Return whether tokens attend to themselves and earlier tokens only."""
+        return self.causal and bool(getattr(config, "is_causal", True))
+
+    def reach(self, config: PreTrainedConfig) -> int | None:
+        """Return how many tokens away layers with a window see; None if there are none."""
+        if not (self.windowed or self.one_window) or config.sliding_window is None:
+            return None
+        # A causal window counts the token itself.
+        return config.sliding_window - 1 if self.is_causal(config) else config.sliding_window
+
+    def set_head_size(self, config: PreTrainedConfig, size: int) -> None:
+        """Set the size of a head, where the config has a key for it."""
+        if hasattr(config, "head_dim"):
+            config.head_dim = size
+
 
 class _Esm(Architecture):
     """ESM-1b has a table of positions, ESM-2 rotates."""
@@ -98,8 +119,39 @@ class _Esm(Architecture):
         return config.position_embedding_type == "rotary"
 
 
+class _Gemma3(Architecture):
+    """Has keys of its own for both directions of attention and for the scale of its scores."""
+
+    def is_causal(self, config: PreTrainedConfig) -> bool:
+        return not config.use_bidirectional_attention
+
+    def reach(self, config: PreTrainedConfig) -> int | None:
+        return config.sliding_window - 1  # in both directions
+
+    def set_head_size(self, config: PreTrainedConfig, size: int) -> None:
+        scalar = config.query_pre_attn_scalar * size / config.head_dim
+        config.query_pre_attn_scalar = max(1, round(scalar))
+        config.head_dim = size
+
+
 _BERT = Architecture()
 _ROBERTA = Architecture("RoBERTa", positions_follow_padding=True)
+_LLAMA = Architecture(
+    "Llama",
+    blocks="layers",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    attention_output="self_attn.o_proj",
+    input_norm="input_layernorm",
+    final_norm="norm",
+    dropped=(),
+    rotary="rotary_emb",
+    attention_dropout="self_attn.attention_dropout",
+    causal=True,
+    shape=("rms_norm_eps", "attention_bias", "mlp_bias", "rope_parameters", "is_causal"),
+    older_keys=("rope_theta", "rope_scaling", "is_causal"),
+)
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
     "electra": replace(_BERT, title="ELECTRA"),
@@ -269,6 +321,62 @@ ARCHITECTURES: dict[str, Architecture] = {
         older_keys=("rope_theta", "rope_scaling"),
         idle_keys=("position_embedding_type",),
     ),
+    "llama": _LLAMA,
+    "mistral": replace(
+        _LLAMA,
+        title="Mistral",
+        one_window=True,
+        shape=("rms_norm_eps", "rope_parameters", "is_causal", "sliding_window"),
+    ),
+    "qwen2": replace(
+        _LLAMA,
+        title="Qwen2",
+        windowed=True,
+        shape=("rms_norm_eps", "rope_parameters", "is_causal", "layer_types", "sliding_window"),
+        older_keys=(*_LLAMA.older_keys, "head_dim"),
+    ),
+    "qwen3": replace(
+        _LLAMA,
+        title="Qwen3",
+        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        windowed=True,
+        shape=(*_LLAMA.shape, "layer_types", "sliding_window"),
+    ),
+    "gemma3_text": _Gemma3(
+        "Gemma 3",
+        blocks="layers",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        attention_output="self_attn.o_proj",
+        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        scaled_embeddings="embed_tokens.weight",
+        input_norm="input_layernorm",
+        final_norm="norm",
+        dropped=(),
+        rotary="rotary_emb",
+        attention_dropout="self_attn.attention_dropout",
+        windowed=True,
+        causal=True,
+        activation="hidden_activation",
+        shape=(
+            "hidden_activation",
+            "rms_norm_eps",
+            "attention_bias",
+            "rope_parameters",
+            "query_pre_attn_scalar",
+            "layer_types",
+            "sliding_window",
+            "use_bidirectional_attention",
+        ),
+        older_keys=(
+            "rope_theta",
+            "rope_scaling",
+            "rope_local_base_freq",
+            "sliding_window_pattern",
+        ),
+        neutral={"is_causal": (True, None)},
+    ),
 }
 
 
@@ -292,6 +400,22 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 def base_encoder(model: PreTrainedModel) -> PreTrainedModel:
     """Return the encoder inside a task model, or the model itself if it is one."""
     return cast(PreTrainedModel, model.base_model)
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Return the number of components of a query, key or value of one head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def key_value_heads(config: PreTrainedConfig) -> int:
+    """Return the number of heads of keys and values; each serves a group of query heads."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def qkv_widths(config: PreTrainedConfig) -> dict[str, int]:
+    """Return the widths of q, k and v: of all heads side by side."""
+    size, key_value = head_size(config), key_value_heads(config) * head_size(config)
+    return {"q": config.num_attention_heads * size, "k": key_value, "v": key_value}
 
 
 def check_layer(layer: int, num_layers: int) -> None:

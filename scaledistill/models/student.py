@@ -12,13 +12,16 @@ A teacher's weight is made narrower by keeping, for q, k, v and the attention ou
 first heads and the first components of each, and for every other axis (hidden, FFN, embedding) the
 first components. So all layers, embeddings and LayerNorms keep the same hidden components, and
 equal sizes give an exact copy. Where queries and keys are rotated, the kept components of a head
-are evenly spaced pairs instead, because pair i of n rotates by base^(-i/n) per token. The halves of
-a gated FFN are cut alike.
+are evenly spaced pairs instead, because pair i of n rotates by base^(-i/n) per token; norms of
+queries and keys are cut likewise. Query heads that share a key and value head are cut in whole
+groups: the first groups, and the first query heads of each. The halves of a gated FFN are cut
+alike. Embeddings that the model multiplies by √width are scaled, so that the product is the same.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -34,6 +37,8 @@ from scaledistill.models.architectures import (
     build_encoder,
     check_layer,
     encoder_class,
+    head_size,
+    key_value_heads,
     set_depth,
 )
 from scaledistill.models.configs import check_computation, plain_config
@@ -47,6 +52,8 @@ SHAPE = (
     "num_hidden_layers",
     "hidden_size",
     "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
     "intermediate_size",
     "embedding_size",
     "max_position_embeddings",
@@ -63,18 +70,24 @@ def student_config(
     num_layers: int,
     hidden_size: int,
     num_attention_heads: int,
+    num_key_value_heads: int | None = None,
+    head_dim: int | None = None,
     intermediate_size: int | None = None,
     tap: str = "last",
 ) -> PreTrainedConfig:
     """Return a student's config: the teacher's, vocabulary and dropout included, with new sizes.
 
-    `intermediate_size` defaults to 4 × `hidden_size` (ModernBERT: 1.5 ×). With tap "extra" there is
-    one block more, which is tapped. ELECTRA's embeddings are as wide as the student if the
-    teacher's are as wide as the teacher; projected ones keep their width.
+    By default as many query heads share a key and value head as in the teacher, or the next larger
+    number that divides them. Heads are `hidden_size` / `num_attention_heads` wide by default, or as
+    wide as the teacher's if its own are of another size. `intermediate_size` defaults to 4 ×
+    `hidden_size` (ModernBERT: 1.5 ×). With tap "extra" there is one block more, which is tapped.
+    ELECTRA's embeddings are as wide as the student if the teacher's are as wide as the teacher;
+    projected ones keep their width.
 
     Raises:
-        SettingError: the architecture is not supported, the heads do not divide the width, heads
-            of an odd size would be rotated, or there are too few layers.
+        SettingError: the architecture is not supported, the heads do not divide the width, the key
+            and value heads do not divide the heads, heads of an odd size would be rotated, or there
+            are too few layers.
         SourceError: the teacher's config asks for an unsupported computation.
     """
     with named(config="teacher_config", model="teacher_config"):
@@ -97,23 +110,25 @@ def student_config(
             f"is too few for {row.title}: some weights would get no gradient",
             (f"use {row.least_blocks} or more, or ", Field("tap", "extra")),
         )
-    head_size = hidden_size // num_attention_heads
-    if head_size % 2 and row.rotates(teacher_config):
+    size = _head_size(teacher_config, hidden_size, num_attention_heads, head_dim)
+    if size % 2 and row.rotates(teacher_config):
+        width = Field("hidden_size", hidden_size) if head_dim is None else Field("head_dim", size)
         raise SettingError(
             "num_attention_heads",
             num_attention_heads,
-            ("gives heads of an odd size with ", Field("hidden_size", hidden_size)),
+            ("gives heads of an odd size with ", width),
             f"use heads of an even size: {row.title} rotates pairs of their components",
         )
+    groups = _key_value_heads(teacher_config, num_attention_heads, num_key_value_heads)
     config = copy.deepcopy(plain_config(teacher_config))
     if getattr(config, "embedding_size", None) == config.hidden_size:
         config.embedding_size = hidden_size
     set_depth(config, num_blocks)
     config.hidden_size = hidden_size
     config.num_attention_heads = num_attention_heads
-    for key, value in (("num_key_value_heads", num_attention_heads), ("head_dim", head_size)):
-        if hasattr(config, key):
-            setattr(config, key, value)
+    row.set_head_size(config, size)
+    if hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = groups
     setattr(config, row.ffn_width, intermediate_size or int(row.ffn_factor * hidden_size))
     config.architectures = [encoder_class(config).__name__]
     config.dtype = torch.float32
@@ -121,6 +136,56 @@ def student_config(
     if hasattr(config, "auto_map"):  # refers to code that the export does not contain
         del config.auto_map
     return config
+
+
+def _head_size(
+    teacher: PreTrainedConfig, hidden_size: int, num_attention_heads: int, wanted: int | None
+) -> int:
+    """Return the size of a student's heads; `wanted` if that is not None.
+
+    Raises:
+        SettingError: the architecture leaves no choice.
+    """
+    usual = hidden_size // num_attention_heads
+    has_key = hasattr(teacher, "head_dim")
+    if wanted not in (None, usual) and not has_key:
+        raise SettingError(
+            "head_dim",
+            wanted,
+            f"cannot be chosen for {architecture_of(teacher).title}, whose heads are as wide as "
+            f"hidden_size / num_attention_heads, here {usual}",
+            "leave it out",
+        )
+    own = head_size(teacher)
+    return wanted or (usual if own * teacher.num_attention_heads == teacher.hidden_size else own)
+
+
+def _key_value_heads(
+    teacher: PreTrainedConfig, num_attention_heads: int, wanted: int | None
+) -> int:
+    """Return the number of a student's key and value heads; `wanted` if that is not None.
+
+    Raises:
+        SettingError: it does not divide the heads, or the architecture leaves no choice.
+    """
+    divisors = [n for n in range(1, num_attention_heads + 1) if num_attention_heads % n == 0]
+    if wanted not in (None, num_attention_heads) and not hasattr(teacher, "num_key_value_heads"):
+        raise SettingError(
+            "num_key_value_heads",
+            wanted,
+            f"cannot be chosen for {architecture_of(teacher).title}, in which every head has keys "
+            "and values of its own",
+            "leave it out",
+        )
+    if wanted is not None and wanted not in divisors:
+        raise SettingError(
+            "num_key_value_heads",
+            wanted,
+            ("does not divide ", Field("num_attention_heads", num_attention_heads)),
+            f"use one of {', '.join(map(str, divisors))}",
+        )
+    most = num_attention_heads * key_value_heads(teacher) / teacher.num_attention_heads
+    return wanted or max((n for n in divisors if n <= most), default=1)
 
 
 def build_student(
@@ -343,11 +408,18 @@ def _values(config: PreTrainedConfig, keys: Sequence[str]) -> str:
 
 
 def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    ffn_width = architecture_of(config).ffn_width
+    ffn_width, heads = architecture_of(config).ffn_width, config.num_attention_heads
+    usual = head_size(config) * heads == config.hidden_size
     for key, found, most in (
         ("hidden_size", config.hidden_size, teacher.hidden_size),
-        ("num_attention_heads", config.num_attention_heads, teacher.num_attention_heads),
-        ("hidden_size / num_attention_heads", _head_size(config), _head_size(teacher)),
+        ("num_attention_heads", heads, teacher.num_attention_heads),
+        ("num_key_value_heads", key_value_heads(config), key_value_heads(teacher)),
+        ("num_attention_heads / num_key_value_heads", _group(config), _group(teacher)),
+        (
+            "hidden_size / num_attention_heads" if usual else "head_dim",
+            head_size(config),
+            head_size(teacher),
+        ),
         ("intermediate_size", getattr(config, ffn_width), getattr(teacher, ffn_width)),
     ):
         if found > most:
@@ -368,8 +440,9 @@ def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
         )
 
 
-def _head_size(config: PreTrainedConfig) -> int:
-    return config.hidden_size // config.num_attention_heads
+def _group(config: PreTrainedConfig) -> int:
+    """Return how many query heads share a key and value head."""
+    return config.num_attention_heads // key_value_heads(config)
 
 
 def _cut_weights(
@@ -398,6 +471,8 @@ def _cut_weights(
         for axis, size in enumerate(target.shape):
             kept = kept_by_axis.get(axis, torch.arange(size))
             tensor = tensor.index_select(axis, kept.to(tensor.device))
+        if key == row.scaled_embeddings:
+            tensor = tensor * math.sqrt(teacher.hidden_size / student.config.hidden_size)
         cut[key] = tensor
     return cut
 
@@ -409,20 +484,23 @@ def _cut_axes(
 
     Of an axis that is not named it keeps the first components.
     """
-    size, old_size = _head_size(student), _head_size(teacher)
+    size, old_size = head_size(student), head_size(teacher)
     in_head = torch.arange(size)
     if row.rotates(teacher):  # component i of a head is rotated with component i + size / 2
         pairs = torch.arange(size // 2) * old_size // size
         in_head = torch.cat([pairs, pairs + old_size // 2])
-    starts = torch.arange(student.num_attention_heads) * old_size
-    heads = (starts[:, None] + in_head).flatten()  # of the first heads
-    outputs = dict.fromkeys(row.projections, heads)
+    groups_G = torch.arange(key_value_heads(student))
+    heads_H = (groups_G[:, None] * _group(teacher) + torch.arange(_group(student))).flatten()
+    queries, keys = ((kept[:, None] * old_size + in_head).flatten() for kept in (heads_H, groups_G))
+    outputs = {row.query: queries, row.key: keys, row.value: keys}
     if row.fused:
-        outputs[row.fused] = torch.cat([heads + third * teacher.hidden_size for third in range(3)])
+        thirds = [queries + third * teacher.hidden_size for third in range(3)]
+        outputs = {row.fused: torch.cat(thirds)}
+    outputs |= dict.fromkeys(row.head_norms, in_head)
     if row.gated_halves:
         first = torch.arange(getattr(student, row.ffn_width))
         outputs[row.gated_halves] = torch.cat([first, first + getattr(teacher, row.ffn_width)])
     axes = {
         f"{path}.{kind}": {0: kept} for path, kept in outputs.items() for kind in ("weight", "bias")
     }
-    return axes | {f"{row.attention_output}.weight": {1: heads}}
+    return axes | {f"{row.attention_output}.weight": {1: queries}}

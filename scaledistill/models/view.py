@@ -110,7 +110,7 @@ def capture_view(model: PreTrainedModel, layer: int) -> QKVView:
     encoder = base_encoder(model)
     with named(config="model"):
         row = architecture_of(encoder.config)
-    if getattr(encoder.config, "is_decoder", False):
+    if getattr(encoder.config, "is_decoder", False) and not row.causal:
         raise SettingError(
             "model",
             expected="has is_decoder=true in its config, so its tokens do not attend to later ones",
@@ -158,6 +158,8 @@ def model_inputs(config: PreTrainedConfig, tokens: TokenInputs) -> dict[str, Any
     """
     input_ids_BT, mask_BT, segment_ids_BT, position_ids_BT, cu_seqlens = tokens
     inputs: dict[str, Any] = {"input_ids": input_ids_BT}
+    if architecture_of(config).causal:
+        inputs["use_cache"] = False  # it would keep all keys and values
     if segment_ids_BT is not None and position_ids_BT is not None:
         inputs["position_ids"] = position_ids_BT + first_position(config)
         inputs |= document_attention(config, segment_ids_BT, cu_seqlens)
@@ -210,8 +212,8 @@ class _CapturedBlock(nn.Module):
     def __init__(self, block: nn.Module, row: Architecture) -> None:
         super().__init__()
         self.row = row
-        if row.windowed:
-            self.attention_type = block.attention_type  # by which the model chooses a mask
+        if hasattr(block, "attention_type"):
+            self.attention_type = block.attention_type  # by which some models choose a mask
         for path in (*row.projections, *filter(None, [row.input_norm])):
             *parents, name = path.split(".")
             container: nn.Module = self

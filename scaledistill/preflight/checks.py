@@ -33,8 +33,14 @@ from scaledistill.data.tokenizer import TOKENIZER_FILES
 from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import ConfigError, DataError, Field, Problems, named
 from scaledistill.metrics.trackers import check_trackers
-from scaledistill.models.architectures import architecture_of, check_layer, max_sequence_length
+from scaledistill.models.architectures import (
+    architecture_of,
+    check_layer,
+    max_sequence_length,
+    qkv_widths,
+)
 from scaledistill.models.hub import names_resolved_once
+from scaledistill.models.loss import causal_relations
 from scaledistill.models.student import check_init, student_config
 from scaledistill.models.teacher import (
     check_weight_files,
@@ -233,6 +239,8 @@ def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -
             num_layers=spec.num_layers,
             hidden_size=spec.hidden_size,
             num_attention_heads=spec.num_attention_heads,
+            num_key_value_heads=spec.num_key_value_heads,
+            head_dim=spec.head_dim,
             intermediate_size=spec.intermediate_size,
             tap=spec.tap,
         )
@@ -250,8 +258,10 @@ def _student_config(
     }
     with named(**student_names(name)):
         check_init(spec.init, student, teacher, **options)
+    with named(student=f"students.{name}"):
+        causal_relations(teacher, student)
     heads = f"students.{name}.relation_heads" if spec.relation_heads else "relations.num_heads"
-    widths = {"teacher": teacher.hidden_size, f"student {name}": spec.hidden_size}
+    widths = {"teacher": qkv_widths(teacher), f"student {name}": qkv_widths(student)}
     with named(num_heads=heads, pairs="relations.pairs"):
         check_relation_heads(config.relation_heads(name), widths, config.relations.pairs)
     return student

@@ -238,7 +238,8 @@ def _bytes_per_sequence(
             output = _forward(student_view, student_tensors, tokens)
             # Restart the peak, to see what the loss's forward adds; the backward raises it further.
             kept, peak, live.peak = live.now, live.peak, live.now
-            loss = _loss(StudentLoss.of(run.config, name), target, output, tokens)
+            models = (teacher_view.config, student_view.config)
+            loss = _loss(StudentLoss.of(run.config, name, models), target, output, tokens)
             relation, live.peak = live.peak - kept, max(peak, live.peak)
             del target, output
             loss.backward()

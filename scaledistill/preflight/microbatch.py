@@ -171,7 +171,7 @@ class Trial:
             (
                 view,
                 copy.deepcopy(view.module).to(device, run.student_dtype),
-                StudentLoss.of(run.config, name),
+                StudentLoss.of(run.config, name, (teacher.config, view.config)),
             )
             for name, view in students.items()
         ]

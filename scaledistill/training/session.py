@@ -320,7 +320,8 @@ def open_session(
     students = []
     for name in names:
         with reported_once(ranks):
-            students.append(_train_student(run.for_student(name), name, models.pop(name), ranks))
+            own = run.for_student(name)
+            students.append(_train_student(own, name, models.pop(name), teacher.config, ranks))
     session = Session(
         run, ranks, teacher, students, shards, order, held_out, flops, peak * ranks.world_size
     )
@@ -418,7 +419,9 @@ def _create_student(
     return model
 
 
-def _train_student(run: ResolvedRun, name: str, model: PreTrainedModel, ranks: Ranks) -> Student:
+def _train_student(
+    run: ResolvedRun, name: str, model: PreTrainedModel, teacher: PretrainedConfig, ranks: Ranks
+) -> Student:
     """Cut the student's training view and hand it to an engine. Collective."""
     view = capture_view(model, model.config.num_hidden_layers)
     trained = {parameter_name for parameter_name, _ in view.module.named_parameters()}
@@ -431,7 +434,8 @@ def _train_student(run: ResolvedRun, name: str, model: PreTrainedModel, ranks: R
     engine = create_engine(run, view, ranks)
     if run.config.train.compile and engine_traits(run).compiles_student:
         view.compile_blocks()
-    loss, dropout = StudentLoss.of(run.config, name), run.config.students[name].dropout
+    loss = StudentLoss.of(run.config, name, (teacher, model.config))
+    dropout = run.config.students[name].dropout
     return Student(name, run, model.config, engine, loss, dropout, untrained, num_bytes)
 
 
