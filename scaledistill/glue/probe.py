@@ -91,6 +91,8 @@ class SimilarityProbe:
             DataError: see `read_split`.
         """
         tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:  # decoders; padding is masked, so any token will do
+            tokenizer.pad_token = tokenizer.eos_token
         self._tokenizer = tokenizer
         pairs = read_split(TASKS["stsb"], "dev", data_folder)
         self._labels = torch.tensor(pairs.labels, dtype=torch.float64)

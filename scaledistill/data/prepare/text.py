@@ -49,10 +49,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
         DataError: the tokenizer has no fast form.
     """
     encoder = TextEncoder(tokenizer)
-    special = {
-        name: getattr(tokenizer, f"{name}_token_id")
-        for name in ("cls", "sep", "pad", "mask", "unk")
-    }
+    names = ["cls", "sep", "pad", "mask", "unk"]
+    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
+        names += ["bos", "eos"]  # which stand in for them
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": special,
@@ -61,6 +61,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(
         json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
+
+
+_STAND_INS = {"cls": ("cls", "bos", "eos"), "sep": ("sep", "eos"), "pad": ("pad", "eos")}
 
 
 class Vocabulary(NamedTuple):
@@ -82,16 +85,25 @@ class Vocabulary(NamedTuple):
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
         """Read the ids of [CLS], [SEP] and [PAD], by whatever name (RoBERTa: <s>, </s>, <pad>).
 
+        Tokenizers of decoders have others: the tokens of beginning and end stand in for [CLS] and
+        [SEP], and that of the end for a missing beginning or padding, as when they were trained.
+
         Raises:
             DataError: one of the three is missing.
         """
-        ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad")}
+        ids = {
+            name: next(
+                (i for each in names if (i := getattr(tokenizer, f"{each}_token_id")) is not None),
+                None,
+            )
+            for name, names in _STAND_INS.items()
+        }
         missing = [f"{name}_token" for name, token_id in ids.items() if token_id is None]
         if missing:
             raise DataError(
                 f"tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)}; expected cls, "
-                "sep and pad tokens, because every document is wrapped in [CLS] … [SEP]: "
-                "use the teacher's encoder tokenizer"
+                "sep and pad tokens, because every document is wrapped in [CLS] … [SEP], or an "
+                "eos token in their place: use the teacher's tokenizer"
             )
         size = 1 + max(tokenizer.get_vocab().values())
         return cls(size, ids["cls"], ids["sep"], ids["pad"], _unknown_id(tokenizer))
