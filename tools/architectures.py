@@ -66,6 +66,14 @@ LIMITS = {
     "with a norm of ones",
     "esm": "the mask is read once per forward, for which the host waits; the rotary frequencies of "
     "a sharded teacher are computed, not read from its file; the contact head is not exported",
+    "deberta-v2": "the relative embeddings, their norm and the convolution are part of the model; "
+    "the relative embeddings train from two blocks on; rows are at most as long as "
+    "`max_position_embeddings`, with or without a table of positions",
+    "deberta": "as DeBERTa v2; queries and values include their biases, but not the scale by which "
+    "the model divides queries",
+    "albert": "all layers are one block, so that `teacher.layer` is a number of passes through it, "
+    "and a student has as many passes as `num_layers`, at the same number of parameters; with "
+    '`init: "teacher"` its block is cut from the teacher\'s, and `layer_map` is refused',
     "nomic_bert": "files in the format of its authors' own code are read as well",
     "mpnet": "the relative attention bias is shared by all layers; a student keeps that of its "
     "first heads, and needs two blocks to train it",
@@ -80,6 +88,8 @@ def page() -> str:
 
 def _row(model_type: str, row: Architecture) -> str:
     projections = ", ".join(f"`{path}`" for path in row.projections)
+    if row.fused_biases:
+        projections += " with " + ", ".join(f"`{path}`" for path in row.fused_biases.values())
     norm = f", after `{row.input_norm}`" if row.input_norm else ""
     attention = "eager" if row.eager_only else "sdpa, eager"
     if row.windowed:

@@ -33,12 +33,21 @@ class Architecture:
     value: str = "attention.self.value"
     fused: str | None = None  # one projection instead of three; its output is in `fused_order`
     fused_order: str = "qkv"
+    fused_by_head: bool = False  # that order holds within each head
+    # Added to the parts of the fused output; they are parameters of the block.
+    fused_biases: Mapping[str, str] = field(default_factory=dict)
+    # Further projections whose outputs are the heads side by side.
+    by_head: tuple[str, ...] = ()
     attention_output: str = "attention.output.dense"  # reads the heads side by side
     # A linear layer of the FFN whose output is two halves that are multiplied.
     gated_halves: str | None = None
     input_norm: str | None = None  # pre-norm models: applied before the projections
     # Pre-norm models: follows the last block; must not be applied to Q, K and V.
     final_norm: str | None = None
+    # Follows the first block; must not be applied to Q, K and V either.
+    after_first: str | None = None
+    # There is one block, and this module runs it `num_hidden_layers` times.
+    repeats_block: str | None = None
     # Children that the encoder's forward does not need; they are left out of models and exports.
     dropped: tuple[str, ...] = ("pooler",)
     # Position ids start after pad_token_id (fairseq's convention).
@@ -51,6 +60,9 @@ class Architecture:
     eager_only: bool = False
     # Some layers attend within a window only: `layer_types` and `sliding_window` of the config.
     windowed: bool = False
+    keeps_hidden_states: bool = False  # all of them live until the end of a forward
+    # Embeddings are projected even if they are as wide as the model.
+    always_projects: bool = False
     embeddings_read_mask: bool = False  # the padding mask must keep its shape [B, T]
     no_documents: str | None = None  # why attention cannot be kept within documents
     # Names in the config.
@@ -59,7 +71,11 @@ class Architecture:
     activation: str | None = "hidden_act"
     least_blocks: int = 1  # of a student, for all of its weights to get gradients
     shape: tuple[str, ...] = ()  # further keys that one model must share to start from another
-    older_keys: tuple[str, ...] = ()  # keys of older files that the config class translates
+    # Keys without a default in the config class: of older files, or read by the model's code.
+    older_keys: tuple[str, ...] = ()
+    # Of a student whose teacher is of another family, where the published models' values are not
+    # the defaults of the config class.
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     idle_keys: tuple[str, ...] = ()  # keys that mean another computation elsewhere, but not here
     older_names: Mapping[str, str] = field(default_factory=dict)  # of keys, in older files
     # Keys that the config class drops, with the values that mean what it computes.
@@ -84,7 +100,7 @@ class Architecture:
 
         The only place where a layer number becomes an index from 0.
         """
-        return f"{self.blocks}.{layer - 1}"
+        return f"{self.blocks}.{0 if self.repeats_block else layer - 1}"
 
     def rotates(self, config: PreTrainedConfig) -> bool:
         """Return whether queries and keys are rotated by their positions after the projections."""
@@ -100,6 +116,52 @@ class _Esm(Architecture):
 
 _BERT = Architecture()
 _ROBERTA = Architecture("RoBERTa", positions_follow_padding=True)
+_DEBERTA = Architecture(
+    "DeBERTa v2 and v3",
+    query="attention.self.query_proj",
+    key="attention.self.key_proj",
+    value="attention.self.value_proj",
+    by_head=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+    after_first="encoder.conv",
+    dropped=(),
+    block_returns_tuple=True,
+    eager_only=True,
+    keeps_hidden_states=True,
+    embeddings_read_mask=True,
+    no_documents="its embeddings read the mask of padding, not one of documents",
+    least_blocks=2,  # the first one reads the relative embeddings
+    shape=(
+        "relative_attention",
+        "pos_att_type",
+        "max_relative_positions",
+        "position_biased_input",
+        "position_buckets",
+        "share_att_key",
+        "norm_rel_ebd",
+        "conv_kernel_size",
+        "conv_act",
+    ),
+    older_keys=(
+        "position_buckets",
+        "share_att_key",
+        "norm_rel_ebd",
+        "conv_kernel_size",
+        "conv_groups",
+        "conv_act",
+        "embedding_size",
+        "attention_head_size",
+    ),
+    defaults={
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "position_buckets": 256,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+    },
+    only={"conv_groups": (1, None)},
+    unused_weights=("embeddings.position_embeddings.weight",),
+)
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
     "electra": replace(_BERT, title="ELECTRA"),
@@ -127,6 +189,40 @@ ARCHITECTURES: dict[str, Architecture] = {
         final_norm="encoder.ln",
         block_returns_tuple=True,
         eager_only=True,
+    ),
+    "deberta-v2": _DEBERTA,
+    "deberta": replace(
+        _DEBERTA,
+        title="DeBERTa v1",
+        fused="attention.self.in_proj",
+        fused_by_head=True,
+        fused_biases={"q": "attention.self.q_bias", "v": "attention.self.v_bias"},
+        by_head=("attention.self.pos_proj", "attention.self.pos_q_proj"),
+        after_first=None,
+        shape=(
+            "relative_attention",
+            "pos_att_type",
+            "max_relative_positions",
+            "position_biased_input",
+        ),
+        older_keys=("talking_head", "embedding_size"),
+        defaults={
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+            "position_biased_input": False,
+        },
+        only={"talking_head": (False, None)},
+    ),
+    "albert": Architecture(
+        "ALBERT",
+        blocks="encoder.albert_layer_groups.0.albert_layers",
+        query="attention.query",
+        key="attention.key",
+        value="attention.value",
+        attention_output="attention.dense",
+        repeats_block="encoder",
+        always_projects=True,
+        only={"num_hidden_groups": (1,), "inner_group_num": (1,)},
     ),
     "distilbert": Architecture(
         "DistilBERT",
@@ -164,6 +260,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         embeddings_read_mask=True,
         no_documents="its embeddings read the mask of padding, not one of documents",
         activation=None,
+        defaults={"position_embedding_type": "rotary"},
         shape=("position_embedding_type", "emb_layer_norm_before", "token_dropout", "rope_theta"),
         only={
             "position_embedding_type": ("absolute", "rotary"),

@@ -41,6 +41,7 @@ ALL_TRAINED = """\
 None: the loss was taken from a query, key and value projection after the last layer, which is not \
 part of this
 model."""
+SHARED = "None: all layers are the same block, whose parameters the loss trains."
 CARD = """\
 ---
 library_name: transformers
@@ -177,6 +178,10 @@ def _card_text(name: str, config: PreTrainedConfig, tap: str, card: Mapping[str,
         names="\n".join(f"- `{key}`" for key in names),
         init=INIT_TEXT.get(init, f"the weights of the model it started from, `{init}`"),
     )
+    if tap == "extra":
+        untrained = ALL_TRAINED
+    if not names:
+        untrained = SHARED
     return CARD.format(
         name=name,
         model_type=config.model_type,
@@ -189,7 +194,7 @@ def _card_text(name: str, config: PreTrainedConfig, tap: str, card: Mapping[str,
             f"| {label} | {value} |" for label, value in card.items() if value is not None
         ),
         options="".join(f", {option}={value}" for option, value in encoder_options(config).items()),
-        untrained=ALL_TRAINED if tap == "extra" else untrained,
+        untrained=untrained,
     )
 
 

@@ -111,7 +111,11 @@ def student_config(
     set_depth(config, num_blocks)
     config.hidden_size = hidden_size
     config.num_attention_heads = num_attention_heads
-    for key, value in (("num_key_value_heads", num_attention_heads), ("head_dim", head_size)):
+    for key, value in (
+        ("num_key_value_heads", num_attention_heads),
+        ("head_dim", head_size),
+        ("attention_head_size", head_size),
+    ):
         if hasattr(config, key):
             setattr(config, key, value)
     setattr(config, row.ffn_width, intermediate_size or int(row.ffn_factor * hidden_size))
@@ -215,6 +219,15 @@ def check_init(
             "init", init, "needs the teacher's weights", "pass the teacher, or use 'random'"
         )
     _check_cut(config, teacher_config)
+    row = architecture_of(config)
+    if row.repeats_block:
+        if layer_map is not None:
+            raise SettingError(
+                "layer_map",
+                expected=f"has no meaning for {row.title}: one block makes all layers",
+                remedy="remove it",
+            )
+        return [1]
     extra, last = int(tap == "extra"), capture_layer or teacher_config.num_hidden_layers
     num_layers = config.num_hidden_layers - extra
     if layer_map is None:
@@ -231,7 +244,7 @@ def check_init(
                 ),
             )
         even = even_layer_map(num_layers + extra, last)
-        if not architecture_of(config).windowed:
+        if not row.windowed:
             return even
         return of_equal_kinds(even, config.layer_types, teacher_config.layer_types, last)
     if len(layer_map) != num_layers:
@@ -343,12 +356,12 @@ def _values(config: PreTrainedConfig, keys: Sequence[str]) -> str:
 
 
 def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    ffn_width = architecture_of(config).ffn_width
+    row = architecture_of(config)
     for key, found, most in (
         ("hidden_size", config.hidden_size, teacher.hidden_size),
         ("num_attention_heads", config.num_attention_heads, teacher.num_attention_heads),
         ("hidden_size / num_attention_heads", _head_size(config), _head_size(teacher)),
-        ("intermediate_size", getattr(config, ffn_width), getattr(teacher, ffn_width)),
+        ("intermediate_size", getattr(config, row.ffn_width), getattr(teacher, row.ffn_width)),
     ):
         if found > most:
             raise SettingError(
@@ -358,7 +371,8 @@ def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
                 (f"use at most {most}, or ", Field("init", "random")),
             )
     embedding_size = getattr(teacher, "embedding_size", teacher.hidden_size)
-    if embedding_size != teacher.hidden_size and embedding_size == config.hidden_size:
+    projects = embedding_size != teacher.hidden_size
+    if projects and embedding_size == config.hidden_size and not row.always_projects:
         raise SettingError(
             "config.hidden_size",
             config.hidden_size,
@@ -416,8 +430,11 @@ def _cut_axes(
         in_head = torch.cat([pairs, pairs + old_size // 2])
     starts = torch.arange(student.num_attention_heads) * old_size
     heads = (starts[:, None] + in_head).flatten()  # of the first heads
-    outputs = dict.fromkeys(row.projections, heads)
-    if row.fused:
+    outputs = dict.fromkeys((*row.projections, *row.by_head), heads)
+    if row.fused and row.fused_by_head:
+        thirds = starts[:, None] * 3 + torch.arange(3) * old_size
+        outputs[row.fused] = (thirds[..., None] + in_head).flatten()
+    elif row.fused:
         outputs[row.fused] = torch.cat([heads + third * teacher.hidden_size for third in range(3)])
     if row.gated_halves:
         first = torch.arange(getattr(student, row.ffn_width))
@@ -425,4 +442,5 @@ def _cut_axes(
     axes = {
         f"{path}.{kind}": {0: kept} for path, kept in outputs.items() for kind in ("weight", "bias")
     }
+    axes |= {path: {0: heads} for path in row.fused_biases.values()}
     return axes | {f"{row.attention_output}.weight": {1: heads}}
