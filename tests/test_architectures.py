@@ -31,6 +31,7 @@ from scaledistill.errors import ConfigError, DataError
 from scaledistill.metrics.recorder import read_rows
 from scaledistill.models.architectures import ARCHITECTURES, architecture_of, build_encoder
 from scaledistill.models.export import export_student
+from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import (
     build_student,
     even_layer_map,
@@ -109,6 +110,29 @@ def test_cut_by_whole_heads(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NEW)
+def test_padding_does_not_reach_the_loss(name: str) -> None:
+    """On the left, on the right and within: neither its tokens nor, on the right, its number."""
+    teacher = teacher_of(name)
+    student = build_student(None, student_config(teacher.config, **HALF))
+    views = [capture_view(teacher, 3), capture_view(student.eval(), 2)]
+
+    relation = StudentLoss(2, {"qq": 1.0, "kk": 1.0, "vv": 1.0}, "reference")
+
+    def loss(tokens: TokenInputs) -> Tensor:
+        return relation(*(view(tokens) for view in views), tokens).total
+
+    mask_BT = torch.ones(3, 17, dtype=torch.bool)
+    mask_BT[0, :4] = mask_BT[1, 9:] = mask_BT[2, 6:8] = False
+    with torch.no_grad():
+        found = [loss(TokenInputs(IDS_BT.masked_fill(~mask_BT, x), mask_BT)) for x in (7, 8)]
+        torch.testing.assert_close(*found)
+        row_BT = IDS_BT[1:2, :9]
+        shorter = loss(TokenInputs(row_BT))
+        padded_BT = torch.cat([row_BT, torch.full((1, 8), teacher.config.pad_token_id)], 1)
+        torch.testing.assert_close(loss(TokenInputs(padded_BT, mask_BT[1:2])), shorter)
+
+
+@pytest.mark.parametrize("name", NEW)
 def test_dropout_is_for_training_only(name: str) -> None:
     config = student_config(tiny_config(name, SIZES), **SAME)
     student = build_student(None, config)
@@ -182,7 +206,8 @@ def test_export_and_reload(name: str, tmp_path: Path, tiny_teacher: Path) -> Non
         model.eval()(input_ids=IDS_BT).last_hidden_state,
         student(input_ids=IDS_BT).last_hidden_state,
     )
-    AutoModelForSequenceClassification.from_pretrained(folder)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert classifier(input_ids=IDS_BT).logits.shape == (3, 2)
     assert "FFN 24" in (folder / "README.md").read_text()
 
 

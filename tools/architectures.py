@@ -14,7 +14,8 @@ PAGE = """\
 scaledistill/models/architectures.py or the text in tools/architectures.py instead. -->
 
 A teacher, with any head or none, is a model of one of these types (`model_type` in its
-`config.json`). Its student has the same type, and any depth, width, number of heads and FFN width.
+`config.json`). Its student has the same type, or any other of them
+(`students.<name>.architecture`), and any depth, width, number of heads and FFN width.
 An unsupported type is refused with the list of the supported ones; `CONTRIBUTING.md` has the recipe
 for adding one.
 
@@ -50,6 +51,12 @@ pair turns about as fast as before. Both halves of a gated FFN keep the same com
 and local layers, counted from its own first layer, and each layer is copied from the nearest
 teacher layer of the same kind. A student's FFN is by default {factors} its width.
 
+A student of another type than the teacher's shares its vocabulary, special tokens and maximal
+length, and starts from random weights or from the folder of a model of its type. All else is the
+default of transformers' config class, except: {defaults}. With `data.attention="document"`, both
+must support it. Each model gets the inputs of its own kind: position ids that start after the
+padding id for RoBERTa and its kin, token type ids only where there are several types.
+
 Parameters have the names of the model's own code, in checkpoints and exports.
 
 ## Limits
@@ -83,7 +90,9 @@ LIMITS = {
 def page() -> str:
     """Return the page."""
     listed = "\n".join(_row(name, row) for name, row in ARCHITECTURES.items())
-    return PAGE.format(rows=listed, factors=_factors(ARCHITECTURES), limits=_limits())
+    return PAGE.format(
+        rows=listed, factors=_factors(ARCHITECTURES), limits=_limits(), defaults=_defaults()
+    )
 
 
 def _row(model_type: str, row: Architecture) -> str:
@@ -101,6 +110,14 @@ def _row(model_type: str, row: Architecture) -> str:
 def _factors(rows: Mapping[str, Architecture]) -> str:
     others = [f"{row.title}: {row.ffn_factor:g} ×" for row in rows.values() if row.ffn_factor != 4]
     return f"4 × ({', '.join(others)})"
+
+
+def _defaults() -> str:
+    return "; ".join(
+        f"{row.title}: " + ", ".join(f"`{key}={value!r}`" for key, value in row.defaults.items())
+        for row in ARCHITECTURES.values()
+        if row.defaults
+    )
 
 
 def _limits() -> str:

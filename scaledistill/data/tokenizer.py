@@ -133,9 +133,8 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer")
     if (folder / DEFINITION).is_file():
         tokenizer = _as_defined(tokenizer, Tokenizer.from_file(str(folder / DEFINITION)), folder)
-    names = _input_names(tokenizer.model_input_names, folder)
-    if names != tokenizer.model_input_names:
-        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    if (types := _num_token_types(folder)) is not None:
+        return_token_types(tokenizer, types > 1)
     # Some files silently truncate and pad: all-MiniLM-L6-v2's tokenizer.json does, to 128 tokens.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -196,19 +195,24 @@ def _warn_once(folder: Path, tokenizer_class: str, text: str) -> None:
         )
 
 
-def _input_names(names: list[str], folder: Path) -> list[str]:
-    """Return `names` with token type ids if the folder's model has several types, else without."""
+def return_token_types(tokenizer: PreTrainedTokenizerFast, wanted: bool) -> None:
+    """Make a tokenizer return token type ids, or stop it from doing so; it is saved so too."""
+    names = [name for name in tokenizer.model_input_names if name != _SEGMENTS]
+    if wanted == (_SEGMENTS in tokenizer.model_input_names):
+        return
+    names += [_SEGMENTS] if wanted else []
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+
+
+def _num_token_types(folder: Path) -> int | None:
+    """Return how many token types the folder's model has; None if there is none that says so."""
     from transformers import CONFIG_MAPPING
 
     config = read_json(folder / "config.json") or {}
     types = config.get("type_vocab_size")
     if types is None and config.get("model_type") in CONFIG_MAPPING:
         types = getattr(CONFIG_MAPPING[config["model_type"]](), "type_vocab_size", None)
-    if not isinstance(types, int):
-        return names  # no model here, or its config does not state the number of types
-    if types > 1:
-        return names if _SEGMENTS in names else [*names, _SEGMENTS]
-    return [name for name in names if name != _SEGMENTS]
+    return types if isinstance(types, int) else None
 
 
 def gives_same_ids(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from scaledistill.errors import SettingError, SourceError
+from scaledistill.errors import SettingError, SourceError, near_miss
 
 
 @dataclass(frozen=True)
@@ -369,21 +369,41 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+SUPPORTED = (
+    f"{', '.join(sorted(ARCHITECTURES))}; CONTRIBUTING.md has the recipe for adding an architecture"
+)
+
+
+def default_config(architecture: str) -> PreTrainedConfig:
+    """Return the default config of an architecture, given by its `model_type`.
+
+    Raises:
+        SettingError: it is not in the table.
+    """
+    if row := ARCHITECTURES.get(architecture):
+        return AutoConfig.for_model(architecture, **row.defaults)
+    near = near_miss(architecture.lower(), ARCHITECTURES)
+    raise SettingError(
+        "architecture",
+        architecture,
+        "is not supported",
+        f"{f'did you mean {near!r}? ' if near else ''}Use {SUPPORTED}",
+    )
+
+
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """Return the table row of a model.
 
     Raises:
         SettingError: its `model_type` is not in the table.
     """
-    try:
-        return ARCHITECTURES[config.model_type]
-    except KeyError:
-        raise SettingError(
-            "config",
-            expected=f"is of type {config.model_type!r}, which is not supported",
-            remedy=f"use a model of type {', '.join(sorted(ARCHITECTURES))}; CONTRIBUTING.md has "
-            "the recipe for adding an architecture",
-        ) from None
+    if row := ARCHITECTURES.get(config.model_type):
+        return row
+    raise SettingError(
+        "config",
+        expected=f"is of type {config.model_type!r}, which is not supported",
+        remedy=f"use a model of type {SUPPORTED}",
+    )
 
 
 def base_encoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -435,6 +455,14 @@ def settle_padding(config: PreTrainedConfig) -> None:
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class that `AutoModel` builds for `config` from transformers' own code."""
     return cast(type[PreTrainedModel], MODEL_MAPPING[type(config)])
+
+
+def takes_token_types(config: PreTrainedConfig) -> bool:
+    """Return whether a model distinguishes token types, and so takes `token_type_ids`."""
+    known = MODEL_MAPPING.get(type(config), None)  # None: a model with code of its own
+    if known and "token_type_ids" not in inspect.signature(known.forward).parameters:
+        return False
+    return getattr(config, "type_vocab_size", 2) > 1
 
 
 def encoder_options(config: PreTrainedConfig) -> dict[str, bool]:

@@ -1,7 +1,8 @@
-"""Choose a student's shape and its first weights, within the teacher's architecture.
+"""Choose a student's shape and its first weights.
 
-Inputs: the teacher's config, the wanted sizes (any depth, width, heads and FFN width) and, to start
-from the teacher's weights, its blocks up to the captured layer. Outputs: a full fp32 model without
+Inputs: the teacher's config, the wanted sizes (any depth, width, heads and FFN width), another
+architecture than the teacher's if that is wanted, and, to start from the teacher's weights, its
+blocks up to the captured layer. Outputs: a full fp32 model without
 pooler. Not handled here: reading the settings, training and export.
 
 A student trains as a view cut at its last block's Q, K and V; the weights that are not in that view
@@ -33,7 +34,10 @@ from scaledistill.models.architectures import (
     base_encoder,
     build_encoder,
     check_layer,
+    default_config,
     encoder_class,
+    first_position,
+    max_sequence_length,
     set_depth,
 )
 from scaledistill.models.configs import check_computation, plain_config
@@ -41,6 +45,14 @@ from scaledistill.models.teacher import load_config, load_encoder
 
 # The config fields that must be equal for one model to start from another's weights, with those of
 # `Architecture.shape`.
+TOKEN_IDS = (
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "cls_token_id",
+    "sep_token_id",
+    "mask_token_id",
+)
 SHAPE = (
     "model_type",
     "vocab_size",
@@ -65,6 +77,8 @@ def student_config(
     num_attention_heads: int,
     intermediate_size: int | None = None,
     tap: str = "last",
+    architecture: str | None = None,
+    init: str = "random",
 ) -> PreTrainedConfig:
     """Return a student's config: the teacher's, vocabulary and dropout included, with new sizes.
 
@@ -72,14 +86,25 @@ def student_config(
     one block more, which is tapped. ELECTRA's embeddings are as wide as the student if the
     teacher's are as wide as the teacher; projected ones keep their width.
 
+    Args:
+        architecture: the student's `model_type`, if not the teacher's: then only the vocabulary,
+            the special tokens and the length are the teacher's, and all else is the default of
+            that architecture.
+        init: of the student; a folder's config then takes the place of these defaults.
+
     Raises:
-        SettingError: the architecture is not supported, the heads do not divide the width, heads
+        SettingError: an architecture is not supported, the heads do not divide the width, heads
             of an odd size would be rotated, or there are too few layers.
-        SourceError: the teacher's config asks for an unsupported computation.
+        SourceError: the teacher's config asks for an unsupported computation, or the folder of
+            `init` holds no model.
     """
     with named(config="teacher_config", model="teacher_config"):
-        row = architecture_of(teacher_config)
-        check_computation(teacher_config, row)
+        check_computation(teacher_config, architecture_of(teacher_config))
+    if architecture in (None, teacher_config.model_type):
+        config = copy.deepcopy(plain_config(teacher_config))
+    else:
+        config = _of_another_family(architecture, teacher_config, init)
+    row = architecture_of(config)
     if hidden_size % num_attention_heads:
         divisors = [heads for heads in range(1, hidden_size + 1) if hidden_size % heads == 0]
         nearest = sorted(sorted(divisors, key=lambda heads: abs(heads - num_attention_heads))[:2])
@@ -98,14 +123,13 @@ def student_config(
             (f"use {row.least_blocks} or more, or ", Field("tap", "extra")),
         )
     head_size = hidden_size // num_attention_heads
-    if head_size % 2 and row.rotates(teacher_config):
+    if head_size % 2 and row.rotates(config):
         raise SettingError(
             "num_attention_heads",
             num_attention_heads,
             ("gives heads of an odd size with ", Field("hidden_size", hidden_size)),
             f"use heads of an even size: {row.title} rotates pairs of their components",
         )
-    config = copy.deepcopy(plain_config(teacher_config))
     if getattr(config, "embedding_size", None) == config.hidden_size:
         config.embedding_size = hidden_size
     set_depth(config, num_blocks)
@@ -115,6 +139,7 @@ def student_config(
         ("num_key_value_heads", num_attention_heads),
         ("head_dim", head_size),
         ("attention_head_size", head_size),
+        ("pooler_hidden_size", hidden_size),  # of the heads for fine-tuning
     ):
         if hasattr(config, key):
             setattr(config, key, value)
@@ -124,6 +149,46 @@ def student_config(
     config.name_or_path = ""
     if hasattr(config, "auto_map"):  # refers to code that the export does not contain
         del config.auto_map
+    return config
+
+
+def _of_another_family(architecture: str, teacher: PreTrainedConfig, init: str) -> PreTrainedConfig:
+    """Return a config of any size that reads the teacher's token ids, as many in a row.
+
+    Raises:
+        SettingError: the architecture is not supported, cannot read these ids, or is not that of
+            the folder `init`.
+        SourceError: the folder holds no model.
+    """
+    config = default_config(architecture)
+    if init not in ("random", "teacher"):
+        with named(model="init"):
+            config = copy.deepcopy(load_config(init))
+        if config.model_type != architecture:
+            raise SettingError(
+                "init",
+                init,
+                f"is a model of type {config.model_type!r}",
+                ("correct it or ", Field("architecture", architecture)),
+            )
+    config.vocab_size = teacher.vocab_size
+    for key in TOKEN_IDS:
+        found = getattr(teacher, key, None)
+        # EuroBERT's config needs a mask token, which its encoder does not read.
+        if hasattr(config, key) and (found is not None or key != "mask_token_id"):
+            setattr(config, key, found)
+    row = architecture_of(config)
+    if row.positions_follow_padding and config.pad_token_id is None:
+        raise SettingError(
+            "architecture",
+            architecture,
+            "counts positions from pad_token_id, which the teacher's config lacks",
+            "choose another architecture, or set it in the teacher's config.json",
+        )
+    if init in ("random", "teacher"):
+        config.max_position_embeddings = max_sequence_length(teacher) + first_position(config)
+    with named(model=Field("architecture", architecture)):
+        check_computation(config, row)
     return config
 
 
@@ -217,6 +282,14 @@ def check_init(
     if teacher_config is None:
         raise SettingError(
             "init", init, "needs the teacher's weights", "pass the teacher, or use 'random'"
+        )
+    if config.model_type != teacher_config.model_type:
+        raise SettingError(
+            "init",
+            init,
+            f"cuts the weights of a teacher of type {teacher_config.model_type!r}, but the student "
+            f"is of type {config.model_type!r}",
+            "use 'random' or the folder of a model of the student's type",
         )
     _check_cut(config, teacher_config)
     row = architecture_of(config)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -202,7 +203,7 @@ def forward_flops(module: nn.Module, num_tokens: int) -> int:
         **dict(module.named_parameters()),
         **dict(module.named_buffers()),
     }
-    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    shapes = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     input_ids_BT = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
     inputs = model_inputs(cast(PreTrainedConfig, module.config), TokenInputs(input_ids_BT))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -290,7 +291,7 @@ def _project(block: nn.Module, row: Architecture, num_heads: int, hidden_BTD: Te
             thirds = outputs[0].chunk(3, dim=-1)
         outputs = [thirds[row.fused_order.index(letter)] for letter in "qkv"]
         for letter, path in row.fused_biases.items():
-            outputs["qkv".index(letter)] = outputs["qkv".index(letter)] + block.get_parameter(path)
+            outputs["qkv".index(letter)] = outputs["qkv".index(letter)] + attrgetter(path)(block)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
