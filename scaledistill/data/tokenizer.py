@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import numbers
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -129,6 +130,8 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
         if (folder / file).is_file() and read_json(folder / file) is None:
             raise ValueError(f"its {file} is not a JSON object")
     tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    if type(tokenizer).__name__ == "EsmTokenizer":
+        tokenizer = _fast_esm(tokenizer)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer")
     if (folder / DEFINITION).is_file():
@@ -139,6 +142,44 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _fast_esm(slow: Any) -> PreTrainedTokenizerFast:
+    """Return the fast form of ESM's tokenizer, which transformers has in Python only.
+
+    Text is split at white space and around each token of the vocabulary.
+
+    Raises:
+        ValueError: it gives other ids.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = sorted(filter(None, slow.all_tokens), key=len, reverse=True)
+    backend = Tokenizer(models.WordLevel(slow.get_vocab(), unk_token=slow.unk_token))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex("|".join(map(re.escape, tokens))), "isolated"),
+        ]
+    )
+    names = ("cls_token", "eos_token", "pad_token", "mask_token", "unk_token")
+    cls, eos = slow.cls_token, slow.eos_token
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {eos}",
+        pair=f"{cls} $A {eos} $B {eos}",
+        special_tokens=[(cls, slow.cls_token_id), (eos, slow.eos_token_id)],
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_input_names=slow.model_input_names,
+        model_max_length=slow.model_max_length,
+        **{name: getattr(slow, name) for name in names},
+    )
+    for text in (*PROBES, "".join(slow.all_tokens)):
+        if fast(text)["input_ids"] != slow(text)["input_ids"]:
+            raise ValueError(f"its fast form reads {text!r} differently")
+    return fast
 
 
 def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedTokenizerFast:

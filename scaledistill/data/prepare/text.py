@@ -49,9 +49,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
         DataError: the tokenizer has no fast form.
     """
     encoder = TextEncoder(tokenizer)
-    special = {
-        name: getattr(tokenizer, f"{name}_token_id")
-        for name in ("cls", "sep", "pad", "mask", "unk")
+    special = _wrapping_ids(tokenizer) | {
+        name: getattr(tokenizer, f"{name}_token_id") for name in ("mask", "unk")
     }
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
@@ -82,10 +81,12 @@ class Vocabulary(NamedTuple):
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
         """Read the ids of [CLS], [SEP] and [PAD], by whatever name (RoBERTa: <s>, </s>, <pad>).
 
+        The end of a sequence stands for [SEP] where there is none, as ESM's <eos> does.
+
         Raises:
             DataError: one of the three is missing.
         """
-        ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad")}
+        ids = _wrapping_ids(tokenizer)
         missing = [f"{name}_token" for name, token_id in ids.items() if token_id is None]
         if missing:
             raise DataError(
@@ -95,6 +96,16 @@ class Vocabulary(NamedTuple):
             )
         size = 1 + max(tokenizer.get_vocab().values())
         return cls(size, ids["cls"], ids["sep"], ids["pad"], _unknown_id(tokenizer))
+
+
+def _wrapping_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """Return the ids of the tokens around a document and of padding, by BERT's names."""
+    sep_id = tokenizer.sep_token_id
+    return {
+        "cls": tokenizer.cls_token_id,
+        "sep": tokenizer.eos_token_id if sep_id is None else sep_id,
+        "pad": tokenizer.pad_token_id,
+    }
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
