@@ -137,7 +137,7 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
     if (folder / DEFINITION).is_file():
         tokenizer = _as_defined(tokenizer, Tokenizer.from_file(str(folder / DEFINITION)), folder)
     if (types := _num_token_types(folder)) is not None:
-        return_token_types(tokenizer, types > 1)
+        return_token_types(cast("PreTrainedTokenizerFast", tokenizer), types > 1)
     # Some files silently truncate and pad: all-MiniLM-L6-v2's tokenizer.json does, to 128 tokens.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

@@ -459,7 +459,8 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def takes_token_types(config: PreTrainedConfig) -> bool:
     """Return whether a model distinguishes token types, and so takes `token_type_ids`."""
-    known = MODEL_MAPPING.get(type(config), None)  # None: a model with code of its own
+    # None for a model with code of its own.
+    known = cast(type[PreTrainedModel] | None, MODEL_MAPPING.get(type(config), None))
     if known and "token_type_ids" not in inspect.signature(known.forward).parameters:
         return False
     return getattr(config, "type_vocab_size", 2) > 1
