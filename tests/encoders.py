@@ -17,6 +17,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "electra": {"embedding_size": 32},
     "electra-wide": {"embedding_size": 48},
     "ernie": {"use_task_id": True},
+    # As v3: shared keys, normalised relative embeddings in buckets, no absolute positions.
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": "p2c|c2p",
+        "position_biased_input": False,
+        "position_buckets": 8,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "type_vocab_size": 0,
+    },
+    "deberta-v2-conv": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "conv_kernel_size": 3,
+        "conv_act": "gelu",
+        "attention_head_size": 12,
+        "embedding_size": 32,
+        "type_vocab_size": 2,
+    },
+    "deberta": {"relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0},
+    "albert": {"embedding_size": 16, "hidden_act": "gelu"},
     "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4},
     "modernbert": {"local_attention": 8},  # tokens see 4 to each side, in layers 2 and 3
     "modernbert-biased": {
@@ -50,7 +71,7 @@ NAMES = tuple(dict.fromkeys((*ARCHITECTURES, *VARIANTS)))
 
 def model_type_of(name: str) -> str:
     """Return the `model_type` of a name of `NAMES`."""
-    return name if name in ARCHITECTURES else name.partition("-")[0]
+    return name if name in ARCHITECTURES else name.rpartition("-")[0]
 
 
 def tiny_config(name: str, sizes: dict[str, Any]) -> PreTrainedConfig:

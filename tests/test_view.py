@@ -83,6 +83,9 @@ def snapshot(model: nn.Module) -> list[object]:
 
 
 def hooked_qkv(model: PreTrainedModel, layer: int, **inputs: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of the projections: those of the block's first use, or of its `layer`-th if it
+    is repeated.
+    """
     row = architecture_of(model.base_model.config)
     block = model.base_model.get_submodule(row.block_path(layer))
     found: list[Tensor] = []
@@ -93,7 +96,17 @@ def hooked_qkv(model: PreTrainedModel, layer: int, **inputs: Tensor) -> tuple[Te
     model(**inputs)
     for handle in handles:
         handle.remove()
-    return found[0].chunk(3, dim=-1) if row.fused else tuple(found)
+    if row.fused_by_head:  # DeBERTa v1, in the words of its code
+        attention = block.attention.self
+        heads, q_bias, v_bias = map(
+            attention.transpose_for_scores,
+            (found[0], attention.q_bias[None, None, :], attention.v_bias[None, None, :]),
+        )
+        query, key, value = heads.chunk(3, dim=-1)
+        found = [query + q_bias, key, value + v_bias]
+        return tuple(each.permute(0, 2, 1, 3).flatten(2) for each in found)
+    first = 3 * (layer - 1) if row.repeats_block else 0
+    return found[0].chunk(3, dim=-1) if row.fused else tuple(found[first : first + 3])
 
 
 @pytest.mark.parametrize(
@@ -298,7 +311,7 @@ def test_refusals(bert: PreTrainedModel) -> None:
     sizes = {key: value for key, value in SIZES.items() if key != "max_position_embeddings"}
     with pytest.raises(
         ConfigError,
-        match=r"type 'gpt2', which is not supported; use a model of type bert, camem.*; "
+        match=r"type 'gpt2', which is not supported; use a model of type albert, bert, camem.*; "
         "CONTRIBUTING.md has the recipe for adding an architecture$",
     ):
         capture_view(GPT2Model(GPT2Config(vocab_size=97, n_embd=8, n_head=2, n_layer=1)), 1)

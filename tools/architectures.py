@@ -14,9 +14,10 @@ PAGE = """\
 scaledistill/models/architectures.py or the text in tools/architectures.py instead. -->
 
 A teacher, with any head or none, is a model of one of these types (`model_type` in its
-`config.json`). Its student has the same type, and any depth, width, number of heads and FFN width.
-Decoders are distilled as text encoders, without their head: the student learns what their layers
-compute, not to generate.
+`config.json`). Its student has the same type, or any other of them
+(`students.<name>.architecture`), and any depth, width, number of heads and FFN width. Decoders are
+distilled as text encoders, without their head: the student learns what their layers compute, not to
+generate.
 An unsupported type is refused with the list of the supported ones; `CONTRIBUTING.md` has the recipe
 for adding one.
 
@@ -72,6 +73,12 @@ width, so a narrower student's table is scaled for the same product.
 teacher's pattern of them, counted from its own first layer, and each layer is copied from the
 nearest teacher layer of the same kind. A student's FFN is by default {factors} its width.
 
+A student of another type than the teacher's shares its vocabulary, special tokens and maximal
+length, and starts from random weights or from the folder of a model of its type. All else is the
+default of transformers' config class, except: {defaults}. With `data.attention="document"`, both
+must support it. Each model gets the inputs of its own kind: position ids that start after the
+padding id for RoBERTa and its kin, token type ids only where there are several types.
+
 Parameters have the names of the model's own code, in checkpoints and exports.
 
 ## Limits
@@ -90,6 +97,14 @@ LIMITS = {
     "with a norm of ones",
     "esm": "the mask is read once per forward, for which the host waits; the rotary frequencies of "
     "a sharded teacher are computed, not read from its file; the contact head is not exported",
+    "deberta-v2": "the relative embeddings, their norm and the convolution are part of the model; "
+    "the relative embeddings train from two blocks on; rows are at most as long as "
+    "`max_position_embeddings`, with or without a table of positions",
+    "deberta": "as DeBERTa v2; queries and values include their biases, but not the scale by which "
+    "the model divides queries",
+    "albert": "all layers are one block, so that `teacher.layer` is a number of passes through it, "
+    "and a student has as many passes as `num_layers`, at the same number of parameters; with "
+    '`init: "teacher"` its block is cut from the teacher\'s, and `layer_map` is refused',
     "nomic_bert": "files in the format of its authors' own code are read as well",
     "qwen2": "transformers reads every tokenizer beside such a model as a `Qwen2Tokenizer`; a "
     "student of a model with another one is not exported",
@@ -103,11 +118,15 @@ LIMITS = {
 def page() -> str:
     """Return the page."""
     listed = "\n".join(_row(name, row) for name, row in ARCHITECTURES.items())
-    return PAGE.format(rows=listed, factors=_factors(ARCHITECTURES), limits=_limits())
+    return PAGE.format(
+        rows=listed, factors=_factors(ARCHITECTURES), limits=_limits(), defaults=_defaults()
+    )
 
 
 def _row(model_type: str, row: Architecture) -> str:
     projections = ", ".join(f"`{path}`" for path in row.projections)
+    if row.fused_biases:
+        projections += " with " + ", ".join(f"`{path}`" for path in row.fused_biases.values())
     norm = f", after `{row.input_norm}`" if row.input_norm else ""
     attention = "eager" if row.eager_only else "sdpa, eager"
     if row.windowed:
@@ -123,6 +142,14 @@ def _row(model_type: str, row: Architecture) -> str:
 def _factors(rows: Mapping[str, Architecture]) -> str:
     others = [f"{row.title}: {row.ffn_factor:g} ×" for row in rows.values() if row.ffn_factor != 4]
     return f"4 × ({', '.join(others)})"
+
+
+def _defaults() -> str:
+    return "; ".join(
+        f"{row.title}: " + ", ".join(f"`{key}={value!r}`" for key, value in row.defaults.items())
+        for row in ARCHITECTURES.values()
+        if row.defaults
+    )
 
 
 def _limits() -> str:

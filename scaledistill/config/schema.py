@@ -101,6 +101,10 @@ class StudentSettings(Settings):
     `num_attention_heads` (default: the teacher's if it differs there, else that quotient)."""
     intermediate_size: Positive | None = None
     """FFN width (default: 4 × `hidden_size`; ModernBERT: 1.5 ×)."""
+    architecture: NonEmpty | None = None
+    """The student's `model_type`, such as "modernbert", if it is not the teacher's. It then has the
+    teacher's vocabulary, special tokens and positions, and else the defaults of that architecture;
+    `init` cannot be "teacher"."""
     init: NonEmpty = "random"
     """"random", "teacher" (its weights, cut by layers, whole heads and width) or the folder of a
     model of this shape."""
@@ -114,7 +118,8 @@ class StudentSettings(Settings):
     relation_heads: Positive | None = None
     """Relation heads for this student (default: `relations.num_heads`)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout while distilling. The exported config keeps the teacher's values."""
+    """Dropout while distilling. The exported config keeps the teacher's values, or the defaults of
+    `architecture`."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of this student (default: `train.learning_rate`)."""
     warmup_steps: NotNegative | None = None

@@ -29,7 +29,12 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError, DataError, Field, named
 from scaledistill.integrations.datasets import prepare_dataset as prepare_dataset
-from scaledistill.models.architectures import base_encoder, check_layer, qkv_widths
+from scaledistill.models.architectures import (
+    base_encoder,
+    check_layer,
+    qkv_widths,
+    takes_token_types,
+)
 from scaledistill.models.loss import StudentLoss, causal_relations
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import WEIGHT_FILES, Teacher, load_encoder, resolve_folder
@@ -349,8 +354,7 @@ def _save_whole(
 def _passed_on(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs besides ids and mask; no token type ids if a model has only one type."""
     # RoBERTa has one type: ids of a second type, from another tokenizer, would be out of range.
-    types = getattr(config, "type_vocab_size", None)
-    without = {"token_type_ids"} if types is not None and types < 2 else set()
+    without = set() if takes_token_types(config) else {"token_type_ids"}
     return {name: inputs[name] for name in PASSED_ON if name in inputs and name not in without}
 
 

@@ -74,7 +74,12 @@ def row_attention(
     the device in every forward.
     """
     row, implementation = architecture_of(config), config._attn_implementation
-    if row.embeddings_read_mask or (implementation == "eager" and not row.eager_only):
+    if row.embeddings_read_mask:
+        if mask_BT is not None:
+            return {"attention_mask": mask_BT.long()}
+        # Without a mask DeBERTa makes one, and reads the ids to warn of padding.
+        return {"attention_mask": torch.ones_like(input_ids_BT)} if row.eager_only else {}
+    if implementation == "eager" and not row.eager_only:
         return {} if mask_BT is None else {"attention_mask": mask_BT}
     if implementation not in ("sdpa", VARLEN, "eager"):
         return {} if mask_BT is None else {"attention_mask": mask_BT}

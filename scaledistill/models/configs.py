@@ -182,6 +182,14 @@ def check_computation(config: PreTrainedConfig, row: Architecture) -> None:
             f"num_attention_heads={heads}",
             remedy="fetch the model again",
         )
+    size = getattr(config, "attention_head_size", None)
+    if size not in (None, config.hidden_size // heads):
+        raise SourceError(
+            "model",
+            expected=f": its config has attention_head_size={size} with {heads} attention heads "
+            f"and hidden_size={config.hidden_size}",
+            remedy=f"expected {config.hidden_size // heads}",
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     for each in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
         if (kind := each.get("rope_type")) in CHANGING_ROTATIONS:

@@ -20,9 +20,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from scaledistill.data.tokenizer import TOKENIZER_FILES, gives_same_ids, load_tokenizer
+from scaledistill.data.tokenizer import (
+    TOKENIZER_FILES,
+    gives_same_ids,
+    load_tokenizer,
+    return_token_types,
+)
 from scaledistill.errors import DataError, SourceError, named
-from scaledistill.models.architectures import architecture_of, build_encoder, encoder_options
+from scaledistill.models.architectures import (
+    architecture_of,
+    build_encoder,
+    encoder_options,
+    takes_token_types,
+)
 from scaledistill.models.teacher import load_encoder, quiet_transformers, resolve_folder
 from scaledistill.models.view import capture_view
 from scaledistill.storage.files import read_json, set_default_mode, sync, write_bytes, write_json
@@ -41,6 +51,7 @@ ALL_TRAINED = """\
 None: the loss was taken from a query, key and value projection after the last layer, which is not \
 part of this
 model."""
+SHARED = "None: all layers are the same block, whose parameters the loss trains."
 CARD = """\
 ---
 library_name: transformers
@@ -128,7 +139,7 @@ def export_student(
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
         set_default_mode(fresh / "model.safetensors")
-        _save_tokenizer(tokenizer_source, revision, fresh)
+        _save_tokenizer(tokenizer_source, revision, fresh, takes_token_types(config))
         (fresh / "README.md").write_text(
             _card_text(Path(folder).name, config, tap, card), encoding="utf-8"
         )
@@ -177,6 +188,10 @@ def _card_text(name: str, config: PreTrainedConfig, tap: str, card: Mapping[str,
         names="\n".join(f"- `{key}`" for key in names),
         init=INIT_TEXT.get(init, f"the weights of the model it started from, `{init}`"),
     )
+    if tap == "extra":
+        untrained = ALL_TRAINED
+    if not names:
+        untrained = SHARED
     return CARD.format(
         name=name,
         model_type=config.model_type,
@@ -189,7 +204,7 @@ def _card_text(name: str, config: PreTrainedConfig, tap: str, card: Mapping[str,
             f"| {label} | {value} |" for label, value in card.items() if value is not None
         ),
         options="".join(f", {option}={value}" for option, value in encoder_options(config).items()),
-        untrained=ALL_TRAINED if tap == "extra" else untrained,
+        untrained=untrained,
     )
 
 
@@ -215,8 +230,13 @@ def _check_state(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> None:
             )
 
 
-def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> None:
+def _save_tokenizer(
+    source: str | Path, revision: str | None, folder: Path, token_types: bool
+) -> None:
     """Write the tokenizer so that plain `AutoTokenizer` gives the ids of the source's files.
+
+    Args:
+        token_types: whether it returns token type ids too.
 
     Raises:
         DataError: the source has none, or it is not read back as it was written.
@@ -233,6 +253,7 @@ def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> N
                 f"has no tokenizer to export ({error})",
                 "give the folder with tokenizer.json",
             ) from error
+        return_token_types(tokenizer, token_types)
         tokenizer.save_pretrained(folder)
         path = folder / "tokenizer_config.json"
         written = read_json(path) or {}

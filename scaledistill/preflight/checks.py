@@ -203,19 +203,23 @@ def _teacher_config(config: DistillConfig) -> PretrainedConfig:
             config.teacher.model, config.teacher.revision, config.teacher.trust_remote_code
         )
         check_layer(config.teacher.layer, teacher.num_hidden_layers)
-    row = architecture_of(teacher)
+    _check_reads_rows(config, teacher, f"teacher.model={config.teacher.model}")
+    return teacher
+
+
+def _check_reads_rows(config: DistillConfig, model: PretrainedConfig, name: str) -> None:
+    """Raise ConfigError unless a model can attend as `data` says to rows of its length."""
+    row, limit = architecture_of(model), max_sequence_length(model)
     if row.no_documents and config.data.attention == "document":
         raise ConfigError(
             f'data.attention="document" is not supported for {row.title}: {row.no_documents}; '
             'use "row"'
         )
-    limit = max_sequence_length(teacher)
     if config.data.sequence_length > limit:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} is more than the {limit} "
-            f"positions of teacher.model={config.teacher.model}; make shards with at most {limit}"
+            f"positions of {name}; make shards with at most {limit}"
         )
-    return teacher
 
 
 def _check_weights(config: DistillConfig, setting: str, model: str) -> None:
@@ -243,6 +247,8 @@ def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -
             head_dim=spec.head_dim,
             intermediate_size=spec.intermediate_size,
             tap=spec.tap,
+            architecture=spec.architecture,
+            init=spec.init,
         )
 
 
@@ -260,6 +266,8 @@ def _student_config(
         check_init(spec.init, student, teacher, **options)
     with named(student=f"students.{name}"):
         causal_relations(teacher, student)
+    if student.model_type != teacher.model_type:
+        _check_reads_rows(config, student, f"students.{name}")
     heads = f"students.{name}.relation_heads" if spec.relation_heads else "relations.num_heads"
     widths = {"teacher": qkv_widths(teacher), f"student {name}": qkv_widths(student)}
     with named(num_heads=heads, pairs="relations.pairs"):

@@ -25,7 +25,7 @@ from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DataSettings
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.engines import EngineBytes, engine_traits
-from scaledistill.models.architectures import build_encoder
+from scaledistill.models.architectures import architecture_of, build_encoder
 from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import exported, set_dropout
 from scaledistill.models.view import QKVView, capture_view, forward_flops
@@ -122,8 +122,10 @@ def estimate(
     teacher_flops = _forward_flops(whole_teacher, config.teacher.layer, length)
     placements = _placements(run, teacher_view)
     # Without a backward, activations do not add up over layers: two blocks in a row need as much
-    # memory as many.
-    short_view = capture_view(whole_teacher, min(3, config.teacher.layer))
+    # memory as many, unless the model keeps the output of each.
+    keeps_all = architecture_of(teacher).keeps_hidden_states
+    layer = config.teacher.layer if keeps_all else min(3, config.teacher.layer)
+    short_view = capture_view(whole_teacher, layer)
     parts = {
         name: _student_part(run.for_student(name), name, short_view, shape)
         for name, shape in students.items()

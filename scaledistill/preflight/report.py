@@ -168,7 +168,7 @@ def _model_rows(plan: Plan) -> dict[str, str]:
             f"{config.teacher.placement}"
         ),
         "student" if len(facts.students) == 1 else "students": "\n".join(
-            f"{name}: {_millions(size.parameters)}, {_trained(plan, name)}, "
+            f"{name}: {_family(plan, name)}{_millions(size.parameters)}, {_trained(plan, name)}, "
             f"{config.train.precision}"
             for name, size in facts.students.items()
         ),
@@ -256,7 +256,8 @@ def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list
     validation = f", validation {config.data.validation}" if config.data.validation else ""
     lines = [
         *(
-            f"student {name}: {_millions(size.parameters)} in its export, {_trained(plan, name)}"
+            f"student {name}: {_family(plan, name)}{_millions(size.parameters)} in its export, "
+            f"{_trained(plan, name)}"
             for name, size in facts.students.items()
         ),
         f"teacher {config.teacher.model}, up to layer {config.teacher.layer}: "
@@ -331,10 +332,18 @@ def _engine_title(plan: Plan) -> str:
     return engine_traits(plan.run.for_student(name)).title
 
 
+def _family(plan: Plan, name: str) -> str:
+    """Return a student's architecture, if its settings name one."""
+    architecture = plan.run.config.students[name].architecture
+    return f"{architecture}, " if architecture else ""
+
+
 def _trained(plan: Plan, name: str) -> str:
     size = plan.estimate.students[name]
     if plan.run.config.students[name].tap == "extra":
         projection = size.trained - size.parameters
+        if not projection:  # that of a block which all layers share
+            return "all trained"
         return f"all trained, and a projection of {_millions(projection)} that the export drops"
     return f"of which {_millions(size.trained)} are trained"
 

@@ -49,10 +49,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
         DataError: the tokenizer has no fast form.
     """
     encoder = TextEncoder(tokenizer)
-    names = ["cls", "sep", "pad", "mask", "unk"]
-    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
-        names += ["bos", "eos"]  # which stand in for them
-    special = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
+    special = _wrapping_ids(tokenizer) | {
+        name: getattr(tokenizer, f"{name}_token_id") for name in ("mask", "unk")
+    }
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": special,
@@ -85,19 +84,13 @@ class Vocabulary(NamedTuple):
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
         """Read the ids of [CLS], [SEP] and [PAD], by whatever name (RoBERTa: <s>, </s>, <pad>).
 
-        Tokenizers of decoders have others: the tokens of beginning and end stand in for [CLS] and
-        [SEP], and that of the end for a missing beginning or padding, as when they were trained.
+        The tokens of beginning and end stand in for a missing [CLS] and [SEP] (decoders, ESM), and
+        that of the end for a missing beginning or padding, as when such models were trained.
 
         Raises:
             DataError: one of the three is missing.
         """
-        ids = {
-            name: next(
-                (i for each in names if (i := getattr(tokenizer, f"{each}_token_id")) is not None),
-                None,
-            )
-            for name, names in _STAND_INS.items()
-        }
+        ids = _wrapping_ids(tokenizer)
         missing = [f"{name}_token" for name, token_id in ids.items() if token_id is None]
         if missing:
             raise DataError(
@@ -107,6 +100,17 @@ class Vocabulary(NamedTuple):
             )
         size = 1 + max(tokenizer.get_vocab().values())
         return cls(size, ids["cls"], ids["sep"], ids["pad"], _unknown_id(tokenizer))
+
+
+def _wrapping_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """Return the ids of the tokens around a document and of padding, by BERT's names."""
+    return {
+        name: next(
+            (i for each in names if (i := getattr(tokenizer, f"{each}_token_id")) is not None),
+            None,
+        )
+        for name, names in _STAND_INS.items()
+    }
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
