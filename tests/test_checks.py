@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -735,6 +736,15 @@ def test_students_may_be_added_and_left_out(tiny_config: MakeConfig) -> None:
     assert "students.c was added, but" in refused(
         with_students(config, a={}, c={}), {**state, "step": 20}
     )
+    # --validate says so, and which students have a schedule of their own.
+    plan = doctor.plan_run(with_students(config, a={}, c={"warmup_steps": 3}), 1, CPU)
+    table = plan_table(replace(plan, notes=("student c is new",)))
+    rows = dict(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows["on resume"] == "student c is new"
+    assert rows["schedule"].splitlines() == [
+        "5 steps of warm-up, linear decay to 0 at step 20; peak 0.001",
+        "c: 3 steps of warm-up, linear decay to 0 at step 20; peak 0.001",
+    ]
     # The schedule of a student counts from its own first step: b's has another rate from step 9 on.
     longer = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 30})})
     early = {**state, "step": 9, "students": {"b": {"first_step": 4}}}

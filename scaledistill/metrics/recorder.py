@@ -61,8 +61,8 @@ def by_student(row: Mapping[str, Any], metric: str) -> dict[str, Any]:
 def student_value(row: Mapping[str, Any], metric: str, student: str) -> Any:
     """Return a metric of one student, or None; the number of students may vary over a run."""
     own = by_student(row, metric)
-    alone = not own and any(key.startswith(f"loss/{student}/") for key in row)
-    return row.get(metric) if alone else own.get(student)
+    known = {key.split("/")[1] for key in row if key.startswith("loss/")}  # with pairs or without
+    return own.get(student) if own or known - {student} else row.get(metric)
 
 
 class Recorder:
