@@ -15,8 +15,18 @@ import pytest
 import torch
 from test_checkpoint import largest_file
 
+from scaledistill.config.naming import own_metric
 from scaledistill.metrics import recorder as metrics
-from scaledistill.metrics.recorder import Pace, Recorder, draw_losses, line, read_rows, summary
+from scaledistill.metrics.recorder import (
+    Pace,
+    Recorder,
+    by_student,
+    draw_losses,
+    line,
+    read_rows,
+    student_value,
+    summary,
+)
 
 
 def recorder(
@@ -105,6 +115,10 @@ def test_no_rows(tmp_path: Path) -> None:
     write_rows(tmp_path, {"step": 1, "loss": None})
     draw_losses(tmp_path)
     assert not (tmp_path / "loss.png").exists()
+    row_of_two = {"loss": 3.0, "loss/a": 1.0, "loss/b": 2.0, "validation_loss/a": 1.0}
+    write_rows(tmp_path, {"step": 1, **row_of_two}, {"step": 2, "loss": 1.0, "loss/a": 1.0})
+    draw_losses(tmp_path)
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_a_full_disk_delays_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -218,6 +232,22 @@ def test_trackers_see_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "loss 2.0000  validation 1.5000  12.3k tokens/s  MFU 42%  data wait 1.2%  memory 45.6 "
             "GB",
         ),
+        (
+            {
+                "loss": None,
+                "loss/a": 2.0,
+                "loss/a/qq": 1.0,
+                "loss/b": None,
+                "validation_loss": 3.5,
+                "validation_loss/a": 1.5,
+                "validation_loss/b": 2.0,
+                "probe/a/stsb_spearman": 0.5,
+                "probe/a/stsb_spearman_below": 0.6,
+                "probe/b/stsb_spearman": 0.25,
+            },
+            "loss not finite  (a 2.0000, b not finite)  validation 3.5000  (a 1.5000, b 2.0000)  "
+            "STS-B probe  (a 0.500, b 0.250)",
+        ),
         ({"loss": 1.0, "tokens_per_second": 999.4}, "loss 1.0000  999 tokens/s"),
         ({"loss": 1.0, "tokens_per_second": 2.5e6}, "loss 1.0000  2.5M tokens/s"),
         ({"loss": 1.0, "tokens_per_second": 3e9}, "loss 1.0000  3.0G tokens/s"),
@@ -232,6 +262,20 @@ def test_a_line_of_the_log() -> None:
     assert line(figures) == "loss 2.0000  1.5k tokens/s  lr 6.00e-04"
     assert line(figures, 7384.6) == "loss 2.0000  1.5k tokens/s  lr 6.00e-04  2:03:05 left"
     assert line({"step": 3, "loss": 2.0}, 90_000) == "loss 2.0000  1 day, 1:00:00 left"
+    several = {"step": 3, "loss": 2.0, "lr/a": 6e-4, "lr/b": 1e-3}
+    assert line(several) == "loss 2.0000  lr  (a 6.00e-04, b 1.00e-03)"
+
+
+def test_a_student_of_a_run_whose_students_change() -> None:
+    alone = {"step": 1, "loss": 1.0, "loss/a/qq": 0.5, "validation_loss": 0.7}
+    several = {"step": 2, "loss": 5.0, "loss/a": 2.0, "loss/b": 3.0, "loss/a/qq": 1.0}
+    assert by_student(alone, "loss") == {}
+    assert by_student(several, "loss") == {"a": 2.0, "b": 3.0}
+    assert [student_value(each, "loss", "a") for each in (alone, several)] == [1.0, 2.0]
+    assert [student_value(each, "loss", "b") for each in (alone, several)] == [None, 3.0]
+    assert student_value(alone, "validation_loss", "a") == 0.7
+    assert own_metric("lr", "a", ["a"]) == "lr"
+    assert own_metric("lr", "a", ["a", "b"]) == "lr/a"
 
 
 def test_how_long_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from scaledistill.config.schema import DistillConfig
+from scaledistill.config.schema import DistillConfig, StudentSettings
 from scaledistill.config.wording import explain
 from scaledistill.errors import ConfigError, did_you_mean, joined, near_miss
 
@@ -50,8 +50,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfi
             f"--config {path}: found a JSON {type(tree).__name__}, expected an object with blocks "
             "such as 'teacher'"
         )
+    in_file = tuple(students) if isinstance(students := tree.get("students"), dict) else ()
     for override in overrides:
         _apply_override(tree, override)
+    _check_new_students(tree, in_file, overrides)
     return parse_config(tree)
 
 
@@ -217,17 +219,37 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     except ValueError:
         value = text  # a bare word is a string
     *parents, last = path.split(".")
-    students = tree.get("students")
-    if parents[:1] == ["students"] and isinstance(students, dict) and students:
-        name = path.split(".")[1]
-        if name not in students:
-            known = " or ".join(f"students.{each}" for each in students)
-            raise ConfigError(
-                f"--set {override}: there is no student {name!r} in the file; use {known}"
-            )
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override}: {parent!r} is a value, not a block")
     node[last] = value
+
+
+def _check_new_students(
+    tree: Mapping[str, Any], in_file: Sequence[str], overrides: Sequence[str]
+) -> None:
+    """Check that a student that the file lacks has got its size, not only a misspelt name.
+
+    Raises:
+        ConfigError: naming the first such student, and what it lacks.
+    """
+    students = tree.get("students")
+    if not in_file or not isinstance(students, dict):
+        return
+    needed = [key for key, field in StudentSettings.model_fields.items() if field.is_required()]
+    for name, block in students.items():
+        if name in in_file or not isinstance(block, dict):
+            continue
+        if missing := [key for key in needed if key not in block]:
+            override = next(
+                each
+                for each in overrides
+                if each.startswith((f"students.{name}.", f"students.{name}="))
+            )
+            known = " or ".join(f"students.{each}" for each in in_file)
+            raise ConfigError(
+                f"--set {override}: there is no student {name!r} in the file; use {known}, or to "
+                f"add it, set {' and '.join(f'students.{name}.{key}' for key in missing)} too"
+            )

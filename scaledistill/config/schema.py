@@ -232,8 +232,11 @@ class TrainSettings(Settings):
     """Apply torch.compile to the blocks of teacher and student (not to the student's under ZeRO-3).
     "auto": on GPUs, unless `run.deterministic` is on, which excludes it."""
     max_skipped_steps: Annotated[NotNegative, MAY_CHANGE] = 10
-    """Steps in a row that may be skipped for a non-finite loss or gradient; one more ends the
-    run."""
+    """Steps in a row that may be skipped for a non-finite loss or gradient; with one more, a
+    student has diverged."""
+    on_divergence: Annotated[Literal["stop", "drop"], MAY_CHANGE] = "stop"
+    """If a student diverges: "stop" ends the run; "drop" exports the student as it is, takes it out
+    of the run and trains the others on. The last student left ends the run."""
     validation_every_steps: Annotated[NotNegative, MAY_CHANGE] = 0
     """Steps between validation losses; one is also computed at the end. 0: never."""
     validation_rows: Annotated[Positive, MAY_CHANGE] = 1024

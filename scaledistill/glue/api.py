@@ -258,9 +258,10 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
     """
     folder, settings = Path(config.run.folder), _settings_of(config)
     torch.cuda.empty_cache()  # the worker processes need the memory
-    exports = {name: folder / "export" / name for name in config.students}
-    output, several = folder / "evaluation", len(exports) > 1
     status = Status(folder, config.train.max_steps)
+    trained = [name for name in config.students if name not in status.dropped]
+    exports = {name: folder / "export" / name for name in trained}
+    output, several = folder / "evaluation", len(exports) > 1
     answer = "stopping; finished fine-tunings are kept"
     stop = StopRequest(
         folder, watch_file=True, logs=True, max_hours=config.run.max_hours, answer=answer

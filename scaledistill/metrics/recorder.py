@@ -33,6 +33,8 @@ ROW_SECONDS = 0.1
 """A step waits this long for the disk, and not at all while earlier rows are still waiting."""
 WORD_SECONDS = 30.0
 """A warning is logged if rows wait for longer."""
+PROBE = "probe/stsb_spearman"
+_PROBE_OF_STUDENT = re.compile(r"probe/[^/]+/stsb_spearman")
 CLOSE_SECONDS = 30.0
 """How long the end of a run waits for the disk."""
 
@@ -48,6 +50,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
+
+
+def by_student(row: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """Return a metric of each student of a run with several; {} if the run has one."""
+    own = {key: value for key, value in row.items() if re.fullmatch(rf"{metric}/[^/]+", key)}
+    return {key.partition("/")[2]: value for key, value in own.items()}
+
+
+def student_value(row: Mapping[str, Any], metric: str, student: str) -> Any:
+    """Return a metric of one student, or None; the number of students may vary over a run."""
+    own = by_student(row, metric)
+    known = {key.split("/")[1] for key in row if key.startswith("loss/")}  # with pairs or without
+    return own.get(student) if own or known - {student} else row.get(metric)
 
 
 class Recorder:
@@ -194,16 +209,15 @@ class Pace:
 def summary(row: Mapping[str, Any]) -> str:
     """Return a row's metrics for people, on one line."""
     parts = ["loss " + ("not finite" if row["loss"] is None else f"{row['loss']:.4f}")]
-    # A run of several students has "loss/<student>" beside their sum.
-    own = {key: value for key, value in row.items() if re.fullmatch(r"loss/[^/]+", key)}
-    if own:
-        shown = ("not finite" if value is None else f"{value:.4f}" for value in own.values())
-        names = (key.partition("/")[2] for key in own)
-        parts.append(f"({', '.join(map(' '.join, zip(names, shown, strict=True)))})")
+    parts += _each(by_student(row, "loss"), ".4f")
     if row.get("validation_loss") is not None:
         parts.append(f"validation {row['validation_loss']:.4f}")
-    if row.get("probe/stsb_spearman") is not None:
-        parts.append(f"STS-B probe {row['probe/stsb_spearman']:.3f}")
+        parts += _each(by_student(row, "validation_loss"), ".4f")
+    if row.get(PROBE) is not None:
+        parts.append(f"STS-B probe {row[PROBE]:.3f}")
+    probes = {key.split("/")[1]: x for key, x in row.items() if _PROBE_OF_STUDENT.fullmatch(key)}
+    if probes:
+        parts += ["STS-B probe", *_each(probes, ".3f")]
     if row.get("tokens_per_second") is not None:
         parts.append(f"{short(row['tokens_per_second'])} tokens/s")
     if row.get("mfu") is not None:
@@ -215,11 +229,19 @@ def summary(row: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def _each(values: Mapping[str, float | None], form: str) -> list[str]:
+    """Return "(a 0.5, b not finite)" for the students' values, or nothing."""
+    shown = [f"{name} {'not finite' if x is None else f'{x:{form}}'}" for name, x in values.items()]
+    return [f"({', '.join(shown)})"] if shown else []
+
+
 def line(row: Mapping[str, Any], seconds_left: float | None = None) -> str:
     """Return a row's metrics as a log line, with the learning rate and the time left."""
     parts = [summary(row)]
     if row.get("lr") is not None:
         parts.append(f"lr {row['lr']:.2e}")
+    elif rates := by_student(row, "lr"):
+        parts += ["lr", *_each(rates, ".2e")]
     if seconds_left is not None:
         parts.append(f"{timedelta(seconds=round(seconds_left))} left")
     return "  ".join(parts)
@@ -271,12 +293,17 @@ class _Display:
         self.progress.figures = line(row)
         self.progress.update(self.task, completed=row["step"])
         if row.get("validation_loss") is not None:
-            losses = {key: row[key] for key in ("loss", "validation_loss")}
+            of_loss = re.compile(r"(validation_)?loss(/[^/]+)?")
+            losses = {key: x for key, x in row.items() if of_loss.fullmatch(key)}
             self.progress.console.print(f"step {row['step']}  {summary(losses)}", highlight=False)
 
 
+def _loss_of(row: Mapping[str, Any], metric: str, student: str | None) -> float | None:
+    return student_value(row, metric, student) if student else row.get(metric)
+
+
 def draw_losses(folder: Path) -> None:
-    """Draw `loss.png` from `metrics.jsonl`: training and validation loss by step."""
+    """Draw `loss.png` from `metrics.jsonl`: training and validation loss by step and student."""
     rows = read_rows(folder / "metrics.jsonl")
     losses = [(row["step"], row["loss"]) for row in rows if row.get("loss")]
     if not losses:
@@ -288,17 +315,25 @@ def draw_losses(folder: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(*zip(*losses, strict=True), color="#1f77b4", linewidth=1, label="training")
-    if validation := [
-        (row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss")
-    ]:
-        axes.plot(
-            *zip(*validation, strict=True),
-            color="#d62728",
-            marker="o",
-            markersize=4,
-            label="validation",
-        )
+    names = dict.fromkeys(name for row in rows for name in by_student(row, "loss"))
+    for name in names or [None]:
+        label = f" of {name}" if name else ""
+        colors = (None, None) if name else ("#1f77b4", "#d62728")
+        curves = {
+            metric: [(row["step"], x) for row in rows if (x := _loss_of(row, metric, name))]
+            for metric in ("loss", "validation_loss")
+        }
+        if curves["loss"]:
+            xy = zip(*curves["loss"], strict=True)
+            axes.plot(*xy, color=colors[0], linewidth=1, label=f"training{label}")
+        if curves["validation_loss"]:
+            axes.plot(
+                *zip(*curves["validation_loss"], strict=True),
+                color=colors[1],
+                marker="o",
+                markersize=4,
+                label=f"validation{label}",
+            )
     axes.set(xlabel="optimizer step", ylabel="relation loss", title=folder.name, yscale="log")
     for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatted(ScalarFormatter())

@@ -23,7 +23,7 @@ from scaledistill.checkpoint.format import newest_state
 from scaledistill.checkpoint.names import committed, step_of
 from scaledistill.config.naming import student_names, teacher_names
 from scaledistill.config.resolved import ResolvedRun
-from scaledistill.config.schedule import SCHEDULE_KEYS, same_rates, with_schedule_of
+from scaledistill.config.schedule import SCHEDULE_KEYS, from_step, same_rates, with_schedule_of
 from scaledistill.config.schema import DistillConfig, TrainSettings, differing_keys
 from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
 from scaledistill.data.order import SampleOrder
@@ -51,6 +51,7 @@ from scaledistill.models.teacher import (
 from scaledistill.preflight.estimate import Estimate, estimate
 from scaledistill.preflight.microbatch import free_bytes, predict
 from scaledistill.preflight.resolve import for_gpus, resolve
+from scaledistill.preflight.roster import check_added, roster_notes, roster_of
 from scaledistill.relations import check_relation_heads
 from scaledistill.storage.remote import ShardCache, is_url
 
@@ -70,6 +71,8 @@ class Plan:
     evaluation: str | None = None
     """How many fine-tunings follow the run; None without any, and on ranks that do not check it."""
     evaluation_flops: float = 0.0
+    notes: tuple[str, ...] = ()
+    """Which students are new or left out, if the run resumes."""
 
 
 @names_resolved_once()
@@ -134,6 +137,7 @@ def plan_run(
         if reader and teacher:
             attempt(_check_shards, config, setting, reader, teacher, is_main)
     order = attempt(_order, config, shards) if shards else None
+    notes: list[str] = []
     if (
         resolved
         and order
@@ -142,6 +146,7 @@ def plan_run(
         and (state := newest_state(Path(config.run.folder) / "checkpoints"))
     ):
         attempt(check_same_run, state, resolved.config, order)
+        notes = roster_notes(roster_of(state, config), config, state["step"])
     problems.raise_all()
     students = {name: shape for name, shape in shapes.items() if shape}
     if not (resolved and teacher and len(students) == len(shapes) and shards and order):
@@ -154,7 +159,7 @@ def plan_run(
         resolved = resolved.with_micro_batch(predict(resolved, teacher, students, free))
     facts = estimate(resolved, teacher, students)
     free = _free_disk_bytes(config, facts.checkpoint_bytes if writes else 0)
-    plan = Plan(resolved, order, shards, held_out, facts, free)
+    plan = Plan(resolved, order, shards, held_out, facts, free, notes=tuple(notes))
     if evaluation is None or not (config.evaluation and config.evaluation.tasks):
         return plan
     embeddings = sum(shape.vocab_size * shape.hidden_size for shape in students.values())
@@ -315,16 +320,26 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Sampl
     """Refuse to go on from a checkpoint's state where the result would not be that of the run that
     was begun.
 
+    Students may be added and left out, as long as one of the run's goes on.
+
     Raises:
         ConfigError: naming the keys that differ.
     """
     before, now = state["config"], config.model_dump()
     earlier, step = with_schedule_of(config.train, before["train"]), state["step"]
+    roster = roster_of(state, config)
     then = config.model_copy(update={"train": earlier})
-    same = min(
-        same_rates(then.for_student(name).train, config.for_student(name).train, step)
-        for name in config.students
-    )
+    same = step
+    for name in roster.resumed:
+        first = roster.first_steps[name]
+        one, other = (from_step(each.for_student(name).train, first) for each in (then, config))
+        same = min(same, first + same_rates(one, other, step - first))
+    if roster.resumed:
+        common = before["students"].keys() & now["students"].keys()
+        before, now = (
+            {**tree, "students": {name: tree["students"][name] for name in common}}
+            for tree in (before, now)
+        )
     schedule = config.train if same == step else earlier
     before = {
         **before,
@@ -334,6 +349,12 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Sampl
     changed = {line.partition(":")[0].removeprefix("train.") for line in differences}
     if changed and changed <= set(SCHEDULE_KEYS):
         raise _other_schedule(state, config, differences, earlier, same)
+    differences += [
+        f"students.{name} was dropped at step {found['step']}; to train it again, give it another "
+        "name"
+        for name, found in (roster.dropped or {}).items()
+        if not roster.resumed or any(x.startswith(f"students.{name}.") for x in differences)
+    ]
     # run.seed is the order's seed.
     named = {line.partition(":")[0].rpartition(".")[2] for line in differences}
     differences += [
@@ -343,6 +364,7 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Sampl
     ]
     if differences:
         raise other_run(state, config, "; ".join(differences))
+    check_added(roster, config, step)
 
 
 def _other_schedule(

@@ -146,6 +146,7 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
         **_data_rows(plan),
         **_memory_rows(plan),
         "run folder": plan.run.config.run.folder,
+        **({"on resume": "\n".join(plan.notes)} if plan.notes else {}),
         **_evaluation(plan),
     }
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -194,8 +195,19 @@ def _step_rows(plan: Plan) -> dict[str, str]:
             f"{counted(train.max_steps, 'step')}, "
             f"{short(train.max_steps * run.tokens_per_step)} tokens, {epochs:,.1f} epochs"
         ),
-        "schedule": f"{schedule_text(train)}; peak {train.learning_rate:g}",
+        "schedule": "\n".join(_schedules(run)),
     }
+
+
+def _schedules(run: ResolvedRun) -> list[str]:
+    """Return the run's schedule, and those of students that have another."""
+    text = f"{schedule_text(run.config.train)}; peak {run.config.train.learning_rate:g}"
+    lines = [text]
+    for name in run.config.students:
+        train = run.for_student(name).config.train
+        own = f"{schedule_text(train)}; peak {train.learning_rate:g}"
+        lines += [f"{name}: {own}"] if own != text else []
+    return lines
 
 
 def _data_rows(plan: Plan) -> dict[str, str]:

@@ -61,15 +61,17 @@ class Status:
 
     Keys: `state` ("running", "evaluating", "done", "stopped", "failed", "diverged"), `step`,
     `max_steps`, `exit_code` (null while running or evaluating), `message`, `updated`, `host`,
-    `pid`.
+    `pid`; and `dropped`, the students that diverged and were taken out, if there are any.
     """
 
     def __init__(self, folder: Path, max_steps: int) -> None:
         self.path = folder / "status.json"
         self.max_steps = max_steps
         # The previous run's step, until this run starts.
-        self.step = (read_json(self.path) or {}).get("step", 0)
+        previous = read_json(self.path) or {}
+        self.step = previous.get("step", 0)
         self.started = False
+        self.dropped: Mapping[str, Mapping[str, Any]] = previous.get("dropped", {})
         # One writer per file, so that the last status submitted is the last one written.
         self._writer = _writers.setdefault(self.path.absolute(), Background("status.json"))
         self._soon: Future[None] | None = None
@@ -127,6 +129,7 @@ class Status:
             "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            **({"dropped": dict(self.dropped)} if self.dropped else {}),
         }
 
     def _finish(self, written: Future[None]) -> None:

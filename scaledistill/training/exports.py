@@ -25,12 +25,13 @@ from scaledistill.config.load import parse_config
 from scaledistill.config.naming import teacher_names
 from scaledistill.config.schema import DistillConfig
 from scaledistill.errors import ConfigError, DataError, named
-from scaledistill.metrics.recorder import read_rows
+from scaledistill.metrics.recorder import read_rows, student_value
 from scaledistill.models.export import export_student
 from scaledistill.models.hub import names_resolved_once
 from scaledistill.models.student import exported
 from scaledistill.models.teacher import load_config
 from scaledistill.preflight.checks import student_shape
+from scaledistill.preflight.roster import student_states
 from scaledistill.storage.files import disk_remedy
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ log = logging.getLogger(__name__)
 class Facts:
     """What the model card says about a run's student."""
 
-    step: int
+    steps: int
+    """That it was trained."""
     teacher_sha256: str
     data_sha256: str
     losses: Mapping[str, str | None]
@@ -74,8 +76,8 @@ def write_student(
         "teacher weights (sha256)": facts.teacher_sha256,
         "relations": f"{config.relation_heads(name)} heads, pairs {config.relations.pairs}",
         "training data (sha256 of the manifest)": facts.data_sha256,
-        "tokens": f"{facts.step * train.global_batch_size * data.sequence_length:,}"
-        f" ({facts.step:,} steps of {train.global_batch_size} × {data.sequence_length})",
+        "tokens": f"{facts.steps * train.global_batch_size * data.sequence_length:,}"
+        f" ({facts.steps:,} steps of {train.global_batch_size} × {data.sequence_length})",
         **{label: loss or "not measured" for label, loss in facts.losses.items()},
         "init": spec.init,
         "versions": ", ".join(f"{package} {number}" for package, number in facts.versions.items()),
@@ -145,13 +147,13 @@ def export_checkpoint(config: DistillConfig, wanted: int | str) -> list[Path]:
     with named(**teacher_names(teacher)):
         teacher_config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
     folders = []
-    for name in settled.students:
+    for name, own in student_states(state).items():  # without those that were dropped
         model = student_shape(settled, name, teacher_config)
         weights = checkpoint.tensors(f"{name}.weights")
         folder = Path(config.run.folder) / "export" / f"{name}-step-{step}"
-        end = f"/{name}" if len(settled.students) > 1 else ""
-        losses = _losses_at(Path(config.run.folder), step, end)
-        facts = Facts(step, teacher_sha256, data_sha256, losses, written_with)
+        losses = _losses_at(Path(config.run.folder), step, name)
+        steps = step - own.get("first_step", 0)
+        facts = Facts(steps, teacher_sha256, data_sha256, losses, written_with)
         try:
             write_student(folder, settled.for_student(name), model, weights, facts)
         except ValueError as error:  # the student's shapes follow from the teacher's
@@ -208,22 +210,15 @@ def _elsewhere(config: DistillConfig) -> str:
     )
 
 
-def _losses_at(folder: Path, step: int, end: str) -> dict[str, str | None]:
-    """Return the recorded losses of a step, or of the last step before it that has any.
-
-    `end` is that of the metrics' names: "/<student>" if the run has several.
-    """
+def _losses_at(folder: Path, step: int, student: str) -> dict[str, str | None]:
+    """Return the recorded losses of a step, or of the last step before it that has any."""
     losses: dict[str, str | None] = {}
-    names = {"validation loss": f"validation_loss{end}", "training loss": f"loss{end}"}
-    for label, key in names.items():
-        rows = [
-            row
-            for row in read_rows(folder / "metrics.jsonl")
-            if row["step"] <= step and row.get(key) is not None
-        ]
-        if rows:
-            when = "" if rows[-1]["step"] == step else f" (at step {rows[-1]['step']:,})"
-            losses[label] = f"{rows[-1][key]:.4f}{when}"
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step]
+    for label, metric in (("validation loss", "validation_loss"), ("training loss", "loss")):
+        values = [(row["step"], student_value(row, metric, student)) for row in rows]
+        if known := [(at, value) for at, value in values if value is not None]:
+            at, value = known[-1]
+            losses[label] = f"{value:.4f}{'' if at == step else f' (at step {at:,})'}"
         elif label == "validation loss":
             losses[label] = None
     return losses

@@ -204,6 +204,7 @@ def _train(
         return run_steps(session, last_step, stop, at, watch, metrics, train_step=train_step)
     stop.answer = "saving a checkpoint and stopping"
     status.reached(session.step)
+    status.dropped = session.dropped
     recorder = open_recorder(session, status, last_step)
     validates = session.config.train.validation_every_steps > 0
     with recorder or nullcontext():
@@ -257,7 +258,8 @@ def run_steps(
 
             for student in session.students:
                 student.skipped_steps += result.students[student.name].skipped
-            guard.check(step, result)
+            if diverged := guard.check(step, result):
+                session.drop(diverged, writes=status is not None)
 
             validation = None
             if validator and (at_end or step % train.validation_every_steps == 0):
@@ -324,6 +326,10 @@ def finished(
     what = "the student is" if len(folders) == 1 else "the students are"
     message = (
         f"{counted(step, 'step')} done; {what} in {', '.join(folders)}, the loss curve in {curve}"
+        + "".join(
+            f"; {name} was dropped at step {found['step']}"
+            for name, found in session.dropped.items()
+        )
     )
     if session.ranks.is_main:
         status.write_if_possible("done", message, EXIT_DONE)

@@ -8,8 +8,10 @@ trackers and the log, and `status.json` while the run trains. Not handled here: 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
+from scaledistill.config.naming import own_metric
 from scaledistill.distributed.ranks import failing_together
 from scaledistill.errors import DataError
 from scaledistill.metrics.recorder import Pace, Recorder, RowLog
@@ -70,37 +72,38 @@ class MetricsLog:
         seconds, phases = self._watch.lap()
         steps, self._lap_start = session.step - self._lap_start, session.step
         tokens = steps * session.run.tokens_per_step
-        row = {"step": session.step, **student_metrics(result)}
+        row = {"step": session.step, **student_metrics(result, session.config.students)}
         if validation:
             row["validation_loss"] = sum(validation.losses.values())
-            if len(validation.losses) > 1:
-                row |= {f"validation_loss/{name}": x for name, x in validation.losses.items()}
+            for name, loss in validation.losses.items():
+                row[session.own_metric("validation_loss", name)] = loss
             row |= validation.scores
         row["tokens_per_second"] = tokens / seconds
         row["mfu"] = tokens / seconds * session.flops_per_token / session.peak_flops
         for phase in RECORDED_PHASES:
             row[f"{phase.replace(' ', '_')}_fraction"] = phases[phase] / seconds
         row["memory_peak_bytes"] = memory_peak_bytes(session.ranks.device)
-        row["skipped_steps"] = sum(student.skipped_steps for student in session.students)
+        row["skipped_steps"] = session.skipped_steps
+        if session.dropped:
+            row["dropped_students"] = len(session.dropped)
         return row
 
 
-def student_metrics(result: StepResult) -> dict[str, float]:
+def student_metrics(result: StepResult, names: Collection[str]) -> dict[str, float]:
     """Return a step's losses, learning rates and gradient norms by metric name.
 
-    "loss" is the sum over students. "lr" and "grad_norm" have the student's name only if there are
-    several.
+    "loss" is the sum over students.
+
+    Args:
+        names: the students of the run, those that were dropped included.
     """
-    students, several = result.students, len(result.students) > 1
     row = {"loss": result.loss}
-    for name, student in students.items():
-        if several:
-            row[f"loss/{name}"] = student.loss
+    for name, student in result.students.items():
+        row[own_metric("loss", name, names)] = student.loss
         row |= {f"loss/{name}/{pair}": loss for pair, loss in student.by_pair.items()}
-    for name, student in students.items():
-        end = f"/{name}" if several else ""
-        row[f"lr{end}"] = student.learning_rate
-        row[f"grad_norm{end}"] = float(student.grad_norm)
+    for name, student in result.students.items():
+        row[own_metric("lr", name, names)] = student.learning_rate
+        row[own_metric("grad_norm", name, names)] = float(student.grad_norm)
     return row
 
 
