@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -23,8 +26,12 @@ from scaledistill.errors import ConfigError, DataError
 from scaledistill.metrics.recorder import read_rows
 from scaledistill.preflight import checks as doctor
 from scaledistill.preflight import report
+from scaledistill.storage.remote import ShardCache
 from scaledistill.training.exports import export_checkpoint
 from scaledistill.training.loop import distill
+
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+import check_shards
 
 MakeConfig = Callable[..., DistillConfig]
 CPU = torch.device("cpu")
@@ -229,6 +236,61 @@ def test_resume_is_exact_at_every_step(folders: list[Path]) -> None:
     for step in range(steps):
         [batch] = taken(1, folders, first_sample=step * B, micro_batch_size=B)
         np.testing.assert_array_equal(batch.input_ids_BT.numpy(), whole_SBT[step])
+
+
+def test_sources_at_urls_share_a_cache(folders: list[Path], tmp_path: Path) -> None:
+    files = fsspec.filesystem("memory")
+    for folder in folders[:2]:
+        files.put(str(folder), f"/mixture/{folder.name}", recursive=True)
+    locations = ["memory://mixture/0", "memory://mixture/1", folders[2]]
+
+    def mixed_stream(limit: int) -> ShardStream:
+        cache = ShardCache(tmp_path / str(limit), limit_bytes=limit)
+        readers = [ShardReader(location, cache=cache) for location in locations]
+        own = [reader.order(seed=3, num_lanes=6, window_rows=16) for reader in readers]
+        order = mix(own, WEIGHTS, seed=3)
+        return ShardStream(readers, order, global_batch_size=B, micro_batch_size=B)
+
+    try:
+        with mixed_stream(10**6) as batches:
+            found = ids_of(list(islice(batches, 20)))
+        np.testing.assert_array_equal(found, ids_of(taken(20, folders)))
+        sizes = [
+            sorted((shard.bytes for shard in ShardReader(folder).manifest.shards), reverse=True)
+            for folder in folders[:2]
+        ]
+        # Six lanes of either source fit, but not those of both.
+        needed = sum(sum(each[:6]) for each in sizes)
+        with pytest.raises(ConfigError, match=rf"is less than the {needed} bytes of the shards"):
+            mixed_stream(needed - 1)
+    finally:
+        files.rm("/mixture", recursive=True)
+
+
+def test_the_tool_checks_whether_data_sets_mix(
+    folders: list[Path],
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def check(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["check_shards", *map(str, arguments)])
+        return check_shards.main(), capsys.readouterr().out
+
+    code, out = check(*folders, "--json", tmp_path / "figures.json")
+    assert (code, out.count("sha256 of the data")) == (0, 3)
+    names = {row["name"] for row in json.loads((tmp_path / "figures.json").read_text())}
+    assert {f"shards/{folder}/rows" for folder in folders} <= names
+    code, out = check(folders[0], tiny_shards / "train")
+    assert code == 3
+    assert "differ in tokens per row: 8 and 16" in out
+    code, out = check(folders[0], folders[1], folders[0].parent / "0")
+    assert code == 0, "the same folder twice is one"
+    shutil.copytree(folders[0], tmp_path / "copy")
+    code, out = check(folders[0], tmp_path / "copy")
+    assert code == 3
+    assert "hold the same data; leave one out" in out
 
 
 def test_epochs_by_source(folders: list[Path]) -> None:

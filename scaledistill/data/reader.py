@@ -169,7 +169,7 @@ class ShardReader:
         """Tell the cache which shards are in use or will be, so that it evicts others first."""
         if self._cache:
             kept = (self.manifest.shards[shard].sha256 for shard in shards)
-            self._cache.keep_for(self.location, kept)
+            self._cache.keep_for(id(self), kept)
 
     def _fetch(self, shard: int) -> None:
         entry = self.manifest.shards[shard]

@@ -501,3 +501,4 @@ def iter_validation(
     finally:
         if ahead:
             ahead.close()
+        shards.keep(())

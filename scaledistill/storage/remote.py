@@ -160,10 +160,10 @@ class ShardCache:
     def __init__(self, folder: Path | None = None, limit_bytes: int = DEFAULT_BYTES) -> None:
         self._folder = folder
         self.limit_bytes = limit_bytes
-        self._kept: dict[str, frozenset[str]] = {}
+        self._kept: dict[int, frozenset[str]] = {}
 
-    def keep_for(self, reader: str, sha256s: Iterable[str]) -> None:
-        """Evict these files last: what a reader has in use or fetches ahead, until it says anew."""
+    def keep_for(self, reader: int, sha256s: Iterable[str]) -> None:
+        """Evict files last that a reader, by its id, uses or fetches ahead; it replaces its own."""
         self._kept[reader] = frozenset(sha256s)
 
     @property
