@@ -67,19 +67,20 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
     plan = doctor.plan_run(config, 3, CPU)
     assert (plan.run.config.train.precision, plan.run.config.teacher.dtype) == ("bf16", "bf16")
     assert plan.run.config.train.micro_batch_size == 8
-    assert plan.shards.manifest.rows == sum(shard.rows for shard in plan.shards.manifest.shards)
+    manifest = plan.sources[0].shards.manifest
+    assert manifest.rows == sum(shard.rows for shard in manifest.shards)
     assert plan.free_disk_bytes == pytest.approx(shutil.disk_usage(tiny_shards).free, rel=0.2)
     text = shown(plan)
-    rows = plan.shards.manifest.rows
+    rows = plan.sources[0].shards.manifest.rows
     for part in (
         "l2: 10,848 parameters, of which ",
         "4 heads, pairs qq, kk, vv",
         "DeepSpeed ZeRO-2, 3 ranks",
         "24 sequences × 16 = 384 tokens; 1 micro-batch of 8 per rank",
-        f"50 steps, 19.2k tokens, {1200 / plan.order.rows_per_epoch:.1f} epochs",
+        f"50 steps, 19.2k tokens, {1200 / plan.sources[0].order.rows_per_epoch:.1f} epochs",
         "2 steps of warm-up, linear decay to 0 at step 50; peak 0.001",
         f"{rows} rows in 2 shards; ",
-        f"{plan.order.dropped_rows_per_epoch} rows left out of an epoch",
+        f"{plan.sources[0].order.dropped_rows_per_epoch} rows left out of an epoch",
         "up to layer 3: ",
         ", 2 kept; ",
     ):

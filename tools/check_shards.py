@@ -1,6 +1,7 @@
-"""Check a folder of shards against its manifest and print its contents.
+"""Check folders of shards against their manifests and print their contents.
 
-The checks: sizes, sha256, tar, crc32, ids, documents. Exit code 0 if all pass, otherwise 3.
+The checks: sizes, sha256, tar, crc32, ids, documents; of several folders, whether a run can mix
+them. Exit code 0 if all pass, otherwise 3.
 """
 
 from __future__ import annotations
@@ -9,6 +10,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from scaledistill.data.manifest import Manifest
 
 LABELS = {  # make_shards prints other counts: input documents, and tokens of text
     "documents": "document pieces (stored boundaries)",
@@ -22,7 +29,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "folder",
+        "folders",
+        nargs="+",
+        metavar="folder",
         type=Path,
         help="folder with shards.manifest and the tar files, as written by make_shards.py",
     )
@@ -31,29 +40,58 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Check the folder, print the findings and return the exit code."""
+    """Check the folders, print the findings and return the exit code."""
     options = parse_arguments()
 
     from rich.console import Console
+
+    from scaledistill.data.mixture import mixing_problem
+    from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT
+
+    console = Console(soft_wrap=True, highlight=False)
+    rows: list[dict[str, object]] = []
+    manifests: dict[str, Manifest] = {}
+    is_sound = True
+    for folder in options.folders:
+        manifest, figures, problems = check(console, folder)
+        is_sound = is_sound and manifest is not None and not problems
+        if manifest is not None:
+            manifests[str(folder)] = manifest
+        prefix = "shards/" if len(options.folders) == 1 else f"shards/{folder}/"
+        rows += [
+            {"name": f"{prefix}{name}", "value": value, "unit": unit, "n": 1}
+            for name, value, unit in figures
+        ]
+    if problem := mixing_problem(manifests):
+        is_sound = False
+        console.print(f"ERROR {problem}", markup=False)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return EXIT_DONE if is_sound else EXIT_ENVIRONMENT
+
+
+def check(
+    console: Console, folder: Path
+) -> tuple[Manifest | None, list[tuple[str, float, str]], list[str]]:
+    """Check a folder and print the findings; return its manifest, figures and problems."""
     from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
 
     from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
     from scaledistill.data.shards import Manifest, verify
-    from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, ConfigError, DataError
+    from scaledistill.errors import ConfigError, DataError
 
-    console = Console(soft_wrap=True, highlight=False)
     try:
-        manifest = Manifest.load(options.folder)
+        manifest = Manifest.load(folder)
     except (ConfigError, DataError) as error:
         console.print(f"ERROR {error}", markup=False)
-        return EXIT_ENVIRONMENT
+        return None, [], [str(error)]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("checking", total=len(manifest.shards))
-        problems = list(verify(options.folder, manifest, on_shard=lambda: progress.advance(task)))
+        problems = list(verify(folder, manifest, on_shard=lambda: progress.advance(task)))
 
-    figures = [
+    figures: list[tuple[str, float, str]] = [
         ("shards", len(manifest.shards), "files"),
         ("bytes", sum(shard.bytes for shard in manifest.shards), "bytes"),
         ("rows", manifest.rows, "rows"),
@@ -73,7 +111,7 @@ def main() -> int:
     unknown = manifest.unknown_fraction
     if unknown is not None:
         figures.insert(-1, ("unknown_fraction", unknown, "fraction of the tokens of text"))
-    table = Table(show_header=False, title=Text(str(options.folder)))
+    table = Table(show_header=False, title=Text(str(folder)))
     for name, value, _ in figures:
         label = LABELS.get(name, name.replace("_", " "))
         table.add_row(Text(label), f"{value:,}" if isinstance(value, int) else f"{value:.2%}")
@@ -90,13 +128,7 @@ def main() -> int:
         console.print(f"ERROR {problem}", markup=False)
     if problems:
         console.print("Copy these shards again, or recreate them with tools/make_shards.py.")
-    if options.json:
-        rows = [
-            {"name": f"shards/{name}", "value": value, "unit": unit, "n": 1}
-            for name, value, unit in figures
-        ]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return EXIT_ENVIRONMENT if problems else EXIT_DONE
+    return manifest, figures, problems
 
 
 if __name__ == "__main__":

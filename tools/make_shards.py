@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from scaledistill.data.sizes import ROWS_PER_SHARD
+from scaledistill.data.sizes import ROWS_PER_SHARD, Part
 from scaledistill.errors import counted, did_you_mean, near_miss
 
 if TYPE_CHECKING:
@@ -38,6 +38,14 @@ LINE_SECONDS = 10  # between progress lines if stderr is not a terminal
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
+
+
+def part_of(text: str) -> Part:
+    """Read I/N."""
+    try:
+        return Part.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -158,6 +166,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--overwrite",
         action="store_true",
         help="replace the shards in DIR once the new ones are finished",
+    )
+    output.add_argument(
+        "--part",
+        type=part_of,
+        metavar="I/N",
+        help="only tokenise part I of N, into DIR/part-I-of-N; run tools/merge_shards.py on DIR "
+        "once all parts are there",
     )
     output.add_argument(
         "--workers",
@@ -291,6 +306,18 @@ def print_summary(console: Console, report: ShardReport, output: Path) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def print_part(console: Console, report: ShardReport, options: argparse.Namespace) -> None:
+    """Print the counts of a part and the next command."""
+    part, output = options.part, shlex.quote(str(options.output))
+    merge = f"{_interpreter()} {_shown(Path(__file__).with_name('merge_shards.py'))}"
+    own, read = report.train.documents, counted(report.documents, "document")
+    text = (
+        f"part {part}: {own:,} of {read}, {report.tokens:,} tokens in {report.seconds:.1f} s\n"
+        f"next, with all {part.of} parts in one folder: {merge} {output}"
+    )
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def _interpreter() -> str:
     """Return how to call this interpreter: `python` if that is it, otherwise its path."""
     # The path is not resolved: in a virtual environment the interpreter is a link.
@@ -315,6 +342,7 @@ def run(options: argparse.Namespace) -> None:
 
     from scaledistill.data.prepare.compression import ReadProgress
     from scaledistill.data.prepare.make import make_shards
+    from scaledistill.data.prepare.parts import make_part
     from scaledistill.data.prepare.text import load_tokenizer
     from scaledistill.errors import DataError
 
@@ -331,8 +359,9 @@ def run(options: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     display = Display(Console(stderr=True), read, options)
+    make = functools.partial(make_part, part=options.part) if options.part else make_shards
     with display.bar:
-        report = make_shards(
+        report = make(
             documents,
             options.output,
             tokenizer=tokenizer,
@@ -352,7 +381,10 @@ def run(options: argparse.Namespace) -> None:
         )
     if options.json:
         options.json.write_text(json.dumps(report.measurements(), indent=1) + "\n")
-    print_summary(Console(), report, options.output)
+    if options.part:
+        print_part(Console(), report, options)
+    else:
+        print_summary(Console(), report, options.output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -81,7 +81,8 @@ def check_paths(config: DistillConfig, path: str | Path, *, warns: bool = True) 
     """
     here = Path.cwd()
     roots = [*Path(path).resolve().parents[:2], REPOSITORY]
-    named = {"data.train": config.data.train, "data.validation": config.data.validation}
+    sources = {setting: source.shards for setting, source in config.data.sources.items()}
+    named = {**sources, "data.validation": config.data.validation}
     named |= {"teacher.model": config.teacher.model}
     for name, student in config.students.items():
         if student.init not in ("random", "teacher"):

@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -171,11 +173,33 @@ class RelationSettings(Settings):
         return pairs
 
 
+class SourceSettings(Settings):
+    """One of several data sets to train on."""
+
+    shards: NonEmpty
+    """Folder or URL of its shards."""
+    weight: Annotated[float, Field(gt=0)]
+    """Its share of the samples, relative to the other weights."""
+    name: NonEmpty | None = None
+    """Its name in metrics and messages (default: its number in the list, from 0)."""
+
+
+TAGS = ("[one]", "[list]")
+"""Parts of the paths in pydantic's errors: which type of a setting of two types was given."""
+TrainingData = Annotated[
+    Annotated[NonEmpty, Tag("[one]")]
+    | Annotated[list[SourceSettings], Field(min_length=1), Tag("[list]")],
+    Discriminator(lambda value: "[list]" if isinstance(value, list) else "[one]"),
+]
+
+
 class DataSettings(Settings):
     """The shards to read, and how their rows are shuffled and cached."""
 
-    train: Annotated[NonEmpty, MAY_CHANGE]
-    """Folder or URL of the training shards, made by tools/make_shards.py."""
+    train: Annotated[TrainingData, MAY_CHANGE]
+    """Folder or URL of the training shards, made by tools/make_shards.py, or a list of several with
+    weights: [{"shards": "shards/wiki/train", "weight": 0.7}, …]. Each is shuffled and goes through
+    epochs of its own. A resume may change paths, but not the data or the weights."""
     validation: Annotated[NonEmpty | None, MAY_CHANGE] = None
     """Folder or URL of held-out shards."""
     sequence_length: Positive
@@ -193,6 +217,33 @@ class DataSettings(Settings):
     """Local folder for shards from URLs (default: ~/.cache/scaledistill)."""
     cache_bytes: Annotated[Positive, MAY_CHANGE] = 100_000_000_000
     """Maximum size of that folder, in bytes."""
+
+    @property
+    def sources(self) -> dict[str, SourceSettings]:
+        """The training data by setting, with their names: "data.train", or "data.train.0", …"""
+        if isinstance(self.train, str):
+            return {"data.train": SourceSettings(name="train", shards=self.train, weight=1.0)}
+        return {
+            f"data.train.{number}": source.model_copy(update={"name": source.name or str(number)})
+            for number, source in enumerate(self.train)
+        }
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSettings:
+        names: dict[str | None, str] = {}
+        for setting, source in self.sources.items():
+            setting = setting.removeprefix("data.")
+            if not STUDENT_NAME.fullmatch(source.name or ""):
+                raise ValueError(
+                    f"{setting}.name={source.name!r}: use only letters, digits, '-' and '_'; it is "
+                    "part of metric names"
+                )
+            if source.name in names:
+                raise ValueError(
+                    f"{setting} and {names[source.name]} are both named {source.name!r}; rename one"
+                )
+            names[source.name] = setting
+        return self
 
 
 class TrainSettings(Settings):

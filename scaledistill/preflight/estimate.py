@@ -147,7 +147,8 @@ def estimate(
         # Students take their turns, so that activations of one live at a time.
         activation_bytes_per_sequence=max(part.activations for part in parts.values()),
         relation_bytes=max(part.relation for part in parts.values()) * run.micro_batch_size,
-        data_bytes=data.num_lanes * data.window_rows * length * quarter_bytes_per_token // 4,
+        data_bytes=len(data.sources)
+        * (data.num_lanes * data.window_rows * length * quarter_bytes_per_token // 4),
         checkpoint_bytes=sum(part.checkpoint_bytes for part in parts.values()),
         on_host=run.device_type == "cpu",
     )

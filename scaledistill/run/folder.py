@@ -61,7 +61,8 @@ class Status:
 
     Keys: `state` ("running", "evaluating", "done", "stopped", "failed", "diverged"), `step`,
     `max_steps`, `exit_code` (null while running or evaluating), `message`, `updated`, `host`,
-    `pid`; and `dropped`, the students that diverged and were taken out, if there are any.
+    `pid`; `dropped`, the students that diverged and were taken out, if there are any; `epochs` by
+    source if the training data has several.
     """
 
     def __init__(self, folder: Path, max_steps: int) -> None:
@@ -70,15 +71,20 @@ class Status:
         # The previous run's step, until this run starts.
         previous = read_json(self.path) or {}
         self.step = previous.get("step", 0)
+        self.epochs: dict[str, float] = {}
         self.started = False
         self.dropped: Mapping[str, Mapping[str, Any]] = previous.get("dropped", {})
         # One writer per file, so that the last status submitted is the last one written.
         self._writer = _writers.setdefault(self.path.absolute(), Background("status.json"))
         self._soon: Future[None] | None = None
 
-    def reached(self, step: int) -> None:
-        """Note that the run has started, and its step; the next status written says so."""
-        self.step, self.started = step, True
+    def reached(self, step: int, epochs: Mapping[str, float] | None = None) -> None:
+        """Note that the run has started, and its step; the next status written says so.
+
+        Args:
+            epochs: of each source of the training data, if there are several.
+        """
+        self.step, self.epochs, self.started = step, dict(epochs or {}), True
 
     def write(self, state: str, message: str, exit_code: int | None = None) -> None:
         """Write a status, after those submitted earlier, and wait for the disk.
@@ -124,6 +130,7 @@ class Status:
             "state": state,
             "step": self.step,
             "max_steps": self.max_steps,
+            **({"epochs": self.epochs} if self.epochs else {}),
             "exit_code": exit_code,
             "message": message,
             "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -24,6 +24,7 @@ from scaledistill.checkpoint.names import STATE, committed, folder_name, step_of
 from scaledistill.config.load import parse_config
 from scaledistill.config.naming import teacher_names
 from scaledistill.config.schema import DistillConfig
+from scaledistill.data.mixture import data_identity
 from scaledistill.errors import ConfigError, DataError, named
 from scaledistill.metrics.recorder import read_rows, student_value
 from scaledistill.models.export import export_student
@@ -45,6 +46,7 @@ class Facts:
     """That it was trained."""
     teacher_sha256: str
     data_sha256: str
+    """Of the manifest; of several sources, those of all, with their shares."""
     losses: Mapping[str, str | None]
     versions: Mapping[str, str]
 
@@ -122,7 +124,7 @@ def export_checkpoint(config: DistillConfig, wanted: int | str) -> list[Path]:
         step, teacher_sha256, data_sha256 = (
             state["step"],
             state["teacher_sha256"],
-            state["data"]["data_sha256"],
+            data_identity(state["data"]),
         )
         written_with = state["versions"]
     # The hashes match, so the file is not damaged: another version wrote it.

@@ -173,7 +173,7 @@ def _run(
             ranks,
             resume=status is not None,
             sized_by=sized_by,
-            opened=(plan.shards, plan.held_out),
+            opened=(plan.sources, plan.order, plan.held_out),
         )
         stack.enter_context(session.saver)
         if ranks.is_main:
@@ -203,7 +203,7 @@ def _train(
         metrics = MetricsLog(session, watch, last_step, RowLog(last_step))
         return run_steps(session, last_step, stop, at, watch, metrics, train_step=train_step)
     stop.answer = "saving a checkpoint and stopping"
-    status.reached(session.step)
+    status.reached(session.step, session.epochs())
     status.dropped = session.dropped
     recorder = open_recorder(session, status, last_step)
     validates = session.config.train.validation_every_steps > 0

@@ -54,7 +54,7 @@ class MetricsLog:
     def reached(self, step: int) -> None:
         """Show and report that a step was made."""
         if self._status:
-            self._status.reached(step)
+            self._status.reached(step, self._session.epochs())
         if self._recorder:
             self._recorder.advance(step)
 
@@ -83,6 +83,7 @@ class MetricsLog:
         for phase in RECORDED_PHASES:
             row[f"{phase.replace(' ', '_')}_fraction"] = phases[phase] / seconds
         row["memory_peak_bytes"] = memory_peak_bytes(session.ranks.device)
+        row |= {f"epoch/{name}": number for name, number in session.epochs().items()}
         row["skipped_steps"] = session.skipped_steps
         if session.dropped:
             row["dropped_students"] = len(session.dropped)

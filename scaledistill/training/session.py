@@ -26,7 +26,7 @@ from scaledistill.config.naming import own_metric, student_names, teacher_names
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schedule import from_step, learning_rate
 from scaledistill.config.schema import DistillConfig
-from scaledistill.data.order import SampleOrder
+from scaledistill.data.mixture import Order, Source, data_identity, epochs
 from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
 from scaledistill.distributed.ranks import (
     BF16_ON_CPU,
@@ -50,7 +50,13 @@ from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import build_student
 from scaledistill.models.teacher import Teacher, encoder_on_meta, load_encoder
 from scaledistill.models.view import capture_view, forward_flops
-from scaledistill.preflight.checks import check_same_run, open_shards, other_run, student_shape
+from scaledistill.preflight.checks import (
+    DataSets,
+    check_same_run,
+    open_data,
+    other_run,
+    student_shape,
+)
 from scaledistill.preflight.estimate import Estimate
 from scaledistill.preflight.fetching import fetch_weights
 from scaledistill.preflight.microbatch import choose
@@ -65,8 +71,6 @@ from scaledistill.training.exports import Facts, write_student
 
 log = logging.getLogger(__name__)
 
-DataSets = tuple[ShardReader, ShardReader | None]
-"""The training rows and the held-out ones."""
 VERSIONED = ("torch", "transformers", "deepspeed", "safetensors")
 
 
@@ -110,8 +114,8 @@ class Session:
     ranks: Ranks
     teacher: Teacher
     students: list[Student]
-    shards: ShardReader
-    order: SampleOrder
+    sources: tuple[Source, ...]
+    order: Order
     held_out: ShardReader | None
     teacher_flops_per_token: float
     """The truncated teacher's forward FLOPs."""
@@ -151,7 +155,7 @@ class Session:
     def stream(self, step: int | None = None) -> ShardStream:
         """Return this rank's micro-batches from a step on (default: the current step)."""
         return ShardStream(
-            self.shards,
+            [source.shards for source in self.sources],
             self.order,
             global_batch_size=self.config.train.global_batch_size,
             micro_batch_size=self.run.micro_batch_size,
@@ -163,6 +167,13 @@ class Session:
             with_documents=self.config.data.attention == "document",
             device=self.ranks.device,
         )
+
+    def epochs(self) -> dict[str, float]:
+        """Return how often the steps so far went through each source; {} if there is only one."""
+        if len(self.sources) == 1:
+            return {}
+        samples = self.step * self.config.train.global_batch_size
+        return epochs(self.sources, self.order, samples)
 
     def validation_batches(self) -> Iterator[Batch]:
         """Return this rank's share of the held-out rows; all ranks get equally many batches.
@@ -301,7 +312,7 @@ class Session:
         facts = Facts(
             self.step - student.first_step,
             self.teacher.sha256,
-            self.shards.manifest.sha256,
+            data_identity(self.order.fingerprint()),
             {label: None if loss is None else f"{loss:.4f}" for label, loss in losses.items()},
             versions(),
         )
@@ -344,7 +355,9 @@ def open_session(
         log.info("loading %s up to layer %d", teacher_settings.model, teacher_settings.layer)
     fetch_weights(teacher_settings.model, teacher_settings.revision, ranks)
     with failing_together():
-        shards, held_out, order = _open_data(config, opened, ranks)
+        sources, order, held_out = opened or open_data(config, ranks)
+        if not config.train.validation_every_steps:
+            held_out = None
         with named(**teacher_names(teacher_settings)):
             encoder, stored = _open_teacher(config)
     checkpoint = _checkpoint_to_resume(config, order, ranks) if resume else None
@@ -401,7 +414,7 @@ def open_session(
         ranks,
         teacher,
         students,
-        shards,
+        sources,
         order,
         held_out,
         teacher_flops,
@@ -410,20 +423,6 @@ def open_session(
     if checkpoint:
         _restore(session, checkpoint, roster)
     return session
-
-
-def _open_data(
-    config: DistillConfig, opened: DataSets | None, ranks: Ranks
-) -> tuple[ShardReader, ShardReader | None, SampleOrder]:
-    data = config.data
-    shards, held_out = opened or (
-        open_shards(config, data.train, ranks),
-        open_shards(config, data.validation, ranks) if data.validation else None,
-    )
-    order = shards.order(
-        seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
-    )
-    return shards, held_out if config.train.validation_every_steps else None, order
 
 
 def _open_teacher(config: DistillConfig) -> tuple[PreTrainedModel, Mapping[str, Tensor] | None]:
@@ -439,9 +438,7 @@ def _open_teacher(config: DistillConfig) -> tuple[PreTrainedModel, Mapping[str, 
     return encoder_on_meta(teacher.model, **options)
 
 
-def _checkpoint_to_resume(
-    config: DistillConfig, order: SampleOrder, ranks: Ranks
-) -> Checkpoint | None:
+def _checkpoint_to_resume(config: DistillConfig, order: Order, ranks: Ranks) -> Checkpoint | None:
     """Return the newest good checkpoint, if there is one; it is checked to be of this run."""
     root = Path(config.run.folder) / "checkpoints"
     checkpoint = newest_checkpoint(root, ranks, config.checkpoint.remote)
@@ -545,7 +542,7 @@ def _flops_per_token(model: PreTrainedModel, layer: int, config: DistillConfig) 
 def _check_same_everywhere(
     config: DistillConfig,
     teacher: Teacher,
-    order: SampleOrder,
+    order: Order,
     ranks: Ranks,
     *,
     with_micro_batch: bool,

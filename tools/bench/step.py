@@ -275,8 +275,9 @@ def write_rows(config: DistillConfig, tokens_file: Path) -> None:
     from scaledistill.data.shards import ShardWriter
     from scaledistill.data.stream import ShardReader, ShardStream
 
+    [source] = config.data.sources.values()
     folder, B, T = (
-        Path(config.data.train),
+        Path(source.shards),
         config.train.global_batch_size,
         config.data.sequence_length,
     )

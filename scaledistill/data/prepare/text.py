@@ -36,6 +36,12 @@ _PROBE = (
 _HASHED_CHARACTERS = 1 << 20  # at a time
 
 
+def hash_text(update: Callable[[bytes], object], text: str) -> None:
+    """Pass a text to a hash's `update`, piece by piece: no copy of a whole long text is made."""
+    for first in range(0, len(text), _HASHED_CHARACTERS):
+        update(text[first : first + _HASHED_CHARACTERS].encode())
+
+
 # --- tokenizer ---
 
 
@@ -202,9 +208,7 @@ class TextEncoder:
     def key(self, document: str) -> float:
         """Return the hash of seed and text, in [0, 1)."""
         digest = hashlib.blake2b(digest_size=6, key=self._salt)
-        # Piece by piece, so that no copy of a whole long document is made.
-        for first in range(0, len(document), _HASHED_CHARACTERS):
-            digest.update(document[first : first + _HASHED_CHARACTERS].encode())
+        hash_text(digest.update, document)
         return int.from_bytes(digest.digest(), "little") / 2.0**48
 
     def pieces(self, document: str, where: str) -> Iterator[tuple[str, bool]]:
