@@ -75,6 +75,11 @@ def check_numbers() -> None:
             )
 
 
+def is_launched() -> bool:
+    """Return whether a launcher has started this process as a rank."""
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
 def launcher_facts() -> LauncherFacts:
     """Return the place of this process in the job; without a launcher, it is the only one.
 
@@ -84,7 +89,7 @@ def launcher_facts() -> LauncherFacts:
     """
     check_numbers()
     given = [name for name in NAMES if name in os.environ]
-    if "RANK" not in given and "WORLD_SIZE" not in given:
+    if not is_launched():
         _check_alone()
         return LauncherFacts(0, 1, 0, 1)
     if missing := [name for name in NAMES if name not in given]:
