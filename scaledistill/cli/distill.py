@@ -127,7 +127,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--world-size",
         type=_positive,
         metavar="N",
-        help="with --validate: plan for N ranks (default: those started here)",
+        help="with --validate: plan for N ranks, on any machines (default: those of this one)",
     )
     parse.add_argument(
         "--tokens-per-second",
@@ -179,7 +179,7 @@ def _check_together(parse: argparse.ArgumentParser, options: argparse.Namespace)
         parse.error(f"{' and '.join(given)} do different things; give one of them")
     if options.fresh and given and given[0] in ("--print-config", "--explain", "--export"):
         parse.error(f"--fresh starts a run over, {given[0]} starts none; give one of them")
-    if options.num_ranks and given and given[0] not in ("--dry-run", "--profile"):
+    if options.num_ranks and given and given[0] in ("--print-config", "--explain", "--export"):
         parse.error(f"--num-ranks starts a run, {given[0]} starts none; give one of them")
 
 
@@ -398,8 +398,10 @@ def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool)
     from scaledistill.storage.files import in_use
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = options.world_size or int(
-        os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count()))
+    ranks = (
+        options.world_size
+        or options.num_ranks
+        or int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
     )
     stated = options.device_memory_gb and int(options.device_memory_gb * 1e9)
     plan = plan_run(config, ranks, device, fresh=options.fresh, gpu_bytes=stated)
