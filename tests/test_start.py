@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from scaledistill.cli.distill import main
+from scaledistill.cli.distill import _ranks_to_start, main
 from scaledistill.distributed.start import ranks_to_start, start_ranks
-from scaledistill.errors import SettingError
+from scaledistill.errors import ConfigError, SettingError
 
 ROOT = Path(__file__).parent.parent
 MakeFile = Callable[..., Path]
@@ -72,6 +72,20 @@ def test_how_many_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         SettingError, match=r"num_ranks=5 is more than the 4 GPUs that this process"
     ):
         ranks_to_start(5)
+
+
+def test_what_starts_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert (_ranks_to_start(None), _ranks_to_start(1)) == (4, 0)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert _ranks_to_start(None) == 0
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(ConfigError, match="this is one of 2 tasks of `srun`"):
+        _ranks_to_start(None)
 
 
 def test_a_launcher_with_another_number_of_ranks(

@@ -306,21 +306,24 @@ def _ranks_to_start(stated: int | None) -> int:
     """Return how many ranks this process starts; 0 if it is a rank itself.
 
     Raises:
-        ConfigError: the number differs from that of the launcher, or there are fewer GPUs.
+        ConfigError: the number differs from that of the launcher, there are fewer GPUs, or several
+            processes were started that do not know of each other.
     """
-    facts = launcher_facts()
     if is_launched():
-        if stated and stated != facts.world_size:
+        if stated and stated != (started := launcher_facts().world_size):
             raise ConfigError(
-                f"--num-ranks {stated}: a launcher has started {facts.world_size}; leave the "
-                "option out, or start the command without a launcher"
+                f"--num-ranks {stated}: a launcher has started {started}; leave the option out, or "
+                "start the command without a launcher"
             )
         return 0
     from scaledistill.distributed.start import ranks_to_start
 
     with named(num_ranks="--num-ranks"):
         number = ranks_to_start(stated)
-    return number if number > 1 else 0
+    if number == 1:
+        return 0
+    launcher_facts()  # refuses several tasks of srun or MPI, each of which would start ranks
+    return number
 
 
 def _start_ranks(
