@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scaledistill.cli import main
+from scaledistill.cli.distill import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="distill"))

@@ -1,8 +1,8 @@
-"""`python -m scaledistill`: the command line of a run, as `launch/distill.py` is."""
+"""`python -m scaledistill`: the command `scaledistill`."""
 
 import sys
 
-from scaledistill.cli import main
+from scaledistill.cli.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

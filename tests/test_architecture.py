@@ -31,9 +31,9 @@ THIRD_PARTIES: dict[str, set[str]] = {
 LIGHT_AT_THE_TOP = {
     *(
         "__init__",
-        "cli",
-        "cli.distill",
+        *(name for name in MODULES if name.partition(".")[0] == "cli"),
         "config",
+        "config.defaults",
         "config.schema",
         "config.load",
         "config.hints",

@@ -232,7 +232,7 @@ SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "zero-byte": (
         lambda shards: (shards / "shard-000000.tar").write_bytes(b""),
         r"shards .*/train \(host .*\): shard-000000\.tar has 0 bytes, expected \d+; "
-        r".*tools/check_shards\.py.*",
+        r".*`scaledistill shards check`.*",
     ),
     "missing": (
         lambda shards: (shards / "shard-000000.tar").unlink(),
@@ -255,7 +255,7 @@ SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no folder": (
         shutil.rmtree,
-        r"no such folder: .*/train; expected a folder made by tools/make_shards\.py",
+        r"no such folder: .*/train; expected a folder made by `scaledistill shards make`",
     ),
     "unknown tokens": (
         lambda shards: change_manifest(shards, count_all_as_unknown),
@@ -786,6 +786,6 @@ def test_another_order_is_named_once(tiny_config: MakeConfig) -> None:
 def test_relative_data_that_is_nowhere(tiny_config: MakeConfig) -> None:
     [line] = problems_of(tiny_config(data={"train": "no/shards"}), DataError)
     assert line == (
-        "data.train: no such folder: no/shards; expected a folder made by tools/make_shards.py "
-        f"(looked for in the working folder {Path.cwd()})"
+        "data.train: no such folder: no/shards; expected a folder made by "
+        f"`scaledistill shards make` (looked for in the working folder {Path.cwd()})"
     )

@@ -82,12 +82,12 @@ def test_help_is_quick_and_says_what_counts(capsys: pytest.CaptureFixture[str]) 
     assert "local_rank" not in text
 
 
-@pytest.mark.parametrize("module", ["scaledistill", "scaledistill.cli"])
-def test_the_package_runs_as_a_module(module: str, config_file: MakeFile) -> None:
+def test_the_package_runs_as_a_module(config_file: MakeFile) -> None:
     command = [
         sys.executable,
         "-m",
-        module,
+        "scaledistill",
+        "distill",
         "--config",
         str(config_file()),
         "--set",
@@ -107,7 +107,7 @@ def test_the_package_runs_as_a_module(module: str, config_file: MakeFile) -> Non
 
 HEAVY = """
 import sys
-from scaledistill.cli.distill import main
+from scaledistill.cli.command import main
 try:
     main(sys.argv[1:])
 except SystemExit:
@@ -122,7 +122,7 @@ sys.stderr.write(" ".join(sorted(heavy & set(sys.modules))))
 
 @pytest.mark.parametrize("option", ["--help", "--print-config"])
 def test_nothing_heavy_is_imported(option: str) -> None:
-    arguments = ["--config", str(ROOT / "configs" / "large_to_l6.json"), option]
+    arguments = ["distill", "--config", str(ROOT / "configs" / "large_to_l6.json"), option]
     ended = subprocess.run(
         [sys.executable, "-c", HEAVY, *arguments],
         capture_output=True,
@@ -177,6 +177,14 @@ def test_nothing_heavy_is_imported(option: str) -> None:
             "--print-config and --validate do different things",
         ),
         (
+            ["--config", "x.json", "--print-config", "toml"],
+            "argument --print-config: invalid choice: 'toml' (choose from",
+        ),
+        (
+            ["--explain", "train", "--validate"],
+            "--explain and --validate do different things; give one of them",
+        ),
+        (
             ["--config", "x.json", "--export", "0", "--validate"],
             "--validate and --export do different things",
         ),
@@ -228,6 +236,28 @@ def test_print_config_round_trips(
     assert json.loads(printed)["train"]["max_steps"] == 4321
     assert main(["--config", str(tmp_path / "resolved.json"), "--print-config"]) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_print_config_as_yaml_round_trips(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(ROOT / "configs" / "family_from_large.json")
+    assert main(["--config", config, "--print-config", "yaml"]) == 0
+    (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "resolved.yaml") == load_config(config)
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--explain", "students.NAME.num_layers"]) == 0
+    assert "Number of blocks.\n\n  values   a whole number above 0\n" in capsys.readouterr().out
+    assert main(["--explain"]) == 0
+    assert "\n  train       Batch sizes, optimizer" in capsys.readouterr().out
+    assert main(["--explain", "trian"]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err[9:]) == (
+        "",
+        "ERROR unknown setting trian; did you mean 'train'?\n",
+    )
 
 
 def test_only_rank_0_prints(config_file: MakeFile, capsys: pytest.CaptureFixture[str]) -> None:

@@ -228,7 +228,7 @@ def test_bad_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.json", "", "the file is empty; copy one of configs/ and change it"),
+        ("x.json", "", "the file is empty; `scaledistill init` writes one to start from"),
         ("x.json", " \n ", "the file is empty"),
         (
             "x.json",
@@ -252,18 +252,24 @@ def test_bad_files(tmp_path: Path) -> None:
         ("x.json", '{"run": True}', "True in line 1; write true"),
         ("x.json", '{"run": None}', "None in line 1; write null, or leave the key out"),
         ("x.json", '{"run": {\n', "the file ends before its brackets are closed, in line 2"),
-        (
-            "x.yaml",
-            '{"run": {a: b}}',
-            "it is YAML, or something like it, in line 1; convert it: python -c 'import json",
-        ),
-        ("x.json", "run:\n  folder: x\n", "it is YAML, or something like it, in line 1"),
+        ("x.json", "run:\n  folder: x\n", "it is YAML, or something like it, in line 1; rename it"),
         (
             "x.toml",
             '[run]\nfolder = "x"\n',
-            "it is TOML, or something like it, in line 1; write it as JSON",
+            "it is TOML, or something like it, in line 1; write it as YAML",
         ),
         ("x.json", b"\xff\xfe{}", "not UTF-8 text"),
+        ("x.yaml", "run:\n\tfolder: x", "not valid YAML: line 2 has a tab; indent with spaces"),
+        ("x.yaml", "a: b: c", "line 1 has a ':' within a value, or is indented more than"),
+        ("x.yml", "a: 1\nb:\n  c: 1\n  c: 2", "the key 'c' occurs twice, in lines 3 and 4; rem"),
+        ("x.yaml", "a: &b [*b]", "line 1 contains itself by an alias ('*…'); write it out"),
+        ("x.yaml", "a: !!python/name:os.system x", "line 1 has a tag ('!…'), which settings do n"),
+        ("x.yaml", "a: 1\n---\nb: 1", "a second document ('---') starts in line 2; keep one"),
+        ("x.yaml", "a: [1,", "the file ends before its brackets or quotes are closed, in line 1"),
+        ("x.yaml", "a: @x", "a value in line 1 starts with '@'; put it in quotes"),
+        ("x.yaml", "a: 1\n3: 1", "a key in line 2 is not text but '3' (int); put it in quotes"),
+        ("x.yaml", "- a", "found a YAML list, expected an object with blocks such as 'teacher'"),
+        ("x.yaml", "a: \x00", "unacceptable character"),
     ],
 )
 def test_what_is_wrong_with_a_file(
@@ -291,7 +297,7 @@ def test_where_a_file_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("quickstart", f"did you mean {CONFIGS / 'quickstart.json'}?"),
         ("configs/large_to_l6.json", f"did you mean {CONFIGS / 'large_to_l6.json'}?"),
         ("larg_to_l6.json", f"did you mean {CONFIGS / 'large_to_l6.json'}?"),
-        ("else/where.json", "configs/ of the repository holds some to start from"),
+        ("else/where.json", "`scaledistill init` writes one to start from"),
     ]:
         with pytest.raises(ConfigError) as caught:
             load_config(given)
@@ -300,7 +306,8 @@ def test_where_a_file_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             == f"--config {given}: no such file in the working folder {tmp_path}; {where}"
         )
     with pytest.raises(
-        ConfigError, match=r"found a folder, expected a JSON file; give a file in it: .*mine\.json$"
+        ConfigError,
+        match=r"found a folder, expected a JSON or YAML file; give a file in it: .*mine",
     ):
         load_config(tmp_path)
 

@@ -358,7 +358,7 @@ def test_it_runs_as_a_module() -> None:
         command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent
     )
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("glue: unknown option --bogus")
+    assert ended.stderr.startswith("scaledistill glue: unknown option --bogus")
 
 
 def test_folders_near_a_model_name_it(run: Run, model: Path, tmp_path: Path) -> None:  # noqa: F811

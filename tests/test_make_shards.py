@@ -10,7 +10,6 @@ import lzma
 import os
 import random
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import pytest
 from test_text import save_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from scaledistill.cli import shards_make
 from scaledistill.data.blocks import block_span, decode_block
 from scaledistill.data.manifest import (
     Manifest,
@@ -38,9 +38,6 @@ from scaledistill.errors import ConfigError, DataError
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools" / "make_shards.py"
 DATA = Path(os.environ.get("SCALEDISTILL_TEST_DATA", ROOT.parent / "shared" / "data"))
-
-sys.path.insert(0, str(TOOL.parent))
-import make_shards as tool  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +429,7 @@ def run(
     def run_tool(*arguments: object) -> tuple[int, str, str]:
         common = ["--tokenizer", tokenizer_folder, "--workers", 0]
         try:
-            code = tool.main([str(argument) for argument in (*arguments, *common)])
+            code = shards_make.main([*map(str, arguments), *map(str, common)], prog="make_shards")
         except SystemExit as end:
             code = int(end.code or 0)
         return (code, *capsys.readouterr())
@@ -456,11 +453,15 @@ def test_the_tool(run: Any, tmp_path: Path) -> None:
     arguments += ["--max-unknown-fraction", 1]  # the numbers
     code, out, err = run(*arguments, "--output", output, "--json", report)
     assert (code, err) == (0, "")
-    check = shlex.split(next(line for line in out.splitlines() if line.startswith("next: ")))[1:]
-    assert check[2:5] == [str(output / "train"), "&&", check[0]]
-    assert check[6:] == [str(output / "validation")]
+    checks = next(line for line in out.splitlines() if line.startswith("next: "))
+    first, second = checks.removeprefix("next: ").split(" && ")
+    for command, split in ((first, "train"), (second, "validation")):
+        assert command.endswith(f" shards check {output / split}")
     checked = subprocess.run(
-        check[:3], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        [sys.executable, "-m", "scaledistill", "shards", "check", output / "train"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert (checked.returncode, checked.stderr) == (0, "")
     assert "then:" not in out

@@ -13,20 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_make_shards import TOOL, bytes_of, random_documents
-from test_make_shards import tool as make_tool
+from test_make_shards import bytes_of, random_documents
 from test_text import save_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from scaledistill.cli import shards_make, shards_merge
 from scaledistill.data.prepare import make, parts
 from scaledistill.data.prepare.make import make_shards
 from scaledistill.data.prepare.parts import make_part, merge_parts
 from scaledistill.data.prepare.text import load_tokenizer
 from scaledistill.data.sizes import Part
 from scaledistill.errors import ConfigError, DataError
-
-sys.path.insert(0, str(TOOL.parent))
-import merge_shards as merge_tool
 
 SETTINGS: dict[str, Any] = {
     "sequence_length": 16,
@@ -290,18 +287,18 @@ def test_the_tools(
 
     options = ["text.txt", "--tokenizer", "tokenizer", "--output", "out", "--workers", "0"]
     options += ["--max-unknown-fraction", "1", "--sequence-length", "8"]
-    said = run(make_tool.main, *options, "--part", "1/2")
+    said = run(shards_make.main, *options, "--part", "1/2")
     assert "part 1/2: 21 of 40 documents" in said
-    assert "merge_shards.py out" in said
-    assert "lacks part 2/2; make it with" in run(merge_tool.main, "out", code=3)
+    assert "shards merge out" in said
+    assert "lacks part 2/2; make it with" in run(shards_merge.main, "out", code=3)
     with pytest.raises(SystemExit, match="2"):
-        run(make_tool.main, *options, "--part", "3/2")
+        run(shards_make.main, *options, "--part", "3/2")
     assert "argument --part: found '3/2', expected I/N" in capsys.readouterr().err
-    run(make_tool.main, *options[:-1], "16", "--part", "2/2")
-    said = run(merge_tool.main, "out", code=2)
+    run(shards_make.main, *options[:-1], "16", "--part", "2/2")
+    said = run(shards_merge.main, "out", code=2)
     assert "settings: --sequence-length 8 and 16; make one" in said
-    run(make_tool.main, *options, "--part", "2/2", "--overwrite")
-    assert "40 documents" in run(merge_tool.main, "out", "--json", "figures.json")
+    run(shards_make.main, *options, "--part", "2/2", "--overwrite")
+    assert "40 documents" in run(shards_merge.main, "out", "--json", "figures.json")
     names = [row["name"] for row in json.loads((tmp_path / "figures.json").read_text())]
     assert "make_shards/train/rows" in names
-    assert "use --overwrite" in run(merge_tool.main, "out", code=3)
+    assert "use --overwrite" in run(shards_merge.main, "out", code=3)

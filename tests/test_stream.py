@@ -328,7 +328,7 @@ BROKEN_AT_OPEN: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_broken_shards_are_found_at_open(tmp_path: Path, case: str) -> None:
     damage, message = BROKEN_AT_OPEN[case]
     damage(write(tmp_path) / "shard-000004.tar")
-    with pytest.raises(DataError, match=message + ".*run tools/check_shards.py on"):
+    with pytest.raises(DataError, match=message + ".*run `scaledistill shards check` on"):
         ShardReader(tmp_path, rank=3)
 
 

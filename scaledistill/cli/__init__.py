@@ -1,5 +1,1 @@
-"""Command lines: parsing, calling, exit codes."""
-
-from scaledistill.cli.distill import main
-
-__all__ = ["main"]
+"""Command lines: the command `scaledistill` (`command`) and a module for each subcommand."""

@@ -1,4 +1,4 @@
-"""The command line of a run.
+"""`scaledistill distill`: the command line of a run.
 
 Inputs: command-line arguments and launcher environment variables. Outputs: messages and an exit
 code. Not handled here: the configuration (`config`) and the run itself (`training.loop`).
@@ -14,13 +14,14 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from scaledistill.config.hints import argument_hint
-from scaledistill.config.load import check_paths, load_config
-from scaledistill.config.schema import DistillConfig
-from scaledistill.config.wording import setting_names
-from scaledistill.distributed.launcher import check_numbers, stated_rank
+from scaledistill.distributed.launcher import (
+    check_numbers,
+    is_launched,
+    launcher_facts,
+    stated_rank,
+)
 from scaledistill.errors import (
     EXIT_DONE,
     EXIT_ENVIRONMENT,
@@ -30,18 +31,31 @@ from scaledistill.errors import (
     DataError,
     DivergedError,
     PeerError,
+    named,
 )
 
+if TYPE_CHECKING:
+    from scaledistill.config.schema import DistillConfig
+
+PROG = "scaledistill distill"
 REPORT_SECONDS = 30.0
 """How long a failing rank waits before it exits, so that the reporting rank on its machine can
 print the error first."""
 FAR_REPORT_SECONDS = 5.0
 """The same wait on a machine without the reporting rank; that rank's launcher does not see this one
 exit."""
+DESCRIPTION = """Distil students from a frozen teacher; rerun the same command to resume.
+
+It starts a rank for each GPU of this machine, or as many as --num-ranks states. `deepspeed`,
+`torchrun` and `accelerate launch` may start the ranks instead."""
 EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on
 request (0 under torchrun, which would restart the run; rerun the command to resume), 130
 interrupted. <run.folder>/status.json states how a run ended, even if a launcher changes the exit
-code."""
+code.
+
+examples:
+  %(prog)s --config my.yaml --validate
+  %(prog)s --config my.yaml --set train.max_steps=1000 --set run.folder=runs/short"""
 
 
 class _MainRankParser(argparse.ArgumentParser):
@@ -50,10 +64,13 @@ class _MainRankParser(argparse.ArgumentParser):
     def parse_args(self, arguments: Any = None, namespace: Any = None) -> Any:
         options, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
+            from scaledistill.config.hints import argument_hint
+            from scaledistill.config.wording import setting_names
+
             known = [name for action in self._actions for name in action.option_strings]
             self.error(argument_hint(unknown, known, setting_names()))
-        if options.config is None:
-            self.error("--config FILE is missing; configs/ holds some to start from")
+        if options.config is None and options.explain is None:
+            self.error("--config FILE is missing; `scaledistill init` writes one to start from")
         return options
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
@@ -66,25 +83,39 @@ class _MainRankParser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of `launch/distill.py`."""
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parse = _MainRankParser(
-        prog="distill",
-        description="Distil a student from a frozen teacher. Start it with `deepspeed`, "
-        "`torchrun`, `accelerate launch` or plain `python`; rerun the same command to resume.",
+        prog=prog,
+        description=DESCRIPTION,
         epilog=EPILOG,
         allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parse.add_argument("--config", metavar="FILE", help="the run's settings, a JSON file")
+    parse.add_argument("--config", metavar="FILE", help="the run's settings, a YAML or JSON file")
     parse.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="override a setting, such as train.max_steps=100; repeatable",
     )  # fmt: skip
     parse.add_argument(
+        "--num-ranks",
+        type=_positive,
+        metavar="N",
+        help="start N ranks on this machine (default: one per GPU; one without GPUs)",
+    )
+    parse.add_argument(
         "--print-config",
-        action="store_true",
-        default=None,
-        help="print the full configuration and exit",
+        nargs="?",
+        const="json",
+        choices=("json", "yaml"),
+        help="print the full configuration and exit; yaml says what each setting does",
+    )
+    parse.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="print what a setting or block does, its default and whether a resume may change it",
     )
     parse.add_argument(
         "--validate",
@@ -96,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
         "--world-size",
         type=_positive,
         metavar="N",
-        help="with --validate: plan for N ranks (default: those started here)",
+        help="with --validate: plan for N ranks, on any machines (default: those of this one)",
     )
     parse.add_argument(
         "--tokens-per-second",
@@ -142,12 +173,14 @@ def parser() -> argparse.ArgumentParser:
 
 def _check_together(parse: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse combinations in which an option would be ignored."""
-    modes = ("print_config", "validate", "dry_run", "profile", "export")
+    modes = ("print_config", "explain", "validate", "dry_run", "profile", "export")
     given = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(options, mode) is not None]
     if len(given) > 1:
         parse.error(f"{' and '.join(given)} do different things; give one of them")
-    if options.fresh and (options.print_config or options.export is not None):
+    if options.fresh and given and given[0] in ("--print-config", "--explain", "--export"):
         parse.error(f"--fresh starts a run over, {given[0]} starts none; give one of them")
+    if options.num_ranks and given and given[0] in ("--print-config", "--explain", "--export"):
+        parse.error(f"--num-ranks starts a run, {given[0]} starts none; give one of them")
 
 
 def _positive(text: str) -> int:
@@ -182,12 +215,12 @@ def _above_zero(text: str) -> float:
     return number
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line and return the exit code.
 
     Collective: every rank of a run calls it with the same arguments.
     """
-    parse = parser()
+    parse = parser(prog)
     options = parse.parse_args(arguments)
     if options.world_size and not options.validate:
         parse.error(
@@ -205,7 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         log.error("%s", error)
         return error.exit_code
+    from scaledistill.config.load import check_paths, load_config
+
     try:
+        if options.explain is not None:
+            return _explain(options.explain, is_main)
         config = load_config(options.config, options.overrides)
         if not options.print_config:
             check_paths(config, options.config, warns=is_main)
@@ -217,12 +254,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.print_config:
             if is_main:
-                sys.stdout.write(config.to_json())
+                sys.stdout.write(_printed(config, options.print_config))
             return EXIT_DONE
         if options.export is not None:
             return _export(config, options.export, is_main)
         if options.validate:
             return _validate(config, options, is_main)
+        if num_ranks := _ranks_to_start(options.num_ranks):
+            given = sys.argv[1:] if arguments is None else arguments
+            return _start_ranks(config, options, num_ranks, given)
         from scaledistill.training.loop import distill
 
         under_elastic = "TORCHELASTIC_RUN_ID" in os.environ
@@ -262,6 +302,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+def _ranks_to_start(stated: int | None) -> int:
+    """Return how many ranks this process starts; 0 if it is a rank itself.
+
+    Raises:
+        ConfigError: the number differs from that of the launcher, there are fewer GPUs, or several
+            processes were started that do not know of each other.
+    """
+    if is_launched():
+        if stated and stated != (started := launcher_facts().world_size):
+            raise ConfigError(
+                f"--num-ranks {stated}: a launcher has started {started}; leave the option out, or "
+                "start the command without a launcher"
+            )
+        return 0
+    from scaledistill.distributed.start import ranks_to_start
+
+    with named(num_ranks="--num-ranks"):
+        number = ranks_to_start(stated)
+    if number == 1:
+        return 0
+    launcher_facts()  # refuses several tasks of srun or MPI, each of which would start ranks
+    return number
+
+
+def _start_ranks(
+    config: DistillConfig, options: argparse.Namespace, num_ranks: int, arguments: Sequence[str]
+) -> int:
+    """Start the command as several ranks, wait for them and return the exit code."""
+    from scaledistill.config.presets import CLONE
+    from scaledistill.distributed.start import start_ranks
+    from scaledistill.storage.files import read_json
+
+    # With -m, Python would look for modules in the working folder first, unlike the command itself.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if CLONE:
+        paths = [str(CLONE), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = ["-m", "scaledistill", "distill", *arguments]
+    code = start_ranks(command, num_ranks, quiet=not options.debug)
+    if code == EXIT_DONE and not (options.dry_run or options.profile):
+        # Under torchrun, ranks that were stopped exit with 0; see `main`.
+        status = read_json(Path(config.run.folder) / "status.json") or {}
+        code = EXIT_STOPPED if status.get("state") == "stopped" else EXIT_DONE
+    return code
+
+
+def _explain(key: str, is_main: bool) -> int:
+    from scaledistill.config.manual import explain_setting
+
+    text = explain_setting(key)
+    if is_main:
+        sys.stdout.write(text)
+    return EXIT_DONE
+
+
+def _printed(config: DistillConfig, form: Literal["json", "yaml"]) -> str:
+    if form == "json":
+        return config.to_json()
+    from scaledistill.config.manual import commented_yaml
+
+    return commented_yaml(config.model_dump())
+
+
 def _export(config: DistillConfig, step: int | str, is_main: bool) -> int:
     if is_main:
         from scaledistill.training.exports import export_checkpoint
@@ -298,8 +401,10 @@ def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool)
     from scaledistill.storage.files import in_use
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = options.world_size or int(
-        os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count()))
+    ranks = (
+        options.world_size
+        or options.num_ranks
+        or int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
     )
     stated = options.device_memory_gb and int(options.device_memory_gb * 1e9)
     plan = plan_run(config, ranks, device, fresh=options.fresh, gpu_bytes=stated)

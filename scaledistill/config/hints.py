@@ -67,7 +67,8 @@ WARMUP = use(
     "train.warmup_steps", ", a number of steps: the ratio × train.max_steps", takes_given=False
 )
 LENGTH = use(
-    "data.sequence_length", ", which is that of the shards (tools/make_shards.py --sequence-length)"
+    "data.sequence_length",
+    ", which is that of the shards (--sequence-length of `scaledistill shards make`)",
 )
 FOLDER = use("run.folder")
 RESUME = Advice(
@@ -76,8 +77,12 @@ RESUME = Advice(
 START_OVER = Advice("use --fresh to start over; the old run folder is renamed, not deleted")
 SHARDS = use(
     "data.train",
-    ", a folder of shards that tools/make_shards.py makes from text",
+    ", a folder of shards that `scaledistill shards make` makes from text",
     takes_given=False,
+)
+NUM_RANKS = Advice(
+    "type --num-ranks N for the ranks of this machine, or give it to a launcher, before the "
+    "script: torchrun --nproc-per-node N launch/distill.py …"
 )
 LAUNCHER = Advice(
     "give it to the launcher, before the script: torchrun --nproc-per-node N launch/distill.py …, "
@@ -237,10 +242,10 @@ FOREIGN = {
     "from_scratch": START_OVER,
 }
 OPTIONS = {
-    "nproc_per_node": LAUNCHER,
-    "num_processes": LAUNCHER,
-    "num_gpus": LAUNCHER,
-    "gpus": LAUNCHER,
+    "nproc_per_node": NUM_RANKS,
+    "num_processes": NUM_RANKS,
+    "num_gpus": NUM_RANKS,
+    "gpus": NUM_RANKS,
     "world_size": LAUNCHER,
     "num_nodes": LAUNCHER,
     "nnodes": LAUNCHER,

@@ -1,4 +1,4 @@
-"""Read a run's settings from a JSON file and `--set a.b=c` overrides.
+"""Read a run's settings from a JSON or YAML file and `--set a.b=c` overrides.
 
 Inputs: a file, or plain dicts. Outputs: a `DistillConfig`, or an error with one line per problem.
 Not handled here: the fields and their checks (`schema`), the wording of pydantic's errors
@@ -16,13 +16,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from scaledistill.config.schema import DistillConfig, StudentSettings
+from scaledistill.config.presets import CLONE
+from scaledistill.config.schema import SCHEMA_KEY, DistillConfig, StudentSettings
 from scaledistill.config.wording import explain
-from scaledistill.errors import ConfigError, did_you_mean, joined, near_miss
+from scaledistill.config.yaml_text import lines_of, parse_yaml
+from scaledistill.errors import ConfigError, DataError, Field, did_you_mean, joined, near_miss
 
 log = logging.getLogger(__name__)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+SUFFIXES = (".json", ".yaml", ".yml")
+YAML_SUFFIXES = SUFFIXES[1:]
 YAML_LINE = re.compile(r"^[A-Za-z_][\w.-]*\s*:(\s|$)", re.MULTILINE)
 TOML_LINE = re.compile(r"\[\w[\w.-]*\]\s*$|[A-Za-z_][\w.-]*\s*=", re.MULTILINE)
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null, or leave the key out"}
@@ -32,41 +35,93 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfi
     """Read a configuration file, apply `a.b=c` overrides, and check it.
 
     Raises:
-        ConfigError: the file is missing or not JSON, or a key is unknown, has the wrong type or
-            contradicts another key.
+        ConfigError: the file is missing or neither JSON nor YAML, or a key is unknown, has the
+            wrong type or contradicts another key; where the file has a line for it, the message
+            starts with "FILE:LINE: ".
     """
     path = Path(path)
     text = _read(path)
-    try:
-        tree = json.loads(text, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"--config {path}: not valid JSON: {_what_is_wrong(path, text, error)}"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--config {path}: not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"--config {path}: found a JSON {type(tree).__name__}, expected an object with blocks "
-            "such as 'teacher'"
-        )
+    tree = read_tree(text, path)
     in_file = tuple(students) if isinstance(students := tree.get("students"), dict) else ()
     for override in overrides:
         _apply_override(tree, override)
     _check_new_students(tree, in_file, overrides)
-    return parse_config(tree)
+    separate: list[ConfigError] = []
+    try:
+        return parse_config(tree, separate)
+    except ConfigError:
+        places = _Places(path, text, [override.partition("=")[0] for override in overrides])
+        raise joined([places.located(problem) for problem in separate]) from None
 
 
-def parse_config(tree: Mapping[str, Any]) -> DistillConfig:
+def read_tree(text: str, path: Path) -> dict[str, Any]:
+    """Return the values of a configuration's text, which is YAML if the file's name says so.
+
+    Raises:
+        ConfigError: it is not valid, or has no blocks.
+    """
+    is_yaml = path.suffix.lower() in YAML_SUFFIXES
+    kind = "YAML" if is_yaml else "JSON"
+    try:
+        tree = parse_yaml(text) if is_yaml else json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        problem = _what_is_wrong(path, text, error)
+        raise ConfigError(f"--config {path}: not valid JSON: {problem}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--config {path}: not valid {kind}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"--config {path}: found a {kind} {type(tree).__name__}, expected an object with "
+            "blocks such as 'teacher'"
+        )
+    return tree
+
+
+class _Places:
+    """The lines of a file's keys, to begin messages with."""
+
+    def __init__(self, path: Path, text: str, overridden: Sequence[str]) -> None:
+        self._path, self._lines = path, lines_of(text)
+        self._overridden = [tuple(key.split(".")) for key in overridden]
+
+    def located(self, problem: ConfigError | DataError) -> ConfigError:
+        """Return a problem of one setting with its place; unchanged if it has none in the file."""
+        setting, rest = problem.pieces[0], "".join(map(str, problem.pieces[1:]))
+        name = setting.name if isinstance(setting, Field) else ""
+        block = tuple(name.split(".")) if name else ()
+        # A message about a block, or the whole file, starts with the setting that is at fault.
+        first = re.match(r": ([\w.-]+)|([\w.-]+)", rest)
+        words = tuple((first[1] or first[2]).split(".")) if first else ()
+        line = self._lines.get((*block, *words)) if words else None
+        if line is None and any(block[: len(key)] == key for key in self._overridden):
+            return ConfigError(*problem.pieces)  # the command line, not the file, has it
+        for size in range(len(block), 0, -1):
+            line = line or self._lines.get(block[:size])
+        where = f"{self._path}:{line}: " if line else ""
+        return ConfigError(where, *problem.pieces)
+
+
+def parse_config(
+    tree: Mapping[str, Any], separate: list[ConfigError] | None = None
+) -> DistillConfig:
     """Check a configuration given as plain dicts and lists.
+
+    Args:
+        tree: the settings by block; `$schema` is ignored.
+        separate: gets the problems one by one, before they are raised as one error.
 
     Raises:
         ConfigError: see `load_config`.
     """
     try:
-        return DistillConfig.model_validate(dict(tree))
+        return DistillConfig.model_validate(
+            {key: value for key, value in tree.items() if key != SCHEMA_KEY}
+        )
     except ValidationError as error:
-        raise joined(explain(error.errors(), tree)) from None
+        problems = explain(error.errors(), tree)
+        if separate is not None:
+            separate += problems
+        raise joined(problems) from None
 
 
 def check_paths(config: DistillConfig, path: str | Path, *, warns: bool = True) -> None:
@@ -80,7 +135,7 @@ def check_paths(config: DistillConfig, path: str | Path, *, warns: bool = True) 
         ConfigError: a path exists in one of those places, but not in the working folder.
     """
     here = Path.cwd()
-    roots = [*Path(path).resolve().parents[:2], REPOSITORY]
+    roots = [*Path(path).resolve().parents[:2], *([CLONE] if CLONE else [])]
     sources = {setting: source.shards for setting, source in config.data.sources.items()}
     named = {**sources, "data.validation": config.data.validation}
     named |= {"teacher.model": config.teacher.model}
@@ -119,13 +174,15 @@ def check_paths(config: DistillConfig, path: str | Path, *, warns: bool = True) 
 def _read(path: Path) -> str:
     """Return the text of a configuration file."""
     if path.is_dir():
-        names = sorted(each.name for each in path.glob("*.json"))
+        names = sorted(each.name for each in path.iterdir() if each.suffix in SUFFIXES)
         inside = (
             f"give a file in it: {', '.join(str(path / name) for name in names[:6])}"
             if names
             else "give a file"
         )
-        raise ConfigError(f"--config {path}: found a folder, expected a JSON file; {inside}")
+        raise ConfigError(
+            f"--config {path}: found a folder, expected a JSON or YAML file; {inside}"
+        )
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file{_where_else(path)}")
     try:
@@ -133,28 +190,39 @@ def _read(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"--config {path}: not valid JSON: not UTF-8 text ({error.reason}); save it as UTF-8"
+            f"--config {path}: not UTF-8 text ({error.reason}); save it as UTF-8"
         ) from None
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None
     if not text.strip():
-        raise ConfigError(f"--config {path}: the file is empty; copy one of configs/ and change it")
+        raise ConfigError(
+            f"--config {path}: the file is empty; `scaledistill init` writes one to start from"
+        )
     return text
 
 
 def _where_else(path: Path) -> str:
     """Return a hint where a missing file may be, or what it may be called."""
     looked = "" if path.is_absolute() else f" in the working folder {Path.cwd()}"
-    presets = sorted((REPOSITORY / "configs").glob("*.json"))
-    candidates = [path.with_name(path.name + ".json"), path.with_suffix(".json")]
-    candidates += [REPOSITORY / path, *(each for each in presets if each.stem == path.stem)]
+    candidates = [path.with_name(path.name + suffix) for suffix in SUFFIXES]
+    candidates += [path.with_suffix(suffix) for suffix in SUFFIXES]
+    presets = []
+    if CLONE:
+        presets = sorted((CLONE / "configs").glob("*.json"))
+        candidates += [CLONE / path, *(each for each in presets if each.stem == path.stem)]
     for candidate in candidates:
         if candidate.is_file():
             return f"{looked}{did_you_mean(_short(candidate))}"
-    files = {each.stem: each for each in (*presets, *path.parent.glob("*.json"))}
+    files = {each.stem: each for each in (*presets, *_configs_beside(path))}
     if near := near_miss(path.stem, files):
         return f"{looked}{did_you_mean(_short(files[near]))}"
-    return f"{looked}; configs/ of the repository holds some to start from"
+    return f"{looked}; `scaledistill init` writes one to start from"
+
+
+def _configs_beside(path: Path) -> list[Path]:
+    """Return the files in the folder of `path` whose names are those of configurations."""
+    folder = path.parent
+    return [each for each in folder.iterdir() if each.suffix in SUFFIXES] if folder.is_dir() else []
 
 
 def _short(path: Path) -> Path:
@@ -172,16 +240,12 @@ def _what_is_wrong(path: Path, text: str, error: json.JSONDecodeError) -> str:
     line = f"in line {error.lineno}"
     first = rest.splitlines()[0].strip() if rest.strip() else ""
     is_object = text.lstrip()[0] in "{["
-    if path.suffix.lower() in (".yaml", ".yml") or (not is_object and YAML_LINE.search(text)):
-        return (
-            f"it is YAML, or something like it, {line}; convert it: python -c 'import json, sys, "
-            f"yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)' < {path} > "
-            f"{path.stem}-converted.json"
-        )
+    if not is_object and YAML_LINE.search(text):
+        return f"it is YAML, or something like it, {line}; rename it to {path.with_suffix('.yaml')}"
     if TOML_LINE.match(text.lstrip()):
         return (
-            f"it is TOML, or something like it, {line}; write it as JSON: configs/ holds some to "
-            "start from"
+            f"it is TOML, or something like it, {line}; write it as YAML or JSON: `scaledistill "
+            "init` writes one to start from"
         )
     if rest.startswith(("//", "/*", "#")):
         return f"a comment ({first[:40]!r}) {line}; JSON has none: remove it"
@@ -205,7 +269,7 @@ def _what_is_wrong(path: Path, text: str, error: json.JSONDecodeError) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if twice := {key for key in keys if keys.count(key) > 1}:
-        raise ValueError(f"the key {min(twice)!r} occurs twice in one object")
+        raise ValueError(f"the key {min(twice)!r} occurs twice in one object; remove one")
     return dict(pairs)
 
 

@@ -23,6 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from scaledistill.config.defaults import BATCH_SIZE, EPOCHS, LEARNING_RATES, SEEDS
+
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -30,8 +32,11 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 TRAINED_ALONE = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
 """Settings of a student that override those of the same names in `train`."""
 MAY_CHANGE = "may change on resume"
-"""Marks a field whose change alters no result, or rounding only; resume refuses any other change.
-Data and teacher are identified by hashes, so that their paths may change."""
+"""Marks a field whose change alters no result, or rounding only; a resume refuses others."""
+CONTENT_STAYS = "may change on resume, but not what it names"
+"""Marks the name of the data or the teacher, which are identified by their hashes."""
+SCHEMA_KEY = "$schema"
+"""A key that editors read; it may stand at the top of a configuration and is ignored."""
 NUM_LANES, WINDOW_ROWS = 32, 16_384
 """Defaults of `data.num_lanes` and `data.window_rows`."""
 STUDENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -72,9 +77,9 @@ class RunSettings(Settings):
 class TeacherSettings(Settings):
     """The teacher model, the block to learn from and how it runs."""
 
-    model: Annotated[NonEmpty, MAY_CHANGE]
+    model: Annotated[NonEmpty, CONTENT_STAYS]
     """A folder or a hub name, with weights in safetensors."""
-    revision: Annotated[NonEmpty | None, MAY_CHANGE] = None
+    revision: Annotated[NonEmpty | None, CONTENT_STAYS] = None
     """Branch, tag or commit on the hub."""
     layer: Positive
     """The block whose Q/K/V the student learns, counted from 1; nothing above it is loaded."""
@@ -93,8 +98,11 @@ class StudentSettings(Settings):
     """The size and initialisation of a student, and where its Q/K/V are taken."""
 
     num_layers: Positive
+    """Number of blocks."""
     hidden_size: Positive
+    """Width of the blocks' outputs."""
     num_attention_heads: Positive
+    """Attention heads of a block; they must divide the width."""
     num_key_value_heads: Positive | None = None
     """Heads of keys and values in grouped-query attention, each shared by equally many query heads
     (default: as many query heads share one as in the teacher)."""
@@ -196,10 +204,10 @@ TrainingData = Annotated[
 class DataSettings(Settings):
     """The shards to read, and how their rows are shuffled and cached."""
 
-    train: Annotated[TrainingData, MAY_CHANGE]
-    """Folder or URL of the training shards, made by tools/make_shards.py, or a list of several with
-    weights: [{"shards": "shards/wiki/train", "weight": 0.7}, …]. Each is shuffled and goes through
-    epochs of its own. A resume may change paths, but not the data or the weights."""
+    train: Annotated[TrainingData, CONTENT_STAYS]
+    """Folder or URL of the training shards, made by `scaledistill shards make`, or a list of
+    several with weights: [{"shards": "shards/wiki/train", "weight": 0.7}, …]. Each is shuffled and
+    goes through epochs of its own."""
     validation: Annotated[NonEmpty | None, MAY_CHANGE] = None
     """Folder or URL of held-out shards."""
     sequence_length: Positive
@@ -273,7 +281,9 @@ class TrainSettings(Settings):
     adam_betas: Annotated[
         list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)
     ] = Field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's β₁ and β₂."""
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    """AdamW's ε."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are clipped to this global norm; 0 disables clipping."""
     precision: Precision = "auto"
@@ -339,6 +349,7 @@ class EngineSettings(Settings):
     """The engine that shards the student's training state, and its own settings."""
 
     name: Literal["deepspeed", "fsdp"] = "deepspeed"
+    """"deepspeed": DeepSpeed ZeRO; "fsdp": PyTorch's FSDP2. They agree up to rounding."""
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 2}})
     """DeepSpeed's own settings, checked key by key. Batch sizes, optimizer, schedule and clipping
     come from `train`."""
@@ -384,19 +395,25 @@ class EvaluationSettings(Settings):
     data_folder: NonEmpty | None = None
     """Folder with the tasks' original files, one folder per task (default: from the hub)."""
     learning_rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
-        default_factory=lambda: [2e-5, 5e-5, 1e-4]
+        default_factory=lambda: list(LEARNING_RATES)
     )
     """Peak learning rates; linear warm-up and decay."""
-    epochs: Annotated[list[Positive], Field(min_length=1)] = Field(default_factory=lambda: [3, 5])
+    epochs: Annotated[list[Positive], Field(min_length=1)] = Field(
+        default_factory=lambda: list(EPOCHS)
+    )
+    """Numbers of epochs."""
     seeds: Annotated[list[NotNegative], Field(min_length=1)] = Field(
-        default_factory=lambda: [1, 2, 3]
+        default_factory=lambda: list(SEEDS)
     )
     """Seeds of the new head, the order of rows and dropout."""
-    batch_size: Positive = 32
+    batch_size: Positive = BATCH_SIZE
+    """Examples per step."""
     max_length: Positive | None = None
     """Maximum tokens per example (default: 128; SQuAD 2.0: 384)."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fraction of the steps over which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW weight decay; biases and LayerNorms are exempt."""
     group_by_length: bool = False
     """Batch rows of similar length, with transformers' sampler: a half to two thirds less padding
     to compute, but the order of the rows is less random."""
@@ -441,7 +458,8 @@ class DistillConfig(Settings):
     )
     logging: Annotated[LoggingSettings, MAY_CHANGE] = Field(default_factory=LoggingSettings)
     evaluation: Annotated[RunEvaluation | None, MAY_CHANGE] = None
-    """None: the run ends with the export, which tools/glue.py can score at any time."""
+    """What is scored during the run and at its end (default: nothing; `scaledistill glue` scores
+    the export at any time)."""
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
@@ -510,7 +528,7 @@ def may_change() -> frozenset[str]:
 
 def _marked(block: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in block.model_fields.items():
-        if MAY_CHANGE in field.metadata:
+        if MAY_CHANGE in field.metadata or CONTENT_STAYS in field.metadata:
             yield prefix + name
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             yield from _marked(field.annotation, f"{prefix}{name}.")

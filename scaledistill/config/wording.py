@@ -45,10 +45,10 @@ def explain(
     problems: dict[str, ConfigError] = {}
     for error in errors:
         location = [part for part in error["loc"] if part not in ("[key]", *TAGS)]
-        path, annotation, default = _setting_at(location, root)
+        path, annotation, default = setting_at(location, root)
         if error["type"] == "extra_forbidden":
             path = ".".join(map(str, location))
-            line = f"{path}: unknown key; {_key_hint(location, tree)}"
+            line = f"{path}: unknown key; {key_hint(location, tree)}"
         elif error["type"] == "missing":
             line = f"{path}: missing, a value is required"
         elif error["type"] == "value_error":
@@ -68,7 +68,7 @@ def setting_names(students: Sequence[str] = ("<name>",)) -> list[str]:
 
 def _names(block: type[Settings], prefix: str, students: Sequence[str]) -> Iterator[str]:
     for name, field in block.model_fields.items():
-        inner = _block(field.annotation)
+        inner = block_of(field.annotation)
         if inner is None:
             yield prefix + name
         elif get_origin(field.annotation) is dict:
@@ -78,15 +78,15 @@ def _names(block: type[Settings], prefix: str, students: Sequence[str]) -> Itera
             yield from _names(inner, f"{prefix}{name}.", students)
 
 
-def _block(annotation: Any) -> type[Settings] | None:
+def block_of(annotation: Any) -> type[Settings] | None:
     """Return the block of settings that a field holds, directly or as a dict's values."""
-    annotation = _plain(annotation)[0]
+    annotation = split_type(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType, dict):
-        return next(filter(None, map(_block, get_args(annotation))), None)
+        return next(filter(None, map(block_of, get_args(annotation))), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
 
 
-def _setting_at(
+def setting_at(
     location: Sequence[str | int], root: type[Settings] = DistillConfig
 ) -> tuple[str, Any, Any]:
     """Return the dotted path of a setting, its type, and its default or None.
@@ -98,8 +98,8 @@ def _setting_at(
     path: list[str] = []
     default = None
     for part in location:
-        block = _block(annotation)
-        if get_origin(_plain(annotation)[0]) is dict or isinstance(part, int):
+        block = block_of(annotation)
+        if get_origin(split_type(annotation)[0]) is dict or isinstance(part, int):
             annotation = _item_of(annotation)
             default = None
         elif block is not None:
@@ -119,13 +119,13 @@ def _setting_at(
 
 def _item_of(annotation: Any) -> Any:
     """Return the type of a list's entries or of a dict's values; None for other types."""
-    plain = _plain(annotation)[0]
+    plain = split_type(annotation)[0]
     if get_origin(plain) in (Union, types.UnionType):
         return next((each for each in map(_item_of, get_args(plain)) if each is not None), None)
     return get_args(plain)[-1] if get_origin(plain) in (list, dict) else None
 
 
-def _plain(annotation: Any) -> tuple[Any, list[Any]]:
+def split_type(annotation: Any) -> tuple[Any, list[Any]]:
     """Split a type into the plain type and its constraints."""
     if get_origin(annotation) is not Annotated:
         return annotation, []
@@ -136,7 +136,7 @@ def _plain(annotation: Any) -> tuple[Any, list[Any]]:
 
 def expected(annotation: Any) -> str:
     """Describe in words the values that a setting of this type takes."""
-    plain, constraints = _plain(annotation)
+    plain, constraints = split_type(annotation)
     if get_origin(plain) in (Union, types.UnionType):
         return " or ".join(expected(each) for each in get_args(plain) if each is not type(None))
     if get_origin(plain) is Literal:
@@ -148,7 +148,7 @@ def expected(annotation: Any) -> str:
         if at_least > 1:
             return f"a list of {at_least} values, each {items}"
         return f"a list{' of at least one entry' if at_least else ''}, each {items}"
-    if get_origin(plain) is dict or _block(plain):
+    if get_origin(plain) is dict or block_of(plain):
         return 'an object, such as {"key": value}'
     if plain is str:
         return "non-empty text in double quotes" if constraints else "text in double quotes"
@@ -195,7 +195,7 @@ def _remedy(found: Any, annotation: Any, default: Any) -> str:
     if isinstance(found, str):
         words = {"true": True, "false": False, "yes": True, "no": False}
         candidates += [_number(found), words.get(found.lower())]
-        plain = _plain(annotation)[0]
+        plain = split_type(annotation)[0]
         members = get_args(plain) if get_origin(plain) in (Union, types.UnionType) else [plain]
         choices = [
             each for member in members if get_origin(member) is Literal for each in get_args(member)
@@ -244,10 +244,10 @@ def _number(text: str) -> int | float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _key_hint(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
+def key_hint(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
     """Return what to write instead of an unknown key: a key of its block, or of another block."""
     *parents, key = map(str, location)
-    block = _block(_setting_at(location[:-1])[1]) if parents else DistillConfig
+    block = block_of(setting_at(location[:-1])[1]) if parents else DistillConfig
     here = list(block.model_fields) if block else []
     if near := near_miss(key, here, cutoff=VERY_NEAR):
         return f"did you mean {near!r}?"

@@ -65,7 +65,7 @@ MAX_UNKNOWN_FRACTION = 0.05
 TAR_BLOCK = 512
 MAX_BLOCK_ROWS = 65_535
 
-AGAIN = "make the shards again with tools/make_shards.py, or copy the whole folder again"
+AGAIN = "make the shards again with `scaledistill shards make`, or copy the whole folder again"
 
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -385,7 +385,7 @@ def _open_manifest(location: str) -> tuple[str, BinaryIO]:
 
 def _unreadable(where: str, error: OSError) -> DataError:
     return DataError(
-        f"{where} can't be read: {error}; expected a folder made by tools/make_shards.py"
+        f"{where} can't be read: {error}; expected a folder made by `scaledistill shards make`"
     )
 
 
@@ -422,7 +422,7 @@ def _content_sha256(content: Mapping[str, object]) -> str:
 
 def _why_missing(folder: Path) -> str:
     if not folder.is_dir():
-        return f"no such folder: {folder}; expected a folder made by tools/make_shards.py"
+        return f"no such folder: {folder}; expected a folder made by `scaledistill shards make`"
     found = (path for name in MANIFEST_FILES for path in folder.glob(f"*/{name}"))
     if inside := sorted({path.parent for path in found}):
         return (
@@ -436,5 +436,5 @@ def _why_missing(folder: Path) -> str:
         )
     return (
         f"{folder} has no {MANIFEST_FILE}: it holds no shards, or an incomplete copy; make them "
-        "with tools/make_shards.py"
+        "with `scaledistill shards make`"
     )

@@ -87,7 +87,7 @@ class ShardReader:
 
     def _message(self, problem: str) -> str:
         remedy = (
-            "nothing of it was used; copy it again and run tools/check_shards.py on "
+            "nothing of it was used; copy it again and run `scaledistill shards check` on "
             f"{self.location}"
         )
         return f"shards {self.location} ({self._where}): {problem}; {remedy}"

@@ -19,10 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pydantic import ValidationError
-
-from scaledistill.config.schema import EvaluationSettings
-from scaledistill.config.wording import explain
+from scaledistill.config.defaults import BATCH_SIZE, EPOCHS, LEARNING_RATES, SEEDS
 from scaledistill.errors import (
     EXIT_DONE,
     EXIT_ENVIRONMENT,
@@ -40,40 +37,31 @@ from scaledistill.glue.tasks import TASKS
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from scaledistill.config.schema import EvaluationSettings
     from scaledistill.glue.grid import GridResult, Update
     from scaledistill.glue.plan import Plan
 
-QUICK = EvaluationSettings(
-    tasks=["cola"],
-    learning_rates=[1e-4],
-    epochs=[2],
-    seeds=[1],
-    max_train_rows=1200,
-    group_by_length=True,
-)
-DEFAULTS = EvaluationSettings(tasks=["cola"])
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-OPTIONS = {name: _option(name) for name in (*EvaluationSettings.model_fields, "workers", "output")}
-OPTIONS["data_folder"] = "--data-dir"
-"""The options, by the settings and parameters that errors name."""
+PROG = "scaledistill glue"
+QUICK = {
+    "learning_rates": [1e-4],
+    "epochs": [2],
+    "seeds": [1],
+    "max_train_rows": 1200,
+    "group_by_length": True,
+}
+"""The defaults with --quick, where they differ."""
 DESCRIPTION = """Fine-tune and score models on GLUE and SQuAD 2.0.
 
-With --probe, score them without fine-tuning.
+With --probe, score them without fine-tuning. Rerun the same command to resume after an
+interruption; finished cells are not run again. The output folder gets summary.md, .csv, .json and
+.png, and cells/ with the record of each cell and its prediction for each dev example."""
+EPILOG = """exit codes: 0 done, 2 wrong options, 3 wrong data or environment, or failed cells,
+130 interrupted
 
-Example: python tools/glue.py --model runs/student --model bert-base-uncased \\
-           --tasks cola,rte --data-dir glue --output runs/glue
-
-Rerun the same command to resume after an interruption; finished cells are not run again. The
-output folder gets summary.md, .csv, .json and .png, and cells/ with the record of each cell and
-its prediction for each dev example.
-
-Exit codes: 0 done, 2 wrong options, 3 wrong data or environment, or failed cells,
-130 interrupted."""
+examples:
+  %(prog)s --model runs/student --model google-bert/bert-base-uncased \\
+    --tasks cola,rte --data-dir glue --output runs/glue
+  %(prog)s --probe stsb --model runs/student"""
 
 # Options of run_glue.py and similar tools, and the option that does the same here.
 FOREIGN = {
@@ -112,6 +100,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _list_of(kind: type) -> Any:
     def parse(text: str) -> list[Any]:
         try:
@@ -129,11 +121,12 @@ def _list_of(kind: type) -> Any:
     return parse
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of `tools/glue.py`."""
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parse = _Parser(
-        prog="glue",
+        prog=prog,
         description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -152,9 +145,13 @@ def parser() -> argparse.ArgumentParser:
         help="instead of --tasks: score the models without fine-tuning, in seconds",
     )  # fmt: skip
     grid = parse.add_argument_group("the grid: each learning rate × epochs × seed")
-    lists = {"learning_rates": float, "epochs": int, "seeds": int}
-    for name, kind in lists.items():
-        default = ",".join(f"{value:g}" for value in getattr(DEFAULTS, name))
+    lists: dict[str, tuple[type, Sequence[float]]] = {
+        "learning_rates": (float, LEARNING_RATES),
+        "epochs": (int, EPOCHS),
+        "seeds": (int, SEEDS),
+    }
+    for name, (kind, values) in lists.items():
+        default = ",".join(f"{value:g}" for value in values)
         grid.add_argument(
             _option(name),
             action=_Once,
@@ -166,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=int,
         metavar="N",
-        help=f"examples per step (default: {DEFAULTS.batch_size})",
+        help=f"examples per step (default: {BATCH_SIZE})",
     )
     grid.add_argument(
         "--max-length",
@@ -234,10 +231,10 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None, prog: str = PROG) -> argparse.Namespace:
     """Parse the command line; wrong options end the process with exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parse = parser()
+    parse = parser(prog)
     options, unknown = parse.parse_known_args(arguments)
     if unknown:
         known = [name for action in parse._actions for name in action.option_strings]
@@ -309,13 +306,18 @@ def settings_of(options: argparse.Namespace) -> EvaluationSettings:
     Raises:
         ConfigError: a value is out of range.
     """
+    from pydantic import ValidationError
+
+    from scaledistill.config.schema import EvaluationSettings
+    from scaledistill.config.wording import explain
+
     given = {
         name: getattr(options, name)
         for name in EvaluationSettings.model_fields
         if hasattr(options, name)
     }
     given["tasks"] = [task for task in options.tasks.split(",") if task]
-    values = (QUICK if options.quick else DEFAULTS).model_dump() | {
+    values: dict[str, Any] = (QUICK if options.quick else {}) | {
         name: value for name, value in given.items() if value is not None
     }
     try:
@@ -324,9 +326,9 @@ def settings_of(options: argparse.Namespace) -> EvaluationSettings:
         raise explain(error.errors(), values, EvaluationSettings)[0] from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line and return the exit code."""
-    options = parse(arguments)
+    options = parse(arguments, prog)
     if threading.current_thread() is threading.main_thread():
         # A scheduler's SIGTERM cleans up like Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -337,7 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The hub client logs each retry; the final failure is reported here.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
-        with named(**OPTIONS):
+        names = {name: _option(name) for name in vars(options)}
+        with named(**names | {"data_folder": "--data-dir"}):
             return run(options)
     except (ConfigError, DataError) as error:
         _say(str(error))

@@ -30,7 +30,7 @@ def prepare_dataset(
     """Tokenise, concatenate and shuffle data sets.
 
     Each example is truncated to `max_seq_len` tokens and the rest is discarded;
-    `tools/make_shards.py` keeps all text.
+    `scaledistill shards make` keeps all text.
 
     Args:
         datasets: data sets with their text in `default_column`, or pairs of a data set and the name
@@ -107,7 +107,8 @@ def _single_split(data: Any) -> Dataset:
     if isinstance(data, IterableDataset | IterableDatasetDict):
         raise ConfigError(
             "datasets has a streamed data set, which cannot be shuffled as a whole; load it "
-            "without streaming=True, or make shards from it: tools/make_shards.py --dataset NAME"
+            "without streaming=True, or make shards from it: `scaledistill shards make --dataset "
+            "NAME`"
         )
     if isinstance(data, Mapping):
         if len(data) != 1:

@@ -131,7 +131,7 @@ def warnings_of(plan: Plan) -> list[str]:
         warnings.append(
             f"{counted(shards, 'shard')} for {counted(ranks, 'rank')}: many read the same file at "
             "once, fine on a parallel file system, slow on one disk; make more shards with "
-            "tools/make_shards.py --rows-per-shard"
+            "`scaledistill shards make --rows-per-shard`"
         )
     for source in plan.sources:
         if source.order.rows_per_lane <= source.order.window_rows:

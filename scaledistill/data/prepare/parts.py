@@ -327,7 +327,7 @@ def _open_parts(output: Path) -> list[_Description]:
     )
     if not found:
         raise DataError(
-            f"{output} has no parts; make them with tools/make_shards.py --part I/N --output "
+            f"{output} has no parts; make them with scaledistill shards make --part I/N --output "
             f"{output}, and copy the folders part-I-of-N of all machines there"
         )
     if len(counts := sorted({part.of for part in found})) > 1:
@@ -343,7 +343,7 @@ def _open_parts(output: Path) -> list[_Description]:
         ]
         hint = f" ({', '.join(map(str, unfinished))} unfinished)" if unfinished else ""
         raise DataError(
-            f"{output} lacks part {names}{hint}; make it with tools/make_shards.py --part "
+            f"{output} lacks part {names}{hint}; make it with scaledistill shards make --part "
             f"{missing[0]}, or copy {missing[0].folder_name} there"
         )
     parts = [_load(output / part.folder_name, part) for part in wanted]

@@ -1,0 +1,47 @@
+"""The parser that the subcommands share. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from scaledistill.errors import EXIT_CONFIG, did_you_mean, near_miss
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser without abbreviations that suggests the nearest option for a misspelt one.
+
+    Texts keep their line breaks; the epilog ends with two examples.
+    """
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def parse_args(self, arguments: Any = None, namespace: Any = None) -> Any:
+        options, unknown = self.parse_known_args(arguments, namespace)
+        if unknown:
+            self.error(self.unknown(unknown))
+        return options
+
+    def unknown(self, words: list[str]) -> str:
+        """Return the error message for unknown arguments; it is about the first of them."""
+        known = [name for action in self._actions for name in action.option_strings]
+        first = words[0]
+        if not first.startswith("-"):
+            return f"unexpected argument {first!r}"
+        return f"unknown option {first}{did_you_mean(near_miss(first.partition('=')[0], known))}"
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_CONFIG, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
+
+
+def say(prog: str, message: str) -> None:
+    """Write a message to stderr, each line with the name of the command."""
+    sys.stderr.write("".join(f"{prog}: {line}\n" for line in message.splitlines()))
