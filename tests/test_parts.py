@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
