@@ -465,7 +465,7 @@ def run_of(name: str, root: Path, tokenizer: Path, shards: Path, **blocks: Any) 
 def test_three_steps_and_an_export(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> None:
     """A run of each architecture, on one rank; within documents where it allows that."""
     trees = [run_of(name, tmp_path, tiny_teacher, tiny_shards) for name in NEW]
-    for name, losses in zip(NEW, run_ranks(losses_of, 1, trees, timeout=200)[0], strict=True):
+    for name, losses in zip(NEW, run_ranks(losses_of, 1, trees, timeout=400)[0], strict=True):
         assert len(losses) == 3, name
         assert all(0 < loss < 1e3 for loss in losses), name
         (export,) = (tmp_path / f"run-{name}/export").iterdir()
