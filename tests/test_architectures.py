@@ -504,7 +504,7 @@ def test_three_steps_and_an_export(
 ) -> None:
     """A run of each architecture, on one rank; within documents where it allows that."""
     trees = [run_of(name, tmp_path, tiny_teacher, tiny_shards) for name in names]
-    for name, losses in zip(names, run_ranks(losses_of, 1, trees, timeout=200)[0], strict=True):
+    for name, losses in zip(names, run_ranks(losses_of, 1, trees, timeout=400)[0], strict=True):
         assert len(losses) == 3, name
         assert all(0 < loss < 1e3 for loss in losses), name
         (export,) = (tmp_path / f"run-{name}/export").iterdir()

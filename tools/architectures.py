@@ -101,10 +101,11 @@ LIMITS = {
     "the relative embeddings train from two blocks on; rows are at most as long as "
     "`max_position_embeddings`, with or without a table of positions",
     "deberta": "as DeBERTa v2; queries and values include their biases, but not the scale by which "
-    "the model divides queries",
+    "the model divides queries; with `train.compile` each block is compiled in two parts",
     "albert": "all layers are one block, so that `teacher.layer` is a number of passes through it, "
     "and a student has as many passes as `num_layers`, at the same number of parameters; with "
-    '`init: "teacher"` its block is cut from the teacher\'s, and `layer_map` is refused',
+    '`init: "teacher"` its block is cut from the teacher\'s, and `layer_map` is refused; '
+    "with `train.compile` all passes are compiled as one graph",
     "nomic_bert": "files in the format of its authors' own code are read as well",
     "qwen2": "transformers reads every tokenizer beside such a model as a `Qwen2Tokenizer`; a "
     "student of a model with another one is not exported",

@@ -252,6 +252,8 @@ def _of_another_family(architecture: str, teacher: PreTrainedConfig, init: str) 
         )
     if init in ("random", "teacher"):
         config.max_position_embeddings = max_sequence_length(teacher) + first_position(config)
+        # Heads that are not as wide as usual go with the default sizes.
+        row.set_head_size(config, config.hidden_size // config.num_attention_heads)
     with named(model=Field("architecture", architecture)):
         check_computation(config, row)
     return config
