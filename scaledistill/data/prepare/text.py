@@ -91,14 +91,12 @@ class Vocabulary(NamedTuple):
         Raises:
             DataError: one of the three is missing.
         """
-        ids = {
-            name: next(
-                (i for each in names if (i := getattr(tokenizer, f"{each}_token_id")) is not None),
-                None,
-            )
-            for name, names in _STAND_INS.items()
-        }
-        missing = [f"{name}_token" for name, token_id in ids.items() if token_id is None]
+        ids: dict[str, int] = {}
+        for name, stand_ins in _STAND_INS.items():
+            found = [getattr(tokenizer, f"{each}_token_id") for each in stand_ins]
+            if known := [token_id for token_id in found if token_id is not None]:
+                ids[name] = known[0]
+        missing = [f"{name}_token" for name in _STAND_INS if name not in ids]
         if missing:
             raise DataError(
                 f"tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)}; expected cls, "
