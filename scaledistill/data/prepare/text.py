@@ -108,7 +108,7 @@ class Vocabulary(NamedTuple):
         return cls(size, ids["cls"], ids["sep"], ids["pad"], _unknown_id(tokenizer))
 
 
-def _wrapping_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+def _wrapping_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Return the ids of the tokens around a document and of padding, by BERT's names."""
     return {
         name: next(
