@@ -251,6 +251,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
         if stated_rank("LOCAL_RANK") == "0":
             log.error("%s", error)
         return _after_report(error.exit_code, "LOCAL_RANK")
+    except KeyboardInterrupt:
+        if is_main:
+            log.error("interrupted")
+        return EXIT_INTERRUPTED
     try:
         if options.print_config:
             if is_main:

@@ -29,7 +29,13 @@ from scaledistill.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, DataError, S
 
 log = logging.getLogger(__name__)
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+FORWARDED = {
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGHUP: signal.SIGTERM,  # the terminal was closed: ranks stop for SIGTERM
+}
+"""The signals that are passed on, and as which."""
 POLL_SECONDS = 0.2
 AGENT_LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher")
 
@@ -84,9 +90,14 @@ def start_ranks(arguments: Sequence[str], num_ranks: int, *, quiet: bool = True)
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+        received.append(FORWARDED[signal.Signals(number)])
 
-    before = {number: signal.signal(number, receive) for number in FORWARDED}
+    before = {
+        number: signal.signal(number, receive)
+        for number in FORWARDED
+        # nohup ignores it, for the ranks too.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="torchrun") as pool:
             launch = elastic_launch(config, sys.executable)
