@@ -53,7 +53,7 @@ from scaledistill.preflight.checks import check_same_run, open_shards, other_run
 from scaledistill.preflight.estimate import Estimate
 from scaledistill.preflight.fetching import fetch_weights
 from scaledistill.preflight.microbatch import choose
-from scaledistill.training.exports import Facts, write_student
+from scaledistill.training.exports import Facts, student_export, write_student
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +243,8 @@ class Session:
             {label: None if loss is None else f"{loss:.4f}" for label, loss in losses.items()},
             versions(),
         )
-        write_student(folder, student.run.config, student.config, whole, facts, check_read_back)
+        content = student_export(student.run.config, student.config, whole, facts)
+        write_student(folder, content, check_read_back)
 
 
 def versions() -> dict[str, str]:
