@@ -90,14 +90,15 @@ def card_text(
     facts: Mapping[str, object],
     metadata: Mapping[str, Any],
     *,
-    tap: str,
+    tap: str | None,
 ) -> str:
     """Return the text of a student's model card, with its metadata.
 
     Args:
         facts: the table of the card, label to value; None leaves one out. "init" is required.
         metadata: further fields of `ModelCardData`, such as `base_model` and `license`.
-        tap: "last" if the last block was trained up to its query, key and value only, or "extra".
+        tap: "last" if the last block was trained up to its query, key and value only, "extra" if it
+            was trained whole; None if the model is no student.
     """
     student = build_encoder(config, device="meta")
     sizes = {key: tensor.numel() for key, tensor in student.state_dict().items()}

@@ -37,7 +37,7 @@ def export_student(
     config: PreTrainedConfig,
     state: Mapping[str, Tensor],
     *,
-    tap: str = "last",
+    tap: str | None = "last",
     tokenizer_source: str | Path,
     revision: str | None = None,
     card: Mapping[str, object],
@@ -56,7 +56,7 @@ def export_student(
             padding, README.md, and scaledistill.json with the facts for a later export.
         config: the student's; written unchanged.
         state: every parameter of the full student by its name, fp32.
-        tap: the student's tap, "last" or "extra", for the model card.
+        tap: the student's tap, "last" or "extra", for the model card; None if it is no student.
         tokenizer_source: folder or hub name (at `revision`) of the tokenizer: the teacher's.
         card: facts for the model card, in order, label to value; None leaves one out. "init", how
             the student was initialised, is required.
