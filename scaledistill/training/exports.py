@@ -93,7 +93,7 @@ def student_export(
         **{label: loss or "not measured" for label, loss in facts.losses.items()},
         "init": spec.init,
         "seed": config.run.seed,
-        "command": f"`python launch/distill.py --config {SETTINGS}`, with the file {SETTINGS} "
+        "command": f"`scaledistill distill --config {SETTINGS}`, with the file {SETTINGS} "
         "of this folder",
         "versions": ", ".join(f"{package} {number}" for package, number in facts.versions.items()),
     }
