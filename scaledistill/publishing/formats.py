@@ -442,6 +442,8 @@ class _Writer:
             )
         if {"onnx", "onnx-int8"} & set(formats):
             write_metadata(folder, tags=_joined(folder, ["onnx"]))
+        if not {"transformers", SENTENCE} & set(formats):
+            write_metadata(folder, library_name="onnx")
         if "pytorch" in self.scores and self.main is self.pooled:
             write_results(folder, folder.name, [_probe_result(self.scores["pytorch"])])
         write_bytes(folder / FIGURES, (json.dumps(self.report.figures, indent=1) + "\n").encode())
