@@ -144,7 +144,7 @@ def _from_checkpoint(
             expected=f": the run has several: {', '.join(settings.students)}",
             remedy="name one of them",
         )
-    place = settings.teacher.model_copy(update={"model": teacher} if teacher else {})
+    place = settings.teacher.model_copy(update={"model": str(teacher)} if teacher else {})
     [name] = [student] if student else settings.students
     with named(**{"teacher.model": Field("teacher", place.model)}):
         [content] = students_of(checkpoint, str(run), place, name).values()
