@@ -236,8 +236,10 @@ def card_section(folder: Path, title: str) -> str | None:
     return None
 
 
-def _untrained_text(config: PreTrainedConfig, sizes: Mapping[str, int], init: str, tap: str) -> str:
-    names = untrained_parameters(config, tap)
+def _untrained_text(
+    config: PreTrainedConfig, sizes: Mapping[str, int], init: str, tap: str | None
+) -> str:
+    names = untrained_parameters(config, tap) if tap else []
     if not names:
         return ALL_TRAINED
     text = UNTRAINED if tap == "last" else UNTRAINED_NORM

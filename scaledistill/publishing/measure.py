@@ -131,7 +131,7 @@ def probe_scores(
     """
     check_installed()
     probe = SimilarityProbe(tokenizer, data_folder, num_tokens)
-    scores = {}
+    scores: dict[str, float] = {}
     for name, form in forms.items():
         scores |= probe.rank(lambda ids, mask, name=name, form=form: {name: form(ids, mask)[1]})  # type: ignore[misc]
     return scores
