@@ -23,6 +23,8 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "deepspeed": {"engines.zero"},
     "matplotlib": {"glue.picture", "metrics.recorder"},
     "torch.distributed.fsdp": {"engines.fsdp"},
+    "onnxruntime": {"publishing.onnx_model"},
+    "sentence_transformers": {"publishing.formats"},
     "triton": {"relations"},
     "webdataset": {"data.shards", "data.prepare.sources"},
 }
@@ -40,7 +42,7 @@ LIGHT_AT_THE_TOP = {
         "config.wording",
     ),
     *("errors", "data.prepare.text", "data.tokenizer", "data.prepare.make", "data.prepare.sources"),
-    *("distributed.launcher", "glue.cell", "glue.command"),
+    *("distributed.launcher", "glue.cell", "glue.command", "publishing.hub"),
 }
 
 

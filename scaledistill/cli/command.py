@@ -31,6 +31,10 @@ SUBCOMMANDS = {
     "shards check": Subcommand("shards_check", "verify shards and print their contents"),
     "distill": Subcommand("distill", "distil students from a teacher; rerun to resume"),
     "glue": Subcommand("glue", "fine-tune and score models on GLUE and SQuAD 2.0"),
+    "export": Subcommand(
+        "export", "write a student for transformers, sentence-transformers or ONNX"
+    ),
+    "push": Subcommand("push", "upload an export to the hub; shows the files first"),
     "schema": Subcommand("schema", "print the JSON schema of a configuration, for editors"),
 }
 """The subcommands in the order of the overview; a name may have several words."""
@@ -46,6 +50,10 @@ MEANT = {
     "merge": "shards merge",
     "check": "shards check",
     "verify": "shards check",
+    "upload": "push",
+    "publish": "push",
+    "convert": "export",
+    "onnx": "export",
     "eval": "glue",
     "evaluate": "glue",
 }

@@ -67,7 +67,7 @@ from scaledistill.preflight.roster import (
     roster_of,
     student_states,
 )
-from scaledistill.training.exports import Facts, write_student
+from scaledistill.training.exports import Facts, student_export, write_student
 
 log = logging.getLogger(__name__)
 
@@ -316,7 +316,8 @@ class Session:
             {label: None if loss is None else f"{loss:.4f}" for label, loss in losses.items()},
             versions(),
         )
-        write_student(folder, student.run.config, student.config, whole, facts, check_read_back)
+        content = student_export(student.run.config, student.config, whole, facts)
+        write_student(folder, content, check_read_back)
 
 
 def versions() -> dict[str, str]:
