@@ -41,6 +41,7 @@ LIGHT_AT_THE_TOP = {
     ),
     *("errors", "data.prepare.text", "data.tokenizer", "data.prepare.make", "data.prepare.sources"),
     *("distributed.launcher", "glue.cell", "glue.command"),
+    *("cli.doctor", "cli.estimate", "preflight", "preflight.doctor", "metrics.benchmark"),
 }
 
 
