@@ -37,10 +37,10 @@ from scaledistill.relations.spec import letters_of
 _COUNTED_SEQUENCES = 4096
 # On a CPU the heap holds more than live tensors: libraries' buffers, and holes between blocks of
 # less than 32 MB, which glibc does not map separately. Measured with BERT-base → 6×384: 180 to
-# 230 MB at 74 MB of activations, 420 to 540 MB at 450 to 900 MB; it varies by ±5 % of the total
-# from run to run.
-_HEAP_BYTES = 350_000_000
-_MOST_HOLES_BYTES = 500_000_000
+# 230 MB at 74 MB of activations, 240 MB at 150 MB, 380 to 540 MB at 450 to 900 MB; it varies by
+# ±5 % of the total from run to run.
+_HEAP_BYTES = 230_000_000
+_MOST_HOLES_BYTES = 400_000_000
 
 
 class StudentSize(NamedTuple):
@@ -93,11 +93,16 @@ class Estimate:
         return sum(student.parameters for student in self.students.values())
 
     @property
+    def heap_bytes(self) -> int:
+        """What the heap of a process without a GPU holds besides tensors."""
+        return _HEAP_BYTES if self.on_host else 0
+
+    @property
     def state_bytes(self) -> int:
         """Bytes that do not depend on the micro-batch."""
         held = self.teacher_bytes + self.weights_and_gradients_bytes + self.engine_bytes
         if self.on_host:
-            return held + self.optimizer_bytes + self.data_bytes + _HEAP_BYTES
+            return held + self.optimizer_bytes + self.data_bytes + self.heap_bytes
         return held + (0 if self.optimizer_on_host else self.optimizer_bytes)
 
     def memory_bytes(self, sequences: int) -> int:
