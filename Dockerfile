@@ -3,8 +3,8 @@
 #   docker build --tag scaledistill .
 #   docker run --rm --gpus all --shm-size 8g --volume "$PWD:/workspace" scaledistill distill --help
 #
-# BASE         image with CUDA of torch's version (`scaledistill doctor` compares them); "devel" has nvcc,
-#              which some of DeepSpeed's operators need
+# BASE         image with CUDA, of the version that torch is built for; "devel" has nvcc, which some of
+#              DeepSpeed's operators need
 # TORCH_INDEX  package index with torch's wheels for another CUDA version (default: pip's own)
 # EXTRAS       extras of the package to install
 ARG BASE=nvidia/cuda:12.8.1-devel-ubuntu24.04
