@@ -95,6 +95,15 @@ def test_parts_add_up(tiny_config: MakeConfig) -> None:
     assert again == here.facts
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "auto"])
+def test_a_cpu_computes_as_with_auto(precision: str, tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"precision": precision}, teacher={"dtype": precision})
+    run, facts = devices.needs_here(config, *devices.models_of(config), CPU)
+    # SCALEDISTILL_CPU_BF16=0: a CPU without units for bf16.
+    assert (run.config.train.precision, run.config.teacher.dtype) == ("fp32", "fp32")
+    assert facts.on_host
+
+
 def write_rows(folder: Path, values: list[float]) -> Path:
     folder.mkdir()
     rows = [{"step": step, "mfu": value} for step, value in enumerate(values)]

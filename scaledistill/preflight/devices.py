@@ -204,10 +204,18 @@ def needs_here(
 ) -> Needs:
     """Return what a run of one rank needs on this machine's device.
 
+    On a CPU, precisions of 16 bits are those that "auto" would take: fp16 is refused there, and
+    bf16 without the units for it is emulated, a hundred times slower.
+
     Raises:
         ConfigError: see `resolve`.
     """
-    update = {"train": config.train.model_copy(update={"micro_batch_size": "auto"})}
+    train: dict[str, object] = {"micro_batch_size": "auto"}
+    update: dict[str, object] = {}
+    if device.type == "cpu" and config.train.precision != "fp32":
+        train["precision"] = "auto"
+        update["teacher"] = config.teacher.model_copy(update={"dtype": "auto"})
+    update["train"] = config.train.model_copy(update=train)
     return _needs(resolve(config.model_copy(update=update), 1, device), teacher, students)
 
 

@@ -35,11 +35,13 @@ from scaledistill.relations.spec import letters_of
 # Sequences in the micro-batch that is counted: so many that, divided by them, sizes that do not
 # depend on their number vanish.
 _COUNTED_SEQUENCES = 4096
-# On a CPU the heap holds more than live tensors: libraries' buffers, and holes between blocks of
-# less than 32 MB, which glibc does not map separately. Measured with BERT-base → 6×384: 180 to
-# 230 MB at 74 MB of activations, 240 MB at 150 MB, 380 to 540 MB at 450 to 900 MB; it varies by
-# ±5 % of the total from run to run.
-_HEAP_BYTES = 230_000_000
+# On a CPU the heap holds more than live tensors: copies from the start of the engine, libraries'
+# buffers, and holes between blocks of less than 32 MB, which glibc does not map separately. Fitted
+# to measured peaks: BERT-base → 6×384 (21 M trained) has 180 to 230 MB of it at 74 MB of
+# activations, 240 MB at 150 MB, 380 to 540 MB at 450 to 900 MB; 6×512 → 3×256 (10 M) has 120 MB at
+# 170 MB. It varies by ±5 % of the total from run to run.
+_HEAP_BYTES = 30_000_000
+_HEAP_BYTES_PER_PARAMETER = 7
 _MOST_HOLES_BYTES = 400_000_000
 
 
@@ -95,7 +97,10 @@ class Estimate:
     @property
     def heap_bytes(self) -> int:
         """What the heap of a process without a GPU holds besides tensors."""
-        return _HEAP_BYTES if self.on_host else 0
+        if not self.on_host:
+            return 0
+        trained = sum(student.trained for student in self.students.values())
+        return _HEAP_BYTES + _HEAP_BYTES_PER_PARAMETER * trained
 
     @property
     def state_bytes(self) -> int:
