@@ -387,7 +387,10 @@ def test_a_check_that_fails_is_a_finding(
     assert other.text == "the check itself failed: KeyError: 'x'"
 
 
-def test_a_probe_that_hangs_ends_with_what_it_started(tmp_path: Path) -> None:
+def test_a_probe_that_hangs_ends_with_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "GRACE_SECONDS", 0.5)
     pid = tmp_path / "pid"
     script = f"sleep 60 & echo $! > {pid}; wait"
     with pytest.raises(subprocess.TimeoutExpired):
@@ -396,6 +399,21 @@ def test_a_probe_that_hangs_ends_with_what_it_started(tmp_path: Path) -> None:
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline, "still running"
         time.sleep(0.05)
+
+
+def test_a_probe_that_hangs_is_interrupted_first(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "lock = pathlib.Path('lock')\n"
+        "lock.touch()\n"
+        "try: time.sleep(60)\n"
+        "finally: lock.rename('released')\n"
+    )
+    script = f'cd {tmp_path} && exec {sys.executable} -c "{code}"'
+    with pytest.raises(subprocess.TimeoutExpired):
+        doctor._run(["bash", "-c", script], {"PATH": "/usr/bin:/bin"}, 5.0)
+    assert (tmp_path / "released").exists()
 
 
 def test_the_command_line(

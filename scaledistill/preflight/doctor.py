@@ -48,6 +48,8 @@ OPEN_FILES = (1024, 4096)
 MIN_CAPABILITY = (8, 0)
 """The oldest GPUs for which the kernels are tested (Ampere)."""
 PROBE_SECONDS = 600.0
+GRACE_SECONDS = 5.0
+"""From the interrupt of a probe that takes too long to its kill."""
 Level = Literal["ok", "warning", "problem"]
 
 
@@ -106,9 +108,22 @@ def _run(command: Sequence[str], environ: Mapping[str, str], seconds: float) -> 
         try:
             output, errors = process.communicate(timeout=seconds)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it has started
+            _end(process)
             raise
     return Ended(process.returncode, output, errors)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process with all that it has started, such as compilers.
+
+    An interrupt comes first: torch then removes the lock of the extension that it is building, for
+    which later builds would wait without end.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=GRACE_SECONDS)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _driver_cuda() -> tuple[int, int] | None:
