@@ -45,6 +45,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck -x -P SCRIPTDIR -P . launch/*.sh launch/slurm.sbatch .ci/run
+	test ! -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -43,6 +43,7 @@ LIGHT_AT_THE_TOP = {
     ),
     *("errors", "data.prepare.text", "data.tokenizer", "data.prepare.make", "data.prepare.sources"),
     *("distributed.launcher", "glue.cell", "glue.command", "publishing.hub"),
+    *("preflight", "preflight.doctor", "metrics.benchmark"),
 }
 
 

@@ -52,7 +52,7 @@ def test_wheel_and_source_archive(output: Path) -> None:
         for folder in ("configs", "launch")
         for path in (ROOT / folder).iterdir()
         if path.is_file()
-    }
+    } | {"constraints.txt"}
     assert names == modules | data | {f"scaledistill/templates/{name}" for name in files}
 
     [archive] = output.glob("*.tar.gz")

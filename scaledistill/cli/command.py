@@ -35,6 +35,8 @@ SUBCOMMANDS = {
         "export", "write a student for transformers, sentence-transformers or ONNX"
     ),
     "push": Subcommand("push", "upload an export to the hub; shows the files first"),
+    "doctor": Subcommand("doctor", "check this machine, its packages and the data of a run"),
+    "estimate": Subcommand("estimate", "estimate memory, speed and time of a run on types of GPUs"),
     "schema": Subcommand("schema", "print the JSON schema of a configuration, for editors"),
 }
 """The subcommands in the order of the overview; a name may have several words."""

@@ -35,12 +35,14 @@ from scaledistill.relations.spec import letters_of
 # Sequences in the micro-batch that is counted: so many that, divided by them, sizes that do not
 # depend on their number vanish.
 _COUNTED_SEQUENCES = 4096
-# On a CPU the heap holds more than live tensors: libraries' buffers, and holes between blocks of
-# less than 32 MB, which glibc does not map separately. Measured with BERT-base → 6×384: 180 to
-# 230 MB at 74 MB of activations, 420 to 540 MB at 450 to 900 MB; it varies by ±5 % of the total
-# from run to run.
-_HEAP_BYTES = 350_000_000
-_MOST_HOLES_BYTES = 500_000_000
+# On a CPU the heap holds more than live tensors: copies from the start of the engine, libraries'
+# buffers, and holes between blocks of less than 32 MB, which glibc does not map separately. Fitted
+# to measured peaks: BERT-base → 6×384 (21 M trained) has 180 to 230 MB of it at 74 MB of
+# activations, 240 MB at 150 MB, 380 to 540 MB at 450 to 900 MB; 6×512 → 3×256 (10 M) has 120 MB at
+# 170 MB. It varies by ±5 % of the total from run to run.
+_HEAP_BYTES = 30_000_000
+_HEAP_BYTES_PER_PARAMETER = 7
+_MOST_HOLES_BYTES = 400_000_000
 
 
 class StudentSize(NamedTuple):
@@ -93,11 +95,19 @@ class Estimate:
         return sum(student.parameters for student in self.students.values())
 
     @property
+    def heap_bytes(self) -> int:
+        """What the heap of a process without a GPU holds besides tensors."""
+        if not self.on_host:
+            return 0
+        trained = sum(student.trained for student in self.students.values())
+        return _HEAP_BYTES + _HEAP_BYTES_PER_PARAMETER * trained
+
+    @property
     def state_bytes(self) -> int:
         """Bytes that do not depend on the micro-batch."""
         held = self.teacher_bytes + self.weights_and_gradients_bytes + self.engine_bytes
         if self.on_host:
-            return held + self.optimizer_bytes + self.data_bytes + _HEAP_BYTES
+            return held + self.optimizer_bytes + self.data_bytes + self.heap_bytes
         return held + (0 if self.optimizer_on_host else self.optimizer_bytes)
 
     def memory_bytes(self, sequences: int) -> int:
