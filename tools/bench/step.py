@@ -448,6 +448,8 @@ def measure_students(
 
         def turn() -> float:
             rounds.append(worker.turn()["seconds"])
+            steps = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in rounds[-1].items())
+            print(f"{title}: {steps}", file=sys.stderr)
             return sum(rounds[-1].values())
 
         limit = options.max_seconds
