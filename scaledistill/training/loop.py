@@ -103,17 +103,15 @@ def distill(
     # autograd's references.
     for _ in range(2):
         gc.collect()
-    if (
-        not (config.evaluation and config.evaluation.tasks)
-        or result.state != "done"
-        or stated_rank() != "0"
-    ):
+    if result.state != "done" or stated_rank() != "0":
         return result
-    from scaledistill.glue.api import evaluate_run  # imported here because it takes seconds
-
     # The other ranks have exited and freed their memory.
-    state, exit_code, message = evaluate_run(config, result.message)
-    return replace(result, state=state, exit_code=exit_code, message=message)
+    if config.evaluation and config.evaluation.tasks:
+        from scaledistill.glue.api import evaluate_run  # imported here because it takes seconds
+
+        state, exit_code, message = evaluate_run(config, result.message)
+        result = replace(result, state=state, exit_code=exit_code, message=message)
+    return result
 
 
 def _run(
@@ -205,20 +203,25 @@ def _train(
     stop.answer = "saving a checkpoint and stopping"
     status.reached(session.step)
     recorder = open_recorder(session, status, last_step)
+    if recorder and recorder.show_notices(lambda: stop.notice):
+        stop.prints_notice = False
+    metrics = MetricsLog(session, watch, last_step, recorder, status)
     validates = session.config.train.validation_every_steps > 0
     with recorder or nullcontext():
-        return run_steps(
+        result = run_steps(
             session,
             last_step,
             stop,
             at,
             watch,
-            MetricsLog(session, watch, last_step, recorder, status),
+            metrics,
             validator=Validator(session, stop.reason, at) if validates else None,
-            checkpoints=CheckpointSchedule(session, at),
+            checkpoints=CheckpointSchedule(session, at, metrics.saved),
             status=status,
             train_step=train_step,
         )
+        metrics.ended(result.state, result.message)
+        return result
 
 
 def run_steps(

@@ -56,7 +56,11 @@ class SkipGuard:
         samples = f"samples {(step - 1) * batch} to {step * batch - 1}"
         what, remedy = NOT_FINITE[cause]
         if self._ranks.is_main:
-            log.warning("step %d%s skipped: %s not finite on %s", step, of, what, samples)
+            log.warning(
+                "step %d%s skipped: %s not finite on %s",
+                *(step, of, what, samples),
+                extra={"event": "skipped"},
+            )
         if self._in_a_row[name] <= limit:
             return
         newest = self._newest_checkpoint()
