@@ -113,7 +113,7 @@ def export_checkpoint(config: DistillConfig, wanted: int | str) -> list[Path]:
         DataError: the checkpoint or the teacher's folder cannot be read, or the export cannot be
             written.
     """
-    checkpoint = _find(config, wanted)
+    checkpoint = find_checkpoint(config, wanted)
     state = checkpoint.state
     try:
         settled = parse_config(state["config"])
@@ -164,7 +164,13 @@ def export_checkpoint(config: DistillConfig, wanted: int | str) -> list[Path]:
     return folders
 
 
-def _find(config: DistillConfig, wanted: int | str) -> Checkpoint:
+def find_checkpoint(config: DistillConfig, wanted: int | str) -> Checkpoint:
+    """Return the checkpoint of a step, or with "newest" the newest one that is not damaged.
+
+    Raises:
+        ConfigError: there is none.
+        DataError: it cannot be used.
+    """
     root = Path(config.run.folder) / "checkpoints"
     candidates = committed(root)
     if not candidates:

@@ -36,8 +36,10 @@ from scaledistill.models.hub import names_resolved_once
 from scaledistill.preflight import checks as doctor
 from scaledistill.preflight import fetching
 from scaledistill.preflight.report import start_summary
+from scaledistill.report.page import report_at_end
 from scaledistill.run import folder as runfolder
 from scaledistill.run.resume_hint import newest_step, resume_hint
+from scaledistill.training.maps import write_session_maps
 from scaledistill.training.profiling import WARMUP_STEPS, check_trial_steps, profile_run
 from scaledistill.training.record import MetricsLog, open_recorder
 from scaledistill.training.saves import CheckpointSchedule
@@ -111,6 +113,8 @@ def distill(
 
         state, exit_code, message = evaluate_run(config, result.message)
         result = replace(result, state=state, exit_code=exit_code, message=message)
+    if result.state != "stopped":
+        report_at_end(Path(config.run.folder))
     return result
 
 
@@ -323,6 +327,7 @@ def finished(
     for student in session.students:
         losses, probe = {"validation loss": student.last_validation}, ExportProbe(session, student)
         folders.append(str(session.export(student, student.name, losses, probe.check)))
+    write_session_maps(session)
     curve = Path(session.config.run.folder) / "loss.png"
     what = "the student is" if len(folders) == 1 else "the students are"
     message = (

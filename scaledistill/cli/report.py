@@ -1,0 +1,88 @@
+"""The command line of the report.
+
+Inputs: command-line arguments. Outputs: an HTML file and an exit code. Not handled here: the page
+(`report.page`), measuring relation maps (`training.maps`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, ConfigError, DataError, named
+
+EPILOG = """examples:
+  scaledistill report runs/l6
+  scaledistill report runs/l6 runs/l12 --output compare.html
+
+exit codes: 0 done, 2 wrong options or not a run's folder, 3 wrong data or environment."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `scaledistill report`."""
+    parse = argparse.ArgumentParser(
+        prog="scaledistill report",
+        description="Write one self-contained HTML page about a run, or about several side by "
+        "side: losses, speed, events, configuration, data, GLUE scores, relation maps. The run "
+        "may still be training.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parse.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run's folder")
+    parse.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to write the page (default: report.html in the folder of the first run)",
+    )
+    parse.add_argument(
+        "--maps",
+        action="store_true",
+        help="first measure the relation maps of each run's newest checkpoint; its teacher and "
+        "data must be where config.json says. A run does this itself when it ends",
+    )
+    return parse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    options = parser().parse_args(arguments)
+    log = logging.getLogger("scaledistill")
+    if not log.handlers:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from scaledistill.report.names import REPORT_FILE
+
+    output = options.output or options.runs[0] / REPORT_FILE
+    try:
+        if output.is_dir():
+            raise ConfigError(
+                f"--output {output}: found a folder, expected a file; add report.html"
+            )
+        if options.maps:
+            _measure_maps(options.runs)
+        from scaledistill.report.page import write_report
+
+        with named(folder="RUN"):
+            write_report(options.runs, output)
+    except (ConfigError, DataError) as error:
+        log.error("%s", error)
+        return error.exit_code
+    except OSError as error:
+        log.error("--output %s cannot be written: %s", output, error.strerror or error)
+        return EXIT_ENVIRONMENT
+    sys.stdout.write(f"{output}\n")
+    return EXIT_DONE
+
+
+def _measure_maps(runs: Sequence[Path]) -> None:
+    from scaledistill.config.load import load_config
+    from scaledistill.training.maps import write_checkpoint_maps
+
+    for run in runs:
+        # The folder may have been moved since.
+        config = load_config(run / "config.json", [f"run.folder={run}"])
+        write_checkpoint_maps(config)
