@@ -40,7 +40,7 @@ def vega_script() -> str:
         return cached.read_text()
     import vl_convert
 
-    script = vl_convert.javascript_bundle()
+    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     with contextlib.suppress(OSError):  # a machine without a home folder bundles it each time
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(cached, script.encode())

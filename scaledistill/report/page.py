@@ -17,7 +17,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from scaledistill import __version__
 from scaledistill.errors import DataError
 from scaledistill.metrics.display import clock, loss_text, short
 from scaledistill.report.charts import (
@@ -87,8 +86,7 @@ def page(runs: Sequence[RunRecord], script: str) -> str:
         _section("Configuration", _configuration(runs)),
         _section("Environment", _facts(runs, "environment")),
         _section("Data and teacher", _provenance(runs)),
-        f"<footer>Made by scaledistill {_text(__version__)}. This page loads nothing from a "
-        "network.</footer>",
+        "<footer>Made by scaledistill. This page loads nothing from a network.</footer>",
     ]
     data = {"charts": [chart.spec for chart in charts], "maps": _maps_data(runs)}
     return f"""<!doctype html>
@@ -140,8 +138,10 @@ def _overview(runs: Sequence[RunRecord]) -> str:
         )
         return f'<dl class="tiles">{"".join(tiles)}</dl>'
     labels = dict.fromkeys(label for own in figures for label in own)
-    rows = [[label, *((own.get(label, ""), "number") for own in figures)] for label in labels]
-    header = ["", *((run.name, "number") for run in runs)]
+    rows: list[list[Cell]] = [
+        [label, *((own.get(label, ""), "number") for own in figures)] for label in labels
+    ]
+    header: list[Cell] = ["", *((run.name, "number") for run in runs)]
     return _section("Overview", _card(_table(header, rows)))
 
 

@@ -50,9 +50,7 @@ def write_session_maps(session: Session) -> None:
     The rows are the first of `data.validation` if the run validates, else the first of the run.
     """
     if session.held_out:
-        batches = session.validation_batches()
-        batch = next(batches)
-        batches.close()
+        batch = next(session.validation_batches())
     else:
         with session.stream(0) as stream:
             batch = next(stream)
@@ -156,7 +154,7 @@ def _write(
     sentences = _cut(batch)
     tokenizer = load_tokenizer(config.teacher.model, config.teacher.revision)
     texts = [
-        [tokenizer.decode([number]) for number in ids[:length]]
+        [str(tokenizer.decode([number])) for number in ids[:length]]
         for ids, length in zip(sentences.input_ids_BT.tolist(), _lengths(sentences), strict=True)
     ]
     source = f"the first rows of {config.data.validation or config.data.train}"
