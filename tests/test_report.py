@@ -294,7 +294,7 @@ def test_without_the_library(
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr(library, "PACKAGE", "no-such-package")
-    assert main([str(long_run)]) == 2
+    assert main([str(long_run)]) == 3
     missing = "needs no-such-package, which is not installed: pip install 'scaledistill[report]'"
     assert caplog.messages == [f"the report {missing}"]
     report_at_end(long_run)

@@ -7,6 +7,7 @@ Inputs: command-line arguments. Outputs: an HTML file and an exit code. Not hand
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -84,5 +85,5 @@ def _measure_maps(runs: Sequence[Path]) -> None:
 
     for run in runs:
         # The folder may have been moved since.
-        config = load_config(run / "config.json", [f"run.folder={run}"])
+        config = load_config(run / "config.json", [f"run.folder={json.dumps(str(run))}"])
         write_checkpoint_maps(config)

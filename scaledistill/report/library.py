@@ -11,13 +11,13 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from scaledistill.errors import ConfigError
+from scaledistill.errors import DataError
 from scaledistill.storage.files import write_bytes
 
 PACKAGE = "vl-convert-python"
 
 
-class MissingLibraryError(ConfigError):
+class MissingLibraryError(DataError):
     """The package that contains the charting library is not installed."""
 
 

@@ -66,7 +66,7 @@ def write_session_maps(session: Session) -> None:
         if session.ranks.is_main:
             try:
                 _write(session.config, session.step, batch, measured)
-            except OSError as error:
+            except (OSError, DataError) as error:  # the run is done, and its students exported
                 log.warning("the relation maps are not written: %s", error)
 
 
