@@ -35,6 +35,7 @@ def test_wheel_and_source_archive(tmp_path: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     # Types of ours are for type checkers of others too.
     data = {"scaledistill/py.typed", "scaledistill/glue/published.json"}
+    data |= {"scaledistill/report/page.css", "scaledistill/report/page.js"}
     assert names == modules | data
 
     [archive] = output.glob("*.tar.gz")
