@@ -19,7 +19,7 @@ EPILOG = """examples:
   scaledistill report runs/l6
   scaledistill report runs/l6 runs/l12 --output compare.html
 
-exit codes: 0 done, 2 wrong options or not a run's folder, 3 wrong data or environment."""
+exit codes: 0 done, 2 wrong options, 3 not a run's folder, or wrong data or environment."""
 
 
 def parser() -> argparse.ArgumentParser:
