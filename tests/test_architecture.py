@@ -22,6 +22,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "datasets": {"data.prepare.sources", "glue.read", "integrations.datasets"},
     "deepspeed": {"engines.zero"},
     "matplotlib": {"glue.picture", "metrics.recorder"},
+    "vl_convert": {"report.library"},
     "torch.distributed.fsdp": {"engines.fsdp"},
     "onnxruntime": {"publishing.onnx_model"},
     "sentence_transformers": {"publishing.formats"},

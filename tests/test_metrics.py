@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import io
 import json
 import logging
-import re
 import struct
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,13 +17,12 @@ from scaledistill.metrics import recorder as metrics
 from scaledistill.metrics.recorder import (
     Pace,
     Recorder,
-    by_student,
     draw_losses,
     line,
     read_rows,
-    student_value,
     summary,
 )
+from scaledistill.metrics.rows import by_student, student_value
 
 
 def recorder(
@@ -83,7 +79,8 @@ def test_a_resume_makes_later_rows_again(tmp_path: Path) -> None:
         record.record(row(6, again=True))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines == [*kept, json.dumps(row(6, again=True))]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["events.jsonl", "loss.png", "metrics.jsonl"]
 
 
 def test_a_new_run_starts_an_empty_record(tmp_path: Path) -> None:
@@ -290,37 +287,6 @@ def test_the_log_says_how_long_it_takes(tmp_path: Path, caplog: pytest.LogCaptur
     with recorder(tmp_path) as record:
         record.record(row(4, lr=1e-3), 60.2)
     assert caplog.messages == ["step 4/10  loss 2.0000  lr 1.00e-03  0:01:00 left"]
-
-
-def test_the_display_cuts_nothing_at_80_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    screen = io.StringIO()
-    screen.isatty = lambda: True  # type: ignore[method-assign]
-    for name, value in {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "stderr", screen)
-    figures = {
-        "step": 123_456,
-        "loss": 1.2345,
-        "validation_loss": 1.3456,
-        "tokens_per_second": 123_456.0,
-        "mfu": 0.41,
-        "data_wait_fraction": 0.001,
-        "memory_peak_bytes": 40e9,
-        "lr": 6e-4,
-    }
-    with Recorder(
-        tmp_path, max_steps=400_000, resumed_at=100_000, trackers=(), config={}
-    ) as record:
-        record.record(figures)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
-    assert max(len(each) for each in re.split(r"[\r\n]+", text)) <= 80
-    words = " ".join(text.split())
-    assert "step 123456  loss 1.2345  validation 1.3456" in text
-    assert "step 123456/400000" in words
-    assert " ".join(line(figures).split()) in words
-    assert "…" not in text
 
 
 def test_loss_png(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def test_wheel_and_source_archive(output: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     # Types of ours are for type checkers of others too.
     data = {"scaledistill/py.typed", "scaledistill/glue/published.json"}
+    data |= {"scaledistill/report/page.css", "scaledistill/report/page.js"}
     files = {
         str(path.relative_to(ROOT))
         for folder in ("configs", "launch")

@@ -31,6 +31,7 @@ SUBCOMMANDS = {
     "shards check": Subcommand("shards_check", "verify shards and print their contents"),
     "distill": Subcommand("distill", "distil students from a teacher; rerun to resume"),
     "glue": Subcommand("glue", "fine-tune and score models on GLUE and SQuAD 2.0"),
+    "report": Subcommand("report", "write a page about runs: curves, events, relation maps"),
     "export": Subcommand(
         "export", "write a student for transformers, sentence-transformers or ONNX"
     ),

@@ -19,7 +19,7 @@ from scaledistill.data.mixture import Source, epochs
 from scaledistill.distributed.ranks import BF16_ON_CPU
 from scaledistill.engines import engine_traits
 from scaledistill.errors import counted
-from scaledistill.metrics.recorder import short
+from scaledistill.metrics.display import short
 from scaledistill.preflight.checks import Plan
 from scaledistill.preflight.estimate import Estimate
 from scaledistill.preflight.resolve import clipped_micro_batch

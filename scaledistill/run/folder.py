@@ -3,10 +3,10 @@
 Inputs: the folder, the number of steps, signals. Outputs: the lock on the folder, `status.json`,
 and why to stop. Not handled here: the folder's other files.
 
-Layout: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, the final student
-in `export/<student>/`, the best by validation loss in `export/<student>-best/`, those written by
-`--export` in `export/<student>-step-N/`, and `trackers.json` if a resumed run needs it to continue
-its trackers.
+Layout: `config.json`, `status.json`, `metrics.jsonl`, `events.jsonl`, `loss.png`, `maps.json`,
+`report.html`, `checkpoints/`, the final student in `export/<student>/`, the best by validation loss
+in `export/<student>-best/`, those written by `--export` in `export/<student>-step-N/`, and
+`trackers.json` if a resumed run needs it to continue its trackers.
 """
 
 from __future__ import annotations
@@ -276,6 +276,8 @@ class StopRequest:
         self._logs = logs
         # Printed in answer to a signal; it says what will be saved, which depends on the phase.
         self.answer = answer
+        # A live display shows `notice` itself, since a line printed into it would be overwritten.
+        self.prints_notice, self.notice = True, ""
         self._signal: int | None = None
         self._since = 0.0
         self._background = Background("STOP file")
@@ -357,6 +359,8 @@ class StopRequest:
             if self._logs:
                 name = signal.Signals(number).name
                 again = "; press Ctrl-C again to quit at once" if number == signal.SIGINT else ""
-                os.write(2, f"\ngot {name}: {self.answer}{again}\n".encode())  # safe in a handler
+                self.notice = f"got {name}: {self.answer}{again}"
+                if self.prints_notice:
+                    os.write(2, f"\n{self.notice}\n".encode())  # safe in a handler
         elif number == signal.SIGINT and now - self._since >= 1:
             raise KeyboardInterrupt

@@ -28,7 +28,8 @@ from scaledistill.config.schema import DataSettings, DistillConfig, TeacherSetti
 from scaledistill.data.manifest import MANIFEST_FILES
 from scaledistill.data.mixture import data_identity
 from scaledistill.errors import ConfigError, DataError, SettingError, named
-from scaledistill.metrics.recorder import read_rows, student_value
+from scaledistill.metrics.recorder import read_rows
+from scaledistill.metrics.rows import student_value
 from scaledistill.models.card import README, teacher_metadata
 from scaledistill.models.export import SETTINGS, check_state, export_student
 from scaledistill.models.hub import names_resolved_once
@@ -158,18 +159,28 @@ def export_checkpoint(config: DistillConfig, wanted: int | str) -> list[Path]:
         DataError: the checkpoint or the teacher's folder cannot be read, or the export cannot be
             written.
     """
-    root = Path(config.run.folder) / "checkpoints"
-    if not committed(root):
-        raise ConfigError(
-            f"run.folder={config.run.folder!r} has no checkpoints{_elsewhere(config)}"
-        )
-    checkpoint = find_checkpoint(root, wanted, "--export", _elsewhere(config))
+    checkpoint = checkpoint_of_run(config, wanted)
     folders = []
     for name, content in students_of(checkpoint, config.run.folder, config.teacher).items():
         step = checkpoint.state["step"]
         folders.append(Path(config.run.folder) / "export" / f"{name}-step-{step}")
         write_student(folders[-1], content)
     return folders
+
+
+def checkpoint_of_run(config: DistillConfig, wanted: int | str) -> Checkpoint:
+    """Return the checkpoint of a step of a run, or with "newest" the newest undamaged one.
+
+    Raises:
+        ConfigError: there is none.
+        DataError: it cannot be used.
+    """
+    root = Path(config.run.folder) / "checkpoints"
+    if not committed(root):
+        raise ConfigError(
+            f"run.folder={config.run.folder!r} has no checkpoints{_elsewhere(config)}"
+        )
+    return find_checkpoint(root, wanted, "--export", _elsewhere(config))
 
 
 def students_of(

@@ -64,7 +64,11 @@ class SkipGuard:
             of = f" of student {name}" if several else ""
             what, _ = NOT_FINITE[student.cause or "loss"]
             if self._ranks.is_main:
-                log.warning("step %d%s skipped: %s not finite on %s", step, of, what, samples)
+                log.warning(
+                    "step %d%s skipped: %s not finite on %s",
+                    *(step, of, what, samples),
+                    extra={"event": "skipped"},
+                )
             if self._in_a_row[name] > limit:
                 diverged[name] = (
                     f"{self._in_a_row[name]} steps in a row{of} had a non-finite loss or gradient, "
