@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import sys
 import time
 from collections import deque
@@ -24,8 +25,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from scaledistill.metrics.display import Display, loss_text, speed
-from scaledistill.metrics.rows import by_student, student_value
 from scaledistill.metrics.events import EVENTS_FILE, Event, WarningEvents
+from scaledistill.metrics.rows import by_student, student_value
 from scaledistill.metrics.trackers import Trackers
 from scaledistill.storage.background import Background, ended
 from scaledistill.storage.files import write_bytes

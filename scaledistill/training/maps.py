@@ -21,9 +21,9 @@ from scaledistill.distributed.ranks import failing_together
 from scaledistill.errors import DataError, named
 from scaledistill.models.architectures import build_encoder
 from scaledistill.models.hub import names_resolved_once
+from scaledistill.models.loss import causal_relations
 from scaledistill.models.teacher import Teacher, load_encoder
 from scaledistill.models.view import capture_view
-from scaledistill.models.loss import causal_relations
 from scaledistill.preflight.checks import open_data, student_shape
 from scaledistill.preflight.roster import student_states
 from scaledistill.relations import QKV
