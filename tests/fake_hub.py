@@ -1,5 +1,5 @@
-"""A hub on this machine, as far as models are fetched from it, that keeps a record of what it was
-asked for.
+"""Hubs on this machine: one that models are fetched from, one that takes uploads. They keep a
+record of what they were asked for.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from base64 import b64decode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -92,6 +93,76 @@ class FakeHub:
         asked = self.asked.copy()
         self.asked.clear()
         return asked
+
+
+class UploadHub:
+    """A hub that takes commits. Used as a context manager; see `use_hub`."""
+
+    def __init__(self, *, refuses: bool = False) -> None:
+        self.files: dict[str, bytes] = {}
+        """Everything that was committed, by path."""
+        self.commits: list[list[str]] = []
+        """The paths of each commit."""
+        self.created: list[dict[str, object]] = []
+        self.tokens: set[str | None] = set()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                hub.tokens.add(self.headers.get("Authorization"))
+                path = self.path.partition("?")[0]
+                if refuses and path.endswith("/commit/main"):
+                    told = f"{self.headers['Authorization']} may not write"
+                    self._answer({"error": told}, 403)
+                elif path == "/api/repos/create":
+                    asked = json.loads(body)
+                    hub.created.append(asked)
+                    self._answer({"url": f"{hub.url}/{asked['organization']}/{asked['name']}"})
+                elif path == "/api/validate-yaml":
+                    self._answer({"errors": [], "warnings": []})
+                elif path.endswith("/preupload/main"):
+                    facts = {"uploadMode": "regular", "shouldIgnore": False}
+                    files = [{"path": one["path"], **facts} for one in json.loads(body)["files"]]
+                    self._answer({"files": files})
+                elif path.endswith("/commit/main"):
+                    lines = [json.loads(line) for line in body.splitlines()]
+                    added = [line["value"] for line in lines if line["key"] == "file"]
+                    hub.files |= {one["path"]: b64decode(one["content"]) for one in added}
+                    hub.commits.append([one["path"] for one in added])
+                    repo = path.removeprefix("/api/models/").removesuffix("/commit/main")
+                    address = f"{hub.url}/{repo}/commit/{COMMIT}"
+                    self._answer({"commitUrl": address, "commitOid": COMMIT, "success": True})
+                else:
+                    self._answer({"error": f"not a path of this hub: {path}"}, 404)
+
+            def _answer(self, content: dict[str, object], code: int = 200) -> None:
+                data = json.dumps(content).encode()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                """Say nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> UploadHub:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 def use_hub(patch: pytest.MonkeyPatch, url: str, cache: Path) -> None:

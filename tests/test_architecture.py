@@ -22,7 +22,10 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "datasets": {"data.prepare.sources", "glue.read", "integrations.datasets"},
     "deepspeed": {"engines.zero"},
     "matplotlib": {"glue.picture", "metrics.recorder"},
+    "vl_convert": {"report.library"},
     "torch.distributed.fsdp": {"engines.fsdp"},
+    "onnxruntime": {"publishing.onnx_model"},
+    "sentence_transformers": {"publishing.formats"},
     "triton": {"relations"},
     "webdataset": {"data.shards", "data.prepare.sources"},
 }
@@ -40,7 +43,8 @@ LIGHT_AT_THE_TOP = {
         "config.wording",
     ),
     *("errors", "data.prepare.text", "data.tokenizer", "data.prepare.make", "data.prepare.sources"),
-    *("distributed.launcher", "glue.cell", "glue.command"),
+    *("distributed.launcher", "glue.cell", "glue.command", "publishing.hub"),
+    *("preflight", "preflight.doctor", "metrics.benchmark"),
 }
 
 

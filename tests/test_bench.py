@@ -161,6 +161,28 @@ def test_no_peer(
     assert message in str(error.value)
 
 
+def test_students_together_and_alone(
+    run_tool: Callable[..., tuple[int, Figures]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--shape", "4x16", "--teacher", "2x32", "--warmup", "1", "--rounds", "2"]
+    settings = [part for size in TINY for part in ("--set", size)]
+    code, figures = run_tool("step", *sizes, *settings, "--students", "2x16,1x16,1x32")
+    assert code == 0
+    assert figures["step/students/count"]["value"] == 3
+    for prefix in ("step/students", "step/students/first_two"):
+        ratio, joint, separate = (
+            figures[f"{prefix}/{name}"]
+            for name in ("joint_over_separate", "joint_seconds", "separate_seconds")
+        )
+        assert (ratio["unit"], ratio["n"]) == ("fraction", 2)
+        assert 0 < joint["value"] < 2 * separate["value"]
+    output = capsys.readouterr().out
+    assert "l2-h16, l1-h16, l1-h32" in output
+    for wrong in ("2x16", "2x16,2x16", "2x16,x"):
+        with pytest.raises(SystemExit):
+            run_tool("step", "--students", wrong)
+
+
 def test_relations(
     run_tool: Callable[..., tuple[int, Figures]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.preflight import checks as doctor
 from scaledistill.preflight.report import plan_table
+from scaledistill.preflight.roster import roster_notes, roster_of
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -65,19 +67,20 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
     plan = doctor.plan_run(config, 3, CPU)
     assert (plan.run.config.train.precision, plan.run.config.teacher.dtype) == ("bf16", "bf16")
     assert plan.run.config.train.micro_batch_size == 8
-    assert plan.shards.manifest.rows == sum(shard.rows for shard in plan.shards.manifest.shards)
+    manifest = plan.sources[0].shards.manifest
+    assert manifest.rows == sum(shard.rows for shard in manifest.shards)
     assert plan.free_disk_bytes == pytest.approx(shutil.disk_usage(tiny_shards).free, rel=0.2)
     text = shown(plan)
-    rows = plan.shards.manifest.rows
+    rows = plan.sources[0].shards.manifest.rows
     for part in (
         "l2: 10,848 parameters, of which ",
         "4 heads, pairs qq, kk, vv",
         "DeepSpeed ZeRO-2, 3 ranks",
         "24 sequences × 16 = 384 tokens; 1 micro-batch of 8 per rank",
-        f"50 steps, 19.2k tokens, {1200 / plan.order.rows_per_epoch:.1f} epochs",
+        f"50 steps, 19.2k tokens, {1200 / plan.sources[0].order.rows_per_epoch:.1f} epochs",
         "2 steps of warm-up, linear decay to 0 at step 50; peak 0.001",
         f"{rows} rows in 2 shards; ",
-        f"{plan.order.dropped_rows_per_epoch} rows left out of an epoch",
+        f"{plan.sources[0].order.dropped_rows_per_epoch} rows left out of an epoch",
         "up to layer 3: ",
         ", 2 kept; ",
     ):
@@ -691,6 +694,79 @@ def test_a_finished_run_is_continued_from_its_export(tiny_config: MakeConfig) ->
         ConfigError, match=r"learning_rate: 0\.001 -> 1\.0; train\.max_steps: 10 -> 20\. Restore"
     ):
         doctor.check_same_run(state_of(old, 10, order), other, order)
+
+
+def with_students(config: DistillConfig, **students: dict[str, Any]) -> DistillConfig:
+    own = config.students["l2"]
+    return config.model_copy(
+        update={"students": {name: own.model_copy(update=x) for name, x in students.items()}}
+    )
+
+
+def test_students_may_be_added_and_left_out(tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"max_steps": 20, "warmup_steps": 5})
+    order = doctor.plan_run(config, 1, CPU).order
+    old = with_students(config, a={}, b={})
+    state = state_of(old, 12, order)
+    state |= {"students": {"a": {"first_step": 0}, "b": {"first_step": 4}}}
+    for names in ("a", "b", "ab", "ac", "abc"):
+        new = with_students(config, **{name: {} for name in names})
+        doctor.check_same_run(state, new, order)
+    roster = roster_of(state, with_students(config, b={}, c={}))
+    assert dict(roster.first_steps) == {"b": 4, "c": 12}
+    assert (roster.resumed, roster.added, roster.removed) == (("b",), ("c",), ("a",))
+    assert [note[:40] for note in roster_notes(roster, config, 12)] == [
+        "student c is new: its own step 0 is step",
+        "student a is not in the configuration an",
+    ]
+
+    def refused(new: DistillConfig, state: dict[str, Any] = state) -> str:
+        with pytest.raises(ConfigError) as caught:
+            doctor.check_same_run(state, new, order)
+        return str(caught.value)
+
+    changed = refused(with_students(config, a={"learning_rate": 1.0}, c={}))
+    assert "with other settings: students.a.learning_rate: null -> 1.0. Restore them" in changed
+    assert "students.c.hidden_size: null -> 16" in refused(with_students(config, c={}))
+    late = {**state, "step": 17}
+    assert refused(with_students(config, a={}, c={}), late) == (
+        "students.c was added at step 17, and its warm-up of 5 steps is more than the 3 left; set "
+        "students.c.warmup_steps to 3 or less"
+    )
+    doctor.check_same_run(late, with_students(config, a={}, c={"warmup_steps": 3}), order)
+    assert "students.c was added, but" in refused(
+        with_students(config, a={}, c={}), {**state, "step": 20}
+    )
+    # --validate says so, and which students have a schedule of their own.
+    plan = doctor.plan_run(with_students(config, a={}, c={"warmup_steps": 3}), 1, CPU)
+    table = plan_table(replace(plan, notes=("student c is new",)))
+    rows = dict(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows["on resume"] == "student c is new"
+    assert rows["schedule"].splitlines() == [
+        "5 steps of warm-up, linear decay to 0 at step 20; peak 0.001",
+        "c: 3 steps of warm-up, linear decay to 0 at step 20; peak 0.001",
+    ]
+    # The schedule of a student counts from its own first step: b's has another rate from step 9 on.
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 30})})
+    early = {**state, "step": 9, "students": {"b": {"first_step": 4}}}
+    doctor.check_same_run(early, with_students(longer, b={}), order)
+    assert "train.max_steps: 20 -> 30" in refused(with_students(longer, b={}))
+
+
+def test_a_dropped_student_stays_out(tiny_config: MakeConfig) -> None:
+    config = tiny_config()
+    order = doctor.plan_run(config, 1, CPU).order
+    both = with_students(config, a={}, b={})
+    state = {**state_of(both, 4, order), "students": {"a": {}}}
+    state["dropped"] = {"b": {"step": 3, "reason": "it diverged", "skipped_steps": 2}}
+    doctor.check_same_run(state, both, order)
+    roster = roster_of(state, both)
+    assert (roster.resumed, roster.added, roster.removed) == (("a",), (), ())
+    again = "students.b was dropped at step 3; to train it again, give it another name"
+    for others in ({"a": {}, "b": {"learning_rate": 1e-4}}, {"b": {}}):
+        with pytest.raises(ConfigError, match=again):
+            doctor.check_same_run(state, with_students(config, **others), order)
+    doctor.check_same_run(state, with_students(config, a={}, b2={"warmup_steps": 1}), order)
 
 
 def test_another_order_is_named_once(tiny_config: MakeConfig) -> None:

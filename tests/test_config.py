@@ -315,9 +315,18 @@ def test_where_a_file_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_student_that_is_not_in_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(BASE))
     with pytest.raises(
-        ConfigError, match=r"there is no student 'l6' in the file; use students\.l3$"
+        ConfigError,
+        match=(
+            r"^--set students\.l6\.hidden_size=8: there is no student 'l6' in the file; use "
+            r"students\.l3, or to add it, set students\.l6\.num_layers and "
+            r"students\.l6\.num_attention_heads too$"
+        ),
     ):
         load_config(tmp_path / "x.json", ["students.l6.hidden_size=8"])
+    added = ["num_layers=3", "hidden_size=8", "num_attention_heads=2"]
+    config = load_config(tmp_path / "x.json", [f"students.l6.{each}" for each in added])
+    assert list(config.students) == ["l3", "l6"]
+    assert config.students["l6"].num_layers == 3
     assert (
         load_config(tmp_path / "x.json", ["students.l3.hidden_size=8"]).students["l3"].hidden_size
         == 8

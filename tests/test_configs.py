@@ -29,12 +29,14 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from scaledistill.config.load import load_config as load_run
 from scaledistill.config.naming import teacher_names
 from scaledistill.config.schema import TeacherSettings
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import DataError, named
 from scaledistill.glue.finetune import _load_model
 from scaledistill.glue.tasks import TASKS
+from scaledistill.models.architectures import architecture_of, max_sequence_length
 from scaledistill.models.student import student_config
 from scaledistill.models.teacher import (
     Teacher,
@@ -43,6 +45,9 @@ from scaledistill.models.teacher import (
     load_config,
     load_encoder,
 )
+from scaledistill.preflight.checks import student_shape
+from scaledistill.preflight.estimate import estimate
+from scaledistill.preflight.resolve import resolve
 from scaledistill.storage.files import set_default_mode
 
 IDS_BT = torch.arange(5, 21)[None]
@@ -323,3 +328,83 @@ def test_a_private_file_gets_the_mode_of_a_new_one(tmp_path: Path) -> None:
         (tmp_path / "new").stat().st_mode
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "weights"]
+
+
+PUBLISHED: dict[str, dict] = {
+    "modernbert_to_l6": {
+        "model_type": "modernbert",
+        "vocab_size": 50368,
+        "hidden_size": 1024,
+        "intermediate_size": 2624,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "global_attn_every_n_layers": 3,
+        "global_rope_theta": 160000.0,
+        "local_attention": 128,
+        "local_rope_theta": 10000.0,
+        "max_position_embeddings": 8192,
+        "pad_token_id": 50283,
+        "position_embedding_type": "absolute",
+        "tie_word_embeddings": True,
+    },
+    "deberta_v3_large_to_l6": {
+        "model_type": "deberta-v2",
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_act": "gelu",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "max_position_embeddings": 512,
+        "relative_attention": True,
+        "position_buckets": 256,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": "p2c|c2p",
+        "layer_norm_eps": 1e-7,
+        "max_relative_positions": -1,
+        "position_biased_input": False,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "type_vocab_size": 0,
+        "vocab_size": 128100,
+    },
+    "xlmr_large_to_l12": {
+        "model_type": "xlm-roberta",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 514,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "pad_token_id": 1,
+        "position_embedding_type": "absolute",
+        "type_vocab_size": 1,
+        "vocab_size": 250002,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher_millions", "student_millions"),
+    [
+        ("modernbert_to_l6", 349, 27),
+        ("deberta_v3_large_to_l6", 387, 60),
+        ("xlmr_large_to_l12", 486, 117),
+    ],
+)
+def test_shipped_runs_fit_the_published_models(
+    name: str, teacher_millions: int, student_millions: int, tmp_path: Path
+) -> None:
+    """Planned on eight ranks, with a teacher of the published config.json."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    teacher = load_config(tmp_path)
+    path = Path(__file__).parent.parent / "configs" / f"{name}.json"
+    config = load_run(path, [f"teacher.model={tmp_path}", "train.precision=fp32"])
+    assert config.data.attention == "row" or not architecture_of(teacher).no_documents
+    assert config.data.sequence_length <= max_sequence_length(teacher)
+    kinds = getattr(teacher, "layer_types", ["full_attention"] * 28)
+    assert kinds[config.teacher.layer - 1] == "full_attention"
+    run = resolve(config, 8, torch.device("cpu"))
+    (student,) = config.students
+    facts = estimate(run, teacher, {student: student_shape(config, student, teacher)})
+    assert round(facts.teacher_parameters / 1e6) == teacher_millions
+    assert round(facts.student_parameters / 1e6) == student_millions

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -17,6 +19,8 @@ import pytest
 from conftest import WORDS
 from ranks import run_ranks
 
+from scaledistill.cli.command import SUBCOMMANDS
+from scaledistill.config.presets import find_preset
 from scaledistill.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +28,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 sys.path.append(str(ROOT / "tools"))
 import architectures  # noqa: E402 - in tools
 import configuration  # noqa: E402
+
+TOOLS = {
+    "launch/distill.py": "distill",
+    "tools/make_shards.py": "shards make",
+    "tools/check_shards.py": "shards check",
+    "tools/glue.py": "glue",
+}
+"""The subcommand that does the same."""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -160,34 +172,39 @@ def shell_commands() -> Iterator[Any]:
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                for tool in ("launch/distill.py", "tools/make_shards.py", "tools/glue.py"):
+                name = f"{page.stem}: {line[:60]}"
+                for tool, subcommand in TOOLS.items():
                     if tool in words and "…" not in words:
-                        yield pytest.param(
-                            tool, words[words.index(tool) + 1 :], id=f"{page.stem}: {line[:60]}"
-                        )
+                        rest = words[words.index(tool) + 1 :]
+                        yield pytest.param(subcommand, rest, id=name)
+                if words[:1] == ["scaledistill"] and "…" not in words:
+                    [subcommand] = [
+                        each
+                        for each in SUBCOMMANDS
+                        if words[1 : 1 + len(each.split())] == each.split()
+                    ]
+                    rest = words[1 + len(subcommand.split()) :]
+                    yield pytest.param(subcommand, rest, id=name)
 
 
-@pytest.mark.parametrize(("tool", "arguments"), list(shell_commands()))
+@pytest.mark.parametrize(("subcommand", "arguments"), list(shell_commands()))
 def test_shell_commands_are_understood(
-    tool: str,
-    arguments: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    subcommand: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scaledistill.cli import distill as cli
-    from scaledistill.cli import shards_make
     from scaledistill.config.load import load_config
-    from scaledistill.glue import command
 
     monkeypatch.chdir(ROOT)
-    if tool == "tools/make_shards.py":
-        shards_make.parse(arguments)
-    elif tool == "tools/glue.py":
-        command.parser().parse_args(arguments)
-    else:
-        options = cli.parser().parse_args(arguments)
-        if options.config != "FILE":
-            load_config(options.config, options.overrides)
+    arguments = list(itertools.takewhile(lambda word: word not in (">", "|"), arguments))
+    module = importlib.import_module(f"scaledistill.cli.{SUBCOMMANDS[subcommand].module}")
+    parse = module.parser()
+    if subcommand == "shards make":  # its inputs may stand between the options
+        parse.parse_intermixed_args(arguments)
+        return
+    options = parse.parse_args(arguments)
+    if subcommand == "init" and options.preset:
+        find_preset(options.preset)
+    if subcommand == "distill" and options.config not in ("FILE", "my.yaml", None):
+        load_config(options.config, options.overrides)
 
 
 def test_wrong_commands_would_be_noticed() -> None:

@@ -24,7 +24,12 @@ from scaledistill.data.stream import Batch, iter_validation
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError
 from scaledistill.models import attention
-from scaledistill.models.architectures import ARCHITECTURES, build_encoder, set_depth
+from scaledistill.models.architectures import (
+    ARCHITECTURES,
+    architecture_of,
+    build_encoder,
+    set_depth,
+)
 from scaledistill.models.attention import VARLEN, use_varlen_attention, varlen_attention_available
 from scaledistill.models.student import set_dropout
 from scaledistill.models.teacher import Teacher
@@ -38,7 +43,13 @@ SIZES = {
     "attention_probs_dropout_prob": 0.0,
     "initializer_range": 0.15,
 }
-SUPPORTED = [name for name in ARCHITECTURES if not ARCHITECTURES[name].no_documents]
+SUPPORTED = [
+    *(name for name in ARCHITECTURES if not ARCHITECTURES[name].no_documents),
+    "eurobert-grouped",
+    "llama-bidirectional",
+    "mistral-windowed",
+    "gemma3_text-bidirectional",
+]
 CONFIGS: dict[str, PreTrainedConfig] = {name: tiny_config(name, SIZES) for name in SUPPORTED}
 # The code of these is not copied from another's, with each attention.
 OFTEN = {
@@ -47,6 +58,8 @@ OFTEN = {
     ("mpnet", "eager"),
     ("eurobert", VARLEN),
     ("distilbert", VARLEN),
+    ("llama", "sdpa"),
+    *itertools.product(["mistral-windowed", "gemma3_text"], ["sdpa", VARLEN]),
 }
 T = 17
 DOCUMENTS = [
@@ -105,11 +118,12 @@ def exact_varlen(
     assert cu_seq_q is cu_seq_k
     assert cu_seq_q.dtype is torch.int32
     assert max_q == max_k == T
-    sequence = torch.searchsorted(cu_seq_q[1:], torch.arange(len(query)), right=True)
+    position = torch.arange(len(query))
+    sequence = torch.searchsorted(cu_seq_q[1:], position, right=True)
     visible = sequence[:, None] == sequence
-    if window_size[0] >= 0:
-        position = torch.arange(len(query))
-        visible &= (position[:, None] - position).abs() <= window_size[0]
+    back = position[:, None] - position
+    for side, distance in zip(window_size, (back, -back), strict=True):
+        visible &= (distance <= side) | (side < 0)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     return scaled_dot_product_attention(query, key, value, visible, scale=scale)[0].transpose(0, 1)
 
@@ -150,7 +164,7 @@ def gradients(view: QKVView, loss: Tensor) -> list[Tensor]:
     [
         pytest.param(*case, marks=() if case in OFTEN else pytest.mark.full)
         for case in itertools.product(CONFIGS, ["sdpa", "eager", VARLEN])
-        if case[1] == "eager" or not ARCHITECTURES[case[0]].eager_only
+        if case[1] == "eager" or not architecture_of(CONFIGS[case[0]]).eager_only
     ],
 )
 @pytest.mark.usefixtures("varlen")
@@ -216,7 +230,7 @@ def test_loss_is_the_same_under_reference_and_sdpa(batch: Batch) -> None:
         torch.testing.assert_close(other, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["roberta", "modernbert"])
+@pytest.mark.parametrize("name", ["roberta", "modernbert", "mistral-windowed"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", VARLEN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_value_is_looked_at(
@@ -229,7 +243,7 @@ def test_no_value_is_looked_at(
     config._attn_implementation = implementation
     view = capture_view(build_encoder(config, device="meta").to(dtype), 4)
     hidden = run(view, batch.with_tensors(lambda tensor: tensor.to("meta")))
-    assert (hidden.shape, hidden.dtype) == ((5, T, 3 * 48), dtype)
+    assert (hidden.shape, hidden.dtype) == ((5, T, sum(view.widths)), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -245,7 +259,7 @@ def test_masks_of_eager_attention_keep_the_dtype_and_hide_all(
     assert (eager - sdpa).norm() < 0.02 * sdpa.norm()
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama"])
 @pytest.mark.usefixtures("varlen")
 def test_rows_without_documents_go_on_as_under_sdpa(
     name: str, batch: Batch, tmp_path: Path
@@ -342,7 +356,9 @@ def test_equal_blocks_share_one_compiled_graph(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", [name for name in CONFIGS if not ARCHITECTURES[name].eager_only])
+@pytest.mark.parametrize(
+    "name", [name for name in CONFIGS if not architecture_of(CONFIGS[name]).eager_only]
+)
 def test_varlen_attention_on_a_gpu(name: str, batch: Batch) -> None:
     """Teacher and student in bf16 against the block mask in fp32, without a wait for the device."""
     config = copy.deepcopy(CONFIGS[name])

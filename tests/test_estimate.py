@@ -279,7 +279,10 @@ def peak_of_a_run(sequences: int, length: int) -> tuple[int, int]:
         before = memory_bytes("VmRSS")
         teacher = Teacher(build_encoder(BertConfig()), 12)
         view = capture_view(build_student(None, shape), 6)
-        engine, loss_of = create_engine(run, view, ranks), StudentLoss.of(run.config, "l6")
+        engine, loss_of = (
+            create_engine(run, view, ranks),
+            StudentLoss.of(run.config, "l6", (shape, shape)),
+        )
         for micro in range(4):
             tokens = sample_tokens(run.config.data, sequences)
             target, student = teacher(tokens), engine.forward(tokens)
@@ -292,10 +295,10 @@ def peak_of_a_run(sequences: int, length: int) -> tuple[int, int]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("sequences", "length"), [(4, 128), (24, 128), (6, 512)])
+@pytest.mark.parametrize(("sequences", "length"), [(4, 128), (24, 128), (2, 512), (6, 512)])
 def test_memory_is_about_what_was_expected(sequences: int, length: int) -> None:
     [(found, expected)] = run_ranks(peak_of_a_run, 1, sequences, length, timeout=200)
-    assert 0.97 * found <= expected <= 1.25 * found  # the heap's holes differ from run to run
+    assert 0.9 * found <= expected <= 1.15 * found  # the heap's holes differ from run to run
 
 
 def save_once(tree: dict[str, Any]) -> tuple[int, Estimate]:

@@ -14,6 +14,7 @@ import glue_stub
 import pytest
 import torch
 from conftest import tiny_tree
+from huggingface_hub import ModelCard
 from ranks import run_ranks
 from rich.console import Console
 from test_train import distil, status_of
@@ -77,6 +78,7 @@ def test_a_run_ends_with_its_scores(make_tree: Callable[..., dict[str, Any]]) ->
     assert message.endswith("evaluation/summary.md")
     scores = json.loads((folder / "evaluation" / "summary.json").read_text())
     assert [row["name"] for row in scores["rows"]] == ["l2", "l1", "teacher"]
+    scored = {row["name"]: row["scores"]["rte/accuracy"]["median"] for row in scores["rows"]}
     for name in ("l2", "l1"):
         card = (folder / "export" / name / "README.md").read_text()
         assert card.count("## Evaluation") == 1
@@ -85,6 +87,11 @@ def test_a_run_ends_with_its_scores(make_tree: Callable[..., dict[str, Any]]) ->
         ]
         assert places == sorted(places)
         assert f"| {name} |" in card
+        assert f"**Dev scores of {name} by seed, %**" in card
+        data = ModelCard(card).data
+        [result] = data.eval_results
+        assert (result.dataset_config, result.metric_type) == ("rte", "accuracy")
+        assert result.metric_value == pytest.approx(scored[name], abs=0.01)
     cells = {path: path.stat().st_mtime_ns for path in folder.glob("evaluation/cells/*/*/*.json")}
     assert len(cells) == 3
     # Exports again; the same weights have their scores.

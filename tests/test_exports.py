@@ -15,6 +15,7 @@ from test_train import LONG, check_export, distil
 from scaledistill.config.load import parse_config
 from scaledistill.config.schema import DistillConfig
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.publishing.source import open_student
 from scaledistill.storage.files import locked
 from scaledistill.training.exports import export_checkpoint
 
@@ -176,3 +177,30 @@ def test_the_extra_tap_is_left_out(tmp_path: Path, tiny_teacher: Path, tiny_shar
         "None: the loss was taken from a query, key and value projection"
         in (folder / "README.md").read_text()
     )
+
+
+def test_a_student_to_publish(run: DistillConfig, tmp_path: Path, tiny_teacher: Path) -> None:
+    folder = Path(run.run.folder)
+    for source, step, found in (
+        (folder, "newest", 10),
+        (folder, 8, 8),
+        (checkpoints(run) / "step-000000004", "newest", 4),
+    ):
+        student = open_student(source, step=step)
+        weights = load_file(checkpoints(run) / f"step-{found:09d}" / "l2.weights.safetensors")
+        assert student.state.keys() == weights.keys()
+        assert all(torch.equal(student.state[name], weights[name]) for name in weights)
+        assert student.card["tokens"] == f"{128 * found:,} ({found} steps of 8 × 16)"
+        assert (student.name, student.trained_layers, student.num_tokens) == ("l2", 1, 16)
+        assert parse_config(json.loads(student.settings or "")).students.keys() == {"l2"}
+    # The run's own export, which says the same.
+    student = open_student(folder / "export" / "l2")
+    assert (student.trained_layers, student.num_tokens) == (1, 16)
+    moved = str(shutil.copytree(tiny_teacher, tmp_path / "moved"))
+    assert open_student(folder, teacher=moved).tokenizer == moved
+    with pytest.raises(
+        ConfigError, match=r"^student='l9' is not a student of this checkpoint; use l2$"
+    ):
+        open_student(folder, student="l9")
+    with pytest.raises(ConfigError, match=r"^--step 5: .* no checkpoint of step 5; there are 4, 8"):
+        open_student(folder, step=5)

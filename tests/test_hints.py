@@ -48,7 +48,7 @@ RESUME = "rerun the same command: it resumes from the newest checkpoint in run.f
         ),
         (
             ["--nproc-per-node", "8"],
-            "unknown option --nproc-per-node; give it to the launcher, before the script",
+            "unknown option --nproc-per-node; type --num-ranks N for the ranks of this machine",
         ),
         (
             ["--overwrite_output_dir"],

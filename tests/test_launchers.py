@@ -425,7 +425,7 @@ def test_slurm_decides_by_status_json(
 
 def test_slurm_needs_every_node_ready(slurm: Slurm, config_file: MakeFile) -> None:
     output, _ = slurm.start(config_file(), MIN_FREE_GB=10**9).communicate()
-    assert "GB free in" in output
+    assert "GB free, expected at least 1e+09 GB" in output
     assert "slurm_script: a node is not ready, see above" in output
     assert slurm.requeued() == []
     assert "torchrun_multi_node" not in slurm.log.read_text()

@@ -388,7 +388,7 @@ def test_unknown_tokens_are_counted_and_bounded(
     assert sum(counts.unknown for counts in report.splits.values()) == 30
 
     # A long run is not refused only at its end.
-    monkeypatch.setattr("scaledistill.data.prepare.make._UNKNOWN_SAMPLE_TOKENS", 1000)
+    monkeypatch.setattr("scaledistill.data.prepare.make.UNKNOWN_SAMPLE_TOKENS", 1000)
     monkeypatch.setattr("scaledistill.data.prepare.make._CHUNK_DOCUMENTS", 100)
     endless = (
         document for number in itertools.count() for document in ["fine", "one", f"word {number}"]

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import io
 import json
 import logging
-import re
 import struct
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,8 +12,17 @@ import pytest
 import torch
 from test_checkpoint import largest_file
 
+from scaledistill.config.naming import own_metric
 from scaledistill.metrics import recorder as metrics
-from scaledistill.metrics.recorder import Pace, Recorder, draw_losses, line, read_rows, summary
+from scaledistill.metrics.recorder import (
+    Pace,
+    Recorder,
+    draw_losses,
+    line,
+    read_rows,
+    summary,
+)
+from scaledistill.metrics.rows import by_student, student_value
 
 
 def recorder(
@@ -73,7 +79,8 @@ def test_a_resume_makes_later_rows_again(tmp_path: Path) -> None:
         record.record(row(6, again=True))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines == [*kept, json.dumps(row(6, again=True))]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["events.jsonl", "loss.png", "metrics.jsonl"]
 
 
 def test_a_new_run_starts_an_empty_record(tmp_path: Path) -> None:
@@ -105,6 +112,10 @@ def test_no_rows(tmp_path: Path) -> None:
     write_rows(tmp_path, {"step": 1, "loss": None})
     draw_losses(tmp_path)
     assert not (tmp_path / "loss.png").exists()
+    row_of_two = {"loss": 3.0, "loss/a": 1.0, "loss/b": 2.0, "validation_loss/a": 1.0}
+    write_rows(tmp_path, {"step": 1, **row_of_two}, {"step": 2, "loss": 1.0, "loss/a": 1.0})
+    draw_losses(tmp_path)
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_a_full_disk_delays_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -218,6 +229,22 @@ def test_trackers_see_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "loss 2.0000  validation 1.5000  12.3k tokens/s  MFU 42%  data wait 1.2%  memory 45.6 "
             "GB",
         ),
+        (
+            {
+                "loss": None,
+                "loss/a": 2.0,
+                "loss/a/qq": 1.0,
+                "loss/b": None,
+                "validation_loss": 3.5,
+                "validation_loss/a": 1.5,
+                "validation_loss/b": 2.0,
+                "probe/a/stsb_spearman": 0.5,
+                "probe/a/stsb_spearman_below": 0.6,
+                "probe/b/stsb_spearman": 0.25,
+            },
+            "loss not finite  (a 2.0000, b not finite)  validation 3.5000  (a 1.5000, b 2.0000)  "
+            "STS-B probe  (a 0.500, b 0.250)",
+        ),
         ({"loss": 1.0, "tokens_per_second": 999.4}, "loss 1.0000  999 tokens/s"),
         ({"loss": 1.0, "tokens_per_second": 2.5e6}, "loss 1.0000  2.5M tokens/s"),
         ({"loss": 1.0, "tokens_per_second": 3e9}, "loss 1.0000  3.0G tokens/s"),
@@ -232,6 +259,20 @@ def test_a_line_of_the_log() -> None:
     assert line(figures) == "loss 2.0000  1.5k tokens/s  lr 6.00e-04"
     assert line(figures, 7384.6) == "loss 2.0000  1.5k tokens/s  lr 6.00e-04  2:03:05 left"
     assert line({"step": 3, "loss": 2.0}, 90_000) == "loss 2.0000  1 day, 1:00:00 left"
+    several = {"step": 3, "loss": 2.0, "lr/a": 6e-4, "lr/b": 1e-3}
+    assert line(several) == "loss 2.0000  lr  (a 6.00e-04, b 1.00e-03)"
+
+
+def test_a_student_of_a_run_whose_students_change() -> None:
+    alone = {"step": 1, "loss": 1.0, "loss/a/qq": 0.5, "validation_loss": 0.7}
+    several = {"step": 2, "loss": 5.0, "loss/a": 2.0, "loss/b": 3.0, "loss/a/qq": 1.0}
+    assert by_student(alone, "loss") == {}
+    assert by_student(several, "loss") == {"a": 2.0, "b": 3.0}
+    assert [student_value(each, "loss", "a") for each in (alone, several)] == [1.0, 2.0]
+    assert [student_value(each, "loss", "b") for each in (alone, several)] == [None, 3.0]
+    assert student_value(alone, "validation_loss", "a") == 0.7
+    assert own_metric("lr", "a", ["a"]) == "lr"
+    assert own_metric("lr", "a", ["a", "b"]) == "lr/a"
 
 
 def test_how_long_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,37 +287,6 @@ def test_the_log_says_how_long_it_takes(tmp_path: Path, caplog: pytest.LogCaptur
     with recorder(tmp_path) as record:
         record.record(row(4, lr=1e-3), 60.2)
     assert caplog.messages == ["step 4/10  loss 2.0000  lr 1.00e-03  0:01:00 left"]
-
-
-def test_the_display_cuts_nothing_at_80_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    screen = io.StringIO()
-    screen.isatty = lambda: True  # type: ignore[method-assign]
-    for name, value in {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "stderr", screen)
-    figures = {
-        "step": 123_456,
-        "loss": 1.2345,
-        "validation_loss": 1.3456,
-        "tokens_per_second": 123_456.0,
-        "mfu": 0.41,
-        "data_wait_fraction": 0.001,
-        "memory_peak_bytes": 40e9,
-        "lr": 6e-4,
-    }
-    with Recorder(
-        tmp_path, max_steps=400_000, resumed_at=100_000, trackers=(), config={}
-    ) as record:
-        record.record(figures)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
-    assert max(len(each) for each in re.split(r"[\r\n]+", text)) <= 80
-    words = " ".join(text.split())
-    assert "step 123456  loss 1.2345  validation 1.3456" in text
-    assert "step 123456/400000" in words
-    assert " ".join(line(figures).split()) in words
-    assert "…" not in text
 
 
 def test_loss_png(tmp_path: Path) -> None:

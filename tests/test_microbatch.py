@@ -89,9 +89,9 @@ def test_prediction_fills_the_limit(tiny_config: Callable[..., DistillConfig]) -
     assert at(1000 * GB, world_size=4) == 12
     with pytest.raises(
         ConfigError,
-        match=r"not even 1 fits in memory \(needs 0\.35 GB, 0\.09 GB are free for each rank",
+        match=r"not even 1 fits in memory \(needs 0\.03 GB, 0\.01 GB are free for each rank",
     ):
-        at(0.1 * GB)
+        at(0.01 * GB)
 
 
 def test_running_out_of_memory_is_an_answer_other_errors_are_not() -> None:

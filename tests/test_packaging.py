@@ -47,12 +47,13 @@ def test_wheel_and_source_archive(output: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     # Types of ours are for type checkers of others too.
     data = {"scaledistill/py.typed", "scaledistill/glue/published.json"}
+    data |= {"scaledistill/report/page.css", "scaledistill/report/page.js"}
     files = {
         str(path.relative_to(ROOT))
         for folder in ("configs", "launch")
         for path in (ROOT / folder).iterdir()
         if path.is_file()
-    }
+    } | {"constraints.txt"}
     assert names == modules | data | {f"scaledistill/templates/{name}" for name in files}
 
     [archive] = output.glob("*.tar.gz")

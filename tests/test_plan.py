@@ -83,7 +83,8 @@ def test_reads_are_those_of_the_order(world_size: int, tiny_config: MakeConfig) 
     )
     config = tiny_config(train={"global_batch_size": 96})
     run = resolve(config, world_size, CPU)
-    found = plan.reads(cast(Any, SimpleNamespace(shards=shards, order=order, run=run)))
+    source = SimpleNamespace(name="train", shards=shards, order=order)
+    found = plan.reads(cast(Any, SimpleNamespace(sources=[source], order=order, run=run)))
     samples_N = np.arange(order.rows_per_epoch)
     shard_N, row_N = order.locate(samples_N)
     lane_N, window_N, _ = order.split(samples_N)
@@ -140,8 +141,9 @@ def test_a_single_rank_sends_nothing_and_is_not_warned(tiny_config: MakeConfig) 
 
 def test_a_window_of_a_whole_lane(tiny_config: MakeConfig) -> None:
     found = doctor.plan_run(tiny_config(data={"window_rows": 10_000}), 1, CPU)
+    rows = found.sources[0].order.rows_per_lane
     assert plan.warnings_of(found) == [
-        f"data.window_rows (10000) is at least the rows per lane ({found.order.rows_per_lane}), so "
+        f"data.window_rows (10000) is at least the rows per lane ({rows}), so "
         "all lanes read at the same step; lower it or data.num_lanes"
     ]
 
@@ -162,7 +164,7 @@ def test_what_does_not_fit(tiny_config: MakeConfig) -> None:
 def test_a_run_says_what_it_is_about_to_do(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"global_batch_size": 24, "micro_batch_size": 2, "max_steps": 500})
     found = doctor.plan_run(config, 3, CPU)
-    rows = found.order.rows_per_epoch
+    rows = found.sources[0].order.rows_per_epoch
     assert plan.start_summary(found, "cpu", step=0, last_step=500) == [
         "student l2: 10,848 parameters in its export, of which 8,384 parameters are trained",
         f"teacher {config.teacher.model}, up to layer 3: 28,832 parameters, fp32, placement "

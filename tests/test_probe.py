@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ENCODER_SIZES, WORDS
+from encoders import tiny_config as architecture_config
 from scipy.stats import spearmanr
 from test_train import distil, rows_of
-from transformers import AutoModel, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from scaledistill.config.load import parse_config
 from scaledistill.config.schema import DistillConfig
@@ -21,6 +24,7 @@ from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.glue.command import main, parse
 from scaledistill.glue.probe import SimilarityProbe
+from scaledistill.models.architectures import build_encoder
 from scaledistill.preflight.checks import plan_run
 
 DATA = Path(
@@ -65,6 +69,22 @@ def by_hand(folder: Path) -> list[float]:
         cosines = [torch.cosine_similarity(a[layer], b[layer], dim=0).item() for a, b in pairs]
         found.append(float(spearmanr(labels, cosines).statistic))
     return found
+
+
+def test_a_causal_model_whose_tokenizer_has_no_padding(stsb: Path, tmp_path: Path) -> None:
+    words = {word: i for i, word in enumerate(["</s>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path)
+    config = architecture_config("qwen3", {**ENCODER_SIZES, "vocab_size": 200})
+    encoder = build_encoder(config).eval()
+    encoder.save_pretrained(tmp_path)
+    scores = SimilarityProbe(load_tokenizer(tmp_path), stsb).score(encoder)
+    assert all(math.isfinite(score) for score in scores.values())
+    padded = load_tokenizer(tmp_path)
+    padded.pad_token = "w001"
+    assert SimilarityProbe(padded, stsb).score(encoder) == scores
 
 
 def test_the_score_is_that_of_single_sentences(

@@ -187,13 +187,13 @@ def test_cache_too_small(memory_url: str, tmp_path: Path) -> None:
         ShardStream(
             shards, shards.order(seed=0, num_lanes=6), global_batch_size=8, micro_batch_size=8
         )
-    settings: Any = SimpleNamespace(
-        data=SimpleNamespace(num_lanes=6, window_rows=64), run=SimpleNamespace(seed=0)
-    )
+    sources = {"data.train": SimpleNamespace(name="train", weight=1.0)}
+    data = SimpleNamespace(num_lanes=6, window_rows=64, sources=sources)
+    settings: Any = SimpleNamespace(data=data, run=SimpleNamespace(seed=0))
     with pytest.raises(
         ConfigError, match=r"^data.cache_bytes=100 is less than .* data.num_lanes=6"
     ):
-        _order(settings, shards)
+        _order(settings, [shards])
     with pytest.raises(ConfigError, match=r"data.cache_bytes=100 is too small for one shard"):
         shards.read(0, range(1))
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import logging
+import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ import torch
 from scaledistill.config.schema import TrainSettings
 from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import DivergedError, PeerError
+from scaledistill.relations import QKV
+from scaledistill.training import step as steps
 from scaledistill.training.skips import SkipGuard
 from scaledistill.training.step import StepResult, StudentStep
 
@@ -51,3 +56,60 @@ def test_only_rank_0_reports(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(PeerError, match=r"there is no checkpoint yet$"):
         guard.check(2, BAD)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_diverged_students_are_dropped_while_others_are_left() -> None:
+    settings = SETTINGS.model_copy(update={"on_divergence": "drop"})
+    guard = SkipGuard(settings, Ranks(0, 1, 0, torch.device("cpu")), lambda: 3)
+    good, bad = GOOD.students["s"], BAD.students["s"]
+
+    def check(step: int, **students: StudentStep) -> dict[str, str]:
+        return guard.check(step, StepResult(students, stop_requested=False))
+
+    assert check(1, a=good, b=bad, c=bad) == {}
+    assert check(2, a=bad, b=bad, c=good) == {
+        "b": "2 steps in a row of student b had a non-finite loss or gradient, the last on samples "
+        "8 to 15, where the student's output was not finite"
+    }
+    assert check(3, a=good, c=bad) == {}
+    assert check(4, a=bad, c=good) == {}
+    with pytest.raises(DivergedError, match=r"^2 steps in a row had .* the last checkpoint is"):
+        check(5, a=bad)
+
+
+def test_the_teacher_is_run_once_for_all_skipped_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "all_reduce_sum", lambda values: values)
+    forwards: list[str] = []
+
+    def model(name: str, value: float) -> Any:
+        def forward(tokens: Any) -> QKV:
+            forwards.append(name)
+            return QKV(*torch.full((3, 1, 2, 4), value))
+
+        return forward
+
+    modes: list[tuple[str, bool]] = []
+    students = [
+        SimpleNamespace(
+            name=name,
+            engine=SimpleNamespace(
+                forward=model(name, value),
+                train_mode=lambda mode, name=name: modes.append((name, mode)),
+            ),
+        )
+        for name, value in (("a", 1.0), ("b", math.nan), ("c", 1.0), ("d", 1.0))
+    ]
+    ranks = Ranks(0, 1, 0, torch.device("cpu"))
+    session: Any = SimpleNamespace(students=students, ranks=ranks, teacher=model("teacher", 1.0))
+    batch: Any = SimpleNamespace(tokens=None, mask_BT=None)
+    losses = {"a": (1.0, False), "b": (math.nan, True), "c": (math.nan, True), "d": (1.0, True)}
+    results = {name: StudentStep(x, {}, 1e-3, 1.0, skips) for name, (x, skips) in losses.items()}
+    found = steps._with_causes(session, results, [batch, batch])
+    assert {name: each.cause for name, each in found.items()} == {
+        "a": None,
+        "b": "student",
+        "c": "loss",
+        "d": "gradient",
+    }
+    assert forwards == 2 * ["teacher", "b", "c", "d"]
+    assert modes == [(name, mode) for mode in (False, True) for name in "bcd"]

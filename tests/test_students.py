@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,21 @@ import torch
 from ranks import Job, run_ranks
 from safetensors.torch import load_file
 from test_engine import ENGINES
-from test_train import LONG, distil, distil_and_die, losses_of, make_tree, rows_of, status_of
+from test_train import (
+    LONG,
+    distil,
+    distil_and_die,
+    losses_of,
+    make_tree,
+    once_made,
+    rows_of,
+    status_of,
+)
 
 from scaledistill.config.load import parse_config
+from scaledistill.config.schedule import learning_rate
+from scaledistill.errors import EXIT_STOPPED
+from scaledistill.preflight.roster import student_states
 from scaledistill.training.exports import export_checkpoint
 
 __all__ = ["make_tree"]
@@ -149,8 +162,8 @@ def test_every_student_of_a_checkpoint_is_exported(make_tree: MakeTree) -> None:
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def distil_with_a_diverging_student(tree: dict[str, Any]) -> tuple[str, int, str]:
-    """Run with a student "b" whose losses are not finite from the third step on."""
+def distil_with_a_diverging_student(tree: dict[str, Any], **options: Any) -> tuple[str, int, str]:
+    """Run with a student "b" whose training losses are not finite from the third step on."""
     from scaledistill.training.session import open_session
 
     def opened(*arguments: Any, **options: Any) -> Any:
@@ -160,12 +173,13 @@ def distil_with_a_diverging_student(tree: dict[str, Any]) -> tuple[str, int, str
 
         def bad(*inputs: Any) -> Any:
             loss = compute(*inputs)
-            return loss._replace(total=loss.total * float("nan")) if session.step >= 2 else loss
+            diverges = session.step >= 2 and loss.total.requires_grad
+            return loss._replace(total=loss.total * float("nan")) if diverges else loss
 
         student.loss = bad
         return session
 
-    return distil(tree, open_session=opened)
+    return distil(tree, open_session=opened, **options)
 
 
 def test_a_student_that_diverges_is_named_and_the_others_go_on(make_tree: MakeTree) -> None:
@@ -180,6 +194,107 @@ def test_a_student_that_diverges_is_named_and_the_others_go_on(make_tree: MakeTr
     assert len(found) >= 4
     assert found == own_metrics(alone, "a")[: len(found)], "its steps were made all the same"
     assert [row["skipped_steps"] for row in rows_of(tree)][:4] == [0, 0, 1, 2]
+    assert 'or set train.on_divergence to "drop" to train the others on' in message
+
+
+def stopping_after(step: int) -> Callable[..., Any]:
+    """Return a run's `train_step` that asks the run to stop after its step `step`."""
+    return once_made(step - 1, lambda: signal.raise_signal(signal.SIGTERM))
+
+
+def distil_and_drop(tree: dict[str, Any], alone: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """Run until step 7, with a student that diverges, then rerun; then run the other one alone."""
+    from scaledistill.distributed.ranks import process_group
+
+    with process_group(60):
+        return [
+            distil_with_a_diverging_student(tree, train_step=stopping_after(7)),
+            distil(tree),
+            distil(alone),
+        ]
+
+
+RESUMED = [("zero2", 2), pytest.param("fsdp", 2, marks=pytest.mark.full)]
+
+
+@pytest.mark.parametrize(("engine", "world_size"), RESUMED)
+def test_a_student_that_diverges_is_dropped_for_good(
+    make_tree: MakeTree, tiny_shards: Path, engine: str, world_size: int
+) -> None:
+    blocks: dict[str, Any] = {
+        "engine": ENGINES[engine],
+        "data": {"validation": str(tiny_shards / "validation")},
+        "train": {
+            **LONG,
+            "max_steps": 9,
+            "max_skipped_steps": 2,
+            "on_divergence": "drop",
+            "validation_every_steps": 2,
+            "validation_rows": 11,
+        },
+    }
+    tree, alone = (tree_of(make_tree, names, **blocks) for names in ("ab", "a"))
+    stopped, done, _ = run_ranks(distil_and_drop, world_size, tree, alone)[0]
+    assert stopped[:2] == ("stopped", EXIT_STOPPED)
+    assert done[:2] == ("done", 0)
+    assert done[2].endswith("; b was dropped at step 5")
+    assert_as_alone(tree, {"a": alone})
+    rows = {row["step"]: row for row in rows_of(tree)}
+    assert rows[5]["loss/b"] is None
+    for step in range(6, 10):
+        assert rows[step].keys().isdisjoint({"loss/b", "lr/b", "validation_loss/b"})
+        assert rows[step]["loss"] == rows[step]["loss/a"]
+        assert (rows[step]["dropped_students"], rows[step]["skipped_steps"]) == (1, 3)
+    folder = Path(tree["run"]["folder"])
+    assert {path.name for path in (folder / "export").iterdir()} == {
+        *("a", "a-best", "b-best", "b-step-5")
+    }
+    [(name, found)] = status_of(tree)["dropped"].items()
+    assert (name, found["step"], found["skipped_steps"]) == ("b", 5, 3)
+    assert found["reason"].startswith("3 steps in a row of student b had a non-finite loss")
+    assert [path.name for path in export_checkpoint(parse_config(tree), "newest")] == ["a-step-9"]
+
+
+def distil_others(
+    before: dict[str, Any], after: dict[str, Any], alone: dict[str, Any]
+) -> list[tuple[str, int, str]]:
+    """Run one configuration until step 5, then another in its folder to step 8, then to its end."""
+    from scaledistill.distributed.ranks import process_group
+
+    with process_group(60):
+        return [
+            distil(before, train_step=stopping_after(5)),
+            distil(after, train_step=stopping_after(8)),
+            distil(after),
+            distil(alone),
+        ]
+
+
+@pytest.mark.parametrize(("engine", "world_size"), RESUMED)
+def test_students_are_added_and_left_out_on_a_resume(
+    make_tree: MakeTree, engine: str, world_size: int
+) -> None:
+    blocks: dict[str, Any] = {"engine": ENGINES[engine], "train": {**LONG, "max_steps": 11}}
+    before, alone = (tree_of(make_tree, names, **blocks) for names in ("ab", "a"))
+    after = {**before, "students": {name: STUDENTS[name] for name in "ac"}}
+    ends = run_ranks(distil_others, world_size, before, after, alone)[0]
+    assert [end[0] for end in ends] == ["stopped", "stopped", "done", "done"]
+    assert_as_alone(after, {"a": alone})
+    rows = rows_of(after)
+    assert [row["step"] for row in rows if "loss/b" in row] == [1, 2, 3, 4, 5]
+    own = parse_config(after).for_student("c").train.model_copy(update={"max_steps": 6})
+    assert {row["step"]: row["lr/c"] for row in rows if "lr/c" in row} == {
+        6 + step: learning_rate(step, own) for step in range(6)
+    }
+    assert rows[-1]["loss/c"] < rows[5]["loss/c"]
+    states = [
+        json.loads((folder / "state.json").read_text())
+        for folder in sorted((Path(after["run"]["folder"]) / "checkpoints").iterdir())
+    ]
+    assert [
+        {name: (own["first_step"], own["optimizer_steps"]) for name, own in s["students"].items()}
+        for s in states
+    ] == [{"a": (0, 8), "c": (5, 3)}, {"a": (0, 11), "c": (5, 6)}]
 
 
 def test_a_checkpoint_of_one_student_as_it_was_before_can_be_resumed(make_tree: MakeTree) -> None:
@@ -188,11 +303,10 @@ def test_a_checkpoint_of_one_student_as_it_was_before_can_be_resumed(make_tree: 
     expected = rows_of(tree)[-1]
     [folder] = (Path(tree["run"]["folder"]) / "checkpoints").iterdir()
     state = json.loads((folder / "state.json").read_text())
-    from scaledistill.training.session import _state_of
-
     own = state.pop("students")["a"]
     by_student = ("optimizer_steps", "loss_scaler")
     before = {**state, **{key: {"a": own[key]} for key in by_student}}
     before |= {key: value for key, value in own.items() if key not in by_student}
-    assert _state_of(before, "a") == own
+    own.pop("first_step")
+    assert student_states(before) == {"a": own}
     assert own["optimizer_steps"] == expected["step"]

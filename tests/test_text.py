@@ -170,6 +170,31 @@ def test_a_tokenizer_without_cls_is_refused(tmp_path: Path) -> None:
         Vocabulary.of(bare)
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"bos": "<s>", "eos": "</s>", "pad": "<pad>"}, (0, 1, 2)),  # Gemma
+        ({"bos": "<s>", "eos": "</s>"}, (0, 1, 1)),  # Llama
+        ({"eos": "</s>", "pad": "<pad>"}, (1, 1, 2)),  # Qwen
+        ({"cls": "<s>", "eos": "</s>", "pad": "<pad>"}, (0, 1, 2)),  # ESM
+    ],
+)
+def test_tokens_of_begin_and_end_stand_in_for_cls_and_sep(
+    names: dict[str, str], expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    words = {word: i for i, word in enumerate(["<s>", "</s>", "<pad>", "one", "two"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="one")),
+        **{f"{name}_token": token for name, token in names.items()},
+    )
+    tokenizer.save_pretrained(tmp_path)
+    vocabulary = Vocabulary.of(load_tokenizer(tmp_path))
+    assert (vocabulary.cls_id, vocabulary.sep_id, vocabulary.pad_id) == expected
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    tokenizer.eos_token = "two"
+    assert tokenizer_fingerprint(tokenizer) != fingerprint
+
+
 def test_roberta_names_and_large_vocabularies(tmp_path: Path) -> None:
     words = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(70_000))]
     tokenizer = load_tokenizer(save_tokenizer(tmp_path, words, cls="<s>", sep="</s>", pad="<pad>"))

@@ -121,7 +121,9 @@ def status_of(tree: dict[str, Any]) -> dict[str, Any]:
     return json.loads((Path(tree["run"]["folder"]) / "status.json").read_text())
 
 
-def test_a_whole_run(make_tree: Callable[..., dict[str, Any]], tiny_shards: Path) -> None:
+def test_a_whole_run(
+    make_tree: Callable[..., dict[str, Any]], tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree = make_tree(
         data={"validation": str(tiny_shards / "validation")},
         train={
@@ -152,6 +154,7 @@ def test_a_whole_run(make_tree: Callable[..., dict[str, Any]], tiny_shards: Path
         parse_config(json.loads((folder / "config.json").read_text())).train.micro_batch_size == 4
     )
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    check_report(folder, parse_config(tree), monkeypatch)
     best = min(
         (row for row in rows if "validation_loss" in row), key=lambda row: row["validation_loss"]
     )
@@ -172,6 +175,45 @@ def test_a_whole_run(make_tree: Callable[..., dict[str, Any]], tiny_shards: Path
         folder / "export" / "l2",
         folder / "checkpoints" / "step-000000020" / "l2.weights.safetensors",
     )
+
+
+def check_report(folder: Path, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check what a finished run of 20 steps leaves for the report, and that its checkpoint has the
+    same relation maps.
+    """
+    from scaledistill.metrics.events import read_events
+    from scaledistill.training import maps
+
+    events = read_events(folder / "events.jsonl")
+    assert [(event.kind, event.step) for event in events] == [
+        ("started", 0),
+        *(("saved", step) for step in (5, 10, 15, 20)),
+        ("done", 20),
+    ]
+    facts = events[0].details
+    assert facts["environment"]["ranks"] == 2
+    assert facts["data"]["validation"]["location"] == config.data.validation
+    assert facts["data"]["training"]["source"]["kind"] == "test"
+    page = (folder / "report.html").read_text()
+    assert facts["data"]["training"]["sha256 of the manifest"] in page
+    measured = json.loads((folder / "maps.json").read_text())
+    assert measured["step"] == 20
+    assert all(
+        word.startswith(("w", "[CLS]", "[SEP]"))
+        for sentence in measured["sentences"]
+        for word in sentence
+    )
+    own = measured["students"]["l2"]
+    monkeypatch.setattr(maps, "KL_ROWS", own["num_rows"])  # the rows of rank 0
+    maps.write_checkpoint_maps(config)
+    again = json.loads((folder / "maps.json").read_text())
+    assert again["sentences"] == measured["sentences"]
+    for pair in ("qq", "kk", "vv"):
+        other = again["students"]["l2"]
+        assert other["kl"][pair] == pytest.approx(own["kl"][pair], rel=1e-3, abs=1e-5)
+        for one, two in zip(other["maps"][pair], own["maps"][pair], strict=True):
+            assert one["head"] == two["head"]
+            assert one["student"] == [pytest.approx(values, abs=1) for values in two["student"]]
 
 
 def distil_from_memory(tree: dict[str, Any], umask: int) -> tuple[str, int, str]:

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
+from test_decoders import check_later_tokens_are_not_seen
 from torch import Tensor
 
 from scaledistill.relations import QKV, relation_loss, resolve_backend
@@ -569,3 +570,7 @@ def test_nothing_waits_for_the_gpu() -> None:
                 ).total.backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+def test_later_tokens_leave_the_loss_of_earlier_rows() -> None:
+    check_later_tokens_are_not_seen("qwen3", "triton", DEVICE)

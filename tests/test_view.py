@@ -21,6 +21,8 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     ElectraForPreTraining,
+    GPT2Config,
+    GPT2Model,
     LlamaConfig,
     LlamaModel,
     PreTrainedConfig,
@@ -29,9 +31,7 @@ from transformers import (
 
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError
-from scaledistill.models import architectures
 from scaledistill.models.architectures import (
-    Architecture,
     architecture_of,
     build_encoder,
     check_layer,
@@ -83,6 +83,9 @@ def snapshot(model: nn.Module) -> list[object]:
 
 
 def hooked_qkv(model: PreTrainedModel, layer: int, **inputs: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of the projections: those of the block's first use, or of its `layer`-th if it
+    is repeated.
+    """
     row = architecture_of(model.base_model.config)
     block = model.base_model.get_submodule(row.block_path(layer))
     found: list[Tensor] = []
@@ -93,7 +96,17 @@ def hooked_qkv(model: PreTrainedModel, layer: int, **inputs: Tensor) -> tuple[Te
     model(**inputs)
     for handle in handles:
         handle.remove()
-    return found[0].chunk(3, dim=-1) if row.fused else tuple(found)
+    if row.fused_by_head:  # DeBERTa v1, in the words of its code
+        attention = block.attention.self
+        heads, q_bias, v_bias = map(
+            attention.transpose_for_scores,
+            (found[0], attention.q_bias[None, None, :], attention.v_bias[None, None, :]),
+        )
+        query, key, value = heads.chunk(3, dim=-1)
+        found = [query + q_bias, key, value + v_bias]
+        return tuple(each.permute(0, 2, 1, 3).flatten(2) for each in found)
+    first = 3 * (layer - 1) if row.repeats_block else 0
+    return found[0].chunk(3, dim=-1) if row.fused else tuple(found[first : first + 3])
 
 
 @pytest.mark.parametrize(
@@ -252,34 +265,6 @@ def test_compiled_blocks() -> None:
     torch._dynamo.reset()
 
 
-def test_pre_norm_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row with input norm, final norm and narrower keys and values: what later architectures
-    need.
-    """
-    row = Architecture(
-        blocks="layers",
-        query="self_attn.q_proj",
-        key="self_attn.k_proj",
-        value="self_attn.v_proj",
-        attention_output="self_attn.o_proj",
-        input_norm="input_layernorm",
-        final_norm="norm",
-        dropped=(),
-    )
-    monkeypatch.setitem(architectures.ARCHITECTURES, "llama", row)
-    sizes = {key: value for key, value in SIZES.items() if key != "max_position_embeddings"}
-    model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, pad_token_id=0)).eval()
-    found: list[Tensor] = []
-    for name in ("q_proj", "k_proj", "v_proj"):
-        projection = getattr(model.layers[2].self_attn, name)
-        projection.register_forward_hook(lambda _m, _i, output: found.append(output))
-    with torch.no_grad():
-        model(input_ids=IDS_BT)
-        expected = found[:3]
-        assert all(map(torch.equal, capture_qkv(model, 3, input_ids=IDS_BT), expected))
-    assert capture_view(model, 3).widths == (48, 24, 24)
-
-
 def test_bert_large_teacher_size() -> None:
     config = BertConfig(
         num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096
@@ -324,13 +309,13 @@ def test_refusals(bert: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match="layer=5 is beyond the model's 4 layers"):
         capture_qkv(bert, 5, input_ids=IDS_BT)
     sizes = {key: value for key, value in SIZES.items() if key != "max_position_embeddings"}
-    llama = LlamaModel(LlamaConfig(**sizes, pad_token_id=0))
     with pytest.raises(
         ConfigError,
-        match=r"type 'llama', which is not supported; use a model of type bert, camem.*; "
+        match=r"type 'gpt2', which is not supported; use a model of type albert, bert, camem.*; "
         "CONTRIBUTING.md has the recipe for adding an architecture$",
     ):
-        capture_view(llama, 1)
+        capture_view(GPT2Model(GPT2Config(vocab_size=97, n_embd=8, n_head=2, n_layer=1)), 1)
+    llama = LlamaModel(LlamaConfig(**sizes, pad_token_id=0))
     llama.config.model_type = "bert"
     with pytest.raises(ConfigError, match="calls itself 'bert' but is not built like one"):
         capture_view(llama, 1)

@@ -27,9 +27,17 @@ class Subcommand(NamedTuple):
 SUBCOMMANDS = {
     "init": Subcommand("init", "write a configuration to start from, and the launchers"),
     "shards make": Subcommand("shards_make", "make shards of token ids from text"),
+    "shards merge": Subcommand("shards_merge", "merge shards made in parts on several machines"),
     "shards check": Subcommand("shards_check", "verify shards and print their contents"),
     "distill": Subcommand("distill", "distil students from a teacher; rerun to resume"),
     "glue": Subcommand("glue", "fine-tune and score models on GLUE and SQuAD 2.0"),
+    "report": Subcommand("report", "write a page about runs: curves, events, relation maps"),
+    "export": Subcommand(
+        "export", "write a student for transformers, sentence-transformers or ONNX"
+    ),
+    "push": Subcommand("push", "upload an export to the hub; shows the files first"),
+    "doctor": Subcommand("doctor", "check this machine, its packages and the data of a run"),
+    "estimate": Subcommand("estimate", "estimate memory, speed and time of a run on types of GPUs"),
     "schema": Subcommand("schema", "print the JSON schema of a configuration, for editors"),
 }
 """The subcommands in the order of the overview; a name may have several words."""
@@ -42,8 +50,13 @@ MEANT = {
     "run": "distill",
     "make": "shards make",
     "prepare": "shards make",
+    "merge": "shards merge",
     "check": "shards check",
     "verify": "shards check",
+    "upload": "push",
+    "publish": "push",
+    "convert": "export",
+    "onnx": "export",
     "eval": "glue",
     "evaluate": "glue",
 }

@@ -16,7 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from scaledistill.distributed.launcher import check_numbers, stated_rank
+from scaledistill.distributed.launcher import (
+    check_numbers,
+    is_launched,
+    launcher_facts,
+    stated_rank,
+)
 from scaledistill.errors import (
     EXIT_DONE,
     EXIT_ENVIRONMENT,
@@ -26,6 +31,7 @@ from scaledistill.errors import (
     DataError,
     DivergedError,
     PeerError,
+    named,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +46,8 @@ FAR_REPORT_SECONDS = 5.0
 exit."""
 DESCRIPTION = """Distil students from a frozen teacher; rerun the same command to resume.
 
-It may also be started by `deepspeed`, `torchrun` or `accelerate launch`."""
+It starts a rank for each GPU of this machine, or as many as --num-ranks states. `deepspeed`,
+`torchrun` and `accelerate launch` may start the ranks instead."""
 EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on
 request (0 under torchrun, which would restart the run; rerun the command to resume), 130
 interrupted. <run.folder>/status.json states how a run ended, even if a launcher changes the exit
@@ -91,6 +98,12 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         help="override a setting, such as train.max_steps=100; repeatable",
     )  # fmt: skip
     parse.add_argument(
+        "--num-ranks",
+        type=_positive,
+        metavar="N",
+        help="start N ranks on this machine (default: one per GPU; one without GPUs)",
+    )
+    parse.add_argument(
         "--print-config",
         nargs="?",
         const="json",
@@ -114,7 +127,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--world-size",
         type=_positive,
         metavar="N",
-        help="with --validate: plan for N ranks (default: those started here)",
+        help="with --validate: plan for N ranks, on any machines (default: those of this one)",
     )
     parse.add_argument(
         "--tokens-per-second",
@@ -166,6 +179,8 @@ def _check_together(parse: argparse.ArgumentParser, options: argparse.Namespace)
         parse.error(f"{' and '.join(given)} do different things; give one of them")
     if options.fresh and given and given[0] in ("--print-config", "--explain", "--export"):
         parse.error(f"--fresh starts a run over, {given[0]} starts none; give one of them")
+    if options.num_ranks and given and given[0] in ("--print-config", "--explain", "--export"):
+        parse.error(f"--num-ranks starts a run, {given[0]} starts none; give one of them")
 
 
 def _positive(text: str) -> int:
@@ -236,6 +251,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
         if stated_rank("LOCAL_RANK") == "0":
             log.error("%s", error)
         return _after_report(error.exit_code, "LOCAL_RANK")
+    except KeyboardInterrupt:
+        if is_main:
+            log.error("interrupted")
+        return EXIT_INTERRUPTED
     try:
         if options.print_config:
             if is_main:
@@ -245,6 +264,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
             return _export(config, options.export, is_main)
         if options.validate:
             return _validate(config, options, is_main)
+        if num_ranks := _ranks_to_start(options.num_ranks):
+            given = sys.argv[1:] if arguments is None else arguments
+            return _start_ranks(config, options, num_ranks, given)
         from scaledistill.training.loop import distill
 
         under_elastic = "TORCHELASTIC_RUN_ID" in os.environ
@@ -282,6 +304,52 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
         if is_main:
             log.error("interrupted%s", "" if trial else f"; {resume_hint(config.run.folder)}")
         return EXIT_INTERRUPTED
+
+
+def _ranks_to_start(stated: int | None) -> int:
+    """Return how many ranks this process starts; 0 if it is a rank itself.
+
+    Raises:
+        ConfigError: the number differs from that of the launcher, there are fewer GPUs, or several
+            processes were started that do not know of each other.
+    """
+    if is_launched():
+        if stated and stated != (started := launcher_facts().world_size):
+            raise ConfigError(
+                f"--num-ranks {stated}: a launcher has started {started}; leave the option out, or "
+                "start the command without a launcher"
+            )
+        return 0
+    from scaledistill.distributed.start import ranks_to_start
+
+    with named(num_ranks="--num-ranks"):
+        number = ranks_to_start(stated)
+    if number == 1:
+        return 0
+    launcher_facts()  # refuses several tasks of srun or MPI, each of which would start ranks
+    return number
+
+
+def _start_ranks(
+    config: DistillConfig, options: argparse.Namespace, num_ranks: int, arguments: Sequence[str]
+) -> int:
+    """Start the command as several ranks, wait for them and return the exit code."""
+    from scaledistill.config.presets import CLONE
+    from scaledistill.distributed.start import start_ranks
+    from scaledistill.storage.files import read_json
+
+    # With -m, Python would look for modules in the working folder first, unlike the command itself.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if CLONE:
+        paths = [str(CLONE), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = ["-m", "scaledistill", "distill", *arguments]
+    code = start_ranks(command, num_ranks, quiet=not options.debug)
+    if code == EXIT_DONE and not (options.dry_run or options.profile):
+        # Under torchrun, ranks that were stopped exit with 0; see `main`.
+        status = read_json(Path(config.run.folder) / "status.json") or {}
+        code = EXIT_STOPPED if status.get("state") == "stopped" else EXIT_DONE
+    return code
 
 
 def _explain(key: str, is_main: bool) -> int:
@@ -337,8 +405,10 @@ def _validate(config: DistillConfig, options: argparse.Namespace, is_main: bool)
     from scaledistill.storage.files import in_use
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = options.world_size or int(
-        os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count()))
+    ranks = (
+        options.world_size
+        or options.num_ranks
+        or int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
     )
     stated = options.device_memory_gb and int(options.device_memory_gb * 1e9)
     plan = plan_run(config, ranks, device, fresh=options.fresh, gpu_bytes=stated)

@@ -1,7 +1,7 @@
-"""`scaledistill shards check`: verify a folder of shards and print its contents.
+"""`scaledistill shards check`: verify folders of shards and print their contents.
 
 Inputs: command-line arguments. Outputs: a table, the problems and an exit code. Not handled here:
-the checks (`data.shards.verify`).
+the checks (`data.shards.verify`, `data.mixture`).
 """
 
 from __future__ import annotations
@@ -9,14 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scaledistill.cli.parsing import Parser
 from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, ConfigError, DataError
 
-PROG = "scaledistill shards check"
-DESCRIPTION = """Check a folder of shards against its manifest and print its contents.
+if TYPE_CHECKING:
+    from rich.console import Console
 
-The checks: sizes, sha256, tar, crc32, ids, documents. Exit code 0 if all pass, otherwise 3."""
+    from scaledistill.data.manifest import Manifest
+
+PROG = "scaledistill shards check"
+DESCRIPTION = """Check folders of shards against their manifests and print their contents.
+
+The checks: sizes, sha256, tar, crc32, ids, documents; of several folders, whether a run can mix
+them. Exit code 0 if all pass, otherwise 3."""
 EPILOG = """examples:
   %(prog)s shards/wiki-512/train
   %(prog)s shards/wiki-512/train --json figures.json"""
@@ -30,7 +37,9 @@ def parser(prog: str = PROG) -> Parser:
     """Return the parser of the command line."""
     parse = Parser(prog, DESCRIPTION, EPILOG)
     parse.add_argument(
-        "folder",
+        "folders",
+        nargs="+",
+        metavar="folder",
         type=Path,
         help="folder with shards.manifest and the tar files, as `shards make` writes it",
     )
@@ -39,10 +48,39 @@ def parser(prog: str = PROG) -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """Check the folder, print the findings and return the exit code."""
+    """Check the folders, print the findings and return the exit code."""
     options = parser(prog).parse_args(arguments)
 
     from rich.console import Console
+
+    from scaledistill.data.mixture import mixing_problem
+
+    console = Console(soft_wrap=True, highlight=False)
+    rows: list[dict[str, object]] = []
+    manifests: dict[str, Manifest] = {}
+    is_sound = True
+    for folder in options.folders:
+        manifest, figures, problems = check(console, folder)
+        is_sound = is_sound and manifest is not None and not problems
+        if manifest is not None:
+            manifests[str(folder)] = manifest
+        prefix = "shards/" if len(options.folders) == 1 else f"shards/{folder}/"
+        rows += [
+            {"name": f"{prefix}{name}", "value": value, "unit": unit, "n": 1}
+            for name, value, unit in figures
+        ]
+    if problem := mixing_problem(manifests):
+        is_sound = False
+        console.print(f"ERROR {problem}", markup=False)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return EXIT_DONE if is_sound else EXIT_ENVIRONMENT
+
+
+def check(
+    console: Console, folder: Path
+) -> tuple[Manifest | None, list[tuple[str, float, str]], list[str]]:
+    """Check a folder and print the findings; return its manifest, figures and problems."""
     from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
@@ -50,17 +88,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
     from scaledistill.data.shards import Manifest, verify
 
-    console = Console(soft_wrap=True, highlight=False)
     try:
-        manifest = Manifest.load(options.folder)
+        manifest = Manifest.load(folder)
     except (ConfigError, DataError) as error:
         console.print(f"ERROR {error}", markup=False)
-        return EXIT_ENVIRONMENT
+        return None, [], [str(error)]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("checking", total=len(manifest.shards))
-        problems = list(verify(options.folder, manifest, on_shard=lambda: progress.advance(task)))
+        problems = list(verify(folder, manifest, on_shard=lambda: progress.advance(task)))
 
-    figures = [
+    figures: list[tuple[str, float, str]] = [
         ("shards", len(manifest.shards), "files"),
         ("bytes", sum(shard.bytes for shard in manifest.shards), "bytes"),
         ("rows", manifest.rows, "rows"),
@@ -80,7 +117,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     unknown = manifest.unknown_fraction
     if unknown is not None:
         figures.insert(-1, ("unknown_fraction", unknown, "fraction of the tokens of text"))
-    table = Table(show_header=False, title=Text(str(options.folder)))
+    table = Table(show_header=False, title=Text(str(folder)))
     for name, value, _ in figures:
         label = LABELS.get(name, name.replace("_", " "))
         table.add_row(Text(label), f"{value:,}" if isinstance(value, int) else f"{value:.2%}")
@@ -97,10 +134,4 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
         console.print(f"ERROR {problem}", markup=False)
     if problems:
         console.print("Copy these shards again, or recreate them with `scaledistill shards make`.")
-    if options.json:
-        rows = [
-            {"name": f"shards/{name}", "value": value, "unit": unit, "n": 1}
-            for name, value, unit in figures
-        ]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return EXIT_ENVIRONMENT if problems else EXIT_DONE
+    return manifest, figures, problems

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaledistill.cli.parsing import Parser, say
-from scaledistill.data.sizes import ROWS_PER_SHARD
+from scaledistill.data.sizes import ROWS_PER_SHARD, Part
 from scaledistill.errors import (
     EXIT_DONE,
     EXIT_ENVIRONMENT,
@@ -52,6 +52,14 @@ examples:
     --sequence-length 512 --held-out-fraction 0.001 --output shards/books
   %(prog)s --dataset wikimedia/wikipedia --dataset-config 20231101.en \\
     --tokenizer google-bert/bert-large-uncased --output shards/wiki"""
+
+
+def part_of(text: str) -> Part:
+    """Read I/N."""
+    try:
+        return Part.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parser(prog: str = PROG) -> Parser:
@@ -168,6 +176,13 @@ def parser(prog: str = PROG) -> Parser:
         "--overwrite",
         action="store_true",
         help="replace the shards in DIR once the new ones are finished",
+    )
+    output.add_argument(
+        "--part",
+        type=part_of,
+        metavar="I/N",
+        help="only tokenise part I of N, into DIR/part-I-of-N; run `scaledistill shards merge DIR` "
+        "once all parts are there",
     )
     output.add_argument(
         "--workers",
@@ -307,6 +322,17 @@ def print_summary(console: Console, report: ShardReport, output: Path) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def print_part(console: Console, report: ShardReport, options: argparse.Namespace) -> None:
+    """Print the counts of a part and the next command."""
+    part, output = options.part, shlex.quote(str(options.output))
+    own, read = report.train.documents, counted(report.documents, "document")
+    text = (
+        f"part {part}: {own:,} of {read}, {report.tokens:,} tokens in {report.seconds:.1f} s\n"
+        f"next, with all {part.of} parts in one folder: {_command()} shards merge {output}"
+    )
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def _command() -> str:
     """Return how to call the command of this environment: `scaledistill` if it is on the path."""
     # The path is not resolved: in a virtual environment the interpreter is a link.
@@ -324,6 +350,7 @@ def run(options: argparse.Namespace, prog: str) -> None:
 
     from scaledistill.data.prepare.compression import ReadProgress
     from scaledistill.data.prepare.make import make_shards
+    from scaledistill.data.prepare.parts import make_part
     from scaledistill.data.prepare.text import load_tokenizer
 
     if options.json and not options.json.parent.is_dir():
@@ -339,8 +366,9 @@ def run(options: argparse.Namespace, prog: str) -> None:
             "positions",
         )
     display = Display(Console(stderr=True), read, options)
+    make = functools.partial(make_part, part=options.part) if options.part else make_shards
     with display.bar:
-        report = make_shards(
+        report = make(
             documents,
             options.output,
             tokenizer=tokenizer,
@@ -360,7 +388,10 @@ def run(options: argparse.Namespace, prog: str) -> None:
         )
     if options.json:
         options.json.write_text(json.dumps(report.measurements(), indent=1) + "\n")
-    print_summary(Console(), report, options.output)
+    if options.part:
+        print_part(Console(), report, options)
+    else:
+        print_summary(Console(), report, options.output)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:

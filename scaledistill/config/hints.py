@@ -80,6 +80,10 @@ SHARDS = use(
     ", a folder of shards that `scaledistill shards make` makes from text",
     takes_given=False,
 )
+NUM_RANKS = Advice(
+    "type --num-ranks N for the ranks of this machine, or give it to a launcher, before the "
+    "script: torchrun --nproc-per-node N launch/distill.py …"
+)
 LAUNCHER = Advice(
     "give it to the launcher, before the script: torchrun --nproc-per-node N launch/distill.py …, "
     "or deepspeed --num_gpus N launch/distill.py …"
@@ -238,10 +242,10 @@ FOREIGN = {
     "from_scratch": START_OVER,
 }
 OPTIONS = {
-    "nproc_per_node": LAUNCHER,
-    "num_processes": LAUNCHER,
-    "num_gpus": LAUNCHER,
-    "gpus": LAUNCHER,
+    "nproc_per_node": NUM_RANKS,
+    "num_processes": NUM_RANKS,
+    "num_gpus": NUM_RANKS,
+    "gpus": NUM_RANKS,
     "world_size": LAUNCHER,
     "num_nodes": LAUNCHER,
     "nnodes": LAUNCHER,

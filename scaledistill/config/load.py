@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from scaledistill.config.presets import CLONE
-from scaledistill.config.schema import SCHEMA_KEY, DistillConfig
+from scaledistill.config.schema import SCHEMA_KEY, DistillConfig, StudentSettings
 from scaledistill.config.wording import explain
 from scaledistill.config.yaml_text import lines_of, parse_yaml
 from scaledistill.errors import ConfigError, DataError, Field, did_you_mean, joined, near_miss
@@ -42,8 +42,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfi
     path = Path(path)
     text = _read(path)
     tree = read_tree(text, path)
+    in_file = tuple(students) if isinstance(students := tree.get("students"), dict) else ()
     for override in overrides:
         _apply_override(tree, override)
+    _check_new_students(tree, in_file, overrides)
     separate: list[ConfigError] = []
     try:
         return parse_config(tree, separate)
@@ -134,7 +136,8 @@ def check_paths(config: DistillConfig, path: str | Path, *, warns: bool = True) 
     """
     here = Path.cwd()
     roots = [*Path(path).resolve().parents[:2], *([CLONE] if CLONE else [])]
-    named = {"data.train": config.data.train, "data.validation": config.data.validation}
+    sources = {setting: source.shards for setting, source in config.data.sources.items()}
+    named = {**sources, "data.validation": config.data.validation}
     named |= {"teacher.model": config.teacher.model}
     for name, student in config.students.items():
         if student.init not in ("random", "teacher"):
@@ -281,17 +284,37 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     except ValueError:
         value = text  # a bare word is a string
     *parents, last = path.split(".")
-    students = tree.get("students")
-    if parents[:1] == ["students"] and isinstance(students, dict) and students:
-        name = path.split(".")[1]
-        if name not in students:
-            known = " or ".join(f"students.{each}" for each in students)
-            raise ConfigError(
-                f"--set {override}: there is no student {name!r} in the file; use {known}"
-            )
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override}: {parent!r} is a value, not a block")
     node[last] = value
+
+
+def _check_new_students(
+    tree: Mapping[str, Any], in_file: Sequence[str], overrides: Sequence[str]
+) -> None:
+    """Check that a student that the file lacks has got its size, not only a misspelt name.
+
+    Raises:
+        ConfigError: naming the first such student, and what it lacks.
+    """
+    students = tree.get("students")
+    if not in_file or not isinstance(students, dict):
+        return
+    needed = [key for key, field in StudentSettings.model_fields.items() if field.is_required()]
+    for name, block in students.items():
+        if name in in_file or not isinstance(block, dict):
+            continue
+        if missing := [key for key in needed if key not in block]:
+            override = next(
+                each
+                for each in overrides
+                if each.startswith((f"students.{name}.", f"students.{name}="))
+            )
+            known = " or ".join(f"students.{each}" for each in in_file)
+            raise ConfigError(
+                f"--set {override}: there is no student {name!r} in the file; use {known}, or to "
+                f"add it, set {' and '.join(f'students.{name}.{key}' for key in missing)} too"
+            )

@@ -1,10 +1,12 @@
 """Name a run's settings in the errors of modules that get them as plain parameters.
 
 Inputs: errors from `models`, in which a parameter has its function's own name (see `errors`).
-Outputs: the names for `errors.named`, such as `teacher.model`.
+Outputs: the names for `errors.named`, such as `teacher.model`; and the names of metrics.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from scaledistill.config.schema import StudentSettings, TeacherSettings
 from scaledistill.errors import Field
@@ -34,3 +36,8 @@ def student_names(student: str) -> dict[str, str | Field]:
         "trust_remote_code": "teacher.trust_remote_code",
         **{name: f"{block}.{name}" for name in StudentSettings.model_fields},
     }
+
+
+def own_metric(metric: str, student: str, students: Collection[str]) -> str:
+    """Return the name of a student's metric: "lr", or "lr/<student>" if the run has several."""
+    return f"{metric}/{student}" if len(students) > 1 else metric

@@ -43,6 +43,14 @@ def learning_rate(step: int, train: TrainSettings) -> float:
     return peak * (1 - math.sqrt((step - begin) / (max_steps - begin)))
 
 
+def from_step(train: TrainSettings, first_step: int) -> TrainSettings:
+    """Return the settings by a student's own steps, the first of which is the run's `first_step`.
+
+    A student that was added to a run has its warm-up and its decay in the steps that were left.
+    """
+    return train.model_copy(update={"max_steps": train.max_steps - first_step})
+
+
 def with_schedule_of(train: TrainSettings, earlier: Mapping[str, Any]) -> TrainSettings:
     """Return the settings with the schedule of an earlier run's `train`, which may lack keys that
     were added since.

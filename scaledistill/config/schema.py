@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -101,8 +103,18 @@ class StudentSettings(Settings):
     """Width of the blocks' outputs."""
     num_attention_heads: Positive
     """Attention heads of a block; they must divide the width."""
+    num_key_value_heads: Positive | None = None
+    """Heads of keys and values in grouped-query attention, each shared by equally many query heads
+    (default: as many query heads share one as in the teacher)."""
+    head_dim: Positive | None = None
+    """Width of a head, where the architecture lets it differ from `hidden_size` /
+    `num_attention_heads` (default: the teacher's if it differs there, else that quotient)."""
     intermediate_size: Positive | None = None
     """FFN width (default: 4 × `hidden_size`; ModernBERT: 1.5 ×)."""
+    architecture: NonEmpty | None = None
+    """The student's `model_type`, such as "modernbert", if it is not the teacher's. It then has the
+    teacher's vocabulary, special tokens and positions, and else the defaults of that architecture;
+    `init` cannot be "teacher"."""
     init: NonEmpty = "random"
     """"random", "teacher" (its weights, cut by layers, whole heads and width) or the folder of a
     model of this shape."""
@@ -116,7 +128,8 @@ class StudentSettings(Settings):
     relation_heads: Positive | None = None
     """Relation heads for this student (default: `relations.num_heads`)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout while distilling. The exported config keeps the teacher's values."""
+    """Dropout while distilling. The exported config keeps the teacher's values, or the defaults of
+    `architecture`."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of this student (default: `train.learning_rate`)."""
     warmup_steps: NotNegative | None = None
@@ -168,11 +181,33 @@ class RelationSettings(Settings):
         return pairs
 
 
+class SourceSettings(Settings):
+    """One of several data sets to train on."""
+
+    shards: NonEmpty
+    """Folder or URL of its shards."""
+    weight: Annotated[float, Field(gt=0)]
+    """Its share of the samples, relative to the other weights."""
+    name: NonEmpty | None = None
+    """Its name in metrics and messages (default: its number in the list, from 0)."""
+
+
+TAGS = ("[one]", "[list]")
+"""Parts of the paths in pydantic's errors: which type of a setting of two types was given."""
+TrainingData = Annotated[
+    Annotated[NonEmpty, Tag("[one]")]
+    | Annotated[list[SourceSettings], Field(min_length=1), Tag("[list]")],
+    Discriminator(lambda value: "[list]" if isinstance(value, list) else "[one]"),
+]
+
+
 class DataSettings(Settings):
     """The shards to read, and how their rows are shuffled and cached."""
 
-    train: Annotated[NonEmpty, CONTENT_STAYS]
-    """Folder or URL of the training shards, made by `scaledistill shards make`."""
+    train: Annotated[TrainingData, CONTENT_STAYS]
+    """Folder or URL of the training shards, made by `scaledistill shards make`, or a list of
+    several with weights: [{"shards": "shards/wiki/train", "weight": 0.7}, …]. Each is shuffled and
+    goes through epochs of its own."""
     validation: Annotated[NonEmpty | None, MAY_CHANGE] = None
     """Folder or URL of held-out shards."""
     sequence_length: Positive
@@ -190,6 +225,33 @@ class DataSettings(Settings):
     """Local folder for shards from URLs (default: ~/.cache/scaledistill)."""
     cache_bytes: Annotated[Positive, MAY_CHANGE] = 100_000_000_000
     """Maximum size of that folder, in bytes."""
+
+    @property
+    def sources(self) -> dict[str, SourceSettings]:
+        """The training data by setting, with their names: "data.train", or "data.train.0", …"""
+        if isinstance(self.train, str):
+            return {"data.train": SourceSettings(name="train", shards=self.train, weight=1.0)}
+        return {
+            f"data.train.{number}": source.model_copy(update={"name": source.name or str(number)})
+            for number, source in enumerate(self.train)
+        }
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSettings:
+        names: dict[str | None, str] = {}
+        for setting, source in self.sources.items():
+            setting = setting.removeprefix("data.")
+            if not STUDENT_NAME.fullmatch(source.name or ""):
+                raise ValueError(
+                    f"{setting}.name={source.name!r}: use only letters, digits, '-' and '_'; it is "
+                    "part of metric names"
+                )
+            if source.name in names:
+                raise ValueError(
+                    f"{setting} and {names[source.name]} are both named {source.name!r}; rename one"
+                )
+            names[source.name] = setting
+        return self
 
 
 class TrainSettings(Settings):
@@ -231,8 +293,11 @@ class TrainSettings(Settings):
     """Apply torch.compile to the blocks of teacher and student (not to the student's under ZeRO-3).
     "auto": on GPUs, unless `run.deterministic` is on, which excludes it."""
     max_skipped_steps: Annotated[NotNegative, MAY_CHANGE] = 10
-    """Steps in a row that may be skipped for a non-finite loss or gradient; one more ends the
-    run."""
+    """Steps in a row that may be skipped for a non-finite loss or gradient; with one more, a
+    student has diverged."""
+    on_divergence: Annotated[Literal["stop", "drop"], MAY_CHANGE] = "stop"
+    """If a student diverges: "stop" ends the run; "drop" exports the student as it is, takes it out
+    of the run and trains the others on. The last student left ends the run."""
     validation_every_steps: Annotated[NotNegative, MAY_CHANGE] = 0
     """Steps between validation losses; one is also computed at the end. 0: never."""
     validation_rows: Annotated[Positive, MAY_CHANGE] = 1024

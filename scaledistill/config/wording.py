@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from scaledistill.config.hints import foreign
-from scaledistill.config.schema import DistillConfig, Settings
+from scaledistill.config.schema import TAGS, DistillConfig, Settings
 from scaledistill.errors import ConfigError, Field, counted, did_you_mean, near_miss
 
 VERY_NEAR, NEAR, FAR = 0.85, 0.5, 0.75
@@ -44,12 +44,11 @@ def explain(
     """
     problems: dict[str, ConfigError] = {}
     for error in errors:
-        path, annotation, default = setting_at(
-            [part for part in error["loc"] if part != "[key]"], root
-        )
+        location = [part for part in error["loc"] if part not in ("[key]", *TAGS)]
+        path, annotation, default = setting_at(location, root)
         if error["type"] == "extra_forbidden":
-            path = ".".join(map(str, error["loc"]))
-            line = f"{path}: unknown key; {key_hint(error['loc'], tree)}"
+            path = ".".join(map(str, location))
+            line = f"{path}: unknown key; {key_hint(location, tree)}"
         elif error["type"] == "missing":
             line = f"{path}: missing, a value is required"
         elif error["type"] == "value_error":

@@ -82,6 +82,24 @@ class SampleOrder:
         self._first_window_L = -(-steps_L * window_rows // num_lanes)
         self._shards_of = lru_cache(maxsize=4)(self._shuffle_shards)
 
+    @property
+    def sources(self) -> tuple[SampleOrder, ...]:
+        """The orders of the data sets that the samples come from: this one alone."""
+        return (self,)
+
+    def divide(self, samples_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Turn sample numbers into (source, sample number of the source), see `MixedOrder`."""
+        return np.zeros_like(samples_N), samples_N
+
+    @property
+    def shares(self) -> list[float]:
+        """The fraction of the samples that comes from each source."""
+        return [1.0]
+
+    def counts(self, num_samples: int) -> list[int]:
+        """Return how many of the first samples are of each source."""
+        return [num_samples]
+
     def fingerprint(self) -> dict[str, int | str]:
         """Return what determines the row of a sample number; a resume compares it."""
         return {

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -161,24 +161,15 @@ class ShardReader:
             f"{self.location}/{entry.file}", num_bytes=entry.bytes, sha256=entry.sha256
         )
 
-    def fetch_ahead(self, num_lanes: int, stop: threading.Event) -> FetchAhead | None:
+    def fetch_ahead(self, stop: threading.Event) -> FetchAhead | None:
         """Return a `FetchAhead` that works until `stop` is set; None for a local folder."""
-        if self._cache is None:
-            return None
-        needed = self._bytes_at_once(2 * num_lanes)
-        if needed > self._cache.limit_bytes and not self._rank:
-            logger.warning(
-                "data.cache_bytes=%d holds the shards that data.num_lanes=%d lanes read at the "
-                "same time, but not the next ones too: some are fetched only when they are due, "
-                "and steps wait for them; set it to %d or more",
-                *(self._cache.limit_bytes, num_lanes, needed),
-            )
-        return FetchAhead(self._fetch, stop)
+        return None if self._cache is None else FetchAhead(self._fetch, stop)
 
     def keep(self, shards: Iterable[int]) -> None:
         """Tell the cache which shards are in use or will be, so that it evicts others first."""
         if self._cache:
-            self._cache.keep = frozenset(self.manifest.shards[shard].sha256 for shard in shards)
+            kept = (self.manifest.shards[shard].sha256 for shard in shards)
+            self._cache.keep_for(id(self), kept)
 
     def _fetch(self, shard: int) -> None:
         entry = self.manifest.shards[shard]
@@ -200,26 +191,44 @@ class ShardReader:
             identity=self.manifest.sha256,
         )
 
-    def check_cache(self, num_lanes: int) -> None:
-        """Raise ConfigError if the cache can't hold the shards that all lanes read at once."""
-        if self._cache is None:
-            return
-        if (needed := self._bytes_at_once(num_lanes)) > self._cache.limit_bytes:
-            raise SettingError(
-                "limit_bytes",
-                self._cache.limit_bytes,
-                (
-                    f"is less than the {needed} bytes of the shards that ",
-                    Field("num_lanes", num_lanes),
-                    " lanes read at the same time, so shards would be fetched again and again",
-                ),
-                "raise it",
-            )
-
     def _bytes_at_once(self, num_shards: int) -> int:
         """Return the bytes of the `num_shards` largest shards, or of all if there are fewer."""
         return sum(
             sorted((shard.bytes for shard in self.manifest.shards), reverse=True)[:num_shards]
+        )
+
+
+def check_cache(readers: Sequence[ShardReader], num_lanes: int, *, warns: bool = False) -> None:
+    """Check that the cache, which the readers share, holds what all their lanes read at once.
+
+    Args:
+        warns: log a warning, on rank 0, if it does not hold the next shards of all lanes too.
+
+    Raises: ConfigError if it is too small.
+    """
+    remote_ones = [reader for reader in readers if reader._cache]
+    if not remote_ones:
+        return
+    limit = min(reader._cache.limit_bytes for reader in remote_ones if reader._cache)
+    needed = sum(reader._bytes_at_once(num_lanes) for reader in remote_ones)
+    if needed > limit:
+        raise SettingError(
+            "limit_bytes",
+            limit,
+            (
+                f"is less than the {needed} bytes of the shards that ",
+                Field("num_lanes", num_lanes),
+                " lanes read at the same time, so shards would be fetched again and again",
+            ),
+            "raise it",
+        )
+    needed = sum(reader._bytes_at_once(2 * num_lanes) for reader in remote_ones)
+    if warns and needed > limit and not remote_ones[0]._rank:
+        logger.warning(
+            "data.cache_bytes=%d holds the shards that data.num_lanes=%d lanes read at the "
+            "same time, but not the next ones too: some are fetched only when they are due, "
+            "and steps wait for them; set it to %d or more",
+            *(limit, num_lanes, needed),
         )
 
 

@@ -16,7 +16,7 @@ import queue
 import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import TracebackType
@@ -28,8 +28,9 @@ from torch import Tensor
 
 from scaledistill.data.ahead import FetchAhead
 from scaledistill.data.blocks import count_tokens
+from scaledistill.data.mixture import Order
 from scaledistill.data.order import SampleOrder
-from scaledistill.data.reader import ShardReader
+from scaledistill.data.reader import ShardReader, check_cache
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError, Field, SettingError
 
@@ -74,6 +75,21 @@ class _Rows:
     ids_NT: np.ndarray  # u16 or u32
     padded_N: np.ndarray  # bool
     layout_N2W: np.ndarray  # see _layout
+
+    @classmethod
+    def empty(cls, num_rows: int, T: int, dtype: np.dtype[Any]) -> _Rows:
+        """Return rows to be filled, with ids of a dtype."""
+        return cls(
+            np.empty((num_rows, T), dtype),
+            np.empty(num_rows, bool),
+            np.empty((num_rows, 2, -(-T // 8)), np.uint8),
+        )
+
+    def put(self, at: np.ndarray, rows: _Rows) -> None:
+        """Copy rows to the places `at`."""
+        self.ids_NT[at] = rows.ids_NT
+        self.padded_N[at] = rows.padded_N
+        self.layout_N2W[at] = rows.layout_N2W
 
     def batches(
         self, samples_N: np.ndarray, size: int, with_documents: bool, before: int, after: int
@@ -179,19 +195,15 @@ class _Windows:
         self._spans = [(0, 0, 0)] * order.num_lanes  # (epoch, first place in the epoch, rows)
 
     def gather(self, samples_N: np.ndarray) -> _Rows:
-        """Return the rows of ascending sample numbers, int64 [N]."""
+        """Return the rows of sample numbers that ascend in each lane, int64 [N]."""
         lane_N, window_N, offset_N = self._order.split(samples_N)
         N = len(samples_N)
-        rows = _Rows(
-            np.empty((N, self._ids_PT.shape[1]), self._ids_PT.dtype),
-            np.empty(N, bool),
-            np.empty((N, *self._layout_P2W.shape[1:]), np.uint8),
-        )
+        rows = _Rows.empty(N, self._ids_PT.shape[1], self._ids_PT.dtype)
         pending = np.arange(N)
         while len(pending):
             lanes, windows = lane_N[pending], window_N[pending]
             ready = self._window_L[lanes] == windows
-            # Samples ascend, so the first pending one of each lane gives the lane's next window.
+            # The first pending sample of each lane gives the lane's next window.
             if not ready.all():
                 for lane, at in zip(*np.unique(lanes, return_index=True), strict=True):
                     if self._window_L[lane] != windows[at]:
@@ -246,19 +258,50 @@ class _Windows:
             self._loaded_P[here] = True
 
 
+class _Sources:
+    """The windows of every source; for a single one, its own alone."""
+
+    def __init__(
+        self, readers: Sequence[ShardReader], order: Order, aheads: Sequence[FetchAhead | None]
+    ) -> None:
+        self._order = order
+        self._windows = [
+            _Windows(*each) for each in zip(readers, order.sources, aheads, strict=True)
+        ]
+        self._T = readers[0].manifest.sequence_length
+        self._dtype = max((reader.manifest.ids_dtype for reader in readers), key=_itemsize)
+
+    def gather(self, samples_N: np.ndarray) -> _Rows:
+        """Return the rows of ascending sample numbers, int64 [N]."""
+        source_N, number_N = self._order.divide(samples_N)
+        if len(self._windows) == 1:
+            return self._windows[0].gather(number_N)
+        rows = _Rows.empty(len(samples_N), self._T, self._dtype)
+        for source, windows in enumerate(self._windows):
+            at = np.flatnonzero(source_N == source)
+            rows.put(at, windows.gather(number_N[at]))
+        return rows
+
+
+def _itemsize(dtype: np.dtype[Any]) -> int:
+    return dtype.itemsize
+
+
 class ShardStream:
     """Iterate endlessly over one rank's micro-batches, read ahead by one thread.
 
-    A context manager. If the shards are at a URL, further threads fetch each lane's next shard
-    while the lane reads the current one.
+    A context manager. `shards`: one reader for each source of the order, or the only one. If the
+    shards are at a URL, further threads fetch each lane's next shard while the lane reads the
+    current one.
 
     Step s uses samples [sB, (s+1)B) of the order. Rank r of W takes slots r::W of them and cuts
     them, in order, into micro-batches. So the global batches are the same for every W, and a resume
     at `first_sample`, the cursor of a step's last batch, is exact.
 
-    Memory of a process: num_lanes × window_rows × T × 2¼ bytes (4¼ with u32 ids), which is 0.15 GB
-    at the defaults with T = 128 and 0.60 GB with T = 512. It is less if an epoch is smaller, or if
-    ranks share out the lanes (the number of ranks divides num_lanes, and num_lanes divides B).
+    Memory of a process, for each source: num_lanes × window_rows × T × 2¼ bytes (4¼ with u32 ids),
+    which is 0.15 GB at the defaults with T = 128 and 0.60 GB with T = 512. It is less if an epoch
+    is smaller, or if ranks share out the lanes (the number of ranks divides num_lanes, and
+    num_lanes divides B).
     Bookkeeping adds 6 bytes per row. `next` re-raises what the thread raises, such as a DataError
     for a damaged block.
 
@@ -267,8 +310,8 @@ class ShardStream:
 
     def __init__(
         self,
-        shards: ShardReader,
-        order: SampleOrder,
+        shards: ShardReader | Sequence[ShardReader],
+        order: Order,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -296,19 +339,21 @@ class ShardStream:
                 Field("global_batch_size", global_batch_size),
                 "; resume with the batch size that the checkpoint was made with",
             )
-        if order.num_rows != shards.manifest.rows:
-            raise ValueError(
-                f"an order of {order.num_rows} rows for shards with {shards.manifest.rows}"
-            )
-        shards.check_cache(order.num_lanes)
+        readers = [shards] if isinstance(shards, ShardReader) else list(shards)
+        for reader, own in zip(readers, order.sources, strict=True):
+            if own.num_rows != reader.manifest.rows:
+                raise ValueError(
+                    f"an order of {own.num_rows} rows for shards with {reader.manifest.rows}"
+                )
+        check_cache(readers, order.num_lanes, warns=True)
         self._stop = threading.Event()
-        self._ahead = shards.fetch_ahead(order.num_lanes, self._stop)
-        windows = _Windows(shards, order, self._ahead)
+        self._aheads = [reader.fetch_ahead(self._stop) for reader in readers]
+        sources = _Sources(readers, order, self._aheads)
 
         def produce() -> Iterator[Batch]:
             for first in itertools.count(first_sample, global_batch_size):
                 samples_N = np.arange(first + rank, first + global_batch_size, world_size)
-                rows = windows.gather(samples_N)
+                rows = sources.gather(samples_N)
                 batches = rows.batches(
                     samples_N, micro_batch_size, with_documents, first, first + global_batch_size
                 )
@@ -344,8 +389,8 @@ class ShardStream:
         """End the threads."""
         self._stop.set()
         self._thread.join(timeout=10)  # a daemon: it may hang in a download
-        if self._ahead:
-            self._ahead.close()
+        for ahead in filter(None, self._aheads):
+            ahead.close()
 
     def __enter__(self) -> ShardStream:
         return self
@@ -420,7 +465,7 @@ def iter_validation(
     total = min(rows, shards.manifest.rows)
     shard_ends = np.cumsum([shard.rows for shard in shards.manifest.shards])
     num_shards = int(np.searchsorted(shard_ends, total)) + 1  # the shards that are read
-    ahead = shards.fetch_ahead(1, threading.Event())
+    ahead = shards.fetch_ahead(threading.Event())
 
     @lru_cache(maxsize=1)
     def read(shard: int, blocks: range) -> list[tuple[int, _Rows]]:
@@ -456,3 +501,4 @@ def iter_validation(
     finally:
         if ahead:
             ahead.close()
+        shards.keep(())

@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import numbers
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -129,17 +130,56 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
         if (folder / file).is_file() and read_json(folder / file) is None:
             raise ValueError(f"its {file} is not a JSON object")
     tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    if type(tokenizer).__name__ == "EsmTokenizer":
+        tokenizer = _fast_esm(tokenizer)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer")
     if (folder / DEFINITION).is_file():
         tokenizer = _as_defined(tokenizer, Tokenizer.from_file(str(folder / DEFINITION)), folder)
-    names = _input_names(tokenizer.model_input_names, folder)
-    if names != tokenizer.model_input_names:
-        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    if (types := _num_token_types(folder)) is not None:
+        return_token_types(cast("PreTrainedTokenizerFast", tokenizer), types > 1)
     # Some files silently truncate and pad: all-MiniLM-L6-v2's tokenizer.json does, to 128 tokens.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _fast_esm(slow: Any) -> PreTrainedTokenizerFast:
+    """Return the fast form of ESM's tokenizer, which transformers has in Python only.
+
+    Text is split at white space and around each token of the vocabulary.
+
+    Raises:
+        ValueError: it gives other ids.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = sorted(filter(None, slow.all_tokens), key=len, reverse=True)
+    backend = Tokenizer(models.WordLevel(slow.get_vocab(), unk_token=slow.unk_token))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex("|".join(map(re.escape, tokens))), "isolated"),
+        ]
+    )
+    names = ("cls_token", "eos_token", "pad_token", "mask_token", "unk_token")
+    cls, eos = slow.cls_token, slow.eos_token
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {eos}",
+        pair=f"{cls} $A {eos} $B {eos}",
+        special_tokens=[(cls, slow.cls_token_id), (eos, slow.eos_token_id)],
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_input_names=slow.model_input_names,
+        model_max_length=slow.model_max_length,
+        **{name: getattr(slow, name) for name in names},
+    )
+    for text in (*PROBES, "".join(slow.all_tokens)):
+        if fast(text)["input_ids"] != slow(text)["input_ids"]:
+            raise ValueError(f"its fast form reads {text!r} differently")
+    return fast
 
 
 def _as_defined(tokenizer: Any, defined: Tokenizer, folder: Path) -> PreTrainedTokenizerFast:
@@ -196,19 +236,24 @@ def _warn_once(folder: Path, tokenizer_class: str, text: str) -> None:
         )
 
 
-def _input_names(names: list[str], folder: Path) -> list[str]:
-    """Return `names` with token type ids if the folder's model has several types, else without."""
+def return_token_types(tokenizer: PreTrainedTokenizerFast, wanted: bool) -> None:
+    """Make a tokenizer return token type ids, or stop it from doing so; it is saved so too."""
+    names = [name for name in tokenizer.model_input_names if name != _SEGMENTS]
+    if wanted == (_SEGMENTS in tokenizer.model_input_names):
+        return
+    names += [_SEGMENTS] if wanted else []
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+
+
+def _num_token_types(folder: Path) -> int | None:
+    """Return how many token types the folder's model has; None if there is none that says so."""
     from transformers import CONFIG_MAPPING
 
     config = read_json(folder / "config.json") or {}
     types = config.get("type_vocab_size")
     if types is None and config.get("model_type") in CONFIG_MAPPING:
         types = getattr(CONFIG_MAPPING[config["model_type"]](), "type_vocab_size", None)
-    if not isinstance(types, int):
-        return names  # no model here, or its config does not state the number of types
-    if types > 1:
-        return names if _SEGMENTS in names else [*names, _SEGMENTS]
-    return [name for name in names if name != _SEGMENTS]
+    return types if isinstance(types, int) else None
 
 
 def gives_same_ids(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:

@@ -25,6 +25,8 @@ LEAST = {
     "LOCAL_SIZE": 1,
     "MASTER_PORT": 0,
 }
+BY_ACCELERATE = "ACCELERATE_MIXED_PRECISION"
+"""Set by `accelerate launch` in all that it starts."""
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 BATCH_STEPS = 0xFFFFFFF0
 """First number of Slurm's steps for batch scripts and shells; those of `srun` count from 0."""
@@ -75,6 +77,17 @@ def check_numbers() -> None:
             )
 
 
+def is_launched() -> bool:
+    """Return whether a launcher has started this process as a rank."""
+    # accelerate sets no ranks for a single process.
+    return has_ranks() or BY_ACCELERATE in os.environ
+
+
+def has_ranks() -> bool:
+    """Return whether a launcher has set ranks."""
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
 def launcher_facts() -> LauncherFacts:
     """Return the place of this process in the job; without a launcher, it is the only one.
 
@@ -84,7 +97,7 @@ def launcher_facts() -> LauncherFacts:
     """
     check_numbers()
     given = [name for name in NAMES if name in os.environ]
-    if "RANK" not in given and "WORLD_SIZE" not in given:
+    if not has_ranks():
         _check_alone()
         return LauncherFacts(0, 1, 0, 1)
     if missing := [name for name in NAMES if name not in given]:
@@ -143,7 +156,7 @@ def _check_alone() -> None:
                 "and WORLD_SIZE are not set): each would be a run of its own in the same folder. "
                 "Use `torchrun --nproc-per-node N`, or launch/torchrun_multi_node.sh on each node"
             )
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
+    if BY_ACCELERATE in os.environ and "MASTER_PORT" in os.environ:
         log.warning(
             "accelerate launch was asked for several processes and started one: it starts several "
             "on GPUs, or on CPUs by MPI. This run has one rank; `torchrun --nproc-per-node N` or "

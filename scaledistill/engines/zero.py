@@ -261,6 +261,25 @@ def _release(engine: Any, linear: Callable[..., Tensor]) -> None:
     inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
+def cpu_adam_error() -> float:
+    """Build and load DeepSpeed's CPU Adam, and return how far its step is from PyTorch's AdamW.
+
+    The engine does not use it; `transformers.Trainer` does with offload.
+
+    Raises:
+        Exception: whatever the compiler, the loader or DeepSpeed raises.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    found, expected = (torch.linspace(-1, 1, 64).requires_grad_() for _ in range(2))
+    for weights in (found, expected):
+        weights.grad = torch.linspace(1, 2, 64)
+    with contextlib.redirect_stdout(io.StringIO()):
+        DeepSpeedCPUAdam([found], lr=1e-2).step()
+    torch.optim.AdamW([expected], lr=1e-2, weight_decay=0.0).step()
+    return (found - expected).abs().max().item()
+
+
 def scaler_state(scaler: Any) -> dict[str, Any]:
     """Return the part of DeepSpeed's loss scaler that changes; the rest is configuration."""
     return {key: getattr(scaler, key) for key in SCALER_STATE if hasattr(scaler, key)}

@@ -34,6 +34,7 @@ from scaledistill.errors import (
     named,
     plain_type,
 )
+from scaledistill.glue.card import write_scores
 from scaledistill.glue.grid import GridResult, GridStoppedError, run_grid
 from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.plan import (
@@ -49,7 +50,6 @@ from scaledistill.glue.plan import (
 from scaledistill.glue.read import read_split
 from scaledistill.glue.summary import column_title, summary_of
 from scaledistill.glue.tasks import TASKS
-from scaledistill.models.export import write_card_section
 from scaledistill.models.teacher import load_config, resolve_folder
 from scaledistill.run.folder import Status, StopRequest, failures_told
 
@@ -258,9 +258,10 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
     """
     folder, settings = Path(config.run.folder), _settings_of(config)
     torch.cuda.empty_cache()  # the worker processes need the memory
-    exports = {name: folder / "export" / name for name in config.students}
-    output, several = folder / "evaluation", len(exports) > 1
     status = Status(folder, config.train.max_steps)
+    trained = [name for name in config.students if name not in status.dropped]
+    exports = {name: folder / "export" / name for name in trained}
+    output, several = folder / "evaluation", len(exports) > 1
     answer = "stopping; finished fine-tunings are kept"
     stop = StopRequest(
         folder, watch_file=True, logs=True, max_hours=config.run.max_hours, answer=answer
@@ -281,8 +282,8 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
             )
             end = ("stopped", EXIT_STOPPED, f"{message}; {why}")
         else:
-            for export in exports.values():
-                write_card_section(export, "Evaluation", result.summary.markdown())
+            for name, export in exports.items():
+                write_scores(export, name, output)
             whose = "their" if several else "its"
             end = ("done", EXIT_DONE, f"{message}; {whose} scores are in {output}/summary.md")
             if result.failures:

@@ -40,6 +40,7 @@ from scaledistill.glue.cell import Cell
 from scaledistill.glue.features import Features, prepare
 from scaledistill.glue.metrics import only_answer
 from scaledistill.glue.tasks import TASKS, Task
+from scaledistill.models.architectures import ARCHITECTURES
 from scaledistill.models.teacher import quiet_transformers, read_config
 from scaledistill.models.weights import check_complete, check_finite
 
@@ -91,6 +92,9 @@ def fine_tune(
     data = prepare(
         cell, model_folder, data_folder, list(inspect.signature(model.forward).parameters)
     )
+    row = ARCHITECTURES.get(model.config.model_type)
+    if row and row.causal:  # the head reads the last token that is not padding
+        model.config.pad_token_id = data.tokenizer.pad_token_id
     collate = DataCollatorWithPadding(data.tokenizer)
     epochs: list[dict[str, Any]] = []
     predictions: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ Legend: B sentences of a batch, T tokens, D width.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -91,6 +91,8 @@ class SimilarityProbe:
             DataError: see `read_split`.
         """
         tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:  # decoders; padding is masked, so any token will do
+            tokenizer.pad_token = tokenizer.eos_token
         self._tokenizer = tokenizer
         pairs = read_split(TASKS["stsb"], "dev", data_folder)
         self._labels = torch.tensor(pairs.labels, dtype=torch.float64)
@@ -112,23 +114,35 @@ class SimilarityProbe:
     def score(self, encoder: PreTrainedModel) -> dict[str, float]:
         """Return the correlations by metric name, from -1 to 1.
 
-        A correlation is NaN if the cosines are all equal, or one of them is not finite.
-
         Args:
             encoder: in eval mode, on any device, with the tokenizer's vocabulary.
         """
+        device = next(encoder.parameters()).device
+
+        def embed(ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
+            mask_BT = mask_BT.to(device)
+            layers = encoder(
+                input_ids=ids_BT.to(device), attention_mask=mask_BT, output_hidden_states=True
+            ).hidden_states
+            return {name: _mean(layers[layer], mask_BT) for name, layer in METRICS.items()}
+
+        return self.rank(embed)
+
+    def rank(self, embed: Callable[[Tensor, Tensor], Mapping[str, Tensor]]) -> dict[str, float]:
+        """Return the correlation of each kind of sentence vector, from -1 to 1.
+
+        A correlation is NaN if the cosines are all equal, or one of them is not finite.
+
+        Args:
+            embed: returns the vectors, [B, D], of ids and mask, [B, T], by name.
+        """
         from scipy.stats import spearmanr
 
-        device = next(encoder.parameters()).device
-        vectors: dict[str, list[Tensor]] = {name: [] for name in METRICS}
+        vectors: dict[str, list[Tensor]] = {}
         for batch in self._batches:
-            inputs = self._tokenizer.pad(batch, return_tensors="pt").to(device)
-            ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
-            layers = encoder(
-                input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True
-            ).hidden_states
-            for name, layer in METRICS.items():
-                vectors[name].append(_mean(layers[layer], mask_BT).double().cpu())
+            inputs = self._tokenizer.pad(batch, return_tensors="pt")
+            for name, part in embed(inputs["input_ids"], inputs["attention_mask"]).items():
+                vectors.setdefault(name, []).append(part.double().cpu())
         found: dict[str, float] = {}
         for name, parts in vectors.items():
             left, right = torch.cat(parts)[self._pairs].unbind(1)

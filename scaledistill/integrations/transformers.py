@@ -29,8 +29,13 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.errors import ConfigError, DataError, Field, named
 from scaledistill.integrations.datasets import prepare_dataset as prepare_dataset
-from scaledistill.models.architectures import base_encoder, check_layer
-from scaledistill.models.loss import StudentLoss
+from scaledistill.models.architectures import (
+    base_encoder,
+    check_layer,
+    qkv_widths,
+    takes_token_types,
+)
+from scaledistill.models.loss import StudentLoss, causal_relations
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import WEIGHT_FILES, Teacher, load_encoder, resolve_folder
 from scaledistill.models.view import capture_view
@@ -53,6 +58,10 @@ SIZES = {
     "num_attention_heads": "student_attention_heads",
     "intermediate_size": "the student's intermediate_size",  # follows from the width
     "hidden_size / num_attention_heads": "student_hidden_size / student_attention_heads",
+    # These follow from the teacher's.
+    "num_key_value_heads": "the student's num_key_value_heads",
+    "num_attention_heads / num_key_value_heads": "the student's heads / num_key_value_heads",
+    "head_dim": "the student's head_dim",
 }
 STUDENT_NAMES: dict[str, str | Field] = {
     **SIZES,
@@ -221,7 +230,9 @@ class MiniLMTrainer(Trainer):
                 teacher_model = load_encoder(teacher_model, num_layers=args.teacher_layer)
         _check_models(teacher_model, model, args)
         self._view = capture_view(model, args.student_layer)
-        self._loss = StudentLoss(args.num_relation_heads, args.pairs, args.relation_backend)
+        with named(student="model"):
+            causal = causal_relations(*(base_encoder(x).config for x in (teacher_model, model)))
+        self._loss = StudentLoss(args.num_relation_heads, args.pairs, args.relation_backend, causal)
         view = cast(Any, self._view.module)
         prefix = "" if base_encoder(model) is model else f"{model.base_model_prefix}."
         # Trainer and its callbacks save the module that is trained, the view; let it save the full
@@ -343,8 +354,7 @@ def _save_whole(
 def _passed_on(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs besides ids and mask; no token type ids if a model has only one type."""
     # RoBERTa has one type: ids of a second type, from another tokenizer, would be out of range.
-    types = getattr(config, "type_vocab_size", None)
-    without = {"token_type_ids"} if types is not None and types < 2 else set()
+    without = set() if takes_token_types(config) else {"token_type_ids"}
     return {name: inputs[name] for name in PASSED_ON if name in inputs and name not in without}
 
 
@@ -380,7 +390,7 @@ def _check_models(
         check_layer(args.teacher_layer, first.num_hidden_layers)
     with named(layer="student_layer"):
         check_layer(args.student_layer, second.num_hidden_layers)
-    widths = {"teacher": first.hidden_size, "student": second.hidden_size}
+    widths = {"teacher": qkv_widths(first), "student": qkv_widths(second)}
     with named(num_heads="num_relation_heads", pairs="relations"):
         check_relation_heads(args.num_relation_heads, widths, args.pairs)
     if first.vocab_size != second.vocab_size:

@@ -95,14 +95,17 @@ class Table:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that all benchmarks share."""
     parser.add_argument(
-        "--json", type=_file, metavar="FILE", help="write the figures here: name, value, unit, n"
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help="write the figures here: name, value, unit, n",
     )
     parser.add_argument(
-        "--markdown", type=_file, metavar="FILE", help="write the tables here as Markdown"
+        "--markdown", type=output_file, metavar="FILE", help="write the tables here as Markdown"
     )
 
 
-def _file(text: str) -> Path:
+def output_file(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():  # fail now rather than after all measurements
         raise argparse.ArgumentTypeError(f"{path.parent} is not a folder; make it first")

@@ -1,11 +1,12 @@
-"""The record of a run: `metrics.jsonl`, a progress bar or log lines, trackers, and `loss.png`.
+"""The record of a run: rows, events, a display or log lines, trackers, and `loss.png`.
 
-Inputs: one row per logging step, as plain numbers. Outputs: files and console output; for a dry
-run, the log lines only. Only rank 0 creates a `Recorder`.
+Inputs: one row per logging step, as plain numbers, and events. Outputs: files and console output;
+for a dry run, the log lines only. Only rank 0 creates a `Recorder`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -13,16 +14,19 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.console import Console
+from rich.logging import RichHandler
 
+from scaledistill.metrics.display import Display, loss_text, speed
+from scaledistill.metrics.events import EVENTS_FILE, Event, WarningEvents
+from scaledistill.metrics.rows import by_student, student_value
 from scaledistill.metrics.trackers import Trackers
 from scaledistill.storage.background import Background, ended
 from scaledistill.storage.files import write_bytes
@@ -33,6 +37,8 @@ ROW_SECONDS = 0.1
 """A step waits this long for the disk, and not at all while earlier rows are still waiting."""
 WORD_SECONDS = 30.0
 """A warning is logged if rows wait for longer."""
+PROBE = "probe/stsb_spearman"
+_PROBE_OF_STUDENT = re.compile(r"probe/[^/]+/stsb_spearman")
 CLOSE_SECONDS = 30.0
 """How long the end of a run waits for the disk."""
 
@@ -63,7 +69,16 @@ class Recorder:
         config: Mapping[str, Any],
         project: str | None = None,
         run_name: str | None = None,
+        facts: Mapping[str, Any] | None = None,
     ):
+        """Open the record, without the rows after `resumed_at`, which are recorded again.
+
+        Args:
+            max_steps: of the run, for the display.
+            trackers: names of W&B, TensorBoard, MLflow; `project` and `run_name` are theirs.
+            config: the run's settings, for the trackers.
+            facts: the environment, the data and the teacher, for the first event.
+        """
         self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._max_steps = max_steps
@@ -72,19 +87,34 @@ class Recorder:
         kept = [row for row in read_rows(self._path) if row["step"] <= resumed_at]
         write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = self._path.open("a")
+        self._events = (folder / EVENTS_FILE).open("a")
         self._disk = Background("metrics.jsonl")
+        # Its own thread: a row is waited for only if the disk has done all that came before it.
+        self._events_disk = Background("events.jsonl")
+        self._step = resumed_at
         self._waiting: deque[tuple[float, Future[None]]] = deque()  # rows, with when each was made
         self._has_warned = False
-        self._display = _Display(max_steps, resumed_at) if sys.stderr.isatty() else None
+        console = _console()
+        self._display = (
+            Display(console, folder.name, max_steps, resumed_at, kept)
+            if sys.stderr.isatty() and not console.is_dumb_terminal
+            else None
+        )
+        self._warnings, self._entered = WarningEvents(self.event), contextlib.ExitStack()
+        origin = ("resumed", f"from step {resumed_at}") if resumed_at else ("started", "at step 0")
+        self.event(*origin, details=facts)
 
     def __enter__(self) -> Recorder:
+        self._entered.enter_context(self._warnings)
         if self._display:
-            self._display.progress.start()
+            self._entered.enter_context(self._display)
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        if self._display:
-            self._display.progress.stop()
+    def __exit__(self, kind: Any, error: BaseException | None, at: TracebackType | None) -> None:
+        self._entered.close()
+        if error is not None:
+            self.event("failed", f"{type(error).__name__}: {error}")
+        events_closed = self._events_disk.submit(self._close_events)
         closed = self._disk.submit(self._close)
         try:
             if ended(closed, CLOSE_SECONDS):
@@ -95,12 +125,34 @@ class Recorder:
                     *(self._folder, CLOSE_SECONDS),
                 )
         finally:
+            ended(events_closed, CLOSE_SECONDS)
             self._trackers.finish()  # last: they may wait for a network
+
+    def show_notices(self, notice: Callable[[], str]) -> bool:
+        """Show on the display what `notice` returns; return False if there is no display."""
+        if self._display:
+            self._display.notice = notice
+        return self._display is not None
 
     def advance(self, step: int) -> None:
         """Move the display to a step."""
+        self._step = step
         if self._display:
-            self._display.progress.update(self._display.task, completed=step)
+            self._display.step = step
+
+    def event(
+        self,
+        kind: str,
+        message: str,
+        step: int | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record an event of one of `events.KINDS` (default: at the current step)."""
+        event = Event(kind, self._step if step is None else step, message, details=details or {})
+        # Not waited for: it may come from a thread that writes.
+        self._events_disk.submit(self._write_event, event)
+        if self._display:
+            self._display.event(kind, event.step, message)
 
     def record(self, row: Mapping[str, Any], seconds_left: float | None = None) -> None:
         """Write a logging step's row; values that are not finite become null.
@@ -120,7 +172,7 @@ class Recorder:
             step=row["step"],
         )
         if self._display:
-            self._display.show(clean)
+            self._display.show(clean, seconds_left)
         else:
             _log(clean, self._max_steps, seconds_left)
 
@@ -149,6 +201,18 @@ class Recorder:
             # What could not be written stays in the buffer and is written with the next row.
             log.warning("%s: %s; training continues", self._path, error.strerror)
 
+    def _write_event(self, event: Event) -> None:
+        """Write an event; runs in its background thread."""
+        # A full disk is reported with the next row; a warning from here would be another event.
+        with contextlib.suppress(OSError):
+            self._events.write(event.line())
+            self._events.flush()
+
+    def _close_events(self) -> None:
+        """Close the file of events; runs in its background thread."""
+        with contextlib.suppress(OSError):
+            self._events.close()
+
     def _close(self) -> None:
         """Close the file and draw the loss curve; runs in the background thread."""
         try:
@@ -156,6 +220,13 @@ class Recorder:
             draw_losses(self._folder)
         except OSError as error:
             log.warning("%s: the record is not complete: %s", self._folder, error.strerror)
+
+
+def _console() -> Console:
+    """Return the console that messages are logged to: two would overwrite each other's lines."""
+    handlers = logging.getLogger("scaledistill").handlers
+    shared = [handler.console for handler in handlers if isinstance(handler, RichHandler)]
+    return shared[0] if shared else Console(stderr=True)
 
 
 class RowLog:
@@ -193,26 +264,24 @@ class Pace:
 
 def summary(row: Mapping[str, Any]) -> str:
     """Return a row's metrics for people, on one line."""
-    parts = ["loss " + ("not finite" if row["loss"] is None else f"{row['loss']:.4f}")]
-    # A run of several students has "loss/<student>" beside their sum.
-    own = {key: value for key, value in row.items() if re.fullmatch(r"loss/[^/]+", key)}
-    if own:
-        shown = ("not finite" if value is None else f"{value:.4f}" for value in own.values())
-        names = (key.partition("/")[2] for key in own)
-        parts.append(f"({', '.join(map(' '.join, zip(names, shown, strict=True)))})")
+    parts = ["loss " + loss_text(row["loss"])]
+    parts += _each(by_student(row, "loss"), ".4f")
     if row.get("validation_loss") is not None:
         parts.append(f"validation {row['validation_loss']:.4f}")
-    if row.get("probe/stsb_spearman") is not None:
-        parts.append(f"STS-B probe {row['probe/stsb_spearman']:.3f}")
-    if row.get("tokens_per_second") is not None:
-        parts.append(f"{short(row['tokens_per_second'])} tokens/s")
-    if row.get("mfu") is not None:
-        parts.append(f"MFU {row['mfu']:.0%}")
-    if row.get("data_wait_fraction") is not None:
-        parts.append(f"data wait {row['data_wait_fraction']:.1%}")
-    if row.get("memory_peak_bytes") is not None:
-        parts.append(f"memory {row['memory_peak_bytes'] / 1e9:.1f} GB")
+        parts += _each(by_student(row, "validation_loss"), ".4f")
+    if row.get(PROBE) is not None:
+        parts.append(f"STS-B probe {row[PROBE]:.3f}")
+    probes = {key.split("/")[1]: x for key, x in row.items() if _PROBE_OF_STUDENT.fullmatch(key)}
+    if probes:
+        parts += ["STS-B probe", *_each(probes, ".3f")]
+    parts += speed(row)
     return "  ".join(parts)
+
+
+def _each(values: Mapping[str, float | None], form: str) -> list[str]:
+    """Return "(a 0.5, b not finite)" for the students' values, or nothing."""
+    shown = [f"{name} {'not finite' if x is None else f'{x:{form}}'}" for name, x in values.items()]
+    return [f"({', '.join(shown)})"] if shown else []
 
 
 def line(row: Mapping[str, Any], seconds_left: float | None = None) -> str:
@@ -220,6 +289,8 @@ def line(row: Mapping[str, Any], seconds_left: float | None = None) -> str:
     parts = [summary(row)]
     if row.get("lr") is not None:
         parts.append(f"lr {row['lr']:.2e}")
+    elif rates := by_student(row, "lr"):
+        parts += ["lr", *_each(rates, ".2e")]
     if seconds_left is not None:
         parts.append(f"{timedelta(seconds=round(seconds_left))} left")
     return "  ".join(parts)
@@ -229,54 +300,12 @@ def _log(row: Mapping[str, Any], max_steps: int, seconds_left: float | None) -> 
     log.info("step %d/%d  %s", row["step"], max_steps, line(row, seconds_left))
 
 
-def short(number: float) -> str:
-    """Return a number with one decimal and a unit prefix: 1.2M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return f"{number:.0f}"
-
-
-class _Bar(Progress):
-    """A progress bar with the last row's metrics below it: beside it, 80 columns would cut them."""
-
-    figures = ""
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield the bar, then the metrics; rich calls this to draw."""
-        yield self.make_tasks_table(self.tasks)
-        if self.figures:
-            yield Text(self.figures)
-
-
-class _Display:
-    """The progress bar on the terminal."""
-
-    def __init__(self, max_steps: int, resumed_at: int) -> None:
-        self.progress = _Bar(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            expand=True,
-            refresh_per_second=4,
-            speed_estimate_period=120,
-        )
-        self.task = self.progress.add_task("distil", total=max_steps, completed=resumed_at)
-
-    def show(self, row: Mapping[str, Any]) -> None:
-        """Show a row; print one with a validation loss above the bar, where it stays."""
-        self.progress.figures = line(row)
-        self.progress.update(self.task, completed=row["step"])
-        if row.get("validation_loss") is not None:
-            losses = {key: row[key] for key in ("loss", "validation_loss")}
-            self.progress.console.print(f"step {row['step']}  {summary(losses)}", highlight=False)
+def _loss_of(row: Mapping[str, Any], metric: str, student: str | None) -> float | None:
+    return student_value(row, metric, student) if student else row.get(metric)
 
 
 def draw_losses(folder: Path) -> None:
-    """Draw `loss.png` from `metrics.jsonl`: training and validation loss by step."""
+    """Draw `loss.png` from `metrics.jsonl`: training and validation loss by step and student."""
     rows = read_rows(folder / "metrics.jsonl")
     losses = [(row["step"], row["loss"]) for row in rows if row.get("loss")]
     if not losses:
@@ -288,17 +317,25 @@ def draw_losses(folder: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(*zip(*losses, strict=True), color="#1f77b4", linewidth=1, label="training")
-    if validation := [
-        (row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss")
-    ]:
-        axes.plot(
-            *zip(*validation, strict=True),
-            color="#d62728",
-            marker="o",
-            markersize=4,
-            label="validation",
-        )
+    names = dict.fromkeys(name for row in rows for name in by_student(row, "loss"))
+    for name in names or [None]:
+        label = f" of {name}" if name else ""
+        colors = (None, None) if name else ("#1f77b4", "#d62728")
+        curves = {
+            metric: [(row["step"], x) for row in rows if (x := _loss_of(row, metric, name))]
+            for metric in ("loss", "validation_loss")
+        }
+        if curves["loss"]:
+            xy = zip(*curves["loss"], strict=True)
+            axes.plot(*xy, color=colors[0], linewidth=1, label=f"training{label}")
+        if curves["validation_loss"]:
+            axes.plot(
+                *zip(*curves["validation_loss"], strict=True),
+                color=colors[1],
+                marker="o",
+                markersize=4,
+                label=f"validation{label}",
+            )
     axes.set(xlabel="optimizer step", ylabel="relation loss", title=folder.name, yscale="log")
     for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatted(ScalarFormatter())

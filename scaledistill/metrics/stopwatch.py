@@ -17,6 +17,7 @@ from torch.profiler import record_function
 
 # Dense 16-bit peak in FLOP/s by part of the device's name, from the vendors' data sheets.
 PEAK_FLOPS = {
+    "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,

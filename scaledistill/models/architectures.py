@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from scaledistill.errors import SettingError, SourceError
+from scaledistill.errors import SettingError, SourceError, near_miss
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,24 @@ class Architecture:
     value: str = "attention.self.value"
     fused: str | None = None  # one projection instead of three; its output is in `fused_order`
     fused_order: str = "qkv"
+    fused_by_head: bool = False  # that order holds within each head
+    # Added to the parts of the fused output; they are parameters of the block.
+    fused_biases: Mapping[str, str] = field(default_factory=dict)
+    # Further projections whose outputs are the heads side by side.
+    by_head: tuple[str, ...] = ()
     attention_output: str = "attention.output.dense"  # reads the heads side by side
+    head_norms: tuple[str, ...] = ()  # of the components of each query and key
     # A linear layer of the FFN whose output is two halves that are multiplied.
     gated_halves: str | None = None
+    # A table of embeddings that the model multiplies by the square root of their width.
+    scaled_embeddings: str | None = None
     input_norm: str | None = None  # pre-norm models: applied before the projections
     # Pre-norm models: follows the last block; must not be applied to Q, K and V.
     final_norm: str | None = None
+    # Follows the first block; must not be applied to Q, K and V either.
+    after_first: str | None = None
+    # There is one block, and this module runs it `num_hidden_layers` times.
+    repeats_block: str | None = None
     # Children that the encoder's forward does not need; they are left out of models and exports.
     dropped: tuple[str, ...] = ("pooler",)
     # Position ids start after pad_token_id (fairseq's convention).
@@ -51,6 +63,11 @@ class Architecture:
     eager_only: bool = False
     # Some layers attend within a window only: `layer_types` and `sliding_window` of the config.
     windowed: bool = False
+    one_window: bool = False  # all layers do, if the config has a `sliding_window`
+    causal: bool = False  # tokens attend to no later ones, unless the config says otherwise
+    keeps_hidden_states: bool = False  # all of them live until the end of a forward
+    # Embeddings are projected even if they are as wide as the model.
+    always_projects: bool = False
     embeddings_read_mask: bool = False  # the padding mask must keep its shape [B, T]
     no_documents: str | None = None  # why attention cannot be kept within documents
     # Names in the config.
@@ -59,7 +76,11 @@ class Architecture:
     activation: str | None = "hidden_act"
     least_blocks: int = 1  # of a student, for all of its weights to get gradients
     shape: tuple[str, ...] = ()  # further keys that one model must share to start from another
-    older_keys: tuple[str, ...] = ()  # keys of older files that the config class translates
+    # Keys without a default in the config class: of older files, or read by the model's code.
+    older_keys: tuple[str, ...] = ()
+    # Of a student whose teacher is of another family, where the published models' values are not
+    # the defaults of the config class.
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     idle_keys: tuple[str, ...] = ()  # keys that mean another computation elsewhere, but not here
     older_names: Mapping[str, str] = field(default_factory=dict)  # of keys, in older files
     # Keys that the config class drops, with the values that mean what it computes.
@@ -84,11 +105,27 @@ class Architecture:
 
         The only place where a layer number becomes an index from 0.
         """
-        return f"{self.blocks}.{layer - 1}"
+        return f"{self.blocks}.{0 if self.repeats_block else layer - 1}"
 
     def rotates(self, config: PreTrainedConfig) -> bool:
         """Return whether queries and keys are rotated by their positions after the projections."""
         return self.rotary is not None
+
+    def is_causal(self, config: PreTrainedConfig) -> bool:
+        """Return whether tokens attend to themselves and earlier tokens only."""
+        return self.causal and bool(getattr(config, "is_causal", True))
+
+    def reach(self, config: PreTrainedConfig) -> int | None:
+        """Return how many tokens away layers with a window see; None if there are none."""
+        if not (self.windowed or self.one_window) or config.sliding_window is None:
+            return None
+        # A causal window counts the token itself.
+        return config.sliding_window - 1 if self.is_causal(config) else config.sliding_window
+
+    def set_head_size(self, config: PreTrainedConfig, size: int) -> None:
+        """Set the size of a head, where the config has a key for it."""
+        if hasattr(config, "head_dim"):
+            config.head_dim = size
 
 
 class _Esm(Architecture):
@@ -98,8 +135,85 @@ class _Esm(Architecture):
         return config.position_embedding_type == "rotary"
 
 
+class _Gemma3(Architecture):
+    """Has keys of its own for both directions of attention and for the scale of its scores."""
+
+    def is_causal(self, config: PreTrainedConfig) -> bool:
+        return not config.use_bidirectional_attention
+
+    def reach(self, config: PreTrainedConfig) -> int | None:
+        return config.sliding_window - 1  # in both directions
+
+    def set_head_size(self, config: PreTrainedConfig, size: int) -> None:
+        scalar = config.query_pre_attn_scalar * size / config.head_dim
+        config.query_pre_attn_scalar = max(1, round(scalar))
+        config.head_dim = size
+
+
 _BERT = Architecture()
 _ROBERTA = Architecture("RoBERTa", positions_follow_padding=True)
+_LLAMA = Architecture(
+    "Llama",
+    blocks="layers",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    attention_output="self_attn.o_proj",
+    input_norm="input_layernorm",
+    final_norm="norm",
+    dropped=(),
+    rotary="rotary_emb",
+    attention_dropout="self_attn.attention_dropout",
+    causal=True,
+    shape=("rms_norm_eps", "attention_bias", "mlp_bias", "rope_parameters", "is_causal"),
+    older_keys=("rope_theta", "rope_scaling", "is_causal"),
+)
+_DEBERTA = Architecture(
+    "DeBERTa v2 and v3",
+    query="attention.self.query_proj",
+    key="attention.self.key_proj",
+    value="attention.self.value_proj",
+    by_head=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+    after_first="encoder.conv",
+    dropped=(),
+    block_returns_tuple=True,
+    eager_only=True,
+    keeps_hidden_states=True,
+    embeddings_read_mask=True,
+    no_documents="its embeddings read the mask of padding, not one of documents",
+    least_blocks=2,  # the first one reads the relative embeddings
+    shape=(
+        "relative_attention",
+        "pos_att_type",
+        "max_relative_positions",
+        "position_biased_input",
+        "position_buckets",
+        "share_att_key",
+        "norm_rel_ebd",
+        "conv_kernel_size",
+        "conv_act",
+    ),
+    older_keys=(
+        "position_buckets",
+        "share_att_key",
+        "norm_rel_ebd",
+        "conv_kernel_size",
+        "conv_groups",
+        "conv_act",
+        "embedding_size",
+        "attention_head_size",
+    ),
+    defaults={
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "position_buckets": 256,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+    },
+    only={"conv_groups": (1, None)},
+    unused_weights=("embeddings.position_embeddings.weight",),
+)
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
     "electra": replace(_BERT, title="ELECTRA"),
@@ -127,6 +241,40 @@ ARCHITECTURES: dict[str, Architecture] = {
         final_norm="encoder.ln",
         block_returns_tuple=True,
         eager_only=True,
+    ),
+    "deberta-v2": _DEBERTA,
+    "deberta": replace(
+        _DEBERTA,
+        title="DeBERTa v1",
+        fused="attention.self.in_proj",
+        fused_by_head=True,
+        fused_biases={"q": "attention.self.q_bias", "v": "attention.self.v_bias"},
+        by_head=("attention.self.pos_proj", "attention.self.pos_q_proj"),
+        after_first=None,
+        shape=(
+            "relative_attention",
+            "pos_att_type",
+            "max_relative_positions",
+            "position_biased_input",
+        ),
+        older_keys=("talking_head", "embedding_size"),
+        defaults={
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+            "position_biased_input": False,
+        },
+        only={"talking_head": (False, None)},
+    ),
+    "albert": Architecture(
+        "ALBERT",
+        blocks="encoder.albert_layer_groups.0.albert_layers",
+        query="attention.query",
+        key="attention.key",
+        value="attention.value",
+        attention_output="attention.dense",
+        repeats_block="encoder",
+        always_projects=True,
+        only={"num_hidden_groups": (1,), "inner_group_num": (1,)},
     ),
     "distilbert": Architecture(
         "DistilBERT",
@@ -164,6 +312,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         embeddings_read_mask=True,
         no_documents="its embeddings read the mask of padding, not one of documents",
         activation=None,
+        defaults={"position_embedding_type": "rotary"},
         shape=("position_embedding_type", "emb_layer_norm_before", "token_dropout", "rope_theta"),
         only={
             "position_embedding_type": ("absolute", "rotary"),
@@ -269,7 +418,85 @@ ARCHITECTURES: dict[str, Architecture] = {
         older_keys=("rope_theta", "rope_scaling"),
         idle_keys=("position_embedding_type",),
     ),
+    "llama": _LLAMA,
+    "mistral": replace(
+        _LLAMA,
+        title="Mistral",
+        one_window=True,
+        shape=("rms_norm_eps", "rope_parameters", "is_causal", "sliding_window"),
+    ),
+    "qwen2": replace(
+        _LLAMA,
+        title="Qwen2",
+        windowed=True,
+        shape=("rms_norm_eps", "rope_parameters", "is_causal", "layer_types", "sliding_window"),
+        older_keys=(*_LLAMA.older_keys, "head_dim"),
+    ),
+    "qwen3": replace(
+        _LLAMA,
+        title="Qwen3",
+        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        windowed=True,
+        shape=(*_LLAMA.shape, "layer_types", "sliding_window"),
+    ),
+    "gemma3_text": _Gemma3(
+        "Gemma 3",
+        blocks="layers",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        attention_output="self_attn.o_proj",
+        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        scaled_embeddings="embed_tokens.weight",
+        input_norm="input_layernorm",
+        final_norm="norm",
+        dropped=(),
+        rotary="rotary_emb",
+        attention_dropout="self_attn.attention_dropout",
+        windowed=True,
+        causal=True,
+        activation="hidden_activation",
+        shape=(
+            "hidden_activation",
+            "rms_norm_eps",
+            "attention_bias",
+            "rope_parameters",
+            "query_pre_attn_scalar",
+            "layer_types",
+            "sliding_window",
+            "use_bidirectional_attention",
+        ),
+        older_keys=(
+            "rope_theta",
+            "rope_scaling",
+            "rope_local_base_freq",
+            "sliding_window_pattern",
+        ),
+        neutral={"is_causal": (True, None)},
+    ),
 }
+
+
+SUPPORTED = (
+    f"{', '.join(sorted(ARCHITECTURES))}; CONTRIBUTING.md has the recipe for adding an architecture"
+)
+
+
+def default_config(architecture: str) -> PreTrainedConfig:
+    """Return the default config of an architecture, given by its `model_type`.
+
+    Raises:
+        SettingError: it is not in the table.
+    """
+    if row := ARCHITECTURES.get(architecture):
+        return AutoConfig.for_model(architecture, **row.defaults)
+    near = near_miss(architecture.lower(), ARCHITECTURES)
+    raise SettingError(
+        "architecture",
+        architecture,
+        "is not supported",
+        f"{f'did you mean {near!r}? ' if near else ''}Use {SUPPORTED}",
+    )
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
@@ -278,20 +505,34 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     Raises:
         SettingError: its `model_type` is not in the table.
     """
-    try:
-        return ARCHITECTURES[config.model_type]
-    except KeyError:
-        raise SettingError(
-            "config",
-            expected=f"is of type {config.model_type!r}, which is not supported",
-            remedy=f"use a model of type {', '.join(sorted(ARCHITECTURES))}; CONTRIBUTING.md has "
-            "the recipe for adding an architecture",
-        ) from None
+    if row := ARCHITECTURES.get(config.model_type):
+        return row
+    raise SettingError(
+        "config",
+        expected=f"is of type {config.model_type!r}, which is not supported",
+        remedy=f"use a model of type {SUPPORTED}",
+    )
 
 
 def base_encoder(model: PreTrainedModel) -> PreTrainedModel:
     """Return the encoder inside a task model, or the model itself if it is one."""
     return cast(PreTrainedModel, model.base_model)
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Return the number of components of a query, key or value of one head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def key_value_heads(config: PreTrainedConfig) -> int:
+    """Return the number of heads of keys and values; each serves a group of query heads."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def qkv_widths(config: PreTrainedConfig) -> dict[str, int]:
+    """Return the widths of q, k and v: of all heads side by side."""
+    size, key_value = head_size(config), key_value_heads(config) * head_size(config)
+    return {"q": config.num_attention_heads * size, "k": key_value, "v": key_value}
 
 
 def check_layer(layer: int, num_layers: int) -> None:
@@ -338,6 +579,15 @@ def settle_padding(config: PreTrainedConfig) -> None:
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class that `AutoModel` builds for `config` from transformers' own code."""
     return cast(type[PreTrainedModel], MODEL_MAPPING[type(config)])
+
+
+def takes_token_types(config: PreTrainedConfig) -> bool:
+    """Return whether a model distinguishes token types, and so takes `token_type_ids`."""
+    # None for a model with code of its own.
+    known = cast(type[PreTrainedModel] | None, MODEL_MAPPING.get(type(config), None))
+    if known and "token_type_ids" not in inspect.signature(known.forward).parameters:
+        return False
+    return getattr(config, "type_vocab_size", 2) > 1
 
 
 def encoder_options(config: PreTrainedConfig) -> dict[str, bool]:

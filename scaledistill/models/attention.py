@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from scaledistill.errors import SettingError
-from scaledistill.models.architectures import architecture_of
+from scaledistill.models.architectures import architecture_of, head_size
 
 VARLEN = "scaledistill_varlen"
 LAYER_KINDS = ("full_attention", "sliding_attention")  # as transformers' configs name them
@@ -53,10 +53,12 @@ def use_varlen_attention(
         dtype: of its queries, keys and values.
         dropout: of attention in training, which `varlen_attn` does not have.
     """
-    head_size = config.hidden_size // config.num_attention_heads
-    if architecture_of(config).eager_only:
+    row = architecture_of(config)
+    # transformers passes windows to kernels as if they ended a token earlier than in its masks.
+    other_window = row.causal and not row.is_causal(config) and row.reach(config) is not None
+    if row.eager_only or other_window:
         return False
-    if dropout or not varlen_attention_available(device, dtype, head_size):
+    if dropout or not varlen_attention_available(device, dtype, head_size(config)):
         return False
     config._attn_implementation = VARLEN
     return True
@@ -72,7 +74,12 @@ def row_attention(
     the device in every forward.
     """
     row, implementation = architecture_of(config), config._attn_implementation
-    if row.embeddings_read_mask or (implementation == "eager" and not row.eager_only):
+    if row.embeddings_read_mask:
+        if mask_BT is not None:
+            return {"attention_mask": mask_BT.long()}
+        # Without a mask DeBERTa makes one, and reads the ids to warn of padding.
+        return {"attention_mask": torch.ones_like(input_ids_BT)} if row.eager_only else {}
+    if implementation == "eager" and not row.eager_only:
         return {} if mask_BT is None else {"attention_mask": mask_BT}
     if implementation not in ("sdpa", VARLEN, "eager"):
         return {} if mask_BT is None else {"attention_mask": mask_BT}
@@ -80,7 +87,8 @@ def row_attention(
         return _masks(config, mask_BT.bool()[:, None, None, :])
     if row.eager_only:  # transformers would make a mask of ones, and read it
         return _masks(config, input_ids_BT.new_ones(1, 1, 1, 1, dtype=torch.bool))
-    return _masks(config, None, input_ids_BT) if row.windowed else {}
+    needed = row.is_causal(config) or row.reach(config) is not None
+    return _masks(config, None, input_ids_BT) if needed else {}
 
 
 def document_attention(
@@ -126,24 +134,32 @@ def _masks(
 ) -> dict[str, Any]:
     """Return the attention mask, by kind of layer if some attend within a window only.
 
+    Causality and windows are added to `visible`.
+
     Args:
-        visible: bool [B or 1, 1, T or 1, T or 1], where a query sees a key; None: everywhere.
+        visible: bool [B or 1, 1, T or 1, T], where a query sees a key; None: everywhere.
         input_ids_BT: any tensor of the batch's length and device, needed without `visible`.
     """
+    row = architecture_of(config)
+    causal, reach = row.is_causal(config), row.reach(config)
     final = _additive if config._attn_implementation == "eager" else _boolean
-    if not architecture_of(config).windowed:
+    if not causal and reach is None and not row.windowed:
         return {"attention_mask": final(cast(Tensor, visible))}
     shaped = cast(Tensor, input_ids_BT if visible is None else visible)
     positions_T = torch.arange(shaped.shape[-1], device=shaped.device)
-    near_TT = (positions_T[:, None] - positions_T).abs() <= config.sliding_window
-    windowed = near_TT[None, None] if visible is None else visible & near_TT
-    full, sliding = LAYER_KINDS
-    return {
-        "attention_mask": {
-            full: None if visible is None else final(visible),
-            sliding: final(windowed),
-        }
-    }
+    back_TT = positions_T[:, None] - positions_T  # how far a key is before the query
+    seen_TT = back_TT >= 0 if causal else torch.ones_like(back_TT, dtype=torch.bool)
+    full = visible if visible is None or not causal else visible & seen_TT
+    near = full
+    if reach is not None and reach < len(positions_T) - 1:
+        near_TT = seen_TT & (back_TT.abs() <= reach)
+        near = near_TT[None, None] if visible is None else visible & near_TT
+    if row.windowed:  # without a mask, attention is causal by itself
+        masks = zip(LAYER_KINDS, (full, near), strict=True)
+        return {"attention_mask": {kind: x if x is None else final(x) for kind, x in masks}}
+    # Without any mask, transformers would read the positions to look for documents.
+    mask = near if near is not None else seen_TT[None, None]
+    return {"attention_mask": final(mask)}
 
 
 def _boolean(visible: Tensor) -> Tensor:
@@ -169,28 +185,40 @@ def _varlen_attention(
     scaling: float | None = None,
     cu_seqlens: Tensor | None = None,
     sliding_window: int | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend by transformers' interface for attention implementations; return [B, T, H, E].
 
     `sliding_window` is one more than the distance that tokens see, as transformers passes it.
+    `is_causal` is by default that of `module`. Keys and values may have fewer heads than queries.
     Shapes depend only on the batch, not on its documents: T stands for the longest document, so
     that compiled blocks stay valid.
     """
     if cu_seqlens is None:
         return sdpa_attention_forward(
-            module, query_BHTE, key_BHTE, value_BHTE, attention_mask, scaling=scaling, **kwargs
+            module,
+            query_BHTE,
+            key_BHTE,
+            value_BHTE,
+            attention_mask,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
         )
-    B, _, T, _ = query_BHTE.shape
+    B, H, T, _ = query_BHTE.shape
+    key_BHTE, value_BHTE = (repeat_kv(x, H // x.shape[1]) for x in (key_BHTE, value_BHTE))
     query, key, value = (
         x_BHTE.transpose(1, 2).flatten(0, 1) for x_BHTE in (query_BHTE, key_BHTE, value_BHTE)
     )
-    window: dict[str, Any] = {}
-    if sliding_window is not None:
-        window["window_size"] = (sliding_window - 1, sliding_window - 1)
+    before = -1 if sliding_window is None else sliding_window - 1  # -1: any distance
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = (before, 0 if causal else before)
     attended = cast(
         Tensor,
-        varlen_attn(query, key, value, cu_seqlens, cu_seqlens, T, T, scale=scaling, **window),
+        varlen_attn(
+            query, key, value, cu_seqlens, cu_seqlens, T, T, scale=scaling, window_size=window
+        ),
     )
     return attended.unflatten(0, (B, T)), None
 

@@ -132,7 +132,7 @@ def _plain_encoder(
         SourceError: the model is a decoder, or its activation is unknown.
     """
     for key in DECODING:
-        if plain.get(key):
+        if plain.get(key) and not (row.causal and key == "is_decoder"):
             raise SourceError(
                 "model",
                 expected=f": its config.json has {key}={plain[key]!r}, which makes it a decoder",
@@ -175,12 +175,20 @@ def check_computation(config: PreTrainedConfig, row: Architecture) -> None:
                 remedy=f"expected {' or '.join(map(repr, supported))}",
             )
     heads = config.num_attention_heads
-    if (groups := getattr(config, "num_key_value_heads", None)) not in (None, heads):
+    if (groups := getattr(config, "num_key_value_heads", None)) and heads % groups:
         raise SourceError(
             "model",
-            expected=f": its config has num_key_value_heads={groups} with {heads} attention heads; "
-            "keys and values that several query heads share are not supported",
-            remedy=f"give a model with num_key_value_heads={heads}",
+            expected=f": its config has num_key_value_heads={groups}, which does not divide "
+            f"num_attention_heads={heads}",
+            remedy="fetch the model again",
+        )
+    size = getattr(config, "attention_head_size", None)
+    if size not in (None, config.hidden_size // heads):
+        raise SourceError(
+            "model",
+            expected=f": its config has attention_head_size={size} with {heads} attention heads "
+            f"and hidden_size={config.hidden_size}",
+            remedy=f"expected {config.hidden_size // heads}",
         )
     rope = getattr(config, "rope_parameters", None) or {}
     for each in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):

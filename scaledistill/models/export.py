@@ -13,74 +13,28 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from scaledistill.data.tokenizer import TOKENIZER_FILES, gives_same_ids, load_tokenizer
+from scaledistill.data.tokenizer import (
+    TOKENIZER_FILES,
+    gives_same_ids,
+    load_tokenizer,
+    return_token_types,
+)
 from scaledistill.errors import DataError, SourceError, named
-from scaledistill.models.architectures import architecture_of, build_encoder, encoder_options
+from scaledistill.models.architectures import build_encoder, takes_token_types
+from scaledistill.models.card import README, card_text
 from scaledistill.models.teacher import load_encoder, quiet_transformers, resolve_folder
-from scaledistill.models.view import capture_view
-from scaledistill.storage.files import read_json, set_default_mode, sync, write_bytes, write_json
+from scaledistill.storage.files import read_json, set_default_mode, sync, write_json
 
-INIT_TEXT = {
-    "random": "their random initialisation",
-    "teacher": "the weights cut from the teacher's layers at the start",
-}
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
-UNTRAINED = """\
-The loss uses query, key and value of the last layer. The parameters above them, {parameters:.1f} M,
-got no gradient and hold {init}; fine-tuning trains them:
-
-{names}"""
-ALL_TRAINED = """\
-None: the loss was taken from a query, key and value projection after the last layer, which is not \
-part of this
-model."""
-CARD = """\
----
-library_name: transformers
-pipeline_tag: feature-extraction
-tags: [distillation, minilmv2, scaledistill]
----
-
-# {name}
-
-A {model_type} encoder of {num_layers} layers × {hidden_size} \
-({heads} heads, FFN {intermediate_size}),
-{parameters:.1f} M parameters, distilled with MiniLMv2's self-attention relation loss
-([arXiv 2012.15828](https://arxiv.org/abs/2012.15828)) by scaledistill.
-
-| | |
-|---|---|
-{facts}
-
-## Use
-
-```python
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModel.from_pretrained("{name}"{options})
-hidden = model(**tokenizer("some text", return_tensors="pt")).last_hidden_state
-```
-
-The weights are fp32. There is no pooler and no head: fine-tune it for a task, with
-`AutoModelForSequenceClassification` and the like.
-
-## Untrained parts
-
-{untrained}
-
-## Licence
-
-None is stated here: it depends on the teacher's and on the data's. State yours before you \
-publish this.
-"""
+EXPORT, SETTINGS = "scaledistill.json", "distill.json"
+FORMAT = {"format": "scaledistill-export", "version": 1}
 
 
 def export_student(
@@ -88,10 +42,12 @@ def export_student(
     config: PreTrainedConfig,
     state: Mapping[str, Tensor],
     *,
-    tap: str = "last",
+    tap: str | None = "last",
     tokenizer_source: str | Path,
     revision: str | None = None,
     card: Mapping[str, object],
+    metadata: Mapping[str, Any] | None = None,
+    settings: str | None = None,
     check: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> Path:
     """Write a student into `folder`, replacing what is there, and return the folder.
@@ -102,13 +58,15 @@ def export_student(
 
     Args:
         folder: ends up with config.json, model.safetensors, the tokenizer without truncation or
-            padding, and README.md.
+            padding, README.md, and scaledistill.json with the facts for a later export.
         config: the student's; written unchanged.
         state: every parameter of the full student by its name, fp32.
-        tap: the student's tap, "last" or "extra", for the model card.
+        tap: the student's tap, "last" or "extra", for the model card; None if it is no student.
         tokenizer_source: folder or hub name (at `revision`) of the tokenizer: the teacher's.
         card: facts for the model card, in order, label to value; None leaves one out. "init", how
             the student was initialised, is required.
+        metadata: further fields of the card for the hub, such as `base_model` (see `models.card`).
+        settings: the settings of the run as JSON, written to distill.json.
         check: called with the model that was read back, in eval mode, before it is put in place; if
             it raises, the old export stays.
 
@@ -119,7 +77,7 @@ def export_student(
         ValueError: the state is not that of the config, or not fp32.
     """
     target = Path(os.path.realpath(folder))  # follow a link, so that it stays a link
-    _check_state(config, state)
+    check_state(config, state)
     fresh = target.with_name(f".{target.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -128,72 +86,25 @@ def export_student(
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
         set_default_mode(fresh / "model.safetensors")
-        _save_tokenizer(tokenizer_source, revision, fresh)
-        (fresh / "README.md").write_text(
-            _card_text(Path(folder).name, config, tap, card), encoding="utf-8"
-        )
+        _save_tokenizer(tokenizer_source, revision, fresh, takes_token_types(config))
+        text = card_text(Path(folder).name, config, card, metadata or {}, tap=tap)
+        (fresh / README).write_text(text, encoding="utf-8")
+        record = {"tap": tap, "card": dict(card), "metadata": dict(metadata or {})}
+        write_json(fresh / EXPORT, {**FORMAT, **record})
+        if settings is not None:
+            (fresh / SETTINGS).write_text(settings, encoding="utf-8")
         kept = "the old export is kept" if target.exists() else "nothing was exported"
         check(_check_export(fresh, weights, kept))
         for path in (*fresh.iterdir(), fresh):
             sync(path)
-        _exchange(fresh, target)
+        exchange(fresh, target)
         sync(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return Path(folder)
 
 
-def write_card_section(folder: Path, title: str, text: str) -> None:
-    """Insert a section into an export's model card, before the licence.
-
-    It replaces a section of the same title.
-    """
-    path = folder / "README.md"
-    sections = path.read_text(encoding="utf-8").split("\n## ")
-    kept = [section for section in sections if not section.startswith(f"{title}\n")]
-    place = next(
-        (i for i, section in enumerate(kept) if section.startswith("Licence\n")), len(kept)
-    )
-    kept.insert(place, f"{title}\n\n{text.strip()}\n")
-    write_bytes(path, "\n## ".join(kept).encode())
-
-
-def untrained_parameters(config: PreTrainedConfig) -> list[str]:
-    """Return the names of a student's parameters above its last block's Q, K and V.
-
-    They get no gradient in training.
-    """
-    student = build_encoder(config, device="meta")
-    view = capture_view(student, config.num_hidden_layers)
-    return sorted(set(student.state_dict()) - set(view.module.state_dict()))
-
-
-def _card_text(name: str, config: PreTrainedConfig, tap: str, card: Mapping[str, object]) -> str:
-    student = build_encoder(config, device="meta")
-    sizes = {key: tensor.numel() for key, tensor in student.state_dict().items()}
-    init, names = str(card["init"]), untrained_parameters(config)
-    untrained = UNTRAINED.format(
-        parameters=sum(sizes[key] for key in names) / 1e6,
-        names="\n".join(f"- `{key}`" for key in names),
-        init=INIT_TEXT.get(init, f"the weights of the model it started from, `{init}`"),
-    )
-    return CARD.format(
-        name=name,
-        model_type=config.model_type,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        intermediate_size=getattr(config, architecture_of(config).ffn_width),
-        parameters=sum(sizes.values()) / 1e6,
-        facts="\n".join(
-            f"| {label} | {value} |" for label, value in card.items() if value is not None
-        ),
-        options="".join(f", {option}={value}" for option, value in encoder_options(config).items()),
-        untrained=ALL_TRAINED if tap == "extra" else untrained,
-    )
-
-
-def _check_state(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> None:
+def check_state(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the state has the config's parameters, shapes and fp32."""
     expected = {
         name: tensor.shape
@@ -215,8 +126,13 @@ def _check_state(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> None:
             )
 
 
-def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> None:
+def _save_tokenizer(
+    source: str | Path, revision: str | None, folder: Path, token_types: bool
+) -> None:
     """Write the tokenizer so that plain `AutoTokenizer` gives the ids of the source's files.
+
+    Args:
+        token_types: whether it returns token type ids too.
 
     Raises:
         DataError: the source has none, or it is not read back as it was written.
@@ -233,6 +149,7 @@ def _save_tokenizer(source: str | Path, revision: str | None, folder: Path) -> N
                 f"has no tokenizer to export ({error})",
                 "give the folder with tokenizer.json",
             ) from error
+        return_token_types(tokenizer, token_types)
         tokenizer.save_pretrained(folder)
         path = folder / "tokenizer_config.json"
         written = read_json(path) or {}
@@ -287,7 +204,7 @@ def _check_export(folder: Path, weights: Mapping[str, Tensor], kept: str) -> Pre
     return model
 
 
-def _exchange(fresh: Path, target: Path) -> None:
+def exchange(fresh: Path, target: Path) -> None:
     """Put `fresh` in the place of `target`, in one step if the system can."""
     if not target.exists():
         fresh.rename(target)

@@ -1,7 +1,8 @@
-"""Choose a student's shape and its first weights, within the teacher's architecture.
+"""Choose a student's shape and its first weights.
 
-Inputs: the teacher's config, the wanted sizes (any depth, width, heads and FFN width) and, to start
-from the teacher's weights, its blocks up to the captured layer. Outputs: a full fp32 model without
+Inputs: the teacher's config, the wanted sizes (any depth, width, heads and FFN width), another
+architecture than the teacher's if that is wanted, and, to start from the teacher's weights, its
+blocks up to the captured layer. Outputs: a full fp32 model without
 pooler. Not handled here: reading the settings, training and export.
 
 A student trains as a view cut at its last block's Q, K and V; the weights that are not in that view
@@ -12,13 +13,16 @@ A teacher's weight is made narrower by keeping, for q, k, v and the attention ou
 first heads and the first components of each, and for every other axis (hidden, FFN, embedding) the
 first components. So all layers, embeddings and LayerNorms keep the same hidden components, and
 equal sizes give an exact copy. Where queries and keys are rotated, the kept components of a head
-are evenly spaced pairs instead, because pair i of n rotates by base^(-i/n) per token. The halves of
-a gated FFN are cut alike.
+are evenly spaced pairs instead, because pair i of n rotates by base^(-i/n) per token; norms of
+queries and keys are cut likewise. Query heads that share a key and value head are cut in whole
+groups: the first groups, and the first query heads of each. The halves of a gated FFN are cut
+alike. Embeddings that the model multiplies by √width are scaled, so that the product is the same.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -33,7 +37,12 @@ from scaledistill.models.architectures import (
     base_encoder,
     build_encoder,
     check_layer,
+    default_config,
     encoder_class,
+    first_position,
+    head_size,
+    key_value_heads,
+    max_sequence_length,
     set_depth,
 )
 from scaledistill.models.configs import check_computation, plain_config
@@ -41,12 +50,22 @@ from scaledistill.models.teacher import load_config, load_encoder
 
 # The config fields that must be equal for one model to start from another's weights, with those of
 # `Architecture.shape`.
+TOKEN_IDS = (
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "cls_token_id",
+    "sep_token_id",
+    "mask_token_id",
+)
 SHAPE = (
     "model_type",
     "vocab_size",
     "num_hidden_layers",
     "hidden_size",
     "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
     "intermediate_size",
     "embedding_size",
     "max_position_embeddings",
@@ -63,23 +82,42 @@ def student_config(
     num_layers: int,
     hidden_size: int,
     num_attention_heads: int,
+    num_key_value_heads: int | None = None,
+    head_dim: int | None = None,
     intermediate_size: int | None = None,
     tap: str = "last",
+    architecture: str | None = None,
+    init: str = "random",
 ) -> PreTrainedConfig:
     """Return a student's config: the teacher's, vocabulary and dropout included, with new sizes.
 
-    `intermediate_size` defaults to 4 × `hidden_size` (ModernBERT: 1.5 ×). With tap "extra" there is
-    one block more, which is tapped. ELECTRA's embeddings are as wide as the student if the
-    teacher's are as wide as the teacher; projected ones keep their width.
+    By default as many query heads share a key and value head as in the teacher, or the next larger
+    number that divides them. Heads are `hidden_size` / `num_attention_heads` wide by default, or as
+    wide as the teacher's if its own are of another size. `intermediate_size` defaults to 4 ×
+    `hidden_size` (ModernBERT: 1.5 ×). With tap "extra" there is one block more, which is tapped.
+    ELECTRA's embeddings are as wide as the student if the teacher's are as wide as the teacher;
+    projected ones keep their width.
+
+    Args:
+        architecture: the student's `model_type`, if not the teacher's: then only the vocabulary,
+            the special tokens and the length are the teacher's, and all else is the default of
+            that architecture.
+        init: of the student; a folder's config then takes the place of these defaults.
 
     Raises:
-        SettingError: the architecture is not supported, the heads do not divide the width, heads
-            of an odd size would be rotated, or there are too few layers.
-        SourceError: the teacher's config asks for an unsupported computation.
+        SettingError: an architecture is not supported, the heads do not divide the width, the key
+            and value heads do not divide the heads, heads of an odd size would be rotated, or there
+            are too few layers.
+        SourceError: the teacher's config asks for an unsupported computation, or the folder of
+            `init` holds no model.
     """
     with named(config="teacher_config", model="teacher_config"):
-        row = architecture_of(teacher_config)
-        check_computation(teacher_config, row)
+        check_computation(teacher_config, architecture_of(teacher_config))
+    if architecture in (None, teacher_config.model_type):
+        config = copy.deepcopy(plain_config(teacher_config))
+    else:
+        config = _of_another_family(architecture, teacher_config, init)
+    row = architecture_of(config)
     if hidden_size % num_attention_heads:
         divisors = [heads for heads in range(1, hidden_size + 1) if hidden_size % heads == 0]
         nearest = sorted(sorted(divisors, key=lambda heads: abs(heads - num_attention_heads))[:2])
@@ -97,21 +135,27 @@ def student_config(
             f"is too few for {row.title}: some weights would get no gradient",
             (f"use {row.least_blocks} or more, or ", Field("tap", "extra")),
         )
-    head_size = hidden_size // num_attention_heads
-    if head_size % 2 and row.rotates(teacher_config):
+    size = _head_size(config, hidden_size, num_attention_heads, head_dim)
+    if size % 2 and row.rotates(config):
+        width = Field("hidden_size", hidden_size) if head_dim is None else Field("head_dim", size)
         raise SettingError(
             "num_attention_heads",
             num_attention_heads,
-            ("gives heads of an odd size with ", Field("hidden_size", hidden_size)),
+            ("gives heads of an odd size with ", width),
             f"use heads of an even size: {row.title} rotates pairs of their components",
         )
-    config = copy.deepcopy(plain_config(teacher_config))
+    groups = _key_value_heads(config, num_attention_heads, num_key_value_heads)
     if getattr(config, "embedding_size", None) == config.hidden_size:
         config.embedding_size = hidden_size
     set_depth(config, num_blocks)
     config.hidden_size = hidden_size
     config.num_attention_heads = num_attention_heads
-    for key, value in (("num_key_value_heads", num_attention_heads), ("head_dim", head_size)):
+    row.set_head_size(config, size)
+    for key, value in (
+        ("num_key_value_heads", groups),
+        ("attention_head_size", size),
+        ("pooler_hidden_size", hidden_size),  # of the heads for fine-tuning
+    ):
         if hasattr(config, key):
             setattr(config, key, value)
     setattr(config, row.ffn_width, intermediate_size or int(row.ffn_factor * hidden_size))
@@ -120,6 +164,98 @@ def student_config(
     config.name_or_path = ""
     if hasattr(config, "auto_map"):  # refers to code that the export does not contain
         del config.auto_map
+    return config
+
+
+def _head_size(
+    teacher: PreTrainedConfig, hidden_size: int, num_attention_heads: int, wanted: int | None
+) -> int:
+    """Return the size of a student's heads; `wanted` if that is not None.
+
+    Raises:
+        SettingError: the architecture leaves no choice.
+    """
+    usual = hidden_size // num_attention_heads
+    has_key = hasattr(teacher, "head_dim")
+    if wanted not in (None, usual) and not has_key:
+        raise SettingError(
+            "head_dim",
+            wanted,
+            f"cannot be chosen for {architecture_of(teacher).title}, whose heads are as wide as "
+            f"hidden_size / num_attention_heads, here {usual}",
+            "leave it out",
+        )
+    own = head_size(teacher)
+    return wanted or (usual if own * teacher.num_attention_heads == teacher.hidden_size else own)
+
+
+def _key_value_heads(
+    teacher: PreTrainedConfig, num_attention_heads: int, wanted: int | None
+) -> int:
+    """Return the number of a student's key and value heads; `wanted` if that is not None.
+
+    Raises:
+        SettingError: it does not divide the heads, or the architecture leaves no choice.
+    """
+    divisors = [n for n in range(1, num_attention_heads + 1) if num_attention_heads % n == 0]
+    if wanted not in (None, num_attention_heads) and not hasattr(teacher, "num_key_value_heads"):
+        raise SettingError(
+            "num_key_value_heads",
+            wanted,
+            f"cannot be chosen for {architecture_of(teacher).title}, in which every head has keys "
+            "and values of its own",
+            "leave it out",
+        )
+    if wanted is not None and wanted not in divisors:
+        raise SettingError(
+            "num_key_value_heads",
+            wanted,
+            ("does not divide ", Field("num_attention_heads", num_attention_heads)),
+            f"use one of {', '.join(map(str, divisors))}",
+        )
+    most = num_attention_heads * key_value_heads(teacher) / teacher.num_attention_heads
+    return wanted or max((n for n in divisors if n <= most), default=1)
+
+
+def _of_another_family(architecture: str, teacher: PreTrainedConfig, init: str) -> PreTrainedConfig:
+    """Return a config of any size that reads the teacher's token ids, as many in a row.
+
+    Raises:
+        SettingError: the architecture is not supported, cannot read these ids, or is not that of
+            the folder `init`.
+        SourceError: the folder holds no model.
+    """
+    config = default_config(architecture)
+    if init not in ("random", "teacher"):
+        with named(model="init"):
+            config = copy.deepcopy(load_config(init))
+        if config.model_type != architecture:
+            raise SettingError(
+                "init",
+                init,
+                f"is a model of type {config.model_type!r}",
+                ("correct it or ", Field("architecture", architecture)),
+            )
+    config.vocab_size = teacher.vocab_size
+    for key in TOKEN_IDS:
+        found = getattr(teacher, key, None)
+        # EuroBERT's config needs a mask token, which its encoder does not read.
+        if hasattr(config, key) and (found is not None or key != "mask_token_id"):
+            setattr(config, key, found)
+    row = architecture_of(config)
+    if row.positions_follow_padding and config.pad_token_id is None:
+        raise SettingError(
+            "architecture",
+            architecture,
+            "counts positions from pad_token_id, which the teacher's config lacks",
+            "choose another architecture, or set it in the teacher's config.json",
+        )
+    if init in ("random", "teacher"):
+        config.max_position_embeddings = max_sequence_length(teacher) + first_position(config)
+        # Heads that are not as wide as usual go with the default sizes.
+        row.set_head_size(config, config.hidden_size // config.num_attention_heads)
+    with named(model=Field("architecture", architecture)):
+        check_computation(config, row)
     return config
 
 
@@ -214,7 +350,24 @@ def check_init(
         raise SettingError(
             "init", init, "needs the teacher's weights", "pass the teacher, or use 'random'"
         )
+    if config.model_type != teacher_config.model_type:
+        raise SettingError(
+            "init",
+            init,
+            f"cuts the weights of a teacher of type {teacher_config.model_type!r}, but the student "
+            f"is of type {config.model_type!r}",
+            "use 'random' or the folder of a model of the student's type",
+        )
     _check_cut(config, teacher_config)
+    row = architecture_of(config)
+    if row.repeats_block:
+        if layer_map is not None:
+            raise SettingError(
+                "layer_map",
+                expected=f"has no meaning for {row.title}: one block makes all layers",
+                remedy="remove it",
+            )
+        return [1]
     extra, last = int(tap == "extra"), capture_layer or teacher_config.num_hidden_layers
     num_layers = config.num_hidden_layers - extra
     if layer_map is None:
@@ -231,7 +384,7 @@ def check_init(
                 ),
             )
         even = even_layer_map(num_layers + extra, last)
-        if not architecture_of(config).windowed:
+        if not row.windowed:
             return even
         return of_equal_kinds(even, config.layer_types, teacher_config.layer_types, last)
     if len(layer_map) != num_layers:
@@ -343,12 +496,19 @@ def _values(config: PreTrainedConfig, keys: Sequence[str]) -> str:
 
 
 def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    ffn_width = architecture_of(config).ffn_width
+    row, heads = architecture_of(config), config.num_attention_heads
+    usual = head_size(config) * heads == config.hidden_size
     for key, found, most in (
         ("hidden_size", config.hidden_size, teacher.hidden_size),
-        ("num_attention_heads", config.num_attention_heads, teacher.num_attention_heads),
-        ("hidden_size / num_attention_heads", _head_size(config), _head_size(teacher)),
-        ("intermediate_size", getattr(config, ffn_width), getattr(teacher, ffn_width)),
+        ("num_attention_heads", heads, teacher.num_attention_heads),
+        ("num_key_value_heads", key_value_heads(config), key_value_heads(teacher)),
+        ("num_attention_heads / num_key_value_heads", _group(config), _group(teacher)),
+        (
+            "hidden_size / num_attention_heads" if usual else "head_dim",
+            head_size(config),
+            head_size(teacher),
+        ),
+        ("intermediate_size", getattr(config, row.ffn_width), getattr(teacher, row.ffn_width)),
     ):
         if found > most:
             raise SettingError(
@@ -358,7 +518,8 @@ def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
                 (f"use at most {most}, or ", Field("init", "random")),
             )
     embedding_size = getattr(teacher, "embedding_size", teacher.hidden_size)
-    if embedding_size != teacher.hidden_size and embedding_size == config.hidden_size:
+    projects = embedding_size != teacher.hidden_size
+    if projects and embedding_size == config.hidden_size and not row.always_projects:
         raise SettingError(
             "config.hidden_size",
             config.hidden_size,
@@ -368,8 +529,9 @@ def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
         )
 
 
-def _head_size(config: PreTrainedConfig) -> int:
-    return config.hidden_size // config.num_attention_heads
+def _group(config: PreTrainedConfig) -> int:
+    """Return how many query heads share a key and value head."""
+    return config.num_attention_heads // key_value_heads(config)
 
 
 def _cut_weights(
@@ -398,6 +560,8 @@ def _cut_weights(
         for axis, size in enumerate(target.shape):
             kept = kept_by_axis.get(axis, torch.arange(size))
             tensor = tensor.index_select(axis, kept.to(tensor.device))
+        if key == row.scaled_embeddings:
+            tensor = tensor * math.sqrt(teacher.hidden_size / student.config.hidden_size)
         cut[key] = tensor
     return cut
 
@@ -409,20 +573,26 @@ def _cut_axes(
 
     Of an axis that is not named it keeps the first components.
     """
-    size, old_size = _head_size(student), _head_size(teacher)
+    size, old_size = head_size(student), head_size(teacher)
     in_head = torch.arange(size)
     if row.rotates(teacher):  # component i of a head is rotated with component i + size / 2
         pairs = torch.arange(size // 2) * old_size // size
         in_head = torch.cat([pairs, pairs + old_size // 2])
-    starts = torch.arange(student.num_attention_heads) * old_size
-    heads = (starts[:, None] + in_head).flatten()  # of the first heads
-    outputs = dict.fromkeys(row.projections, heads)
-    if row.fused:
-        outputs[row.fused] = torch.cat([heads + third * teacher.hidden_size for third in range(3)])
+    groups_G = torch.arange(key_value_heads(student))
+    heads_H = (groups_G[:, None] * _group(teacher) + torch.arange(_group(student))).flatten()
+    queries, keys = ((kept[:, None] * old_size + in_head).flatten() for kept in (heads_H, groups_G))
+    outputs = {row.query: queries, row.key: keys, row.value: keys}
+    if row.fused and row.fused_by_head:
+        thirds = heads_H[:, None] * 3 * old_size + torch.arange(3) * old_size
+        outputs = {row.fused: (thirds[..., None] + in_head).flatten()}
+    elif row.fused:
+        outputs = {row.fused: torch.cat([queries + n * teacher.hidden_size for n in range(3)])}
+    outputs |= dict.fromkeys(row.by_head, queries) | dict.fromkeys(row.head_norms, in_head)
     if row.gated_halves:
         first = torch.arange(getattr(student, row.ffn_width))
         outputs[row.gated_halves] = torch.cat([first, first + getattr(teacher, row.ffn_width)])
     axes = {
         f"{path}.{kind}": {0: kept} for path, kept in outputs.items() for kind in ("weight", "bias")
     }
-    return axes | {f"{row.attention_output}.weight": {1: heads}}
+    axes |= {path: {0: queries} for path in row.fused_biases.values()}
+    return axes | {f"{row.attention_output}.weight": {1: queries}}

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 Shard = Callable[[QKVView, Iterable[tuple[str, Tensor]]], nn.Module]
 """Shards a view's weights over the ranks, block by block, and returns the module that runs them.
 The weights come in the order of their names. Collective."""
-CONFIG_FILES = ("config.json", "adapter_config.json", "*.py")
+CONFIG_FILES = ("config.json", "adapter_config.json", "*.py", "README.md")
 WEIGHT_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", INDEX)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 

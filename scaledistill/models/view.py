@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -110,7 +111,7 @@ def capture_view(model: PreTrainedModel, layer: int) -> QKVView:
     encoder = base_encoder(model)
     with named(config="model"):
         row = architecture_of(encoder.config)
-    if getattr(encoder.config, "is_decoder", False):
+    if getattr(encoder.config, "is_decoder", False) and not row.causal:
         raise SettingError(
             "model",
             expected="has is_decoder=true in its config, so its tokens do not attend to later ones",
@@ -118,9 +119,10 @@ def capture_view(model: PreTrainedModel, layer: int) -> QKVView:
         )
     try:
         blocks = cast(nn.ModuleList, encoder.get_submodule(row.blocks))
-        check_layer(layer, len(blocks))
+        depth = encoder.config.num_hidden_layers if row.repeats_block else len(blocks)
+        check_layer(layer, depth)
         last = encoder.get_submodule(row.block_path(layer))
-        captured = _CapturedBlock(last, row)
+        captured = _CapturedBlock(last, row, encoder.config.num_attention_heads)
     except AttributeError as error:
         raise SettingError(
             "model",
@@ -131,9 +133,17 @@ def capture_view(model: PreTrainedModel, layer: int) -> QKVView:
     view = _own_copy(encoder)
     view.config = plain_config(encoder.config)
     parent, name = _own_parent(view, row.blocks)
-    kept = list(blocks)[:layer]
-    kept[-1] = captured
+    if row.repeats_block is None:
+        kept = [*blocks[: layer - 1], captured]
+    else:
+        kept = [captured if layer == 1 else _repeated(last, layer - 1, captured)]
+        repeating = view.get_submodule(row.repeats_block)
+        repeating.config = copy.copy(repeating.config)
+        repeating.config.num_hidden_layers = 1
     parent._modules[name] = nn.ModuleList(kept)
+    if row.after_first is not None and layer == 1:
+        parent, name = _own_parent(view, row.after_first)
+        parent._modules[name] = None
     view._modules.update({name: None for name in row.dropped if name in view._modules})
     if row.final_norm is not None:
         parent, name = _own_parent(view, row.final_norm)
@@ -158,6 +168,8 @@ def model_inputs(config: PreTrainedConfig, tokens: TokenInputs) -> dict[str, Any
     """
     input_ids_BT, mask_BT, segment_ids_BT, position_ids_BT, cu_seqlens = tokens
     inputs: dict[str, Any] = {"input_ids": input_ids_BT}
+    if architecture_of(config).causal:
+        inputs["use_cache"] = False  # it would keep all keys and values
     if segment_ids_BT is not None and position_ids_BT is not None:
         inputs["position_ids"] = position_ids_BT + first_position(config)
         inputs |= document_attention(config, segment_ids_BT, cu_seqlens)
@@ -193,7 +205,7 @@ def forward_flops(module: nn.Module, num_tokens: int) -> int:
         **dict(module.named_parameters()),
         **dict(module.named_buffers()),
     }
-    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    shapes = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     input_ids_BT = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
     inputs = model_inputs(cast(PreTrainedConfig, module.config), TokenInputs(input_ids_BT))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -207,19 +219,27 @@ class _CapturedBlock(nn.Module):
     Its output is [B, T, Dq + Dk + Dv].
     """
 
-    def __init__(self, block: nn.Module, row: Architecture) -> None:
+    def __init__(self, block: nn.Module, row: Architecture, num_heads: int) -> None:
         super().__init__()
-        self.row = row
-        if row.windowed:
-            self.attention_type = block.attention_type  # by which the model chooses a mask
+        self.row, self.num_heads = row, num_heads
+        if hasattr(block, "attention_type"):
+            self.attention_type = block.attention_type  # by which some models choose a mask
         for path in (*row.projections, *filter(None, [row.input_norm])):
-            *parents, name = path.split(".")
-            container: nn.Module = self
-            for parent in parents:
-                if parent not in container._modules:
-                    container.add_module(parent, nn.Module())
-                container = container.get_submodule(parent)
+            container, name = self._container(path)
             container.add_module(name, block.get_submodule(path))
+        for path in row.fused_biases.values():
+            container, name = self._container(path)
+            container.register_parameter(name, block.get_parameter(path))
+
+    def _container(self, path: str) -> tuple[nn.Module, str]:
+        """Return the module above `path`, made if there is none, and the name below it."""
+        *parents, name = path.split(".")
+        container: nn.Module = self
+        for parent in parents:
+            if parent not in container._modules:
+                container.add_module(parent, nn.Module())
+            container = container.get_submodule(parent)
+        return container, name
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -231,16 +251,50 @@ class _CapturedBlock(nn.Module):
             sizes = [sizes[0] // 3] * 3
         return sizes[0], sizes[1], sizes[2]
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        row = self.row
-        if row.input_norm is not None:
-            hidden_states = self.get_submodule(row.input_norm)(hidden_states)
-        outputs = [self.get_submodule(path)(hidden_states) for path in row.projections]
-        if row.fused and row.fused_order != "qkv":
+    def forward(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, None]:
+        joined = _project(self, self.row, self.num_heads, hidden_states)
+        return (joined, None) if self.row.block_returns_tuple else joined
+
+
+class _RepeatedBlock(nn.Module):
+    """A block that is run `passes` times, then projects; the mixin of the block's own class."""
+
+    row: Architecture
+    num_heads: int
+    passes: int
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for _ in range(self.passes):
+            hidden_states = super().forward(hidden_states, *args, **kwargs)
+        return _project(self, self.row, self.num_heads, hidden_states)
+
+
+def _repeated(block: nn.Module, passes: int, captured: _CapturedBlock) -> nn.Module:
+    """Return a copy of `block`, with its parameters, that projects after `passes` passes."""
+    repeated = _own_copy(block)
+    repeated.row, repeated.num_heads = captured.row, captured.num_heads
+    repeated.passes = passes
+    repeated.__class__ = type("RepeatedBlock", (_RepeatedBlock, type(block)), {})
+    return cast(nn.Module, repeated)
+
+
+def _project(block: nn.Module, row: Architecture, num_heads: int, hidden_BTD: Tensor) -> Tensor:
+    """Return the Q, K and V of a block's input, joined."""
+    if row.input_norm is not None:
+        hidden_BTD = block.get_submodule(row.input_norm)(hidden_BTD)
+    outputs = [block.get_submodule(path)(hidden_BTD) for path in row.projections]
+    if row.fused and (row.fused_by_head or row.fused_order != "qkv"):
+        if row.fused_by_head:
+            heads = outputs[0].unflatten(-1, (num_heads, 3, -1))
+            thirds = [each.flatten(-2) for each in heads.unbind(-2)]
+        else:
             thirds = outputs[0].chunk(3, dim=-1)
-            outputs = [thirds[row.fused_order.index(letter)] for letter in "qkv"]
-        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return (joined,) if row.block_returns_tuple else joined
+        outputs = [thirds[row.fused_order.index(letter)] for letter in "qkv"]
+        for letter, path in row.fused_biases.items():
+            outputs["qkv".index(letter)] = outputs["qkv".index(letter)] + attrgetter(path)(block)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 class _ExactBuffers(nn.Module):

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,24 @@ from scaledistill.checkpoint.format import newest_state
 from scaledistill.checkpoint.names import committed, step_of
 from scaledistill.config.naming import student_names, teacher_names
 from scaledistill.config.resolved import ResolvedRun
-from scaledistill.config.schedule import SCHEDULE_KEYS, same_rates, with_schedule_of
+from scaledistill.config.schedule import SCHEDULE_KEYS, from_step, same_rates, with_schedule_of
 from scaledistill.config.schema import DistillConfig, TrainSettings, differing_keys
 from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
-from scaledistill.data.order import SampleOrder
+from scaledistill.data.mixture import Order, Source, mix, mixing_problem
 from scaledistill.data.prepare.text import load_tokenizer, tokenizer_fingerprint
-from scaledistill.data.stream import ShardReader
+from scaledistill.data.reader import ShardReader, check_cache
 from scaledistill.data.tokenizer import TOKENIZER_FILES
 from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import ConfigError, DataError, Field, Problems, named
 from scaledistill.metrics.trackers import check_trackers
-from scaledistill.models.architectures import architecture_of, check_layer, max_sequence_length
+from scaledistill.models.architectures import (
+    architecture_of,
+    check_layer,
+    max_sequence_length,
+    qkv_widths,
+)
 from scaledistill.models.hub import names_resolved_once
+from scaledistill.models.loss import causal_relations
 from scaledistill.models.student import check_init, student_config
 from scaledistill.models.teacher import (
     check_weight_files,
@@ -45,10 +51,14 @@ from scaledistill.models.teacher import (
 from scaledistill.preflight.estimate import Estimate, estimate
 from scaledistill.preflight.microbatch import free_bytes, predict
 from scaledistill.preflight.resolve import for_gpus, resolve
+from scaledistill.preflight.roster import check_added, roster_notes, roster_of
 from scaledistill.relations import check_relation_heads
 from scaledistill.storage.remote import ShardCache, is_url
 
 log = logging.getLogger(__name__)
+
+DataSets = tuple[tuple[Source, ...], Order, ShardReader | None]
+"""The training data, the order over it, and the held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +66,17 @@ class Plan:
     """The plan of a run: its resolved configuration, data and sizes."""
 
     run: ResolvedRun
-    order: SampleOrder
-    shards: ShardReader
+    order: Order
+    sources: tuple[Source, ...]
+    """The training data, in the order of the settings."""
     held_out: ShardReader | None
     estimate: Estimate
     free_disk_bytes: int
     evaluation: str | None = None
     """How many fine-tunings follow the run; None without any, and on ranks that do not check it."""
     evaluation_flops: float = 0.0
+    notes: tuple[str, ...] = ()
+    """Which students are new or left out, if the run resumes."""
 
 
 @names_resolved_once()
@@ -118,16 +131,22 @@ def plan_run(
         from scaledistill.glue.api import plan_evaluation  # imported here: it takes seconds
 
         evaluation = attempt(plan_evaluation, config)
-    shards = attempt(_open_set, config, "data.train", config.data.train, ranks)
-    held_out = (
-        attempt(_open_set, config, "data.validation", config.data.validation, ranks)
-        if config.data.validation
-        else None
-    )
-    for setting, reader in (("data.train", shards), ("data.validation", held_out)):
+    cache = _cache(config)
+    locations = {setting: source.shards for setting, source in config.data.sources.items()}
+    if config.data.validation:
+        locations["data.validation"] = config.data.validation
+    readers = {
+        setting: attempt(_open_set, setting, location, ranks, cache)
+        for setting, location in locations.items()
+    }
+    for setting, reader in readers.items():
         if reader and teacher:
             attempt(_check_shards, config, setting, reader, teacher, is_main)
-    order = attempt(_order, config, shards) if shards else None
+    held_out = readers.pop("data.validation", None)
+    shards = [reader for reader in readers.values() if reader]
+    ordered = attempt(_order, config, shards) if len(shards) == len(readers) else None
+    sources, order = ordered or ((), None)
+    notes: list[str] = []
     if (
         resolved
         and order
@@ -136,9 +155,10 @@ def plan_run(
         and (state := newest_state(Path(config.run.folder) / "checkpoints"))
     ):
         attempt(check_same_run, state, resolved.config, order)
+        notes = roster_notes(roster_of(state, config), config, state["step"])
     problems.raise_all()
     students = {name: shape for name, shape in shapes.items() if shape}
-    if not (resolved and teacher and len(students) == len(shapes) and shards and order):
+    if not (resolved and teacher and len(students) == len(shapes) and order):
         raise AssertionError("unreachable: an input is missing but no problem was recorded")
     if gpu_bytes:
         resolved = for_gpus(resolved)
@@ -148,7 +168,7 @@ def plan_run(
         resolved = resolved.with_micro_batch(predict(resolved, teacher, students, free))
     facts = estimate(resolved, teacher, students)
     free = _free_disk_bytes(config, facts.checkpoint_bytes if writes else 0)
-    plan = Plan(resolved, order, shards, held_out, facts, free)
+    plan = Plan(resolved, order, sources, held_out, facts, free, notes=tuple(notes))
     if evaluation is None or not (config.evaluation and config.evaluation.tasks):
         return plan
     embeddings = sum(shape.vocab_size * shape.hidden_size for shape in students.values())
@@ -156,30 +176,36 @@ def plan_run(
     return replace(plan, evaluation=evaluation.size, evaluation_flops=flops)
 
 
-def open_shards(config: DistillConfig, location: str, ranks: Ranks | None = None) -> ShardReader:
-    """Open a data set, through the local cache if it is a URL.
+def open_data(config: DistillConfig, ranks: Ranks | None = None) -> DataSets:
+    """Open the data sets of a run, through the local cache if they are at URLs.
 
     Only the first rank of each machine checks that all shards exist: the others see the same files.
     Without `ranks`, they are checked here.
 
     Raises:
-        ConfigError, DataError: see `ShardReader`.
+        ConfigError, DataError: see `ShardReader` and `SampleOrder`.
     """
+    cache, data = _cache(config), config.data
+    shards = [
+        _open_set(setting, source.shards, ranks, cache) for setting, source in data.sources.items()
+    ]
+    held_out = data.validation and _open_set("data.validation", data.validation, ranks, cache)
+    return *_order(config, shards), held_out or None
+
+
+def _cache(config: DistillConfig) -> ShardCache:
     folder = config.data.cache_folder
-    cache = ShardCache(Path(folder) if folder else None, limit_bytes=config.data.cache_bytes)
-    return ShardReader(
-        location,
-        cache=cache,
-        rank=None if ranks is None else ranks.rank,
-        check_sizes=ranks is None or ranks.local_rank == 0,
-    )
+    return ShardCache(Path(folder) if folder else None, limit_bytes=config.data.cache_bytes)
 
 
-def _open_set(
-    config: DistillConfig, setting: str, location: str, ranks: Ranks | None
-) -> ShardReader:
+def _open_set(setting: str, location: str, ranks: Ranks | None, cache: ShardCache) -> ShardReader:
     try:
-        return open_shards(config, location, ranks)
+        return ShardReader(
+            location,
+            cache=cache,
+            rank=None if ranks is None else ranks.rank,
+            check_sizes=ranks is None or ranks.local_rank == 0,
+        )
     except DataError as error:
         missing = not (is_url(location) or Path(location).is_absolute() or Path(location).exists())
         looked = f" (looked for in the working folder {Path.cwd()})" if missing else ""
@@ -197,19 +223,23 @@ def _teacher_config(config: DistillConfig) -> PretrainedConfig:
             config.teacher.model, config.teacher.revision, config.teacher.trust_remote_code
         )
         check_layer(config.teacher.layer, teacher.num_hidden_layers)
-    row = architecture_of(teacher)
+    _check_reads_rows(config, teacher, f"teacher.model={config.teacher.model}")
+    return teacher
+
+
+def _check_reads_rows(config: DistillConfig, model: PretrainedConfig, name: str) -> None:
+    """Raise ConfigError unless a model can attend as `data` says to rows of its length."""
+    row, limit = architecture_of(model), max_sequence_length(model)
     if row.no_documents and config.data.attention == "document":
         raise ConfigError(
             f'data.attention="document" is not supported for {row.title}: {row.no_documents}; '
             'use "row"'
         )
-    limit = max_sequence_length(teacher)
     if config.data.sequence_length > limit:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} is more than the {limit} "
-            f"positions of teacher.model={config.teacher.model}; make shards with at most {limit}"
+            f"positions of {name}; make shards with at most {limit}"
         )
-    return teacher
 
 
 def _check_weights(config: DistillConfig, setting: str, model: str) -> None:
@@ -233,8 +263,12 @@ def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -
             num_layers=spec.num_layers,
             hidden_size=spec.hidden_size,
             num_attention_heads=spec.num_attention_heads,
+            num_key_value_heads=spec.num_key_value_heads,
+            head_dim=spec.head_dim,
             intermediate_size=spec.intermediate_size,
             tap=spec.tap,
+            architecture=spec.architecture,
+            init=spec.init,
         )
 
 
@@ -250,8 +284,12 @@ def _student_config(
     }
     with named(**student_names(name)):
         check_init(spec.init, student, teacher, **options)
+    with named(student=f"students.{name}"):
+        causal_relations(teacher, student)
+    if student.model_type != teacher.model_type:
+        _check_reads_rows(config, student, f"students.{name}")
     heads = f"students.{name}.relation_heads" if spec.relation_heads else "relations.num_heads"
-    widths = {"teacher": teacher.hidden_size, f"student {name}": spec.hidden_size}
+    widths = {"teacher": qkv_widths(teacher), f"student {name}": qkv_widths(student)}
     with named(num_heads=heads, pairs="relations.pairs"):
         check_relation_heads(config.relation_heads(name), widths, config.relations.pairs)
     return student
@@ -293,20 +331,30 @@ def _check_shards(
         )
 
 
-def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: SampleOrder) -> None:
+def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Order) -> None:
     """Refuse to go on from a checkpoint's state where the result would not be that of the run that
     was begun.
+
+    Students may be added and left out, as long as one of the run's goes on.
 
     Raises:
         ConfigError: naming the keys that differ.
     """
     before, now = state["config"], config.model_dump()
     earlier, step = with_schedule_of(config.train, before["train"]), state["step"]
+    roster = roster_of(state, config)
     then = config.model_copy(update={"train": earlier})
-    same = min(
-        same_rates(then.for_student(name).train, config.for_student(name).train, step)
-        for name in config.students
-    )
+    same = step
+    for name in roster.resumed:
+        first = roster.first_steps[name]
+        one, other = (from_step(each.for_student(name).train, first) for each in (then, config))
+        same = min(same, first + same_rates(one, other, step - first))
+    if roster.resumed:
+        common = before["students"].keys() & now["students"].keys()
+        before, now = (
+            {**tree, "students": {name: tree["students"][name] for name in common}}
+            for tree in (before, now)
+        )
     schedule = config.train if same == step else earlier
     before = {
         **before,
@@ -316,6 +364,12 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Sampl
     changed = {line.partition(":")[0].removeprefix("train.") for line in differences}
     if changed and changed <= set(SCHEDULE_KEYS):
         raise _other_schedule(state, config, differences, earlier, same)
+    differences += [
+        f"students.{name} was dropped at step {found['step']}; to train it again, give it another "
+        "name"
+        for name, found in (roster.dropped or {}).items()
+        if not roster.resumed or any(x.startswith(f"students.{name}.") for x in differences)
+    ]
     # run.seed is the order's seed.
     named = {line.partition(":")[0].rpartition(".")[2] for line in differences}
     differences += [
@@ -325,6 +379,7 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Sampl
     ]
     if differences:
         raise other_run(state, config, "; ".join(differences))
+    check_added(roster, config, step)
 
 
 def _other_schedule(
@@ -382,18 +437,42 @@ def other_run(state: Mapping[str, Any], config: DistillConfig, differences: str)
     )
 
 
-def _order(config: DistillConfig, shards: ShardReader) -> SampleOrder:
-    data = config.data
+def _order(
+    config: DistillConfig, shards: Sequence[ShardReader]
+) -> tuple[tuple[Source, ...], Order]:
+    """Return the sources of the training data and the order over them.
+
+    Args:
+        shards: of all sources, in the order of the settings.
+    """
+    data, seed = config.data, config.run.seed
+    settings = dict(zip(data.sources, shards, strict=True))
+    named_manifests = {
+        f"{setting} ({reader.location})": reader.manifest for setting, reader in settings.items()
+    }
+    if problem := mixing_problem(named_manifests):
+        raise ConfigError(f"data.train can't be mixed: {problem}")
     with named(
         seed="run.seed",
         num_lanes="data.num_lanes",
         window_rows="data.window_rows",
         limit_bytes="data.cache_bytes",
+        **{f"weights.{number}": f"{name}.weight" for number, name in enumerate(settings)},
     ):
-        shards.check_cache(data.num_lanes)
-        return shards.order(
-            seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
-        )
+        check_cache(shards, data.num_lanes)
+        sources = []
+        for (setting, spec), reader in zip(data.sources.items(), shards, strict=True):
+            try:
+                order = reader.order(
+                    seed=seed, num_lanes=data.num_lanes, window_rows=data.window_rows
+                )
+            except DataError as error:
+                if len(shards) == 1:
+                    raise
+                raise DataError(f"{setting}: ", *error.pieces) from error
+            sources.append(Source(spec.name or setting, reader, order))
+        weights = [spec.weight for spec in data.sources.values()]
+        return tuple(sources), mix([each.order for each in sources], weights, seed=seed)
 
 
 def _free_disk_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:

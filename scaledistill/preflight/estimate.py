@@ -25,7 +25,7 @@ from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DataSettings
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.engines import EngineBytes, engine_traits
-from scaledistill.models.architectures import build_encoder
+from scaledistill.models.architectures import architecture_of, build_encoder
 from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import exported, set_dropout
 from scaledistill.models.view import QKVView, capture_view, forward_flops
@@ -35,12 +35,14 @@ from scaledistill.relations.spec import letters_of
 # Sequences in the micro-batch that is counted: so many that, divided by them, sizes that do not
 # depend on their number vanish.
 _COUNTED_SEQUENCES = 4096
-# On a CPU the heap holds more than live tensors: libraries' buffers, and holes between blocks of
-# less than 32 MB, which glibc does not map separately. Measured with BERT-base → 6×384: 180 to
-# 230 MB at 74 MB of activations, 420 to 540 MB at 450 to 900 MB; it varies by ±5 % of the total
-# from run to run.
-_HEAP_BYTES = 350_000_000
-_MOST_HOLES_BYTES = 500_000_000
+# On a CPU the heap holds more than live tensors: copies from the start of the engine, libraries'
+# buffers, and holes between blocks of less than 32 MB, which glibc does not map separately. Fitted
+# to measured peaks: BERT-base → 6×384 (21 M trained) has 180 to 230 MB of it at 74 MB of
+# activations, 240 MB at 150 MB, 380 to 540 MB at 450 to 900 MB; 6×512 → 3×256 (10 M) has 120 MB at
+# 170 MB. It varies by ±5 % of the total from run to run.
+_HEAP_BYTES = 30_000_000
+_HEAP_BYTES_PER_PARAMETER = 7
+_MOST_HOLES_BYTES = 400_000_000
 
 
 class StudentSize(NamedTuple):
@@ -93,11 +95,19 @@ class Estimate:
         return sum(student.parameters for student in self.students.values())
 
     @property
+    def heap_bytes(self) -> int:
+        """What the heap of a process without a GPU holds besides tensors."""
+        if not self.on_host:
+            return 0
+        trained = sum(student.trained for student in self.students.values())
+        return _HEAP_BYTES + _HEAP_BYTES_PER_PARAMETER * trained
+
+    @property
     def state_bytes(self) -> int:
         """Bytes that do not depend on the micro-batch."""
         held = self.teacher_bytes + self.weights_and_gradients_bytes + self.engine_bytes
         if self.on_host:
-            return held + self.optimizer_bytes + self.data_bytes + _HEAP_BYTES
+            return held + self.optimizer_bytes + self.data_bytes + self.heap_bytes
         return held + (0 if self.optimizer_on_host else self.optimizer_bytes)
 
     def memory_bytes(self, sequences: int) -> int:
@@ -122,8 +132,10 @@ def estimate(
     teacher_flops = _forward_flops(whole_teacher, config.teacher.layer, length)
     placements = _placements(run, teacher_view)
     # Without a backward, activations do not add up over layers: two blocks in a row need as much
-    # memory as many.
-    short_view = capture_view(whole_teacher, min(3, config.teacher.layer))
+    # memory as many, unless the model keeps the output of each.
+    keeps_all = architecture_of(teacher).keeps_hidden_states
+    layer = config.teacher.layer if keeps_all else min(3, config.teacher.layer)
+    short_view = capture_view(whole_teacher, layer)
     parts = {
         name: _student_part(run.for_student(name), name, short_view, shape)
         for name, shape in students.items()
@@ -145,7 +157,8 @@ def estimate(
         # Students take their turns, so that activations of one live at a time.
         activation_bytes_per_sequence=max(part.activations for part in parts.values()),
         relation_bytes=max(part.relation for part in parts.values()) * run.micro_batch_size,
-        data_bytes=data.num_lanes * data.window_rows * length * quarter_bytes_per_token // 4,
+        data_bytes=len(data.sources)
+        * (data.num_lanes * data.window_rows * length * quarter_bytes_per_token // 4),
         checkpoint_bytes=sum(part.checkpoint_bytes for part in parts.values()),
         on_host=run.device_type == "cpu",
     )
@@ -238,7 +251,8 @@ def _bytes_per_sequence(
             output = _forward(student_view, student_tensors, tokens)
             # Restart the peak, to see what the loss's forward adds; the backward raises it further.
             kept, peak, live.peak = live.now, live.peak, live.now
-            loss = _loss(StudentLoss.of(run.config, name), target, output, tokens)
+            models = (teacher_view.config, student_view.config)
+            loss = _loss(StudentLoss.of(run.config, name, models), target, output, tokens)
             relation, live.peak = live.peak - kept, max(peak, live.peak)
             del target, output
             loss.backward()

@@ -53,7 +53,15 @@ def predict(
     Raises:
         ConfigError: not even the smallest fits.
     """
-    facts = estimate(run.with_micro_batch(1), teacher, students)
+    return largest(run, estimate(run.with_micro_batch(1), teacher, students), limit_bytes)
+
+
+def largest(run: ResolvedRun, facts: Estimate, limit_bytes: int) -> int:
+    """Return what `predict` does, from an estimate for any micro-batch.
+
+    Raises:
+        ConfigError: not even the smallest fits.
+    """
     room = limit_bytes * (1 - MARGIN_FRACTION)
     found = (
         f"needs {facts.memory_bytes(1) / 1e9:.2f} GB, {room / 1e9:.2f} GB are free for each rank"
@@ -171,7 +179,7 @@ class Trial:
             (
                 view,
                 copy.deepcopy(view.module).to(device, run.student_dtype),
-                StudentLoss.of(run.config, name),
+                StudentLoss.of(run.config, name, (teacher.config, view.config)),
             )
             for name, view in students.items()
         ]

@@ -15,10 +15,11 @@ from rich.table import Table
 
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schedule import schedule_text
+from scaledistill.data.mixture import Source, epochs
 from scaledistill.distributed.ranks import BF16_ON_CPU
 from scaledistill.engines import engine_traits
 from scaledistill.errors import counted
-from scaledistill.metrics.recorder import short
+from scaledistill.metrics.display import short
 from scaledistill.preflight.checks import Plan
 from scaledistill.preflight.estimate import Estimate
 from scaledistill.preflight.resolve import clipped_micro_batch
@@ -46,28 +47,49 @@ class Reads:
 
 
 def reads(plan: Plan) -> Reads:
-    """Return what a rank reads from storage.
+    """Return what a rank reads from storage, for all sources together.
 
     The rows of a lane are shuffled, so a rank touches nearly every block of its lanes.
     """
-    manifest, order, train = plan.shards.manifest, plan.order, plan.run.config.train
+    order, batch = plan.order, plan.run.config.train.global_batch_size
     together = math.gcd(order.num_lanes, plan.run.world_size)
     lanes, sharers = order.num_lanes // together, plan.run.world_size // together
-    at_once = plan.shards.blocks_around(0, 0)  # the blocks that one read covers
-    rows_per_read = min(
-        sum(manifest.shards[0].block_rows[block] for block in at_once), order.window_rows
-    )
-    # The probability that at least one row of a read is this rank's.
-    touched = 1 - (1 - 1 / sharers) ** rows_per_read if sharers > 1 else 1.0
-    rows_per_step = train.global_batch_size * touched / together
-    return Reads(
-        lanes=lanes,
-        sharers=sharers,
-        reads_per_step=rows_per_step / rows_per_read,
-        bytes_per_step=rows_per_step * manifest.row_bytes,
-        times_over=sharers * touched,
-        shards_per_epoch=min(len(manifest.shards), len(manifest.shards) / together + lanes),
-    )
+    reads_per_step = bytes_per_step = times_over = shards_per_epoch = 0.0
+    for source, share in zip(plan.sources, order.shares, strict=True):
+        manifest, shards = source.shards.manifest, len(source.shards.manifest.shards)
+        at_once = source.shards.blocks_around(0, 0)  # the blocks that one read covers
+        rows_per_read = min(
+            sum(manifest.shards[0].block_rows[block] for block in at_once),
+            source.order.window_rows,
+        )
+        # The probability that at least one row of a read is this rank's.
+        touched = 1 - (1 - 1 / sharers) ** rows_per_read if sharers > 1 else 1.0
+        rows_per_step = share * batch * touched / together
+        reads_per_step += rows_per_step / rows_per_read
+        bytes_per_step += rows_per_step * manifest.row_bytes
+        times_over += share * sharers * touched
+        shards_per_epoch += min(shards, shards / together + lanes)
+    return Reads(lanes, sharers, reads_per_step, bytes_per_step, times_over, shards_per_epoch)
+
+
+def _epochs(plan: Plan, num_steps: int) -> list[tuple[Source, float]]:
+    """Return how often so many steps go through each source."""
+    samples = num_steps * plan.run.config.train.global_batch_size
+    by_name = epochs(plan.sources, plan.order, samples)
+    return [(source, by_name[source.name]) for source in plan.sources]
+
+
+def _epochs_text(plan: Plan, num_steps: int) -> str:
+    """Say how often so many steps go through the data: "1.5 epochs", or by source."""
+    found = _epochs(plan, num_steps)
+    if len(found) == 1:
+        return f"{found[0][1]:,.1f} epochs"
+    return "epochs: " + ", ".join(f"{source.name} {number:,.1f}" for source, number in found)
+
+
+def _of(plan: Plan, source: Source) -> str:
+    """Begin a message with the source, if there are several."""
+    return f"source {source.name}: " if len(plan.sources) > 1 else ""
 
 
 def traffic(run: ResolvedRun, facts: Estimate, placement: str) -> dict[str, float]:
@@ -89,7 +111,8 @@ def traffic(run: ResolvedRun, facts: Estimate, placement: str) -> dict[str, floa
 
 def warnings_of(plan: Plan) -> list[str]:
     """Return warnings about what will work but could be faster, with the setting to change."""
-    run, order, shards = plan.run, plan.order, len(plan.shards.manifest.shards)
+    run, order = plan.run, plan.order
+    shards = sum(len(source.shards.manifest.shards) for source in plan.sources)
     ranks, train, reading = run.world_size, run.config.train, reads(plan)
     length = run.config.data.sequence_length
     warnings = []
@@ -97,10 +120,11 @@ def warnings_of(plan: Plan) -> list[str]:
         warnings.append(clipped)
     if reading.times_over > _MANY_READS:
         more = math.lcm(order.num_lanes, ranks)
+        fewest = min(source.order.num_rows for source in plan.sources)
         warnings.append(
             f"data.num_lanes={order.num_lanes} with {counted(ranks, 'rank')}: {reading.sharers} "
             f"ranks share a lane, and storage serves each row {reading.times_over:.0f} times an "
-            f"epoch; {_lanes_advice(more, order.num_rows)} (before the first step: it is part of "
+            f"epoch; {_lanes_advice(more, fewest)} (before the first step: it is part of "
             "the order)"
         )
     if shards < ranks:
@@ -109,12 +133,13 @@ def warnings_of(plan: Plan) -> list[str]:
             "once, fine on a parallel file system, slow on one disk; make more shards with "
             "`scaledistill shards make --rows-per-shard`"
         )
-    if order.rows_per_lane <= order.window_rows:
-        warnings.append(
-            f"data.window_rows ({order.window_rows}) is at least the rows per lane "
-            f"({order.rows_per_lane}), so all lanes read at the same step; lower it or "
-            "data.num_lanes"
-        )
+    for source in plan.sources:
+        if source.order.rows_per_lane <= source.order.window_rows:
+            warnings.append(
+                f"{_of(plan, source)}data.window_rows ({source.order.window_rows}) is at least the "
+                f"rows per lane ({source.order.rows_per_lane}), so all lanes read at the same "
+                "step; lower it or data.num_lanes"
+            )
     if plan.estimate.on_host and train.precision == "bf16":
         warnings.append(BF16_ON_CPU)
     micro = run.micro_batch_size
@@ -123,11 +148,13 @@ def warnings_of(plan: Plan) -> list[str]:
             f"a forward has {micro} × {length} = {micro * length} tokens: too few to fill a GPU; "
             "raise train.global_batch_size, or take fewer ranks"
         )
-    epochs = train.max_steps * train.global_batch_size / order.rows_per_epoch
-    if epochs > 100:
-        warnings.append(
-            f"each row is seen {epochs:,.0f} times; make more shards or lower train.max_steps"
-        )
+    for source, number in _epochs(plan, train.max_steps):
+        if number > 100:
+            remedy = "lower its weight, " if len(plan.sources) > 1 else ""
+            warnings.append(
+                f"{_of(plan, source)}each row is seen {number:,.0f} times; {remedy}make more "
+                "shards or lower train.max_steps"
+            )
     return warnings
 
 
@@ -146,6 +173,7 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
         **_data_rows(plan),
         **_memory_rows(plan),
         "run folder": plan.run.config.run.folder,
+        **({"on resume": "\n".join(plan.notes)} if plan.notes else {}),
         **_evaluation(plan),
     }
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -168,7 +196,7 @@ def _model_rows(plan: Plan) -> dict[str, str]:
             f"{config.teacher.placement}"
         ),
         "student" if len(facts.students) == 1 else "students": "\n".join(
-            f"{name}: {_millions(size.parameters)}, {_trained(plan, name)}, "
+            f"{name}: {_family(plan, name)}{_millions(size.parameters)}, {_trained(plan, name)}, "
             f"{config.train.precision}"
             for name, size in facts.students.items()
         ),
@@ -180,7 +208,6 @@ def _model_rows(plan: Plan) -> dict[str, str]:
 def _step_rows(plan: Plan) -> dict[str, str]:
     run, facts, train = plan.run, plan.estimate, plan.run.config.train
     micro_batches = counted(run.accumulation, "micro-batch", "micro-batches")
-    epochs = train.max_steps * train.global_batch_size / plan.order.rows_per_epoch
     return {
         "step": (
             f"{train.global_batch_size} sequences × {run.config.data.sequence_length} = "
@@ -192,24 +219,38 @@ def _step_rows(plan: Plan) -> dict[str, str]:
         ),
         "run": (
             f"{counted(train.max_steps, 'step')}, "
-            f"{short(train.max_steps * run.tokens_per_step)} tokens, {epochs:,.1f} epochs"
+            f"{short(train.max_steps * run.tokens_per_step)} tokens, "
+            f"{_epochs_text(plan, train.max_steps)}"
         ),
-        "schedule": f"{schedule_text(train)}; peak {train.learning_rate:g}",
+        "schedule": "\n".join(_schedules(run)),
     }
 
 
+def _schedules(run: ResolvedRun) -> list[str]:
+    """Return the run's schedule, and those of students that have another."""
+    text = f"{schedule_text(run.config.train)}; peak {run.config.train.learning_rate:g}"
+    lines = [text]
+    for name in run.config.students:
+        train = run.for_student(name).config.train
+        own = f"{schedule_text(train)}; peak {train.learning_rate:g}"
+        lines += [f"{name}: {own}"] if own != text else []
+    return lines
+
+
 def _data_rows(plan: Plan) -> dict[str, str]:
-    order, manifest, ranks = plan.order, plan.shards.manifest, plan.run.world_size
+    ranks = plan.run.world_size
     found, sent = reads(plan), _sent(plan)
     parts = ", ".join(f"{what} {_size(size)}" for what, size in sent.items())
+    rows_per_epoch = sum(source.order.rows_per_epoch for source in plan.sources)
     return {
-        "data": (
-            f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}; "
-            f"{counted(order.dropped_rows_per_epoch, 'row')} left out of an epoch"
+        "data": "\n".join(
+            _source_text(plan, source, share)
+            for source, share in zip(plan.sources, plan.order.shares, strict=True)
         ),
         "  rank and epoch": (
-            f"{order.rows_per_epoch / ranks:,.1f} rows from {found.lanes} of "
-            f"{counted(order.num_lanes, 'lane')}, about {found.shards_per_epoch:.1f} shards"
+            f"{rows_per_epoch / ranks:,.1f} rows from {found.lanes} of "
+            f"{counted(plan.order.num_lanes, 'lane')}, about {found.shards_per_epoch:.1f} shards"
+            + (" (one epoch of each source)" if len(plan.sources) > 1 else "")
         ),
         "  rank and step": f"{found.reads_per_step:.2g} reads, {_size(found.bytes_per_step)}",
         "network": (
@@ -217,6 +258,15 @@ def _data_rows(plan: Plan) -> dict[str, str]:
             + (f" ({parts})" if ranks > 1 else "")
         ),
     }
+
+
+def _source_text(plan: Plan, source: Source, share: float) -> str:
+    manifest, order = source.shards.manifest, source.order
+    text = (
+        f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}; "
+        f"{counted(order.dropped_rows_per_epoch, 'row')} left out of an epoch"
+    )
+    return text if len(plan.sources) == 1 else f"{source.name}: {share:.2%} of the samples; {text}"
 
 
 def _memory_rows(plan: Plan) -> dict[str, str]:
@@ -252,11 +302,12 @@ def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list
     """
     run, facts, config = plan.run, plan.estimate, plan.run.config
     train, ranks, tokens = config.train, run.world_size, run.tokens_per_step
-    epochs = last_step * train.global_batch_size / plan.order.rows_per_epoch
     validation = f", validation {config.data.validation}" if config.data.validation else ""
+    training = f", training data {config.data.train}" if len(plan.sources) == 1 else ""
     lines = [
         *(
-            f"student {name}: {_millions(size.parameters)} in its export, {_trained(plan, name)}"
+            f"student {name}: {_family(plan, name)}{_millions(size.parameters)} in its export, "
+            f"{_trained(plan, name)}"
             for name, size in facts.students.items()
         ),
         f"teacher {config.teacher.model}, up to layer {config.teacher.layer}: "
@@ -265,11 +316,11 @@ def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list
         f"batch: {counted(ranks, 'rank')} × {run.micro_batch_size} × "
         f"{counted(run.accumulation, 'micro-batch', 'micro-batches')} = {train.global_batch_size} "
         f"sequences of {config.data.sequence_length}, {tokens:,} tokens a step",
-        f"steps: {last_step:,}, {short(last_step * tokens)} tokens in all, {epochs:,.1f} epochs of "
-        f"{counted(plan.order.rows_per_epoch, 'row')}",
+        f"steps: {last_step:,}, {short(last_step * tokens)} tokens in all{_whole(plan, last_step)}",
         f"engine: {_engine_title(plan)}, {train.precision} on {device}, compile "
         f"{'on' if train.compile else 'off'}, relations by {config.relations.backend}",
-        f"paths: run {config.run.folder}, training data {config.data.train}{validation}",
+        *_sources_lines(plan, step, last_step),
+        f"paths: run {config.run.folder}{training}{validation}",
     ]
     if step:
         checkpoint = f"{config.run.folder}/checkpoints/step-{step:09d}"
@@ -279,6 +330,27 @@ def start_summary(plan: Plan, device: str, *, step: int, last_step: int) -> list
     if clipped := clipped_micro_batch(run):
         lines.append(f"note: {clipped}")
     return lines
+
+
+def _whole(plan: Plan, last_step: int) -> str:
+    """Return the epochs of a single source, to go on with in a line on steps."""
+    (source, number), *others = _epochs(plan, last_step)
+    rows = counted(source.order.rows_per_epoch, "row")
+    return "" if others else f", {number:,.1f} epochs of {rows}"
+
+
+def _sources_lines(plan: Plan, step: int, last_step: int) -> list[str]:
+    """Return a line for each source, if there are several."""
+    if len(plan.sources) == 1:
+        return []
+    done = dict(epochs(plan.sources, plan.order, step * plan.run.config.train.global_batch_size))
+    return [
+        f"source {source.name}: {share:.2%} of the samples, {number:,.1f} epochs of "
+        f"{counted(source.order.rows_per_epoch, 'row')}"
+        + (f" ({done[source.name]:,.1f} done)" if step else "")
+        + f", {source.shards.location}"
+        for (source, number), share in zip(_epochs(plan, last_step), plan.order.shares, strict=True)
+    ]
 
 
 def placement_table(plan: Plan, memory_bytes: int | None = None) -> Table:
@@ -331,10 +403,18 @@ def _engine_title(plan: Plan) -> str:
     return engine_traits(plan.run.for_student(name)).title
 
 
+def _family(plan: Plan, name: str) -> str:
+    """Return a student's architecture, if its settings name one."""
+    architecture = plan.run.config.students[name].architecture
+    return f"{architecture}, " if architecture else ""
+
+
 def _trained(plan: Plan, name: str) -> str:
     size = plan.estimate.students[name]
     if plan.run.config.students[name].tap == "extra":
         projection = size.trained - size.parameters
+        if not projection:  # that of a block which all layers share
+            return "all trained"
         return f"all trained, and a projection of {_millions(projection)} that the export drops"
     return f"of which {_millions(size.trained)} are trained"
 

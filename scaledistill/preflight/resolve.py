@@ -57,12 +57,21 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Res
 
 
 def for_gpus(run: ResolvedRun) -> ResolvedRun:
-    """Return a run as it would be resolved on a machine with GPUs, for a plan made without any."""
-    config = run.config
-    if run.stated.relations.backend == "auto" and run.device_type != "cuda":
-        relations = config.relations.model_copy(update={"backend": "triton"})
-        config = config.model_copy(update={"relations": relations})
-    return replace(run, config=config, device_type="cuda")
+    """Return a run as it would be resolved on GPUs with bf16, for a plan made without any."""
+    if run.device_type == "cuda":
+        return run
+    config, stated = run.config, run.stated
+    precision, dtype = stated.train.precision, stated.teacher.dtype
+    backend = "triton" if stated.relations.backend == "auto" else config.relations.backend
+    precision = "bf16" if precision == "auto" else precision
+    update = {
+        "train": config.train.model_copy(update={"precision": precision}),
+        "teacher": config.teacher.model_copy(
+            update={"dtype": precision if dtype == "auto" else dtype}
+        ),
+        "relations": config.relations.model_copy(update={"backend": backend}),
+    }
+    return replace(run, config=config.model_copy(update=update), device_type="cuda")
 
 
 def _indivisible(batch: int, world_size: int, share: int, micro: int | None) -> str:

@@ -22,6 +22,46 @@ def reference_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tens
 
     Source: MiniLMv2, arXiv 2012.15828, eq. 5–8.
     """
+    losses = []
+    for pair, _ in spec.pairs:
+        kl_BRT = relation_kl(teacher, student, pair, spec)
+        losses.append((kl_BRT.sum(1) * spec.share_BT).sum() / spec.num_heads)
+    weighted = [weight * loss for (_, weight), loss in zip(spec.pairs, losses, strict=True)]
+    return torch.stack(weighted).sum(), torch.stack(losses).detach()
+
+
+def relation_kl(teacher: QKV, student: QKV, pair: str, spec: RelationSpec) -> Tensor:
+    """Return KL(teacher ‖ student) of a pair's relations, `[B, R, T]`, in nats.
+
+    It is differentiable in the student, and meaningless on padding.
+    """
+    hidden_B1TT = _hidden(spec)
+    with torch.no_grad():
+        teacher_BRTT = log_relations(teacher, pair, spec)
+    student_BRTT = log_relations(student, pair, spec)
+    difference_BRTT = (teacher_BRTT - student_BRTT).masked_fill(hidden_B1TT, 0.0)
+    return (teacher_BRTT.exp() * difference_BRTT).sum(3)
+
+
+def log_relations(qkv: QKV, pair: str, spec: RelationSpec) -> Tensor:
+    """Return the logarithms of a pair's relations, `[B, R, T, T]`; -inf at hidden positions.
+
+    Rows of padding attend to everything, so that no softmax is empty.
+    """
+
+    def heads(x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD.to(spec.dtype)
+        if spec.keys_BT is not None:
+            x_BTD = x_BTD.masked_fill((spec.keys_BT < 0)[:, :, None], 0.0)
+        return x_BTD.unflatten(-1, (spec.num_heads, -1)).transpose(1, 2)
+
+    a_BRTE, b_BRTE = (heads(getattr(qkv, letter)) for letter in pair)
+    scores_BRTT = a_BRTE @ b_BRTE.mT / a_BRTE.shape[-1] ** 0.5
+    return scores_BRTT.masked_fill(_hidden(spec), -torch.inf).log_softmax(-1)
+
+
+def _hidden(spec: RelationSpec) -> Tensor:
+    """Return which positions a row does not attend to: bool, `[B, 1, T, T]`."""
     B, T = spec.share_BT.shape
     if spec.keys_BT is None:
         real_BT = torch.ones_like(spec.share_BT, dtype=torch.bool)
@@ -31,25 +71,4 @@ def reference_loss(teacher: QKV, student: QKV, spec: RelationSpec) -> tuple[Tens
         visible_BTT = real_BT[:, None, :] & (spec.keys_BT[:, :, None] == spec.keys_BT[:, None, :])
     if spec.causal:
         visible_BTT = visible_BTT.tril()
-    # Rows of padding attend to everything, so that no softmax is empty; their share is 0.
-    hidden_B1TT = ~(visible_BTT | ~real_BT[:, :, None])[:, None]
-
-    def heads(x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD.to(spec.dtype).masked_fill(~real_BT[:, :, None], 0.0)
-        return x_BTD.unflatten(-1, (spec.num_heads, -1)).transpose(1, 2)
-
-    def log_relation(qkv: QKV, pair: str) -> Tensor:
-        a_BRTE, b_BRTE = (heads(getattr(qkv, letter)) for letter in pair)
-        scores_BRTT = a_BRTE @ b_BRTE.mT / a_BRTE.shape[-1] ** 0.5
-        return scores_BRTT.masked_fill(hidden_B1TT, -torch.inf).log_softmax(-1)
-
-    losses = []
-    for pair, _ in spec.pairs:
-        with torch.no_grad():
-            teacher_BRTT = log_relation(teacher, pair)
-        student_BRTT = log_relation(student, pair)
-        difference_BRTT = (teacher_BRTT - student_BRTT).masked_fill(hidden_B1TT, 0.0)
-        kl_BT = (teacher_BRTT.exp() * difference_BRTT).sum((1, 3))
-        losses.append((kl_BT * spec.share_BT).sum() / spec.num_heads)
-    weighted = [weight * loss for (_, weight), loss in zip(spec.pairs, losses, strict=True)]
-    return torch.stack(weighted).sum(), torch.stack(losses).detach()
+    return ~(visible_BTT | ~real_BT[:, :, None])[:, None]

@@ -3,10 +3,10 @@
 Inputs: the folder, the number of steps, signals. Outputs: the lock on the folder, `status.json`,
 and why to stop. Not handled here: the folder's other files.
 
-Layout: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, the final student
-in `export/<student>/`, the best by validation loss in `export/<student>-best/`, those written by
-`--export` in `export/<student>-step-N/`, and `trackers.json` if a resumed run needs it to continue
-its trackers.
+Layout: `config.json`, `status.json`, `metrics.jsonl`, `events.jsonl`, `loss.png`, `maps.json`,
+`report.html`, `checkpoints/`, the final student in `export/<student>/`, the best by validation loss
+in `export/<student>-best/`, those written by `--export` in `export/<student>-step-N/`, and
+`trackers.json` if a resumed run needs it to continue its trackers.
 """
 
 from __future__ import annotations
@@ -61,22 +61,30 @@ class Status:
 
     Keys: `state` ("running", "evaluating", "done", "stopped", "failed", "diverged"), `step`,
     `max_steps`, `exit_code` (null while running or evaluating), `message`, `updated`, `host`,
-    `pid`.
+    `pid`; `dropped`, the students that diverged and were taken out, if there are any; `epochs` by
+    source if the training data has several.
     """
 
     def __init__(self, folder: Path, max_steps: int) -> None:
         self.path = folder / "status.json"
         self.max_steps = max_steps
         # The previous run's step, until this run starts.
-        self.step = (read_json(self.path) or {}).get("step", 0)
+        previous = read_json(self.path) or {}
+        self.step = previous.get("step", 0)
+        self.epochs: dict[str, float] = {}
         self.started = False
+        self.dropped: Mapping[str, Mapping[str, Any]] = previous.get("dropped", {})
         # One writer per file, so that the last status submitted is the last one written.
         self._writer = _writers.setdefault(self.path.absolute(), Background("status.json"))
         self._soon: Future[None] | None = None
 
-    def reached(self, step: int) -> None:
-        """Note that the run has started, and its step; the next status written says so."""
-        self.step, self.started = step, True
+    def reached(self, step: int, epochs: Mapping[str, float] | None = None) -> None:
+        """Note that the run has started, and its step; the next status written says so.
+
+        Args:
+            epochs: of each source of the training data, if there are several.
+        """
+        self.step, self.epochs, self.started = step, dict(epochs or {}), True
 
     def write(self, state: str, message: str, exit_code: int | None = None) -> None:
         """Write a status, after those submitted earlier, and wait for the disk.
@@ -122,11 +130,13 @@ class Status:
             "state": state,
             "step": self.step,
             "max_steps": self.max_steps,
+            **({"epochs": self.epochs} if self.epochs else {}),
             "exit_code": exit_code,
             "message": message,
             "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            **({"dropped": dict(self.dropped)} if self.dropped else {}),
         }
 
     def _finish(self, written: Future[None]) -> None:
@@ -266,6 +276,8 @@ class StopRequest:
         self._logs = logs
         # Printed in answer to a signal; it says what will be saved, which depends on the phase.
         self.answer = answer
+        # A live display shows `notice` itself, since a line printed into it would be overwritten.
+        self.prints_notice, self.notice = True, ""
         self._signal: int | None = None
         self._since = 0.0
         self._background = Background("STOP file")
@@ -347,6 +359,8 @@ class StopRequest:
             if self._logs:
                 name = signal.Signals(number).name
                 again = "; press Ctrl-C again to quit at once" if number == signal.SIGINT else ""
-                os.write(2, f"\ngot {name}: {self.answer}{again}\n".encode())  # safe in a handler
+                self.notice = f"got {name}: {self.answer}{again}"
+                if self.prints_notice:
+                    os.write(2, f"\n{self.notice}\n".encode())  # safe in a handler
         elif number == signal.SIGINT and now - self._since >= 1:
             raise KeyboardInterrupt

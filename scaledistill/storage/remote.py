@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -160,8 +160,16 @@ class ShardCache:
     def __init__(self, folder: Path | None = None, limit_bytes: int = DEFAULT_BYTES) -> None:
         self._folder = folder
         self.limit_bytes = limit_bytes
-        self.keep: frozenset[str] = frozenset()
-        """The sha256 of files in use or fetched ahead, which are evicted last."""
+        self._kept: dict[int, frozenset[str]] = {}
+
+    def keep_for(self, reader: int, sha256s: Iterable[str]) -> None:
+        """Evict files last that a reader, by its id, uses or fetches ahead; it replaces its own."""
+        self._kept[reader] = frozenset(sha256s)
+
+    @property
+    def keep(self) -> frozenset[str]:
+        """The sha256 of the files that are evicted last."""
+        return frozenset().union(*list(self._kept.values()))
 
     @cached_property
     def folder(self) -> Path:
@@ -250,9 +258,10 @@ class ShardCache:
                     for path in self.folder.glob("*.lock")
                     if path.name != "cache.lock"
                 ]
+                keep = self.keep
                 reserved = sum(_reserved_bytes(path) for path, size in locks if size)
                 files = sorted(
-                    (entry.stem in self.keep, entry.stat().st_mtime_ns, entry.stat().st_size, entry)
+                    (entry.stem in keep, entry.stat().st_mtime_ns, entry.stat().st_size, entry)
                     for entry in self.folder.glob("*.tar")
                 )
                 used = reserved + sum(size for _, _, size, _ in files)

@@ -36,8 +36,10 @@ from scaledistill.models.hub import names_resolved_once
 from scaledistill.preflight import checks as doctor
 from scaledistill.preflight import fetching
 from scaledistill.preflight.report import start_summary
+from scaledistill.report.page import report_at_end
 from scaledistill.run import folder as runfolder
 from scaledistill.run.resume_hint import newest_step, resume_hint
+from scaledistill.training.maps import write_session_maps
 from scaledistill.training.profiling import WARMUP_STEPS, check_trial_steps, profile_run
 from scaledistill.training.record import MetricsLog, open_recorder
 from scaledistill.training.saves import CheckpointSchedule
@@ -103,17 +105,17 @@ def distill(
     # autograd's references.
     for _ in range(2):
         gc.collect()
-    if (
-        not (config.evaluation and config.evaluation.tasks)
-        or result.state != "done"
-        or stated_rank() != "0"
-    ):
+    if result.state != "done" or stated_rank() != "0":
         return result
-    from scaledistill.glue.api import evaluate_run  # imported here because it takes seconds
-
     # The other ranks have exited and freed their memory.
-    state, exit_code, message = evaluate_run(config, result.message)
-    return replace(result, state=state, exit_code=exit_code, message=message)
+    if config.evaluation and config.evaluation.tasks:
+        from scaledistill.glue.api import evaluate_run  # imported here because it takes seconds
+
+        state, exit_code, message = evaluate_run(config, result.message)
+        result = replace(result, state=state, exit_code=exit_code, message=message)
+    if result.state != "stopped":
+        report_at_end(Path(config.run.folder))
+    return result
 
 
 def _run(
@@ -173,7 +175,7 @@ def _run(
             ranks,
             resume=status is not None,
             sized_by=sized_by,
-            opened=(plan.shards, plan.held_out),
+            opened=(plan.sources, plan.order, plan.held_out),
         )
         stack.enter_context(session.saver)
         if ranks.is_main:
@@ -203,22 +205,28 @@ def _train(
         metrics = MetricsLog(session, watch, last_step, RowLog(last_step))
         return run_steps(session, last_step, stop, at, watch, metrics, train_step=train_step)
     stop.answer = "saving a checkpoint and stopping"
-    status.reached(session.step)
+    status.reached(session.step, session.epochs())
+    status.dropped = session.dropped
     recorder = open_recorder(session, status, last_step)
+    if recorder and recorder.show_notices(lambda: stop.notice):
+        stop.prints_notice = False
+    metrics = MetricsLog(session, watch, last_step, recorder, status)
     validates = session.config.train.validation_every_steps > 0
     with recorder or nullcontext():
-        return run_steps(
+        result = run_steps(
             session,
             last_step,
             stop,
             at,
             watch,
-            MetricsLog(session, watch, last_step, recorder, status),
+            metrics,
             validator=Validator(session, stop.reason, at) if validates else None,
-            checkpoints=CheckpointSchedule(session, at),
+            checkpoints=CheckpointSchedule(session, at, metrics.saved),
             status=status,
             train_step=train_step,
         )
+        metrics.ended(result.state, result.message)
+        return result
 
 
 def run_steps(
@@ -257,7 +265,8 @@ def run_steps(
 
             for student in session.students:
                 student.skipped_steps += result.students[student.name].skipped
-            guard.check(step, result)
+            if diverged := guard.check(step, result):
+                session.drop(diverged, writes=status is not None)
 
             validation = None
             if validator and (at_end or step % train.validation_every_steps == 0):
@@ -320,10 +329,15 @@ def finished(
     for student in session.students:
         losses, probe = {"validation loss": student.last_validation}, ExportProbe(session, student)
         folders.append(str(session.export(student, student.name, losses, probe.check)))
+    write_session_maps(session)
     curve = Path(session.config.run.folder) / "loss.png"
     what = "the student is" if len(folders) == 1 else "the students are"
     message = (
         f"{counted(step, 'step')} done; {what} in {', '.join(folders)}, the loss curve in {curve}"
+        + "".join(
+            f"; {name} was dropped at step {found['step']}"
+            for name, found in session.dropped.items()
+        )
     )
     if session.ranks.is_main:
         status.write_if_possible("done", message, EXIT_DONE)

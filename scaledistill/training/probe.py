@@ -28,7 +28,7 @@ class StudentProbe:
         Raises:
             DataError: the pairs cannot be read.
         """
-        self._session, self._student, config = session, student, session.config
+        self._session, self.student, config = session, student, session.config
         folder = config.evaluation.data_folder if config.evaluation else None
         with failing_together():
             if session.ranks.is_main:
@@ -41,8 +41,8 @@ class StudentProbe:
 
         If the run has several students, "probe/<student>/<metric>".
         """
-        session, student = self._session, self._student
-        weights, prefix = student.engine.weights(), f"probe/{session.metric_prefix(student)}"
+        session, student = self._session, self.student
+        weights, prefix = student.engine.weights(), session.own_metric("probe", student.name)
         found: dict[str, float] = {}
         with failing_together():
             if session.ranks.is_main:
@@ -54,5 +54,5 @@ class StudentProbe:
                 encoder.load_state_dict(state)
                 nn.Module.to(encoder, session.ranks.device)
                 scores = self._probe.score(encoder.eval())
-                found = {f"{prefix}{metric}": value for metric, value in scores.items()}
+                found = {f"{prefix}/{metric}": value for metric, value in scores.items()}
         return found

@@ -22,9 +22,19 @@ log = logging.getLogger(__name__)
 class CheckpointSchedule:
     """Saves a session's checkpoints: when due, after a failed save, and before the run ends."""
 
-    def __init__(self, session: Session, at: Callable[[str], None]) -> None:
-        """Start with no save under way; `at` is called with "save" when one is begun or awaited."""
-        self._session, self._at = session, at
+    def __init__(
+        self,
+        session: Session,
+        at: Callable[[str], None],
+        on_saved: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """Start with no save under way.
+
+        Args:
+            at: called with "save" when one is begun or awaited.
+            on_saved: called with the step of each checkpoint that was written.
+        """
+        self._session, self._at, self._on_saved = session, at, on_saved
         self._settings = session.config.checkpoint
         self._folder = Path(session.config.run.folder)
         self._failed_in_a_row = 0
@@ -74,6 +84,7 @@ class CheckpointSchedule:
             return None
         if outcome.error is None:
             self._failed_in_a_row = 0
+            self._on_saved(outcome.step)
             return None
         self._failed_in_a_row += 1
         if self._session.ranks.is_main:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -22,10 +22,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from scaledistill import __version__
 from scaledistill.checkpoint.format import Checkpoint, newest_checkpoint
 from scaledistill.checkpoint.saver import Groups, Saver
-from scaledistill.config.naming import student_names, teacher_names
+from scaledistill.config.naming import own_metric, student_names, teacher_names
 from scaledistill.config.resolved import ResolvedRun
+from scaledistill.config.schedule import from_step, learning_rate
 from scaledistill.config.schema import DistillConfig
-from scaledistill.data.order import SampleOrder
+from scaledistill.data.mixture import Order, Source, data_identity, epochs
 from scaledistill.data.stream import Batch, ShardReader, ShardStream, iter_validation
 from scaledistill.distributed.ranks import (
     BF16_ON_CPU,
@@ -41,7 +42,7 @@ from scaledistill.engines import (
     engine_traits,
     shard_teacher,
 )
-from scaledistill.errors import ConfigError, named
+from scaledistill.errors import ConfigError, DataError, PeerError, named
 from scaledistill.metrics.stopwatch import measured_matrix_rate, peak_flops
 from scaledistill.models.architectures import build_encoder
 from scaledistill.models.attention import use_varlen_attention
@@ -49,16 +50,27 @@ from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import build_student
 from scaledistill.models.teacher import Teacher, encoder_on_meta, load_encoder
 from scaledistill.models.view import capture_view, forward_flops
-from scaledistill.preflight.checks import check_same_run, open_shards, other_run, student_shape
+from scaledistill.preflight.checks import (
+    DataSets,
+    check_same_run,
+    open_data,
+    other_run,
+    student_shape,
+)
 from scaledistill.preflight.estimate import Estimate
 from scaledistill.preflight.fetching import fetch_weights
 from scaledistill.preflight.microbatch import choose
-from scaledistill.training.exports import Facts, write_student
+from scaledistill.preflight.roster import (
+    Roster,
+    new_roster,
+    roster_notes,
+    roster_of,
+    student_states,
+)
+from scaledistill.training.exports import Facts, student_export, write_student
 
 log = logging.getLogger(__name__)
 
-DataSets = tuple[ShardReader, ShardReader | None]
-"""The training rows and the held-out ones."""
 VERSIONED = ("torch", "transformers", "deepspeed", "safetensors")
 
 
@@ -77,12 +89,21 @@ class Student:
     """Weights of the full model that the training view lacks, as initialised: fp32, on the CPU."""
     checkpoint_bytes: int
     """Size of its weights and moments."""
+    flops_per_token: float
+    """Three times the forward's, truncated."""
+    first_step: int = 0
+    """The run's step that is its own step 0; more than 0 if it was added to the run."""
     skipped_steps: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     """Of the best export so far: "step", "validation_loss" and, under "yardstick", the
     `validation_identity`."""
     last_validation: float | None = None
     """The last validation loss; None before the first, or if it was not finite."""
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of one of the run's steps, counted from 0."""
+        own = from_step(self.run.config.train, self.first_step)
+        return learning_rate(step - self.first_step, own)
 
 
 @dataclass
@@ -93,15 +114,18 @@ class Session:
     ranks: Ranks
     teacher: Teacher
     students: list[Student]
-    shards: ShardReader
-    order: SampleOrder
+    sources: tuple[Source, ...]
+    order: Order
     held_out: ShardReader | None
-    flops_per_token: float
-    """The truncated teacher's forward FLOPs plus three times the truncated students'."""
+    teacher_flops_per_token: float
+    """The truncated teacher's forward FLOPs."""
     peak_flops: float
     """FLOP/s of all devices: from the data sheet at 16 bits, or else measured briefly in the
     teacher's precision."""
     step: int = 0
+    dropped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The students that diverged and were taken out, by name: "step", "reason" and
+    "skipped_steps"."""
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -113,14 +137,25 @@ class Session:
         """The run's settings, resolved."""
         return self.run.config
 
-    def metric_prefix(self, student: Student) -> str:
-        """Return what precedes the names of a student's metrics: nothing if it is the only one."""
-        return f"{student.name}/" if len(self.students) > 1 else ""
+    @property
+    def flops_per_token(self) -> float:
+        """The teacher's and the students' FLOPs in a step."""
+        return self.teacher_flops_per_token + sum(each.flops_per_token for each in self.students)
+
+    @property
+    def skipped_steps(self) -> int:
+        """The skipped steps of all students, those that were dropped included."""
+        dropped = sum(each["skipped_steps"] for each in self.dropped.values())
+        return dropped + sum(student.skipped_steps for student in self.students)
+
+    def own_metric(self, metric: str, student: str) -> str:
+        """Return the name of a student's metric in this run."""
+        return own_metric(metric, student, self.config.students)
 
     def stream(self, step: int | None = None) -> ShardStream:
         """Return this rank's micro-batches from a step on (default: the current step)."""
         return ShardStream(
-            self.shards,
+            [source.shards for source in self.sources],
             self.order,
             global_batch_size=self.config.train.global_batch_size,
             micro_batch_size=self.run.micro_batch_size,
@@ -132,6 +167,13 @@ class Session:
             with_documents=self.config.data.attention == "document",
             device=self.ranks.device,
         )
+
+    def epochs(self) -> dict[str, float]:
+        """Return how often the steps so far went through each source; {} if there is only one."""
+        if len(self.sources) == 1:
+            return {}
+        samples = self.step * self.config.train.global_batch_size
+        return epochs(self.sources, self.order, samples)
 
     def validation_batches(self) -> Iterator[Batch]:
         """Return this rank's share of the held-out rows; all ranks get equally many batches.
@@ -178,6 +220,7 @@ class Session:
             by_student[student.name] = {
                 "optimizer_steps": state.optimizer_steps,
                 "loss_scaler": dict(state.loss_scaler),
+                "first_step": student.first_step,
                 "skipped_steps": student.skipped_steps,
                 "best": student.best,
                 "last_validation": student.last_validation,
@@ -186,6 +229,7 @@ class Session:
             "step": self.step,
             "samples": self.step * self.config.train.global_batch_size,
             "students": by_student,
+            "dropped": dict(self.dropped),
             "data": self.order.fingerprint(),
             "teacher_sha256": self.teacher.sha256,
             "config": self.config.model_dump(),
@@ -193,6 +237,35 @@ class Session:
             "versions": versions(),
         }
         return groups, facts
+
+    def drop(self, diverged: Mapping[str, str], *, writes: bool) -> None:
+        """Take diverged students out of the run, and export them as they are. Collective.
+
+        Args:
+            diverged: the reasons, by student.
+            writes: whether this run writes files.
+        """
+        leaving = [student for student in self.students if student.name in diverged]
+        self.students = [student for student in self.students if student.name not in diverged]
+        for student in leaving:
+            self._drop(student, diverged[student.name], writes)
+
+    def _drop(self, student: Student, reason: str, writes: bool) -> None:
+        name = student.name
+        self.dropped[name] = {
+            "step": self.step,
+            "reason": reason,
+            "skipped_steps": student.skipped_steps,
+        }
+        kept = "the others train on"
+        if writes:
+            # Skipped steps have left the weights as the last good step made them.
+            try:
+                kept = f"exported as {self.export(student, f'{name}-step-{self.step}', {})}; {kept}"
+            except (DataError, PeerError) as error:
+                kept = f"not exported ({error}); {kept}"
+        if self.ranks.is_main:
+            log.warning("student %s is dropped at step %d: %s; %s", name, self.step, reason, kept)
 
     def export(
         self,
@@ -237,13 +310,14 @@ class Session:
             check(model)
 
         facts = Facts(
-            self.step,
+            self.step - student.first_step,
             self.teacher.sha256,
-            self.shards.manifest.sha256,
+            data_identity(self.order.fingerprint()),
             {label: None if loss is None else f"{loss:.4f}" for label, loss in losses.items()},
             versions(),
         )
-        write_student(folder, student.run.config, student.config, whole, facts, check_read_back)
+        content = student_export(student.run.config, student.config, whole, facts)
+        write_student(folder, content, check_read_back)
 
 
 def versions() -> dict[str, str]:
@@ -275,25 +349,36 @@ def open_session(
         DataError: data or models do not meet the run's needs.
     """
     config = run.config
-    teacher_settings, names = config.teacher, list(config.students)
+    teacher_settings = config.teacher
     if ranks.is_main and ranks.device.type == "cpu" and config.train.precision == "bf16":
         log.warning("%s", BF16_ON_CPU)
     if ranks.is_main:
         log.info("loading %s up to layer %d", teacher_settings.model, teacher_settings.layer)
     fetch_weights(teacher_settings.model, teacher_settings.revision, ranks)
     with failing_together():
-        shards, held_out, order = _open_data(config, opened, ranks)
+        sources, order, held_out = opened or open_data(config, ranks)
+        if not config.train.validation_every_steps:
+            held_out = None
         with named(**teacher_names(teacher_settings)):
             encoder, stored = _open_teacher(config)
     checkpoint = _checkpoint_to_resume(config, order, ranks) if resume else None
-    if not checkpoint:
-        for name in names:
-            fetch_weights(config.students[name].init, None, ranks)
+    roster = roster_of(checkpoint.state, config) if checkpoint else new_roster(config)
+    if checkpoint and ranks.is_main:
+        for note in roster_notes(roster, config, checkpoint.state["step"]):
+            log.warning("%s", note)
+    names = list(roster.first_steps)
     models: dict[str, PreTrainedModel] = {}
     for name in names:
+        source = checkpoint if name not in roster.added else None
+        if not source:
+            fetch_weights(config.students[name].init, None, ranks)
         with failing_together(), named(**student_names(name)):
-            models[name] = _create_student(config, name, encoder, stored, checkpoint)
-    flops = _flops_per_token(encoder, models.values(), config)
+            models[name] = _create_student(config, name, encoder, stored, source)
+    teacher_flops = _flops_per_token(encoder, config.teacher.layer, config)
+    flops = {
+        name: 3 * _flops_per_token(model, model.config.num_hidden_layers, config)
+        for name, model in models.items()
+    }
     with named(**teacher_names(teacher_settings)):
         teacher = _place_teacher(run, encoder, stored, ranks)
     # The teacher has taken over what it needs; the layers above it can be freed.
@@ -320,27 +405,25 @@ def open_session(
     students = []
     for name in names:
         with reported_once(ranks):
-            students.append(_train_student(run.for_student(name), name, models.pop(name), ranks))
+            own = run.for_student(name)
+            student = _train_student(
+                own, name, models.pop(name), teacher.config, ranks, flops[name]
+            )
+            students.append(student)
     session = Session(
-        run, ranks, teacher, students, shards, order, held_out, flops, peak * ranks.world_size
+        run,
+        ranks,
+        teacher,
+        students,
+        sources,
+        order,
+        held_out,
+        teacher_flops,
+        peak * ranks.world_size,
     )
     if checkpoint:
-        _restore(session, checkpoint)
+        _restore(session, checkpoint, roster)
     return session
-
-
-def _open_data(
-    config: DistillConfig, opened: DataSets | None, ranks: Ranks
-) -> tuple[ShardReader, ShardReader | None, SampleOrder]:
-    data = config.data
-    shards, held_out = opened or (
-        open_shards(config, data.train, ranks),
-        open_shards(config, data.validation, ranks) if data.validation else None,
-    )
-    order = shards.order(
-        seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
-    )
-    return shards, held_out if config.train.validation_every_steps else None, order
 
 
 def _open_teacher(config: DistillConfig) -> tuple[PreTrainedModel, Mapping[str, Tensor] | None]:
@@ -356,9 +439,7 @@ def _open_teacher(config: DistillConfig) -> tuple[PreTrainedModel, Mapping[str, 
     return encoder_on_meta(teacher.model, **options)
 
 
-def _checkpoint_to_resume(
-    config: DistillConfig, order: SampleOrder, ranks: Ranks
-) -> Checkpoint | None:
+def _checkpoint_to_resume(config: DistillConfig, order: Order, ranks: Ranks) -> Checkpoint | None:
     """Return the newest good checkpoint, if there is one; it is checked to be of this run."""
     root = Path(config.run.folder) / "checkpoints"
     checkpoint = newest_checkpoint(root, ranks, config.checkpoint.remote)
@@ -418,7 +499,14 @@ def _create_student(
     return model
 
 
-def _train_student(run: ResolvedRun, name: str, model: PreTrainedModel, ranks: Ranks) -> Student:
+def _train_student(
+    run: ResolvedRun,
+    name: str,
+    model: PreTrainedModel,
+    teacher: PretrainedConfig,
+    ranks: Ranks,
+    flops_per_token: float,
+) -> Student:
     """Cut the student's training view and hand it to an engine. Collective."""
     view = capture_view(model, model.config.num_hidden_layers)
     trained = {parameter_name for parameter_name, _ in view.module.named_parameters()}
@@ -431,26 +519,31 @@ def _train_student(run: ResolvedRun, name: str, model: PreTrainedModel, ranks: R
     engine = create_engine(run, view, ranks)
     if run.config.train.compile and engine_traits(run).compiles_student:
         view.compile_blocks()
-    loss, dropout = StudentLoss.of(run.config, name), run.config.students[name].dropout
-    return Student(name, run, model.config, engine, loss, dropout, untrained, num_bytes)
+    loss = StudentLoss.of(run.config, name, (teacher, model.config))
+    dropout = run.config.students[name].dropout
+    return Student(
+        name,
+        run,
+        model.config,
+        engine,
+        loss,
+        dropout,
+        untrained,
+        num_bytes,
+        flops_per_token,
+    )
 
 
-def _flops_per_token(
-    encoder: PreTrainedModel, models: Iterable[PreTrainedModel], config: DistillConfig
-) -> float:
+def _flops_per_token(model: PreTrainedModel, layer: int, config: DistillConfig) -> float:
+    """Return the FLOPs of a forward up to a layer, per token."""
     length = config.data.sequence_length
-    flops = forward_flops(capture_view(encoder, config.teacher.layer).module, length)
-    for model in models:
-        flops += 3 * forward_flops(
-            capture_view(model, model.config.num_hidden_layers).module, length
-        )
-    return flops / length
+    return forward_flops(capture_view(model, layer).module, length) / length
 
 
 def _check_same_everywhere(
     config: DistillConfig,
     teacher: Teacher,
-    order: SampleOrder,
+    order: Order,
     ranks: Ranks,
     *,
     with_micro_batch: bool,
@@ -492,10 +585,16 @@ def _check_same_teacher(checkpoint: Checkpoint, config: DistillConfig, teacher: 
         raise other_run(checkpoint.state, config, difference)
 
 
-def _restore(session: Session, checkpoint: Checkpoint) -> None:
+def _restore(session: Session, checkpoint: Checkpoint, roster: Roster) -> None:
     session.step = checkpoint.state["step"]
+    session.dropped = {name: dict(found) for name, found in (roster.dropped or {}).items()}
+    states = student_states(checkpoint.state)
     for student in session.students:
-        name, state = student.name, _state_of(checkpoint.state, student.name)
+        name = student.name
+        student.first_step = roster.first_steps[name]
+        if name in roster.added:
+            continue
+        state = states[name]
         student.engine.load_state(
             EngineState(
                 weights=checkpoint.tensors(f"{name}.weights"),
@@ -507,16 +606,3 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
         )
         student.skipped_steps, student.best = state["skipped_steps"], state["best"]
         student.last_validation = state["last_validation"]
-
-
-def _state_of(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a student's part of a checkpoint's state.
-
-    Runs of one student wrote it beside the rest before there were several.
-    """
-    if "students" in state:
-        return state["students"][name]
-    return {
-        **{key: state[key] for key in ("skipped_steps", "best", "last_validation")},
-        **{key: state[key][name] for key in ("optimizer_steps", "loss_scaler")},
-    }

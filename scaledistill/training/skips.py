@@ -1,7 +1,8 @@
-"""Skipped steps: counted, reported, and the end of a run that has diverged.
+"""Skipped steps: counted, reported, and students that have diverged.
 
-Inputs: the result of each step. Outputs: warnings, and an error once too many steps in a row were
-skipped. Not handled here: finding out what was not finite (`training.step`).
+Inputs: the result of each step. Outputs: warnings, and once too many steps in a row were skipped,
+the students to drop, or an error that ends the run. Not handled here: finding out what was not
+finite (`training.step`), dropping students (`training.session`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from typing import NoReturn
 
 from scaledistill.config.schema import TrainSettings
 from scaledistill.distributed.ranks import Ranks, reported_once
@@ -19,7 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class SkipGuard:
-    """Ends a run in which more than `train.max_skipped_steps` steps in a row were skipped."""
+    """Finds the students of which more than `train.max_skipped_steps` steps in a row were
+    skipped.
+    """
 
     def __init__(
         self, settings: TrainSettings, ranks: Ranks, newest_checkpoint: Callable[[], int | None]
@@ -34,32 +38,53 @@ class SkipGuard:
         self._newest_checkpoint = newest_checkpoint
         self._in_a_row: Counter[str] = Counter()
 
-    def check(self, step: int, result: StepResult) -> None:
+    def check(self, step: int, result: StepResult) -> dict[str, str]:
         """Report the students whose step was skipped. Collective.
 
         Args:
             step: how many steps have been made.
             result: of the last one.
 
+        Returns:
+            The students to drop, with the reason, if `train.on_divergence` is "drop" and others
+            are left.
+
         Raises:
-            DivergedError: on rank 0, if too many in a row were skipped.
+            DivergedError: on rank 0, if the run ends because a student has diverged.
             PeerError: on the other ranks.
         """
-        for name, student in result.students.items():
-            self._in_a_row[name] = self._in_a_row[name] + 1 if student.skipped else 0
-            if student.skipped:
-                of = f" of student {name}" if len(result.students) > 1 else ""
-                self._check(step, name, student.cause or "loss", of)
-
-    def _check(self, step: int, name: str, cause: str, of: str) -> None:
         batch, limit = self._settings.global_batch_size, self._settings.max_skipped_steps
         samples = f"samples {(step - 1) * batch} to {step * batch - 1}"
-        what, remedy = NOT_FINITE[cause]
-        if self._ranks.is_main:
-            log.warning("step %d%s skipped: %s not finite on %s", step, of, what, samples)
-        if self._in_a_row[name] <= limit:
-            return
-        newest = self._newest_checkpoint()
+        several = len(result.students) > 1
+        diverged: dict[str, str] = {}
+        for name, student in result.students.items():
+            self._in_a_row[name] = self._in_a_row[name] + 1 if student.skipped else 0
+            if not student.skipped:
+                continue
+            of = f" of student {name}" if several else ""
+            what, _ = NOT_FINITE[student.cause or "loss"]
+            if self._ranks.is_main:
+                log.warning(
+                    "step %d%s skipped: %s not finite on %s",
+                    *(step, of, what, samples),
+                    extra={"event": "skipped"},
+                )
+            if self._in_a_row[name] > limit:
+                diverged[name] = (
+                    f"{self._in_a_row[name]} steps in a row{of} had a non-finite loss or gradient, "
+                    f"the last on {samples}, where {what} not finite"
+                )
+        others = len(result.students) - len(diverged)
+        if self._settings.on_divergence == "drop" and others:
+            return diverged
+        for name, reason in diverged.items():
+            self._stop(reason, result.students[name].cause or "loss", others)
+        return {}
+
+    def _stop(self, reason: str, cause: str, others: int) -> NoReturn:
+        limit, newest = self._settings.max_skipped_steps, self._newest_checkpoint()
+        _, remedy = NOT_FINITE[cause]
+        go_on = ', or set train.on_divergence to "drop" to train the others on' if others else ""
         checkpoint = (
             "there is no checkpoint yet"
             if newest is None
@@ -67,7 +92,6 @@ class SkipGuard:
         )
         with reported_once(self._ranks):
             raise DivergedError(
-                f"{self._in_a_row[name]} steps in a row{of} had a non-finite loss or gradient, the "
-                f"last on {samples}, where {what} not finite; train.max_skipped_steps={limit} "
-                f"allows no more. {remedy}; {checkpoint}"
+                f"{reason}; train.max_skipped_steps={limit} allows no more. {remedy}{go_on}; "
+                f"{checkpoint}"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scaledistill.config.schedule import learning_rate
 from scaledistill.data.stream import Batch
 from scaledistill.distributed.ranks import all_reduce_sum, any_rank
 from scaledistill.engines import StepOutcome
@@ -117,58 +116,66 @@ def train_step(
             # Else the loss's graph would stay in memory during the next forward.
             del loss, poison
         del target
-    rates = [learning_rate(session.step, student.run.config.train) for student in students]
+    rates = [student.learning_rate(session.step) for student in students]
     with watch.phase("optimizer"):
         outcomes = [each.engine.step(rate) for each, rate in zip(students, rates, strict=True)]
     sums[-1] = float(stop_reason() is not None)
     # Our one device-to-host synchronisation per step.
     *losses, (stops, *_) = all_reduce_sum(sums).tolist()
     session.step += 1
-    results = {}
-    for student, own, rate, outcome in zip(students, losses, rates, outcomes, strict=True):
-        means = [value / (accumulation * ranks.world_size) for value in own]
-        results[student.name] = _student_step(session, student, means, rate, outcome, batches)
-    return StepResult(results, stops > 0)
+    results = {
+        student.name: _student_step(session, own, rate, outcome)
+        for student, own, rate, outcome in zip(students, losses, rates, outcomes, strict=True)
+    }
+    return StepResult(_with_causes(session, results, batches), stops > 0)
 
 
 def _student_step(
-    session: Session,
-    student: Student,
-    losses: list[float],
-    rate: float,
-    outcome: StepOutcome,
-    batches: Iterable[Batch],
+    session: Session, sums: list[float], rate: float, outcome: StepOutcome
 ) -> StudentStep:
-    """Return a student's part of a step, from its losses: the total and each pair's. Collective."""
-    is_finite, cause = math.isfinite(losses[0]), None
-    skipped = outcome.skipped or not is_finite
-    if skipped:
-        cause = skip_cause(session, student, batches, loss_is_finite=is_finite)
-    by_pair = dict(zip(session.config.relations.pairs, losses[1:], strict=True))
-    return StudentStep(losses[0], by_pair, rate, outcome.grad_norm, skipped, cause)
+    """Return a student's part of a step.
+
+    Args:
+        sums: its total loss and each pair's, summed over micro-batches and ranks.
+    """
+    run = session.run
+    total, *by_pair = (value / (run.accumulation * run.world_size) for value in sums)
+    skipped = outcome.skipped or not math.isfinite(total)
+    losses = dict(zip(run.config.relations.pairs, by_pair, strict=True))
+    return StudentStep(total, losses, rate, outcome.grad_norm, skipped)
 
 
 @torch.no_grad()
-def skip_cause(
-    session: Session, student: Student, batches: Iterable[Batch], *, loss_is_finite: bool
-) -> str:
-    """Rerun a skipped step's batches; return what was first not finite on any rank. Collective.
+def _with_causes(
+    session: Session, results: dict[str, StudentStep], batches: Iterable[Batch]
+) -> dict[str, StudentStep]:
+    """Add to each skipped step what was first not finite on any rank. Collective.
 
-    Since the step was skipped, the weights are unchanged and can be used again; successful steps
-    pay nothing for this.
+    The batches are run again, by the teacher once for all these students. Since their steps were
+    skipped, the weights are unchanged; successful steps pay nothing for this.
     """
-    student.engine.train_mode(False)
-    counts = torch.zeros(2, dtype=torch.float64, device=session.ranks.device)
+    skipped = [student for student in session.students if results[student.name].skipped]
+    if not skipped:
+        return results
+    for student in skipped:
+        student.engine.train_mode(False)
+    # Values that are not finite: the teacher's, then each student's.
+    counts = torch.zeros(1 + len(skipped), dtype=torch.float64, device=session.ranks.device)
     for batch in batches:
-        outputs = session.teacher(batch.tokens), student.engine.forward(batch.tokens)
-        counts += torch.stack([_count_not_finite(qkv, batch.mask_BT) for qkv in outputs])
-    student.engine.train_mode(True)
-    teacher, own = all_reduce_sum(counts).tolist()
-    if teacher:
-        return "teacher"
-    if own:
-        return "student"
-    return "gradient" if loss_is_finite else "loss"
+        counts[0] += _count_not_finite(session.teacher(batch.tokens), batch.mask_BT)
+        for number, student in enumerate(skipped, start=1):
+            output = student.engine.forward(batch.tokens)
+            counts[number] += _count_not_finite(output, batch.mask_BT)
+    for student in skipped:
+        student.engine.train_mode(True)
+    teacher, *own = all_reduce_sum(counts).tolist()
+    results = dict(results)
+    for student, count in zip(skipped, own, strict=True):
+        result = results[student.name]
+        cause = "gradient" if math.isfinite(result.loss) else "loss"
+        cause = "teacher" if teacher else "student" if count else cause
+        results[student.name] = replace(result, cause=cause)
+    return results
 
 
 def _count_not_finite(qkv: QKV, mask_BT: Tensor | None) -> Tensor:

@@ -72,7 +72,8 @@ class Validator:
         self._at("probe")
         scores: dict[str, float] = {}
         for probe in self._probes:
-            scores |= probe.scores()
+            if probe.student.name not in self._session.dropped:
+                scores |= probe.scores()
         return Validation(losses, scores, best)
 
     def _best_after(self, student: Student, loss: float) -> dict[str, Any]:

@@ -6,6 +6,10 @@ sides start from the same files and get the same tokens in the same order; each 
 process, and they step in turn. bertdistiller runs in a virtual environment that this tool creates,
 as released (fp32) and under bf16 autocast. Exit code 3 if it could not be measured; our figures are
 reported in any case.
+
+With --students it measures instead what several students gain from one pass of the teacher: the
+step of all of them over the sum of each one's own step, in one process, in turn, with the same
+teacher and the same engines.
 """
 
 from __future__ import annotations
@@ -109,6 +113,13 @@ def parse_arguments() -> argparse.Namespace:
         default=120,
         metavar="S",
     )
+    option(
+        "--students",
+        "measure students of these layers x width together and alone, without bertdistiller "
+        "(default shape: 4x128, on a GPU 64x128); the first two are also measured as a pair",
+        type=_sizes,
+        metavar="LxD,LxD,...",
+    )
     option("--no-peer", "measure without bertdistiller", action="store_true")
     option(
         "--peer-venv",
@@ -127,7 +138,19 @@ def parse_arguments() -> argparse.Namespace:
     option("--folder", "create the temporary models and shards here", type=Path, metavar="DIR")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     add_options(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.students and len(options.shapes or []) > 1:
+        parser.error("--students measures one --shape")
+    return options
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    sizes = [_shape(each) for each in text.split(",")]
+    if len(set(sizes)) < max(2, len(sizes)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; expected two or more different sizes such as 6x384,12x384"
+        )
+    return sizes
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -141,7 +164,7 @@ def main() -> int:
     """Measure, publish the report and return the exit code."""
     options = parse_arguments()
     if options.worker:
-        return make_steps(options.worker)
+        return (make_student_steps if options.students else make_steps)(options.worker)
 
     import torch
 
@@ -153,6 +176,8 @@ def main() -> int:
     if not gpu:
         # DeepSpeed warns if it has to detect that itself.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if options.students:
+        options.shapes = options.shapes or [(64 if gpu else 4, 128)]
     options.shapes = options.shapes or ([(256, 128), (256, 512)] if gpu else [(8, 128), (2, 512)])
     options.rounds = options.rounds or (20 if gpu else 5)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -165,11 +190,15 @@ def main() -> int:
         try:
             write_models(options, folder)
             try:
-                python = None if options.no_peer else ready_python(options.peer_venv)
+                without_peer = options.no_peer or options.students
+                python = None if without_peer else ready_python(options.peer_venv)
             except PeerError as error:
                 problems.append(str(error))
             for shape in options.shapes:
-                result.add(shape, measure(options, shape, folder, python, problems))
+                if options.students:
+                    result.add_students(shape, measure_students(options, shape, folder))
+                else:
+                    result.add(shape, measure(options, shape, folder, python, problems))
         except ConfigError as error:
             print(f"ERROR {error}", file=sys.stderr)
             return EXIT_CONFIG
@@ -246,8 +275,9 @@ def write_rows(config: DistillConfig, tokens_file: Path) -> None:
     from scaledistill.data.shards import ShardWriter
     from scaledistill.data.stream import ShardReader, ShardStream
 
+    [source] = config.data.sources.values()
     folder, B, T = (
-        Path(config.data.train),
+        Path(source.shards),
         config.train.global_batch_size,
         config.data.sequence_length,
     )
@@ -345,11 +375,7 @@ def measure(
         settings |= {
             name: peer_settings(options, config, folder, bf16) for name, bf16 in VARIANTS.items()
         }
-    # The same number of threads for all sides.
-    environment = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), **os.environ}
-    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(
-        ","
-    )[0]
+    environment = worker_environment()
     title = f"{shape[0]}x{shape[1]}"
     sides: dict[str, Side] = {}
     with ExitStack() as stack:
@@ -387,6 +413,52 @@ def measure(
     return sides
 
 
+def worker_environment() -> dict[str, str]:
+    """Return the environment of the workers: the same number of threads for all, and one GPU."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    threads = str(len(os.sched_getaffinity(0)))
+    return {"OMP_NUM_THREADS": threads, **os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+
+
+def measure_students(
+    options: argparse.Namespace, shape: tuple[int, int], folder: Path
+) -> list[dict[str, float]]:
+    """Return the seconds of each round's steps: of "all" students, the first "two", and each."""
+    from scaledistill.config.schema import StudentSettings
+
+    config = configure(options, folder, shape)
+    students = {
+        f"l{num_layers}-h{width}": StudentSettings(
+            num_layers=num_layers,
+            hidden_size=width,
+            num_attention_heads=12 if width % 12 == 0 else max(1, width // 64),
+        )
+        for num_layers, width in options.students
+    }
+    config = config.model_copy(update={"students": students})
+    write_rows(config, folder / "tokens.npy")
+    file = folder / "students.json"
+    file.write_text(config.to_json())
+    title = f"{shape[0]}x{shape[1]} {len(students)} students"
+    sizes = ",".join(f"{num_layers}x{width}" for num_layers, width in options.students)
+    command = [sys.executable, __file__, "--students", sizes, "--worker", str(file)]
+    log = folder / "students.log"
+    rounds: list[dict[str, float]] = []
+    with Worker(title, command, log=log, environment=worker_environment()) as worker:
+
+        def turn() -> float:
+            rounds.append(worker.turn()["seconds"])
+            steps = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in rounds[-1].items())
+            print(f"{title}: {steps}", file=sys.stderr)
+            return sum(rounds[-1].values())
+
+        limit = options.max_seconds
+        in_turn({"steps": turn}, rounds=options.warmup, max_seconds=limit, title=f"{title} warm-up")
+        rounds.clear()
+        in_turn({"steps": turn}, rounds=options.rounds, max_seconds=limit, title=title)
+    return rounds
+
+
 class Result:
     """The figures and tables of all shapes."""
 
@@ -406,6 +478,10 @@ class Result:
             (shape, "teacher, student", "GFLOP a token", *rates),
         )
         self._phases = self.report.table("Ours: shares of the step", (shape, *phases))
+        self._students = self.report.table(
+            "Several students of one pass of the teacher, medians",
+            (shape, "students", "together", "alone, in sum", "together / alone", "rounds"),
+        )
 
     def add(self, shape: tuple[int, int], sides: dict[str, Side]) -> None:
         """Add the measurements of one shape."""
@@ -458,6 +534,67 @@ class Result:
                 f"{figure(f'{phase}_fraction'.replace(' ', '_'), values, 'fraction'):.1%}"
             )
         self._phases.rows.append((label, *shares))
+
+    def add_students(self, shape: tuple[int, int], rounds: Sequence[dict[str, float]]) -> None:
+        """Add the measurements of `measure_students`."""
+        names = [name for name in rounds[0] if name not in ("all", "two")]
+        self.report.add("step/students/count", len(names), "students")
+        groups = {"all": ("step/students", names)}
+        if "two" in rounds[0]:
+            groups["two"] = ("step/students/first_two", names[:2])
+        for label, (prefix, members) in groups.items():
+            together = [seconds[label] for seconds in rounds]
+            alone = [sum(seconds[name] for name in members) for seconds in rounds]
+            ratio = self.report.add(
+                f"{prefix}/joint_over_separate", ratios(together, alone), "fraction"
+            )
+            figures = [
+                self.report.add(f"{prefix}/{what}_seconds", seconds, "s")
+                for what, seconds in (("joint", together), ("separate", alone))
+            ]
+            self._students.rows.append(
+                (
+                    f"{shape[0]}x{shape[1]}",
+                    ", ".join(members),
+                    *(f"{seconds:.2f} s" for seconds in figures),
+                    f"{ratio:.2f}",
+                    str(len(rounds)),
+                )
+            )
+
+
+def make_student_steps(file: Path) -> int:
+    """Run as the worker of `measure_students`: in each turn a step of each group of students."""
+    turns = Turns()
+
+    from dataclasses import replace
+
+    from scaledistill.config.load import load_config
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.metrics.stopwatch import Stopwatch
+    from scaledistill.preflight.resolve import resolve
+    from scaledistill.training.session import open_session
+    from scaledistill.training.step import train_step
+
+    config = load_config(file)
+    with process_group(config.run.timeout_seconds) as ranks:
+        session = open_session(resolve(config, ranks.world_size, ranks.device), ranks, resume=False)
+        groups = {"all": session.students}
+        if len(session.students) > 2:
+            groups["two"] = session.students[:2]
+        groups |= {student.name: [student] for student in session.students}
+        # The session of a run with some of the students, which shares the teacher and the engines.
+        sessions = {name: replace(session, students=students) for name, students in groups.items()}
+        watch = Stopwatch(ranks.device)
+        with session.stream() as stream:
+            while True:
+                turns.wait()
+                seconds = {}
+                for name, part in sessions.items():
+                    watch.lap()
+                    train_step(part, stream, lambda: None, watch)
+                    seconds[name] = watch.lap().seconds
+                turns.answer(seconds=seconds)
 
 
 def make_steps(file: Path) -> int:

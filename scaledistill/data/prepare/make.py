@@ -3,7 +3,11 @@
 Inputs: an iterator of documents, a tokenizer. Outputs: `OUTPUT/train` and, if requested,
 `OUTPUT/validation`, each complete with its manifest or absent. The bytes depend on the documents
 and the settings, not on the number of workers. Not handled here: reading text
-(`data.prepare.sources`), packing (`data.prepare.text`).
+(`data.prepare.sources`), packing (`data.prepare.text`), dividing the work over machines
+(`data.prepare.parts`).
+
+Documents are tokenised independently of each other (`tokenise`), and then packed one after another
+in the order of the input (`write_shards`).
 """
 
 from __future__ import annotations
@@ -12,10 +16,10 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
 _CHUNK_CHARACTERS = PIECE_CHARACTERS
 _CHUNK_DOCUMENTS = 4096
 # Enough tokens to find, within minutes, that a tokenizer does not fit.
-_UNKNOWN_SAMPLE_TOKENS = 1_000_000
+UNKNOWN_SAMPLE_TOKENS = 1_000_000
 
 
 @dataclass
@@ -97,6 +101,85 @@ class ShardReport:
         ]
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What determines the shards, apart from the documents; all values are JSON-able.
+
+    Raises: ConfigError if settings are out of range or contradict each other.
+    """
+
+    tokenizer: Mapping[str, object]
+    """Facts for the manifests, with at least "name" and "sha256"."""
+    vocabulary: Vocabulary
+    sequence_length: int
+    source: Mapping[str, object]
+    """Description of the input, for the manifests."""
+    last_row: Literal["pad", "drop"] = "pad"
+    held_out_fraction: float = 0.0
+    held_out_max_documents: int | None = None
+    seed: int = 0
+    max_documents: int | None = None
+    max_tokens: int | None = None
+    max_unknown_fraction: float = MAX_UNKNOWN_FRACTION
+    rows_per_shard: int = ROWS_PER_SHARD
+
+    def __post_init__(self) -> None:
+        _check_rows(self.sequence_length, self.rows_per_shard)
+        _check_selection(
+            self.held_out_fraction,
+            self.held_out_max_documents,
+            self.max_documents,
+            self.max_tokens,
+        )
+        if not 0 <= self.max_unknown_fraction <= 1:
+            raise SettingError(
+                "max_unknown_fraction",
+                self.max_unknown_fraction,
+                remedy="expected 0 to 1, for instance 0.05",
+            )
+
+    @property
+    def selection(self) -> dict[str, object]:
+        """The settings that the manifests record."""
+        return {
+            "seed": self.seed,
+            "held_out_fraction": self.held_out_fraction,
+            "held_out_max_documents": self.held_out_max_documents,
+            "max_documents": self.max_documents,
+            "max_tokens": self.max_tokens,
+            "last_row": self.last_row,
+            "max_unknown_fraction": self.max_unknown_fraction,
+        }
+
+
+def recipe_of(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Recipe:
+    """Return the recipe for a tokenizer and the settings of `make_shards`."""
+    vocabulary = Vocabulary.of(tokenizer)
+    facts = {
+        "name": tokenizer.name_or_path,
+        "sha256": tokenizer_fingerprint(tokenizer),
+        "cls_token_id": vocabulary.cls_id,
+        "sep_token_id": vocabulary.sep_id,
+        "unk_token_id": vocabulary.unk_id,
+    }
+    return Recipe(facts, vocabulary, **settings)
+
+
+class Tokens(NamedTuple):
+    """The token ids of some documents, or of one piece of a long document."""
+
+    unit: int
+    """Number of the unit of work in the input, from 0: some whole documents or a long one."""
+    ids_n: np.ndarray
+    """Ids of all, end to end: uint16 or uint32."""
+    lengths: np.ndarray
+    """Tokens of each, int64."""
+    keys: np.ndarray
+    """Hash of each document, float64 in [0, 1); of a piece, that of its document."""
+    is_end: bool
+    """False if more of the document follows in the next `Tokens`."""
+
+
 def make_shards(
     documents: Iterator[str],
     output: Path,
@@ -139,64 +222,109 @@ def make_shards(
         DataError: the source is damaged or empty, its text unknown to the tokenizer, or `output` is
             in use. No manifest is left then, nor on Ctrl-C.
     """
-    _check_rows(sequence_length, rows_per_shard)
-    _check_selection(held_out_fraction, held_out_max_documents, max_documents, max_tokens, workers)
-    if not 0 <= max_unknown_fraction <= 1:
-        raise SettingError(
-            "max_unknown_fraction",
-            max_unknown_fraction,
-            remedy="expected 0 to 1, for instance 0.05",
-        )
+    recipe = recipe_of(
+        tokenizer,
+        sequence_length=sequence_length,
+        source=source,
+        last_row=last_row,
+        held_out_fraction=held_out_fraction,
+        held_out_max_documents=held_out_max_documents,
+        seed=seed,
+        max_documents=max_documents,
+        max_tokens=max_tokens,
+        max_unknown_fraction=max_unknown_fraction,
+        rows_per_shard=rows_per_shard,
+    )
+    check_workers(workers)
+    sample: list[Sequence[str]] = []
+    encoded = tokenise(documents, recipe, tokenizer, workers=workers, sample=sample)
+    return write_shards(
+        encoded,
+        output,
+        recipe,
+        overwrite=overwrite,
+        on_progress=on_progress,
+        examples=lambda: unknown_words(tokenizer, itertools.chain(*sample)),
+    )
+
+
+def tokenise(
+    documents: Iterator[str],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    workers: int | None,
+    sample: list[Sequence[str]],
+    is_own: Callable[[int], bool] = lambda unit: True,
+) -> Generator[Tokens, None, None]:
+    """Yield the documents' tokens, in the order of the input; closing it closes `documents` too.
+
+    Args:
+        workers: see `make_shards`.
+        sample: is filled with texts, for messages.
+        is_own: whether to tokenise a unit; the others are only read.
+    """
+    encoder = TextEncoder(tokenizer, seed=recipe.seed)
+    origins: deque[_Origin] = deque()
+    chunks = _chunks(documents, recipe.max_documents, encoder, origins, is_own)
+    with contextlib.ExitStack() as stack:
+        if isinstance(documents, Generator):
+            stack.callback(documents.close)
+        encoded = parallel_map(encoder, _first_and_last_kept(chunks, sample), workers=workers)
+        stack.enter_context(contextlib.closing(encoded))
+        for ids_n, lengths, keys in encoded:
+            unit, key, is_end = origins.popleft()
+            yield Tokens(unit, ids_n, lengths, keys if key is None else np.array([key]), is_end)
+
+
+def write_shards(
+    encoded: Generator[Tokens, None, None],
+    output: Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    on_progress: Callable[[ShardReport], None] | None = None,
+    examples: Callable[[], Sequence[str]] = list,
+) -> ShardReport:
+    """Pack tokens into the rows of the data sets under `output`, and close `encoded`.
+
+    Args:
+        encoded: in the order of the input.
+        examples: called for some unknown words, for a message.
+
+    Raises:
+        DataError: see `make_shards`.
+    """
     start = time.perf_counter()
-    vocabulary = Vocabulary.of(tokenizer)
-    selection = {
-        "seed": seed,
-        "held_out_fraction": held_out_fraction,
-        "held_out_max_documents": held_out_max_documents,
-        "max_documents": max_documents,
-        "max_tokens": max_tokens,
-        "last_row": last_row,
-        "max_unknown_fraction": max_unknown_fraction,
-    }
-    facts = {
-        "name": tokenizer.name_or_path,
-        "sha256": tokenizer_fingerprint(tokenizer),
-        "cls_token_id": vocabulary.cls_id,
-        "sep_token_id": vocabulary.sep_id,
-        "unk_token_id": vocabulary.unk_id,
-    }
     writers: dict[str, ShardWriter] = {}
-    sample: list[list[str]] = []
+    vocabulary = recipe.vocabulary
 
     def check_unknown(smallest_sample: int) -> None:
         for split, counts in report.splits.items():
-            enough = counts.tokens >= smallest_sample
-            if enough and too_many_unknown(counts.unknown, counts.tokens, max_unknown_fraction):
-                raise _too_many_unknown(
-                    split, counts, max_unknown_fraction, tokenizer, itertools.chain(*sample)
-                )
+            if counts.tokens >= smallest_sample:
+                check_unknown_fraction(split, counts, recipe, examples)
 
     with contextlib.ExitStack() as stack:
 
         def open_split(split: str) -> Packer:
             writer = ShardWriter(
                 output / split,
-                sequence_length=sequence_length,
+                sequence_length=recipe.sequence_length,
                 vocab_size=vocabulary.size,
-                tokenizer=facts,
+                tokenizer=recipe.tokenizer,
                 pad_token_id=vocabulary.pad_id,
-                source={**source, **selection, "split": split},
-                rows_per_block=min(ROWS_PER_BLOCK, rows_per_shard),
-                rows_per_shard=rows_per_shard,
+                source={**recipe.source, **recipe.selection, "split": split},
+                rows_per_block=min(ROWS_PER_BLOCK, recipe.rows_per_shard),
+                rows_per_shard=recipe.rows_per_shard,
                 overwrite=overwrite,
             )
             writers[split] = writer
-            return Packer(stack.enter_context(writer).write, vocabulary, sequence_length)
+            return Packer(stack.enter_context(writer).write, vocabulary, recipe.sequence_length)
 
         train = open_split("train")
         report = ShardReport(train=train.counts)
         validation = train
-        if held_out_fraction:
+        if recipe.held_out_fraction:
             validation = open_split("validation")
             report.validation = validation.counts
         elif manifest_path(output / "validation").exists():
@@ -206,20 +334,14 @@ def make_shards(
                 Field("held_out_fraction"),
                 ", or name another output folder",
             )
-        held_out = _HeldOut(held_out_fraction, held_out_max_documents)
-        packing = _Packing(report, train, validation, held_out, max_tokens)
+        held_out = _HeldOut(recipe.held_out_fraction, recipe.held_out_max_documents)
+        packing = _Packing(report, train, validation, held_out, recipe.max_tokens)
 
-        if isinstance(documents, Generator):
-            stack.callback(documents.close)
-        encoder = TextEncoder(tokenizer, seed=seed)
-        pieces: deque[_Piece | None] = deque()
-        chunks = _chunks(documents, max_documents, encoder, pieces)
-        encoded = parallel_map(encoder, _first_and_last_kept(chunks, sample), workers=workers)
         stack.enter_context(contextlib.closing(encoded))
-        for ids_n, lengths, keys in encoded:
-            packing.add(pieces.popleft(), ids_n, lengths, keys)
+        for tokens in encoded:
+            packing.add(tokens)
             report.seconds = time.perf_counter() - start
-            check_unknown(_UNKNOWN_SAMPLE_TOKENS)
+            check_unknown(UNKNOWN_SAMPLE_TOKENS)
             if on_progress is not None:
                 on_progress(report)
             if packing.is_full:
@@ -227,18 +349,18 @@ def make_shards(
 
         if report.documents == 0:
             raise DataError(
-                f"the source {dict(source)} gave no document; check its path and options"
+                f"the source {dict(recipe.source)} gave no document; check its path and options"
             )
         if report.validation is not None and not report.validation.documents:
             raise SourceError(
                 "held_out_fraction",
-                held_out_fraction,
+                recipe.held_out_fraction,
                 f"chose none of {report.documents} documents",
                 "use a larger one",
             )
-        train.finish(last_row)
+        train.finish(recipe.last_row)
         if report.validation is not None:
-            validation.finish(last_row)
+            validation.finish(recipe.last_row)
         check_unknown(1)
         for split, counts in report.splits.items():
             writers[split].tokenizer_facts["unknown_tokens"] = counts.unknown
@@ -286,35 +408,27 @@ class _Packing:
         self.is_full = False
         """`max_tokens` is reached; it takes nothing more."""
 
-    def add(
-        self, piece: _Piece | None, ids_n: np.ndarray, lengths: np.ndarray, keys: np.ndarray
-    ) -> None:
-        """Add the documents of a chunk, or one piece of a long document.
-
-        Args:
-            piece: None if the chunk holds whole documents.
-            ids_n: the ids of all, end to end.
-            lengths: of each in `ids_n`.
-            keys: of each; unused for a piece, which has its document's key.
-        """
-        is_end, end = piece is None or piece.is_last, 0
-        keys_of = keys.tolist() if piece is None else [piece.key]
-        for length, key in zip(lengths.tolist(), keys_of, strict=True):
+    def add(self, tokens: Tokens) -> None:
+        """Add the documents of a chunk, or one piece of a long document."""
+        end = 0
+        for length, key in zip(tokens.lengths.tolist(), tokens.keys.tolist(), strict=True):
             self._tokens += length
             self._document_tokens += length
-            if is_end:
+            if tokens.is_end:
                 self._report.documents += 1
                 self._report.empty_documents += not self._document_tokens
                 self._document_tokens = 0
             split = self._validation if self._held_out.chooses(key, length) else self._train
-            split.add(ids_n[end : end + length], is_end=is_end)
+            split.add(tokens.ids_n[end : end + length], is_end=tokens.is_end)
             end += length
-            if is_end and self._max_tokens is not None and self._tokens >= self._max_tokens:
+            if tokens.is_end and self._max_tokens is not None and self._tokens >= self._max_tokens:
                 self.is_full = True
                 return
 
 
-def _first_and_last_kept(chunks: Iterator[list[str]], kept: list[list[str]]) -> Iterator[list[str]]:
+def _first_and_last_kept(
+    chunks: Iterator[list[str]], kept: list[Sequence[str]]
+) -> Iterator[list[str]]:
     """Pass chunks on; `kept` holds the last and the first one."""
     first: list[str] = []
     for chunk in chunks:
@@ -323,17 +437,17 @@ def _first_and_last_kept(chunks: Iterator[list[str]], kept: list[list[str]]) -> 
         yield chunk
 
 
-def _too_many_unknown(
-    split: str,
-    counts: PackCounts,
-    bound: float,
-    tokenizer: PreTrainedTokenizerFast,
-    texts: Iterable[str],
-) -> DataError:
-    examples = ", ".join(map(repr, unknown_words(tokenizer, texts)))
-    return DataError(
+def check_unknown_fraction(
+    split: str, counts: PackCounts, recipe: Recipe, examples: Callable[[], Sequence[str]]
+) -> None:
+    """Raise DataError if more of the tokens are unknown than the recipe accepts."""
+    bound = recipe.max_unknown_fraction
+    if not too_many_unknown(counts.unknown, counts.tokens, bound):
+        return
+    words = ", ".join(map(repr, examples()))
+    raise DataError(
         f"{counts.unknown_fraction:.1%} of the {counts.tokens:,} tokens for {split} are unknown to "
-        f"the tokenizer {tokenizer.name_or_path}{f' (such as {examples})' if examples else ''}, "
+        f"the tokenizer {recipe.tokenizer['name']}{f' (such as {words})' if words else ''}, "
         "more than ",
         Field("max_unknown_fraction", bound),
         "; give the teacher's tokenizer with all of its files, or text that it knows, or raise the "
@@ -363,7 +477,6 @@ def _check_selection(
     held_out_max_documents: int | None,
     max_documents: int | None,
     max_tokens: int | None,
-    workers: int | None,
 ) -> None:
     if not 0 <= held_out_fraction < 1:
         raise SettingError(
@@ -386,30 +499,35 @@ def _check_selection(
     for name, limit in limits.items():
         if limit is not None and limit < 1:
             raise SettingError(name, limit, remedy="expected 1 or more, or leave it out")
+
+
+def check_workers(workers: int | None) -> None:
+    """Raise ConfigError for a negative number of workers."""
     if workers is not None and workers < 0:
         raise SettingError("workers", workers, remedy="expected 0 (this process alone) or more")
 
 
-class _Piece(NamedTuple):
-    """What a piece carries of its long document."""
+class _Origin(NamedTuple):
+    """Where a work item comes from, see `Tokens`."""
 
-    key: float  # see EncodedDocuments
-    is_last: bool
+    unit: int
+    key: float | None  # of a long document; None for whole documents, which the encoder hashes
+    is_end: bool
 
 
 def _chunks(
     documents: Iterator[str],
     max_documents: int | None,
     encoder: TextEncoder,
-    pieces: deque[_Piece | None],
+    origins: deque[_Origin],
+    is_own: Callable[[int], bool],
 ) -> Iterator[list[str]]:
     """Group documents into work items; the grouping does not change the result.
 
-    A long document becomes several items. `pieces` gets an entry for each list that is yielded:
-    None for whole documents.
+    A long document becomes several items. `origins` gets an entry for each list that is yielded.
     """
     chunk: list[str] = []
-    num_characters = 0
+    num_characters = unit = 0
     for number, document in enumerate(documents, 1):
         is_long = len(document) > LONG_CHARACTERS
         if not is_long:
@@ -417,16 +535,20 @@ def _chunks(
             num_characters += len(document)
         is_full = num_characters >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS
         if chunk and (is_full or is_long or number == max_documents):
-            pieces.append(None)
-            yield chunk
+            if is_own(unit):
+                origins.append(_Origin(unit, None, True))
+                yield chunk
             chunk, num_characters = [], 0
+            unit += 1
         if is_long:
-            key = encoder.key(document)
-            for text, is_last in encoder.pieces(document, f"document {number}"):
-                pieces.append(_Piece(key, is_last))
-                yield [text]
+            if is_own(unit):
+                key = encoder.key(document)
+                for text, is_last in encoder.pieces(document, f"document {number}"):
+                    origins.append(_Origin(unit, key, is_last))
+                    yield [text]
+            unit += 1
         if number == max_documents:
             return
-    if chunk:
-        pieces.append(None)
+    if chunk and is_own(unit):
+        origins.append(_Origin(unit, None, True))
         yield chunk

@@ -36,6 +36,12 @@ _PROBE = (
 _HASHED_CHARACTERS = 1 << 20  # at a time
 
 
+def hash_text(update: Callable[[bytes], object], text: str) -> None:
+    """Pass a text to a hash's `update`, piece by piece: no copy of a whole long text is made."""
+    for first in range(0, len(text), _HASHED_CHARACTERS):
+        update(text[first : first + _HASHED_CHARACTERS].encode())
+
+
 # --- tokenizer ---
 
 
@@ -49,9 +55,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
         DataError: the tokenizer has no fast form.
     """
     encoder = TextEncoder(tokenizer)
-    special = {
-        name: getattr(tokenizer, f"{name}_token_id")
-        for name in ("cls", "sep", "pad", "mask", "unk")
+    special = _wrapping_ids(tokenizer) | {
+        name: getattr(tokenizer, f"{name}_token_id") for name in ("mask", "unk")
     }
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
@@ -61,6 +66,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(
         json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
+
+
+_STAND_INS = {"cls": ("cls", "bos", "eos"), "sep": ("sep", "eos"), "pad": ("pad", "eos")}
 
 
 class Vocabulary(NamedTuple):
@@ -82,19 +90,33 @@ class Vocabulary(NamedTuple):
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
         """Read the ids of [CLS], [SEP] and [PAD], by whatever name (RoBERTa: <s>, </s>, <pad>).
 
+        The tokens of beginning and end stand in for a missing [CLS] and [SEP] (decoders, ESM), and
+        that of the end for a missing beginning or padding, as when such models were trained.
+
         Raises:
             DataError: one of the three is missing.
         """
-        ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad")}
+        ids = _wrapping_ids(tokenizer)
         missing = [f"{name}_token" for name, token_id in ids.items() if token_id is None]
         if missing:
             raise DataError(
                 f"tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)}; expected cls, "
-                "sep and pad tokens, because every document is wrapped in [CLS] … [SEP]: "
-                "use the teacher's encoder tokenizer"
+                "sep and pad tokens, because every document is wrapped in [CLS] … [SEP], or an "
+                "eos token in their place: use the teacher's tokenizer"
             )
         size = 1 + max(tokenizer.get_vocab().values())
         return cls(size, ids["cls"], ids["sep"], ids["pad"], _unknown_id(tokenizer))
+
+
+def _wrapping_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return the ids of the tokens around a document and of padding, by BERT's names."""
+    return {
+        name: next(
+            (i for each in names if (i := getattr(tokenizer, f"{each}_token_id")) is not None),
+            None,
+        )
+        for name, names in _STAND_INS.items()
+    }
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
@@ -186,9 +208,7 @@ class TextEncoder:
     def key(self, document: str) -> float:
         """Return the hash of seed and text, in [0, 1)."""
         digest = hashlib.blake2b(digest_size=6, key=self._salt)
-        # Piece by piece, so that no copy of a whole long document is made.
-        for first in range(0, len(document), _HASHED_CHARACTERS):
-            digest.update(document[first : first + _HASHED_CHARACTERS].encode())
+        hash_text(digest.update, document)
         return int.from_bytes(digest.digest(), "little") / 2.0**48
 
     def pieces(self, document: str, where: str) -> Iterator[tuple[str, bool]]:

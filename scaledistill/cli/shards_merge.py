@@ -1,0 +1,83 @@
+"""`scaledistill shards merge`: write the shards of parts that were tokenised on several machines.
+
+Inputs: command-line arguments. Outputs: progress, a summary and an exit code. Not handled here:
+merging (`data.prepare.parts`), making the parts (`cli.shards_make`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from scaledistill.cli.parsing import Parser, say
+from scaledistill.errors import (
+    EXIT_DONE,
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    DataError,
+    named,
+)
+
+PROG = "scaledistill shards merge"
+DESCRIPTION = """Write the shards of parts that were tokenised on several machines.
+
+DIR holds the folders part-0001-of-0004 to part-0004-of-0004 that `shards make --part` wrote; they
+are kept. The shards are those that one machine would have made."""
+EPILOG = """exit codes: 0 done, 2 different settings, 3 missing or damaged parts, 130 interrupted
+
+examples:
+  %(prog)s shards/wiki-512
+  %(prog)s shards/wiki-512 --overwrite --json figures.json"""
+
+
+def parser(prog: str = PROG) -> Parser:
+    """Return the parser of the command line."""
+    parse = Parser(prog, DESCRIPTION, EPILOG)
+    parse.add_argument(
+        "output", type=Path, metavar="DIR", help="folder with all parts; the shards go there too"
+    )
+    parse.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the shards in DIR once the new ones are finished",
+    )
+    parse.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as JSON")
+    return parse
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Merge the parts and return the exit code."""
+    options = parser(prog).parse_args(arguments)
+
+    import dataclasses
+
+    from rich.console import Console
+
+    from scaledistill.cli.shards_make import Display, print_summary
+    from scaledistill.data.prepare.compression import ReadProgress
+    from scaledistill.data.prepare.make import Recipe
+    from scaledistill.data.prepare.parts import merge_parts
+
+    # Settings are options of `shards make`.
+    settings = [*(field.name for field in dataclasses.fields(Recipe)), "overwrite"]
+    unlimited = argparse.Namespace(max_documents=None, max_tokens=None)
+    display = Display(Console(stderr=True), ReadProgress(), unlimited)
+    try:
+        with display.bar, named(**{name: f"--{name.replace('_', '-')}" for name in settings}):
+            report = merge_parts(options.output, overwrite=options.overwrite, on_progress=display)
+    except (ConfigError, DataError) as error:
+        say(prog, str(error))
+        return error.exit_code
+    except OSError as error:
+        say(prog, f"{error}; check {options.output} and its disk")
+        return EXIT_ENVIRONMENT
+    except KeyboardInterrupt:
+        say(prog, "interrupted; no unfinished shards are left")
+        return EXIT_INTERRUPTED
+    if options.json:
+        options.json.write_text(json.dumps(report.measurements(), indent=1) + "\n")
+    print_summary(Console(), report, options.output)
+    return EXIT_DONE

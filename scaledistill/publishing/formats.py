@@ -1,0 +1,468 @@
+"""Write a student in the formats that people deploy, with measurements in its model card.
+
+Inputs: a `Student`. Outputs: one folder, which appears whole or not at all:
+
+    config.json, model.safetensors, tokenizer, README.md   transformers
+    modules.json, 1_Pooling/                               sentence-transformers
+    onnx/model.onnx, onnx/model_int8.onnx                  onnx, onnx-int8
+    export.json                                            what was measured, as figures
+
+Not handled here: reading the student (`publishing.source`), uploading (`publishing.hub`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import EvalResult
+from safetensors import SafetensorError
+from torch import Tensor
+
+from scaledistill.data.tokenizer import load_tokenizer
+from scaledistill.errors import ConfigError, DataError, SettingError, did_you_mean, near_miss
+from scaledistill.metrics.benchmark import Report, Table, machine_facts
+from scaledistill.models.card import (
+    README,
+    card_section,
+    licence_text,
+    read_card,
+    use_text,
+    write_card_section,
+    write_metadata,
+    write_results,
+)
+from scaledistill.models.export import EXPORT, exchange, export_student
+from scaledistill.models.teacher import quiet_transformers
+from scaledistill.publishing import measure
+from scaledistill.publishing.onnx_model import OnnxEncoder, SentenceEncoder, quantize, write_onnx
+from scaledistill.publishing.source import Student
+from scaledistill.storage.files import disk_remedy, sync, write_bytes, write_json
+
+log = logging.getLogger(__name__)
+
+SENTENCE = "sentence-transformers"
+NEEDS: dict[str, tuple[str, ...]] = {
+    "transformers": (),
+    SENTENCE: ("sentence_transformers",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "onnx-int8": ("onnx", "onnxscript", "onnxruntime"),
+}
+"""The packages that each format needs, of the extra "export"."""
+FORMATS = tuple(NEEDS)
+FIGURES = "export.json"
+MODULE = "0_Transformer"
+SAME = 1e-6
+"""The largest difference of `SentenceTransformer.encode` from the mean of the hidden states."""
+SENTENCE_USE = """\
+```python
+from sentence_transformers import SentenceTransformer
+
+vectors = SentenceTransformer("{name}").encode(["some text", "another"])
+```
+
+Vectors are the mean of the hidden states of a text's tokens{cut}. Texts are truncated at \
+{num_tokens} tokens."""
+ONNX_USE = """\
+```python
+from onnxruntime import InferenceSession
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+texts = tokenizer(
+    ["some text", "another"], padding=True, truncation=True, max_length={num_tokens},
+    return_tensors="np",
+)
+names = ("input_ids", "attention_mask")
+session = InferenceSession("{name}/onnx/{file}")
+hidden, vectors = session.run(None, {{name: texts[name] for name in names}})
+```
+
+The outputs are the hidden states, [batch, tokens, width], and their means over each text's \
+tokens{cut}."""
+NOT_CUT = (
+    "The student has one block, whose output the training did not reach, and no block below it "
+    "to take vectors from: they come from that block as it was initialised. Fine-tune it first."
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to write, and what to measure on."""
+
+    formats: tuple[str, ...]
+    num_layers: int | None = None
+    """Keep the first blocks only."""
+    data_folder: Path | None = None
+    """GLUE files, for the STS-B probe."""
+    sample: Path | None = None
+    """A text file with a sentence per line, for the comparison with PyTorch."""
+    licence: str | None = None
+    base_model: str | None = None
+    glue: Path | None = None
+    """An output folder of the GLUE grid."""
+    glue_model: str | None = None
+    """The student's name there."""
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raise ConfigError unless all formats exist and their packages are installed."""
+    for name in formats:
+        if name not in NEEDS:
+            near = did_you_mean(near_miss(name, NEEDS))
+            raise SettingError("formats", name, f"is unknown{near}", f"use {', '.join(NEEDS)}")
+        missing = [one for one in NEEDS[name] if importlib.util.find_spec(one) is None]
+        if missing:
+            raise ConfigError(
+                f"--format {name} needs {' and '.join(missing)}, which "
+                f"{'is' if len(missing) == 1 else 'are'} not installed; "
+                "pip install 'scaledistill[export]'"
+            )
+
+
+def check_output(folder: Path, *, force: bool) -> None:
+    """Raise SettingError if `folder` exists, unless it is an older export and `force` is set."""
+    if not folder.exists():
+        return
+    if not force:
+        raise SettingError(
+            "output", str(folder), "exists", "name another folder, or replace it with --force"
+        )
+    if not (folder / EXPORT).is_file():
+        raise SettingError(
+            "output",
+            str(folder),
+            f"has no {EXPORT}, so it is not an export and --force does not replace it",
+            "name another folder",
+        )
+
+
+def write_formats(
+    student: Student, output: Path, options: Options, *, force: bool = False
+) -> Report:
+    """Write a student's formats into `output` and return what was measured.
+
+    Raises:
+        SettingError: a format is unknown or cannot be written for this architecture, a package is
+            missing, or `output` exists.
+        DataError: the model, the data or the disk cannot be used, or a format computes something
+            else than PyTorch.
+    """
+    check_formats(options.formats)
+    check_output(output, force=force)
+    if options.num_layers is not None:
+        student = student.cut(options.num_layers)
+    given = {"base_model": options.base_model, "license": options.licence}
+    stated = {key: value for key, value in given.items() if value}
+    student = replace(student, metadata={**student.metadata, **stated})
+    target = Path(os.path.realpath(output))
+    work = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        report = _Writer(student, work / target.name, options).write()
+        check_output(output, force=force)
+        for path in sorted(work.rglob("*"), reverse=True):
+            sync(path)
+        exchange(work / target.name, target)
+        sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{output}: the export could not be written: {error}; {disk_remedy(error)}"
+        ) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+class _Writer:
+    """Writes one export into a folder that nobody else sees."""
+
+    def __init__(self, student: Student, folder: Path, options: Options) -> None:
+        self.whole, self.folder, self.options = student, folder, options
+        self.report = Report()
+        deployed = [name for name in options.formats if name != "transformers"]
+        # What is deployed without fine-tuning must not end in a block that was never trained.
+        can_cut = 0 < student.trained_layers < student.config.num_hidden_layers
+        self.pooled = student.cut(student.trained_layers) if deployed and can_cut else student
+        self.not_cut = student.trained_layers == 0 and bool(deployed)
+        self.main = student if "transformers" in options.formats else self.pooled
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the vectors come from a block below the student's last."""
+        return self.pooled is not self.whole
+
+    def write(self) -> Report:
+        formats, options = self.options.formats, self.options
+        self._write_model(self.folder, self.main)
+        readme = self.main.readme
+        if readme is None and self.main.tap is None:  # not a student of ours, and without a card
+            readme = f"# {self.folder.name}\n\n## Licence\n\n{licence_text(None)}\n"
+        if readme is not None:
+            write_bytes(self.folder / README, readme.encode())
+        fields = {key: self.main.metadata.get(key) for key in ("license", "base_model")}
+        write_metadata(self.folder, **{key: value for key, value in fields.items() if value})
+        encoder = self.pooled.encoder()
+        reference = SentenceEncoder(encoder).eval()
+
+        @torch.inference_mode()
+        def run(ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+            hidden, mean = reference(ids_BT, mask_BT)
+            return hidden, mean
+
+        forms: dict[str, measure.Form] = {"pytorch": run}
+        files = {"pytorch": self.folder / "model.safetensors"}
+        if SENTENCE in formats:
+            files["pytorch"] = self._write_sentence() / "model.safetensors"
+        onnx = self.folder / "onnx"
+        if {"onnx", "onnx-int8"} & set(formats):
+            onnx.mkdir()
+            self.pooled.config.save_pretrained(onnx)
+            files["onnx"] = onnx / "model.onnx"
+            log.info("writing the ONNX model")
+            write_onnx(encoder, files["onnx"])
+            forms["onnx"] = OnnxEncoder(files["onnx"])
+        if "onnx-int8" in formats:
+            files["onnx-int8"] = onnx / "model_int8.onnx"
+            quantize(files["onnx"], files["onnx-int8"])
+            forms["onnx-int8"] = OnnxEncoder(files["onnx-int8"])
+        table = self._measure(forms, files)
+        if SENTENCE in formats:
+            self._check_sentence(run)
+        if "onnx" not in formats and "onnx" in files:
+            del forms["onnx"]
+            files["onnx"].unlink()
+        if not {"transformers", SENTENCE} & set(formats):
+            (self.folder / "model.safetensors").unlink()
+        self._write_card(table)
+        if options.glue is not None:
+            from scaledistill.glue.card import write_scores
+
+            write_scores(self.folder, options.glue_model or self.whole.name, options.glue)
+        return self.report
+
+    def _write_model(self, folder: Path, student: Student) -> None:
+        export_student(
+            folder,
+            student.config,
+            student.state,
+            tap=student.tap,
+            tokenizer_source=student.tokenizer,
+            revision=student.revision,
+            card=student.card,
+            metadata=student.metadata,
+            settings=student.settings,
+        )
+
+    def _write_sentence(self) -> Path:
+        """Write what `SentenceTransformer` reads; return the folder of its model."""
+        place, module = "", self.folder
+        if self.pooled is not self.main:
+            place, module = MODULE, self.folder / MODULE
+            self._write_model(module, self.pooled)
+            for name in (README, "distill.json"):
+                (module / name).unlink(missing_ok=True)
+        # The class names of versions 2 to 5, which later ones still read.
+        modules = [("Transformer", place), ("Pooling", "1_Pooling")]
+        content = [
+            {
+                "idx": number,
+                "name": str(number),
+                "path": path,
+                "type": f"sentence_transformers.models.{kind}",
+            }
+            for number, (kind, path) in enumerate(modules)
+        ]
+        write_bytes(self.folder / "modules.json", (json.dumps(content, indent=2) + "\n").encode())
+        limits = {"max_seq_length": self.pooled.num_tokens, "do_lower_case": False}
+        write_json(module / "sentence_bert_config.json", limits)
+        (self.folder / "1_Pooling").mkdir()
+        modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+        write_json(
+            self.folder / "1_Pooling" / "config.json",
+            {
+                "word_embedding_dimension": self.pooled.config.hidden_size,
+                **{f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes},
+            },
+        )
+        return module
+
+    def _check_sentence(self, reference: measure.Form) -> None:
+        """Load the folder with sentence-transformers and compare its vectors.
+
+        Raises:
+            DataError: they differ.
+        """
+        from sentence_transformers import SentenceTransformer
+
+        with quiet_transformers():
+            model = SentenceTransformer(str(self.folder), device="cpu", local_files_only=True)
+        texts = ["a text", "another, longer text about something else", "!"]
+        tokenizer = load_tokenizer(self.folder)
+        tokenizer.padding_side = "right"
+        inputs = tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self.pooled.num_tokens,
+            return_tensors="pt",
+        )
+        expected = reference(inputs["input_ids"], inputs["attention_mask"])[1]
+        found = model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
+        largest = float((found - expected).abs().max())
+        if not largest <= SAME * max(1.0, float(expected.abs().max())):
+            raise DataError(
+                f"SentenceTransformer gives other vectors than the student (they differ by "
+                f"{largest:.1e}, expected at most {SAME}); please report it with the versions of "
+                "sentence-transformers and transformers"
+            )
+        self.report.add("sentence-transformers/largest difference", largest, "absolute")
+
+    def _measure(self, forms: dict[str, measure.Form], files: dict[str, Path]) -> Table:
+        """Compare and time the forms; return the table for the card.
+
+        Raises:
+            DataError: ONNX computes something else than PyTorch.
+        """
+        student, options, report = self.pooled, self.options, self.report
+        tokenizer = load_tokenizer(student.tokenizer, student.revision)
+        vocab_size = student.config.vocab_size
+        batches = measure.sample_batches(
+            tokenizer,
+            student.num_tokens,
+            vocab_size,
+            sample=options.sample,
+            data_folder=options.data_folder,
+        )
+        num = sum(len(ids) for ids, _ in batches)
+        others = {name: form for name, form in forms.items() if name != "pytorch"}
+        differences = measure.compare(others, forms["pytorch"], batches) if others else {}
+        for name, found in differences.items():
+            log.info(
+                "%s against PyTorch on %d inputs: largest difference %.1e, mean %.1e, least "
+                "cosine %.4f",
+                name,
+                num,
+                found.largest,
+                found.mean,
+                found.cosine,
+            )
+            for what, value in (("largest", found.largest), ("mean", found.mean)):
+                report.add(f"{name}/{what} difference", value, "absolute")
+                report.figures[-1]["n"] = num
+            report.add(f"{name}/least cosine", found.cosine, "cosine")
+            report.figures[-1]["n"] = num
+            if name == "onnx" and not found.largest <= measure.TOLERANCE:
+                raise DataError(
+                    f"the ONNX model differs from PyTorch by {found.largest:.1e} on {num} inputs, "
+                    f"more than {measure.TOLERANCE}; nothing was exported. Leave onnx and "
+                    "onnx-int8 out, and please report it with the versions of torch and onnxscript"
+                )
+        scores: dict[str, float] = {}
+        if options.data_folder is not None:
+            scores = measure.probe_scores(forms, tokenizer, options.data_folder, student.num_tokens)
+            for name, score in scores.items():
+                report.add(f"{name}/probe/stsb_spearman", score, "Spearman")
+        speeds = measure.measure_speed(forms, vocab_size, student.num_tokens, report)
+        heads = [
+            f"{what}, batch {batch}"
+            for batch in measure.BATCHES
+            for what in ("ms", "sequences/s", "faster")
+        ]
+        length = min(measure.TOKENS, student.num_tokens)
+        table = report.table(
+            f"Size, speed on {torch.get_num_threads()} CPU threads with {length} tokens, and loss",
+            [
+                "form",
+                "MB",
+                *heads,
+                "largest difference",
+                "mean difference",
+                "STS-B Spearman" if scores else "least cosine",
+            ],
+        )
+        for name in forms:
+            size = report.add(f"{name}/bytes", files[name].stat().st_size, "bytes")
+            if name == "onnx" and "onnx" not in options.formats:
+                continue
+            cells, last = ["", ""], ""
+            if name in differences:
+                found = differences[name]
+                cells, last = [f"{found.largest:.1e}", f"{found.mean:.1e}"], f"{found.cosine:.4f}"
+            if scores:
+                last = f"{scores[name]:.4f}"
+            table.rows.append([name, f"{size / 1e6:.1f}", *speeds[name], *cells, last])
+        self.scores, self.num_checked = scores, num
+        return table
+
+    def _write_card(self, table: Table) -> None:
+        folder, formats, pooled = self.folder, self.options.formats, self.pooled
+        uses = []
+        cut = (
+            f" in block {pooled.config.num_hidden_layers}, the last one that was trained"
+            if self.is_cut or (pooled.tap == "extra")
+            else ""
+        )
+        values = {"name": folder.name, "num_tokens": pooled.num_tokens, "cut": cut}
+        if "transformers" in formats:
+            uses.append(use_text(folder.name, self.main.config))
+        if SENTENCE in formats:
+            uses.append(SENTENCE_USE.format(**values))
+        if "onnx" in formats or "onnx-int8" in formats:
+            file = "model.onnx" if "onnx" in formats else "model_int8.onnx"
+            uses.append(ONNX_USE.format(**values, file=file))
+        if self.not_cut:
+            uses.append(NOT_CUT)
+        write_card_section(folder, "Use", "\n\n".join(uses))
+        facts = machine_facts(None)
+        notes = [
+            f"Differences from PyTorch on {self.num_checked} inputs of mixed lengths, padded.",
+            *(f"{key.capitalize()}: {facts[key]}." for key in ("hardware", "versions")),
+        ]
+        if "onnx-int8" in formats:
+            notes.append("int8: weights per channel, activations quantised while running.")
+        text = "\n\n".join([table.markdown(), "\n".join(f"- {note}" for note in notes)])
+        write_card_section(folder, "Sizes and speeds", text)
+        if card_section(folder, "Licence") is not None:
+            write_card_section(folder, "Licence", licence_text(self.main.metadata.get("license")))
+        if SENTENCE in formats:
+            write_metadata(
+                folder,
+                library_name=SENTENCE,
+                pipeline_tag="sentence-similarity",
+                tags=_joined(folder, [SENTENCE]),
+            )
+        if {"onnx", "onnx-int8"} & set(formats):
+            write_metadata(folder, tags=_joined(folder, ["onnx"]))
+        if not {"transformers", SENTENCE} & set(formats):
+            write_metadata(folder, library_name="onnx")
+        if "pytorch" in self.scores and self.main is self.pooled:
+            write_results(folder, folder.name, [_probe_result(self.scores["pytorch"])])
+        write_bytes(folder / FIGURES, (json.dumps(self.report.figures, indent=1) + "\n").encode())
+
+
+def _joined(folder: Path, tags: Sequence[str]) -> list[str]:
+    card = read_card(folder)
+    return list(dict.fromkeys([*((card.data.get("tags") if card else None) or []), *tags]))
+
+
+def _probe_result(score: float) -> EvalResult:
+    return EvalResult(
+        task_type="sentence-similarity",
+        task_name="Semantic Textual Similarity",
+        dataset_type="nyu-mll/glue",
+        dataset_name="GLUE STS-B, without fine-tuning",
+        dataset_config="stsb",
+        dataset_split="validation",
+        metric_type="spearman_cosine",
+        metric_name="Spearman, cosine of the mean hidden states, %",
+        metric_value=round(100 * score, 2),
+    )

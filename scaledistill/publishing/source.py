@@ -1,0 +1,200 @@
+"""Read the student to publish from a run, a checkpoint, an export or any supported model folder.
+
+Inputs: a folder. Outputs: a `Student` with its weights and what its model card says. Nothing is
+written. Not handled here: formats (`publishing.formats`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from scaledistill.checkpoint.names import FOLDER, STATE, committed, step_of
+from scaledistill.config.load import parse_config
+from scaledistill.errors import ConfigError, DataError, Field, SettingError, SourceError, named
+from scaledistill.glue.plan import positions
+from scaledistill.models.architectures import build_encoder
+from scaledistill.models.card import README, TAGS, read_card, teacher_metadata
+from scaledistill.models.export import EXPORT, FORMAT, SETTINGS
+from scaledistill.models.student import exported
+from scaledistill.models.teacher import load_encoder
+from scaledistill.storage.files import no_such_folder, read_json
+from scaledistill.training.exports import find_checkpoint, students_of
+
+log = logging.getLogger(__name__)
+
+LONGEST = 512
+"""Tokens of an input if neither the model nor a run limits them."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student with its weights."""
+
+    name: str
+    config: PreTrainedConfig
+    state: Mapping[str, Tensor]
+    """Every parameter, fp32, on the CPU."""
+    tap: str | None
+    """That of the run, "last" or "extra"; None if every parameter counts as trained."""
+    tokenizer: str
+    """Folder or hub name, at `revision`."""
+    card: Mapping[str, object]
+    metadata: Mapping[str, Any]
+    num_tokens: int
+    """The longest input: the rows that it was trained on, or its position table."""
+    revision: str | None = None
+    settings: str | None = None
+    """The settings of its run, JSON."""
+    readme: str | None = None
+    """The model card that it has already."""
+
+    @property
+    def trained_layers(self) -> int:
+        """The number of blocks of which every parameter was trained, from the first."""
+        return self.config.num_hidden_layers - (self.tap == "last")
+
+    def cut(self, num_layers: int) -> Student:
+        """Return the student of the first `num_layers` blocks; its card is written anew.
+
+        Raises:
+            SettingError: it does not have as many.
+        """
+        whole = self.config.num_hidden_layers
+        if not 1 <= num_layers <= whole:
+            raise SettingError(
+                "num_layers", num_layers, f": the model has {whole} layers", f"use 1 to {whole}"
+            )
+        if num_layers == whole:
+            return self
+        config, state = exported(self.config, self.state, num_layers)
+        card = {**self.card, "layers": f"the first {num_layers} of the student's {whole}"}
+        tap = "extra" if self.tap else None
+        return dataclasses.replace(
+            self, config=config, state=state, tap=tap, card=card, readme=None
+        )
+
+    def encoder(self) -> PreTrainedModel:
+        """Return the model, in eval mode, on the CPU."""
+        encoder = build_encoder(self.config)
+        encoder.load_state_dict(dict(self.state))
+        return encoder.eval()
+
+
+def open_student(
+    source: Path,
+    *,
+    student: str | None = None,
+    step: int | str = "newest",
+    teacher: str | None = None,
+) -> Student:
+    """Read a student.
+
+    Args:
+        source: the folder of a run, of one of its checkpoints, of an export, or of any model of a
+            supported architecture.
+        student: which one, if a run has several.
+        step: the checkpoint of a run, or "newest".
+        teacher: where the teacher of a run is now; by default where it was.
+
+    Raises:
+        ConfigError: there is no such student or checkpoint, or the teacher is another one.
+        DataError: the folder is none of these, or its files cannot be used.
+    """
+    if not source.is_dir():
+        remedy = "give the folder of a run, a checkpoint or an export"
+        raise SourceError("source", str(source), f": {no_such_folder(source, remedy)}")
+    is_checkpoint = bool(FOLDER.fullmatch(source.name)) and (source / STATE).is_file()
+    if is_checkpoint:
+        return _from_checkpoint(source.parent, step_of(source), student, teacher, source.parents[1])
+    if (source / "status.json").is_file() or (source / "checkpoints").is_dir():
+        root = source / "checkpoints"
+        if not committed(root):
+            exports = sorted(path.parent for path in source.glob(f"export/*/{README}"))
+            remedy = f"export {exports[0]}" if exports else "export once it has written one"
+            raise SourceError("source", str(source), "is a run without checkpoints", remedy)
+        return _from_checkpoint(root, step, student, teacher, source)
+    for option, value in (("student", student), ("teacher", teacher)):
+        if value is not None:
+            raise SettingError(
+                option, value, "is read only for runs and checkpoints", "leave it out"
+            )
+    return _from_folder(source)
+
+
+def _from_checkpoint(
+    root: Path, step: int | str, student: str | None, teacher: str | None, run: Path
+) -> Student:
+    checkpoint = find_checkpoint(root, step, "--step")
+    try:
+        settings = parse_config(checkpoint.state["config"])
+    except (KeyError, ConfigError) as error:
+        raise DataError(f"{checkpoint.folder} was written by another version: {error}") from None
+    if student is None and len(settings.students) > 1:
+        raise SettingError(
+            "student",
+            expected=f": the run has several: {', '.join(settings.students)}",
+            remedy="name one of them",
+        )
+    place = settings.teacher.model_copy(update={"model": str(teacher)} if teacher else {})
+    [name] = [student] if student else settings.students
+    with named(**{"teacher.model": Field("teacher", place.model)}):
+        [content] = students_of(checkpoint, str(run), place, name).values()
+    return Student(
+        name=name,
+        config=content.config,
+        state=content.state,
+        tap=content.tap,
+        tokenizer=place.model,
+        revision=place.revision,
+        card=content.card,
+        metadata=content.metadata,
+        settings=content.run.to_json(),
+        num_tokens=_num_tokens(content.config, content.run.data.sequence_length),
+    )
+
+
+def _from_folder(folder: Path) -> Student:
+    with named(model=Field("source", str(folder)), config=Field("source", str(folder))):
+        encoder = load_encoder(folder, dtype=torch.float32)
+    config = encoder.config
+    record = read_json(folder / EXPORT) or {}
+    known = {key: record.get(key) for key in FORMAT} == FORMAT
+    card = read_card(folder)
+    if not known and card is not None and set(TAGS) <= set(card.data.get("tags") or []):
+        raise SourceError(
+            "source",
+            str(folder),
+            f"is an export without {EXPORT}, so what of it was trained is not known",
+            "export a checkpoint of its run, or export it again",
+        )
+    own = teacher_metadata(str(folder), folder)
+    own.pop("base_model", None)  # it is this model itself
+    settings = folder / SETTINGS
+    rows = ((read_json(settings) or {}).get("data") or {}).get("sequence_length")
+    return Student(
+        name=folder.resolve().name,
+        config=config,
+        state={name: tensor.detach() for name, tensor in encoder.state_dict().items()},
+        tap=record["tap"] if known else None,
+        tokenizer=str(folder),
+        card=record["card"] if known else {"init": "unknown"},
+        metadata=record["metadata"] if known else own,
+        settings=settings.read_text(encoding="utf-8") if settings.is_file() else None,
+        readme=(folder / README).read_text(encoding="utf-8") if card is not None else None,
+        num_tokens=_num_tokens(config, rows if isinstance(rows, int) else None),
+    )
+
+
+def _num_tokens(config: PreTrainedConfig, rows: int | None) -> int:
+    """Return the longest input; positions beyond the training rows have untrained embeddings."""
+    limits = [limit for limit in (positions(config), rows) if limit]
+    return min(limits, default=LONGEST)
