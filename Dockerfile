@@ -3,6 +3,8 @@
 #   docker build --tag scaledistill .
 #   docker run --rm --gpus all --shm-size 8g --volume "$PWD:/workspace" scaledistill distill --help
 #
+# It runs as user 10001, which must be able to write the mounted folder.
+#
 # BASE         image with CUDA, of the version that torch is built for; "devel" has nvcc, which some of
 #              DeepSpeed's operators need
 # TORCH_INDEX  package index with torch's wheels for another CUDA version (default: pip's own)
@@ -29,7 +31,7 @@ COPY constraints.txt ./
 RUN pip install --constraint constraints.txt setuptools wheel \
   && pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 ARG EXTRAS=eval,tracking
-COPY LICENSE MANIFEST.in README.md pyproject.toml ./
+COPY LICENSE MANIFEST.in README.md pyproject.toml setup.py ./
 COPY scaledistill scaledistill
 COPY configs configs
 COPY launch launch

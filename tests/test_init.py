@@ -45,10 +45,13 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--preset quikstart", "--preset quikstart: no such preset; did you mean quickstart?"),
         ("--preset zzz", "--preset zzz: no such preset; there are base_to_l6, family_from_large"),
-        ("--preset quickstart x.txt", "x.txt: found the suffix '.txt', expected .yaml or .json"),
+        (
+            "--preset quickstart x.txt",
+            "x.txt: found the suffix '.txt', expected .yaml, .yml or .json",
+        ),
         ("--preset quickstart no/x.yaml", "no/x.yaml: no folder no; make it first"),
         ("--preset quickstart mine.yaml", "mine.yaml exists; name another file, or replace with"),
-        ("x.yaml", "--preset NAME is missing, to write x.yaml; --list shows the names"),
+        ("x.yaml", "to write x.yaml, name a preset: --preset NAME (--list shows the names)"),
         ("", "--preset NAME is missing; --list shows the names"),
         ("--prest quickstart", "unknown option --prest; did you mean --preset?"),
     ],

@@ -486,3 +486,8 @@ def test_processes_share_a_cache(server: http.server.ThreadingHTTPServer, tmp_pa
     assert downloads == {
         shard.file: 1 for shard in ShardReader(url, cache=ShardCache(tmp_path)).manifest.shards
     }
+
+
+def test_credentials_are_left_out() -> None:
+    text = '{"train": "https://me:pw@host/a", "validation": "s3://bucket/b@2"}'
+    assert remote.without_credentials(text) == text.replace("me:pw", "***")

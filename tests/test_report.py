@@ -265,40 +265,43 @@ def test_glue_scores(tmp_path: Path) -> None:
     assert "SST-2 accuracy,l6,77.52,77.0,78.0" in parsed.data["charts"][-1]["data"]["values"]
 
 
-def test_what_is_not_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SourceError, match="is not a folder; give a run's folder"):
         read_run(tmp_path / "missing")
     with pytest.raises(SourceError, match=r"has no metrics\.jsonl with rows; give a run's folder"):
         read_run(tmp_path)
     assert main([str(tmp_path / "missing")]) == 3
-    assert f"RUN='{tmp_path}/missing' is not a folder" in caplog.text
+    assert f"RUN='{tmp_path}/missing' is not a folder" in capsys.readouterr().err
     report_at_end(tmp_path)
     assert "no report.html: " in caplog.text
 
 
-def test_the_command(
-    long_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_command(long_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(long_run), "--output", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/page.html\n"
     assert (tmp_path / "page.html").stat().st_size > 500_000
     assert main([str(long_run), "--output", str(tmp_path)]) == 2
-    assert "found a folder, expected a file; add report.html" in caplog.text
+    assert "found a folder, expected a file; add report.html" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])
     assert capsys.readouterr().out.count("  scaledistill report runs/") == 2
 
 
 def test_without_the_library(
-    long_run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    long_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr(library, "PACKAGE", "no-such-package")
     assert main([str(long_run)]) == 3
     missing = "needs no-such-package, which is not installed: pip install 'scaledistill[report]'"
-    assert caplog.messages == [f"the report {missing}"]
+    assert capsys.readouterr().err == f"scaledistill report: the report {missing}\n"
     report_at_end(long_run)
-    assert caplog.messages[1:] == [f"no report.html: the report {missing}"]
+    assert caplog.messages == [f"no report.html: the report {missing}"]
     assert caplog.records[-1].levelname == "INFO"
 
 

@@ -80,6 +80,8 @@ def overview(group: str = "") -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     for name, subcommand in SUBCOMMANDS.items():
         parts = name.split()
         if words[: len(parts)] == parts:
@@ -107,7 +109,9 @@ def _what_is_wrong(group: str, words: Sequence[str]) -> str:
             f"{words[0]} …?"
         )
     given = f"{group} {words[0]}".strip()
-    meant = MEANT.get(given) or near_miss(given, SUBCOMMANDS)
+    own = MEANT.get(words[0], "")  # "shards verify": only within its group
+    meant = MEANT.get(given) or (own if group and own.startswith(f"{group} ") else None)
+    meant = meant or near_miss(given, SUBCOMMANDS)
     if meant is None and len(words) > 1:
         meant = near_miss(f"{given} {words[1]}", SUBCOMMANDS)
     return f"unknown subcommand {given!r}{did_you_mean(meant and f'scaledistill {meant}')}"

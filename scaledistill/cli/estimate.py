@@ -40,8 +40,8 @@ tokens_per_second and mfu in its metrics.jsonl; --from-run plans with them.
 exit codes: 0 done, 2 wrong options or configuration, 3 the models cannot be read.
 
 examples:
-  %(prog)s --config my.json
-  %(prog)s --config my.json --gpu H100,A100 --num-gpus 8,16 --efficiency 0.45"""
+  %(prog)s --config my.yaml
+  %(prog)s --config my.yaml --gpu H100,A100 --num-gpus 8,16 --efficiency 0.45"""
 
 
 def parser(prog: str = PROG) -> Parser:
@@ -68,14 +68,14 @@ def parser(prog: str = PROG) -> Parser:
         type=_counts,
         metavar="N,…",
         default=DEFAULT_COUNTS,
-        help=f"(default: {','.join(map(str, DEFAULT_COUNTS))})",
+        help=f"numbers of GPUs (default: {','.join(map(str, DEFAULT_COUNTS))})",
     )
     efficiency = parse.add_mutually_exclusive_group()
     efficiency.add_argument(
         "--efficiency",
         type=_fraction,
         metavar="X",
-        help="efficiency on GPUs, from 0 to 1 (default: 0.4, from 0.25 to 0.55)",
+        help="efficiency on GPUs, from 0 to 1 (default: 0.4, with a range of 0.25 to 0.55)",
     )
     efficiency.add_argument(
         "--from-run",

@@ -74,7 +74,10 @@ def parser(prog: str = PROG) -> Parser:
     which = parse.add_argument_group("which student")
     which.add_argument("--student", metavar="NAME", help="the student, if the run has several")
     which.add_argument(
-        "--step", type=_step, metavar="N", help="the run's checkpoint (default: the newest)"
+        "--step",
+        type=_step,
+        metavar="STEP",
+        help="the run's checkpoint: a step, or 'newest' (default)",
     )
     which.add_argument(
         "--teacher", metavar="MODEL", help="where the run's teacher is now, if it has moved"
@@ -124,11 +127,13 @@ def _positive(text: str) -> int:
 
 def _step(text: str) -> int | str:
     number = text.removeprefix("step-")
-    if text != "newest" and not number.isdecimal():
+    if text in ("newest", "latest", "last"):
+        return "newest"
+    if not number.isdecimal():
         raise argparse.ArgumentTypeError(
             f"found {text!r}, expected a step that has a checkpoint, or 'newest'"
         )
-    return text if text == "newest" else int(number)
+    return int(number)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:

@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     parse = parser(prog)
     options = parse.parse_args(arguments)
     if options.file and not options.preset:
-        parse.error(f"--preset NAME is missing, to write {options.file}; --list shows the names")
+        parse.error(
+            f"to write {options.file}, name a preset: --preset NAME (--list shows the names)"
+        )
     if not (options.list or options.preset or options.with_launchers):
         parse.error("--preset NAME is missing; --list shows the names")
     try:
@@ -113,7 +115,7 @@ def _content(preset: str, target: Path) -> bytes:
     if suffix == ".json":
         return source.read_bytes()
     if suffix not in YAML_SUFFIXES:
-        raise ConfigError(f"{target}: found the suffix {suffix!r}, expected .yaml or .json")
+        raise ConfigError(f"{target}: found the suffix {suffix!r}, expected .yaml, .yml or .json")
     tree = read_preset(source)
     head = (
         f"# {preset}: {summary(tree)}\n"

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from scaledistill.cli.export import set_up_messages
 from scaledistill.cli.parsing import Parser, say
-from scaledistill.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, DataError, named
+from scaledistill.errors import (
+    EXIT_DONE,
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    DataError,
+    named,
+)
 
 PROG = "scaledistill push"
 DESCRIPTION = """Upload an export to the hub. Without --yes it only lists what would go."""
@@ -63,6 +70,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     except (ConfigError, DataError) as error:
         say(prog, str(error))
         return error.exit_code
+    except OSError as error:  # an export that may not be changed
+        say(prog, str(error))
+        return EXIT_ENVIRONMENT
     except KeyboardInterrupt:
         say(prog, "interrupted; rerun the same command to resume")
         return EXIT_INTERRUPTED

@@ -12,15 +12,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser
-from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, ConfigError, DataError, named
+from scaledistill.cli.parsing import Parser, say
+from scaledistill.errors import (
+    EXIT_DONE,
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    DataError,
+    named,
+)
 
 PROG = "scaledistill report"
 DESCRIPTION = """Write one self-contained HTML page about a run, or about several side by side.
 
 It shows losses, speed, events, configuration, data, GLUE scores and relation maps. The run may
 still be training."""
-EPILOG = """exit codes: 0 done, 2 wrong options, 3 not a run's folder, or wrong data or environment
+EPILOG = """exit codes: 0 done, 2 wrong options, 3 not a run's folder, or wrong data or environment,
+130 interrupted
 
 examples:
   %(prog)s runs/l6
@@ -67,11 +75,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
         with named(folder="RUN"):
             write_report(options.runs, output)
     except (ConfigError, DataError) as error:
-        log.error("%s", error)
+        say(prog, str(error))
         return error.exit_code
     except OSError as error:
-        log.error("--output %s cannot be written: %s", output, error.strerror or error)
+        say(prog, f"--output {output} cannot be written: {error.strerror or error}")
         return EXIT_ENVIRONMENT
+    except KeyboardInterrupt:
+        say(prog, "interrupted")
+        return EXIT_INTERRUPTED
     sys.stdout.write(f"{output}\n")
     return EXIT_DONE
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from scaledistill.cli.parsing import Parser
 from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, ConfigError, DataError
+from scaledistill.metrics.benchmark import output_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,8 +24,10 @@ PROG = "scaledistill shards check"
 DESCRIPTION = """Check folders of shards against their manifests and print their contents.
 
 The checks: sizes, sha256, tar, crc32, ids, documents; of several folders, whether a run can mix
-them. Exit code 0 if all pass, otherwise 3."""
-EPILOG = """examples:
+them."""
+EPILOG = """exit codes: 0 all sound, 2 wrong options, 3 problems
+
+examples:
   %(prog)s shards/wiki-512/train
   %(prog)s shards/wiki-512/train --json figures.json"""
 LABELS = {  # make_shards prints other counts: input documents, and tokens of text
@@ -39,11 +42,16 @@ def parser(prog: str = PROG) -> Parser:
     parse.add_argument(
         "folders",
         nargs="+",
-        metavar="folder",
+        metavar="DIR",
         type=Path,
         help="folder with shards.manifest and the tar files, as `shards make` writes it",
     )
-    parse.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as JSON")
+    parse.add_argument(
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help="write the figures as a JSON list of name, value, unit, n",
+    )
     return parse
 
 

@@ -20,6 +20,7 @@ from scaledistill.errors import (
     DataError,
     named,
 )
+from scaledistill.metrics.benchmark import output_file
 
 PROG = "scaledistill shards merge"
 DESCRIPTION = """Write the shards of parts that were tokenised on several machines.
@@ -44,7 +45,12 @@ def parser(prog: str = PROG) -> Parser:
         action="store_true",
         help="replace the shards in DIR once the new ones are finished",
     )
-    parse.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as JSON")
+    parse.add_argument(
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help="write the figures as a JSON list of name, value, unit, n",
+    )
     return parse
 
 

@@ -296,8 +296,8 @@ class TrainSettings(Settings):
     """Steps in a row that may be skipped for a non-finite loss or gradient; with one more, a
     student has diverged."""
     on_divergence: Annotated[Literal["stop", "drop"], MAY_CHANGE] = "stop"
-    """If a student diverges: "stop" ends the run; "drop" exports the student as it is, takes it out
-    of the run and trains the others on. The last student left ends the run."""
+    """If a student diverges: "stop" ends the run; "drop" exports the student as it is, removes it
+    from the run and continues training the others. The last student left ends the run."""
     validation_every_steps: Annotated[NotNegative, MAY_CHANGE] = 0
     """Steps between validation losses; one is also computed at the end. 0: never."""
     validation_rows: Annotated[Positive, MAY_CHANGE] = 1024

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from types import FrameType
@@ -61,8 +61,8 @@ def ranks_to_start(stated: int | None) -> int:
 def start_ranks(arguments: Sequence[str], num_ranks: int, *, quiet: bool = True) -> int:
     """Run Python with `arguments` as each rank of a job; return the exit code once all have ended.
 
-    It is that of the rank that failed first; 3 if it was killed. Signals are passed on to the
-    ranks. Call it in the main thread.
+    The code is that of the first rank that failed, or 3 if that rank was killed. Signals are passed
+    on to the ranks. Call it in the main thread.
 
     Args:
         arguments: of the interpreter, such as `["-m", "scaledistill", …]`.
@@ -88,8 +88,10 @@ def start_ranks(arguments: Sequence[str], num_ranks: int, *, quiet: bool = True)
         max_restarts=0,
     )
     received: list[int] = []
+    requested: set[int] = set()
 
     def receive(number: int, frame: FrameType | None) -> None:
+        requested.add(FORWARDED[signal.Signals(number)])
         received.append(FORWARDED[signal.Signals(number)])
 
     before = {
@@ -103,7 +105,7 @@ def start_ranks(arguments: Sequence[str], num_ranks: int, *, quiet: bool = True)
             launch = elastic_launch(config, sys.executable)
             _wait(pool.submit(launch, *arguments), received)
     except ChildFailedError as error:
-        return _exit_code(error)
+        return _exit_code(error, requested)
     except OSError as error:
         raise DataError(f"the {num_ranks} ranks cannot be started: {error}") from error
     finally:
@@ -133,11 +135,12 @@ def _is_rank(process: psutil.Process) -> bool:
         return False
 
 
-def _exit_code(error: ChildFailedError) -> int:
+def _exit_code(error: ChildFailedError, requested: Collection[int]) -> int:
     rank, failure = error.get_first_failure()
     if failure.exitcode >= 0:
         return failure.exitcode
-    if -failure.exitcode == signal.SIGINT:
+    if -failure.exitcode == signal.SIGINT or -failure.exitcode in requested:
+        # It came before the rank had set its handlers.
         return EXIT_INTERRUPTED
     name = signal.Signals(-failure.exitcode).name
     reason = ", often because memory ran out" if name == "SIGKILL" else ""

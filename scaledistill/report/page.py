@@ -31,6 +31,7 @@ from scaledistill.report.library import MissingLibraryError, vega_script
 from scaledistill.report.names import REPORT_FILE
 from scaledistill.report.record import RunRecord, read_run
 from scaledistill.storage.files import write_bytes
+from scaledistill.storage.remote import without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +311,10 @@ def _event_row(event: Any) -> list[Cell]:
 
 
 def _configuration(runs: Sequence[RunRecord]) -> str:
-    flat = [_flat(run.config) for run in runs]
+    flat = [
+        {key: without_credentials(value) for key, value in _flat(run.config).items()}
+        for run in runs
+    ]
     keys = list(dict.fromkeys(key for own in flat for key in own))
     if not keys:
         return _card('<p class="soft">No config.json in this folder.</p>')

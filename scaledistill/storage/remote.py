@@ -37,6 +37,11 @@ DEFAULT_BYTES = 100_000_000_000
 Result = TypeVar("Result")
 
 
+def without_credentials(text: str) -> str:
+    """Return a text with the user and password of every URL in it replaced by ***."""
+    return re.sub(r"(?<=://)[^/@\s\"]+@", "***@", text)
+
+
 def is_url(location: str) -> bool:
     """Return whether a location is a URL rather than a path.
 

@@ -38,6 +38,7 @@ from scaledistill.models.teacher import load_config
 from scaledistill.preflight.checks import student_shape
 from scaledistill.preflight.roster import student_states
 from scaledistill.storage.files import disk_remedy, is_path, read_json
+from scaledistill.storage.remote import without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def write_student(
                 revision=teacher.revision,
                 card=content.card,
                 metadata=content.metadata,
-                settings=content.run.to_json(),
+                settings=without_credentials(content.run.to_json()),
                 check=check,
             )
     except (OSError, SafetensorError) as error:

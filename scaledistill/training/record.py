@@ -24,6 +24,7 @@ from scaledistill.metrics.recorder import Pace, Recorder, RowLog
 from scaledistill.metrics.stopwatch import Stopwatch, memory_peak_bytes
 from scaledistill.run.folder import Status
 from scaledistill.storage.files import disk_remedy, write_json
+from scaledistill.storage.remote import without_credentials
 from scaledistill.training.session import Session, versions
 from scaledistill.training.step import StepResult
 from scaledistill.training.validation import Validation
@@ -173,7 +174,7 @@ def run_facts(session: Session) -> dict[str, Any]:
 def _data_facts(location: str, manifest: Manifest) -> dict[str, Any]:
     unknown = manifest.unknown_fraction
     return {
-        "location": location,
+        "location": without_credentials(location),
         "sha256 of the manifest": manifest.sha256,
         "rows": manifest.rows,
         "tokens": manifest.tokens,
