@@ -35,8 +35,8 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(list((ROOT / "configs").glob("*.json")))
     assert (
-        "large_to_l6_a6000  bert-large-uncased layer 21 → 6×384, 256×512 tokens, 400,000 steps, "
-        "optimizer state in host memory" in lines
+        f"{'large_to_l6_a6000':22}  bert-large-uncased layer 21 → 6×384, 256×512 tokens, 400,000 "
+        "steps, optimizer state in host memory" in lines
     )
 
 
@@ -44,7 +44,7 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         ("--preset quikstart", "--preset quikstart: no such preset; did you mean quickstart?"),
-        ("--preset zzz", "--preset zzz: no such preset; there are base_to_l6, family_from_large"),
+        ("--preset zzz", "--preset zzz: no such preset; there are base_to_l6, deberta_v3_large"),
         (
             "--preset quickstart x.txt",
             "x.txt: found the suffix '.txt', expected .yaml, .yml or .json",

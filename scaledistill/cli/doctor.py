@@ -27,8 +27,8 @@ PROG = "scaledistill doctor"
 DESCRIPTION = """\
 Check this machine, its Python environment and, with --config, where a run finds its data
 and models."""
-EPILOG = """Each line is ok, a warning or a problem, with the remedy below it. The checks of the kernels and
-of DeepSpeed take a minute or more, because they compile.
+EPILOG = """Each line is ok, a warning or a problem, with the remedy below it. The checks of the
+kernels and of DeepSpeed take a minute or more, because they compile.
 
 exit codes: 0 no problem (there may be warnings), 1 problems, 2 wrong options or configuration
 

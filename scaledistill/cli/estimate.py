@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaledistill.cli.parsing import Parser
-from scaledistill.config.load import load_config
 from scaledistill.errors import EXIT_DONE, ConfigError, DataError, named
 from scaledistill.metrics.benchmark import output_file
 
@@ -136,12 +135,13 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ConfigError, DataError: settings or models are wrong.
     """
-    config = load_config(options.config, options.overrides)
     # Imported here: they take seconds.
     from rich.console import Console
 
+    from scaledistill.config.load import load_config
     from scaledistill.preflight import devices
 
+    config = load_config(options.config, options.overrides)
     gpus = devices.chosen(options.gpus)
     efficiency = devices.ASSUMED
     if options.efficiency:
