@@ -26,7 +26,7 @@ from scaledistill.data.prepare.make import make_shards
 from scaledistill.data.prepare.text import load_tokenizer
 from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.preflight import checks as doctor
+from scaledistill.preflight import checks
 from scaledistill.preflight.report import plan_table
 from scaledistill.preflight.roster import roster_notes, roster_of
 
@@ -50,7 +50,7 @@ def shards(tmp_path: Path, tiny_shards: Path) -> Path:
 def problems_of(config: DistillConfig, error: type[Exception], world_size: int = 1) -> list[str]:
     """Check a configuration that is wrong; return the lines of its error."""
     with pytest.raises(error) as caught:
-        doctor.plan_run(config, world_size, CPU)
+        checks.plan_run(config, world_size, CPU)
     return str(caught.value).splitlines()
 
 
@@ -64,7 +64,7 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
         train={"global_batch_size": 24, "precision": "bf16", "max_steps": 50},
         logging={"trackers": []},
     )
-    plan = doctor.plan_run(config, 3, CPU)
+    plan = checks.plan_run(config, 3, CPU)
     assert (plan.run.config.train.precision, plan.run.config.teacher.dtype) == ("bf16", "bf16")
     assert plan.run.config.train.micro_batch_size == 8
     manifest = plan.sources[0].shards.manifest
@@ -87,7 +87,7 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
         assert part in text, part
 
 
-def shown(plan: doctor.Plan) -> str:
+def shown(plan: checks.Plan) -> str:
     console = Console(width=200)
     with console.capture() as capture:
         console.print(plan_table(plan))
@@ -98,7 +98,7 @@ def test_no_weights_are_read(tiny_config: MakeConfig, teacher: Path) -> None:
     path = teacher / "model.safetensors"
     save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
     config = tiny_config(teacher={"model": str(teacher)})
-    assert doctor.plan_run(config, 1, CPU).estimate.student_parameters == 10_848
+    assert checks.plan_run(config, 1, CPU).estimate.student_parameters == 10_848
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -283,7 +283,7 @@ def test_unknown_tokens_that_were_accepted_are_reported(
 ) -> None:
     change_manifest(shards, count_all_as_unknown)
     change_manifest(shards, lambda content: content["source"].update(max_unknown_fraction=1))
-    doctor.plan_run(tiny_config(data={"train": str(shards)}), 1, CPU)
+    checks.plan_run(tiny_config(data={"train": str(shards)}), 1, CPU)
     [record] = [record for record in caplog.records if "unknown" in record.getMessage()]
     assert record.getMessage().startswith(
         f"data.train: {shards}: 100.0% of its tokens are unknown to the tokenizer"
@@ -422,7 +422,7 @@ def test_disk_too_small(
     config = tiny_config(
         run={"folder": str(tmp_path / "not" / "there" / "yet")}, checkpoint={"keep": 4}
     )
-    needed = 5 * doctor.plan_run(config, 1, CPU).estimate.checkpoint_bytes
+    needed = 5 * checks.plan_run(config, 1, CPU).estimate.checkpoint_bytes
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=needed - 1)
     )
@@ -433,7 +433,7 @@ def test_disk_too_small(
         "checkpoints and one being written; free some space or set another folder"
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
-    assert doctor.plan_run(config, 1, CPU).free_disk_bytes == needed
+    assert checks.plan_run(config, 1, CPU).free_disk_bytes == needed
 
 
 def test_run_folder_that_is_a_file(tiny_config: MakeConfig, tmp_path: Path) -> None:
@@ -449,8 +449,8 @@ def test_rank_0_alone_checks_the_trackers(tiny_config: MakeConfig) -> None:
     config = tiny_config(logging={"trackers": ["none"]})
     main, other = (Ranks(rank, 2, rank, CPU) for rank in (0, 1))
     with pytest.raises(ConfigError, match="unknown tracker 'none'"):
-        doctor.plan_run(config, 2, CPU, ranks=main)
-    assert doctor.plan_run(config, 2, CPU, ranks=other).run.world_size == 2
+        checks.plan_run(config, 2, CPU, ranks=main)
+    assert checks.plan_run(config, 2, CPU, ranks=other).run.world_size == 2
 
 
 def test_all_problems_at_once(tiny_config: MakeConfig, shards: Path, teacher: Path) -> None:
@@ -594,12 +594,12 @@ def test_max_steps_may_change_where_no_step_was_made_otherwise(
     old, new = (
         tiny_config(train={"max_steps": steps, "warmup_steps": 5}) for steps in (before, now)
     )
-    order = doctor.plan_run(new, 1, CPU).order
+    order = checks.plan_run(new, 1, CPU).order
     if goes_on:
-        doctor.check_same_run(state_of(old, step, order), new, order)
+        checks.check_same_run(state_of(old, step, order), new, order)
         return
     with pytest.raises(ConfigError) as caught:
-        doctor.check_same_run(state_of(old, step, order), new, order)
+        checks.check_same_run(state_of(old, step, order), new, order)
     folder = new.run.folder
     assert str(caught.value) == (
         f"{folder} holds a run at step {step} with other settings: train.max_steps: {before} -> "
@@ -637,9 +637,9 @@ def test_a_schedule_may_change_where_no_step_was_made_otherwise(
     step: int, now: dict[str, Any], changes: str | None, same: int, tiny_config: MakeConfig
 ) -> None:
     old, new = tiny_config(train=WSD), tiny_config(train={**WSD, **now})
-    order = doctor.plan_run(new, 1, CPU).order
+    order = checks.plan_run(new, 1, CPU).order
     if changes is None:
-        doctor.check_same_run(state_of(old, step, order), new, order)
+        checks.check_same_run(state_of(old, step, order), new, order)
         return
     restored = " and ".join(
         f"{key}={before.partition(' -> ')[0]}"
@@ -651,7 +651,7 @@ def test_a_schedule_may_change_where_no_step_was_made_otherwise(
         f"made after step {same} would have had another learning rate. Set {restored} to go on; to "
     )
     with pytest.raises(ConfigError) as caught:
-        doctor.check_same_run(state_of(old, step, order), new, order)
+        checks.check_same_run(state_of(old, step, order), new, order)
     assert str(caught.value) == (
         f"{begun}train longer, start a new run from its student: another run.folder and "
         f"students.l2.init={folder}/export/l2-step-{step} (write it with --export newest)"
@@ -659,7 +659,7 @@ def test_a_schedule_may_change_where_no_step_was_made_otherwise(
     for kept in (same - 1, same, same + 1):
         (Path(folder) / f"checkpoints/step-{kept:09d}").mkdir(parents=True)
     with pytest.raises(ConfigError) as caught:
-        doctor.check_same_run(state_of(old, step, order), new, order)
+        checks.check_same_run(state_of(old, step, order), new, order)
     assert str(caught.value) == (
         f"{begun}train on with the new schedule, copy {folder}/checkpoints/step-{same:09d} to the "
         "folder checkpoints of another run.folder"
@@ -668,32 +668,32 @@ def test_a_schedule_may_change_where_no_step_was_made_otherwise(
 
 def test_a_checkpoint_from_before_schedules_could_be_chosen(tiny_config: MakeConfig) -> None:
     old = tiny_config(train={"max_steps": 20, "warmup_steps": 5})
-    order = doctor.plan_run(old, 1, CPU).order
+    order = checks.plan_run(old, 1, CPU).order
     state = state_of(old, 15, order)
     for key in ("schedule", "decay_steps"):
         del state["config"]["train"][key]
-    doctor.check_same_run(state, old, order)
+    checks.check_same_run(state, old, order)
     longer = tiny_config(train={"max_steps": 30, "warmup_steps": 5})
     with pytest.raises(
         ConfigError, match=r"other settings: train\.max_steps: 20 -> 30\. The learn"
     ):
-        doctor.check_same_run(state, longer, order)
+        checks.check_same_run(state, longer, order)
     cosine = tiny_config(train={"max_steps": 20, "warmup_steps": 5, "schedule": "cosine"})
     with pytest.raises(ConfigError, match=r'train\.schedule: "linear" -> "cosine"\. With them'):
-        doctor.check_same_run(state, cosine, order)
+        checks.check_same_run(state, cosine, order)
 
 
 def test_a_finished_run_is_continued_from_its_export(tiny_config: MakeConfig) -> None:
     old, new = (tiny_config(train={"max_steps": steps, "warmup_steps": 0}) for steps in (10, 20))
-    order = doctor.plan_run(new, 1, CPU).order
+    order = checks.plan_run(new, 1, CPU).order
     (Path(new.run.folder) / "export" / "l2").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"and students\.l2\.init=.*/run/export/l2$"):
-        doctor.check_same_run(state_of(old, 10, order), new, order)
+        checks.check_same_run(state_of(old, 10, order), new, order)
     other = new.model_copy(update={"train": new.train.model_copy(update={"learning_rate": 1.0})})
     with pytest.raises(
         ConfigError, match=r"learning_rate: 0\.001 -> 1\.0; train\.max_steps: 10 -> 20\. Restore"
     ):
-        doctor.check_same_run(state_of(old, 10, order), other, order)
+        checks.check_same_run(state_of(old, 10, order), other, order)
 
 
 def with_students(config: DistillConfig, **students: dict[str, Any]) -> DistillConfig:
@@ -705,13 +705,13 @@ def with_students(config: DistillConfig, **students: dict[str, Any]) -> DistillC
 
 def test_students_may_be_added_and_left_out(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"max_steps": 20, "warmup_steps": 5})
-    order = doctor.plan_run(config, 1, CPU).order
+    order = checks.plan_run(config, 1, CPU).order
     old = with_students(config, a={}, b={})
     state = state_of(old, 12, order)
     state |= {"students": {"a": {"first_step": 0}, "b": {"first_step": 4}}}
     for names in ("a", "b", "ab", "ac", "abc"):
         new = with_students(config, **{name: {} for name in names})
-        doctor.check_same_run(state, new, order)
+        checks.check_same_run(state, new, order)
     roster = roster_of(state, with_students(config, b={}, c={}))
     assert dict(roster.first_steps) == {"b": 4, "c": 12}
     assert (roster.resumed, roster.added, roster.removed) == (("b",), ("c",), ("a",))
@@ -722,7 +722,7 @@ def test_students_may_be_added_and_left_out(tiny_config: MakeConfig) -> None:
 
     def refused(new: DistillConfig, state: dict[str, Any] = state) -> str:
         with pytest.raises(ConfigError) as caught:
-            doctor.check_same_run(state, new, order)
+            checks.check_same_run(state, new, order)
         return str(caught.value)
 
     changed = refused(with_students(config, a={"learning_rate": 1.0}, c={}))
@@ -733,12 +733,12 @@ def test_students_may_be_added_and_left_out(tiny_config: MakeConfig) -> None:
         "students.c was added at step 17, and its warm-up of 5 steps is more than the 3 left; set "
         "students.c.warmup_steps to 3 or less"
     )
-    doctor.check_same_run(late, with_students(config, a={}, c={"warmup_steps": 3}), order)
+    checks.check_same_run(late, with_students(config, a={}, c={"warmup_steps": 3}), order)
     assert "students.c was added, but" in refused(
         with_students(config, a={}, c={}), {**state, "step": 20}
     )
     # --validate says so, and which students have a schedule of their own.
-    plan = doctor.plan_run(with_students(config, a={}, c={"warmup_steps": 3}), 1, CPU)
+    plan = checks.plan_run(with_students(config, a={}, c={"warmup_steps": 3}), 1, CPU)
     table = plan_table(replace(plan, notes=("student c is new",)))
     rows = dict(zip(*(column.cells for column in table.columns), strict=True))
     assert rows["on resume"] == "student c is new"
@@ -749,38 +749,38 @@ def test_students_may_be_added_and_left_out(tiny_config: MakeConfig) -> None:
     # The schedule of a student counts from its own first step: b's has another rate from step 9 on.
     longer = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 30})})
     early = {**state, "step": 9, "students": {"b": {"first_step": 4}}}
-    doctor.check_same_run(early, with_students(longer, b={}), order)
+    checks.check_same_run(early, with_students(longer, b={}), order)
     assert "train.max_steps: 20 -> 30" in refused(with_students(longer, b={}))
 
 
 def test_a_dropped_student_stays_out(tiny_config: MakeConfig) -> None:
     config = tiny_config()
-    order = doctor.plan_run(config, 1, CPU).order
+    order = checks.plan_run(config, 1, CPU).order
     both = with_students(config, a={}, b={})
     state = {**state_of(both, 4, order), "students": {"a": {}}}
     state["dropped"] = {"b": {"step": 3, "reason": "it diverged", "skipped_steps": 2}}
-    doctor.check_same_run(state, both, order)
+    checks.check_same_run(state, both, order)
     roster = roster_of(state, both)
     assert (roster.resumed, roster.added, roster.removed) == (("a",), (), ())
     again = "students.b was dropped at step 3; to train it again, give it another name"
     for others in ({"a": {}, "b": {"learning_rate": 1e-4}}, {"b": {}}):
         with pytest.raises(ConfigError, match=again):
-            doctor.check_same_run(state, with_students(config, **others), order)
-    doctor.check_same_run(state, with_students(config, a={}, b2={"warmup_steps": 1}), order)
+            checks.check_same_run(state, with_students(config, **others), order)
+    checks.check_same_run(state, with_students(config, a={}, b2={"warmup_steps": 1}), order)
 
 
 def test_another_order_is_named_once(tiny_config: MakeConfig) -> None:
     old, new = tiny_config(data={"window_rows": 32}), tiny_config(data={"window_rows": 16})
-    before, now = (doctor.plan_run(config, 1, CPU).order for config in (old, new))
+    before, now = (checks.plan_run(config, 1, CPU).order for config in (old, new))
     with pytest.raises(
         ConfigError, match=r"with other settings: data\.window_rows: 32 -> 16\. Restore them"
     ):
-        doctor.check_same_run(state_of(old, 3, before), new, now)
+        checks.check_same_run(state_of(old, 3, before), new, now)
     other = {**state_of(new, 3, now), "data": {**now.fingerprint(), "data_sha256": "0"}}
     with pytest.raises(
         ConfigError, match=r"with other settings: data\.train: data_sha256 0 -> \w+\. Restore them"
     ):
-        doctor.check_same_run(other, new, now)
+        checks.check_same_run(other, new, now)
 
 
 def test_relative_data_that_is_nowhere(tiny_config: MakeConfig) -> None:

@@ -18,7 +18,7 @@ from scaledistill.cli import distill as cli
 from scaledistill.cli.distill import main
 from scaledistill.config.load import load_config
 from scaledistill.errors import DivergedError, PeerError
-from scaledistill.preflight import checks as doctor
+from scaledistill.preflight import checks
 from scaledistill.storage.files import locked
 from scaledistill.training import exports
 from scaledistill.training import loop as train
@@ -382,7 +382,7 @@ def test_data_that_is_not_there(
 
 
 def test_debug_shows_where(config_file: MakeFile) -> None:
-    with pytest.raises(doctor.ConfigError, match="num_heads=5"):
+    with pytest.raises(checks.ConfigError, match="num_heads=5"):
         main(
             [
                 "--config",
@@ -446,7 +446,7 @@ def test_export_is_rank_0s(
     def export(config: Any, wanted: Any) -> list[Path]:
         asked.append(wanted)
         if wanted == 7:
-            raise doctor.ConfigError("no checkpoint of step 7")
+            raise checks.ConfigError("no checkpoint of step 7")
         return [Path("export/l2-step-8")]
 
     monkeypatch.setattr(exports, "export_checkpoint", export)

@@ -46,14 +46,14 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
     from scaledistill.data.stream import ShardStream
     from scaledistill.distributed.ranks import process_group
     from scaledistill.metrics.stopwatch import Stopwatch
-    from scaledistill.preflight import checks as doctor
+    from scaledistill.preflight import checks
     from scaledistill.training.session import open_session
     from scaledistill.training.step import train_step
 
     losses = []
     with process_group(60) as ranks:
         for tree in trees:
-            run = doctor.plan_run(parse_config(tree), ranks.world_size, ranks.device).run
+            run = checks.plan_run(parse_config(tree), ranks.world_size, ranks.device).run
             session = open_session(run, ranks, resume=False)
             with session.stream() as stream:
                 assert isinstance(stream, ShardStream)
@@ -109,11 +109,11 @@ def timeouts_of_groups(tree: dict[str, Any], timeout_seconds: int) -> list[float
     import torch.distributed as dist
 
     from scaledistill.distributed.ranks import gather_objects, process_group
-    from scaledistill.preflight import checks as doctor
+    from scaledistill.preflight import checks
     from scaledistill.training.session import open_session
 
     with process_group(timeout_seconds) as ranks:
-        open_session(doctor.plan_run(parse_config(tree), 2, ranks.device).run, ranks, resume=False)
+        open_session(checks.plan_run(parse_config(tree), 2, ranks.device).run, ranks, resume=False)
         dist.new_group([0, 1])
         groups = [group._get_backend(ranks.device) for group in dist.distributed_c10d._world.pg_map]
         seconds = [group.options._timeout.total_seconds() for group in groups]
@@ -250,14 +250,14 @@ def gradient_collectives(trees: list[dict[str, Any]]) -> list[list[tuple[bool, t
     """
     from scaledistill.distributed.ranks import process_group
     from scaledistill.metrics.stopwatch import Stopwatch
-    from scaledistill.preflight import checks as doctor
+    from scaledistill.preflight import checks
     from scaledistill.training.session import open_session
     from scaledistill.training.step import train_step
 
     found = []
     with process_group(60) as ranks:
         for tree in trees:
-            run = doctor.plan_run(parse_config(tree), ranks.world_size, ranks.device).run
+            run = checks.plan_run(parse_config(tree), ranks.world_size, ranks.device).run
             session = open_session(run, ranks, resume=False)
             with (
                 pytest.MonkeyPatch.context() as monkeypatch,
@@ -669,7 +669,7 @@ def losses_carried_over(
     """
     from scaledistill.distributed.ranks import broadcast_object, process_group
     from scaledistill.metrics.stopwatch import Stopwatch
-    from scaledistill.preflight import checks as doctor
+    from scaledistill.preflight import checks
     from scaledistill.training.session import open_session
     from scaledistill.training.step import train_step
 
@@ -677,7 +677,7 @@ def losses_carried_over(
 
         def opened(tree: dict[str, Any], **student: str) -> Any:
             tree = {**tree, "students": {"l2": {**tree["students"]["l2"], **student}}}
-            run = doctor.plan_run(parse_config(tree), ranks.world_size, ranks.device).run
+            run = checks.plan_run(parse_config(tree), ranks.world_size, ranks.device).run
             return open_session(run, ranks, resume=False)
 
         def steps(session: Any) -> list[float]:

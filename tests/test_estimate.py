@@ -19,7 +19,7 @@ from scaledistill.models.architectures import build_encoder
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import Teacher, load_config, load_encoder
 from scaledistill.models.view import capture_view, forward_flops
-from scaledistill.preflight import checks as doctor
+from scaledistill.preflight import checks
 from scaledistill.preflight.estimate import Estimate, estimate
 from scaledistill.preflight.microbatch import Trial
 from scaledistill.preflight.resolve import resolve
@@ -32,7 +32,7 @@ LARGER = {"larger": {"num_layers": 3, "hidden_size": 96, "num_attention_heads": 
 def estimate_of(config: DistillConfig, world_size: int = 1, device_type: str = "cpu") -> Estimate:
     run = replace(resolve(config, world_size, CPU), device_type=device_type)
     teacher = load_config(config.teacher.model)
-    return estimate(run, teacher, {"l2": doctor.student_shape(config, "l2", teacher)})
+    return estimate(run, teacher, {"l2": checks.student_shape(config, "l2", teacher)})
 
 
 def count(module: torch.nn.Module) -> int:
@@ -103,7 +103,7 @@ def test_flops_are_those_of_the_whole_view(
     config = tiny_config(teacher={"layer": layer}, students=student)
     model = build_encoder(load_config(config.teacher.model), device="meta")
     teacher = capture_view(model, layer).module
-    shape = doctor.student_shape(config, "l2", load_config(config.teacher.model))
+    shape = checks.student_shape(config, "l2", load_config(config.teacher.model))
     flops = forward_flops(teacher, 16) + 3 * forward_flops(
         capture_view(build_encoder(shape), 5).module, 16
     )
@@ -184,7 +184,7 @@ def test_relation_memory_grows_as_the_backends_do(
         relations = config.relations.model_copy(update={"backend": backend})
         run = replace(settled, config=settled.config.model_copy(update={"relations": relations}))
         teacher = load_config(config.teacher.model)
-        student = doctor.student_shape(config, "l2", teacher)
+        student = checks.student_shape(config, "l2", teacher)
         return estimate(run, teacher, {"l2": student}).relation_bytes
 
     gradients = 8 * 3 * 16 * 4  # sequences; q, k, v of width 16 in fp32
@@ -223,7 +223,7 @@ def test_activations_are_those_that_a_step_allocates(
     run = resolve(config, 1, CPU)
     encoder = load_encoder(config.teacher.model, num_layers=3)
     student = build_student(
-        encoder, doctor.student_shape(config, "l2", encoder.config), dropout=dropout
+        encoder, checks.student_shape(config, "l2", encoder.config), dropout=dropout
     )
     teacher = Teacher(encoder, 3, dtype=DTYPES[precision])
     trial = Trial(run, teacher, {"l2": capture_view(student, 3)}, CPU, 0)
@@ -308,7 +308,7 @@ def save_once(tree: dict[str, Any]) -> tuple[int, Estimate]:
     from scaledistill.training.session import open_session
 
     with process_group(60) as ranks:
-        plan = doctor.plan_run(parse_config(tree), 1, ranks.device)
+        plan = checks.plan_run(parse_config(tree), 1, ranks.device)
         session = open_session(plan.run, ranks, resume=False)
         session.save()
         assert session.saver.settle(wait=True) == Outcome(0, None)

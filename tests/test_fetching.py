@@ -16,7 +16,7 @@ from test_train import distil, make_tree, status_of
 
 from scaledistill.config.load import parse_config
 from scaledistill.errors import DataError
-from scaledistill.preflight import checks as doctor
+from scaledistill.preflight import checks
 
 __all__ = ["make_tree"]
 NAME, REVISION = "some-org/tiny", "GET /api/models/some-org/tiny/revision/main"
@@ -91,15 +91,15 @@ def test_a_check_asks_once_and_fetches_no_weights(
     config = parse_config(make_tree(teacher={"model": NAME}))
     with FakeHub(NAME, tiny_teacher) as hub:
         use_hub(monkeypatch, hub.url, tmp_path / "cache")
-        assert doctor.plan_run(config, 1, CPU).run.config.teacher.model == NAME
+        assert checks.plan_run(config, 1, CPU).run.config.teacher.model == NAME
         asked = hub.take()
         assert asked.count(REVISION) == 1
         assert not any("safetensors" in path for path in asked)
-        doctor.plan_run(config, 1, CPU)
+        checks.plan_run(config, 1, CPU)
         assert REVISION in hub.take(), "the next check asks again: the branch may have moved"
-    doctor.plan_run(config, 1, CPU)  # without a network, from the cache
+    checks.plan_run(config, 1, CPU)  # without a network, from the cache
     with pytest.raises(
         DataError,
         match=r"teacher.model='some-org/other' is not a folder, and the hub gave no such mod",
     ):
-        doctor.plan_run(parse_config(make_tree(teacher={"model": "some-org/other"})), 1, CPU)
+        checks.plan_run(parse_config(make_tree(teacher={"model": "some-org/other"})), 1, CPU)

@@ -18,7 +18,7 @@ from scaledistill.errors import ConfigError, PeerError
 from scaledistill.models.student import build_student
 from scaledistill.models.teacher import Teacher, load_config, load_encoder
 from scaledistill.models.view import capture_view
-from scaledistill.preflight import checks as doctor
+from scaledistill.preflight import checks
 from scaledistill.preflight.estimate import estimate, sample_tokens
 from scaledistill.preflight.microbatch import (
     MARGIN_FRACTION,
@@ -78,7 +78,7 @@ def test_nothing_fits() -> None:
 def test_prediction_fills_the_limit(tiny_config: Callable[..., DistillConfig]) -> None:
     config = tiny_config(train={"global_batch_size": 48})
     teacher = load_config(config.teacher.model)
-    student = doctor.student_shape(config, "l2", teacher)
+    student = checks.student_shape(config, "l2", teacher)
     facts = estimate(resolved(config), teacher, {"l2": student})
 
     def at(limit: float, world_size: int = 1) -> int:
@@ -116,7 +116,7 @@ def test_a_trial_makes_a_step_and_leaves_the_student_alone(
 ) -> None:
     config = tiny_config(train={"precision": "bf16"}, data={"attention": attention})
     encoder = load_encoder(config.teacher.model, num_layers=3)
-    student = build_student(encoder, doctor.student_shape(config, "l2", encoder.config))
+    student = build_student(encoder, checks.student_shape(config, "l2", encoder.config))
     view = capture_view(student, 2)
     before = {name: parameter.clone() for name, parameter in view.module.named_parameters()}
     teacher = Teacher(encoder, 3, dtype=torch.bfloat16)
@@ -252,7 +252,7 @@ def test_the_gpu_takes_what_was_chosen_and_no_more(
         config = tiny_config(train={"global_batch_size": 4096})
         run = resolve(config, 1, ranks.device)
         encoder = load_encoder(config.teacher.model, num_layers=3)
-        student = build_student(encoder, doctor.student_shape(config, "l2", encoder.config))
+        student = build_student(encoder, checks.student_shape(config, "l2", encoder.config))
         teacher = Teacher(encoder, 3).to(ranks.device)
         facts = estimate(run, teacher.config, {"l2": student.config})
         free, total = torch.cuda.mem_get_info(ranks.device)

@@ -24,8 +24,7 @@ from scaledistill.data.shards import ShardWriter
 from scaledistill.data.stream import Batch, ShardStream
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.metrics.recorder import read_rows
-from scaledistill.preflight import checks as doctor
-from scaledistill.preflight import report
+from scaledistill.preflight import checks, report
 from scaledistill.storage.remote import ShardCache
 from scaledistill.training.exports import export_checkpoint
 from scaledistill.training.loop import distill
@@ -349,7 +348,7 @@ def test_a_source_at_fault_is_named(
 
     def refused(kind: type[Exception], message: str, *sources: dict[str, Any]) -> None:
         with pytest.raises(kind, match=message):
-            doctor.plan_run(tiny_config(data={"train": list(sources)}), 1, CPU)
+            checks.plan_run(tiny_config(data={"train": list(sources)}), 1, CPU)
 
     refused(DataError, r"data\.train\.1: no such folder", first, {**second, "shards": "no/where"})
     again = {**first, "name": "again"}
@@ -369,11 +368,11 @@ def test_a_source_at_fault_is_named(
     other = {**second, "shards": str(tmp_path / "foreign")}
     refused(DataError, r"data\.train\.1=.* was made with the tokenizer other", first, other)
     with pytest.raises(DataError, match=r"data\.train\.1: \d+ rows don't fill data\.num_lanes=300"):
-        doctor.plan_run(tiny_config(data={"train": [first, second], "num_lanes": 300}), 1, CPU)
+        checks.plan_run(tiny_config(data={"train": [first, second], "num_lanes": 300}), 1, CPU)
 
 
 def test_the_plan_lists_the_sources(tiny_config: MakeConfig, two: list[dict[str, Any]]) -> None:
-    plan = doctor.plan_run(tiny_config(data={"train": two}, train={"max_steps": 100}), 2, CPU)
+    plan = checks.plan_run(tiny_config(data={"train": two}, train={"max_steps": 100}), 2, CPU)
     rows = [source.order.rows_per_epoch for source in plan.sources]
     counts = plan.order.counts(800)
     found = [count / own for count, own in zip(counts, rows, strict=True)]
@@ -389,7 +388,7 @@ def test_the_plan_lists_the_sources(tiny_config: MakeConfig, two: list[dict[str,
     assert line.endswith(two[0]["shards"])
     assert plan.sources[1].order.rows_per_lane <= 32
     assert any("source 1: data.window_rows (32)" in line for line in report.warnings_of(plan))
-    single = doctor.plan_run(tiny_config(), 2, CPU)
+    single = checks.plan_run(tiny_config(), 2, CPU)
     assert plan.estimate.data_bytes == 2 * single.estimate.data_bytes
 
 
@@ -434,7 +433,7 @@ def test_a_run_on_two_sources_resumes_bit_for_bit(
     ).read_bytes()
 
     # The card names both data sets; so does that of a checkpoint.
-    plan = doctor.plan_run(whole, 1, CPU, writes=False)
+    plan = checks.plan_run(whole, 1, CPU, writes=False)
     [exported] = export_checkpoint(whole, "newest")
     for folder in (exported, tmp_path / "whole" / "export" / "l2"):
         card = (folder / "README.md").read_text()
@@ -444,4 +443,4 @@ def test_a_run_on_two_sources_resumes_bit_for_bit(
     with pytest.raises(
         ConfigError, match=r"other settings: data\.train: data_sha256 .*; data\.tra"
     ):
-        doctor.plan_run(run("whole"), 1, CPU)
+        checks.plan_run(run("whole"), 1, CPU)

@@ -170,14 +170,14 @@ def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:
     """Make a run's steps for each configuration in turn, in this rank; return the losses."""
     from scaledistill.distributed.ranks import process_group
     from scaledistill.metrics.stopwatch import Stopwatch
-    from scaledistill.preflight import checks as doctor
+    from scaledistill.preflight import checks
     from scaledistill.training.session import open_session
     from scaledistill.training.step import train_step
 
     losses = []
     with process_group(60) as ranks:
         for tree in trees:
-            run = doctor.plan_run(parse_config(tree), ranks.world_size, ranks.device).run
+            run = checks.plan_run(parse_config(tree), ranks.world_size, ranks.device).run
             session = open_session(run, ranks, resume=False)
             with session.stream() as stream:
                 steps = [

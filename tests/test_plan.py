@@ -14,7 +14,7 @@ from rich.console import Console
 
 from scaledistill.config.schema import DistillConfig
 from scaledistill.data.order import SampleOrder
-from scaledistill.preflight import checks as doctor
+from scaledistill.preflight import checks
 from scaledistill.preflight import report as plan
 from scaledistill.preflight.estimate import StudentSize
 from scaledistill.preflight.resolve import resolve
@@ -101,7 +101,7 @@ def test_reads_are_those_of_the_order(world_size: int, tiny_config: MakeConfig) 
 
 
 def planned(config: DistillConfig, world_size: int, width: int = 120, **options: Any) -> str:
-    found = doctor.plan_run(config, world_size, CPU, gpu_bytes=options.get("memory_bytes"))
+    found = checks.plan_run(config, world_size, CPU, gpu_bytes=options.get("memory_bytes"))
     console = Console(width=width)
     with console.capture() as capture:
         console.print(plan.plan_table(found, options.get("tokens_per_second")))
@@ -134,13 +134,13 @@ def test_a_plan_for_1024_ranks(tiny_config: MakeConfig) -> None:
 
 def test_a_single_rank_sends_nothing_and_is_not_warned(tiny_config: MakeConfig) -> None:
     config = tiny_config()
-    found = doctor.plan_run(config, 1, CPU)
+    found = checks.plan_run(config, 1, CPU)
     assert plan.warnings_of(found) == []
     assert sum(plan.traffic(found.run, found.estimate, "replicate").values()) == 0
 
 
 def test_a_window_of_a_whole_lane(tiny_config: MakeConfig) -> None:
-    found = doctor.plan_run(tiny_config(data={"window_rows": 10_000}), 1, CPU)
+    found = checks.plan_run(tiny_config(data={"window_rows": 10_000}), 1, CPU)
     rows = found.sources[0].order.rows_per_lane
     assert plan.warnings_of(found) == [
         f"data.window_rows (10000) is at least the rows per lane ({rows}), so "
@@ -149,7 +149,7 @@ def test_a_window_of_a_whole_lane(tiny_config: MakeConfig) -> None:
 
 
 def test_what_does_not_fit(tiny_config: MakeConfig) -> None:
-    found = doctor.plan_run(tiny_config(), 2, CPU)
+    found = checks.plan_run(tiny_config(), 2, CPU)
     facts = dataclasses.replace(
         found.estimate, placements={"replicate": (10**10, 0), "shard": (10**9, 0)}
     )
@@ -163,7 +163,7 @@ def test_what_does_not_fit(tiny_config: MakeConfig) -> None:
 
 def test_a_run_says_what_it_is_about_to_do(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"global_batch_size": 24, "micro_batch_size": 2, "max_steps": 500})
-    found = doctor.plan_run(config, 3, CPU)
+    found = checks.plan_run(config, 3, CPU)
     rows = found.sources[0].order.rows_per_epoch
     assert plan.start_summary(found, "cpu", step=0, last_step=500) == [
         "student l2: 10,848 parameters in its export, of which 8,384 parameters are trained",
@@ -181,7 +181,7 @@ def test_a_run_says_what_it_is_about_to_do(tiny_config: MakeConfig) -> None:
 
 
 def test_a_micro_batch_above_a_ranks_share_is_said_at_the_start(tiny_config: MakeConfig) -> None:
-    found = doctor.plan_run(tiny_config(train={"micro_batch_size": 4}), 8, CPU)
+    found = checks.plan_run(tiny_config(train={"micro_batch_size": 4}), 8, CPU)
     [note] = [
         line
         for line in plan.start_summary(found, "cpu", step=0, last_step=6)

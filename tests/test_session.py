@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 from scaledistill.config.load import parse_config
 from scaledistill.metrics.recorder import read_rows
-from scaledistill.preflight import checks as doctor
+from scaledistill.preflight import checks
 from scaledistill.preflight.microbatch import MARGIN_FRACTION
 
 
@@ -38,11 +38,11 @@ def distil_with_room_for(sizes_by_rank: list[int], tree: dict[str, Any]) -> tupl
         plain = config.model_copy(
             update={"train": config.train.model_copy(update={"micro_batch_size": None})}
         )
-        facts = doctor.plan_run(plain, ranks.world_size, ranks.device, writes=False).estimate
+        facts = checks.plan_run(plain, ranks.world_size, ranks.device, writes=False).estimate
         size = sizes_by_rank[ranks.rank]
         between = (facts.memory_bytes(size) + facts.memory_bytes(size + 1)) / 2
-        doctor.free_bytes = lambda device, ranks_on_node: int(between / (1 - MARGIN_FRACTION))
-        predicted = doctor.plan_run(
+        checks.free_bytes = lambda device, ranks_on_node: int(between / (1 - MARGIN_FRACTION))
+        predicted = checks.plan_run(
             config, ranks.world_size, ranks.device, writes=False
         ).run.micro_batch_size
         result = distill(config)
@@ -110,7 +110,7 @@ def dtypes_of(tree: dict[str, Any]) -> tuple[set[str], set[str], list[float]]:
 
     with process_group(60) as ranks:
         session = open_session(
-            doctor.plan_run(parse_config(tree), 1, ranks.device).run, ranks, resume=False
+            checks.plan_run(parse_config(tree), 1, ranks.device).run, ranks, resume=False
         )
         teacher: set[str] = set()
         student: set[str] = set()

@@ -17,7 +17,7 @@ from scaledistill.config.load import parse_config
 from scaledistill.distributed.ranks import process_group
 from scaledistill.metrics.recorder import read_rows
 from scaledistill.metrics.stopwatch import Stopwatch
-from scaledistill.preflight import checks as doctor
+from scaledistill.preflight import checks
 from scaledistill.training.loop import COMPILING_STEPS, distill
 from scaledistill.training.session import Session, open_session
 from scaledistill.training.step import StepResult, student_loss, train_step, validation_losses
@@ -62,7 +62,7 @@ def reads_of_steps(tree: dict[str, Any]) -> list[dict[str, int]]:
     config = parse_config(tree)
     reads = []
     with process_group(60) as ranks:
-        session = open_session(doctor.plan_run(config, 1, ranks.device).run, ranks, resume=False)
+        session = open_session(checks.plan_run(config, 1, ranks.device).run, ranks, resume=False)
         with session.stream() as stream:
             for _ in range(3):
                 with HostReads() as counted:
@@ -79,7 +79,7 @@ def alive_at_forwards(tree: dict[str, Any]) -> list[int]:
     references: list[weakref.ref[Any]] = []
     with process_group(60) as ranks:
         session = open_session(
-            doctor.plan_run(parse_config(tree), 1, ranks.device).run, ranks, resume=False
+            checks.plan_run(parse_config(tree), 1, ranks.device).run, ranks, resume=False
         )
         teacher, compute = session.teacher.forward, session.students[0].loss
 
@@ -132,7 +132,7 @@ def test_one_wait_for_the_device_per_step(tiny_config, attention: str) -> None:
 def test_a_forward_on_a_gpu_waits_for_nothing(tiny_config, attention: str) -> None:
     config = tiny_config(data={"attention": attention}, train={"compile": False})
     with process_group(60) as ranks:
-        session = open_session(doctor.plan_run(config, 1, ranks.device).run, ranks, resume=False)
+        session = open_session(checks.plan_run(config, 1, ranks.device).run, ranks, resume=False)
         with session.stream() as stream:
             batch = next(stream)
         for mode in ("default", "error"):  # the first time kernels are compiled, and tried

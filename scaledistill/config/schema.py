@@ -105,7 +105,8 @@ class StudentSettings(Settings):
     """Attention heads of a block; they must divide the width."""
     num_key_value_heads: Positive | None = None
     """Heads of keys and values in grouped-query attention, each shared by equally many query heads
-    (default: as many query heads share one as in the teacher)."""
+    (default: as many query heads share one as in the teacher, or with `architecture` as in that
+    architecture's default config)."""
     head_dim: Positive | None = None
     """Width of a head, where the architecture lets it differ from `hidden_size` /
     `num_attention_heads` (default: the teacher's if it differs there, else that quotient)."""

@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 EVENTS_FILE = "events.jsonl"
-KINDS = ("started", "resumed", "saved", "skipped", "warning", "stopped", "done", "failed")
+KINDS = (
+    "started",
+    "resumed",
+    "saved",
+    "skipped",
+    "warning",
+    "dropped",
+    "stopped",
+    "done",
+    "failed",
+    "diverged",
+)
 
 
 @dataclass(frozen=True)

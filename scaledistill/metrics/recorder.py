@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
+from scaledistill.errors import DivergedError
 from scaledistill.metrics.display import Display, loss_text, speed
 from scaledistill.metrics.events import EVENTS_FILE, Event, WarningEvents
 from scaledistill.metrics.rows import by_student, student_value
@@ -113,7 +114,8 @@ class Recorder:
     def __exit__(self, kind: Any, error: BaseException | None, at: TracebackType | None) -> None:
         self._entered.close()
         if error is not None:
-            self.event("failed", f"{type(error).__name__}: {error}")
+            kind = "diverged" if isinstance(error, DivergedError) else "failed"
+            self.event(kind, f"{type(error).__name__}: {error}")
         events_closed = self._events_disk.submit(self._close_events)
         closed = self._disk.submit(self._close)
         try:

@@ -79,9 +79,8 @@ def row_attention(
             return {"attention_mask": mask_BT.long()}
         # Without a mask DeBERTa makes one, and reads the ids to warn of padding.
         return {"attention_mask": torch.ones_like(input_ids_BT)} if row.eager_only else {}
-    if implementation == "eager" and not row.eager_only:
-        return {} if mask_BT is None else {"attention_mask": mask_BT}
-    if implementation not in ("sdpa", VARLEN, "eager"):
+    masked_here = ("sdpa", VARLEN, "eager") if row.eager_only else ("sdpa", VARLEN)
+    if implementation not in masked_here:  # transformers makes the mask
         return {} if mask_BT is None else {"attention_mask": mask_BT}
     if mask_BT is not None:
         return _masks(config, mask_BT.bool()[:, None, None, :])

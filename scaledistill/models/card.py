@@ -19,6 +19,7 @@ from scaledistill.models.architectures import (
     architecture_of,
     build_encoder,
     encoder_options,
+    key_value_heads,
     set_depth,
 )
 from scaledistill.models.view import capture_view
@@ -51,8 +52,8 @@ LICENCE = "{license}. Check that the licences of the teacher and of the training
 CARD = """\
 # {name}
 
-A {model_type} encoder of {num_layers} layers × {hidden_size} \
-({heads} heads, FFN {intermediate_size}),
+A {model_type} {kind} of {num_layers} layers × {hidden_size} \
+({heads}, FFN {intermediate_size}),
 {parameters:.1f} M parameters, distilled with MiniLMv2's self-attention relation loss
 ([arXiv 2012.15828](https://arxiv.org/abs/2012.15828)) by scaledistill.
 
@@ -108,7 +109,8 @@ def card_text(
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        heads=config.num_attention_heads,
+        kind="decoder" if architecture_of(config).is_causal(config) else "encoder",
+        heads=_heads_text(config),
         intermediate_size=getattr(config, architecture_of(config).ffn_width),
         parameters=sum(sizes.values()) / 1e6,
         facts="\n".join(
@@ -128,6 +130,12 @@ def card_text(
         }
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _heads_text(config: PreTrainedConfig) -> str:
+    heads, shared = config.num_attention_heads, key_value_heads(config)
+    own = "" if shared == heads else f", {shared} of keys and values"
+    return f"{heads} heads{own}"
 
 
 def use_text(name: str, config: PreTrainedConfig) -> str:
@@ -242,7 +250,7 @@ def _untrained_text(
 ) -> str:
     names = untrained_parameters(config, tap) if tap else []
     if not names:
-        return SHARED if tap == "last" else ALL_TRAINED
+        return SHARED if architecture_of(config).repeats_block else ALL_TRAINED
     text = UNTRAINED if tap == "last" else UNTRAINED_NORM
     return text.format(
         parameters=sum(sizes[key] for key in names) / 1e6,

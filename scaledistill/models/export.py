@@ -31,6 +31,7 @@ from scaledistill.models.architectures import build_encoder, takes_token_types
 from scaledistill.models.card import README, card_text
 from scaledistill.models.teacher import load_encoder, quiet_transformers, resolve_folder
 from scaledistill.storage.files import read_json, set_default_mode, sync, write_json
+from scaledistill.storage.remote import without_credentials
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 EXPORT, SETTINGS = "scaledistill.json", "distill.json"
@@ -92,7 +93,7 @@ def export_student(
         record = {"tap": tap, "card": dict(card), "metadata": dict(metadata or {})}
         write_json(fresh / EXPORT, {**FORMAT, **record})
         if settings is not None:
-            (fresh / SETTINGS).write_text(settings, encoding="utf-8")
+            (fresh / SETTINGS).write_text(without_credentials(settings), encoding="utf-8")
         kept = "the old export is kept" if target.exists() else "nothing was exported"
         check(_check_export(fresh, weights, kept))
         for path in (*fresh.iterdir(), fresh):

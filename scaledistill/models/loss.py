@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from scaledistill.config.schema import DistillConfig
 from scaledistill.data.tokens import TokenInputs
-from scaledistill.errors import SettingError
+from scaledistill.errors import SettingError, named
 from scaledistill.models.architectures import architecture_of
 from scaledistill.relations import QKV, RelationLoss, relation_loss
 
@@ -43,7 +43,9 @@ class StudentLoss:
             SettingError: see `causal_relations`.
         """
         relations, num_heads = config.relations, config.relation_heads(student)
-        return cls(num_heads, relations.pairs, relations.backend, causal_relations(*models))
+        with named(student=f"students.{student}"):
+            causal = causal_relations(*models)
+        return cls(num_heads, relations.pairs, relations.backend, causal)
 
     def __call__(self, teacher: QKV, student: QKV, tokens: TokenInputs) -> RelationLoss:
         """Return the loss of a micro-batch."""

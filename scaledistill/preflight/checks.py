@@ -147,6 +147,7 @@ def plan_run(
     ordered = attempt(_order, config, shards) if len(shards) == len(readers) else None
     sources, order = ordered or ((), None)
     notes: list[str] = []
+    roster = None
     if (
         resolved
         and order
@@ -155,11 +156,14 @@ def plan_run(
         and (state := newest_state(Path(config.run.folder) / "checkpoints"))
     ):
         attempt(check_same_run, state, resolved.config, order)
-        notes = roster_notes(roster_of(state, config), config, state["step"])
+        roster = roster_of(state, config)
+        notes = roster_notes(roster, config, state["step"])
     problems.raise_all()
     students = {name: shape for name, shape in shapes.items() if shape}
     if not (resolved and teacher and len(students) == len(shapes) and order):
         raise AssertionError("unreachable: an input is missing but no problem was recorded")
+    if roster:
+        students = {name: shape for name, shape in students.items() if name in roster.first_steps}
     if gpu_bytes:
         resolved = for_gpus(resolved)
     if resolved.auto_micro_batch:
@@ -332,8 +336,7 @@ def _check_shards(
 
 
 def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Order) -> None:
-    """Refuse to go on from a checkpoint's state where the result would not be that of the run that
-    was begun.
+    """Refuse to resume from a checkpoint's state if a setting that affects results changed.
 
     Students may be added and left out, as long as one of the run's goes on.
 
@@ -371,11 +374,11 @@ def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Order
         if not roster.resumed or any(x.startswith(f"students.{name}.") for x in differences)
     ]
     # run.seed is the order's seed.
-    named = {line.partition(":")[0].rpartition(".")[2] for line in differences}
+    changed = {line.partition(":")[0].rpartition(".")[2] for line in differences}
     differences += [
         f"data.train: {key} {state['data'].get(key)} -> {value}"
         for key, value in order.fingerprint().items()
-        if state["data"].get(key) != value and key not in named
+        if state["data"].get(key) != value and key not in changed
     ]
     if differences:
         raise other_run(state, config, "; ".join(differences))

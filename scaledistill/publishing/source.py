@@ -26,6 +26,7 @@ from scaledistill.models.card import README, TAGS, read_card, teacher_metadata
 from scaledistill.models.export import EXPORT, FORMAT, SETTINGS
 from scaledistill.models.student import exported
 from scaledistill.models.teacher import load_encoder
+from scaledistill.preflight.roster import student_states
 from scaledistill.storage.files import no_such_folder, read_json
 from scaledistill.training.exports import find_checkpoint, students_of
 
@@ -138,14 +139,15 @@ def _from_checkpoint(
         settings = parse_config(checkpoint.state["config"])
     except (KeyError, ConfigError) as error:
         raise DataError(f"{checkpoint.folder} was written by another version: {error}") from None
-    if student is None and len(settings.students) > 1:
+    trained = student_states(checkpoint.state)
+    if student is None and len(trained) > 1:
         raise SettingError(
             "student",
-            expected=f": the run has several: {', '.join(settings.students)}",
+            expected=f": the run has several: {', '.join(trained)}",
             remedy="name one of them",
         )
     place = settings.teacher.model_copy(update={"model": str(teacher)} if teacher else {})
-    [name] = [student] if student else settings.students
+    [name] = [student] if student else trained
     with named(**{"teacher.model": Field("teacher", place.model)}):
         [content] = students_of(checkpoint, str(run), place, name).values()
     return Student(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scaledistill.glue.summary import column_title
 from scaledistill.glue.tasks import TASKS
+from scaledistill.metrics.rows import student_value
 from scaledistill.report.record import RunRecord
 
 MOST_POINTS = 1000
@@ -24,6 +25,8 @@ SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 """Names the language of a specification; nothing is loaded from there."""
 
 Point = tuple[int, float | None]
+MISSING = object()
+"""Stands for a metric that a row does not have; None for one that was not finite."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,17 @@ class _Figures:
     runs: Sequence[RunRecord]
     charts: list[Chart] = field(default_factory=list)
 
-    def curves(self, key: Callable[[str], str], kind: str = "training") -> list[Curve]:
-        """Return a curve for each run and student that recorded a metric.
-
-        Args:
-            key: returns its name for the end of a student's metrics: "" or "/<student>".
-        """
+    def curves(self, metric: str, kind: str = "training") -> list[Curve]:
+        """Return a curve for each run and student that recorded a metric."""
         curves = []
         for run in self.runs:
-            several = len(run.students) > 1
             for student in run.students:
-                name = key(f"/{student}" if several else "")
-                points = [(row["step"], row[name]) for row in run.rows if name in row]
-                if any(y is not None for _, y in points):
+                # The number of students, and so the metric's name, may vary over a run.
+                values = ((row["step"], _value(row, metric, student)) for row in run.rows)
+                points = [(step, value) for step, value in values if value is not MISSING]
+                while points and points[0][1] is None:  # before the student was added
+                    points.pop(0)
+                if points:
                     curves.append(Curve(self.label(run, student), points, kind))
         return curves
 
@@ -95,11 +96,20 @@ class _Figures:
             self.charts.append(Chart(title, caption, line_chart(curves, y, **options), wide))
 
 
+def _value(row: Mapping[str, Any], metric: str, student: str) -> Any:
+    """Return a student's metric: None if it was not finite, or the row does not have it at all."""
+    section, _, name = metric.rpartition("/")
+    own = f"{section}/{student}/{name}" if section else f"{metric}/{student}"
+    if own in row:
+        return row[own]
+    return student_value(row, metric, student) if metric in row else MISSING
+
+
 def line_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """Return the charts over steps: losses, speed, memory, learning rate, gradient norm."""
     figures = _Figures(runs)
-    losses = figures.curves(lambda end: f"loss{end}")
-    validation = figures.curves(lambda end: f"validation_loss{end}", "validation")
+    losses = figures.curves("loss")
+    validation = figures.curves("validation_loss", "validation")
     if len(losses) == 1:  # then only their kinds need names
         losses, validation = (
             [replace(curve, label=curve.kind) for curve in curves]
@@ -116,7 +126,7 @@ def line_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         wide=True,
     )
     _add_pairs(figures)
-    probe = figures.curves(lambda end: f"probe{end}/stsb_spearman", "validation")
+    probe = figures.curves("probe/stsb_spearman", "validation")
     figures.add(
         "STS-B probe", "Spearman correlation, without fine-tuning.", probe, "Spearman", form=".2f"
     )
@@ -137,11 +147,11 @@ def line_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         figures.of_runs("memory_peak_bytes", 1e-9), "GB", zero=True,
     )  # fmt: skip
     figures.add(
-        "Learning rate", "Of each step.", figures.curves(lambda end: f"lr{end}"), "learning rate",
+        "Learning rate", "Of each step.", figures.curves("lr"), "learning rate",
         form="~e",
     )  # fmt: skip
     figures.add(
-        "Gradient norm", "Before clipping.", figures.curves(lambda end: f"grad_norm{end}"),
+        "Gradient norm", "Before clipping.", figures.curves("grad_norm"),
         "norm", log=True,
     )  # fmt: skip
     return figures.charts

@@ -20,7 +20,7 @@ from torch import Tensor
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.relations import QKV
 from scaledistill.relations.reference import log_relations, relation_kl
-from scaledistill.relations.spec import make_spec
+from scaledistill.relations.spec import letters_of, make_spec
 from scaledistill.report.names import MAPS_FILE
 from scaledistill.storage.files import write_json
 
@@ -75,16 +75,29 @@ def kl_per_head(
     sums = {pair: torch.zeros(num_heads) for pair in pairs}
     for row in range(B):
         one = slice(row, row + 1)
-        own, other = _rows(teacher, one), _rows(student, one)
+        target, own = _rows(teacher, one), _rows(student, one)
         mask_BT, segment_ids_BT = (
             None if values is None else values[one]
             for values in (tokens.mask_BT, tokens.segment_ids_BT)
         )
-        spec = make_spec(own, other, num_heads, pairs, mask_BT, segment_ids_BT, causal=causal)
-        for pair in pairs:
-            kl_BRT = relation_kl(own, other, pair, spec) * spec.share_BT[:, None]
-            sums[pair] += kl_BRT.sum((0, 2)).float().cpu() / B
+        for head in range(num_heads):  # the maps of all heads of a long row would not fit
+            heads = _head(target, head, num_heads, pairs), _head(own, head, num_heads, pairs)
+            spec = make_spec(*heads, 1, pairs, mask_BT, segment_ids_BT, causal=causal)
+            for pair in pairs:
+                kl_BRT = relation_kl(*heads, pair, spec) * spec.share_BT[:, None]
+                sums[pair][head] += kl_BRT.sum().float().cpu() / B
     return sums
+
+
+def _head(qkv: QKV, head: int, num_heads: int, pairs: Mapping[str, float]) -> QKV:
+    """Return one relation head of the tensors that the pairs use, `[B, T, E]` each."""
+    used = letters_of(pairs)
+    return QKV(
+        *(
+            x_BTD.unflatten(-1, (num_heads, -1))[:, :, head] if letter in used else x_BTD
+            for letter, x_BTD in zip(QKV._fields, qkv, strict=True)
+        )
+    )
 
 
 def student_maps(

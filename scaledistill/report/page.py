@@ -19,6 +19,7 @@ from typing import Any
 
 from scaledistill.errors import DataError
 from scaledistill.metrics.display import clock, loss_text, short
+from scaledistill.metrics.rows import by_student
 from scaledistill.report.charts import (
     Chart,
     glue_chart,
@@ -69,8 +70,10 @@ def report_at_end(folder: Path) -> None:
         log.info("the report is in %s", write_report([folder], folder / REPORT_FILE))
     except MissingLibraryError as error:
         log.info("no report.html: %s", error)
-    except (OSError, DataError) as error:
+    except DataError as error:
         log.warning("no report.html: %s", error)
+    except Exception as error:  # noqa: BLE001 - the run is done; a page must not fail it
+        log.warning("no report.html: %s: %s", type(error).__name__, error)
 
 
 def page(runs: Sequence[RunRecord], script: str) -> str:
@@ -154,6 +157,11 @@ def _key_figures(run: RunRecord) -> dict[str, str]:
     figures["loss"] = loss_text(last.get("loss"))
     validated = [row for row in run.rows if row.get("validation_loss") is not None]
     if validated:
+        # The loss is a sum over students; only sums over the same ones can be compared.
+        trained = by_student(validated[-1], "validation_loss").keys()
+        validated = [
+            row for row in validated if by_student(row, "validation_loss").keys() == trained
+        ]
         best = min(validated, key=lambda row: row["validation_loss"])
         figures["validation loss"] = loss_text(validated[-1]["validation_loss"])
         figures["best validation"] = (

@@ -71,7 +71,7 @@ class Status:
         # The previous run's step, until this run starts.
         previous = read_json(self.path) or {}
         self.step = previous.get("step", 0)
-        self.epochs: dict[str, float] = {}
+        self.epochs: dict[str, float] = previous.get("epochs", {})
         self.started = False
         self.dropped: Mapping[str, Mapping[str, Any]] = previous.get("dropped", {})
         # One writer per file, so that the last status submitted is the last one written.

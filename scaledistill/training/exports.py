@@ -38,7 +38,6 @@ from scaledistill.models.teacher import load_config
 from scaledistill.preflight.checks import student_shape
 from scaledistill.preflight.roster import student_states
 from scaledistill.storage.files import disk_remedy, is_path, read_json
-from scaledistill.storage.remote import without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +135,7 @@ def write_student(
                 revision=teacher.revision,
                 card=content.card,
                 metadata=content.metadata,
-                settings=without_credentials(content.run.to_json()),
+                settings=content.run.to_json(),
                 check=check,
             )
     except (OSError, SafetensorError) as error:
@@ -169,7 +168,9 @@ def export_checkpoint(config: DistillConfig, wanted: int | str) -> list[Path]:
     return folders
 
 
-def checkpoint_of_run(config: DistillConfig, wanted: int | str) -> Checkpoint:
+def checkpoint_of_run(
+    config: DistillConfig, wanted: int | str, option: str = "--export"
+) -> Checkpoint:
     """Return the checkpoint of a step of a run, or with "newest" the newest undamaged one.
 
     Raises:
@@ -181,7 +182,7 @@ def checkpoint_of_run(config: DistillConfig, wanted: int | str) -> Checkpoint:
         raise ConfigError(
             f"run.folder={config.run.folder!r} has no checkpoints{_elsewhere(config)}"
         )
-    return find_checkpoint(root, wanted, "--export", _elsewhere(config))
+    return find_checkpoint(root, wanted, option, _elsewhere(config))
 
 
 def students_of(
@@ -323,7 +324,7 @@ def _datasets(data: DataSettings) -> list[str]:
         name = ((manifest.get("source") or {}).get("dataset") or {}).get("name")
         if isinstance(name, str) and not is_path(name):
             names.append(name)
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _losses_at(folder: Path, step: int, student: str) -> dict[str, str | None]:

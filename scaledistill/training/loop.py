@@ -33,8 +33,7 @@ from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, count
 from scaledistill.metrics.recorder import RowLog
 from scaledistill.metrics.stopwatch import Stopwatch
 from scaledistill.models.hub import names_resolved_once
-from scaledistill.preflight import checks as doctor
-from scaledistill.preflight import fetching
+from scaledistill.preflight import checks, fetching
 from scaledistill.preflight.report import start_summary
 from scaledistill.report.page import report_at_end
 from scaledistill.run import folder as runfolder
@@ -163,7 +162,7 @@ def _run(
         watchdog.at("checking")
         fetching.fetch_configs(config, ranks)
         with failing_together():
-            plan = doctor.plan_run(
+            plan = checks.plan_run(
                 config, ranks.world_size, ranks.device, ranks=ranks, writes=status is not None
             )
         if any_rank(stop.reason() is not None, ranks.device):

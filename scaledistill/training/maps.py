@@ -18,7 +18,7 @@ from scaledistill.data.stream import Batch, iter_validation
 from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.distributed.ranks import failing_together
-from scaledistill.errors import DataError, named
+from scaledistill.errors import ConfigError, DataError, named
 from scaledistill.models.architectures import build_encoder
 from scaledistill.models.hub import names_resolved_once
 from scaledistill.models.loss import causal_relations
@@ -37,12 +37,15 @@ from scaledistill.report.maps import (
     write_maps,
 )
 from scaledistill.storage.files import disk_remedy
+from scaledistill.storage.remote import without_credentials
 from scaledistill.training.exports import checkpoint_of_run
 from scaledistill.training.session import Session
 
 log = logging.getLogger(__name__)
 
 Forward = Callable[[TokenInputs], QKV]
+TEACHER = ""
+"""The teacher's name among the models; no student has it."""
 
 
 @torch.no_grad()
@@ -61,15 +64,18 @@ def write_session_maps(session: Session) -> None:
     # A shape that no block was compiled for: once, so not worth compiling.
     with torch.compiler.set_stance("eager_on_recompile"):
         students = {student.name: student.engine.forward for student in session.students}
-        causal = session.students[0].loss.causal
-        measured = _measure(session.config, session.teacher, students, batch, causal=causal)
+        outputs = _forwards({TEACHER: session.teacher, **students}, batch)
     for student in session.students:
         student.engine.train_mode(True)
     with failing_together():
         if session.ranks.is_main:
+            named_rows = session.config.data.validation if session.held_out else "the run"
+            causal = session.students[0].loss.causal
             try:
-                _write(session.config, session.step, batch, measured)
-            except (OSError, DataError) as error:  # the run is done, and its students exported
+                measured = _measure(session.config, outputs, batch, causal=causal)
+                _write(session.config, session.step, batch, measured, str(named_rows))
+            # The run is done, and its students are exported.
+            except (OSError, DataError, MemoryError, torch.OutOfMemoryError) as error:
                 log.warning("the relation maps are not written: %s", error)
 
 
@@ -81,7 +87,7 @@ def write_checkpoint_maps(config: DistillConfig) -> None:
     Raises:
         ConfigError, DataError: the run has no checkpoint, or its teacher or data are not there.
     """
-    checkpoint = checkpoint_of_run(config, "newest")
+    checkpoint = checkpoint_of_run(config, "newest", "--maps")
     sources, _, held_out = open_data(config)
     shards = held_out or sources[0].shards
     settings = config.teacher
@@ -95,13 +101,19 @@ def write_checkpoint_maps(config: DistillConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     students: dict[str, Forward] = {}
     causal = False
-    for name in student_states(checkpoint.state):
+    # A resumed run may have removed some, and not saved since.
+    trained = student_states(checkpoint.state)
+    for name in (name for name in config.students if name in trained):
         model = build_encoder(student_shape(config, name, encoder.config))
         model.load_state_dict(checkpoint.tensors(f"{name}.weights"))
         view = capture_view(model, model.config.num_hidden_layers)
         view.module.to(device).eval()
         students[name] = view
         causal = causal_relations(encoder.config, model.config)
+    if not students:
+        raise ConfigError(
+            f"{checkpoint.folder} has none of the students {', '.join(config.students)}"
+        )
     teacher = Teacher(encoder, settings.layer, dtype=torch.float32).to(device)
     rows = iter_validation(
         shards,
@@ -110,30 +122,37 @@ def write_checkpoint_maps(config: DistillConfig) -> None:
         with_documents=config.data.attention == "document",
     )
     batch = next(rows).with_tensors(lambda tensor: tensor.to(device))
-    measured = _measure(config, teacher, students, batch, causal=causal)
+    outputs = _forwards({TEACHER: teacher, **students}, batch)
+    measured = _measure(config, outputs, batch, causal=causal)
     try:
-        _write(config, checkpoint.state["step"], batch, measured)
+        _write(config, checkpoint.state["step"], batch, measured, str(shards.location))
     except OSError as error:
         raise DataError(
             f"run.folder={config.run.folder!r} cannot be written: {error}; {disk_remedy(error)}"
         ) from None
 
 
+def _forwards(models: Mapping[str, Forward], batch: Batch) -> dict[str, tuple[QKV, QKV]]:
+    """Return each model's output for the rows, and for the sentences cut from them. Collective."""
+    sentences = _cut(batch)
+    return {name: (forward(batch.tokens), forward(sentences)) for name, forward in models.items()}
+
+
 def _measure(
     config: DistillConfig,
-    teacher: Forward,
-    students: Mapping[str, Forward],
+    outputs: Mapping[str, tuple[QKV, QKV]],
     batch: Batch,
     *,
     causal: bool,
 ) -> dict[str, StudentMaps]:
-    """Return the maps of each student; every rank computes those of its own rows. Collective."""
+    """Return the maps of each student, from the outputs of `_forwards`."""
     sentences, pairs = _cut(batch), config.relations.pairs
     lengths = _lengths(sentences)
-    target, target_cut = teacher(batch.tokens), teacher(sentences)
+    target, target_cut = outputs[TEACHER]
     measured = {}
-    for name, forward in students.items():
-        own, own_cut = forward(batch.tokens), forward(sentences)
+    for name, (own, own_cut) in outputs.items():
+        if name == TEACHER:
+            continue
         kl = kl_per_head(
             target, own, batch.tokens, config.relation_heads(name), pairs, causal=causal
         )
@@ -159,7 +178,11 @@ def _lengths(sentences: TokenInputs) -> list[int]:
 
 
 def _write(
-    config: DistillConfig, step: int, batch: Batch, measured: dict[str, StudentMaps]
+    config: DistillConfig,
+    step: int,
+    batch: Batch,
+    measured: dict[str, StudentMaps],
+    location: str,
 ) -> None:
     sentences = _cut(batch)
     tokenizer = load_tokenizer(config.teacher.model, config.teacher.revision)
@@ -167,6 +190,5 @@ def _write(
         [str(tokenizer.decode([number])) for number in ids[:length]]
         for ids, length in zip(sentences.input_ids_BT.tolist(), _lengths(sentences), strict=True)
     ]
-    first, *_ = config.data.sources.values()
-    source = f"the first rows of {config.data.validation or first.shards}"
+    source = f"the first rows of {without_credentials(location)}"
     write_maps(Path(config.run.folder), step, source, texts, measured)

@@ -265,7 +265,11 @@ class Session:
             except (DataError, PeerError) as error:
                 kept = f"not exported ({error}); {kept}"
         if self.ranks.is_main:
-            log.warning("student %s is dropped at step %d: %s; %s", name, self.step, reason, kept)
+            log.warning(
+                "student %s is dropped at step %d: %s; %s",
+                *(name, self.step, reason, kept),
+                extra={"event": "dropped"},
+            )
 
     def export(
         self,

@@ -75,7 +75,9 @@ class SkipGuard:
                     f"the last on {samples}, where {what} not finite"
                 )
         others = len(result.students) - len(diverged)
-        if self._settings.on_divergence == "drop" and others:
+        # Without the teacher's values no student can be trained.
+        by_teacher = any(result.students[name].cause == "teacher" for name in diverged)
+        if self._settings.on_divergence == "drop" and others and not by_teacher:
             return diverged
         for name, reason in diverged.items():
             self._stop(reason, result.students[name].cause or "loss", others)
@@ -84,7 +86,11 @@ class SkipGuard:
     def _stop(self, reason: str, cause: str, others: int) -> NoReturn:
         limit, newest = self._settings.max_skipped_steps, self._newest_checkpoint()
         _, remedy = NOT_FINITE[cause]
-        go_on = ', or set train.on_divergence to "drop" to train the others on' if others else ""
+        go_on = (
+            ', or set train.on_divergence to "drop" to train the others on'
+            if others and cause != "teacher"
+            else ""
+        )
         checkpoint = (
             "there is no checkpoint yet"
             if newest is None
