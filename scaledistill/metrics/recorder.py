@@ -40,6 +40,8 @@ WORD_SECONDS = 30.0
 """A warning is logged if rows wait for longer."""
 PROBE = "probe/stsb_spearman"
 _PROBE_OF_STUDENT = re.compile(r"probe/[^/]+/stsb_spearman")
+MOST_DRAWN = 12
+"""The curves of more students than this would hide each other in `loss.png`."""
 CLOSE_SECONDS = 30.0
 """How long the end of a run waits for the disk."""
 
@@ -320,6 +322,8 @@ def draw_losses(folder: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     names = dict.fromkeys(name for row in rows for name in by_student(row, "loss"))
+    if len(names) > MOST_DRAWN:
+        names = {}  # their sum
     for name in names or [None]:
         label = f" of {name}" if name else ""
         colors = (None, None) if name else ("#1f77b4", "#d62728")
