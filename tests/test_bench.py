@@ -161,6 +161,7 @@ def test_no_peer(
     assert message in str(error.value)
 
 
+@pytest.mark.full
 def test_students_together_and_alone(
     run_tool: Callable[..., tuple[int, Figures]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,13 @@ from encoders import tiny_config
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+)
 
 from scaledistill.config.load import parse_config
 from scaledistill.data.tokens import TokenInputs
@@ -231,7 +237,9 @@ def test_all_engines_and_placements_agree(tmp_path, tiny_teacher, tiny_shards) -
 def test_stored_weights_are_those_of_a_loaded_model(model_type, tmp_path) -> None:
     config = tiny_config(model_type, ENCODER_SIZES)
     # With a prefix, a head.
-    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path, max_shard_size="20KB")
+    encodes = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    with_head = AutoModelForMaskedLM if encodes else AutoModelForCausalLM
+    with_head.from_config(config).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     for num_layers in (None, 2):
         whole = load_encoder(tmp_path, num_layers=num_layers)

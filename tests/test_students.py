@@ -90,12 +90,11 @@ def assert_as_alone(together: dict[str, Any], alone: dict[str, dict[str, Any]]) 
     ("engine", "world_size"),
     [
         ("zero2", 2),
-        ("fsdp", 2),
         *(
             pytest.param(engine, world_size, marks=pytest.mark.full)
             for engine in ENGINES
             for world_size in (1, 2)
-            if (engine, world_size) not in (("zero2", 2), ("fsdp", 2))
+            if (engine, world_size) != ("zero2", 2)
         ),
     ],
 )

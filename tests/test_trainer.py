@@ -666,7 +666,10 @@ def test_prepare_dataset_says_what_it_cannot_use(tiny_teacher: Path) -> None:
         [DatasetDict(train=texts, test=texts)],
         r"the splits train, test; give one of them, such as data\['train'\]",
     )
-    refused([texts.to_iterable_dataset()], "a streamed data set.*make_shards.py --dataset NAME")
+    refused(
+        [texts.to_iterable_dataset()],
+        "a streamed data set.*scaledistill shards make --dataset NAME",
+    )
     refused(texts, r"datasets is a Dataset; expected a list of data sets: write datasets=\[data\]")
     refused([], "datasets is empty")
     refused([["w001"]], "datasets has a list; expected datasets.Dataset objects")

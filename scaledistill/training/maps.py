@@ -70,7 +70,7 @@ def write_session_maps(session: Session) -> None:
     with failing_together():
         if session.ranks.is_main:
             named_rows = session.config.data.validation if session.held_out else "the run"
-            causal = session.students[0].loss.causal
+            causal = causal_relations(session.teacher.config, session.students[0].config)
             try:
                 measured = _measure(session.config, outputs, batch, causal=causal)
                 _write(session.config, session.step, batch, measured, str(named_rows))
