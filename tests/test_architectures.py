@@ -55,15 +55,6 @@ from scaledistill.preflight.checks import plan_run
 OLD = ("bert", "electra", "electra-wide", "roberta", "xlm-roberta", "camembert")
 NEW = [name for name in NAMES if name not in OLD]
 RUN = [name for name in NEW if name != "qwen2"]  # its tokenizers are of a class of their own
-# Their code is nearly that of others.
-ALIKE = (
-    "eurobert-grouped",
-    "llama",
-    "llama-bidirectional",
-    "mistral",
-    "qwen3-windowed",
-    "gemma3_text-bidirectional",
-)
 OFTEN_RUN = ("modernbert", "deberta-v2", "albert", "qwen3", "gemma3_text")
 IDS_BT = torch.randint(5, 97, (3, 17), generator=torch.Generator().manual_seed(0))
 RIGHT = torch.ones(3, 17, dtype=torch.bool)
