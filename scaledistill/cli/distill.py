@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from scaledistill.cli.parsing import positive, step_or_newest
 from scaledistill.distributed.launcher import (
     check_numbers,
     is_launched,
@@ -99,7 +100,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )  # fmt: skip
     parse.add_argument(
         "--num-ranks",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="start N ranks on this machine (default: one per GPU; one without GPUs)",
     )
@@ -125,7 +126,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     parse.add_argument(
         "--world-size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="with --validate: plan for N ranks, on any machines (default: those of this one)",
     )
@@ -142,17 +143,17 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         help="with --validate: plan for GPUs with X GB of memory",
     )
     parse.add_argument(
-        "--dry-run", type=_positive, metavar="N", help="make N real steps and write nothing"
+        "--dry-run", type=positive, metavar="N", help="make N real steps and write nothing"
     )
     parse.add_argument(
         "--profile",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="profile N real steps: <run.folder>/profile/ has a table and a trace",
     )
     parse.add_argument(
         "--export",
-        type=_step,
+        type=step_or_newest,
         metavar="STEP",
         help="export the student of a checkpoint as a model, without training; STEP is the step "
         "of a checkpoint, or 'newest'",
@@ -181,28 +182,6 @@ def _check_together(parse: argparse.ArgumentParser, options: argparse.Namespace)
         parse.error(f"--fresh starts a run over, {given[0]} starts none; give one of them")
     if options.num_ranks and given and given[0] in ("--print-config", "--explain", "--export"):
         parse.error(f"--num-ranks starts a run, {given[0]} starts none; give one of them")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from 1 up")
-    return int(text)
-
-
-def _step(text: str) -> int | str:
-    if text in ("newest", "latest", "last"):
-        return "newest"
-    if text == "best":
-        raise argparse.ArgumentTypeError(
-            "the best student by validation loss is exported while a run lasts: see "
-            "<run.folder>/export/<student>-best"
-        )
-    number = text.removeprefix("step-")
-    if not number.isdecimal():
-        raise argparse.ArgumentTypeError(
-            f"found {text!r}, expected a step that has a checkpoint, or 'newest'"
-        )
-    return int(number)
 
 
 def _above_zero(text: str) -> float:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser, say
+from scaledistill.cli.parsing import Parser, positive, say, step_or_newest
 from scaledistill.errors import (
     EXIT_DONE,
     EXIT_ENVIRONMENT,
@@ -75,7 +75,7 @@ def parser(prog: str = PROG) -> Parser:
     which.add_argument("--student", metavar="NAME", help="the student, if the run has several")
     which.add_argument(
         "--step",
-        type=_step,
+        type=step_or_newest,
         metavar="STEP",
         help="the run's checkpoint: a step, or 'newest' (default)",
     )
@@ -84,7 +84,7 @@ def parser(prog: str = PROG) -> Parser:
     )
     which.add_argument(
         "--num-layers",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="keep the first N layers only. By default, all but transformers leave out a last "
         "layer whose output was not trained",
@@ -117,23 +117,6 @@ def parser(prog: str = PROG) -> Parser:
         help="such as apache-2.0 (default: the teacher's, as its model card states it)",
     )
     return parse
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from 1 up")
-    return int(text)
-
-
-def _step(text: str) -> int | str:
-    number = text.removeprefix("step-")
-    if text in ("newest", "latest", "last"):
-        return "newest"
-    if not number.isdecimal():
-        raise argparse.ArgumentTypeError(
-            f"found {text!r}, expected a step that has a checkpoint, or 'newest'"
-        )
-    return int(number)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:

@@ -45,3 +45,27 @@ class Parser(argparse.ArgumentParser):
 def say(prog: str, message: str) -> None:
     """Write a message to stderr, each line with the name of the command."""
     sys.stderr.write("".join(f"{prog}: {line}\n" for line in message.splitlines()))
+
+
+def positive(text: str) -> int:
+    """Read a whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from 1 up")
+    return int(text)
+
+
+def step_or_newest(text: str) -> int | str:
+    """Read the step of a checkpoint, or "newest"."""
+    if text in ("newest", "latest", "last"):
+        return "newest"
+    if text == "best":
+        raise argparse.ArgumentTypeError(
+            "the best student by validation loss is exported while a run lasts: see "
+            "<run.folder>/export/<student>-best"
+        )
+    number = text.removeprefix("step-")
+    if not number.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, expected a step that has a checkpoint, or 'newest'"
+        )
+    return int(number)

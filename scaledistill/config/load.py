@@ -287,6 +287,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
+        if isinstance(node, list):
+            whole = path.partition(f".{parent}.")[0] + f".{parent}"
+            raise ConfigError(
+                f"--set {override}: {parent!r} is a list; give it whole: --set {whole}='[…]'"
+            )
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override}: {parent!r} is a value, not a block")
     node[last] = value

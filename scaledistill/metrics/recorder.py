@@ -26,7 +26,7 @@ from rich.logging import RichHandler
 
 from scaledistill.errors import DivergedError
 from scaledistill.metrics.display import Display, loss_text, speed
-from scaledistill.metrics.events import EVENTS_FILE, Event, WarningEvents
+from scaledistill.metrics.events import EVENTS_FILE, Event, WarningEvents, read_events
 from scaledistill.metrics.rows import by_student, student_value
 from scaledistill.metrics.trackers import Trackers
 from scaledistill.storage.background import Background, ended
@@ -90,7 +90,10 @@ class Recorder:
         kept = [row for row in read_rows(self._path) if row["step"] <= resumed_at]
         write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = self._path.open("a")
-        self._events = (folder / EVENTS_FILE).open("a")
+        events = folder / EVENTS_FILE
+        if events.exists():  # a killed run may have left half a line
+            write_bytes(events, "".join(each.line() for each in read_events(events)).encode())
+        self._events = events.open("a")
         self._disk = Background("metrics.jsonl")
         # Its own thread: a row is waited for only if the disk has done all that came before it.
         self._events_disk = Background("events.jsonl")

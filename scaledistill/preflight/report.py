@@ -186,7 +186,7 @@ def plan_table(plan: Plan, tokens_per_second: float | None = None) -> Table:
 
 def _model_rows(plan: Plan) -> dict[str, str]:
     config, facts, ranks = plan.run.config, plan.estimate, plan.run.world_size
-    heads = {name: config.relation_heads(name) for name in config.students}
+    heads = {name: config.relation_heads(name) for name in facts.students}
     by_student = ", ".join(f"{number} ({name})" for name, number in heads.items())
     number = str(*set(heads.values())) if len(set(heads.values())) == 1 else by_student
     return {

@@ -71,9 +71,10 @@ class Validator:
         }
         self._at("probe")
         scores: dict[str, float] = {}
+        dropped = self._session.dropped  # whose engines a probe would keep in memory
+        self._probes = [probe for probe in self._probes if probe.student.name not in dropped]
         for probe in self._probes:
-            if probe.student.name not in self._session.dropped:
-                scores |= probe.scores()
+            scores |= probe.scores()
         return Validation(losses, scores, best)
 
     def _best_after(self, student: Student, loss: float) -> dict[str, Any]:
