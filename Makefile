@@ -35,7 +35,7 @@ test: $(READY)
 test-full: $(READY)
 	$(BIN)/python -m pytest -m full --timeout 1200 $(PYTEST)
 
-# The site, with its links checked, and the notebook, run unchanged.
+# The site, with its links checked; the notebook and the pages' Python, run unchanged.
 test-docs: docs $(TEACHER)
 	$(BIN)/python -m pytest -m docs --timeout 900 tests/test_documentation.py
 

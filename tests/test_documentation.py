@@ -85,6 +85,7 @@ def run_page(folder: Path) -> tuple[float, bool, str]:
     return session["loss"].total.item(), gradient is not None, session["result"].state
 
 
+@pytest.mark.docs
 def test_the_python_page(
     tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,7 @@ def test_the_python_page(
     )
 
 
+@pytest.mark.docs
 def test_migrating_s_python(
     tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

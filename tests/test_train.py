@@ -282,7 +282,7 @@ def check_export(export: Path, weights: Path) -> None:
     assert model(input_ids=ids["input_ids"]).last_hidden_state.isfinite().all()
 
 
-QUICK_CASES = [("zero2", 1), ("zero3", 2)]
+QUICK_CASES = [("zero3", 2)]
 
 
 @pytest.mark.parametrize(
@@ -497,7 +497,15 @@ def is_last_rank() -> bool:
     return int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1", "STOP"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "SIGINT",
+        "STOP",
+        pytest.param("SIGTERM", marks=pytest.mark.full),
+        pytest.param("SIGUSR1", marks=pytest.mark.full),
+    ],
+)
 def test_stop_requests_end_all_ranks_with_a_checkpoint(
     make_tree: Callable[..., dict[str, Any]], how: str
 ) -> None:
@@ -605,9 +613,8 @@ def distil_all_with_bad_loss(trees: list[dict[str, Any]]) -> list[tuple[str, int
         return [distil_with_bad_loss(tree, 3, 3, float("nan")) for tree in trees]
 
 
-@pytest.mark.parametrize(
-    "precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)]
-)  # fmt: skip
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_engine_recovers_from_a_skipped_step(
     make_tree: Callable[..., dict[str, Any]], precision: str
 ) -> None:
