@@ -235,7 +235,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     where = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
     printed = "".join(
-        output.get("text", "") for cell in notebook.cells[-3:] for output in cell.get("outputs", ())
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
     )
-    assert printed.startswith("tensor([[1.0")
+    assert re.search(r"tensor\(\[\[ ?1\.0", printed), printed[-2000:]
     assert (tmp_path / "first/export/l3-h192").is_dir()
