@@ -19,7 +19,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from scaledistill.errors import ConfigError, named
 from scaledistill.glue.plan import Plan
-from scaledistill.metrics.benchmark import Report, in_turn, machine_facts, ratios
+from scaledistill.metrics.benchmark import Report, in_turn, machine_facts
 from scaledistill.models.teacher import quiet_transformers, read_config
 
 TOKENS = 128
@@ -77,25 +77,13 @@ def measure_speed(folders: Mapping[str, Path], output: Path) -> Report:
     lines = {name: [name, f"{size / 1e6:.1f} M"] for name, size in sizes.items()}
     for name, size in sizes.items():
         report.add(f"{name}/parameters", size, "parameters")
-    first = next(iter(models))
     for batch in BATCHES:
         runs = {name: _run(model, batch, device) for name, model in models.items()}
         for run in runs.values():  # warm-up
             run()
         seconds = in_turn(runs, rounds=ROUNDS, max_seconds=MAX_SECONDS, title=f"batch {batch}")
-        for name, taken in seconds.items():
-            latency = report.add(
-                f"{name}/latency/batch-{batch}", [1000 * one for one in taken], "ms"
-            )
-            rate = report.add(
-                f"{name}/throughput/batch-{batch}", [batch / one for one in taken], "sequences/s"
-            )
-            faster = report.add(f"{name}/speedup/batch-{batch}", ratios(seconds[first], taken), "×")
-            lines[name] += [
-                f"{latency:.1f}",
-                f"{rate:.1f}",
-                "1" if name == first else f"{faster:.2f}×",
-            ]
+        for name, own in report.add_speeds(seconds, batch).items():
+            lines[name] += own
     table.rows.extend(lines.values())
     output.mkdir(parents=True, exist_ok=True)
     facts = machine_facts(where if on_gpu else None)

@@ -39,6 +39,25 @@ class Report:
         self.figures.append({"name": name, "value": median, "unit": unit, "n": len(values)})
         return median
 
+    def add_speeds(
+        self, seconds: Mapping[str, Sequence[float]], batch: int
+    ) -> dict[str, list[str]]:
+        """Add the figures of timed batches, by what was timed (see `in_turn`).
+
+        Returns:
+            For each: milliseconds, sequences per second and the ratio to the first, as texts.
+        """
+        first, texts = next(iter(seconds)), {}
+        for name, taken in seconds.items():
+            milliseconds, rates = [1000 * one for one in taken], [batch / one for one in taken]
+            latency = self.add(f"{name}/latency/batch-{batch}", milliseconds, "ms")
+            rate = self.add(f"{name}/throughput/batch-{batch}", rates, "sequences/s")
+            gains = ratios(seconds[first], taken)
+            faster = self.add(f"{name}/speedup/batch-{batch}", gains, "×")
+            ratio = "1" if name == first else f"{faster:.2f}×"
+            texts[name] = [f"{latency:.1f}", f"{rate:.1f}", ratio]
+        return texts
+
     def table(self, title: str, columns: Sequence[str]) -> Table:
         """Add an empty table and return it."""
         self.tables.append(Table(title, columns))

@@ -23,7 +23,7 @@ from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.probe import SimilarityProbe
 from scaledistill.glue.read import read_split
 from scaledistill.glue.tasks import TASKS
-from scaledistill.metrics.benchmark import Report, in_turn, ratios
+from scaledistill.metrics.benchmark import Report, in_turn
 
 Form = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Ids and mask, [B, T], to hidden states, [B, T, D], and their means, [B, D]."""
@@ -146,7 +146,6 @@ def measure_speed(
     """
     length = min(TOKENS, num_tokens)
     texts: dict[str, list[str]] = {name: [] for name in forms}
-    first = next(iter(forms))
     for batch in BATCHES:
         ids_BT = torch.randint(
             0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)
@@ -156,19 +155,8 @@ def measure_speed(
         for form in forms.values():  # warm-up
             form(ids_BT, mask_BT)
         seconds = in_turn(runs, rounds=ROUNDS, max_seconds=MAX_SECONDS, title=f"batch {batch}")
-        for name, taken in seconds.items():
-            latency = report.add(
-                f"{name}/latency/batch-{batch}", [1000 * one for one in taken], "ms"
-            )
-            rate = report.add(
-                f"{name}/throughput/batch-{batch}", [batch / one for one in taken], "sequences/s"
-            )
-            faster = report.add(f"{name}/speedup/batch-{batch}", ratios(seconds[first], taken), "×")
-            texts[name] += [
-                f"{latency:.1f}",
-                f"{rate:.1f}",
-                "1" if name == first else f"{faster:.2f}×",
-            ]
+        for name, own in report.add_speeds(seconds, batch).items():
+            texts[name] += own
     return texts
 
 
