@@ -6,9 +6,12 @@ import contextlib
 import importlib
 import io
 import itertools
+import json
+import lzma
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ from ranks import run_ranks
 from scaledistill.cli.command import SUBCOMMANDS
 from scaledistill.config.presets import find_preset
 from scaledistill.errors import ConfigError
+from scaledistill.storage.files import read_json
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -218,6 +222,86 @@ def test_wrong_commands_would_be_noticed() -> None:
         cli.parser().parse_args(["--config", "x.json", "--no-such-option"])
     with pytest.raises(ConfigError):
         load_config(str(ROOT / "configs" / "quickstart.json"), ["train.no_such_key=1"])
+
+
+def write_models_and_data(tokenizer: Path) -> None:
+    """Write small folders with the names of what the first pages load from the hub."""
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 64,
+        "max_position_embeddings": 512,
+    }
+    write_encoder(Path("google-bert/bert-large-uncased"), tokenizer, **sizes)
+    texts = [" ".join(WORDS[number % 90 : 90 + number % 100]) for number in range(2000)]
+    write_dataset(
+        Path("wikimedia/wikipedia"),
+        {"20231101.en": {"train": [{"title": "t", "text": text} for text in texts]}},
+    )
+    pairs = [
+        {"sentence1": text, "sentence2": text[:40], "label": number % 2, "idx": number}
+        for number, text in enumerate(texts[:64])
+    ]
+    splits = dict.fromkeys(("train", "validation", "test"), pairs)
+    write_dataset(Path("nyu-mll/glue"), {"mrpc": splits, "rte": splits})
+    Path("corpus").mkdir()
+    with lzma.open("corpus/a.txt.xz", "wt") as file:
+        file.write("\n\n".join(texts))
+
+
+def write_dataset(folder: Path, configs: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+    """Write rows by configuration and split as a dataset of the hub."""
+    folder.mkdir(parents=True)
+    described = []
+    for config, splits in configs.items():
+        for split, rows in splits.items():
+            path = folder / config / f"{split}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files = [{"split": split, "path": f"{config}/{split}.jsonl"} for split in splits]
+        described.append({"config_name": config, "data_files": files})
+    (folder / "README.md").write_text(f"---\n{json.dumps({'configs': described})}\n---\n")
+
+
+SHORTER = {"max_steps: 400000": "max_steps: 2", "global_batch_size: 256": "global_batch_size: 2"}
+SHORTER |= {"micro_batch_size: 32": "micro_batch_size: 1", "warmup_steps: 4000": "warmup_steps: 1"}
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_first_commands_run(
+    page: str, tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an empty folder, with a small teacher and little data in place of the hub's, and two
+    steps of the 400,000.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_models_and_data(tiny_teacher)
+    commands = [
+        line
+        for block in blocks(ROOT / page, "bash")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.startswith("scaledistill ")
+    ]
+    assert len(commands) >= 5
+    for command in commands:
+        ended = subprocess.run(
+            command, shell=True, check=False, capture_output=True, text=True, timeout=600
+        )
+        said = f"{command}\n{ended.stdout}{ended.stderr}"
+        assert ended.returncode == 0, said
+        assert "Traceback" not in said, said
+        if "--preset" in command:
+            settings = Path("my.yaml").read_text()
+            for setting, shorter in SHORTER.items():
+                assert setting in settings
+                settings = settings.replace(setting, shorter)
+            Path("my.yaml").write_text(settings)
+    assert read_json(Path("runs/large_to_l6/status.json"))["state"] == "done"
+    assert Path("l6/modules.json").is_file()
 
 
 @pytest.mark.docs

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from ranks import run_ranks
 from rich.console import Console
 from test_train import distil, status_of
+from transformers import BertConfig
 
 from scaledistill.config.load import parse_config
 from scaledistill.errors import ConfigError, DataError
@@ -134,7 +135,12 @@ def test_an_evaluation_that_cannot_be_is_told_before_the_run(
         ConfigError,
         match=r"evaluation\.max_length=1 \(RTE\) leaves no room for text: .* the student l2",
     ):
-        plan_evaluation(parse_config(make_tree(max_length=1)))
+        plan_evaluation(parse_config(make_tree(max_length=1)), {})
+    shorter = {"l2": BertConfig(max_position_embeddings=20)}  # of a folder, as only the length is
+    with pytest.raises(
+        ConfigError, match=r"max_length=24 \(RTE\) is more than the 20 positions of"
+    ):
+        plan_evaluation(parse_config(make_tree(max_length=24)), shorter)
     with pytest.raises(ConfigError, match=r"evaluation\.task\b.*tasks"):
         parse_config({**make_tree(), "evaluation": {"task": ["rte"]}})
 
@@ -217,15 +223,15 @@ def test_the_plan_says_how_many_fine_tunings(make_tree: Callable[..., dict[str, 
         include_teacher=True, tasks=["rte", "cola"], learning_rates=[1e-3, 2e-3], seeds=[1, 2, 3]
     )
     size = "24 fine-tunings (2 models × 2 tasks × 2 learning rates × 1 epoch count × 3 seeds)"
-    planned = plan_evaluation(parse_config(tree))
+    planned = plan_evaluation(parse_config(tree), {})
     assert planned.size == size
     assert planned.flops(1000) > planned.flops(0) > 0
-    alone = plan_evaluation(parse_config(make_tree()))
+    alone = plan_evaluation(parse_config(make_tree()), {})
     assert (
         alone.size == "1 fine-tuning (1 model × 1 task × 1 learning rate × 1 epoch count × 1 seed)"
     )
     assert alone.flops(0) == 0
-    twice = plan_evaluation(parse_config(make_tree(seeds=[1, 2])))
+    twice = plan_evaluation(parse_config(make_tree(seeds=[1, 2])), {})
     assert twice.flops_per_parameter == 2 * alone.flops_per_parameter
     plan = plan_run(parse_config(tree), 1, torch.device("cpu"))
     assert plan.evaluation == size

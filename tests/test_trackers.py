@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from test_metrics import recorder, row
 
@@ -91,19 +93,34 @@ def test_accelerate_s_runtime_is_left_as_it_was(
     assert PartialState._shared_state == before
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def test_tensorboard_is_equal_to_the_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Read back after a resume, to the 32 bits of its format, and without what is not finite."""
     pytest.importorskip("tensorboard", reason="the extra 'tracking' is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with recorder(tmp_path, trackers=("tensorboard",)) as record:
-        for step in (1, 2):
-            record.record(row(step))
-    accumulated = EventAccumulator(str(tmp_path / tmp_path.name))
-    accumulated.Reload()
-    assert [(event.step, event.value) for event in accumulated.Scalars("loss")] == [
-        (1, 8.0),
-        (2, 4.0),
-    ]
+    figures = {"lr": 1 / 3, "loss/small": 1e-9, "tokens": 2**40, "memory_gb": 47.9}
+    for first in (1, 3):
+        with recorder(
+            tmp_path, resumed_at=first - 1, trackers=("tensorboard",), run_name="mine"
+        ) as record:
+            for step in (first, first + 1):
+                record.record(row(step, **figures, grad_norm=math.nan if step == 2 else step / 7))
+    events = EventAccumulator(str(tmp_path / "mine"))
+    events.Reload()
+    read = {
+        (event.step, name, event.value)
+        for name in events.Tags()["scalars"]
+        for event in events.Scalars(name)
+    }
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [found["step"] for found in rows] == [1, 2, 3, 4]
+    assert read == {
+        (found["step"], name, float(np.float32(value)))
+        for found in rows
+        for name, value in found.items()
+        if name != "step" and value is not None
+    }
+    assert [found for found in caplog.records if found.levelno >= logging.WARNING] == []
 
 
 class Calls(list[Any]):
@@ -251,23 +268,6 @@ def test_others_go_on_in_the_same_run(
         with recorder(tmp_path, resumed_at=resumed_at, trackers=(name,), run_name="mine"):
             pass
     assert [call[2] for call in calls if call[0] == "new"] == [first, then]
-
-
-def test_tensorboard_goes_on_in_its_folder(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    pytest.importorskip("tensorboard", reason="the extra 'tracking' is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for step in (1, 2):
-        with recorder(
-            tmp_path, resumed_at=step - 1, trackers=("tensorboard",), run_name="mine"
-        ) as record:
-            record.record(row(step))
-    accumulated = EventAccumulator(str(tmp_path / "mine"))
-    accumulated.Reload()
-    assert [event.step for event in accumulated.Scalars("loss")] == [1, 2]
-    assert [found for found in caplog.records if found.levelno >= logging.WARNING] == []
 
 
 def test_tensorboard_without_a_folder_to_write_to(

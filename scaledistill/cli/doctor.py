@@ -16,8 +16,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser
-from scaledistill.errors import EXIT_DONE, ConfigError, counted, did_you_mean, near_miss
+from scaledistill.cli.parsing import Parser, carry_out
+from scaledistill.errors import EXIT_DONE, counted, did_you_mean, near_miss
 from scaledistill.metrics.benchmark import output_file
 from scaledistill.preflight.doctor import CHECKS, MIN_FREE_BYTES, Finding, Machine, Wanted, examine
 
@@ -30,7 +30,8 @@ and models."""
 EPILOG = """Each line is ok, a warning or a problem, with the remedy below it. The checks of the
 kernels and of DeepSpeed take a minute or more, because they compile.
 
-exit codes: 0 no problem (there may be warnings), 1 problems, 2 wrong options or configuration
+exit codes: 0 no problem (there may be warnings), 1 problems, 2 wrong options or configuration,
+130 interrupted
 
 examples:
   %(prog)s --config my.yaml
@@ -103,15 +104,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     options = parse.parse_args(arguments)
     if options.overrides and not options.config:
         parse.error("--set is read only with --config")
+    return carry_out(lambda: _examine(options), prog)
+
+
+def _examine(options: argparse.Namespace) -> int:
     config, findings = None, []
     if options.config:
         try:
             from scaledistill.config.load import load_config
 
             config = load_config(options.config, options.overrides)
-        except ConfigError as error:
-            sys.stderr.write("".join(f"{prog}: {line}\n" for line in str(error).splitlines()))
-            return error.exit_code
         except ImportError as error:
             findings.append(
                 Finding(

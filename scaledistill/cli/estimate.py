@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scaledistill.cli.parsing import Parser
-from scaledistill.errors import EXIT_DONE, ConfigError, DataError, named
+from scaledistill.cli.parsing import Parser, carry_out
+from scaledistill.errors import EXIT_DONE
 from scaledistill.metrics.benchmark import output_file
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ without validation, saving and evaluation. Its range comes from the efficiency
 communication overlaps with computation. Check a run that has started with the
 tokens_per_second and mfu in its metrics.jsonl; --from-run plans with them.
 
-exit codes: 0 done, 2 wrong options or configuration, 3 the models cannot be read.
+exit codes: 0 done, 2 wrong options or configuration, 3 the models cannot be read, 130 interrupted
 
 examples:
   %(prog)s --config my.yaml
@@ -121,12 +121,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     logging.basicConfig(format="%(message)s")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    try:
-        with named(folder="--from-run", names="--gpu"):
-            return run(options)
-    except (ConfigError, DataError) as error:
-        sys.stderr.write("".join(f"{prog}: {line}\n" for line in str(error).splitlines()))
-        return error.exit_code
+    return carry_out(lambda: run(options), prog, names={"folder": "--from-run", "names": "--gpu"})
 
 
 def run(options: argparse.Namespace) -> int:

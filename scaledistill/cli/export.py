@@ -13,15 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser, positive, say, step_or_newest
-from scaledistill.errors import (
-    EXIT_DONE,
-    EXIT_ENVIRONMENT,
-    EXIT_INTERRUPTED,
-    ConfigError,
-    DataError,
-    named,
-)
+from scaledistill.cli.parsing import Parser, carry_out, positive, step_or_newest
 
 FORMATS = ("transformers", "sentence-transformers", "onnx", "onnx-int8")
 PROG = "scaledistill export"
@@ -123,19 +115,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line and return the exit code."""
     options = parser(prog).parse_args(arguments)
     set_up_messages()
-    try:
-        with named(**NAMES):
-            _export(options)
-    except (ConfigError, DataError) as error:
-        say(prog, str(error))
-        return error.exit_code
-    except OSError as error:  # a folder that may not be read or written
-        say(prog, str(error))
-        return EXIT_ENVIRONMENT
-    except KeyboardInterrupt:
-        say(prog, "interrupted; nothing was exported")
-        return EXIT_INTERRUPTED
-    return EXIT_DONE
+    return carry_out(
+        lambda: _export(options), prog, names=NAMES, interrupted="nothing was exported"
+    )
 
 
 def set_up_messages() -> None:

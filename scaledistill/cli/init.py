@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser, say
-from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, ConfigError, DataError
+from scaledistill.cli.parsing import Parser, carry_out
+from scaledistill.errors import ConfigError
 
 PROG = "scaledistill init"
 DESCRIPTION = """Write a configuration to start from, and the launchers.
@@ -51,18 +51,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
         )
     if not (options.list or options.preset or options.with_launchers):
         parse.error("--preset NAME is missing; --list shows the names")
-    try:
-        if options.list:
-            _list()
-        else:
-            _write(options)
-    except (ConfigError, DataError) as error:
-        say(prog, str(error))
-        return error.exit_code
-    except OSError as error:
-        say(prog, f"{error}; check the folder and its disk")
-        return EXIT_ENVIRONMENT
-    return EXIT_DONE
+    work = _list if options.list else lambda: _write(options)
+    return carry_out(work, prog, disk="the folder")
 
 
 def _list() -> None:

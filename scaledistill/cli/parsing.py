@@ -1,12 +1,24 @@
-"""The parser that the subcommands share. Imports nothing heavy."""
+"""The parser and the exit codes that the subcommands share. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
-from scaledistill.errors import EXIT_CONFIG, did_you_mean, near_miss
+from scaledistill.errors import (
+    EXIT_CONFIG,
+    EXIT_DONE,
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    DataError,
+    did_you_mean,
+    named,
+    near_miss,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,6 +57,36 @@ class Parser(argparse.ArgumentParser):
 def say(prog: str, message: str) -> None:
     """Write a message to stderr, each line with the name of the command."""
     sys.stderr.write("".join(f"{prog}: {line}\n" for line in message.splitlines()))
+
+
+def carry_out(
+    work: Callable[[], int | None],
+    prog: str,
+    *,
+    names: Mapping[str, str] | None = None,
+    disk: str | Path = "",
+    interrupted: str = "",
+) -> int:
+    """Do the work of a subcommand and return its exit code; its errors become messages.
+
+    Args:
+        work: returns an exit code, or None for done.
+        names: the options, by the parameters that errors name.
+        disk: what to check if a file cannot be read or written.
+        interrupted: what Ctrl-C leaves, for the message.
+    """
+    try:
+        with named(**(names or {})):
+            return work() or EXIT_DONE
+    except (ConfigError, DataError) as error:
+        say(prog, str(error))
+        return error.exit_code
+    except OSError as error:
+        say(prog, f"{error}{f'; check {disk} and its disk' if disk else ''}")
+        return EXIT_ENVIRONMENT
+    except KeyboardInterrupt:
+        say(prog, f"interrupted{f'; {interrupted}' if interrupted else ''}")
+        return EXIT_INTERRUPTED
 
 
 def positive(text: str) -> int:

@@ -12,15 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scaledistill.cli.export import set_up_messages
-from scaledistill.cli.parsing import Parser, say
-from scaledistill.errors import (
-    EXIT_DONE,
-    EXIT_ENVIRONMENT,
-    EXIT_INTERRUPTED,
-    ConfigError,
-    DataError,
-    named,
-)
+from scaledistill.cli.parsing import Parser, carry_out
 
 PROG = "scaledistill push"
 DESCRIPTION = """Upload an export to the hub. Without --yes it only lists what would go."""
@@ -64,19 +56,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line and return the exit code."""
     options = parser(prog).parse_args(arguments)
     set_up_messages()
-    try:
-        with named(**NAMES):
-            _push(options)
-    except (ConfigError, DataError) as error:
-        say(prog, str(error))
-        return error.exit_code
-    except OSError as error:  # an export that may not be changed
-        say(prog, str(error))
-        return EXIT_ENVIRONMENT
-    except KeyboardInterrupt:
-        say(prog, "interrupted; rerun the same command to resume")
-        return EXIT_INTERRUPTED
-    return EXIT_DONE
+    return carry_out(
+        lambda: _push(options), prog, names=NAMES, interrupted="rerun the same command to resume"
+    )
 
 
 def _push(options: argparse.Namespace) -> None:

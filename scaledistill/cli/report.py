@@ -6,21 +6,15 @@ Inputs: command-line arguments. Outputs: an HTML file and an exit code. Not hand
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser, say
-from scaledistill.errors import (
-    EXIT_DONE,
-    EXIT_ENVIRONMENT,
-    EXIT_INTERRUPTED,
-    ConfigError,
-    DataError,
-    named,
-)
+from scaledistill.cli.parsing import Parser, carry_out
+from scaledistill.errors import ConfigError
 
 PROG = "scaledistill report"
 DESCRIPTION = """Write one self-contained HTML page about a run, or about several side by side.
@@ -60,31 +54,22 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     log = logging.getLogger("scaledistill")
     if not log.handlers:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
+    output = options.output or options.runs[0]
+    return carry_out(lambda: _report(options), prog, names={"folder": "RUN"}, disk=output)
+
+
+def _report(options: argparse.Namespace) -> None:
     from scaledistill.report.names import REPORT_FILE
 
     output = options.output or options.runs[0] / REPORT_FILE
-    try:
-        if output.is_dir():
-            raise ConfigError(
-                f"--output {output}: found a folder, expected a file; add report.html"
-            )
-        if options.maps:
-            _measure_maps(options.runs)
-        from scaledistill.report.page import write_report
+    if output.is_dir():
+        raise ConfigError(f"--output {output}: found a folder, expected a file; add report.html")
+    if options.maps:
+        _measure_maps(options.runs)
+    from scaledistill.report.page import write_report
 
-        with named(folder="RUN"):
-            write_report(options.runs, output)
-    except (ConfigError, DataError) as error:
-        say(prog, str(error))
-        return error.exit_code
-    except OSError as error:
-        say(prog, f"--output {output} cannot be written: {error.strerror or error}")
-        return EXIT_ENVIRONMENT
-    except KeyboardInterrupt:
-        say(prog, "interrupted")
-        return EXIT_INTERRUPTED
+    write_report(options.runs, output)
     sys.stdout.write(f"{output}\n")
-    return EXIT_DONE
 
 
 def _measure_maps(runs: Sequence[Path]) -> None:

@@ -21,17 +21,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scaledistill.cli.parsing import Parser, say
+from scaledistill.cli.parsing import Parser, carry_out, say
 from scaledistill.data.sizes import ROWS_PER_SHARD, Part
-from scaledistill.errors import (
-    EXIT_DONE,
-    EXIT_ENVIRONMENT,
-    EXIT_INTERRUPTED,
-    ConfigError,
-    DataError,
-    counted,
-    named,
-)
+from scaledistill.errors import DataError, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -404,16 +396,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     logging.getLogger("scaledistill").setLevel(logging.INFO)
     # The hub client logs each retry; the final failure is reported here.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    try:
-        with named(**{name: f"--{name.replace('_', '-')}" for name in vars(options)}):
-            run(options, prog)
-    except (ConfigError, DataError) as error:
-        say(prog, str(error))
-        return error.exit_code
-    except OSError as error:  # a full disk, a folder that may not be written
-        say(prog, f"{error}; check {options.output} and its disk")
-        return EXIT_ENVIRONMENT
-    except KeyboardInterrupt:
-        say(prog, "interrupted; no unfinished shards are left")
-        return EXIT_INTERRUPTED
-    return EXIT_DONE
+    return carry_out(
+        lambda: run(options, prog),
+        prog,
+        names={name: f"--{name.replace('_', '-')}" for name in vars(options)},
+        disk=options.output,
+        interrupted="no unfinished shards are left",
+    )

@@ -11,15 +11,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser, say
-from scaledistill.errors import (
-    EXIT_DONE,
-    EXIT_ENVIRONMENT,
-    EXIT_INTERRUPTED,
-    ConfigError,
-    DataError,
-    named,
-)
+from scaledistill.cli.parsing import Parser, carry_out
+from scaledistill.errors import named
 from scaledistill.metrics.benchmark import output_file
 
 PROG = "scaledistill shards merge"
@@ -57,7 +50,15 @@ def parser(prog: str = PROG) -> Parser:
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Merge the parts and return the exit code."""
     options = parser(prog).parse_args(arguments)
+    return carry_out(
+        lambda: _merge(options),
+        prog,
+        disk=options.output,
+        interrupted="no unfinished shards are left",
+    )
 
+
+def _merge(options: argparse.Namespace) -> None:
     import dataclasses
 
     from rich.console import Console
@@ -71,19 +72,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     settings = [*(field.name for field in dataclasses.fields(Recipe)), "overwrite"]
     unlimited = argparse.Namespace(max_documents=None, max_tokens=None)
     display = Display(Console(stderr=True), ReadProgress(), unlimited)
-    try:
-        with display.bar, named(**{name: f"--{name.replace('_', '-')}" for name in settings}):
-            report = merge_parts(options.output, overwrite=options.overwrite, on_progress=display)
-    except (ConfigError, DataError) as error:
-        say(prog, str(error))
-        return error.exit_code
-    except OSError as error:
-        say(prog, f"{error}; check {options.output} and its disk")
-        return EXIT_ENVIRONMENT
-    except KeyboardInterrupt:
-        say(prog, "interrupted; no unfinished shards are left")
-        return EXIT_INTERRUPTED
+    with display.bar, named(**{name: f"--{name.replace('_', '-')}" for name in settings}):
+        report = merge_parts(options.output, overwrite=options.overwrite, on_progress=display)
     if options.json:
         options.json.write_text(json.dumps(report.measurements(), indent=1) + "\n")
     print_summary(Console(), report, options.output)
-    return EXIT_DONE

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,11 +50,12 @@ from scaledistill.glue.plan import (
 from scaledistill.glue.read import read_split
 from scaledistill.glue.summary import column_title, summary_of
 from scaledistill.glue.tasks import TASKS
-from scaledistill.models.teacher import load_config, resolve_folder
+from scaledistill.models.teacher import resolve_folder
 from scaledistill.run.folder import Status, StopRequest, failures_told
 
 if TYPE_CHECKING:
     import pandas
+    from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -184,14 +185,19 @@ class PlannedEvaluation:
         return self.flops_per_parameter * (student_parameters + self.teacher_parameters)
 
 
-def plan_evaluation(config: DistillConfig) -> PlannedEvaluation:
+def plan_evaluation(
+    config: DistillConfig, students: Mapping[str, PreTrainedConfig]
+) -> PlannedEvaluation:
     """Check, before a run, its evaluation's settings and data, and the teacher if it is scored.
+
+    Args:
+        students: the configs of their models, of which only the lengths are checked.
 
     Raises:
         ConfigError, DataError: one line for every problem.
         ValueError: the run has no `evaluation`.
     """
-    settings, teacher = _settings_of(config), config.teacher
+    settings = _settings_of(config)
     problems = Problems()
     if settings.probe:
         data_folder = Path(settings.data_folder) if settings.data_folder else None
@@ -222,15 +228,12 @@ def plan_evaluation(config: DistillConfig) -> PlannedEvaluation:
         whole_teacher = problems.attempt(
             lambda: plan_model(TEACHER, _teacher_folder(config), tasks)
         )
-    # The students' tables of positions are as long as the teacher's.
-    students = " and ".join(config.students)
-    whose = f"the student{'' if len(config.students) == 1 else 's'} {students}"
-    with named(**teacher_names(teacher)):
-        shape = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
-    check_lengths(whose, positions(shape), data.values(), problems)
+    for name, shape in students.items():
+        check_lengths(f"the student {name}", positions(shape), data.values(), problems)
     folder = problems.attempt(lambda: Path(_teacher_folder(config)))
     if folder:  # the students have the teacher's tokenizer
-        check_room(whose, folder, data.values(), problems)
+        whose = f"the student{'' if len(config.students) == 1 else 's'} "
+        check_room(whose + " and ".join(config.students), folder, data.values(), problems)
     problems.found = [_of_evaluation(problem) for problem in problems.found]
     problems.raise_all()
     return PlannedEvaluation(

@@ -111,10 +111,12 @@ def plan_run(
     attempt = problems.attempt
     resolved = attempt(resolve, config, world_size, device)
     teacher = attempt(_teacher_config, config)
-    shapes = {
-        name: attempt(_student_config, config, name, teacher) if teacher else None
-        for name in config.students
-    }
+    planned = (
+        {name: attempt(_student_config, config, name, teacher) for name in config.students}
+        if teacher
+        else {}
+    )
+    students = {name: shape for name, shape in planned.items() if shape}
     inits = {f"students.{name}.init": spec.init for name, spec in config.students.items()}
     for setting, model in {"teacher.model": config.teacher.model, **inits}.items():
         # Models from the hub are checked when their weights are fetched.
@@ -130,7 +132,7 @@ def plan_run(
     if writes and config.evaluation and is_main:
         from scaledistill.glue.api import plan_evaluation  # imported here: it takes seconds
 
-        evaluation = attempt(plan_evaluation, config)
+        evaluation = attempt(plan_evaluation, config, students)
     cache = _cache(config)
     locations = {setting: source.shards for setting, source in config.data.sources.items()}
     if config.data.validation:
@@ -159,8 +161,7 @@ def plan_run(
         roster = roster_of(state, config)
         notes = roster_notes(roster, config, state["step"])
     problems.raise_all()
-    students = {name: shape for name, shape in shapes.items() if shape}
-    if not (resolved and teacher and len(students) == len(shapes) and order):
+    if not (resolved and teacher and len(students) == len(config.students) and order):
         raise AssertionError("unreachable: an input is missing but no problem was recorded")
     if roster:
         students = {name: shape for name, shape in students.items() if name in roster.first_steps}
