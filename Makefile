@@ -35,9 +35,9 @@ test: $(READY)
 test-full: $(READY)
 	$(BIN)/python -m pytest -m full --timeout 1200 $(PYTEST)
 
-# The site, with its links checked; the notebook and the pages' Python, run unchanged.
+# The site, with its links checked; the first pages' commands, the notebook and the pages' Python.
 test-docs: docs $(TEACHER)
-	$(BIN)/python -m pytest -m docs --timeout 900 tests/test_documentation.py
+	$(BIN)/python -m pytest -m docs --timeout 900 tests/test_documentation.py tests/test_probe.py
 
 # Kills, stops, damage, full disks, hostile input: 50 minutes on two cores. JSON=FILE for the figures.
 test-faults: $(READY)

