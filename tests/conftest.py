@@ -16,6 +16,8 @@ from scaledistill.config.load import parse_config
 from scaledistill.config.schema import DistillConfig
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that wait for others give way to the other processes of the suite, and do not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The same on every machine; `fast_bf16` tests both ways.
 os.environ.setdefault("SCALEDISTILL_CPU_BF16", "0")
 # A shell's background job, and all that it starts, ignores it.
