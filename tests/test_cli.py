@@ -219,6 +219,15 @@ def test_misspelt_options(
     assert message in capsys.readouterr().err
 
 
+def test_threads_spin_briefly_unless_the_user_decides() -> None:
+    del os.environ["OMP_WAIT_POLICY"]  # of the tests
+    main(["--config", "nowhere.json"])
+    assert os.environ.pop("GOMP_SPINCOUNT") == "2000"
+    os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
+    main(["--config", "nowhere.json"])
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
 @pytest.mark.parametrize("name", ["quickstart", "large_to_l6"])
 def test_print_config_round_trips(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from scaledistill.cli.parsing import positive, step_or_newest
+from scaledistill.cli.parsing import positive, spin_briefly, step_or_newest
 from scaledistill.distributed.launcher import (
     check_numbers,
     is_launched,
@@ -211,6 +211,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     _check_together(parse, options)
     is_main = stated_rank() == "0"
     _set_up_messages(is_main, options.debug)
+    spin_briefly()
     log = logging.getLogger("scaledistill")
     try:
         check_numbers()
