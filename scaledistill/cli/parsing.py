@@ -64,7 +64,7 @@ def spin_briefly() -> None:
     """Let OpenMP's threads spin for microseconds, not milliseconds; call this before torch loads.
 
     The loss on CPUs waits for all threads thousands of times. If other processes need the
-    processors too, each long wait takes their whole time slice: a step then took 20 times as long.
+    processors too, each long wait takes their whole time slice: the loss took 20 times as long.
     On an idle machine the shorter time costs nothing that could be measured.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
