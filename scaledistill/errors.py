@@ -5,15 +5,17 @@ is a bug.
 
 A module that gets plain parameters does not know which setting, argument or option they come from:
 it raises `SettingError` (or `SourceError`) with its own parameter's name. The callers that know the
-public name rename it by `named`.
+public name rename it by `named`, and `carry_out` makes messages and exit codes of errors.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -237,3 +239,38 @@ class PeerError(RuntimeError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def say(prog: str, message: str) -> None:
+    """Write a message to stderr, each line with the name of the command."""
+    sys.stderr.write("".join(f"{prog}: {line}\n" for line in message.splitlines()))
+
+
+def carry_out(
+    work: Callable[[], int | None],
+    prog: str,
+    *,
+    names: Mapping[str, str] | None = None,
+    disk: str | Path = "",
+    interrupted: str = "",
+) -> int:
+    """Do the work of a subcommand and return its exit code; its errors become messages.
+
+    Args:
+        work: returns an exit code, or None for done.
+        names: the options, by the parameters that errors name.
+        disk: what to check if a file cannot be read or written.
+        interrupted: what Ctrl-C leaves, for the message.
+    """
+    try:
+        with named(**(names or {})):
+            return work() or EXIT_DONE
+    except (ConfigError, DataError) as error:
+        say(prog, str(error))
+        return error.exit_code
+    except OSError as error:
+        say(prog, f"{error}{f'; check {disk} and its disk' if disk else ''}")
+        return EXIT_ENVIRONMENT
+    except KeyboardInterrupt:
+        say(prog, f"interrupted{f'; {interrupted}' if interrupted else ''}")
+        return EXIT_INTERRUPTED

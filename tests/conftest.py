@@ -30,6 +30,14 @@ ENCODER_SIZES = {
     "intermediate_size": 64,
     "max_position_embeddings": 40,
 }
+TEACHER_SIZES = {
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
 WORDS = [f"w{number:03}" for number in range(195)]
 
 
@@ -67,15 +75,7 @@ def write_tiny_teacher(folder: Path) -> Path:
         "mask_token": "[MASK]",
     }
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=200,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
+    config = BertConfig(**TEACHER_SIZES, initializer_range=0.2)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         BertModel(config).save_pretrained(folder)

@@ -22,7 +22,7 @@ for name in (
     importlib.import_module(name)
 
 import torch  # noqa: E402 - after DeepSpeed's choice of an accelerator
-from conftest import tiny_tree  # noqa: E402
+from conftest import TEACHER_SIZES, tiny_tree  # noqa: E402
 from transformers import BertConfig  # noqa: E402
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
@@ -35,14 +35,7 @@ get_checkpoint_conversion_mapping("bert")
 if torch.version.cuda is None:  # a backward with GPUs starts threads, which would not be forked
     torch.set_num_threads(1)
     config = parse_config(tiny_tree(Path(), Path("teacher"), Path("shards")))
-    teacher = BertConfig(
-        vocab_size=200,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
+    teacher = BertConfig(**TEACHER_SIZES)
     shape = student_shape(config, "l2", teacher)
     estimate(resolve(config, 1, torch.device("cpu")), teacher, {"l2": shape})
 

@@ -54,6 +54,13 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
+def shell_lines(page: Path) -> list[str]:
+    """Return the lines of a page's shell blocks, continued ones joined."""
+    return [
+        line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()
+    ]
+
+
 @pytest.mark.parametrize("made", [architectures, configuration], ids=lambda made: made.__name__)
 def test_made_pages_are_current(made: Any) -> None:
     name = made.__name__
@@ -175,22 +182,19 @@ def shell_commands() -> Iterator[Any]:
     left out.
     """
     for page in PAGES:
-        for block in blocks(page, "bash"):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                name = f"{page.stem}: {line[:60]}"
-                for tool, subcommand in TOOLS.items():
-                    if tool in words and "…" not in words:
-                        rest = words[words.index(tool) + 1 :]
-                        yield pytest.param(subcommand, rest, id=name)
-                if words[:1] == ["scaledistill"] and "…" not in words:
-                    [subcommand] = [
-                        each
-                        for each in SUBCOMMANDS
-                        if words[1 : 1 + len(each.split())] == each.split()
-                    ]
-                    rest = words[1 + len(subcommand.split()) :]
+        for line in shell_lines(page):
+            words = shlex.split(line, comments=True)
+            name = f"{page.stem}: {line[:60]}"
+            for tool, subcommand in TOOLS.items():
+                if tool in words and "…" not in words:
+                    rest = words[words.index(tool) + 1 :]
                     yield pytest.param(subcommand, rest, id=name)
+            if words[:1] == ["scaledistill"] and "…" not in words:
+                [subcommand] = [
+                    each for each in SUBCOMMANDS if words[1 : 1 + len(each.split())] == each.split()
+                ]
+                rest = words[1 + len(subcommand.split()) :]
+                yield pytest.param(subcommand, rest, id=name)
 
 
 @pytest.mark.parametrize(("subcommand", "arguments"), list(shell_commands()))
@@ -264,9 +268,13 @@ def write_dataset(folder: Path, configs: dict[str, dict[str, list[dict[str, Any]
     (folder / "README.md").write_text(f"---\n{json.dumps({'configs': described})}\n---\n")
 
 
-SHORTER = {"max_steps: 400000": "max_steps: 2", "global_batch_size: 256": "global_batch_size: 2"}
-SHORTER |= {"micro_batch_size: 32": "micro_batch_size: 2", "warmup_steps: 4000": "warmup_steps: 1"}
-SHORTER |= {"precision: bf16": "precision: auto"}  # slow on CPUs without bf16 units
+SHORTER = {
+    "max_steps: 400000": "max_steps: 2",
+    "warmup_steps: 4000": "warmup_steps: 1",
+    "global_batch_size: 256": "global_batch_size: 2",
+    "micro_batch_size: 32": "micro_batch_size: 2",
+    "precision: bf16": "precision: auto",  # slow on CPUs without bf16 units
+}
 
 
 @pytest.mark.docs
@@ -281,12 +289,7 @@ def test_the_first_commands_run(
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_models_and_data(tiny_teacher)
-    commands = [
-        line
-        for block in blocks(ROOT / page, "bash")
-        for line in block.replace("\\\n", " ").splitlines()
-        if line.startswith("scaledistill ")
-    ]
+    commands = [line for line in shell_lines(ROOT / page) if line.startswith("scaledistill ")]
     assert len(commands) >= 5
     for command in commands:
         ended = subprocess.run(

@@ -136,7 +136,7 @@ def test_an_evaluation_that_cannot_be_is_told_before_the_run(
         match=r"evaluation\.max_length=1 \(RTE\) leaves no room for text: .* the student l2",
     ):
         plan_evaluation(parse_config(make_tree(max_length=1)), {})
-    shorter = {"l2": BertConfig(max_position_embeddings=20)}  # of a folder, as only the length is
+    shorter = {"l2": BertConfig(max_position_embeddings=20)}
     with pytest.raises(
         ConfigError, match=r"max_length=24 \(RTE\) is more than the 20 positions of"
     ):

@@ -16,8 +16,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser, carry_out
-from scaledistill.errors import EXIT_DONE, counted, did_you_mean, near_miss
+from scaledistill.cli.parsing import Parser
+from scaledistill.errors import EXIT_DONE, carry_out, counted, did_you_mean, near_miss
 from scaledistill.metrics.benchmark import output_file
 from scaledistill.preflight.doctor import CHECKS, MIN_FREE_BYTES, Finding, Machine, Wanted, examine
 

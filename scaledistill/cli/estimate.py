@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scaledistill.cli.parsing import Parser, carry_out
-from scaledistill.errors import EXIT_DONE
+from scaledistill.cli.parsing import Parser
+from scaledistill.errors import EXIT_DONE, carry_out
 from scaledistill.metrics.benchmark import output_file
 
 if TYPE_CHECKING:

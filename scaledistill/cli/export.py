@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser, carry_out, positive, step_or_newest
+from scaledistill.cli.parsing import Parser, positive, step_or_newest
+from scaledistill.errors import carry_out
 
 FORMATS = ("transformers", "sentence-transformers", "onnx", "onnx-int8")
 PROG = "scaledistill export"

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser, carry_out
-from scaledistill.errors import ConfigError
+from scaledistill.cli.parsing import Parser
+from scaledistill.errors import ConfigError, carry_out
 
 PROG = "scaledistill init"
 DESCRIPTION = """Write a configuration to start from, and the launchers.

@@ -1,25 +1,12 @@
-"""The parser and the exit codes that the subcommands share. Imports nothing heavy."""
+"""The parser that the subcommands share. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
-from scaledistill.errors import (
-    EXIT_CONFIG,
-    EXIT_DONE,
-    EXIT_ENVIRONMENT,
-    EXIT_INTERRUPTED,
-    ConfigError,
-    DataError,
-    did_you_mean,
-    named,
-    near_miss,
-)
+from scaledistill.errors import EXIT_CONFIG, did_you_mean, near_miss
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,11 +42,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_CONFIG, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
 
 
-def say(prog: str, message: str) -> None:
-    """Write a message to stderr, each line with the name of the command."""
-    sys.stderr.write("".join(f"{prog}: {line}\n" for line in message.splitlines()))
-
-
 def spin_briefly() -> None:
     """Let OpenMP's threads spin for microseconds, not milliseconds; call this before torch loads.
 
@@ -69,36 +51,6 @@ def spin_briefly() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
-
-def carry_out(
-    work: Callable[[], int | None],
-    prog: str,
-    *,
-    names: Mapping[str, str] | None = None,
-    disk: str | Path = "",
-    interrupted: str = "",
-) -> int:
-    """Do the work of a subcommand and return its exit code; its errors become messages.
-
-    Args:
-        work: returns an exit code, or None for done.
-        names: the options, by the parameters that errors name.
-        disk: what to check if a file cannot be read or written.
-        interrupted: what Ctrl-C leaves, for the message.
-    """
-    try:
-        with named(**(names or {})):
-            return work() or EXIT_DONE
-    except (ConfigError, DataError) as error:
-        say(prog, str(error))
-        return error.exit_code
-    except OSError as error:
-        say(prog, f"{error}{f'; check {disk} and its disk' if disk else ''}")
-        return EXIT_ENVIRONMENT
-    except KeyboardInterrupt:
-        say(prog, f"interrupted{f'; {interrupted}' if interrupted else ''}")
-        return EXIT_INTERRUPTED
 
 
 def positive(text: str) -> int:

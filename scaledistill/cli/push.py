@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scaledistill.cli.export import set_up_messages
-from scaledistill.cli.parsing import Parser, carry_out
+from scaledistill.cli.parsing import Parser
+from scaledistill.errors import carry_out
 
 PROG = "scaledistill push"
 DESCRIPTION = """Upload an export to the hub. Without --yes it only lists what would go."""

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser, carry_out
-from scaledistill.errors import ConfigError
+from scaledistill.cli.parsing import Parser
+from scaledistill.errors import ConfigError, carry_out
+from scaledistill.report.names import REPORT_FILE
 
 PROG = "scaledistill report"
 DESCRIPTION = """Write one self-contained HTML page about a run, or about several side by side.
@@ -54,14 +55,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     log = logging.getLogger("scaledistill")
     if not log.handlers:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-    output = options.output or options.runs[0]
-    return carry_out(lambda: _report(options), prog, names={"folder": "RUN"}, disk=output)
-
-
-def _report(options: argparse.Namespace) -> None:
-    from scaledistill.report.names import REPORT_FILE
-
     output = options.output or options.runs[0] / REPORT_FILE
+    return carry_out(lambda: _report(options, output), prog, names={"folder": "RUN"}, disk=output)
+
+
+def _report(options: argparse.Namespace, output: Path) -> None:
     if output.is_dir():
         raise ConfigError(f"--output {output}: found a folder, expected a file; add report.html")
     if options.maps:

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scaledistill.cli.parsing import Parser, carry_out, say
+from scaledistill.cli.parsing import Parser
 from scaledistill.data.sizes import ROWS_PER_SHARD, Part
-from scaledistill.errors import DataError, counted
+from scaledistill.errors import DataError, carry_out, counted, say
 
 if TYPE_CHECKING:
     from rich.console import Console

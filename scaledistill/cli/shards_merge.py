@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser, carry_out
-from scaledistill.errors import named
+from scaledistill.cli.parsing import Parser
+from scaledistill.errors import carry_out, named
 from scaledistill.metrics.benchmark import output_file
 
 PROG = "scaledistill shards merge"

@@ -23,12 +23,10 @@ from scaledistill.config.defaults import BATCH_SIZE, EPOCHS, LEARNING_RATES, SEE
 from scaledistill.errors import (
     EXIT_DONE,
     EXIT_ENVIRONMENT,
-    EXIT_INTERRUPTED,
     ConfigError,
-    DataError,
+    carry_out,
     counted,
     did_you_mean,
-    named,
     near_miss,
 )
 from scaledistill.glue.cell import MODEL_NAME
@@ -338,22 +336,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # The hub client logs each retry; the final failure is reported here.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    try:
-        names = {name: _option(name) for name in vars(options)}
-        with named(**names | {"data_folder": "--data-dir"}):
-            return run(options)
-    except (ConfigError, DataError) as error:
-        _say(str(error))
-        return error.exit_code
-    except OSError as error:  # a full disk, a folder that may not be written
-        _say(f"{error}; check {options.output} and its disk")
-        return EXIT_ENVIRONMENT
-    except KeyboardInterrupt:
-        _say(
-            f"interrupted; finished cells are kept in {options.output}; rerun the same command to "
-            "resume"
-        )
-        return EXIT_INTERRUPTED
+    return carry_out(
+        lambda: run(options),
+        "glue",
+        names={name: _option(name) for name in vars(options)} | {"data_folder": "--data-dir"},
+        disk=options.output,
+        interrupted=f"finished cells are kept in {options.output}; rerun the same command to "
+        "resume",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -537,10 +527,6 @@ class Display:
         whole = sum(self._work.values())
         done = sum(self._work[one] * share for one, share in self._done.items())
         return f"  (about {duration(elapsed * (whole - done) / done)} left)" if done else ""
-
-
-def _say(text: str) -> None:
-    sys.stderr.write("".join(f"glue: {line}\n" for line in text.splitlines()))
 
 
 if __name__ == "__main__":

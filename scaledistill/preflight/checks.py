@@ -111,12 +111,10 @@ def plan_run(
     attempt = problems.attempt
     resolved = attempt(resolve, config, world_size, device)
     teacher = attempt(_teacher_config, config)
-    planned = (
-        {name: attempt(_student_config, config, name, teacher) for name in config.students}
-        if teacher
-        else {}
-    )
-    students = {name: shape for name, shape in planned.items() if shape}
+    students: dict[str, PretrainedConfig] = {}
+    for name in config.students if teacher else ():
+        if shape := attempt(_student_config, config, name, teacher):
+            students[name] = shape
     inits = {f"students.{name}.init": spec.init for name, spec in config.students.items()}
     for setting, model in {"teacher.model": config.teacher.model, **inits}.items():
         # Models from the hub are checked when their weights are fetched.
