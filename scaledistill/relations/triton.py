@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 import triton
+from packaging.version import Version
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -43,6 +44,8 @@ from scaledistill.relations.triton_launch import Launch, Winners, cache_file, ca
 # For wider heads in float32, even tiles of 32 tokens spill registers and take over 100 KiB of a
 # multiprocessor.
 MAX_HEAD_WIDTH = 128
+# Triton 3.6 fails to compile a pipeline of this kernel's loads for compute capability 9.0.
+PIPELINED_BACKWARD = Version(triton.__version__) >= Version("3.7")
 Result = TypeVar("Result")
 
 
@@ -294,6 +297,8 @@ def _run_fastest(
     length = spec.share_BT.shape[1]
     in_float32 = torch.float32 in (teacher[0].dtype, student[0].dtype)
     among = candidates(kernel, max(E_T, E_S), in_float32, length)
+    if kernel == "backward" and not PIPELINED_BACKWARD:
+        among = [launch._replace(num_stages=1) for launch in among]
     device = student[0].device
     with torch.cuda.device_of(student[0]):
         if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
