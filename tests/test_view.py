@@ -218,7 +218,8 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         return [parameter.grad for parameter in view.parameters()]
 
     plain = gradients()
-    view.activation_checkpointing_enable()
+    # Transformers 5.17 has the old name only; newer ones warn about it.
+    getattr(view, "activation_checkpointing_enable", view.gradient_checkpointing_enable)()
     assert all(map(torch.equal, gradients(), plain))
 
 
