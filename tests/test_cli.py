@@ -76,8 +76,8 @@ def test_help_is_quick_and_says_what_counts(capsys: pytest.CaptureFixture[str]) 
     ):
         assert part in text, part
     assert (
-        "exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on "
-        "request" in text
+        "exit codes: 0 done, 1 an unexpected error, 2 configuration, 3 environment or data, "
+        "4 diverged, 75 stopped on request" in text
     )
     assert "local_rank" not in text
 

@@ -49,10 +49,10 @@ DESCRIPTION = """Distil students from a frozen teacher; rerun the same command t
 
 It starts a rank for each GPU of this machine, or as many as --num-ranks states. `deepspeed`,
 `torchrun` and `accelerate launch` may start the ranks instead."""
-EPILOG = """exit codes: 0 done, 2 configuration, 3 environment or data, 4 diverged, 75 stopped on
-request (0 under torchrun, which would restart the run; rerun the command to resume), 130
-interrupted. <run.folder>/status.json states how a run ended, even if a launcher changes the exit
-code.
+EPILOG = """exit codes: 0 done, 1 an unexpected error, 2 configuration, 3 environment or data,
+4 diverged, 75 stopped on request (0 under torchrun, which would restart the run; rerun the command
+to resume), 130 interrupted. <run.folder>/status.json states how a run ended, even if a launcher
+changes the exit code.
 
 examples:
   %(prog)s --config my.yaml --validate
