@@ -36,6 +36,23 @@ sys.exit(f"no free port from {first} to {first + number - 1}; set MASTER_PORT")
 PYTHON
 }
 
+# choose_gpus N: set `gpus` to DeepSpeed's options for N GPUs, those of CUDA_VISIBLE_DEVICES first,
+# which DeepSpeed ignores beside such options.
+# shellcheck disable=SC2034 # the scripts read `gpus`
+choose_gpus() {
+  gpus=(--num_gpus "$1")
+  if [[ -n ${CUDA_VISIBLE_DEVICES-} ]] && command -v nvidia-smi >/dev/null; then
+    local found="found CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES" visible
+    if [[ ! $CUDA_VISIBLE_DEVICES =~ ^[0-9]+(,[0-9]+)*$ ]]; then
+      fail "$found, but DeepSpeed's launcher knows GPUs by number only; use scaledistill distill"
+    fi
+    IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+    (($1 <= ${#visible[@]})) || fail "$found, expected $1 GPUs, one for each rank"
+    gpus=(--include "localhost:$(IFS=, && echo "${visible[*]:0:$1}")")
+    unset CUDA_VISIBLE_DEVICES # DeepSpeed would say that it ignores it
+  fi
+}
+
 # run_deepspeed OPTIONS…: replace this shell by DeepSpeed's launcher; on Ctrl-C wait for the ranks,
 # without the launcher's traceback.
 run_deepspeed() {

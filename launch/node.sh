@@ -12,5 +12,6 @@ help_if_asked "$@"
 
 MASTER_PORT=${MASTER_PORT:-$(free_port)}
 export MASTER_PORT
-run_deepspeed --quiet ${NUM_PROCESSES:+--num_gpus "$NUM_PROCESSES"} --master_port "$MASTER_PORT" \
-  "$root/launch/distill.py" "$@"
+gpus=()
+[[ -z ${NUM_PROCESSES:-} ]] || choose_gpus "$NUM_PROCESSES"
+run_deepspeed --quiet "${gpus[@]}" --master_port "$MASTER_PORT" "$root/launch/distill.py" "$@"

@@ -13,5 +13,6 @@ help_if_asked "$@"
 
 MASTER_PORT=${MASTER_PORT:-$(free_port)}
 export MASTER_PORT
-run_deepspeed --quiet --num_gpus 1 --master_port "$MASTER_PORT" "$root/launch/distill.py" \
+choose_gpus 1
+run_deepspeed --quiet "${gpus[@]}" --master_port "$MASTER_PORT" "$root/launch/distill.py" \
   --config "$root/configs/large_to_l6_a6000.json" "$@"

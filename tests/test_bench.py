@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from scaledistill.metrics import benchmark
 from scaledistill.metrics.benchmark import Report, Worker, WorkerError, add_options, in_turn, ratios
 
 TOOLS = Path(__file__).parent.parent / "tools" / "bench"
@@ -246,6 +250,28 @@ def test_a_report_keeps_medians() -> None:
     assert table.markdown() == "**title**\n\n| x | y |\n| --- | --- |\n| 1 | 2 |"
 
 
+def test_figures_that_are_not_finite_are_null() -> None:
+    report = Report()
+    report.add("a", math.nan, "s")
+    assert json.loads(report.json()) == [{"name": "a", "value": None, "unit": "s", "n": 1}]
+
+
+def test_a_commit_is_that_of_our_own_checkout(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        settings = ("-c", "user.name=x", "-c", "user.email=x@x.org")
+        subprocess.run(["git", *settings, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    folder = tmp_path / "venv" / "scaledistill"
+    folder.mkdir(parents=True)
+    (folder / "x.py").touch()
+    git("init")
+    git("commit", "--allow-empty", "--message", "theirs")
+    assert benchmark._commit(folder) == "not a git checkout"
+    git("add", ".")
+    git("commit", "--message", "ours")
+    assert re.fullmatch("[0-9a-f]{7,}", benchmark._commit(folder))
+
+
 def test_a_folder_for_the_figures_is_missed_early(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +280,9 @@ def test_a_folder_for_the_figures_is_missed_early(
     with pytest.raises(SystemExit):
         parser.parse_args(["--json", str(tmp_path / "none" / "figures.json")])
     assert "none is not a folder; make it first" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--json", str(tmp_path)])
+    assert f"{tmp_path} is a folder; name a file in it" in capsys.readouterr().err
 
 
 def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:

@@ -125,6 +125,33 @@ def test_more_ranks_than_gpus(environment: dict[str, str], monkeypatch: pytest.M
         pytest.fail("a group was made")
 
 
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_task_that_sees_its_own_gpu_only(
+    torchrun: bool, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's --gpus-per-task=1: DeepSpeed takes the GPU that LOCAL_RANK names."""
+    environment.update(
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    )
+    environment["SLURM_PROCID"] = "3"
+    if torchrun:
+        environment["TORCHELASTIC_RUN_ID"] = "1"
+    chosen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+
+    def join(backend: str, timeout: object) -> None:
+        chosen.extend([backend, os.environ["LOCAL_RANK"]])
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(dist, "init_process_group", join)
+    expected = "local rank 3 has no GPU of its own" if torchrun else "enough"
+    with pytest.raises(ConfigError, match=expected), process_group(60):
+        pytest.fail("a group was made")
+    assert chosen == ([] if torchrun else [0, "nccl", "0"])
+
+
 def test_threads_are_shared_among_the_ranks_here(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

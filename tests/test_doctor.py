@@ -18,12 +18,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fake_hub import FakeHub, use_hub
 
 from scaledistill.cli import doctor as command
 from scaledistill.config.schema import DistillConfig
 from scaledistill.preflight import doctor
 from scaledistill.preflight.doctor import CHECKS, Ended, Finding, Machine, Wanted, examine
+from scaledistill.preflight.probes import multiplies
 
 GPU = {"name": "A100", "capability": [8, 0], "memory_bytes": 80 * 10**9, "error": ""}
 ON_GPU = {
@@ -447,6 +449,10 @@ def test_the_command_line(
         (["--only", "gpus"], "there is no check 'gpus'; expected some of"),
         (["--set", "run.seed=2"], "--set is read only with --config"),
         (["--json", "no/folder/x.json"], "no/folder is not a folder"),
+        (["--min-free-gb", "nan"], "found 'nan', expected a number from 0 up"),
+        (["--num-gpus", "0"], "found '0', expected a whole number from 1 up"),
+        (["--only", "port", "--num-gpus", "1"], "--num-gpus is read only by the check gpu"),
+        (["--quick", "--only", "kernels"], "--quick leaves out kernels; drop one of the options"),
     ],
 )
 def test_wrong_options(
@@ -476,6 +482,7 @@ def test_it_starts_without_torch() -> None:
 def test_the_facts_of_this_torch() -> None:
     facts = Machine().probe("torch")
     assert facts["version"] == metadata.version("torch")
+    assert multiplies(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @pytest.mark.full

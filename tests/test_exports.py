@@ -179,7 +179,9 @@ def test_the_extra_tap_is_left_out(tmp_path: Path, tiny_teacher: Path, tiny_shar
     )
 
 
-def test_a_student_to_publish(run: DistillConfig, tmp_path: Path, tiny_teacher: Path) -> None:
+def test_a_student_to_publish(
+    run: DistillConfig, tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(run.run.folder)
     for source, step, found in (
         (folder, "newest", 10),
@@ -193,6 +195,10 @@ def test_a_student_to_publish(run: DistillConfig, tmp_path: Path, tiny_teacher: 
         assert student.card["tokens"] == f"{128 * found:,} ({found} steps of 8 × 16)"
         assert (student.name, student.trained_layers, student.num_tokens) == ("l2", 1, 16)
         assert parse_config(json.loads(student.settings or "")).students.keys() == {"l2"}
+    monkeypatch.chdir(checkpoints(run))
+    assert open_student(Path("step-000000004")).card["tokens"].startswith("512 (4 steps")
+    with pytest.raises(ConfigError, match=r"^step=8 is read only for runs; leave it out$"):
+        open_student(Path("step-000000004"), step=8)
     # The run's own export, which says the same.
     student = open_student(folder / "export" / "l2")
     assert (student.trained_layers, student.num_tokens) == (1, 16)

@@ -30,6 +30,11 @@ def test_a_preset_is_written(name: str | None, capsys: pytest.CaptureFixture[str
     assert ("# Optimizer steps of the run." in file.read_text()) == (name != "x.json")
 
 
+def test_the_next_command_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--preset", "quickstart", "my file.yaml"]) == 0
+    assert "--config 'my file.yaml' --validate" in capsys.readouterr().out
+
+
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -134,6 +134,31 @@ def test_the_train_job_is_what_kubeflow_takes() -> None:
 # --- deepspeed ---
 
 
+@pytest.mark.parametrize(
+    ("script", "visible", "num_processes", "expected"),
+    [
+        ("single_gpu.sh", "", "", "--num_gpus 1"),
+        ("single_gpu.sh", "5,6", "", "--include localhost:5"),
+        ("single_gpu.sh", "GPU-1f", "", "DeepSpeed's launcher knows GPUs by number only"),
+        ("node.sh", "5,6,7", "", "--quiet --master_port"),
+        ("node.sh", "5,6,7", "2", "--include localhost:5,6 --master_port"),
+        ("node.sh", "5,6", "3", "found CUDA_VISIBLE_DEVICES=5,6, expected 3 GPUs, one for each"),
+        ("node.sh", "", "3", "--num_gpus 3"),
+    ],
+)
+def test_visible_gpus_are_kept(
+    script: str, visible: str, num_processes: str, expected: str, stand_ins: Path
+) -> None:
+    put(stand_ins, "nvidia-smi", "")
+    put(stand_ins, "python", 'echo "${@:3}"\n')
+    variables = environment(
+        stand_ins, CUDA_VISIBLE_DEVICES=visible, NUM_PROCESSES=num_processes, MASTER_PORT=1234
+    )
+    ended = run(script, "--config", "x", env=variables)
+    assert expected in ended.stdout + ended.stderr
+    assert (ended.returncode == 0) == ("--" in expected)
+
+
 @pytest.mark.full
 def test_node_and_single_gpu(config_file: MakeFile, tmp_path: Path) -> None:
     config = config_file()

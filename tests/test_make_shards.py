@@ -542,8 +542,8 @@ def test_the_other_sources_of_the_tool(
     [
         (
             ["a.txt", "--json", "nowhere/report.json"],
-            3,
-            "--json nowhere/report.json: no folder nowhere; make it first",
+            2,
+            "argument --json: nowhere is not a folder; make it first",
         ),
         (
             ["a.txt", "--sequense-length", "7"],

@@ -245,6 +245,7 @@ def test_trackers_see_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "loss not finite  (a 2.0000, b not finite)  validation 3.5000  (a 1.5000, b 2.0000)  "
             "STS-B probe  (a 0.500, b 0.250)",
         ),
+        ({"loss": 1.0, "validation_loss": None}, "loss 1.0000  validation not finite"),
         ({"loss": 1.0, "tokens_per_second": 999.4}, "loss 1.0000  999 tokens/s"),
         ({"loss": 1.0, "tokens_per_second": 2.5e6}, "loss 1.0000  2.5M tokens/s"),
         ({"loss": 1.0, "tokens_per_second": 3e9}, "loss 1.0000  3.0G tokens/s"),

@@ -121,6 +121,11 @@ def test_wrong_options_say_what_to_type(
     assert "--probe stsb excludes --tasks" in error_of("--probe", "stsb", "--tasks", "stsb")
     assert "--tasks is missing (or --probe stsb" in error_of()
     assert "choose from" in error_of("--probe", "rte")
+    for option in ("--list", "--workers=2", "--seeds=1", "--quick", "--output=x"):
+        name = option.partition("=")[0]
+        assert f"{name} is not read with --probe; leave it out" in error_of(
+            "--probe", "stsb", option
+        )
     missing = ["--probe", "stsb", "--model", f"none={tmp_path}", "--data-dir", str(tmp_path)]
     assert main(missing) in (2, 3)
     text = capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from scaledistill.cli import export as command
-from scaledistill.models.card import teacher_metadata, write_results
+from scaledistill.models.card import teacher_metadata, write_metadata, write_results
 from scaledistill.models.export import export_student
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import load_config
@@ -152,6 +153,54 @@ def test_all_formats_of_a_student(
     assert [path.name for path in output.parent.iterdir()] == ["l2"]
 
 
+def test_an_export_forgets_what_the_older_one_had(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = write()
+    write_metadata(
+        source,
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        tags=["distillation", "sentence-transformers", "onnx"],
+    )
+    assert run(source, "--output", tmp_path / "out") == 0
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "feature-extraction")
+    assert data.tags == ["distillation"]
+
+
+def test_a_tokenizer_without_a_padding_token(
+    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sentence_transformers")
+    source, sample = write(), tmp_path / "sample.txt"
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    sample.write_text("\n".join(TEXTS))
+    assert run(source, "--sample", sample, "--output", tmp_path / "plain") == 0
+    wanted = ("--format", "sentence-transformers", "--output", tmp_path / "sentences")
+    assert run(source, *wanted) == 3
+    assert (
+        f"SOURCE='{source}' has no padding token, which sentence-transformers needs; set pad_token"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "sentences").exists()
+
+
+def test_another_licence_leaves_nothing_of_the_teacher_s(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    named = {"license": "other", "license_name": "theirs", "license_link": "https://x.org"}
+    source = write(metadata=named)
+    for folder, arguments in ("same", ()), ("own", ("--licence", "mit")):
+        assert run(source, *arguments, "--output", tmp_path / folder) == 0
+    data = ModelCard.load(tmp_path / "same" / "README.md").data.to_dict()
+    assert {key: data[key] for key in named} == named
+    data = ModelCard.load(tmp_path / "own" / "README.md").data.to_dict()
+    assert (data["license"], "license_name" in data, "license_link" in data) == ("mit", 0, 0)
+
+
 def test_a_student_without_a_trained_layer_is_not_cut(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -248,6 +297,7 @@ def test_what_cannot_be_exported(
         ([tmp_path / "mine"], 3, "has no config.json"),
         ([old], 3, "is an export without scaledistill.json, so what of it was trained is not"),
         ([source, "--student", "l2"], 2, "--student 'l2' is read only for runs and checkpoints"),
+        ([source, "--step", 7], 2, "--step 7 is read only for runs; leave it out"),
         ([source, "--num-layers", 3], 2, "--num-layers 3: the model has 2 layers; use 1 to 2"),
         ([source, "--sample", tmp_path / "no"], 3, "cannot be read ("),
         ([source, "--glue", tmp_path], 3, "has no grid.json"),
@@ -255,6 +305,9 @@ def test_what_cannot_be_exported(
         assert run(*arguments, "--output", output) == code
         assert message in capsys.readouterr().err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"]
+    with pytest.raises(SystemExit):
+        run(source, "--glue-model", "l2", "--output", output)
+    assert "--glue-model is read only with --glue" in capsys.readouterr().err
     assert run(source, "--output", tmp_path / "mine", "--force") == 2
     assert "has no scaledistill.json, so it is not an export and --force" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis").exists()
@@ -271,7 +324,9 @@ def test_what_cannot_be_exported(
     ) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", [0.0, math.nan])
 def test_an_onnx_model_that_differs_is_not_exported(
+    value: float,
     write: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -282,7 +337,7 @@ def test_an_onnx_model_that_differs_is_not_exported(
             """Ignore the file."""
 
         def __call__(self, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.zeros(*ids_BT.shape, 16), torch.zeros(len(ids_BT), 16)
+            return torch.zeros(*ids_BT.shape, 16), torch.full((len(ids_BT), 16), value)
 
     def no_export(encoder: object, path: Path) -> None:
         path.touch()
@@ -291,13 +346,49 @@ def test_an_onnx_model_that_differs_is_not_exported(
     monkeypatch.setattr(formats, "OnnxEncoder", Wrong)
     monkeypatch.setattr(formats, "write_onnx", no_export)
     assert run(write(), "--format", "onnx", "--output", tmp_path / "out") == 3
-    assert "the ONNX model differs from PyTorch by " in capsys.readouterr().err
+    assert "the onnx model differs from PyTorch by " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
+
+def test_an_int8_model_that_gives_nan_is_not_exported(
+    write: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reference: list[Any] = []
+
+    class Same:
+        def __init__(self, path: Path) -> None:
+            self.value = math.nan if "int8" in path.name else 0.0
+
+        def __call__(self, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                hidden, mean = reference[0](ids_BT, mask_BT)
+            return hidden + self.value, mean
+
+    def no_export(encoder: Any, path: Path) -> None:
+        reference.append(formats.SentenceEncoder(encoder).eval())
+        path.touch()
+
+    monkeypatch.setattr(formats, "check_formats", lambda names: None)
+    monkeypatch.setattr(formats, "OnnxEncoder", Same)
+    monkeypatch.setattr(formats, "write_onnx", no_export)
+    monkeypatch.setattr(formats, "quantize", lambda source, target: target.touch())
+    assert run(write(), "--format", "onnx-int8", "--output", tmp_path / "out") == 3
+    assert "the onnx-int8 model differs from PyTorch by nan" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_torch_cannot_export(
+    write: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def cannot(*_: object, **__: object) -> None:
         raise NotImplementedError("no such operator\nand a long trace")
 
-    monkeypatch.undo()
     monkeypatch.setattr(formats, "check_formats", lambda names: None)
     monkeypatch.setattr(torch.onnx, "export", cannot)
     assert run(write(), "--format", "onnx", "--output", tmp_path / "out") == 2

@@ -74,6 +74,8 @@ def test_only_a_list_without_yes(export: Path, run: Callable[..., tuple[int, str
     assert listed(out) == {name: (export / name).stat().st_size for name in FILES}
     assert "README.md: license becomes mit" in out
     assert "5 files, 0.0 MB would go to me/l6; add --yes to upload" in out
+    _, out, _ = run(hub, export, "--repo", "me/l6", "--licence", "mit", "--private")
+    assert "would go to me/l6 (private if it is new); add --yes to upload" in out
     assert (export / "README.md").read_bytes() == before
 
 

@@ -236,6 +236,17 @@ def test_several_runs_and_students(tmp_path: Path, long_run: Path) -> None:
     assert "Loss of vv" in parsed.texts["h3"]
 
 
+def test_a_validation_that_was_not_finite(tmp_path: Path) -> None:
+    folder = write_long_run(tmp_path / "run", 20)
+    losses = (1.5, None)
+    rows = [{"step": step, "loss": 1.0, "validation_loss": x} for step, x in enumerate(losses, 1)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    figures = Page(write_report([folder], tmp_path / "page.html").read_text()).texts
+    values = dict(zip(figures["dt"].split("\n"), figures["dd"].split("\n"), strict=True))
+    assert values["validation loss"] == "not finite"
+    assert values["best validation"] == "1.5000 at step 1"
+
+
 def test_runs_of_equal_names(tmp_path: Path) -> None:
     folders = [write_long_run(tmp_path / parent / "run", 30) for parent in ("a", "b")]
     text = write_report(folders, tmp_path / "page.html").read_text()
@@ -274,6 +285,8 @@ def test_what_is_not_a_run(
         read_run(tmp_path)
     assert main([str(tmp_path / "missing")]) == 3
     assert f"RUN='{tmp_path}/missing' is not a folder" in capsys.readouterr().err
+    assert main([str(tmp_path / "missing"), "--maps"]) == 3
+    assert f"RUN='{tmp_path}/missing' is not a folder" in capsys.readouterr().err
     report_at_end(tmp_path)
     assert "no report.html: " in caplog.text
 
@@ -287,6 +300,16 @@ def test_the_command(long_run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         main(["--help"])
     assert capsys.readouterr().out.count("  scaledistill report runs/") == 2
+
+
+def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    expected = library.vega_script()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert library.vega_script() == expected
 
 
 def test_without_the_library(

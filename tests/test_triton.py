@@ -447,7 +447,9 @@ def test_winners_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     }
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / "launches.json"]
 
-    assert winners().choose("nothing runs", among, lambda _: math.inf) == among[0]
+    late = winners()
+    assert late.choose("nothing runs", among, lambda _: math.inf) == among[0]
+    assert late.choose("nothing runs", among, seconds) == among[2], "memory that was short is back"
     assert winners().choose("key", among[:2], seconds) == among[0], (
         "a launch that is no longer in the table"
     )

@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from scaledistill.cli.parsing import Parser
+from scaledistill.cli.parsing import Parser, not_negative, positive
 from scaledistill.errors import EXIT_DONE, carry_out, counted, did_you_mean, near_miss
 from scaledistill.metrics.benchmark import output_file
 from scaledistill.preflight.doctor import CHECKS, MIN_FREE_BYTES, Finding, Machine, Wanted, examine
@@ -66,12 +66,12 @@ def parser(prog: str = PROG) -> Parser:
     )
     parse.add_argument(
         "--min-free-gb",
-        type=float,
+        type=not_negative,
         metavar="X",
         default=MIN_FREE_BYTES / 1e9,
         help=f"space that the run folder needs (default: {MIN_FREE_BYTES / 1e9:g})",
     )
-    parse.add_argument("--num-gpus", type=int, metavar="N", help="GPUs that must be visible")
+    parse.add_argument("--num-gpus", type=positive, metavar="N", help="GPUs that must be visible")
     parse.add_argument(
         "--shared-file",
         type=Path,
@@ -104,7 +104,20 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     options = parse.parse_args(arguments)
     if options.overrides and not options.config:
         parse.error("--set is read only with --config")
+    if options.num_gpus and "gpu" not in (options.only or CHECKS):
+        parse.error("--num-gpus is read only by the check gpu, which --only leaves out")
+    if not _chosen(options):
+        parse.error(f"--quick leaves out {','.join(options.only)}; drop one of the options")
     return carry_out(lambda: _examine(options), prog)
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    """Return the names of the checks to make, in order."""
+    return [
+        name
+        for name in CHECKS
+        if name in (options.only or CHECKS) and (name in QUICK or not options.quick)
+    ]
 
 
 def _examine(options: argparse.Namespace) -> int:
@@ -131,16 +144,11 @@ def _examine(options: argparse.Namespace) -> int:
         num_gpus=options.num_gpus,
         shared_file=options.shared_file,
     )
-    names = [
-        name
-        for name in CHECKS
-        if name in (options.only or CHECKS) and (name in QUICK or not options.quick)
-    ]
     # Hub clients retry for minutes and log each attempt.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     sys.stdout.write(f"{socket.gethostname()}, {sys.executable}\n\n")
     sys.stdout.write("".join(_shown(findings)))
-    for finding in examine(Machine(), wanted, names):
+    for finding in examine(Machine(), wanted, _chosen(options)):
         findings.append(finding)
         sys.stdout.write("".join(_shown([finding])))
         sys.stdout.flush()

@@ -30,6 +30,8 @@ examples:
       --format onnx --format onnx-int8 --data-dir glue --output l6"""
 NAMES = {
     "source": "SOURCE",
+    "tokenizer_source": "SOURCE",
+    "step": "--step",
     "student": "--student",
     "teacher": "--teacher",
     "teacher.model": "--teacher",
@@ -114,7 +116,10 @@ def parser(prog: str = PROG) -> Parser:
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line and return the exit code."""
-    options = parser(prog).parse_args(arguments)
+    parse = parser(prog)
+    options = parse.parse_args(arguments)
+    if options.glue_model and not options.glue:
+        parse.error("--glue-model is read only with --glue")
     set_up_messages()
     return carry_out(
         lambda: _export(options), prog, names=NAMES, interrupted="nothing was exported"

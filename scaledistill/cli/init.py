@@ -7,6 +7,7 @@ presets and launchers are (`config.presets`), the settings' descriptions (`confi
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ def _write(options: argparse.Namespace) -> None:
     if options.preset:
         sys.stdout.write(
             "next: set teacher.model, data.train and the sizes in it, then\n"
-            f"      scaledistill distill --config {target} --validate\n"
+            f"      scaledistill distill --config {shlex.quote(str(target))} --validate\n"
         )
 
 

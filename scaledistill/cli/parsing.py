@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 from typing import Any, NoReturn
 
@@ -58,6 +60,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from 1 up")
     return int(text)
+
+
+def not_negative(text: str) -> float:
+    """Read a finite number from 0 up."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected a number from 0 up")
 
 
 def step_or_newest(text: str) -> int | str:

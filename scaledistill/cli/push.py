@@ -78,7 +78,7 @@ def _push(options: argparse.Namespace) -> None:
             sys.stdout.write(f"{size:>15,}  {path}\n")
             count += 1
     total = f"{count} files, {planned.num_bytes / 1e6:,.1f} MB"
-    where = f"{planned.repo}{' (private)' if options.private else ''}"
+    where = f"{planned.repo}{' (private if it is new)' if options.private else ''}"
     if not options.yes:
         sys.stdout.write(f"{total} would go to {where}; add --yes to upload\n")
         return

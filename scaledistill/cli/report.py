@@ -62,10 +62,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
 def _report(options: argparse.Namespace, output: Path) -> None:
     if output.is_dir():
         raise ConfigError(f"--output {output}: found a folder, expected a file; add report.html")
-    if options.maps:
-        _measure_maps(options.runs)
     from scaledistill.report.page import write_report
+    from scaledistill.report.record import read_run
 
+    if options.maps:
+        for run in options.runs:
+            read_run(run)  # before the measurements, which take minutes
+        _measure_maps(options.runs)
     write_report(options.runs, output)
     sys.stdout.write(f"{output}\n")
 

@@ -6,13 +6,14 @@ the checks (`data.shards.verify`, `data.mixture`).
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaledistill.cli.parsing import Parser
-from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, ConfigError, DataError
+from scaledistill.errors import EXIT_DONE, EXIT_ENVIRONMENT, ConfigError, DataError, carry_out
 from scaledistill.metrics.benchmark import output_file
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ DESCRIPTION = """Check folders of shards against their manifests and print their
 
 The checks: sizes, sha256, tar, crc32, ids, documents; of several folders, whether a run can mix
 them."""
-EPILOG = """exit codes: 0 all sound, 2 wrong options, 3 problems
+EPILOG = """exit codes: 0 all sound, 2 wrong options, 3 problems, 130 interrupted
 
 examples:
   %(prog)s shards/wiki-512/train
@@ -56,9 +57,13 @@ def parser(prog: str = PROG) -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """Check the folders, print the findings and return the exit code."""
+    """Run the command line and return the exit code."""
     options = parser(prog).parse_args(arguments)
+    return carry_out(lambda: _check_all(options), prog)
 
+
+def _check_all(options: argparse.Namespace) -> int:
+    """Check the folders, print the findings and return the exit code."""
     from rich.console import Console
 
     from scaledistill.data.mixture import mixing_problem

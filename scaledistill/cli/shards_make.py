@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 from scaledistill.cli.parsing import Parser
 from scaledistill.data.sizes import ROWS_PER_SHARD, Part
-from scaledistill.errors import DataError, carry_out, counted, say
+from scaledistill.errors import carry_out, counted, say
+from scaledistill.metrics.benchmark import output_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -185,7 +186,7 @@ def parser(prog: str = PROG) -> Parser:
     )
     output.add_argument(
         "--json",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="write the figures as a JSON list of name, value, unit, n",
     )
@@ -345,8 +346,6 @@ def run(options: argparse.Namespace, prog: str) -> None:
     from scaledistill.data.prepare.parts import make_part
     from scaledistill.data.prepare.text import load_tokenizer
 
-    if options.json and not options.json.parent.is_dir():
-        raise DataError(f"--json {options.json}: no folder {options.json.parent}; make it first")
     read = ReadProgress()
     documents, source = open_source(options, read)
     tokenizer = load_tokenizer(options.tokenizer, options.tokenizer_revision)

@@ -264,6 +264,13 @@ def gives_same_ids(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast)
     )
 
 
+def pad_on_the_right(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let a tokenizer pad batches on the right; whatever pads is masked."""
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:  # decoders
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+
+
 def _definition(backend: Tokenizer) -> dict[str, Any]:
     """Return the parts of a tokenizer's JSON that determine its ids."""
     whole = json.loads(backend.to_str())

@@ -86,7 +86,11 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         # With Slurm's --gpus-per-task=1, each task sees only its own GPU.
-        own_gpu = num_gpus == 1 and "SLURM_PROCID" in os.environ
+        own_gpu = (
+            num_gpus == 1
+            and "SLURM_PROCID" in os.environ
+            and "TORCHELASTIC_RUN_ID" not in os.environ
+        )
         if local_rank >= num_gpus and not own_gpu:
             raise ConfigError(
                 f"local rank {local_rank} has no GPU of its own: this process sees {num_gpus} "
@@ -100,13 +104,14 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
         device, backend = torch.device("cpu"), "gloo"
         # DeepSpeed warns if it has to detect this itself.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-    # DeepSpeed reads these even if the group already exists, and requires MPI without them.
+    if "OMP_NUM_THREADS" not in os.environ:  # on GPUs, for an optimizer state in host memory
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    # DeepSpeed reads these even if the group already exists, and requires MPI without them. It
+    # takes the GPU that LOCAL_RANK names.
     facts = {
         "RANK": rank,
         "WORLD_SIZE": world_size,
-        "LOCAL_RANK": local_rank,
+        "LOCAL_RANK": local_rank if device.index is None else device.index,
         "LOCAL_SIZE": local_world_size,
     }
     address = {

@@ -32,12 +32,8 @@ METRIC_TYPES = {
 }
 
 
-def write_scores(export: Path, name: str, output: Path) -> None:
-    """Write the scores of a model into an export's model card.
-
-    Args:
-        name: the model's name in the grid.
-        output: the output folder of the grid, finished or not.
+def check_scored(name: str, output: Path) -> Summary:
+    """Return the summary of a grid that has a model.
 
     Raises:
         DataError: a grid has never been run in `output`.
@@ -49,6 +45,21 @@ def write_scores(export: Path, name: str, output: Path) -> None:
         raise SettingError(
             "name", name, f"is not a model of {output}", f"use {' or '.join(known) or 'another'}"
         )
+    return summary
+
+
+def write_scores(export: Path, name: str, output: Path) -> None:
+    """Write the scores of a model into an export's model card.
+
+    Args:
+        name: the model's name in the grid.
+        output: the output folder of the grid, finished or not.
+
+    Raises:
+        DataError: a grid has never been run in `output`.
+        SettingError: it has no such model.
+    """
+    summary = check_scored(name, output)
     table = _seeds_table(summary, name, output)
     text = "\n\n".join([summary.markdown().strip(), table.markdown()])
     write_card_section(export, "Evaluation", text)
@@ -77,8 +88,8 @@ def _results(summary: Summary, name: str) -> list[EvalResult]:
                     if metric.endswith("_m")
                     else "validation",
                     metric_type=METRIC_TYPES.get(metric, metric.partition("_")[0]),
-                    metric_name=f"{column_title(f'{choice.task}/{metric}')}, %, median of "
-                    f"{choice.n} {'seed' if choice.n == 1 else 'seeds'}",
+                    # Equal for any number of seeds, so that later scores replace earlier ones.
+                    metric_name=f"{column_title(f'{choice.task}/{metric}')}, %, median of seeds",
                     metric_value=round(score.median, 2),
                 )
             )

@@ -244,6 +244,11 @@ def parse(arguments: Sequence[str] | None, prog: str = PROG) -> argparse.Namespa
             f"--probe {options.probe} excludes --tasks, since it does not fine-tune; run the "
             "command once with each"
         )
+    if options.probe:
+        kept = ("models", "probe", "data_folder", "json")
+        unread = [name for name, value in vars(options).items() if value and name not in kept]
+        if unread:
+            parse.error(f"{_option(unread[0])} is not read with --probe; leave it out")
     if not (options.tasks or options.probe):
         parse.error("--tasks is missing (or --probe stsb, for a score without fine-tuning)")
     if options.json and not options.json.parent.is_dir():
@@ -420,7 +425,7 @@ def probe(models: Mapping[str, str], options: argparse.Namespace) -> int:
     for table in report.tables:
         _console().print(table.rich())
     if options.json:
-        options.json.write_text(json.dumps(report.figures, indent=1) + "\n")
+        options.json.write_text(report.json())
     return EXIT_DONE
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from scaledistill.data.tokenizer import load_tokenizer
+from scaledistill.data.tokenizer import load_tokenizer, pad_on_the_right
 from scaledistill.errors import Field, Problems, named
 from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.plan import plan_model
@@ -90,9 +90,7 @@ class SimilarityProbe:
         Raises:
             DataError: see `read_split`.
         """
-        tokenizer.padding_side = "right"
-        if tokenizer.pad_token is None:  # decoders; padding is masked, so any token will do
-            tokenizer.pad_token = tokenizer.eos_token
+        pad_on_the_right(tokenizer)
         self._tokenizer = tokenizer
         pairs = read_split(TASKS["stsb"], "dev", data_folder)
         self._labels = torch.tensor(pairs.labels, dtype=torch.float64)

@@ -7,7 +7,6 @@ padding.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -87,7 +86,7 @@ def measure_speed(folders: Mapping[str, Path], output: Path) -> Report:
     table.rows.extend(lines.values())
     output.mkdir(parents=True, exist_ok=True)
     facts = machine_facts(where if on_gpu else None)
-    (output / "speed.json").write_text(json.dumps(report.figures, indent=1) + "\n")
+    (output / "speed.json").write_text(report.json())
     (output / "speed.md").write_text(
         "\n\n".join(
             [table.markdown(), "\n".join(f"- {name}: {fact}" for name, fact in facts.items())]

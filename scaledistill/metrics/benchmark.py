@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -58,6 +59,14 @@ class Report:
             texts[name] = [f"{latency:.1f}", f"{rate:.1f}", ratio]
         return texts
 
+    def json(self) -> str:
+        """Return the figures as JSON, in which a value that is not finite is null."""
+        finite = [
+            figure | {"value": figure["value"] if math.isfinite(figure["value"]) else None}
+            for figure in self.figures
+        ]
+        return json.dumps(finite, indent=1, allow_nan=False) + "\n"
+
     def table(self, title: str, columns: Sequence[str]) -> Table:
         """Add an empty table and return it."""
         self.tables.append(Table(title, columns))
@@ -78,7 +87,7 @@ class Report:
         for name, fact in facts.items():
             console.print(f"{name}: {fact}", highlight=False, markup=False, soft_wrap=True)
         if options.json:
-            options.json.write_text(json.dumps(self.figures, indent=1) + "\n")
+            options.json.write_text(self.json())
         if options.markdown:
             where = "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
             options.markdown.write_text(
@@ -125,9 +134,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def output_file(text: str) -> Path:
+    """Read the path of a file that can be written."""
     path = Path(text)
-    if not path.parent.is_dir():  # fail now rather than after all measurements
+    # Fail now rather than after all measurements.
+    if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path.parent} is not a folder; make it first")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
     return path
 
 
@@ -183,18 +196,15 @@ def _version(package: str) -> str:
 
 
 def _commit(folder: Path) -> str:
-    command = [
-        "git",
-        "--no-optional-locks",
-        "describe",
-        "--always",
-        "--dirty=, changed since",
-        "--exclude=*",
-    ]
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", *words]
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
     try:
-        return subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        # An installed package may lie in somebody else's checkout.
+        git("ls-files", "--error-unmatch", str(folder))
+        return git("describe", "--always", "--dirty=, changed since", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"
 

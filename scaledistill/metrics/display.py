@@ -146,7 +146,7 @@ class Display:
             self._num_warnings += 1
 
     def _keep(self, row: Mapping[str, Any]) -> None:
-        if row.get("validation_loss") is not None:
+        if "validation_loss" in row:
             self._validation = row
         self._num_rows += 1
         if (self._num_rows - 1) % self._stride:

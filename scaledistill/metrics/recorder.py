@@ -273,8 +273,8 @@ def summary(row: Mapping[str, Any]) -> str:
     """Return a row's metrics for people, on one line."""
     parts = ["loss " + loss_text(row["loss"])]
     parts += _each(by_student(row, "loss"), ".4f")
-    if row.get("validation_loss") is not None:
-        parts.append(f"validation {row['validation_loss']:.4f}")
+    if "validation_loss" in row:
+        parts.append("validation " + loss_text(row["validation_loss"]))
         parts += _each(by_student(row, "validation_loss"), ".4f")
     if row.get(PROBE) is not None:
         parts.append(f"STS-B probe {row[PROBE]:.3f}")

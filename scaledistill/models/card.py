@@ -201,6 +201,8 @@ def write_metadata(folder: Path, **fields: Any) -> None:
     card = read_card(folder)
     if card is None:
         card = ModelCard(f"---\ntags: []\n---\n\n# {folder.name}\n")
+    if fields.get("license", card.data.get("license")) != card.data.get("license"):
+        card.data["license_name"] = card.data["license_link"] = None  # of the other licence
     for key, value in fields.items():
         card.data[key] = value
     if card.data.get("base_model") and not card.data.get("base_model_relation"):

@@ -15,19 +15,30 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import EvalResult
 from safetensors import SafetensorError
 from torch import Tensor
 
-from scaledistill.data.tokenizer import load_tokenizer
-from scaledistill.errors import ConfigError, DataError, SettingError, did_you_mean, near_miss
+from scaledistill.data.tokenizer import load_tokenizer, pad_on_the_right
+from scaledistill.errors import (
+    ConfigError,
+    DataError,
+    SettingError,
+    SourceError,
+    did_you_mean,
+    near_miss,
+)
+from scaledistill.glue.card import check_scored, write_scores
 from scaledistill.metrics.benchmark import Report, Table, machine_facts
 from scaledistill.models.card import (
     README,
@@ -49,6 +60,7 @@ from scaledistill.storage.files import disk_remedy, sync, write_bytes, write_jso
 log = logging.getLogger(__name__)
 
 SENTENCE = "sentence-transformers"
+SENTENCE_TASK = "sentence-similarity"
 NEEDS: dict[str, tuple[str, ...]] = {
     "transformers": (),
     SENTENCE: ("sentence_transformers",),
@@ -161,7 +173,13 @@ def write_formats(
         student = student.cut(options.num_layers)
     given = {"base_model": options.base_model, "license": options.licence}
     stated = {key: value for key, value in given.items() if value}
-    student = replace(student, metadata={**student.metadata, **stated})
+    if options.glue is not None:
+        check_scored(options.glue_model or student.name, options.glue)
+    metadata = {**student.metadata, **stated}
+    if metadata.get("license") != student.metadata.get("license"):
+        for key in ("license_name", "license_link"):
+            metadata.pop(key, None)
+    student = replace(student, metadata=metadata)
     target = Path(os.path.realpath(output))
     work = target.with_name(f".{target.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
@@ -209,7 +227,8 @@ class _Writer:
         if readme is not None:
             write_bytes(self.folder / README, readme.encode())
         fields = {key: self.main.metadata.get(key) for key in ("license", "base_model")}
-        write_metadata(self.folder, **{key: value for key, value in fields.items() if value})
+        known = {key: value for key, value in fields.items() if value}
+        write_metadata(self.folder, **known, **_without_formats(self.folder))
         encoder = self.pooled.encoder()
         reference = SentenceEncoder(encoder).eval()
 
@@ -244,8 +263,6 @@ class _Writer:
             (self.folder / "model.safetensors").unlink()
         self._write_card(table)
         if options.glue is not None:
-            from scaledistill.glue.card import write_scores
-
             write_scores(self.folder, options.glue_model or self.whole.name, options.glue)
         return self.report
 
@@ -263,7 +280,19 @@ class _Writer:
         )
 
     def _write_sentence(self) -> Path:
-        """Write what `SentenceTransformer` reads; return the folder of its model."""
+        """Write what `SentenceTransformer` reads; return the folder of its model.
+
+        Raises:
+            SourceError: the tokenizer has no padding token.
+        """
+        tokenizer = self.pooled.tokenizer
+        if load_tokenizer(tokenizer, self.pooled.revision).pad_token is None:
+            raise SourceError(
+                "tokenizer_source",
+                tokenizer,
+                f"has no padding token, which {SENTENCE} needs",
+                "set pad_token in its tokenizer_config.json",
+            )
         place, module = "", self.folder
         if self.pooled is not self.main:
             place, module = MODULE, self.folder / MODULE
@@ -307,7 +336,7 @@ class _Writer:
             model = SentenceTransformer(str(self.folder), device="cpu", local_files_only=True)
         texts = ["a text", "another, longer text about something else", "!"]
         tokenizer = load_tokenizer(self.folder)
-        tokenizer.padding_side = "right"
+        pad_on_the_right(tokenizer)
         inputs = tokenizer(
             texts,
             padding=True,
@@ -360,10 +389,11 @@ class _Writer:
                 report.figures[-1]["n"] = num
             report.add(f"{name}/least cosine", found.cosine, "cosine")
             report.figures[-1]["n"] = num
-            if name == "onnx" and not found.largest <= measure.TOLERANCE:
+            limit = measure.TOLERANCE if name == "onnx" else sys.float_info.max
+            if not found.largest <= limit:
                 raise DataError(
-                    f"the ONNX model differs from PyTorch by {found.largest:.1e} on {num} inputs, "
-                    f"more than {measure.TOLERANCE}; nothing was exported. Leave onnx and "
+                    f"the {name} model differs from PyTorch by {found.largest:.1e} on {num} "
+                    f"inputs, expected at most {limit:g}; nothing was exported. Leave onnx and "
                     "onnx-int8 out, and please report it with the versions of torch and onnxscript"
                 )
         scores: dict[str, float] = {}
@@ -437,16 +467,32 @@ class _Writer:
             write_metadata(
                 folder,
                 library_name=SENTENCE,
-                pipeline_tag="sentence-similarity",
+                pipeline_tag=SENTENCE_TASK,
                 tags=_joined(folder, [SENTENCE]),
             )
         if {"onnx", "onnx-int8"} & set(formats):
             write_metadata(folder, tags=_joined(folder, ["onnx"]))
         if not {"transformers", SENTENCE} & set(formats):
             write_metadata(folder, library_name="onnx")
-        if "pytorch" in self.scores and self.main is self.pooled:
-            write_results(folder, folder.name, [_probe_result(self.scores["pytorch"])])
-        write_bytes(folder / FIGURES, (json.dumps(self.report.figures, indent=1) + "\n").encode())
+        score = self.scores.get("pytorch", math.nan)
+        if math.isfinite(score) and self.main is self.pooled:
+            write_results(folder, folder.name, [_probe_result(score)])
+        write_bytes(folder / FIGURES, self.report.json().encode())
+
+
+def _without_formats(folder: Path) -> dict[str, Any]:
+    """Return the metadata of a folder's card without what it says of formats, if it does."""
+    card = read_card(folder)
+    data: Any = card.data if card else {}
+    found: dict[str, Any] = {}
+    if data.get("library_name") in (SENTENCE, "onnx"):
+        found["library_name"] = "transformers"
+    if data.get("pipeline_tag") == SENTENCE_TASK:
+        found["pipeline_tag"] = "feature-extraction"
+    tags = data.get("tags") or []
+    if kept := [tag for tag in tags if tag not in (SENTENCE, "onnx")]:
+        found["tags"] = kept
+    return found
 
 
 def _joined(folder: Path, tags: Sequence[str]) -> list[str]:
@@ -456,7 +502,7 @@ def _joined(folder: Path, tags: Sequence[str]) -> list[str]:
 
 def _probe_result(score: float) -> EvalResult:
     return EvalResult(
-        task_type="sentence-similarity",
+        task_type=SENTENCE_TASK,
         task_name="Semantic Textual Similarity",
         dataset_type="nyu-mll/glue",
         dataset_name="GLUE STS-B, without fine-tuning",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from scaledistill.data.tokenizer import pad_on_the_right
 from scaledistill.errors import SourceError, named
 from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.probe import SimilarityProbe
@@ -83,7 +84,7 @@ def sample_batches(
         texts = _spread(sorted({text for pair in pairs.texts for text in pair}))
     if not texts:
         return _random_batches(num_tokens, vocab_size)
-    tokenizer.padding_side = "right"
+    pad_on_the_right(tokenizer)
     batches = []
     for first in range(0, len(texts), CHECK_BATCH):
         inputs = tokenizer(
@@ -100,8 +101,12 @@ def sample_batches(
 def compare(
     forms: Mapping[str, Form], reference: Form, batches: Sequence[Batch]
 ) -> dict[str, Difference]:
-    """Return by name how the forms differ from the reference, on the same batches."""
-    largest, cosine = dict.fromkeys(forms, 0.0), dict.fromkeys(forms, 1.0)
+    """Return by name how the forms differ from the reference, on the same batches.
+
+    If an output is not finite, neither is the difference.
+    """
+    largest: dict[str, list[Tensor]] = {name: [] for name in forms}
+    cosines: dict[str, list[Tensor]] = {name: [] for name in forms}
     sums, count = dict.fromkeys(forms, 0.0), 0
     for ids_BT, mask_BT in batches:
         true_hidden, true_mean = reference(ids_BT, mask_BT)
@@ -111,11 +116,16 @@ def compare(
             hidden, mean = form(ids_BT, mask_BT)
             apart = (mean - true_mean).abs()
             tokens = (hidden - true_hidden).abs()[real]
-            largest[name] = max(largest[name], float(tokens.max()), float(apart.max()))
+            largest[name] += [tokens.max(), apart.max()]
             sums[name] += float(apart.sum())
-            likeness = torch.cosine_similarity(mean, true_mean)
-            cosine[name] = min(cosine[name], float(likeness.min()))
-    return {name: Difference(largest[name], sums[name] / count, cosine[name]) for name in forms}
+            cosines[name].append(torch.cosine_similarity(mean, true_mean).min())
+
+    def difference(name: str) -> Difference:
+        # Python's max and min would drop NaN.
+        most, least = torch.stack(largest[name]).max(), torch.stack(cosines[name]).min()
+        return Difference(float(most), sums[name] / count, float(least))
+
+    return {name: difference(name) for name in forms}
 
 
 def probe_scores(

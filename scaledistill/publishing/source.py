@@ -113,9 +113,11 @@ def open_student(
     if not source.is_dir():
         remedy = "give the folder of a run, a checkpoint or an export"
         raise SourceError("source", str(source), f": {no_such_folder(source, remedy)}")
-    is_checkpoint = bool(FOLDER.fullmatch(source.name)) and (source / STATE).is_file()
+    place, stated = source.absolute(), None if step == "newest" else step
+    is_checkpoint = bool(FOLDER.fullmatch(place.name)) and (place / STATE).is_file()
     if is_checkpoint:
-        return _from_checkpoint(source.parent, step_of(source), student, teacher, source.parents[1])
+        _refuse({"step": stated}, "is read only for runs")
+        return _from_checkpoint(place.parent, step_of(place), student, teacher, place.parents[1])
     if (source / "status.json").is_file() or (source / "checkpoints").is_dir():
         root = source / "checkpoints"
         if not committed(root):
@@ -123,12 +125,15 @@ def open_student(
             remedy = f"export {exports[0]}" if exports else "export once it has written one"
             raise SourceError("source", str(source), "is a run without checkpoints", remedy)
         return _from_checkpoint(root, step, student, teacher, source)
-    for option, value in (("student", student), ("teacher", teacher)):
-        if value is not None:
-            raise SettingError(
-                option, value, "is read only for runs and checkpoints", "leave it out"
-            )
+    _refuse({"step": stated}, "is read only for runs")
+    _refuse({"student": student, "teacher": teacher}, "is read only for runs and checkpoints")
     return _from_folder(source)
+
+
+def _refuse(options: Mapping[str, object], reason: str) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise SettingError(option, value, reason, "leave it out")
 
 
 def _from_checkpoint(

@@ -95,12 +95,12 @@ class Winners:
                 self._chosen[key] = Launch(*kept)
             else:
                 times = {launch: seconds(launch) for launch in among}
-                self._chosen[key] = min(among, key=times.__getitem__)
-                if math.isfinite(times[self._chosen[key]]):
-                    logger.info(
-                        "%s: fastest of %d launches is %s", key, len(among), self._chosen[key]
-                    )
-                    self._keep(key)
+                fastest = min(among, key=times.__getitem__)
+                if not math.isfinite(times[fastest]):
+                    return among[0]  # perhaps too large a batch: a smaller one measures again
+                self._chosen[key] = fastest
+                logger.info("%s: fastest of %d launches is %s", key, len(among), fastest)
+                self._keep(key)
         return self._chosen[key]
 
     def _read(self) -> dict[str, dict[str, list[Any]]]:

@@ -34,14 +34,19 @@ def vega_script() -> str:
             f"the report needs {PACKAGE}, which is not installed: pip install "
             "'scaledistill[report]'"
         ) from None
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cached = Path(root) / "scaledistill-report" / f"vega-{number}.js"
-    with contextlib.suppress(OSError):
-        return cached.read_text()
+    # Without a home folder (RuntimeError) it is bundled each time.
+    with contextlib.suppress(OSError, RuntimeError):
+        return _cached(number).read_text()
     import vl_convert
 
     script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    with contextlib.suppress(OSError):  # a machine without a home folder bundles it each time
+    with contextlib.suppress(OSError, RuntimeError):
+        cached = _cached(number)
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(cached, script.encode())
     return script
+
+
+def _cached(number: str) -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "scaledistill-report" / f"vega-{number}.js"

@@ -155,6 +155,9 @@ def _key_figures(run: RunRecord) -> dict[str, str]:
     steps = run.status.get("max_steps") or (run.config.get("train") or {}).get("max_steps")
     figures["step"] = f"{last['step']:,}" + (f" of {steps:,}" if steps else "")
     figures["loss"] = loss_text(last.get("loss"))
+    measured = [row["validation_loss"] for row in run.rows if "validation_loss" in row]
+    if measured:
+        figures["validation loss"] = loss_text(measured[-1])
     validated = [row for row in run.rows if row.get("validation_loss") is not None]
     if validated:
         # The loss is a sum over students; only sums over the same ones can be compared.
@@ -163,7 +166,6 @@ def _key_figures(run: RunRecord) -> dict[str, str]:
             row for row in validated if by_student(row, "validation_loss").keys() == trained
         ]
         best = min(validated, key=lambda row: row["validation_loss"])
-        figures["validation loss"] = loss_text(validated[-1]["validation_loss"])
         figures["best validation"] = (
             f"{loss_text(best['validation_loss'])} at step {best['step']:,}"
         )
