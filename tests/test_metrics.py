@@ -119,12 +119,16 @@ def test_no_rows(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_delays_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def write(record: Recorder, step: int) -> None:
+        record.record(row(step))
+        record._disk.submit(lambda: None).result(60)  # a loaded machine may need long
+
     with recorder(tmp_path) as record:
-        record.record(row(1))
+        write(record, 1)
         with largest_file(40):
-            record.record(row(2))
-            record.record(row(3))
-        record.record(row(4))
+            write(record, 2)
+            write(record, 3)
+        write(record, 4)
     assert read_rows(tmp_path / "metrics.jsonl") == [row(step) for step in (1, 2, 3, 4)]
     assert caplog.text.count("metrics.jsonl: File too large; training continues") == 2
 
