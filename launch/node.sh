@@ -5,6 +5,8 @@
 #
 # NUM_PROCESSES   number of ranks (default: one per GPU); about 2 on a machine without GPUs
 # MASTER_PORT     port of the ranks' store (default: a free one)
+#
+# CUDA_VISIBLE_DEVICES=4,5 selects GPUs by their numbers.
 
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
