@@ -9,7 +9,7 @@
 #              DeepSpeed's operators need
 # TORCH_INDEX  package index with torch's wheels for another CUDA version (default: pip's own)
 # EXTRAS       extras of the package to install
-ARG BASE=nvidia/cuda:12.8.1-devel-ubuntu24.04
+ARG BASE=nvidia/cuda:13.0.1-devel-ubuntu24.04
 FROM ${BASE}
 
 # Triton compiles its launchers with gcc and Python's headers. The distribution of the base decides

@@ -21,6 +21,19 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 help_if_asked "$@"
 
+# As process 1 of a container, torchrun would not reap orphans, and the kernel would not let it be
+# killed below.
+if (($$ == 1)); then
+  bash "$0" "$@" &
+  child=$! code=0
+  trap 'kill -TERM "$child"' TERM INT
+  while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` early
+    code=0
+    wait "$child" || code=$?
+  done
+  exit "$code"
+fi
+
 HEAD_ADDRESS=${HEAD_ADDRESS:-${PET_MASTER_ADDR:-}}
 [[ $HEAD_ADDRESS ]] ||
   fail "HEAD_ADDRESS is not set; give the name or address of one of the nodes, see --help"

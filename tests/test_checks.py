@@ -223,6 +223,13 @@ def equal(shards: Path) -> None:
     (shards / "shards.manifest").write_text(json.dumps(manifest))
 
 
+def link_to_nothing(shards: Path) -> None:
+    """Leave a link to nothing in place of a shard, and one that is no shard, as editors make."""
+    (shards / "shard-000000.tar").unlink()
+    for name in ("shard-000000.tar", ".#notes"):
+        (shards / name).symlink_to("nowhere")
+
+
 SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (
         cut,
@@ -236,6 +243,10 @@ SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "missing": (
         lambda shards: (shards / "shard-000000.tar").unlink(),
+        r"shards .*/train \(host .*\): shard-000000\.tar is missing; .*",
+    ),
+    "a link to nothing": (
+        link_to_nothing,
         r"shards .*/train \(host .*\): shard-000000\.tar is missing; .*",
     ),
     "two equal": (
@@ -434,6 +445,14 @@ def test_disk_too_small(
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
     assert checks.plan_run(config, 1, CPU).free_disk_bytes == needed
+    # A resumed run replaces its checkpoints; a fresh one keeps them aside.
+    old = Path(config.run.folder) / "checkpoints" / "step-000000001" / "old"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(bytes(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    assert checks.plan_run(config, 1, CPU).free_disk_bytes == needed - 1
+    with pytest.raises(DataError, match=r"needed for checkpoint\.keep=4 checkpoints"):
+        checks.plan_run(config, 1, CPU, fresh=True)
 
 
 def test_run_folder_that_is_a_file(tiny_config: MakeConfig, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from scaledistill.cli import estimate as command
 from scaledistill.config.schema import DistillConfig
 from scaledistill.errors import SettingError
-from scaledistill.preflight import devices
+from scaledistill.preflight import checks, devices
 from scaledistill.preflight.devices import GPUS, Device, Efficiency, forecast
 from scaledistill.preflight.estimate import estimate
 from scaledistill.preflight.report import traffic
@@ -31,12 +31,27 @@ def needs(config: DistillConfig, num_gpus: int) -> devices.Needs:
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp16", "fp32"])
 def test_a_run_on_gpus_is_not_that_of_this_machine(precision: str, tiny_config: MakeConfig) -> None:
     run, facts = needs(tiny_config(train={"precision": precision}), 2)
-    expected = "fp32" if precision == "fp32" else "bf16"
+    expected = "bf16" if precision == "auto" else precision
     assert (run.config.train.precision, run.config.teacher.dtype) == (expected, expected)
     assert (run.config.relations.backend, run.device_type, run.world_size) == ("triton", "cuda", 2)
     itemsize = 4 if precision == "fp32" else 2
     assert facts.teacher_bytes == itemsize * facts.teacher_parameters
     assert not facts.on_host
+
+
+def test_a_plan_for_gpus_takes_what_a_cpu_refuses(tiny_config: MakeConfig) -> None:
+    config = tiny_config(
+        train={"precision": "fp32"}, teacher={"dtype": "fp16"}, relations={"backend": "triton"}
+    )
+    run = needs(config, 2).run
+    planned = checks.plan_run(config, 2, CPU, writes=False, gpu_bytes=80 * 10**9).run
+    for each in (run, planned):
+        found = each.config
+        assert (found.train.precision, found.teacher.dtype) == ("fp32", "fp16")
+        assert found.relations.backend == "triton"
+    here = devices.needs_here(config, *devices.models_of(config), CPU).run.config
+    assert (here.train.precision, here.teacher.dtype) == ("fp32", "fp32")
+    assert here.relations.backend == "sdpa"
 
 
 def test_time_is_that_of_flops_and_network(tiny_config: MakeConfig) -> None:

@@ -127,11 +127,15 @@ def test_a_checkpoint_that_is_not_there(run: DistillConfig, tmp_path: Path) -> N
         ),
     ):
         export_checkpoint(run, 5)
+    tree = run.model_dump()
+    tree["checkpoint"]["remote"] = "s3://nowhere/run"  # without s3fs, or without a network
+    assert [path.name for path in export_checkpoint(parse_config(tree), 4)] == ["l2-step-4"]
+    with pytest.raises(ConfigError, match=r"say which are kept\)$"):
+        export_checkpoint(parse_config(tree), 5)
     shutil.copytree(checkpoints(run), tmp_path / "remote")
     shutil.rmtree(checkpoints(run))
     with pytest.raises(ConfigError, match=r"^run\.folder='.*/copy' has no checkpoints$"):
         export_checkpoint(run, "newest")
-    tree = run.model_dump()
     tree["checkpoint"]["remote"] = str(tmp_path / "remote")
     with pytest.raises(
         ConfigError,

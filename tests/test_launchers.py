@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from ranks import free_port
@@ -306,6 +307,32 @@ def test_torchrun_gets_the_head_s_address(stand_ins: Path) -> None:
         words = found.stdout.splitlines()
         assert words[words.index("--rdzv-conf") + 1] == "is_host=false"
         assert words[words.index("--nnodes") + 1] == "2"
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_torchrun_is_not_process_1_of_a_container(
+    stopped: bool, stand_ins: Path, tmp_path: Path
+) -> None:
+    namespace = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs process namespaces")
+    put(
+        stand_ins,
+        "torchrun",
+        f"trap 'exit 8' TERM\necho $$ >{tmp_path}/pid\nfor _ in {{1..{300 if stopped else 3}}}; "
+        "do sleep 0.1; done\nexit 7\n",
+    )
+    words = ["bash", str(LAUNCH / "torchrun_multi_node.sh"), "--config", "c.json"]
+    here = environment(stand_ins, HEAD_ADDRESS="127.0.0.1", MASTER_PORT=free_port())
+    with subprocess.Popen(
+        [*namespace, *words], env=here, start_new_session=True, stderr=subprocess.DEVNULL
+    ) as process:
+        if stopped:
+            wait_for(lambda: (tmp_path / "pid").exists(), "no torchrun")
+            [first] = psutil.Process(process.pid).children()  # process 1 of the namespace
+            first.terminate()
+        assert process.wait(60) == (8 if stopped else 7)
+    assert int((tmp_path / "pid").read_text()) > 1
 
 
 def test_torchrun_without_a_head() -> None:

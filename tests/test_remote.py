@@ -362,6 +362,25 @@ def test_validation_fetches_the_next_shard_too(
     ]
 
 
+def test_a_lock_of_another_user(
+    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a shared cache it may be read, but not written."""
+    (tmp_path / "cache.lock").touch(mode=0o644)
+    plain_open, refused = os.open, []
+
+    def open_file(path: Any, flags: int, *mode: int, **more: Any) -> int:
+        if Path(path).name == "cache.lock" and flags & os.O_RDWR:
+            refused.append(path)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return plain_open(path, flags, *mode, **more)
+
+    monkeypatch.setattr(os, "open", open_file)
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
+    assert len(shards.read(0, range(8))) == 8
+    assert refused
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
 def test_a_cache_without_locks(
     number: int,

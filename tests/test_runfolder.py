@@ -266,8 +266,66 @@ def test_set_aside_takes_the_first_free_number(tmp_path: Path) -> None:
     assert names(tmp_path) == ["run.1", "run.2", "run.3"]
 
 
+def test_a_linked_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "old").touch()
+    (tmp_path / "run").symlink_to(tmp_path / "large")
+    assert set_aside(tmp_path / "run") == tmp_path / "large.1"
+    assert (tmp_path / "large.1" / "old").exists()
+    assert (tmp_path / "run").is_symlink()
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("folder", [".", "run"])
+def test_the_working_folder_is_not_set_aside(
+    folder: str, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "run" / "inner"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    place = Path(".") if folder == "." else inner.parent
+    with (
+        pytest.raises(ConfigError, match="holds the working folder, which --fresh cannot rename"),
+        owned(place, 10, ranks, fresh=True),
+    ):
+        pytest.fail("it was renamed")
+    assert names(tmp_path) == ["run"]
+
+
+@pytest.fixture
+def hang_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The usual handling of SIGHUP, which nohup changes for the tests too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_nohup_is_heeded(tmp_path: Path, hang_up: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest(tmp_path, watch_file=False)
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.reason() is None
+
+
+def test_a_signal_counts_though_nobody_reads_stderr(tmp_path: Path) -> None:
+    """Ctrl-C has ended `tee`, or the terminal was closed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    stop, stderr = StopRequest(tmp_path, watch_file=False, logs=True), os.dup(2)
+    os.dup2(writing, 2)
+    try:
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.reason() == "got SIGINT"
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writing)
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
-def test_a_signal_is_a_request(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_is_a_request(number: signal.Signals, tmp_path: Path, hang_up: None) -> None:
     before = [signal.getsignal(each) for each in STOP_SIGNALS]
     stop = StopRequest(tmp_path, watch_file=True)
     with stop.listening():

@@ -288,7 +288,7 @@ def files_of(place: str) -> Any:
 def test_copies_are_pruned_and_found(
     place: str, tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mirror.check(place)
+    mirror.check(place, tmp_path / "here")
     assert mirror.checkpoints(place) == []
     saver = Saver(tmp_path / "here", ranks, keep=2, remote=place)
     for step in (10, 20, 30):
@@ -364,18 +364,29 @@ def test_an_upload_that_fails_keeps_the_save(
     "place", ["https://host/run", "hf://datasets/a/b", "pipe:cat", "file:///run", "s3://a::b://c"]
 )
 def test_places_that_cannot_be_written(place: str) -> None:
-    for function in (mirror.check, mirror.set_aside):
+    for function, more in ((mirror.check, (Path("run"),)), (mirror.set_aside, ())):
         with pytest.raises(
             ConfigError,
             match="cannot hold checkpoints; use one of s3://, gs://, memory:// or a fold",
         ):
-            function(place)
+            function(place, *more)
+
+
+def test_the_run_s_own_checkpoints_are_no_copies(tmp_path: Path) -> None:
+    own = tmp_path / "run" / "checkpoints"
+    own.mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(own)
+    for place in (own, tmp_path / "linked"):
+        with pytest.raises(ConfigError, match="is where the run keeps its own checkpoints"):
+            mirror.check(str(place), own)
+    assert not list(own.iterdir())
+    mirror.check(str(tmp_path / "other"), own)
 
 
 def test_a_place_that_refuses(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"^checkpoint.remote: .*/file"):
-        mirror.check(str(tmp_path / "file"))
+        mirror.check(str(tmp_path / "file"), tmp_path)
 
 
 def distil_beside_slow_writes(

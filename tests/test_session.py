@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,20 @@ def test_the_largest_micro_batch_that_fits_all_ranks(
     make_tree: Callable[..., dict[str, Any]],
 ) -> None:
     train = {"global_batch_size": 16, "max_steps": 2, "warmup_steps": 0, "micro_batch_size": "auto"}
-    tree = make_tree(train=train)
+    train |= {"schedule": "warmup_stable_decay", "decay_steps": 1}
+    tree = make_tree(train=train, checkpoint={"every_steps": 1})
     ends = run_ranks(distil_with_room_for, 2, [8, 3], tree)
     # Of the divisors of 8 each predicts its own; the smallest is taken.
     assert ends == [("done", 2, 8), ("done", 2, 2)]
     assert micro_batch_of(tree) == 2
     assert run_ranks(distil_with_room_for, 2, [8, 8], tree)[0] == ("done", 2, 8)
     assert micro_batch_of(tree) == 2  # a resumed run keeps what it had, and so its rounding
+    # An added student needs memory too. The run goes on from its first step.
+    shutil.rmtree(Path(tree["run"]["folder"]) / "checkpoints" / "step-000000002")
+    tree["train"]["max_steps"] = 3
+    tree["students"] |= {"added": dict(*tree["students"].values())}
+    assert run_ranks(distil_with_room_for, 2, [4, 4], tree)[0] == ("done", 3, 4)
+    assert micro_batch_of(tree) == 4
 
 
 def losses_of_run(tree: dict[str, Any]) -> list[float]:

@@ -513,6 +513,7 @@ def test_unknown_kinds_are_refused_at_once(tmp_path: Path, name: str, message: s
     ("line", "message"),
     [
         (b'{"text": "cut', r"a.jsonl, line 2: not JSON \(.*\); expected one JSON object"),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", r"a.jsonl, line 2: not JSON \(Exceeds the"),
         (
             b'["text"]',
             r"line 2: found a JSON list; expected an object with the key 'text'; an array becomes "

@@ -11,10 +11,13 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import ENCODER_SIZES
+from encoders import NAMES, tiny_config
 from ranks import free_port, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, TrainerCallback
@@ -27,7 +30,8 @@ from scaledistill import (
     relation_loss,
 )
 from scaledistill.errors import ConfigError, DataError
-from scaledistill.integrations.transformers import _passed_on, named_relations
+from scaledistill.integrations.transformers import _passed_on, _save_whole, named_relations
+from scaledistill.models.architectures import build_encoder
 from scaledistill.models.view import capture_qkv
 
 PEER = Path(__file__).parent / "peer"
@@ -531,6 +535,34 @@ def test_a_checkpoint_gives_back_the_whole_student(tmp_path: Path) -> None:
         train_task_model(tmp_path, task_model(), resume=tmp_path / "checkpoint-2", save_steps=2)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_of_every_architecture(name: str, tmp_path: Path) -> None:
+    """transformers saves some under the names of their published weights."""
+    config = tiny_config(name, ENCODER_SIZES)
+    saved, other = build_encoder(config), build_encoder(config)
+    saved.half().config.dtype = torch.float16  # as an engine may leave it
+    _save_whole(saved, "", torch.float32, str(tmp_path))
+    MiniLMTrainer._load_whole(SimpleNamespace(student=other), str(tmp_path))  # type: ignore[arg-type]
+    expected = {name: tensor.float() for name, tensor in saved.state_dict().items()}
+    assert all(torch.equal(expected[name], each) for name, each in other.state_dict().items())
+    assert AutoModel.from_pretrained(tmp_path).dtype == torch.float32
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_a_teacher_stored_in_16_bits_runs_in_fp32(stored: torch.dtype, tmp_path: Path) -> None:
+    teacher, student = models()
+    args = arguments(tmp_path)
+    trainer = MiniLMTrainer(model=student, teacher_model=teacher.to(stored), args=args)
+    assert {each.dtype for each in trainer.teacher.parameters()} == {torch.float32}
+    kept = MiniLMTrainer(
+        model=models()[1],
+        teacher_model=models()[0].to(stored),
+        args=arguments(tmp_path, bf16=True),
+    )
+    expected = torch.bfloat16 if stored == torch.bfloat16 else torch.float32
+    assert {each.dtype for each in kept.teacher.parameters()} == {expected}
+
+
 def test_the_teacher_runs_in_the_precision_of_the_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -560,6 +592,7 @@ def test_models_made_after_the_arguments_and_bf16(tmp_path: Path, how: str) -> N
     assert results[0]["losses"] == pytest.approx(expected["losses"], rel=0.05)
     saved = load_file(tmp_path / "two" / "saved" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert AutoModel.from_pretrained(tmp_path / "two" / "saved").dtype == torch.float32
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == expected["shapes"]
     if how == "zero3":
         assert results[0]["refused"] == "model"

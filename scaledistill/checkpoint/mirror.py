@@ -21,23 +21,32 @@ from scaledistill.storage.remote import WRITABLE, change, is_url
 FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def check(remote: str) -> None:
+def check(remote: str, own: Path) -> None:
     """Check that copies can be written, by writing an empty file and removing it.
 
+    Args:
+        own: where the run keeps its checkpoints.
+
     Raises:
-        ConfigError: `remote` is of a kind that cannot be written to.
+        ConfigError: `remote` is of a kind that cannot be written to, or the same folder as `own`.
         DataError: it cannot be reached, or denies access.
     """
     _check_scheme(remote)
     probe = f".probe-{socket.gethostname()}-{os.getpid()}"
 
-    def write_and_remove(files: Any, path: str) -> None:
-        """Write the empty file and remove it."""
+    def write_and_remove(files: Any, path: str) -> bool:
+        """Write the empty file and remove it; return whether it was in the run's own folder."""
         files.makedirs(path, exist_ok=True)
         files.pipe_file(f"{path}/{probe}", b"")
+        same = (own / probe).exists()
         files.rm_file(f"{path}/{probe}")
+        return same
 
-    _named(remote, write_and_remove)
+    if _named(remote, write_and_remove):
+        raise ConfigError(
+            f"checkpoint.remote={remote!r} is where the run keeps its own checkpoints ({own}); "
+            "name another place"
+        )
 
 
 def _check_scheme(remote: str) -> None:

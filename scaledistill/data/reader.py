@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -69,8 +70,7 @@ class ShardReader:
     def _check_sizes(self) -> None:
         """Raise DataError if a shard is missing or has a wrong size."""
         if self._cache is None:
-            with os.scandir(self.location) as entries:
-                sizes = {entry.name: entry.stat().st_size for entry in entries}
+            sizes = self._local_sizes()
         elif (listing := remote.sizes(self.location)) is not None:
             sizes = listing
         else:
@@ -84,6 +84,20 @@ class ShardReader:
                         f"{shard.file} has {sizes[shard.file]} bytes, expected {shard.bytes}"
                     )
                 )
+
+    def _local_sizes(self) -> dict[str, int]:
+        """Return the sizes of the shards that are there; other files may be of any kind."""
+        shards = {shard.file for shard in self.manifest.shards}
+        sizes = {}
+        try:
+            with os.scandir(self.location) as entries:
+                for entry in entries:
+                    if entry.name in shards:
+                        with suppress(FileNotFoundError):  # a link to nothing
+                            sizes[entry.name] = entry.stat().st_size
+        except OSError as error:
+            raise DataError(self._message(f"its files can't be listed: {error}")) from error
+        return sizes
 
     def _message(self, problem: str) -> str:
         remedy = (

@@ -10,6 +10,7 @@ Legend: B sequences, T tokens, D width.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import textwrap
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -37,11 +38,17 @@ from scaledistill.models.architectures import (
 )
 from scaledistill.models.loss import StudentLoss, causal_relations
 from scaledistill.models.student import build_student, student_config
-from scaledistill.models.teacher import WEIGHT_FILES, Teacher, load_encoder, resolve_folder
+from scaledistill.models.teacher import (
+    WEIGHT_FILES,
+    Teacher,
+    load_encoder,
+    quiet_transformers,
+    resolve_folder,
+)
 from scaledistill.models.view import capture_view
 from scaledistill.models.weights import check_finite
 from scaledistill.relations import QKV, check_relation_heads, normalise_pairs
-from scaledistill.storage.files import set_default_mode
+from scaledistill.storage.files import read_json, set_default_mode, write_json
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +252,10 @@ class MiniLMTrainer(Trainer):
         # The loss is a mean over sequences, not scaled by a number of tokens.
         self.model_accepts_loss_kwargs = False
         with named(model="teacher_model"):
-            self.teacher = Teacher(teacher_model, args.teacher_layer).to(args.device)
+            # Autocast lowers fp32. Weights that have the training precision already keep it.
+            keeps = teacher_model.dtype == _training_dtype(args)
+            dtype = teacher_model.dtype if keeps else torch.float32
+            self.teacher = Teacher(teacher_model, args.teacher_layer, dtype=dtype).to(args.device)
 
     def compute_loss(
         self,
@@ -260,9 +270,7 @@ class MiniLMTrainer(Trainer):
         """
         mask_BT = self._mask(inputs)
         tokens = TokenInputs(inputs["input_ids"], mask_BT)
-        dtype = (
-            torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        )
+        dtype = _training_dtype(self.args)
         with torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
             target = self.teacher(tokens, **_passed_on(self.teacher.config, inputs))
         found = self._view(tokens, model, **_passed_on(self.student.config, inputs))
@@ -323,12 +331,38 @@ class MiniLMTrainer(Trainer):
         Raises:
             DataError: the file is missing, or belongs to another student.
         """
-        path = Path(folder) / SAFE_WEIGHTS_NAME
+        path, student = Path(folder) / SAFE_WEIGHTS_NAME, self.student
+        load: Any = type(student).from_pretrained
         try:
-            load_model(self.student, path)
-        except (OSError, RuntimeError) as error:
+            with quiet_transformers():
+                # The names in the file are those of published models, which transformers knows.
+                loaded, found = load(
+                    folder,
+                    config=copy.deepcopy(student.config),
+                    dtype=student.dtype,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+        except (OSError, RuntimeError, SafetensorError) as error:
             reason = textwrap.shorten(str(error), 300, placeholder=" …")
             raise DataError(f"{path} is not a checkpoint of this student: {reason}") from error
+        state, own = loaded.state_dict(), student.state_dict().keys()
+        # A student may lack the pooler that its class makes by default.
+        wrong = (own - state.keys()) | (own & set(found["missing_keys"]))
+        wrong |= set(found["unexpected_keys"]) | {name for name, *_ in found["mismatched_keys"]}
+        if wrong:
+            names = textwrap.shorten(", ".join(sorted(wrong)), 300, placeholder=" …")
+            raise DataError(
+                f"{path} is not a checkpoint of this student: missing, unknown or of another size "
+                f"are {names}"
+            )
+        student.load_state_dict({name: state[name] for name in own})
+
+
+def _training_dtype(args: TrainingArguments) -> torch.dtype:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def _save_whole(
@@ -347,6 +381,10 @@ def _save_whole(
     trained = {f"{prefix}{name}": tensor for name, tensor in (state_dict or {}).items()}
     whole = {name: tensor.to(dtype) for name, tensor in {**student.state_dict(), **trained}.items()}
     student.save_pretrained(folder, state_dict=whole, **options)
+    config = Path(folder) / "config.json"
+    # transformers states the dtype that the parameters have now, which engines change.
+    if (content := read_json(config)) is not None:
+        write_json(config, content | {"dtype": str(dtype).removeprefix("torch.")})
     for path in Path(folder).glob("*.safetensors"):
         set_default_mode(path)
 

@@ -50,7 +50,7 @@ from scaledistill.models.teacher import (
 )
 from scaledistill.preflight.estimate import Estimate, estimate
 from scaledistill.preflight.microbatch import free_bytes, predict
-from scaledistill.preflight.resolve import for_gpus, resolve
+from scaledistill.preflight.resolve import resolve, resolve_for_gpus
 from scaledistill.preflight.roster import check_added, roster_notes, roster_of
 from scaledistill.relations import check_relation_heads
 from scaledistill.storage.remote import ShardCache, is_url
@@ -109,7 +109,7 @@ def plan_run(
     """
     problems = Problems()
     attempt = problems.attempt
-    resolved = attempt(resolve, config, world_size, device)
+    resolved = attempt(resolve_for_gpus if gpu_bytes else resolve, config, world_size, device)
     teacher = attempt(_teacher_config, config)
     students: dict[str, PretrainedConfig] = {}
     for name in config.students if teacher else ():
@@ -125,7 +125,7 @@ def plan_run(
     if is_main:
         attempt(_check_trackers, config)
     if writes and config.checkpoint.remote and is_main:
-        attempt(mirror.check, config.checkpoint.remote)
+        attempt(mirror.check, config.checkpoint.remote, Path(config.run.folder) / "checkpoints")
     evaluation = None
     if writes and config.evaluation and is_main:
         from scaledistill.glue.api import plan_evaluation  # imported here: it takes seconds
@@ -163,14 +163,12 @@ def plan_run(
         raise AssertionError("unreachable: an input is missing but no problem was recorded")
     if roster:
         students = {name: shape for name, shape in students.items() if name in roster.first_steps}
-    if gpu_bytes:
-        resolved = for_gpus(resolved)
     if resolved.auto_micro_batch:
         ranks_here = ranks.local_size if ranks else world_size
         free = gpu_bytes or free_bytes(device, ranks_here)
         resolved = resolved.with_micro_batch(predict(resolved, teacher, students, free))
     facts = estimate(resolved, teacher, students)
-    free = _free_disk_bytes(config, facts.checkpoint_bytes if writes else 0)
+    free = _free_disk_bytes(config, facts.checkpoint_bytes if writes else 0, fresh=fresh)
     plan = Plan(resolved, order, sources, held_out, facts, free, notes=tuple(notes))
     if evaluation is None or not (config.evaluation and config.evaluation.tasks):
         return plan
@@ -477,7 +475,7 @@ def _order(
         return tuple(sources), mix([each.order for each in sources], weights, seed=seed)
 
 
-def _free_disk_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:
+def _free_disk_bytes(config: DistillConfig, checkpoint_bytes: int, *, fresh: bool) -> int:
     """Return the free bytes on the run folder's disk.
 
     Raises:
@@ -492,7 +490,9 @@ def _free_disk_bytes(config: DistillConfig, checkpoint_bytes: int) -> int:
             "folder"
         )
     free = shutil.disk_usage(existing).free
-    standing = sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/*"))
+    # A fresh run sets the older checkpoints aside, which frees nothing.
+    old = () if fresh else folder.glob("checkpoints/step-*/*")
+    standing = sum(path.stat().st_size for path in old)
     needed = max(checkpoint_bytes, (config.checkpoint.keep + 1) * checkpoint_bytes - standing)
     if free < needed:
         raise DataError(

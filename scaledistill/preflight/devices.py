@@ -30,7 +30,7 @@ from scaledistill.preflight.checks import student_shape
 from scaledistill.preflight.estimate import Estimate, estimate
 from scaledistill.preflight.microbatch import candidates, free_bytes, largest
 from scaledistill.preflight.report import traffic
-from scaledistill.preflight.resolve import for_gpus, resolve
+from scaledistill.preflight.resolve import resolve, resolve_for_gpus
 
 MACHINE_GPUS = 8
 """GPUs of a machine; more ranks than these are on several."""
@@ -178,22 +178,10 @@ def needs_on_gpus(
     Raises:
         ConfigError: the global batch is not divisible by them, or the engine's settings are wrong.
     """
-    # 16 bits are 16 bits for the estimate, but a machine without a GPU refuses fp16.
-    train, dtype = config.train, config.teacher.dtype
-    update = {
-        "train": train.model_copy(
-            update={
-                "precision": "bf16" if train.precision == "fp16" else train.precision,
-                "compile": False,  # the compiler of those machines is not this one's
-                "micro_batch_size": "auto",
-            }
-        ),
-        "teacher": config.teacher.model_copy(
-            update={"dtype": "bf16" if dtype == "fp16" else dtype}
-        ),
-    }
-    run = for_gpus(resolve(config.model_copy(update=update), num_gpus, torch.device("cpu")))
-    return _needs(run, teacher, students)
+    # The compiler of those machines is not this one's.
+    own = {"compile": False, "micro_batch_size": "auto"}
+    config = config.model_copy(update={"train": config.train.model_copy(update=own)})
+    return _needs(resolve_for_gpus(config, num_gpus, torch.device("cpu")), teacher, students)
 
 
 def needs_here(
@@ -205,16 +193,20 @@ def needs_here(
     """Return what a run of one rank needs on this machine's device.
 
     On a CPU, precisions of 16 bits are those that "auto" would take: fp16 is refused there, and
-    bf16 without the units for it is emulated, a hundred times slower.
+    bf16 without the units for it is emulated, a hundred times slower. So is the backend "triton".
 
     Raises:
         ConfigError: see `resolve`.
     """
     train: dict[str, object] = {"micro_batch_size": "auto"}
     update: dict[str, object] = {}
-    if device.type == "cpu" and config.train.precision != "fp32":
-        train["precision"] = "auto"
-        update["teacher"] = config.teacher.model_copy(update={"dtype": "auto"})
+    if device.type == "cpu":
+        if config.train.precision != "fp32":
+            train["precision"] = "auto"
+        if config.train.precision != "fp32" or config.teacher.dtype != "fp32":
+            update["teacher"] = config.teacher.model_copy(update={"dtype": "auto"})
+        if config.relations.backend == "triton":
+            update["relations"] = config.relations.model_copy(update={"backend": "auto"})
     update["train"] = config.train.model_copy(update=train)
     return _needs(resolve(config.model_copy(update=update), 1, device), teacher, students)
 

@@ -56,13 +56,39 @@ def resolve(config: DistillConfig, world_size: int, device: torch.device) -> Res
     return run
 
 
+def resolve_for_gpus(config: DistillConfig, world_size: int, device: torch.device) -> ResolvedRun:
+    """Return a run as it would be resolved on GPUs with bf16, on a machine with or without any.
+
+    Raises:
+        ConfigError: see `resolve`.
+    """
+    if device.type == "cuda":
+        return resolve(config, world_size, device)
+    # A CPU refuses what GPUs can do, and `for_gpus` takes from the stated settings again.
+    train, teacher, relations = config.train, config.teacher, config.relations
+    accepted = {
+        "train": train.model_copy(update=_without_fp16(precision=train.precision)),
+        "teacher": teacher.model_copy(update=_without_fp16(dtype=teacher.dtype)),
+        "relations": relations.model_copy(
+            update={"backend": "auto"} if relations.backend == "triton" else {}
+        ),
+    }
+    run = resolve(config.model_copy(update=accepted), world_size, device)
+    return for_gpus(replace(run, stated=config))
+
+
+def _without_fp16(**settings: str) -> dict[str, str]:
+    return {name: "bf16" if value == "fp16" else value for name, value in settings.items()}
+
+
 def for_gpus(run: ResolvedRun) -> ResolvedRun:
     """Return a run as it would be resolved on GPUs with bf16, for a plan made without any."""
     if run.device_type == "cuda":
         return run
     config, stated = run.config, run.stated
     precision, dtype = stated.train.precision, stated.teacher.dtype
-    backend = "triton" if stated.relations.backend == "auto" else config.relations.backend
+    wanted = stated.relations.backend
+    backend = "triton" if wanted == "auto" else wanted
     precision = "bf16" if precision == "auto" else precision
     update = {
         "train": config.train.model_copy(update={"precision": precision}),

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,7 @@ from scaledistill.errors import (
     DataError,
     DivergedError,
     PeerError,
+    SettingError,
     named,
 )
 from scaledistill.storage.background import Background, ended
@@ -42,7 +43,7 @@ from scaledistill.storage.files import locked, read_json, write_json
 
 log = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LOOK_SECONDS = 0.25
 """How long a step waits for the run's folder; the next steps do not wait for a slow one."""
 AT_ONCE_SECONDS = 0.05
@@ -177,6 +178,13 @@ def owned(folder: Path, max_steps: int, ranks: Ranks, *, fresh: bool) -> Iterato
             if ranks.is_main:
                 try:
                     with named(folder="run.folder"):
+                        if fresh and Path.cwd().is_relative_to(os.path.realpath(folder)):
+                            raise SettingError(
+                                "folder",
+                                str(folder),
+                                "holds the working folder, which --fresh cannot rename",
+                                "start the run from another folder",
+                            )
                         if fresh and folder.exists():
                             with locked(folder):
                                 log.info("--fresh: the old run is kept as %s", set_aside(folder))
@@ -235,7 +243,15 @@ def described(folder: Path) -> str:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a run folder to the first free `<name>.1`, `<name>.2`, …; nothing is deleted."""
+    """Rename a run folder to the first free `<name>.1`, `<name>.2`, …; nothing is deleted.
+
+    If the folder is a link, what it leads to is renamed, and the link leads to a new folder.
+    """
+    if folder.is_symlink():
+        target = Path(os.path.realpath(folder))
+        aside = set_aside(target)
+        target.mkdir()
+        return aside
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
@@ -344,7 +360,12 @@ class StopRequest:
                 log.info("not in the main thread: signals do not stop this run, use %s", where)
             yield
             return
-        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        before = {
+            number: signal.signal(number, self._on_signal)
+            for number in STOP_SIGNALS
+            # nohup ignores it.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        }
         try:
             yield
         finally:
@@ -361,6 +382,8 @@ class StopRequest:
                 again = "; press Ctrl-C again to quit at once" if number == signal.SIGINT else ""
                 self.notice = f"got {name}: {self.answer}{again}"
                 if self.prints_notice:
-                    os.write(2, f"\n{self.notice}\n".encode())  # safe in a handler
+                    # Safe in a handler. Ctrl-C may have ended `tee`, or the terminal was closed.
+                    with suppress(OSError):
+                        os.write(2, f"\n{self.notice}\n".encode())
         elif number == signal.SIGINT and now - self._since >= 1:
             raise KeyboardInterrupt

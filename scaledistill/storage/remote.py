@@ -300,7 +300,10 @@ def _open_used(path: Path) -> int:
 def _locked(path: Path, *, remove: bool = True) -> Iterator[int]:
     """Hold a lock file, created if needed; remove it at the end unless `remove` is off."""
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # another user's file in a shared cache
+            lock = os.open(path, os.O_RDONLY)
         try:
             found = lock_file(lock, wait=True)
             if found == "no locks" or _is_at(lock, path):

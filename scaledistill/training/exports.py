@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def checkpoint_of_run(
         raise ConfigError(
             f"run.folder={config.run.folder!r} has no checkpoints{_elsewhere(config)}"
         )
-    return find_checkpoint(root, wanted, option, _elsewhere(config))
+    return find_checkpoint(root, wanted, option, lambda: _elsewhere(config))
 
 
 def students_of(
@@ -257,14 +258,16 @@ def students_of(
     return students
 
 
-def find_checkpoint(root: Path, wanted: int | str, option: str, hint: str = "") -> Checkpoint:
+def find_checkpoint(
+    root: Path, wanted: int | str, option: str, hint: Callable[[], str] = str
+) -> Checkpoint:
     """Return a checkpoint, verified.
 
     Args:
         root: the folder of the checkpoints; it has at least one.
         wanted: a step that has a checkpoint, or "newest", the newest one that is not damaged.
         option: the option that says so, for messages.
-        hint: the end of the message if there is no such step.
+        hint: returns the end of the message if there is no such step.
 
     Raises:
         ConfigError: there is no such checkpoint.
@@ -278,7 +281,7 @@ def find_checkpoint(root: Path, wanted: int | str, option: str, hint: str = "") 
         if int(wanted) not in steps:
             raise ConfigError(
                 f"{option} {wanted}: {root} has no checkpoint of step {wanted}; {known} "
-                f"(checkpoint.every_steps and checkpoint.keep say which are kept){hint}"
+                f"(checkpoint.every_steps and checkpoint.keep say which are kept){hint()}"
             )
     for folder in candidates:
         damage = verify(folder)
@@ -297,8 +300,9 @@ def find_checkpoint(root: Path, wanted: int | str, option: str, hint: str = "") 
 
 def _elsewhere(config: DistillConfig) -> str:
     """Return a hint at the checkpoints in `checkpoint.remote`, which an export does not read."""
-    remote = config.checkpoint.remote
-    there = list(mirror.checkpoints(remote)) if remote else []
+    remote, there = config.checkpoint.remote, []
+    with suppress(DataError):  # it cannot be reached: the message is about something else
+        there = mirror.checkpoints(remote) if remote else []
     if not there:
         return ""
     return (

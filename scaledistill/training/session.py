@@ -348,8 +348,8 @@ def open_session(
         run: its settings, resolved for these ranks.
         resume: start from the newest good checkpoint, if there is one.
         sized_by: the estimate that predicted the micro-batch of `run`; given if the largest one
-            that fits is wanted. A run resumed on as many ranks keeps its micro-batch, and so its
-            rounding.
+            that fits is wanted. A run resumed on as many ranks, without another student, keeps its
+            micro-batch, and so its rounding.
         opened: the data sets, if already open: reading a manifest can take seconds, and memory.
 
     Raises:
@@ -397,7 +397,9 @@ def open_session(
     if checkpoint:
         with reported_once(ranks):
             _check_same_teacher(checkpoint, config, teacher)
-    if checkpoint and sized_by and checkpoint.state["world_size"] == ranks.world_size:
+    same_ranks = checkpoint and checkpoint.state["world_size"] == ranks.world_size
+    # A student that was added needs memory too.
+    if checkpoint and sized_by and same_ranks and not roster.added:
         run = run.with_micro_batch(checkpoint.state["config"]["train"]["micro_batch_size"])
     elif sized_by:
         views = {

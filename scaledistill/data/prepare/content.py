@@ -127,7 +127,7 @@ def json_form(head: bytes) -> Literal["lines", "array", "object"] | None:
         return None
     try:
         _, end = json.JSONDecoder().raw_decode(text)
-    except (json.JSONDecodeError, RecursionError):  # cut off at the end of the head, or damaged
+    except (ValueError, RecursionError):  # cut off at the end of the head, or damaged
         end = len(text)
     rest = text[end:].lstrip(" \t\r\n,")
     if rest and rest[0] not in "{[":
@@ -138,5 +138,5 @@ def json_form(head: bytes) -> Literal["lines", "array", "object"] | None:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return False

@@ -380,7 +380,7 @@ def _json_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]
 def _json_document(text: str, column: str, where: str) -> str:
     try:
         record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: of JSON, or a very long number
         raise DataError(f"{where}: not JSON ({error}); expected one JSON object") from error
     if not isinstance(record, dict):
         raise DataError(
