@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import io
+import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -149,6 +152,24 @@ def test_many_students_fit(
     few = draw(tmp_path / "other_run", package_log, monkeypatch, 200, 30, names).lines
     assert sum(line.startswith("  student-") for line in few) == 18
     assert any("and 22 more students" in line for line in few)
+
+
+def test_a_terminal_that_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package_log: logging.Logger
+) -> None:
+    """The run ends as it would have: it has to save first."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    screen = Screen(80, 24)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with Recorder(tmp_path, max_steps=10, resumed_at=0, trackers=(), config={}) as record:
+        assert record._display
+
+        def write(text: str) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(screen, "write", write)
+        record.record({"step": 4, "loss": 2.0, "lr": 1e-3})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 4
 
 
 def test_plain_lines_elsewhere(

@@ -7,6 +7,7 @@ and when a log line (`metrics.recorder`).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -129,7 +130,8 @@ class Display:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._live.stop()
+        with contextlib.suppress(OSError):  # the terminal was closed
+            self._live.stop()
 
     def show(self, row: Mapping[str, Any], seconds_left: float | None = None) -> None:
         """Show a logging step's row."""
