@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -42,6 +43,9 @@ STUDENTS: dict[str, dict[str, Any]] = {
 UNDISTILLED = {"teacher-init-undistilled": "teacher", "random-init-undistilled": "random"}
 """The students that are not distilled, and their initialisation."""
 PEER = "bertdistiller"
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(32 << 30)}
+"""Make glibc keep freed memory: mapping the peer's attention maps anew, 100 MB each, takes half of
+its time."""
 ABLATIONS: dict[str, dict[str, Any]] = {
     "base": {},
     "random": {"init": "random"},
@@ -277,15 +281,23 @@ class Lab:
         ]
         return {"curve": curve, "steps": overrides["train.max_steps"]}
 
-    def _call(self, command: list[str], folder: Path) -> None:
-        """Run a command with its output in `<folder>.log`.
+    def _call(
+        self, command: list[str], folder: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Run a command with its output in `<folder>.log`, and with more environment variables.
 
         If this process is stopped, it stops the command too and waits up to a minute for it.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = folder.with_name(f"{folder.name}.log")
         with path.open("a") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+            )
             # Linux shares the processor among sessions before niceness counts.
             with suppress(OSError):
                 Path(f"/proc/{process.pid}/autogroup").write_text("19")
@@ -355,7 +367,7 @@ class Lab:
             folder / "spec.json", spec | {"text": [str(path.resolve()) for path in self._text]}
         )
         worker = Path(__file__).with_name("distil_peer.py")
-        self._call([str(python), str(worker), str(folder / "spec.json")], folder)
+        self._call([str(python), str(worker), str(folder / "spec.json")], folder, KEEP_MEMORY)
         facts = read_json(export / "facts.json")
         if facts is None:
             raise DataError(
