@@ -293,7 +293,7 @@ def test_the_working_folder_is_not_set_aside(
 
 
 @pytest.fixture
-def hang_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def hang_up() -> Iterator[None]:
     """The usual handling of SIGHUP, which nohup changes for the tests too."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from scaledistill.errors import ConfigError
@@ -34,6 +36,12 @@ LAUNCHERS = (
     "start the run with `deepspeed`, `torchrun` or `accelerate launch`, which set them all, or "
     "unset them for one process"
 )
+
+
+def heeded(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Return the signals to handle: without SIGHUP if it is ignored, as under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in signals if number != signal.SIGHUP or not ignored]
 
 
 class LauncherFacts(NamedTuple):

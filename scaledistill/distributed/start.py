@@ -25,6 +25,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from scaledistill.distributed.launcher import heeded
 from scaledistill.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, DataError, SettingError
 
 log = logging.getLogger(__name__)
@@ -94,12 +95,7 @@ def start_ranks(arguments: Sequence[str], num_ranks: int, *, quiet: bool = True)
         requested.add(FORWARDED[signal.Signals(number)])
         received.append(FORWARDED[signal.Signals(number)])
 
-    before = {
-        number: signal.signal(number, receive)
-        for number in FORWARDED
-        # nohup ignores it, for the ranks too.
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-    }
+    before = {number: signal.signal(number, receive) for number in heeded(FORWARDED)}
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="torchrun") as pool:
             launch = elastic_launch(config, sys.executable)

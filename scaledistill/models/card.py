@@ -196,15 +196,21 @@ def read_card(folder: Path) -> ModelCard | None:
         return None
 
 
+def restate(metadata: Any, **fields: Any) -> None:
+    """Set fields of a card's metadata; another licence removes the name and link of the former."""
+    if fields.get("license", metadata.get("license")) != metadata.get("license"):
+        for key in ("license_name", "license_link"):
+            metadata.pop(key, None)
+    for key, value in fields.items():
+        metadata[key] = value
+
+
 def write_metadata(folder: Path, **fields: Any) -> None:
     """Set fields of the metadata in an export's model card; None removes one."""
     card = read_card(folder)
     if card is None:
         card = ModelCard(f"---\ntags: []\n---\n\n# {folder.name}\n")
-    if fields.get("license", card.data.get("license")) != card.data.get("license"):
-        card.data["license_name"] = card.data["license_link"] = None  # of the other licence
-    for key, value in fields.items():
-        card.data[key] = value
+    restate(card.data, **fields)
     if card.data.get("base_model") and not card.data.get("base_model_relation"):
         card.data["base_model_relation"] = RELATION
     # huggingface_hub keeps the line breaks of the text and writes the metadata anew.

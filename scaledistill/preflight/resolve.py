@@ -64,8 +64,8 @@ def resolve_for_gpus(config: DistillConfig, world_size: int, device: torch.devic
     """
     if device.type == "cuda":
         return resolve(config, world_size, device)
-    # A CPU refuses what GPUs can do, and `for_gpus` takes from the stated settings again.
     train, teacher, relations = config.train, config.teacher, config.relations
+    # Without what a CPU refuses.
     accepted = {
         "train": train.model_copy(update=_without_fp16(precision=train.precision)),
         "teacher": teacher.model_copy(update=_without_fp16(dtype=teacher.dtype)),
@@ -74,30 +74,20 @@ def resolve_for_gpus(config: DistillConfig, world_size: int, device: torch.devic
         ),
     }
     run = resolve(config.model_copy(update=accepted), world_size, device)
-    return for_gpus(replace(run, stated=config))
+    precision = "bf16" if train.precision == "auto" else train.precision
+    dtype = precision if teacher.dtype == "auto" else teacher.dtype
+    backend = "triton" if relations.backend == "auto" else relations.backend
+    update = {
+        "train": run.config.train.model_copy(update={"precision": precision}),
+        "teacher": run.config.teacher.model_copy(update={"dtype": dtype}),
+        "relations": run.config.relations.model_copy(update={"backend": backend}),
+    }
+    settled = run.config.model_copy(update=update)
+    return replace(run, config=settled, stated=config, device_type="cuda")
 
 
 def _without_fp16(**settings: str) -> dict[str, str]:
     return {name: "bf16" if value == "fp16" else value for name, value in settings.items()}
-
-
-def for_gpus(run: ResolvedRun) -> ResolvedRun:
-    """Return a run as it would be resolved on GPUs with bf16, for a plan made without any."""
-    if run.device_type == "cuda":
-        return run
-    config, stated = run.config, run.stated
-    precision, dtype = stated.train.precision, stated.teacher.dtype
-    wanted = stated.relations.backend
-    backend = "triton" if wanted == "auto" else wanted
-    precision = "bf16" if precision == "auto" else precision
-    update = {
-        "train": config.train.model_copy(update={"precision": precision}),
-        "teacher": config.teacher.model_copy(
-            update={"dtype": precision if dtype == "auto" else dtype}
-        ),
-        "relations": config.relations.model_copy(update={"backend": backend}),
-    }
-    return replace(run, config=config.model_copy(update=update), device_type="cuda")
 
 
 def _indivisible(batch: int, world_size: int, share: int, micro: int | None) -> str:

@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from scaledistill.models.card import (
     card_section,
     licence_text,
     read_card,
+    restate,
     use_text,
     write_card_section,
     write_metadata,
@@ -175,10 +175,8 @@ def write_formats(
     stated = {key: value for key, value in given.items() if value}
     if options.glue is not None:
         check_scored(options.glue_model or student.name, options.glue)
-    metadata = {**student.metadata, **stated}
-    if metadata.get("license") != student.metadata.get("license"):
-        for key in ("license_name", "license_link"):
-            metadata.pop(key, None)
+    metadata = dict(student.metadata)
+    restate(metadata, **stated)
     student = replace(student, metadata=metadata)
     target = Path(os.path.realpath(output))
     work = target.with_name(f".{target.name}.partial")
@@ -389,12 +387,13 @@ class _Writer:
                 report.figures[-1]["n"] = num
             report.add(f"{name}/least cosine", found.cosine, "cosine")
             report.figures[-1]["n"] = num
-            limit = measure.TOLERANCE if name == "onnx" else sys.float_info.max
-            if not found.largest <= limit:
+            exact = name == "onnx"
+            if not (found.largest <= measure.TOLERANCE if exact else math.isfinite(found.largest)):
+                expected = f"at most {measure.TOLERANCE:g}" if exact else "a finite number"
                 raise DataError(
                     f"the {name} model differs from PyTorch by {found.largest:.1e} on {num} "
-                    f"inputs, expected at most {limit:g}; nothing was exported. Leave onnx and "
-                    "onnx-int8 out, and please report it with the versions of torch and onnxscript"
+                    f"inputs, expected {expected}; nothing was exported. Leave onnx and onnx-int8 "
+                    "out, and please report it with the versions of torch and onnxscript"
                 )
         scores: dict[str, float] = {}
         if options.data_folder is not None:
@@ -489,9 +488,8 @@ def _without_formats(folder: Path) -> dict[str, Any]:
         found["library_name"] = "transformers"
     if data.get("pipeline_tag") == SENTENCE_TASK:
         found["pipeline_tag"] = "feature-extraction"
-    tags = data.get("tags") or []
-    if kept := [tag for tag in tags if tag not in (SENTENCE, "onnx")]:
-        found["tags"] = kept
+    if tags := data.get("tags"):
+        found["tags"] = [tag for tag in tags if tag not in (SENTENCE, "onnx")]
     return found
 
 

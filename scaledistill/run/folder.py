@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from scaledistill.distributed.launcher import heeded
 from scaledistill.distributed.ranks import Ranks, explain_lost_peer, failing_together
 from scaledistill.errors import (
     EXIT_ENVIRONMENT,
@@ -360,12 +361,7 @@ class StopRequest:
                 log.info("not in the main thread: signals do not stop this run, use %s", where)
             yield
             return
-        before = {
-            number: signal.signal(number, self._on_signal)
-            for number in STOP_SIGNALS
-            # nohup ignores it.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-        }
+        before = {number: signal.signal(number, self._on_signal) for number in heeded(STOP_SIGNALS)}
         try:
             yield
         finally:
