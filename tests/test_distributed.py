@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from typing import Any
 
 import pytest
@@ -165,6 +166,25 @@ def test_threads_are_shared_among_the_ranks_here(
     with process_group(60):
         pass
     assert threads == [8, 2]
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_torchrun_s_one_thread_is_not_the_user_s_choice(
+    chosen: bool, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment.update({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"})
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    given = {"OMP_NUM_THREADS": "1"} if chosen else {}
+    with subprocess.Popen(["/bin/sleep", "60"], env=given) as torchrun:
+        monkeypatch.setattr(os, "getppid", lambda: torchrun.pid)
+        try:
+            with process_group(60):
+                pass
+        finally:
+            torchrun.kill()
+    assert threads == ([] if chosen else [8])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

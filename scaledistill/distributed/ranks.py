@@ -15,9 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
         device, backend = torch.device("cpu"), "gloo"
         # DeepSpeed warns if it has to detect this itself.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "OMP_NUM_THREADS" not in os.environ:  # on GPUs, for an optimizer state in host memory
+    if not _threads_are_chosen():  # on GPUs, for an optimizer state in host memory
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     # DeepSpeed reads these even if the group already exists, and requires MPI without them. It
     # takes the GPU that LOCAL_RANK names.
@@ -171,6 +172,16 @@ def at_leaving(callback: Callable[[], None]) -> None:
     It is not called if another rank is lost: waiting for the device would then wait for that rank.
     """
     _at_leaving.append(callback)
+
+
+def _threads_are_chosen() -> bool:
+    """Whether OMP_NUM_THREADS is set, other than by torchrun: to 1, if it starts several ranks."""
+    name = "OMP_NUM_THREADS"
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get(name) == "1":
+        with suppress(OSError):  # torchrun, with the variables with which it was started
+            variables = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+            return any(variable.startswith(f"{name}=".encode()) for variable in variables)
+    return name in os.environ
 
 
 @contextmanager
