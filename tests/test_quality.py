@@ -335,7 +335,7 @@ def test_the_report_comes_from_the_results(tmp_path: Path, document: Path) -> No
     assert f"{found} of {len(report.expected_cells())} cells are finished" in text
     assert "Missing: models/teacher, " in text
     assert "71.0 ±1.0" in text
-    assert "60.0 ±0.0 (1 of 3)" in text
+    assert "60.0 (1 of 3)" in text
     assert "| teacher-init | 0.671 | 0.702 | 0.2000 |" in text
     assert "| teacher | missing | missing | missing | missing |" in text
     [base] = [line for line in text.splitlines() if line.startswith("| base |")]

@@ -138,9 +138,10 @@ class Summary:
         """Return the table of scores, and of the chosen hyper-parameters if there was a choice."""
         seeds = {choice.planned for choice in self.choices}
         title = "Dev scores, %: median over the seeds ± half the range"
+        sized = any(row.parameters is not None for row in self.rows)
         head = [
             "model",
-            "parameters",
+            *(["parameters"] if sized else []),
             *map(column_title, self.columns),
             *(["average"] if self.averaged else []),
         ]
@@ -156,7 +157,7 @@ class Summary:
             )
             name = f"{row.name} (published)" if row.published not in (None, BASELINE) else row.name
             size = "" if row.parameters is None else f"{row.parameters / 1e6:.1f} M"
-            scores.rows.append([name, size, *cells, *average])
+            scores.rows.append([name, *([size] if sized else []), *cells, *average])
         if all(choice.tried == 1 for choice in self.choices):
             return [scores]
         tasks = list(dict.fromkeys(column.partition("/")[0] for column in self.columns))
@@ -257,11 +258,9 @@ class Summary:
             if len(choice.only_answers) < choice.n:
                 share = f" in {len(choice.only_answers)} of {choice.n}"
             mark = f" ({ONE_ANSWER[TASKS[choice.task].kind]}{share})"
-        planned = choice.planned if choice else 1
-        if score.n == 1 and planned == 1:
-            return f"{score.median:.1f}{mark}"
+        spread = f" ±{score.spread:.1f}" if score.n > 1 else ""
         short = f" ({choice.n} of {choice.planned})" if choice and choice.n < choice.planned else ""
-        return f"{score.median:.1f} ±{score.spread:.1f}{short}{mark}"
+        return f"{score.median:.1f}{spread}{short}{mark}"
 
 
 def summary_of(output: Path, *, published: bool = False) -> Summary:
