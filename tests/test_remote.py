@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import http.server
 import os
 import subprocess
@@ -200,7 +201,7 @@ def test_cache_too_small(memory_url: str, tmp_path: Path) -> None:
 
 def test_what_a_killed_download_leaves_is_cleared(memory_url: str, tmp_path: Path) -> None:
     shards = ShardReader(memory_url, cache=ShardCache(tmp_path, limit_bytes=50_000))
-    other = tmp_path / "other.lock"
+    other = tmp_path / f"{'0' * 64}.lock"
     other.touch()
     os.truncate(other, 49_999)  # a reservation without a process
     other.with_suffix(".partial").write_bytes(b"x" * 100)
@@ -208,6 +209,26 @@ def test_what_a_killed_download_leaves_is_cleared(memory_url: str, tmp_path: Pat
     own.write_bytes(b"half")
     assert len(shards.read(0, range(8))) == 8
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".tar"] == ["cache.lock"]
+
+
+def test_files_of_others_in_the_cache_s_folder_stay(memory_url: str, tmp_path: Path) -> None:
+    others = {tmp_path / name for name in ("imagenet.tar", "uv.lock", "x.lock", "uvx.partial")}
+    for path in others:
+        path.touch()
+        if path.name != "x.lock":
+            os.truncate(path, 60_000)
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path, limit_bytes=50_000))
+    assert len(shards.read(0, range(8))) == 8
+    assert others <= set(tmp_path.iterdir())
+
+
+def test_what_a_power_cut_left_is_downloaded_again(memory_url: str, tmp_path: Path) -> None:
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
+    read_all(shards)
+    os.truncate(tmp_path / f"{shards.manifest.shards[1].sha256}.tar", 100)
+    np.testing.assert_array_equal(
+        read_all(ShardReader(memory_url, cache=ShardCache(tmp_path))), IDS_NT
+    )
 
 
 def test_lock_files_are_removed(memory_url: str, tmp_path: Path) -> None:
@@ -362,23 +383,41 @@ def test_validation_fetches_the_next_shard_too(
     ]
 
 
-def test_a_lock_of_another_user(
-    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("held", [True, False])
+def test_locks_of_another_user(
+    held: bool, memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a shared cache it may be read, but not written."""
-    (tmp_path / "cache.lock").touch(mode=0o644)
+    """Of an earlier version: in a shared cache they may be read, but not written."""
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path, limit_bytes=50_000))
+    own = tmp_path / f"{shards.manifest.shards[0].sha256}.lock"
+    theirs = [tmp_path / "cache.lock", tmp_path / f"{'0' * 64}.lock", *([] if held else [own])]
+    for path in theirs:
+        path.touch(mode=0o644)
+    os.truncate(theirs[1], 10_000 if held else 49_999)
     plain_open, refused = os.open, []
 
     def open_file(path: Any, flags: int, *mode: int, **more: Any) -> int:
-        if Path(path).name == "cache.lock" and flags & os.O_RDWR:
+        if Path(path) in theirs and flags & os.O_RDWR and Path(path).exists():
             refused.append(path)
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return plain_open(path, flags, *mode, **more)
 
-    monkeypatch.setattr(os, "open", open_file)
-    shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
-    assert len(shards.read(0, range(8))) == 8
+    with theirs[1].open() as download:
+        if held:
+            fcntl.flock(download, fcntl.LOCK_EX)
+        monkeypatch.setattr(os, "open", open_file)
+        assert len(shards.read(0, range(8))) == 8
     assert refused
+    assert theirs[1].exists() is held
+
+
+def test_locks_can_be_opened_by_other_users(tmp_path: Path) -> None:
+    umask = os.umask(0o077)
+    try:
+        with remote._locked(tmp_path / "x.lock") as lock:
+            assert os.fstat(lock).st_mode & 0o777 == 0o666
+    finally:
+        os.umask(umask)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
@@ -395,12 +434,14 @@ def test_a_cache_without_locks(
     monkeypatch.setattr("fcntl.flock", flock)
     monkeypatch.setattr("scaledistill.storage.files._warned", set())
     shards = ShardReader(memory_url, cache=ShardCache(tmp_path, limit_bytes=50_000))
-    reserved = tmp_path / "other.lock"
+    reserved = tmp_path / f"{'0' * 64}.lock"
     reserved.touch()
     os.truncate(reserved, 49_999)  # whose process may be gone, and must not hold this one up
     reserved.with_suffix(".elsewhere-1.partial").write_bytes(b"it may be there")
     assert len(shards.read(0, range(8))) == 8
-    assert [path.name for path in tmp_path.glob("*.partial")] == ["other.elsewhere-1.partial"]
+    assert [path.name for path in tmp_path.glob("*.partial")] == [
+        f"{reserved.stem}.elsewhere-1.partial"
+    ]
     assert sum("this file system has no file locks" in message for message in caplog.messages) == 1
 
 
@@ -507,6 +548,10 @@ def test_processes_share_a_cache(server: http.server.ThreadingHTTPServer, tmp_pa
     }
 
 
-def test_credentials_are_left_out() -> None:
+def test_credentials_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(DataError, match=r"http://\*\*\*@127\.0\.0\.1:1/a/shards.manifest") as error:
+        ShardReader("http://me:pw@127.0.0.1:1/a", cache=ShardCache(tmp_path))
+    assert "attempt 1 of 4" in caplog.text
+    assert "me:pw" not in caplog.text + str(error.value)
     text = '{"train": "https://me:pw@host/a", "validation": "s3://bucket/b@2"}'
     assert remote.without_credentials(text) == text.replace("me:pw", "***")

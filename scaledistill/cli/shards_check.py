@@ -44,7 +44,7 @@ def parser(prog: str = PROG) -> Parser:
         "folders",
         nargs="+",
         metavar="DIR",
-        type=Path,
+        type=_local,
         help="folder with shards.manifest and the tar files, as `shards make` writes it",
     )
     parse.add_argument(
@@ -60,6 +60,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line and return the exit code."""
     options = parser(prog).parse_args(arguments)
     return carry_out(lambda: _check_all(options), prog)
+
+
+def _local(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"expected a folder, found {text}; check the local copy (a run checks remote shards as "
+            "it reads them)"
+        )
+    return Path(text)
 
 
 def _check_all(options: argparse.Namespace) -> int:

@@ -100,11 +100,10 @@ class ShardReader:
         return sizes
 
     def _message(self, problem: str) -> str:
-        remedy = (
-            "nothing of it was used; copy it again and run `scaledistill shards check` on "
-            f"{self.location}"
-        )
-        return f"shards {self.location} ({self._where}): {problem}; {remedy}"
+        shown = remote.without_credentials(str(self.location))
+        remedy = "nothing of it was used; copy it again and run `scaledistill shards check` on "
+        remedy += f"{shown}" if self._cache is None else "the copy before you upload it"
+        return f"shards {shown} ({self._where}): {problem}; {remedy}"
 
     def blocks_around(self, shard: int, row: int, low: int = 0, high: int | None = None) -> range:
         """Choose the blocks to read together for a row of a shard.

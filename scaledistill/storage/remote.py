@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from scaledistill.errors import ConfigError, DataError
+from scaledistill.storage.files import flush
 from scaledistill.storage.files import lock as lock_file
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ def is_url(location: str) -> bool:
     ):
         allowed = ", ".join(f"{name}://" for name in SCHEMES)
         raise ConfigError(
-            f"data location {location!r}: not an allowed URL; expected a folder or one of {allowed}"
+            f"data location {without_credentials(location)!r}: not an allowed URL; expected a "
+            f"folder or one of {allowed}"
         )
     return True
 
@@ -121,6 +123,7 @@ def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
 
     Raises: DataError if every attempt failed, or at once if the file is missing or forbidden.
     """
+    shown = without_credentials(url)
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
@@ -129,32 +132,25 @@ def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
             return action(files, path)
         except ImportError as error:
             raise DataError(
-                f"{url}: its file system needs a package that is not installed: {error}"
+                f"{shown}: its file system needs a package that is not installed: {error}"
             ) from error
         except (FileNotFoundError, PermissionError) as error:
             raise DataError(
-                f"{url}: {type(error).__name__}; check the URL, the access rights, and that the "
+                f"{shown}: {type(error).__name__}; check the URL, the access rights, and that the "
                 "program that wrote it finished"
             ) from error
         except Exception as error:  # noqa: BLE001 - file systems differ in errors; the last is raised
             failure = error
-            logger.warning(
-                "%s: attempt %d of %d failed: %s: %s",
-                url,
-                attempt + 1,
-                ATTEMPTS,
-                type(error).__name__,
-                error,
-            )
-    raise DataError(
-        f"{url}: failed {ATTEMPTS} times, the last time with {type(failure).__name__}: {failure}"
-    ) from failure
+            problem = f"{type(error).__name__}: {without_credentials(str(error))}"
+            logger.warning("%s: attempt %d of %d failed: %s", shown, attempt + 1, ATTEMPTS, problem)
+    raise DataError(f"{shown}: failed {ATTEMPTS} times, the last time with {problem}") from failure
 
 
 class ShardCache:
     """Whole remote files, named by their sha256, in one folder of at most `limit_bytes`.
 
-    The least recently used files are evicted. Several processes of a host share the folder. A file
+    The least recently used files are evicted; files with other names are left alone. Several
+    processes of a host, also of several users, share the folder. A file
     is downloaded under a lock of its own, checked, then renamed. The (sparse) size of the lock file
     reserves room for the running download, so that the bound holds for all processes together. The
     holder removes its lock file at the end; one that a killed process left is removed by the next
@@ -240,11 +236,11 @@ class ShardCache:
 
     def _open(self, url: str, num_bytes: int, sha256: str, *, evict_kept: bool) -> int | None:
         path = self.path(sha256)
-        with contextlib.suppress(FileNotFoundError):
-            return _open_used(path)
+        if (descriptor := _open_used(path, num_bytes)) is not None:
+            return descriptor
         with _locked(path.with_suffix(".lock")) as lock:
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                return _open_used(path)
+            if (descriptor := _open_used(path, num_bytes)) is not None:
+                return descriptor  # another process was faster
             if lock_file(lock) == "locked":
                 _remove_partials(path)
             if not self._reserve(lock, num_bytes, evict_kept=evict_kept):
@@ -252,22 +248,25 @@ class ShardCache:
             try:
                 return _download(url, path, num_bytes, sha256)
             finally:
-                os.truncate(lock, 0)
+                _set_reservation(lock, 0)
+
+    def _own(self, suffix: str) -> Iterator[tuple[Path, os.stat_result]]:
+        """Yield the cache's files of a kind; the folder may hold files of others."""
+        for path in self.folder.glob(f"*.{suffix}"):
+            if re.fullmatch(r"[0-9a-f]{64}", path.stem):
+                with contextlib.suppress(FileNotFoundError):
+                    yield path, path.stat()
 
     def _reserve(self, lock: int, num_bytes: int, *, evict_kept: bool = True) -> bool:
         """Make room and reserve it; return False if files in `keep` would have to be evicted."""
         while True:
             with _locked(self.folder / "cache.lock", remove=False):
-                locks = [
-                    (path, _size(path))
-                    for path in self.folder.glob("*.lock")
-                    if path.name != "cache.lock"
-                ]
+                locks = [(path, found.st_size) for path, found in self._own("lock")]
                 keep = self.keep
                 reserved = sum(_reserved_bytes(path) for path, size in locks if size)
                 files = sorted(
-                    (entry.stem in keep, entry.stat().st_mtime_ns, entry.stat().st_size, entry)
-                    for entry in self.folder.glob("*.tar")
+                    (path.stem in keep, found.st_mtime_ns, found.st_size, path)
+                    for path, found in self._own("tar")
                 )
                 used = reserved + sum(size for _, _, size, _ in files)
                 kept = reserved + sum(size for is_kept, _, size, _ in files if is_kept)
@@ -275,10 +274,10 @@ class ShardCache:
                     return False
                 while files and used + num_bytes > self.limit_bytes:
                     _, _, size, oldest = files.pop(0)
-                    oldest.unlink()
+                    oldest.unlink(missing_ok=True)
                     used -= size
                 if fits := used + num_bytes <= self.limit_bytes:
-                    os.truncate(lock, num_bytes)
+                    _set_reservation(lock, num_bytes)
             # Earlier versions left one lock file per shard.
             for path, size in itertools.islice(locks, MOST_REMOVED):
                 if not size:
@@ -289,8 +288,15 @@ class ShardCache:
             time.sleep(0.05)
 
 
-def _open_used(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDONLY)
+def _open_used(path: Path, num_bytes: int) -> int | None:
+    """Open a local copy; return None if there is none, or only what a power cut left of it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    if os.fstat(descriptor).st_size != num_bytes:
+        os.close(descriptor)
+        return None
     with contextlib.suppress(OSError):  # another user's file in a shared cache
         os.utime(descriptor)  # the last use, by which files are evicted
     return descriptor
@@ -300,10 +306,7 @@ def _open_used(path: Path) -> int:
 def _locked(path: Path, *, remove: bool = True) -> Iterator[int]:
     """Hold a lock file, created if needed; remove it at the end unless `remove` is off."""
     while True:
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:  # another user's file in a shared cache
-            lock = os.open(path, os.O_RDONLY)
+        lock = _open_lock(path, os.O_CREAT)
         try:
             found = lock_file(lock, wait=True)
             if found == "no locks" or _is_at(lock, path):
@@ -320,6 +323,25 @@ def _locked(path: Path, *, remove: bool = True) -> Iterator[int]:
         os.close(lock)  # this unlocks it
 
 
+def _open_lock(path: Path, create: int = 0) -> int:
+    """Open a lock file, so that other users who share the folder can open it too."""
+    # In a folder like /tmp, O_CREAT may not open another user's file.
+    for flags in (os.O_RDWR | create, os.O_RDWR):
+        with contextlib.suppress(PermissionError):
+            lock = os.open(path, flags, 0o666)
+            break
+    else:
+        return os.open(path, os.O_RDONLY)  # of an earlier version
+    with contextlib.suppress(PermissionError):  # another user's, who has done it
+        os.fchmod(lock, 0o666)
+    return lock
+
+
+def _set_reservation(lock: int, num_bytes: int) -> None:
+    with contextlib.suppress(OSError):  # another user's lock file, of an earlier version
+        os.truncate(lock, num_bytes)
+
+
 def _is_at(descriptor: int, path: Path) -> bool:
     """Return whether an open file is still the one at `path`."""
     try:
@@ -334,7 +356,7 @@ def _reserved_bytes(path: Path) -> int:
     If its process is gone, remove the lock file and the process's partial download.
     """
     try:
-        lock = os.open(path, os.O_RDWR)
+        lock = _open_lock(path)
     except FileNotFoundError:
         return 0
     try:
@@ -348,13 +370,6 @@ def _reserved_bytes(path: Path) -> int:
         return size if found == "in use" else 0
     finally:
         os.close(lock)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _remove_partials(path: Path) -> None:
@@ -380,6 +395,7 @@ def _download(url: str, path: Path, num_bytes: int, sha256: str) -> int:
 
     try:
         descriptor = _retry(url, get)
+        flush(descriptor)
         partial.rename(path)
         return descriptor
     finally:
