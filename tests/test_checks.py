@@ -58,6 +58,16 @@ def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def test_validation_on_training_rows_is_said(
+    tiny_config: MakeConfig, tiny_shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checks.plan_run(tiny_config(data={"validation": str(tiny_shards / "validation")}), 1, CPU)
+    assert "data.validation" not in caplog.text
+    train = str(tiny_shards / "train")
+    checks.plan_run(tiny_config(data={"train": train, "validation": train}), 1, CPU)
+    assert f"shards are in {train} too: its loss says little" in caplog.text
+
+
 def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
     config = tiny_config(
         data={"validation": str(tiny_shards / "validation")},

@@ -119,8 +119,7 @@ def test_the_tables(output: Path) -> None:
         in text
     )
     assert (
-        "| student-1 | 22.7 M | 71.5 ±0.5 | none finished | none finished | 71.0 (1 of 2) |"
-        in text
+        "| student-1 | 22.7 M | 71.5 ±0.5 | none finished | none finished | 71.0 (1 of 2) |" in text
     )
     assert "- Average: over CoLA matthews, RTE accuracy; WNLI is excluded, as is usual." in text
     assert "**Not finished: 3 cells**" in text

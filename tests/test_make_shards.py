@@ -32,7 +32,7 @@ from scaledistill.data.manifest import (
 from scaledistill.data.prepare.make import ShardReport, make_shards
 from scaledistill.data.prepare.sources import file_documents
 from scaledistill.data.prepare.text import load_tokenizer, tokenizer_fingerprint
-from scaledistill.data.shards import verify
+from scaledistill.data.shards import ShardWriter, verify
 from scaledistill.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -300,6 +300,29 @@ def test_a_failed_overwrite_keeps_the_old_shards(
     assert text_of(tmp_path / "train") == tokens_of(["gamma"], tokenizer)
 
 
+def test_train_and_validation_appear_together_or_not_at_all(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match=r"no rows for \S+train"):
+        make(["gamma"], tmp_path / "new", tokenizer, held_out_fraction=0.9999)
+    assert not (tmp_path / "new").exists()
+
+    make(random_documents(0), tmp_path / "old", tokenizer, held_out_fraction=0.5)
+    before = bytes_of(tmp_path / "old")
+    with pytest.raises(DataError, match=r"no rows for \S+train"):
+        make(["gamma"], tmp_path / "old", tokenizer, held_out_fraction=0.9999, overwrite=True)
+    assert bytes_of(tmp_path / "old") == before
+
+    def lose_power(writer: ShardWriter, manifest: Manifest) -> Manifest:
+        raise OSError("power cut")
+
+    monkeypatch.setattr(ShardWriter, "_commit", lose_power)
+    settings = {"held_out_fraction": 0.5, "overwrite": True}
+    with pytest.raises(OSError, match="power cut"):
+        make(random_documents(1), tmp_path / "old", tokenizer, **settings)
+    assert not list((tmp_path / "old").glob("*/*manifest*")), "no old one beside a new one"
+
+
 def test_old_held_out_documents_do_not_stay_beside_new_shards(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -557,6 +580,11 @@ def test_the_other_sources_of_the_tool(
         ),
         ([], 2, "found 0 kinds of input; give one of: files, --wds, --dataset, --installed-docs"),
         (["a.txt", "--installed-docs"], 2, "found 2 kinds of input"),
+        (["a.txt", "--split", "test"], 2, "--split is read only with --dataset"),
+        (["a.txt", "--dataset-config", "en"], 2, "--dataset-config is read only with --dataset"),
+        (["--wds", "a.tar", "--documents", "line"], 2, "--documents is read only with text files"),
+        (["--dataset", ".", "--documents", "file"], 2, "--documents is read only with text files"),
+        (["--installed-docs", "--column", "x"], 2, "--column is read only with files, --wds and"),
         (["a.txt", "--last-row", "cut"], 2, "invalid choice: 'cut'"),
         (["a.txt", "--max-tokens", "0"], 2, "make_shards: --max-tokens 0; expected 1 or more"),
         (["a.txt", "--held-out-fraction", "2"], 2, "--held-out-fraction 2.0; expected 0 to below"),

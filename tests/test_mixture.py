@@ -281,6 +281,9 @@ def test_the_tool_checks_whether_data_sets_mix(
     assert (code, out.count("sha256 of the data")) == (0, 3)
     names = {row["name"] for row in json.loads((tmp_path / "figures.json").read_text())}
     assert {f"shards/{folder}/rows" for folder in folders} <= names
+    with pytest.raises(SystemExit, match="2"):
+        check("s3://bucket/train")
+    assert "expected a folder, found s3://bucket/train; check the" in capsys.readouterr().err
     code, out = check(folders[0], tiny_shards / "train")
     assert code == 3
     assert "differ in tokens per row: 8 and 16" in out
@@ -289,7 +292,7 @@ def test_the_tool_checks_whether_data_sets_mix(
     shutil.copytree(folders[0], tmp_path / "copy")
     code, out = check(folders[0], tmp_path / "copy")
     assert code == 3
-    assert "hold the same data; leave one out" in out
+    assert "hold the same data (7 shards); leave one out" in out
 
 
 def test_epochs_by_source(folders: list[Path]) -> None:
@@ -352,7 +355,7 @@ def test_a_source_at_fault_is_named(
 
     refused(DataError, r"data\.train\.1: no such folder", first, {**second, "shards": "no/where"})
     again = {**first, "name": "again"}
-    refused(ConfigError, r"data\.train\.0 .* and data\.train\.1 .* the same data;", first, again)
+    refused(ConfigError, r"data\.train\.0 .* and data\.train\.1 .* the same data \(", first, again)
     tiny = {**second, "weight": 1e-9}
     refused(ConfigError, r"data\.train\.1\.weight=1e-09 is 3e-10 of the sum", first, tiny)
     other = {**second, "shards": str(folders[0])}

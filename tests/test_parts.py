@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -284,7 +285,9 @@ def test_the_tools(
         printed = capsys.readouterr()
         return printed.out + printed.err
 
-    options = ["text.txt", "--tokenizer", "tokenizer", "--output", "out", "--workers", "0"]
+    name = os.fsdecode(b"caf\xe9.txt")  # not UTF-8
+    (tmp_path / "text.txt").rename(tmp_path / name)
+    options = [name, "--tokenizer", "tokenizer", "--output", "out", "--workers", "0"]
     options += ["--max-unknown-fraction", "1", "--sequence-length", "8"]
     said = run(shards_make.main, *options, "--part", "1/2")
     assert "part 1/2: 21 of 40 documents" in said

@@ -108,7 +108,7 @@ def test_columns_and_empty_values(tmp_path: Path) -> None:
 def test_webdataset_members(tmp_path: Path) -> None:
     members = {
         "__meta__": b"x",
-        "a.txt": b"one",
+        "a.txt": b"\xef\xbb\xbfone",
         "a.json": b"{}",
         "b.JSON": b'{"body": "two"}',
         "c/d.cls": b"1",
@@ -136,6 +136,32 @@ def test_a_datasets_folder(tmp_path: Path, kind: str) -> None:
         DataError, match=r"split 'test' cannot be read: .*; check --dataset, --dataset-config"
     ):
         list(dataset_documents(str(tmp_path), config=None, split="test"))
+
+
+def test_a_datasets_folder_of_text_is_read_by_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "a.txt", b"one\ntwo\n")
+    assert list(dataset_documents(str(tmp_path), config=None, split="train")) == ["one", "two"]
+    assert "each line of its text files is a document; for documents of several" in caplog.text
+
+
+def test_a_connection_lost_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    class Rows:
+        column_names = None
+        info = datasets.DatasetInfo()
+
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            yield {"text": "one"}
+            raise ConnectionError("Server Disconnected")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Rows())
+    fails(
+        dataset_documents(str(tmp_path), config=None, split="train"),
+        r"the connection was lost after 1 row \(Server Disconnected\); run the command again",
+    )
 
 
 def test_a_missing_dataset() -> None:
@@ -566,6 +592,11 @@ def test_samples_without_text(tmp_path: Path) -> None:
     fails(
         webdataset_documents([write(path, tar_bytes({"a.txt": b"x"}) * 2)]),
         "another archive, at byte 1024, after 1",
+    )
+    by_kind = {"a.txt": b"x", "b.txt": b"y", "a.json": b"{}", "b.json": b"{}"}
+    fails(
+        webdataset_documents([write(path, tar_bytes(by_kind))]),
+        r"a.tar, sample 'a': its members do not follow each other; make the archive again with",
     )
     members = tar_bytes({"a.txt": b"x", "b.txt": b"y"}).replace(b"b.txt", b"a.txt")
     fails(webdataset_documents([write(path, members)]), r"a.tar: .*damaged|a.tar is damaged")

@@ -81,21 +81,17 @@ def parser(prog: str = PROG) -> Parser:
     source.add_argument(
         "--documents",
         choices=("blank-line", "line", "file"),
-        default="blank-line",
         help=(
             "what one document is in a text file: the text between blank lines, a line or the "
-            "file (default: %(default)s)"
+            "file (default: blank-line)"
         ),
     )
     source.add_argument(
         "--column",
-        default="text",
-        help="key or column of the text in JSON, Parquet and data sets (default: %(default)s)",
+        help="key or column of the text in JSON, Parquet and data sets (default: text)",
     )
     source.add_argument("--dataset-config", metavar="NAME", help="configuration of --dataset")
-    source.add_argument(
-        "--split", default="train", help="split of --dataset (default: %(default)s)"
-    )
+    source.add_argument("--split", metavar="NAME", help="split of --dataset (default: train)")
     packing = parse.add_argument_group("tokens and rows")
     packing.add_argument(
         "--tokenizer", required=True, help="folder or hub name; must be the teacher's"
@@ -209,6 +205,14 @@ def parse(arguments: Sequence[str] | None, prog: str = PROG) -> argparse.Namespa
             f"found {sum(given)} kinds of input; give one of: files, --wds, --dataset, "
             "--installed-docs"
         )
+    for name, value, read, kinds in (
+        ("--documents", options.documents, options.inputs, "text files"),
+        ("--column", options.column, not options.installed_docs, "files, --wds and --dataset"),
+        ("--dataset-config", options.dataset_config, options.dataset, "--dataset"),
+        ("--split", options.split, options.dataset, "--dataset"),
+    ):
+        if value and not read:
+            parse.error(f"{name} is read only with {kinds}")
     return options
 
 
@@ -221,23 +225,27 @@ def open_source(
     if options.installed_docs:
         parallel = functools.partial(pool.parallel_map, workers=options.workers)
         return docstrings.installed_docs(parallel), {"kind": "installed-docs"}
-    column = options.column
+    column = options.column or "text"
     if options.dataset:
-        facts = {"name": options.dataset, "config": options.dataset_config, "split": options.split}
+        facts = {
+            "name": options.dataset,
+            "config": options.dataset_config,
+            "split": options.split or "train",
+        }
         documents = sources.dataset_documents(**facts, column=column)
         return documents, {"kind": "dataset", "column": column, "dataset": facts}
     paths = sources.expand(options.wds or options.inputs)
-    files = [str(path) for path in paths]
+    # JSON cannot hold names that are not UTF-8.
+    files = [os.fsencode(path).decode(errors="backslashreplace") for path in paths]
     if options.wds:
         documents = sources.webdataset_documents(paths, column=column, progress=progress)
         return documents, {"kind": "webdataset", "column": column, "files": files}
-    documents = sources.file_documents(
-        paths, column=column, split_by=options.documents, progress=progress
-    )
+    split_by = options.documents or "blank-line"
+    documents = sources.file_documents(paths, column=column, split_by=split_by, progress=progress)
     return documents, {
         "kind": "files",
         "column": column,
-        "documents": options.documents,
+        "documents": split_by,
         "files": files,
     }
 

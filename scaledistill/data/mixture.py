@@ -26,7 +26,7 @@ import numpy as np
 from scaledistill.data.manifest import Manifest
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.reader import ShardReader
-from scaledistill.errors import SettingError
+from scaledistill.errors import SettingError, counted
 
 MIXTURE_VERSION = 1
 PERIOD = 10_000
@@ -167,7 +167,7 @@ def data_identity(fingerprint: Mapping[str, object]) -> str:
 
 def mixing_problem(manifests: Mapping[str, Manifest]) -> str | None:
     """Return why data sets, by name, can't be mixed, or None."""
-    seen: dict[str, str] = {}
+    seen: dict[str, Manifest] = {}
     for name, manifest in manifests.items():
         first_name, first = next(iter(manifests.items()))
         facts = {
@@ -180,9 +180,19 @@ def mixing_problem(manifests: Mapping[str, Manifest]) -> str | None:
                     f"{first_name} and {name} differ in {what}: {str(expected)[:12]} and "
                     f"{str(found)[:12]}"
                 )
-        if (other := seen.setdefault(manifest.sha256, name)) != name:
-            return f"{other} and {name} hold the same data; leave one out, and add up their weights"
+        for other, earlier in seen.items():
+            if shared := shared_shards(earlier, manifest):
+                return (
+                    f"{other} and {name} hold the same data ({counted(shared, 'shard')}); leave "
+                    "one out, and add up their weights"
+                )
+        seen[name] = manifest
     return None
+
+
+def shared_shards(one: Manifest, other: Manifest) -> int:
+    """Return how many shards two data sets have in common, whatever their names."""
+    return len({shard.sha256 for shard in one.shards} & {shard.sha256 for shard in other.shards})
 
 
 def _tickets(weights: Sequence[float], total: int) -> np.ndarray:

@@ -131,6 +131,7 @@ class ShardWriter:
         """The manifest's facts about the tokenizer; callers may add more until the commit."""
         self._vocab_size = vocab_size
         self._overwrite = overwrite
+        self._prepared: Manifest | None = None
         self._manifest: Manifest | None = None
         self._totals = {"largest_id": 0, "rows": 0, "tokens": 0, "documents": 0, "padded_rows": 0}
         self._shards: list[Shard] = []
@@ -142,12 +143,15 @@ class ShardWriter:
         self._sink: _HashedFile | None = None
         self._open_folder()
 
-    def _open_folder(self) -> None:
+    def _refuse_older_files(self) -> None:
         if not self._overwrite and (old := [path.name for path in self._finished_files()]):
             raise DataError(
                 f"{self._folder} holds {old[0]} already; name another folder, or use ",
                 Field("overwrite", True),
             )
+
+    def _open_folder(self) -> None:
+        self._refuse_older_files()
         self._made = [
             folder for folder in (self._folder, *self._folder.parents) if not folder.exists()
         ]
@@ -159,6 +163,11 @@ class ShardWriter:
                 f"another run is writing shards to {self._folder}; wait for it or name another "
                 "folder"
             )
+        try:
+            self._refuse_older_files()  # another run's, which ended meanwhile
+        except DataError:
+            self._unlock()
+            raise
         for leftover in self._folder.glob(f"{PARTIAL}*.tar"):
             leftover.unlink()
 
@@ -263,6 +272,36 @@ class ShardWriter:
         )
         self._sink, self._blocks = None, []
 
+    def prepare(self) -> Manifest:
+        """Write all files of the data set under temporary names; `close` then only renames them.
+
+        A further call only returns the manifest.
+
+        Raises: DataError if no row was written.
+        """
+        if self._prepared is None:
+            if self._filled:
+                self._write_block()
+            self._finish_shard()
+            if not self._shards:
+                raise DataError(
+                    f"no rows for {self._folder}: the source is empty or every document was "
+                    "dropped; check its path"
+                )
+            content = {**self._header, **self._totals, "shards": tuple(self._shards)}
+            manifest = Manifest.model_validate(content)
+            sink = _HashedFile(self._folder / f"{PARTIAL}{MANIFEST_FILE}")
+            sink.write(manifest.dump())
+            sink.close()
+            self._prepared = manifest
+        return self._prepared
+
+    def remove_old_manifest(self) -> None:
+        """Remove the manifest that will be replaced; a folder without one is no data set."""
+        for name in MANIFEST_FILES:
+            (self._folder / name).unlink(missing_ok=True)
+        sync(self._folder)
+
     def close(self) -> Manifest:
         """Commit and return the manifest; a further call returns it again.
 
@@ -272,34 +311,19 @@ class ShardWriter:
         """
         if self._manifest is None:
             try:
-                self._manifest = self._commit()
+                self._manifest = self._commit(self.prepare())
             except BaseException:
                 self._remove()
                 raise
         return self._manifest
 
-    def _commit(self) -> Manifest:
-        if self._filled:
-            self._write_block()
-        self._finish_shard()
-        if not self._shards:
-            raise DataError(
-                f"no rows for {self._folder}: the source is empty or every document was dropped; "
-                "check its path"
-            )
-        manifest = Manifest.model_validate(
-            {**self._header, **self._totals, "shards": tuple(self._shards)}
-        )
-        # Empty unless overwrite. The old manifest goes first: a folder without one is no data set.
+    def _commit(self, manifest: Manifest) -> Manifest:
+        # Empty unless overwrite. The old manifest goes first.
         for old in self._finished_files():
             old.unlink()
         for shard in manifest.shards:
             (self._folder / f"{PARTIAL}{shard.file}").rename(self._folder / shard.file)
-        partial = self._folder / f"{PARTIAL}{MANIFEST_FILE}"
-        sink = _HashedFile(partial)
-        sink.write(manifest.dump())
-        sink.close()
-        partial.rename(self._folder / MANIFEST_FILE)
+        (self._folder / f"{PARTIAL}{MANIFEST_FILE}").rename(self._folder / MANIFEST_FILE)
         self._unlock()
         return manifest
 

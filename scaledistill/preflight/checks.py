@@ -26,12 +26,12 @@ from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schedule import SCHEDULE_KEYS, from_step, same_rates, with_schedule_of
 from scaledistill.config.schema import DistillConfig, TrainSettings, differing_keys
 from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
-from scaledistill.data.mixture import Order, Source, mix, mixing_problem
+from scaledistill.data.mixture import Order, Source, mix, mixing_problem, shared_shards
 from scaledistill.data.prepare.text import load_tokenizer, tokenizer_fingerprint
 from scaledistill.data.reader import ShardReader, check_cache
 from scaledistill.data.tokenizer import TOKENIZER_FILES
 from scaledistill.distributed.ranks import Ranks
-from scaledistill.errors import ConfigError, DataError, Field, Problems, named
+from scaledistill.errors import ConfigError, DataError, Field, Problems, counted, named
 from scaledistill.metrics.trackers import check_trackers
 from scaledistill.models.architectures import (
     architecture_of,
@@ -144,6 +144,8 @@ def plan_run(
             attempt(_check_shards, config, setting, reader, teacher, is_main)
     held_out = readers.pop("data.validation", None)
     shards = [reader for reader in readers.values() if reader]
+    if held_out and is_main:
+        _warn_of_training_rows(held_out, shards)
     ordered = attempt(_order, config, shards) if len(shards) == len(readers) else None
     sources, order = ordered or ((), None)
     notes: list[str] = []
@@ -330,6 +332,19 @@ def _check_shards(
             f"(sha256 {expected[:12]}…); make the shards again with --tokenizer "
             f"{config.teacher.model}"
         )
+
+
+def _warn_of_training_rows(held_out: ShardReader, shards: Sequence[ShardReader]) -> None:
+    for reader in shards:
+        if shared := shared_shards(held_out.manifest, reader.manifest):
+            log.warning(
+                "data.validation: %d of its %s are in %s too: its loss says little about text that "
+                "the student has not seen; hold documents out with `scaledistill shards make "
+                "--held-out-fraction`",
+                shared,
+                counted(len(held_out.manifest.shards), "shard"),
+                reader.location,
+            )
 
 
 def check_same_run(state: Mapping[str, Any], config: DistillConfig, order: Order) -> None:

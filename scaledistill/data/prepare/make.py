@@ -364,6 +364,11 @@ def write_shards(
         check_unknown(1)
         for split, counts in report.splits.items():
             writers[split].tokenizer_facts["unknown_tokens"] = counts.unknown
+        # Both data sets or none: a new `validation` may share documents with an old `train`.
+        for writer in writers.values():
+            writer.prepare()
+        for writer in writers.values():
+            writer.remove_old_manifest()
     report.seconds = time.perf_counter() - start
     return report
 

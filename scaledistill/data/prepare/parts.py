@@ -50,8 +50,10 @@ if TYPE_CHECKING:
 
 PART_FILE = "shards.part"
 """The description of a part; it is written last."""
+IDS_AT_ONCE = 1 << 27
+"""The merge holds one file of each part in memory, with these many ids in all: 256 or 512 MB."""
 IDS_PER_FILE = 1 << 23
-"""The merge holds one file of each part in memory: 16 or 32 MB."""
+"""At most; fewer if there are many parts."""
 _FOLDER = re.compile(r"part-(\d{4})-of-(\d{4})")
 AGAIN = "make this part again, or copy its folder again"
 
@@ -273,7 +275,7 @@ class _Writer:
     def add(self, tokens: Tokens) -> None:
         self._items.append(tokens)
         self._num_ids += len(tokens.ids_n)
-        if self._num_ids >= IDS_PER_FILE:
+        if self._num_ids >= min(IDS_PER_FILE, IDS_AT_ONCE // self._part.of):
             self._flush()
 
     def _flush(self) -> None:
@@ -430,6 +432,7 @@ def _read(folder: Path, description: _Description) -> Iterator[Tokens]:
                 f"expected {file.sha256[:12]}…; {AGAIN}"
             )
         columns = load(data)
+        del data  # `columns` are copies
         ids_n, lengths, keys = (columns[name] for name in ("ids", "lengths", "keys"))
         starts = np.concatenate(([0], np.cumsum(lengths))).tolist()
         first = 0

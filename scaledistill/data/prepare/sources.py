@@ -39,7 +39,7 @@ from scaledistill.data.prepare.content import (
 )
 from scaledistill.data.prepare.longtext import LARGEST_DOCUMENT_BYTES, placed, too_long
 from scaledistill.data.prepare.paths import check_inputs
-from scaledistill.errors import DataError
+from scaledistill.errors import DataError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -172,18 +172,30 @@ def dataset_documents(
     datasets.disable_progress_bars()
     _read_every_byte()
     label = f"data set {name!r}, config {config!r}, split {split!r}"
+    number = 0
     try:
         if not os.path.isdir(name):
             _offline_unless_reachable(name)
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         if column in (rows.column_names or []):
             rows = rows.select_columns([column])  # Parquet then reads nothing else
+        if rows.info.builder_name == "text":
+            logger.warning(
+                "%s: each line of its text files is a document; for documents of several lines, "
+                "give the files instead of --dataset, such as '%s/**/*.txt'",
+                *(label, name),
+            )
         for number, row in enumerate(rows, 1):
             where = f"{label}, row {number}"
             yield placed(_column_of(row, column, where), where)
     except DataError:
         raise
     except ConnectionError as error:
+        if number:
+            raise DataError(
+                f"{label}: the connection was lost after {counted(number, 'row')} ({error}); run "
+                "the command again, or fetch the data set first and give its folder"
+            ) from error
         raise DataError(
             f"{label} is neither a local folder nor cached, and the Hub cannot be reached; correct "
             "--dataset, or fetch it where there is a network and give its folder"
@@ -445,13 +457,20 @@ def _tar_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[str]:
     with seekable(path, stream) as file:
         num_members = count_files(path, file)
         file.seek(0)
+        seen: set[str] = set()
         try:
             for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
                 members = {name for name in sample if not name.startswith("__")}
                 num_members -= len(members)
                 where = f"{path}, sample {sample['__key__']!r}"
+                if sample["__key__"] in seen:
+                    raise DataError(
+                        f"{where}: its members do not follow each other; make the archive again "
+                        "with tar --sort=name"
+                    )
+                seen.add(sample["__key__"])
                 if "txt" in members:
-                    yield placed(_decode(sample["txt"], where), where)
+                    yield placed(_decode(sample["txt"], where).removeprefix("\ufeff"), where)
                 elif "json" in members:
                     yield placed(
                         _json_document(_decode(sample["json"], where), column, where), where
