@@ -761,6 +761,42 @@ def test_the_matrix_has_every_key_that_may_vary() -> None:
     assert set(free) - settled == varied
 
 
+def waits_for_the_device(tree: dict[str, Any]) -> list[int]:
+    """Return how often each step of a run made DeepSpeed wait for the device."""
+    from deepspeed.accelerator import get_accelerator
+
+    from scaledistill.training.loop import distill
+    from scaledistill.training.step import train_step
+
+    waits, by_step = 0, []
+
+    def synchronize(*_: Any) -> None:
+        nonlocal waits
+        waits += 1
+
+    get_accelerator().synchronize = synchronize
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal waits
+        waits = 0
+        result = train_step(*arguments)
+        by_step.append(waits)
+        return result
+
+    distill(parse_config(tree), train_step=counted)
+    return by_step
+
+
+@pytest.mark.parametrize("placement", ["replicate", "shard"])
+def test_deepspeed_s_timer_does_not_wait_for_the_device(
+    placement: str, tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> None:
+    train = {"max_steps": 5, "global_batch_size": 4, "micro_batch_size": 2}
+    blocks = {"train": train, "teacher": {"placement": placement}, "engine": ENGINES["zero2"]}
+    tree = tiny_tree(tmp_path, tiny_teacher, tiny_shards, **blocks)
+    assert run_ranks(waits_for_the_device, 1, tree)[0] == [0] * 5
+
+
 def test_the_loss_scaler_s_state_is_json() -> None:
     import json
 

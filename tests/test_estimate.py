@@ -132,12 +132,14 @@ def test_where_a_teacher_s_bytes_lie(tiny_config: Callable[..., DistillConfig]) 
 
 
 def test_fsdp_memory(tiny_config: Callable[..., DistillConfig]) -> None:
-    def facts(**fsdp: bool) -> Estimate:
-        config = tiny_config(engine={"name": "fsdp", "fsdp": fsdp}, train={"precision": "bf16"})
+    def facts(accumulation: int = 1, **fsdp: bool) -> Estimate:
+        train = {"precision": "bf16", "global_batch_size": 8, "micro_batch_size": 2 // accumulation}
+        config = tiny_config(engine={"name": "fsdp", "fsdp": fsdp}, train=train)
         return estimate_of(config, world_size=4, device_type="cuda")
 
     trained = facts().students["l2"].trained
     assert facts().weights_and_gradients_bytes == trained  # a quarter of the fp32 gradients
+    assert facts(2).weights_and_gradients_bytes == 4 * trained  # whole until the last micro-batch
     assert facts().optimizer_bytes == 3 * trained  # a quarter of fp32 weights and moments
     assert facts().engine_bytes <= (2 + 4) * trained
     gathered = facts(reshard_after_forward=False)

@@ -27,6 +27,7 @@ from transformers import (
 
 from scaledistill.config.load import parse_config
 from scaledistill.data.tokens import TokenInputs
+from scaledistill.engines import place_buffers
 from scaledistill.errors import DataError
 from scaledistill.models.architectures import ARCHITECTURES
 from scaledistill.models.teacher import Teacher, encoder_on_meta, load_encoder
@@ -106,7 +107,7 @@ def place(folder: Path, trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
     bytes held.
     """
     from scaledistill.distributed.ranks import process_group
-    from scaledistill.engines import shard_teacher
+    from scaledistill.engines import fsdp, shard_teacher, zero
     from scaledistill.preflight.resolve import resolve
 
     results = []
@@ -122,7 +123,15 @@ def place(folder: Path, trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 run = resolve(parse_config(tree), ranks.world_size, ranks.device)
                 return shard_teacher(run, ranks, view, *rest)
 
+            placed: list[object] = []
+
+            def place_buffers(*arguments: object, placed: list[object] = placed) -> None:
+                placed.append(arguments[1])
+
+            for module in (zero, fsdp):
+                module.place_buffers = place_buffers
             teacher = Teacher(encoder, LAYERS, dtype=torch.float32, stored=watched, shard=shard)
+            assert placed == [ranks.device], "else they stay on the host, beside a GPU"
             running: list[int] = []
 
             def measure(*_: Any, running: list[int] = running, watched: Watched = watched) -> None:
@@ -170,6 +179,13 @@ def test_no_rank_ever_holds_a_sharded_teacher(deep_teacher, tmp_path, tiny_shard
             assert found["loading"] <= found["parts"] + embeddings, case
             assert found["running"] <= found["parts"] + embeddings + 2 * max(blocks) < total, case
             assert found["left"] <= 2 * max(blocks), case
+
+
+def test_buffers_are_moved() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(2))
+    place_buffers(module, torch.device("meta"))
+    assert {buffer.device.type for buffer in module.buffers()} == {"meta"}
+    assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
 
 
 def losses_of(trees: list[dict[str, Any]]) -> list[list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from ranks import run_ranks
 from test_train import LONG, distil, make_tree, rows_of, status_of
 
+from scaledistill.config.load import parse_config
 from scaledistill.run import folder as runfolder
 from scaledistill.run.folder import StopRequest, job_seconds
 
@@ -82,6 +84,56 @@ def test_stops_while_validating_and_while_starting(
     assert not (folder / "export").exists()
     status = status_of(starting)
     assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, 0)
+
+
+def stop_in_the_last_validation(tree: dict[str, Any]) -> tuple[str, int, str]:
+    from scaledistill.distributed.ranks import process_group
+    from scaledistill.training.session import open_session
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        session = open_session(*arguments, **options)
+
+        def validated(module: Any, inputs: Any) -> None:
+            if not torch.is_grad_enabled() and session.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        session.teacher.register_forward_pre_hook(validated)
+        return session
+
+    with process_group(60):
+        return distil(tree, open_session=opened)
+
+
+def test_a_validation_that_was_stopped_leaves_no_loss(
+    make_tree: Callable[..., dict[str, Any]], tiny_shards: Path
+) -> None:
+    """That of the step before is not the loss of the student that is exported."""
+    train = {"micro_batch_size": 1, "validation_every_steps": 1, "validation_rows": 40}
+    tree = make_tree(
+        data={"validation": str(tiny_shards / "validation")},
+        train={**LONG, **train, "max_steps": 2},
+    )
+    assert run_ranks(stop_in_the_last_validation, 1, tree)[0][:2] == ("done", 0)
+    assert [row["step"] for row in rows_of(tree) if "validation_loss" in row] == [1]
+    exports = Path(tree["run"]["folder"]) / "export"
+    cards = {path.name: (path / "README.md").read_text() for path in exports.iterdir()}
+    assert "| validation loss | not measured |" in cards["l2"]
+    assert re.search(r"\| validation loss \| [\d.]+ \|", cards["l2-best"])
+
+
+def ends_of_a_run(tree: dict[str, Any]) -> float:
+    """Run with a tracker that takes 2 s to finish; return when this rank has left the run."""
+    from scaledistill.metrics.trackers import Trackers
+    from scaledistill.training.loop import distill
+
+    Trackers.finish = lambda self: time.sleep(2)  # type: ignore[method-assign]
+    distill(parse_config(tree))
+    return time.monotonic()
+
+
+def test_the_ranks_leave_after_rank_0_s_trackers(make_tree: Callable[..., dict[str, Any]]) -> None:
+    first, second = run_ranks(ends_of_a_run, 2, make_tree(train={**LONG, "max_steps": 2}))
+    assert abs(first - second) < 1.5
 
 
 def test_the_job_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

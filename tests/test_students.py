@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 from collections.abc import Callable
@@ -201,13 +202,27 @@ def stopping_after(step: int) -> Callable[..., Any]:
     return once_made(step - 1, lambda: signal.raise_signal(signal.SIGTERM))
 
 
+def with_engines_counted(train_step: Callable[..., Any]) -> Callable[..., Any]:
+    """Check before each step that no engine is kept besides those of the session's students."""
+
+    def counted(session: Any, *rest: Any) -> Any:
+        names = [type(held).__name__ for held in gc.get_objects()]
+        assert names.count("DeepSpeedEngine") in (0, len(session.students))
+        assert names.count("FsdpEngine") in (0, len(session.students))
+        return train_step(session, *rest)
+
+    return counted
+
+
 def distil_and_drop(tree: dict[str, Any], alone: dict[str, Any]) -> list[tuple[str, int, str]]:
     """Run until step 7, with a student that diverges, then rerun; then run the other one alone."""
     from scaledistill.distributed.ranks import process_group
 
     with process_group(60):
         return [
-            distil_with_a_diverging_student(tree, train_step=stopping_after(7)),
+            distil_with_a_diverging_student(
+                tree, train_step=with_engines_counted(stopping_after(7))
+            ),
             distil(tree),
             distil(alone),
         ]

@@ -271,9 +271,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     except PeerError as error:
         return _after_report(error.exit_code, "RANK")
     except RuntimeError as error:
-        from scaledistill.distributed.ranks import explain_lost_peer
+        from scaledistill.distributed.failures import explain
 
-        if options.debug or (message := explain_lost_peer(error)) is None:
+        if options.debug or (message := explain(error)) is None:
             raise
         log.error("%s", message)
         return EXIT_ENVIRONMENT

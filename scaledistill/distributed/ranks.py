@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from scaledistill.distributed.failures import explain_lost_peer
 from scaledistill.distributed.launcher import LauncherFacts, launcher_facts
 from scaledistill.errors import (
     EXIT_ENVIRONMENT,
@@ -166,12 +167,21 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
             backstop.cancel()
 
 
-def at_leaving(callback: Callable[[], None]) -> None:
+def at_leaving(callback: Callable[[], None]) -> Callable[[], None]:
     """Call `callback` when the process group is left; in a caller's own group, when the run ends.
 
     It is not called if another rank is lost: waiting for the device would then wait for that rank.
+
+    Returns:
+        A function that calls it now instead.
     """
     _at_leaving.append(callback)
+
+    def now() -> None:
+        _at_leaving.remove(callback)
+        callback()
+
+    return now
 
 
 def _threads_are_chosen() -> bool:
@@ -360,17 +370,6 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def explain_lost_peer(error: BaseException) -> str | None:
-    """Return a message if an error means that another rank is lost; None for other errors."""
-    text = str(error)
-    if isinstance(error, RuntimeError) and any(
-        part in text for part in ("gloo", "NCCL", "Connection closed by peer")
-    ):
-        reason = text.splitlines()[0].rpartition("] ")[2][:120]
-        return f"another rank ended or cannot be reached ({reason}); its own message says why"
-    return None
 
 
 @contextmanager

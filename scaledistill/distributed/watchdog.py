@@ -25,8 +25,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from scaledistill.config.schema import RunSettings
+from scaledistill.distributed.failures import explain_lost_peer
 from scaledistill.distributed.peers import PeerMonitor
-from scaledistill.distributed.ranks import Ranks, explain_lost_peer, private_store
+from scaledistill.distributed.ranks import Ranks, private_store
 from scaledistill.distributed.stall import StallTimer, Verdict
 from scaledistill.errors import EXIT_ENVIRONMENT, DataError, PeerError
 

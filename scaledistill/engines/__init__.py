@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from scaledistill.config.resolved import ResolvedRun
@@ -76,6 +77,9 @@ class Engine(Protocol):
     def load_state(self, state: EngineState) -> None:
         """Set everything that is needed to resume; all ranks pass the same full state."""
 
+    def close(self) -> None:
+        """Free the engine, which is not used again, before the process group is left."""
+
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW's parameter groups, with no weight decay for vectors (biases, LayerNorms)."""
@@ -86,6 +90,13 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def place_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move a module's buffers; placing the parameters of a sharded teacher leaves them behind."""
+    for buffer_name, buffer in list(module.named_buffers()):
+        parent, _, name = buffer_name.rpartition(".")
+        module.get_submodule(parent).register_buffer(name, buffer.to(device), persistent=False)
 
 
 class EngineBytes(NamedTuple):

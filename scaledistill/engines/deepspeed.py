@@ -74,6 +74,9 @@ NOT_OURS = "DeepSpeed's checkpoints are not used"
 FULL_PRECISION = "master weights and moments are fp32"
 QUANTIZED = "quantized communication changes the values that the loss is computed with"
 
+WITHOUT_TIMERS = {"throughput": {"enabled": False}}
+"""DeepSpeed's own timer would wait for the device in each forward and each step."""
+
 # Every key that DeepSpeed knows is in one of these tables or in REFUSED_KEYS. Keys that may have
 # more than one value are tested in `tests/test_engine.py` (save state, load state, export), except
 # those of fp16, which need a GPU and do not affect the layout.
@@ -391,6 +394,7 @@ def resolve_block(run: ResolvedRun) -> dict[str, Any]:
     # PyTorch's fused AdamW steps offloaded state too, and can be restored exactly.
     block["zero_force_ds_cpu_optimizer"] = False
     block.setdefault("steps_per_print", None)
+    block["timers"] = WITHOUT_TIMERS
     block["train_micro_batch_size_per_gpu"] = run.micro_batch_size
     block["train_batch_size"] = train.global_batch_size
     block["gradient_accumulation_steps"] = run.accumulation

@@ -26,7 +26,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.distributed.ranks import Ranks, all_reduce_sum
-from scaledistill.engines import EngineBytes, EngineState, StepOutcome, parameter_groups
+from scaledistill.engines import (
+    EngineBytes,
+    EngineState,
+    StepOutcome,
+    parameter_groups,
+    place_buffers,
+)
 from scaledistill.errors import ConfigError
 from scaledistill.models.view import QKVView
 from scaledistill.relations import QKV
@@ -50,7 +56,9 @@ class FsdpTraits:
         copied = gathered if self.run.config.engine.fsdp.reshard_after_forward else trained
         # The gathered weights, and their fp32 gradients before they are reduced.
         buffers = copied * self.run.student_dtype.itemsize + 4 * gathered
-        return EngineBytes(trained * 4 // self.run.world_size, buffers)
+        # Gradients that wait for the last micro-batch are not reduced, hence whole.
+        kept = trained if self.run.accumulation > 1 else trained // self.run.world_size
+        return EngineBytes(4 * kept, buffers)
 
     def traffic(self, trained: int) -> dict[str, float]:
         """See `EngineTraits.traffic`. Gradients are sent in fp32, after the last micro-batch."""
@@ -174,6 +182,9 @@ class FsdpEngine:
             _fill(entry["exp_avg_sq"], state.exp_avg_sq[name])
         self._set_optimizer_steps(state.optimizer_steps)
 
+    def close(self) -> None:
+        """Do nothing; see `Engine.close`."""
+
     def _gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gather full tensors on rank 0; other ranks hold one full tensor at a time. Collective."""
         gathered = {}
@@ -198,11 +209,7 @@ def shard_teacher(
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     offload, policy = run.config.teacher.placement == "offload", MixedPrecisionPolicy()
     module = _shard(view, mesh, keep_gathered=False, offload=offload, precision=policy)
-    for buffer_name, buffer in list(module.named_buffers()):
-        parent, _, name = buffer_name.rpartition(".")
-        module.get_submodule(parent).register_buffer(
-            name, buffer.to(ranks.device), persistent=False
-        )
+    place_buffers(module, ranks.device)
     parameters = dict(module.named_parameters())
     for name, weight in weights:
         part = cast(DTensor, parameters[name])

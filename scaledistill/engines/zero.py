@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -27,6 +27,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -34,8 +36,8 @@ from torch import Tensor, nn
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.data.tokens import TokenInputs
 from scaledistill.distributed.ranks import Ranks, at_leaving
-from scaledistill.engines import EngineState, StepOutcome, parameter_groups
-from scaledistill.engines.deepspeed import resolve_block
+from scaledistill.engines import EngineState, StepOutcome, parameter_groups, place_buffers
+from scaledistill.engines.deepspeed import WITHOUT_TIMERS, resolve_block
 from scaledistill.errors import ConfigError
 from scaledistill.models.view import QKVView
 from scaledistill.relations import QKV
@@ -64,7 +66,7 @@ class ZeroEngine:
             fused=True,
         )
         try:
-            self._engine = _initialize(view.module, block, self._optimizer)
+            self._engine, self.close = _initialize(view.module, block, self._optimizer)
         except ValidationError as error:
             item = error.errors()[0]
             path = ".".join(str(part) for part in item["loc"])
@@ -73,6 +75,9 @@ class ZeroEngine:
             ) from None
         except (ValueError, AssertionError, DeepSpeedConfigError) as error:
             raise ConfigError(f"engine.deepspeed: {error} (DeepSpeed's own check)") from None
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # train.max_skipped_steps decides
         self._create_optimizer_state(next(view.module.parameters()).device)
 
     def forward(self, tokens: TokenInputs) -> QKV:
@@ -125,12 +130,31 @@ class ZeroEngine:
     def load_state(self, state: EngineState) -> None:
         """Set everything that is needed to resume; see `Engine.load_state`. Collective."""
         for name, parameter in self._engine.module.named_parameters():
-            safe_set_full_fp32_param(parameter, state.weights[name])
-            safe_set_full_optimizer_state(parameter, state.exp_avg[name], "exp_avg")
-            safe_set_full_optimizer_state(parameter, state.exp_avg_sq[name], "exp_avg_sq")
+            self._set(parameter, state.weights[name])
+            self._set(parameter, state.exp_avg[name], "exp_avg")
+            self._set(parameter, state.exp_avg_sq[name], "exp_avg_sq")
         self._set_optimizer_steps(state.optimizer_steps)
-        for key, value in state.loss_scaler.items():
-            setattr(self._engine.optimizer.loss_scaler, key, value)
+        # A constant scale is a setting, which may have changed.
+        if "cur_iter" in state.loss_scaler and "cur_iter" in self._loss_scaler_state():
+            for key, value in state.loss_scaler.items():
+                setattr(self._engine.optimizer.loss_scaler, key, value)
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
+        """Set the fp32 weights of a parameter, or one of its moments, from the full tensor."""
+        if not hasattr(parameter, "ds_id"):  # ZeRO-1 and ZeRO-2
+            if moment is None:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, moment)
+            return
+        # DeepSpeed 0.19.8 cannot cut a full tensor whose elements the ranks do not divide.
+        size: int = cast(Any, parameter).partition_numel()
+        own = value.flatten()[self._ranks.rank * size :][:size]
+        part = nn.functional.pad(own, (0, size - own.numel()))
+        if moment is None:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, moment)
 
     def _gather(self, get: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """Gather full tensors on rank 0; other ranks hold one full tensor at a time. Collective."""
@@ -193,6 +217,7 @@ def shard_teacher(
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": None,
+        "timers": WITHOUT_TIMERS,
         "bf16": {"enabled": teacher.dtype == "bf16"},
         "fp16": {"enabled": teacher.dtype == "fp16"},
         "zero_optimization": {
@@ -217,15 +242,18 @@ def shard_teacher(
             layer.register_parameter(name.rpartition(".")[2], parameter)
             del weight, parameter
         deepspeed.zero.Init(module=layer, config_dict_or_path=settings)
-    return _initialize(view.module, settings, None)
+    place_buffers(view.module, ranks.device)
+    engine, _ = _initialize(view.module, settings, None)
+    return engine
 
 
 def _initialize(
     module: nn.Module, block: dict[str, Any], optimizer: torch.optim.Optimizer | None
-) -> Any:
-    """Return DeepSpeed's engine, released when the process group is left. Collective.
+) -> tuple[Any, Callable[[], None]]:
+    """Return DeepSpeed's engine and a function that releases it. Collective.
 
-    What DeepSpeed prints goes to the debug log.
+    At the latest it is released when the process group is left. What DeepSpeed prints goes to the
+    debug log.
     """
     linear = torch.nn.functional.linear
     if groups._WORLD_GROUP is None:
@@ -237,8 +265,8 @@ def _initialize(
             model=module, optimizer=optimizer, config=block, dist_init_required=False
         )
     log.debug("DeepSpeed: %s", printed.getvalue().strip())
-    at_leaving(partial(_release, engine, linear))
-    return engine
+    at_leaving(partial(setattr, torch.nn.functional, "linear", linear))  # ZeRO-3 replaces it
+    return engine, at_leaving(partial(_release, engine))
 
 
 def _leave_group() -> None:
@@ -247,13 +275,12 @@ def _leave_group() -> None:
         deepspeed.comm.destroy_process_group(groups._WORLD_GROUP)
 
 
-def _release(engine: Any, linear: Callable[..., Tensor]) -> None:
+def _release(engine: Any) -> None:
     """Remove what DeepSpeed 0.19.8 would keep of an engine until the process ends."""
     with contextlib.redirect_stdout(io.StringIO()):
         # Removes hooks on autograd's nodes, which hold the optimizer where the garbage collector
         # cannot see it.
         engine.destroy()
-    torch.nn.functional.linear = linear  # ZeRO-3 replaces it, for every model
     # ZeRO-3's stack of modules keeps the outermost one, and a method's cache keeps every module it
     # was called with.
     FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]

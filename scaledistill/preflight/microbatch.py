@@ -18,6 +18,7 @@ import torch
 from transformers import PretrainedConfig
 
 from scaledistill.config.resolved import ResolvedRun
+from scaledistill.distributed.failures import is_out_of_memory
 from scaledistill.distributed.ranks import Ranks, failing_together, gather_objects
 from scaledistill.errors import ConfigError
 from scaledistill.models.loss import StudentLoss
@@ -30,10 +31,6 @@ log = logging.getLogger(__name__)
 MARGIN_FRACTION = 0.06
 """Part of a GPU's memory, or of a host's free memory, that is left for fragmentation, communication
 and variation between steps."""
-_OUT_OF_MEMORY = (
-    *("CUDA out of memory", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory"),
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
 
 
 def predict(
@@ -151,9 +148,7 @@ def fits(attempt: Callable[[int], None], size: int) -> bool:
     try:
         attempt(size)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or any(
-            text in str(error) for text in _OUT_OF_MEMORY
-        ):
+        if is_out_of_memory(error):
             return False
         raise
     return True

@@ -27,8 +27,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from scaledistill.distributed.failures import explain
 from scaledistill.distributed.launcher import heeded
-from scaledistill.distributed.ranks import Ranks, explain_lost_peer, failing_together
+from scaledistill.distributed.ranks import Ranks, failing_together
 from scaledistill.errors import (
     EXIT_ENVIRONMENT,
     EXIT_INTERRUPTED,
@@ -223,9 +224,9 @@ def failures_told(status: Status, *, of_settings: bool) -> Iterator[None]:
         status.write_failure("diverged", str(error), error.exit_code)
         raise
     except BaseException as error:
-        lost = explain_lost_peer(error)
+        text = explain(error)
         message, code = (
-            (lost, EXIT_ENVIRONMENT) if lost else (f"{type(error).__name__}: {error}", 1)
+            (text, EXIT_ENVIRONMENT) if text else (f"{type(error).__name__}: {error}", 1)
         )
         status.write_failure(
             "failed", message, EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else code

@@ -45,7 +45,7 @@ from scaledistill.training.saves import CheckpointSchedule
 from scaledistill.training.session import Session, open_session
 from scaledistill.training.skips import SkipGuard
 from scaledistill.training.step import ExportProbe, StepResult, train_step
-from scaledistill.training.validation import Validator
+from scaledistill.training.validation import Validation, Validator
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +225,10 @@ def _train(
             train_step=train_step,
         )
         metrics.ended(result.state, result.message)
-        return result
+    # Rank 0's trackers may take long to finish, and with NCCL the others could not leave before it.
+    at("ending")
+    any_rank(False, session.ranks.device)
+    return result
 
 
 def run_steps(
@@ -262,8 +265,7 @@ def run_steps(
             if result.stop_requested:
                 stopping, reason = True, stop.acknowledge()
 
-            for student in session.students:
-                student.skipped_steps += result.students[student.name].skipped
+            count_skips(session, result)
             if diverged := guard.check(step, result):
                 session.drop(diverged, writes=status is not None)
 
@@ -271,12 +273,8 @@ def run_steps(
             if validator and (at_end or step % train.validation_every_steps == 0):
                 with watch.paused():
                     validation = validator.validate()
-                if validation:
-                    for student in session.students:
-                        student.best = validation.best[student.name]
-                        loss = validation.losses[student.name]
-                        student.last_validation = loss if math.isfinite(loss) else None
-                else:
+                take_over(session, validation)
+                if not validation:
                     stopping, reason = True, stop.acknowledge()
 
             leaving = stopping or at_end
@@ -293,6 +291,24 @@ def run_steps(
             if stopping and not at_end:
                 return stopped(status, ranks, step, reason)
         return finished(session, status, stop, at)
+
+
+# Functions, because a loop's variable would keep a dropped student in memory.
+
+
+def count_skips(session: Session, result: StepResult) -> None:
+    """Add a step's skips to those of each student."""
+    for student in session.students:
+        student.skipped_steps += result.students[student.name].skipped
+
+
+def take_over(session: Session, validation: Validation | None) -> None:
+    """Keep a validation's results with the students; None if it was stopped."""
+    for student in session.students:
+        loss = validation.losses[student.name] if validation else math.nan
+        student.last_validation = loss if math.isfinite(loss) else None
+        if validation:
+            student.best = validation.best[student.name]
 
 
 def stopped(

@@ -268,6 +268,7 @@ class Session:
                 kept = f"exported as {self.export(student, f'{name}-step-{self.step}', {})}; {kept}"
             except (DataError, PeerError) as error:
                 kept = f"not exported ({error}); {kept}"
+        student.engine.close()
         if self.ranks.is_main:
             log.warning(
                 "student %s is dropped at step %d: %s; %s",
