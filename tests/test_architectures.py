@@ -50,6 +50,7 @@ from scaledistill.models.student import (
 from scaledistill.models.teacher import encoder_on_meta, load_config, load_encoder
 from scaledistill.models.view import capture_view
 from scaledistill.preflight.checks import plan_run
+from scaledistill.training.exports import export_checkpoint
 
 # `test_student` and `test_documents` have the others.
 OLD = ("bert", "electra", "electra-wide", "roberta", "xlm-roberta", "camembert")
@@ -507,6 +508,35 @@ def test_three_steps_and_an_export(
         assert torch.equal(
             model(input_ids=IDS_BT).last_hidden_state, again(input_ids=IDS_BT).last_hidden_state
         )
+
+
+def test_more_blocks_than_the_captured_layer(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> None:
+    """The kinds of layers continue the whole teacher's, not those up to the captured one."""
+    tree = run_of("modernbert", tmp_path, tiny_teacher, tiny_shards)
+    tree["teacher"]["layer"] = 2
+    tree["students"]["l2"] |= {"num_layers": 6, "init": "random"}
+    run_ranks(losses_of, 1, [tree])
+    (export,) = (tmp_path / "run-modernbert/export").iterdir()
+    (later,) = export_checkpoint(parse_config(tree), "newest")
+    kinds = [AutoModel.from_pretrained(each).config.layer_types for each in (export, later)]
+    assert kinds == [["full_attention", *["sliding_attention"] * 2] * 2] * 2
+
+
+def test_a_tokenizer_that_an_export_could_not_keep(
+    tmp_path: Path, tiny_teacher: Path, tiny_shards: Path
+) -> None:
+    """It is said before the run: transformers reads every tokenizer of Qwen2 as its own."""
+    tree = run_of("llama", tmp_path, tiny_teacher, tiny_shards)
+    tree["data"]["attention"] = "row"
+    tree["students"]["l2"] |= {"architecture": "qwen2", "init": "random"}
+    with pytest.raises(
+        ConfigError,
+        match=r"^students\.l2\.architecture: transformers does not read the tokenizer of .* of type "
+        r"'qwen2' \(it makes a Qwen2Tokenizer\); the student needs another architecture$",
+    ):
+        plan_run(parse_config(tree), 1, torch.device("cpu"))
 
 
 def test_documents_are_refused_before_the_run(

@@ -22,7 +22,7 @@ from scaledistill.models.card import teacher_metadata, write_metadata, write_res
 from scaledistill.models.export import export_student
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import load_config
-from scaledistill.publishing import formats, measure
+from scaledistill.publishing import formats, measure, onnx_model
 
 SETTINGS = json.dumps({"data": {"sequence_length": 16}})
 METADATA = {
@@ -167,6 +167,19 @@ def test_an_export_forgets_what_the_older_one_had(
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.library_name, data.pipeline_tag) == ("transformers", "feature-extraction")
     assert data.tags == ["distillation"]
+
+
+def test_the_second_file_of_large_models(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.touch()
+    assert onnx_model.onnx_files(path) == [path]
+    (tmp_path / "model.onnx.data").touch()
+    assert onnx_model.onnx_files(path) == [path, tmp_path / "model.onnx.data"]
+
+
+def test_random_inputs_are_not_as_long_as_long_models_allow() -> None:
+    lengths = [ids_BT.shape[1] for ids_BT, _ in measure._random_batches(40_960, 100)]
+    assert max(lengths) == 512
 
 
 def test_a_tokenizer_without_a_padding_token(

@@ -539,3 +539,5 @@ def test_auto_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         assert resolve_backend("auto", "cpu") == "sdpa"
         assert resolve_backend("auto", "cuda") == on_gpu
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert resolve_backend("auto", "cuda") == "reference", "Triton's launches are CUDA's"

@@ -315,6 +315,29 @@ def test_start_from_a_folder(bert: PreTrainedModel, tmp_path: Path) -> None:
         build_student(None, config, init="no/such/folder/here")
 
 
+def test_an_export_pads_on_the_right(
+    bert: PreTrainedModel, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """As in training; a student with learned positions would see others in padded batches."""
+    tokenizer = Path(shutil.copytree(tokenizer_folder, tmp_path / "tokenizer"))
+    path = tokenizer / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+    student = build_student(None, student_config(bert.config, **SMALL)).eval()
+    folder = export_student(
+        tmp_path / "small",
+        student.config,
+        student.state_dict(),
+        tokenizer_source=tokenizer,
+        card={"init": "random"},
+    )
+    read = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    rows = read(["w1", "w2 w3 w4"], padding=True, return_tensors="pt")
+    alone = read("w1", return_tensors="pt")
+    found, expected = model(**rows).last_hidden_state, model(**alone).last_hidden_state
+    torch.testing.assert_close(found[:1, : expected.shape[1]], expected)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_dropout_is_for_training_only(bert: PreTrainedModel, attention: str) -> None:
     student = build_student(None, student_config(bert.config, **SMALL))

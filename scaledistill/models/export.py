@@ -87,7 +87,7 @@ def export_student(
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
         set_default_mode(fresh / "model.safetensors")
-        _save_tokenizer(tokenizer_source, revision, fresh, takes_token_types(config))
+        save_tokenizer(tokenizer_source, revision, fresh, config)
         text = card_text(Path(folder).name, config, card, metadata or {}, tap=tap)
         (fresh / README).write_text(text, encoding="utf-8")
         record = {"tap": tap, "card": dict(card), "metadata": dict(metadata or {})}
@@ -127,13 +127,17 @@ def check_state(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> None:
             )
 
 
-def _save_tokenizer(
-    source: str | Path, revision: str | None, folder: Path, token_types: bool
+def save_tokenizer(
+    source: str | Path, revision: str | None, folder: Path, config: PreTrainedConfig
 ) -> None:
     """Write the tokenizer so that plain `AutoTokenizer` gives the ids of the source's files.
 
+    It pads on the right, as the rows of the training did: a teacher's may pad on the left, which
+    would shift the positions that the student has learned.
+
     Args:
-        token_types: whether it returns token type ids too.
+        folder: has the config.json of the model.
+        config: the model's.
 
     Raises:
         DataError: the source has none, or it is not read back as it was written.
@@ -150,7 +154,8 @@ def _save_tokenizer(
                 f"has no tokenizer to export ({error})",
                 "give the folder with tokenizer.json",
             ) from error
-        return_token_types(tokenizer, token_types)
+        return_token_types(tokenizer, takes_token_types(config))
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
         tokenizer.save_pretrained(folder)
         path = folder / "tokenizer_config.json"
         written = read_json(path) or {}
@@ -158,11 +163,11 @@ def _save_tokenizer(
         if written.get("tokenizer_class") == "TokenizersBackend":
             write_json(path, written | {"tokenizer_class": "PreTrainedTokenizerFast"})
         read = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder))
-        if not gives_same_ids(read, tokenizer):
+        if not gives_same_ids(read, tokenizer) or read.padding_side != "right":
             raise DataError(
                 f"transformers does not read the tokenizer of {source} back as its tokenizer.json "
-                'says; set tokenizer_class to "PreTrainedTokenizerFast" in its '
-                "tokenizer_config.json"
+                f"says, in a folder of a model of type {config.model_type!r} (it makes a "
+                f"{type(read).__name__}); the student needs another architecture"
             )
 
 

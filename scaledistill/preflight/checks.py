@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from scaledistill.models.architectures import (
     max_sequence_length,
     qkv_widths,
 )
+from scaledistill.models.export import save_tokenizer
 from scaledistill.models.hub import names_resolved_once
 from scaledistill.models.loss import causal_relations
 from scaledistill.models.student import check_init, student_config
@@ -163,6 +165,9 @@ def plan_run(
     problems.raise_all()
     if not (resolved and teacher and len(students) == len(config.students) and order):
         raise AssertionError("unreachable: an input is missing but no problem was recorded")
+    if is_main:
+        for name in {shape.model_type: name for name, shape in students.items()}.values():
+            _check_tokenizer_export(config, name, students[name])
     if roster:
         students = {name: shape for name, shape in students.items() if name in roster.first_steps}
     if resolved.auto_micro_batch:
@@ -296,6 +301,20 @@ def _student_config(
     with named(num_heads=heads, pairs="relations.pairs"):
         check_relation_heads(config.relation_heads(name), widths, config.relations.pairs)
     return student
+
+
+def _check_tokenizer_export(config: DistillConfig, name: str, student: PretrainedConfig) -> None:
+    """Check that the student can be exported with its tokenizer: some architectures have their own.
+
+    Raises:
+        ConfigError: transformers would read another tokenizer from the export.
+    """
+    with TemporaryDirectory() as folder:
+        student.save_pretrained(folder)
+        try:
+            save_tokenizer(config.teacher.model, config.teacher.revision, Path(folder), student)
+        except DataError as error:
+            raise ConfigError(f"students.{name}.architecture: {error}") from error
 
 
 def _check_shards(

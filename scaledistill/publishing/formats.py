@@ -28,7 +28,7 @@ from huggingface_hub import EvalResult
 from safetensors import SafetensorError
 from torch import Tensor
 
-from scaledistill.data.tokenizer import load_tokenizer, pad_on_the_right
+from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.errors import (
     ConfigError,
     DataError,
@@ -53,7 +53,13 @@ from scaledistill.models.card import (
 from scaledistill.models.export import EXPORT, exchange, export_student
 from scaledistill.models.teacher import quiet_transformers
 from scaledistill.publishing import measure
-from scaledistill.publishing.onnx_model import OnnxEncoder, SentenceEncoder, quantize, write_onnx
+from scaledistill.publishing.onnx_model import (
+    OnnxEncoder,
+    SentenceEncoder,
+    onnx_files,
+    quantize,
+    write_onnx,
+)
 from scaledistill.publishing.source import Student
 from scaledistill.storage.files import disk_remedy, sync, write_bytes, write_json
 
@@ -256,7 +262,8 @@ class _Writer:
             self._check_sentence(run)
         if "onnx" not in formats and "onnx" in files:
             del forms["onnx"]
-            files["onnx"].unlink()
+            for part in onnx_files(files["onnx"]):
+                part.unlink()
         if not {"transformers", SENTENCE} & set(formats):
             (self.folder / "model.safetensors").unlink()
         self._write_card(table)
@@ -334,7 +341,6 @@ class _Writer:
             model = SentenceTransformer(str(self.folder), device="cpu", local_files_only=True)
         texts = ["a text", "another, longer text about something else", "!"]
         tokenizer = load_tokenizer(self.folder)
-        pad_on_the_right(tokenizer)
         inputs = tokenizer(
             texts,
             padding=True,
@@ -419,7 +425,8 @@ class _Writer:
             ],
         )
         for name in forms:
-            size = report.add(f"{name}/bytes", files[name].stat().st_size, "bytes")
+            num_bytes = sum(part.stat().st_size for part in onnx_files(files[name]))
+            size = report.add(f"{name}/bytes", num_bytes, "bytes")
             if name == "onnx" and "onnx" not in options.formats:
                 continue
             cells, last = ["", ""], ""

@@ -95,6 +95,11 @@ def write_onnx(encoder: PreTrainedModel, path: Path) -> None:
         ) from error
 
 
+def onnx_files(path: Path) -> list[Path]:
+    """Return the files of a model: weights of more than 1.5 GiB are in a second one."""
+    return [part for part in (path, path.with_name(f"{path.name}.data")) if part.exists()]
+
+
 def quantize(path: Path, quantized: Path) -> None:
     """Write an ONNX file with int8 weights; activations are quantised while it runs."""
     from onnxruntime.quantization import QuantType, quantize_dynamic

@@ -75,7 +75,7 @@ def resolve_backend(backend: str, device_type: str) -> str:
         SettingError: no such backend, or it cannot compute on that device.
     """
     if backend == "auto":
-        if device_type == "cuda" and _triton_installed():
+        if device_type == "cuda" and _triton_installed() and torch.version.hip is None:
             return "triton"
         return "sdpa" if device_type == "cpu" else "reference"
     if backend not in BACKENDS:

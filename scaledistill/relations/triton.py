@@ -251,7 +251,7 @@ def _compiled_in(
         "CAUSAL": spec.causal,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        "maxnreg": launch.max_registers,
+        **({"maxnreg": launch.max_registers} if launch.max_registers else {}),
         "enable_fp_fusion": True,  # explicit, because the default depends on Triton's version
     }
 

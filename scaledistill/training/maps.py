@@ -22,7 +22,7 @@ from scaledistill.errors import ConfigError, DataError, named
 from scaledistill.models.architectures import build_encoder
 from scaledistill.models.hub import names_resolved_once
 from scaledistill.models.loss import causal_relations
-from scaledistill.models.teacher import Teacher, load_encoder
+from scaledistill.models.teacher import Teacher, load_config, load_encoder
 from scaledistill.models.view import capture_view
 from scaledistill.preflight.checks import open_data, student_shape
 from scaledistill.preflight.roster import student_states
@@ -98,13 +98,14 @@ def write_checkpoint_maps(config: DistillConfig) -> None:
             num_layers=settings.layer,
             trust_remote_code=settings.trust_remote_code,
         )
+        whole = load_config(settings.model, settings.revision, settings.trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     students: dict[str, Forward] = {}
     causal = False
     # A resumed run may have removed some, and not saved since.
     trained = student_states(checkpoint.state)
     for name in (name for name in config.students if name in trained):
-        model = build_encoder(student_shape(config, name, encoder.config))
+        model = build_encoder(student_shape(config, name, whole))
         model.load_state_dict(checkpoint.tensors(f"{name}.weights"))
         view = capture_view(model, model.config.num_hidden_layers)
         view.module.to(device).eval()

@@ -49,7 +49,7 @@ from scaledistill.models.architectures import build_encoder
 from scaledistill.models.attention import use_varlen_attention
 from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import build_student
-from scaledistill.models.teacher import Teacher, encoder_on_meta, load_encoder
+from scaledistill.models.teacher import Teacher, encoder_on_meta, load_config, load_encoder
 from scaledistill.models.view import capture_view, forward_flops
 from scaledistill.preflight.checks import (
     DataSets,
@@ -370,6 +370,11 @@ def open_session(
             held_out = None
         with named(**teacher_names(teacher_settings)):
             encoder, stored = _open_teacher(config)
+            whole = load_config(
+                teacher_settings.model,
+                teacher_settings.revision,
+                teacher_settings.trust_remote_code,
+            )
     checkpoint = _checkpoint_to_resume(config, order, ranks) if resume else None
     roster = roster_of(checkpoint.state, config) if checkpoint else new_roster(config)
     if checkpoint and ranks.is_main:
@@ -382,7 +387,7 @@ def open_session(
         if not source:
             fetch_weights(config.students[name].init, None, ranks)
         with failing_together(), named(**student_names(name)):
-            models[name] = _create_student(config, name, encoder, stored, source)
+            models[name] = _create_student(config, name, encoder, whole, stored, source)
     teacher_flops = _flops_per_token(encoder, config.teacher.layer, config)
     flops = {
         name: 3 * _flops_per_token(model, model.config.num_hidden_layers, config)
@@ -489,14 +494,20 @@ def _create_student(
     config: DistillConfig,
     name: str,
     encoder: PreTrainedModel,
+    teacher: PretrainedConfig,
     stored: Mapping[str, Tensor] | None,
     checkpoint: Checkpoint | None,
 ) -> PreTrainedModel:
-    """Build the full student with the checkpoint's weights, or initialise it by `init`."""
+    """Build the full student with the checkpoint's weights, or initialise it by `init`.
+
+    Args:
+        encoder: the teacher up to the captured layer.
+        teacher: the config of the whole teacher, whose pattern of layers the student continues.
+    """
     spec = config.students[name]
     model = build_student(
         encoder,
-        student_shape(config, name, encoder.config),
+        student_shape(config, name, teacher),
         init="random" if checkpoint else spec.init,
         layer_map=None if checkpoint else spec.layer_map,
         tap=spec.tap,
