@@ -312,6 +312,17 @@ def test_where_a_file_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         load_config(tmp_path)
 
 
+def test_numbers_as_text(tmp_path: Path) -> None:
+    """The shell removes the quotes of "2024"."""
+    (tmp_path / "x.json").write_text(json.dumps(BASE))
+    config = load_config(tmp_path / "x.json", ["run.folder=2024", "train.max_steps=2024"])
+    assert (config.run.folder, config.train.max_steps) == ("2024", 2024)
+    with pytest.raises(
+        ConfigError, match=r"train\.max_steps: found 0\.5 \(float\); expected a whole"
+    ):
+        load_config(tmp_path / "x.json", ["train.max_steps=0.5"])
+
+
 def test_a_student_that_is_not_in_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(BASE))
     with pytest.raises(
@@ -323,6 +334,8 @@ def test_a_student_that_is_not_in_the_file(tmp_path: Path) -> None:
         ),
     ):
         load_config(tmp_path / "x.json", ["students.l6.hidden_size=8"])
+    with pytest.raises(ConfigError, match=r"there is no student 'l6' in the file; use students"):
+        load_config(tmp_path / "x.json", ['students={"l6": {"num_layers": 2, "hidden_size": 8}}'])
     added = ["num_layers=3", "hidden_size=8", "num_attention_heads=2"]
     config = load_config(tmp_path / "x.json", [f"students.l6.{each}" for each in added])
     assert list(config.students) == ["l3", "l6"]

@@ -296,6 +296,51 @@ def test_cells_of_other_conditions_leave_the_table(
     assert not {cell.path(tmp_path) for cell in plan.cells} & set(contents(tmp_path))
 
 
+def test_a_model_that_changes_during_the_grid_is_not_scored(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on replaces its best export."""
+    from scaledistill.glue.finetune import fine_tune
+
+    monkeypatch.setattr("torch.use_deterministic_algorithms", lambda *_, **__: None)
+    changing = Path(shutil.copytree(model, tmp_path / "model"))
+    [cell, *_] = make_plan({"tiny": str(changing)}, settings(data)).cells
+    (changing / "config.json").write_text((changing / "config.json").read_text() + "\n")
+    with pytest.raises(DataError, match=r"the model tiny in .* has changed since the grid was"):
+        fine_tune(cell, changing, data, lambda fraction: None)
+
+
+def test_models_of_one_name_from_several_working_folders(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+    for name in "ab":
+        folder = Path(shutil.copytree(model, tmp_path / name / "export"))
+        (folder / "config.json").write_text((model / "config.json").read_text() + "\n" * ord(name))
+        monkeypatch.chdir(tmp_path / name)
+        plans.append(make_plan({"tiny": "export"}, settings(data)))
+        if name == "a":
+            grid_module.write_grid(plans[0], tmp_path, quick=False)
+    with pytest.raises(ConfigError, match=rf"of another model tiny, {tmp_path}/a/export; give"):
+        grid_module.write_grid(plans[1], tmp_path, quick=False)
+    grid_module.write_grid(plans[1], tmp_path, quick=False, own_output=True)
+
+
+def test_workers_import_nothing_from_the_working_folder(tmp_path: Path) -> None:
+    (tmp_path / "queue.py").write_text("raise ImportError('not the standard library')")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    ended = subprocess.run(
+        worker_module.COMMAND,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
 def test_a_subset_is_always_the_same() -> None:
     assert subset(10, None) == subset(10, 10) == list(range(10))
     rows = subset(1000, 100)

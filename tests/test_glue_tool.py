@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -385,9 +385,23 @@ def test_folders_near_a_model_name_it(run: Run, model: Path, tmp_path: Path) -> 
         assert f"glue: model {given.name}='{given}' {what}" in err
 
 
-def test_folders_near_the_data_name_it(run: Run, data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_folders_near_the_data_name_it(
+    run: Run,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (tmp_path / "outer").mkdir()
     inner = copy(data, tmp_path / "outer" / "glue_data")
+    (tmp_path / "outer" / "a-of-others").mkdir()
+    iterdir = Path.iterdir
+
+    def refused(folder: Path) -> Iterator[Path]:
+        if folder.name == "a-of-others":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
     for given, what in (
         (data / "CoLA", f"is the folder of one task; give the folder that it is in, {data}\n"),
         (

@@ -60,6 +60,7 @@ RESUME = "rerun the same command: it resumes from the newest checkpoint in run.f
             "unknown option --xyzzy; settings are given as --set KEY=VALUE, --help lists the "
             "options",
         ),
+        (["--wandb"], "unknown option --wandb; type --set 'logging.trackers=[\"wandb\"]'"),
         (["my.json"], "unexpected argument 'my.json'; type --config my.json"),
         (
             ["train.max_steps=3"],

@@ -126,6 +126,9 @@ def test_wrong_options_say_what_to_type(
         assert f"{name} is not read with --probe; leave it out" in error_of(
             "--probe", "stsb", option
         )
+    assert "--json is not read with --list; leave it out" in error_of(
+        "--tasks", "rte", "--list", "--json", str(tmp_path / "x.json")
+    )
     missing = ["--probe", "stsb", "--model", f"none={tmp_path}", "--data-dir", str(tmp_path)]
     assert main(missing) in (2, 3)
     text = capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scaledistill.cli import shards_make
 from scaledistill.data.shards import ShardWriter
 from scaledistill.errors import DataError
+from scaledistill.glue import command as glue_command
 from scaledistill.glue.summary import Row, Score, Summary
 from scaledistill.glue.tasks import TASKS
 
@@ -24,6 +27,7 @@ import report
 from cells import ABLATIONS, CONFIG, MODELS, SMALL, Cell, Job, Lab, rows_identity
 from results import Results
 
+ROOT = Path(__file__).parent.parent
 COLUMN = "rte/accuracy"
 
 
@@ -200,13 +204,43 @@ def test_the_full_tier_prints_commands(
     monkeypatch.setattr(sys, "argv", ["tools/quality", "run", "--tier", "full"])
     assert command.main() == 0
     text = capsys.readouterr().out
-    config = json.loads((Path(__file__).parent.parent / "configs" / "large_to_l6.json").read_text())
+    config = json.loads((ROOT / "configs" / "large_to_l6.json").read_text())
     [student] = config["students"]
     assert f"{config['run']['folder']}/export/{student}" in text
     assert (
         f"--tokenizer {config['teacher']['model']} --sequence-length "
         f"{config['data']['sequence_length']}" in " ".join(text.replace("\\\n", "").split())
     )
+
+
+def test_the_full_tier_s_commands_are_right() -> None:
+    lines = [
+        shlex.split(line) for line in command.FULL.replace("\\\n", "").splitlines() if "  " in line
+    ]
+    [shards, distil, *glue] = [line for line in lines if line[:1] in (["python"], ["deepspeed"])]
+    options = shards_make.parse(shards[2:])
+    config = json.loads((ROOT / distil[-1]).read_text())
+    assert f"{options.output}/train" == config["data"]["train"]
+    assert options.sequence_length == config["data"]["sequence_length"]
+    assert len([glue_command.parse(line[2:]) for line in glue]) == 2
+
+
+def test_shards_of_other_text_are_refused(tmp_path: Path) -> None:
+    """bertdistiller would read the named text, our students the shards."""
+    with ShardWriter(
+        tmp_path,
+        sequence_length=4,
+        vocab_size=9,
+        tokenizer={"name": "x", "sha256": "0" * 64},
+        pad_token_id=0,
+        source={"files": ["elsewhere/wiki.txt"]},
+    ) as writer:
+        writer.write(np.full((2, 4), 5, np.uint16), np.array([[0, 0, 4], [1, 0, 4]]))
+    command._check_inputs(tmp_path, [Path("corpus/wiki.txt")])
+    with pytest.raises(
+        DataError, match=r"was made from wiki\.txt, found other\.txt on the command"
+    ):
+        command._check_inputs(tmp_path, [Path("other.txt")])
 
 
 def row(name: str, values: list[float]) -> Row:

@@ -68,6 +68,8 @@ def message_of(tree: dict[str, Any]) -> str:
         ),
         ("teacher.placement", "sharded", '; did you mean "shard"?'),
         ("logging.trackers", "wandb", 'write ["wandb"]'),
+        ("train.learning_rate", "0,5", "expected a number above 0; write 0.5 without quotes"),
+        ("train.max_steps", "10,000", "write 10000 without quotes"),
         (
             "evaluation",
             {"tasks": []},

@@ -177,6 +177,12 @@ def test_what_explain_prints() -> None:
     assert explain_setting("engine.deepspeed.zero_optimization.stage").startswith(
         "engine.deepspeed\n"
     )
+    for key in ("data.train.weight", "data.train.0.weight"):
+        assert "Its share of the samples" in explain_setting(key)
+        assert "another value is refused" in explain_setting(key)
+    assert "data.train.NUMBER.weight  Its share" in explain_setting("data.train")
+    with pytest.raises(ConfigError, match=r"data\.train\.wieght; did you mean 'weight'"):
+        explain_setting("data.train.wieght")
     block = explain_setting("students.any")
     assert "  students.any.num_layers           Number of blocks.\n" in block
     assert all(f"  {name} " in explain_setting("") for name in DistillConfig.model_fields)

@@ -6,8 +6,8 @@ import json
 import sys
 from collections.abc import Iterator
 
-from scaledistill.config.manual import NAME, Setting, find_setting
-from scaledistill.config.wording import expected, setting_at
+from scaledistill.config.manual import NAME, NUMBER, Setting, find_setting
+from scaledistill.config.wording import entries_of, expected, setting_at
 
 PAGE = """\
 # Configuration reference
@@ -37,6 +37,8 @@ def _block(block: Setting, level: int) -> Iterator[str]:
         if each.block is None:
             yield "".join(_setting(each))
     for each in inner:
+        if each.field is not None and each.block is None and entries_of(each.field.annotation):
+            each = find_setting(f"{each.key}.{NUMBER}")
         if each.block is not None:
             yield f"\n{'#' * min(level + 1, 3)} `{each.key}`\n\n{each.description}\n"
             yield from _block(each, level + 1)
@@ -48,7 +50,7 @@ def _setting(setting: Setting) -> Iterator[str]:
     if not setting.field.is_required():
         default = setting.field.get_default(call_default_factory=True)
         yield f" = `{json.dumps(default)}`" if default is not None else " (not set)"
-    _, annotation, _ = setting_at(setting.key.split("."))
+    _, annotation, _ = setting_at(setting.location)
     yield f": {expected(annotation)}\n<br>{setting.description}"
     if setting.resume:
         yield f" *Resume: {setting.resume}.*"

@@ -7,6 +7,8 @@ reading the configuration (`load`).
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -30,8 +32,10 @@ class Advice(NamedTuple):
 
     def as_option(self, given: str) -> str:
         """Return the advice for the command line, with the value that the user gave."""
-        given = given if self.takes_given else "…"
-        return self._render("type --set", f"={given if self.value is None else self.value}")
+        value = self.value or (given if self.takes_given else "…")
+        if self.setting is not None and re.search(r"[\s[{]", value):
+            return f"type --set {shlex.quote(f'{self.setting}={value}')}{self.text}"
+        return self._render("type --set", f"={value}")
 
     def _render(self, verb: str, value: str, student: str = "<name>") -> str:
         if self.setting is None:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from scaledistill.config.presets import CLONE
 from scaledistill.config.schema import SCHEMA_KEY, DistillConfig, StudentSettings
-from scaledistill.config.wording import explain
+from scaledistill.config.wording import explain, takes
 from scaledistill.config.yaml_text import lines_of, parse_yaml
 from scaledistill.errors import ConfigError, DataError, Field, did_you_mean, joined, near_miss
 
@@ -283,6 +283,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = json.loads(text)
     except ValueError:
         value = text  # a bare word is a string
+    if type(value) in (int, float) and takes(path, text) and not takes(path, value):
+        value = text  # the shell removes the quotes of "2024"
     *parents, last = path.split(".")
     node = tree
     for parent in parents:
@@ -313,11 +315,8 @@ def _check_new_students(
         if name in in_file or not isinstance(block, dict):
             continue
         if missing := [key for key in needed if key not in block]:
-            override = next(
-                each
-                for each in overrides
-                if each.startswith((f"students.{name}.", f"students.{name}="))
-            )
+            wanted = (f"students.{name}.", f"students.{name}=", "students=")
+            override = next(each for each in reversed(overrides) if each.startswith(wanted))
             known = " or ".join(f"students.{each}" for each in in_file)
             raise ConfigError(
                 f"--set {override}: there is no student {name!r} in the file; use {known}, or to "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, get_origin
 
 from pydantic.fields import FieldInfo
@@ -23,13 +23,22 @@ from scaledistill.config.schema import (
     Settings,
     TrainSettings,
 )
-from scaledistill.config.wording import block_of, expected, key_hint, setting_at, split_type
+from scaledistill.config.wording import (
+    block_of,
+    entries_of,
+    expected,
+    key_hint,
+    setting_at,
+    split_type,
+)
 from scaledistill.config.yaml_text import to_yaml
 from scaledistill.errors import ConfigError
 
 WIDTH = 90
 NAME = "NAME"
 """Stands for the name of any student."""
+NUMBER = "NUMBER"
+"""Stands for the number of an entry of a list, from 0."""
 RESUME = {
     MAY_CHANGE: "may change",
     CONTENT_STAYS: "the name may change; the content must be the same, which its hash shows",
@@ -47,6 +56,12 @@ class Setting(NamedTuple):
     """The settings in it; None if it is a single value."""
     resume: str
     """Whether a resume may change it; "" if that differs within a block."""
+
+    @property
+    def location(self) -> list[str | int]:
+        """The parts of its key, as `wording.setting_at` takes them."""
+        parts = self.key.split(".") if self.key else []
+        return [0 if part == NUMBER else part for part in parts]
 
     @property
     def description(self) -> str:
@@ -72,10 +87,15 @@ def find_setting(key: str) -> Setting:
         name = parts.pop(0)
         field = found.block.model_fields.get(name)
         if field is None:
-            raise ConfigError(f"unknown setting {key}; {key_hint(key.split('.'), {})}")
+            hint = key_hint([*found.location, name, *parts], {})
+            raise ConfigError(f"unknown setting {key}; {hint}")
         found = _inner(found, name, field)
         if _is_dict(field) and found.block is not None and parts:  # a student, by its name
             found = found._replace(key=f"{found.key}.{parts.pop(0)}", field=None)
+        if parts and (entries := entries_of(field.annotation)):  # with or without its number
+            if parts[0] == NUMBER or parts[0].isdecimal():
+                parts.pop(0)
+            found = Setting(f"{found.key}.{NUMBER}", None, entries, "")
     if parts and not _is_dict(found.field):
         raise ConfigError(f"{found.key} is one value and has no key {'.'.join(parts)!r}")
     return found
@@ -109,7 +129,7 @@ def explain_setting(key: str) -> str:
     found = find_setting(key)
     lines = [found.key or "the configuration", *_wrapped(found.description, "  "), ""]
     if found.field is not None and found.block is None:
-        _, annotation, _ = setting_at(found.key.split("."))
+        _, annotation, _ = setting_at(found.location)
         default = "none, it must be set"
         if not found.field.is_required():
             value = found.field.get_default(call_default_factory=True)
@@ -118,18 +138,24 @@ def explain_setting(key: str) -> str:
         rows = {"values": expected(annotation), "default": default, "resume": resume}
         for name, text in rows.items():
             lines += _wrapped(f"{name:7}  {text}", "  ", " " * 11)
+        if entries := entries_of(annotation):
+            lines += ["", "  each entry of a list", "", *_keys(entries, f"{found.key}.{NUMBER}.")]
         return "\n".join(lines) + "\n"
     assert found.block is not None
     prefix = f"{found.key}." if found.key else ""
     if _is_dict(found.field):
         prefix += f"{NAME}."
-    width = max(len(prefix + name) for name in found.block.model_fields)
-    for name in found.block.model_fields:
-        first = re.split(r"(?<=[^.][.])\s", describe(prefix + name))[0]
-        row = f"{prefix + name:{width}}  {first}"
-        lines += _wrapped(row, "  ", " " * (width + 4))
+    lines += _keys(found.block, prefix)
     lines += ["", f"  resume   {found.resume}"] if found.resume else []
     return "\n".join(lines) + "\n"
+
+
+def _keys(block: type[Settings], prefix: str) -> Iterator[str]:
+    """Yield the lines of a block's keys, with the first sentence on each."""
+    width = max(len(prefix + name) for name in block.model_fields)
+    for name in block.model_fields:
+        first = re.split(r"(?<=[^.][.])\s", describe(prefix + name))[0]
+        yield from _wrapped(f"{prefix + name:{width}}  {first}", "  ", " " * (width + 4))
 
 
 def json_schema() -> dict[str, Any]:

@@ -185,11 +185,11 @@ class RelationSettings(Settings):
 class SourceSettings(Settings):
     """One of several data sets to train on."""
 
-    shards: NonEmpty
+    shards: Annotated[NonEmpty, CONTENT_STAYS]
     """Folder or URL of its shards."""
     weight: Annotated[float, Field(gt=0)]
     """Its share of the samples, relative to the other weights."""
-    name: NonEmpty | None = None
+    name: Annotated[NonEmpty | None, MAY_CHANGE] = None
     """Its name in metrics and messages (default: its number in the list, from 0)."""
 
 
@@ -403,7 +403,7 @@ class EvaluationSettings(Settings):
         default_factory=lambda: list(EPOCHS)
     )
     """Numbers of epochs."""
-    seeds: Annotated[list[NotNegative], Field(min_length=1)] = Field(
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = Field(
         default_factory=lambda: list(SEEDS)
     )
     """Seeds of the new head, the order of rows and dropout."""

@@ -8,6 +8,7 @@ kinds of errors have the same form.
 from __future__ import annotations
 
 import json
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -86,6 +87,14 @@ def block_of(annotation: Any) -> type[Settings] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
 
 
+def entries_of(annotation: Any) -> type[Settings] | None:
+    """Return the settings of each entry, if a setting may be a list of such."""
+    plain = split_type(annotation)[0]
+    if get_origin(plain) in (Union, types.UnionType):
+        return next(filter(None, map(entries_of, get_args(plain))), None)
+    return block_of(get_args(plain)[0]) if get_origin(plain) is list else None
+
+
 def setting_at(
     location: Sequence[str | int], root: type[Settings] = DistillConfig
 ) -> tuple[str, Any, Any]:
@@ -115,6 +124,18 @@ def setting_at(
             break
         path.append(str(part))
     return ".".join(path), annotation, default
+
+
+def takes(key: str, value: object) -> bool:
+    """Return whether a setting takes a value; False if there is no such setting."""
+    annotation = setting_at(key.split("."))[1]
+    if annotation is None:
+        return False
+    try:
+        TypeAdapter(annotation).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def _item_of(annotation: Any) -> Any:
@@ -231,8 +252,13 @@ def _remedy(found: Any, annotation: Any, default: Any) -> str:
 
 
 def _number(text: str) -> int | float | None:
+    plain = text.replace("_", "")
+    if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", plain):
+        plain = plain.replace(",", "")
+    elif plain.count(",") == 1:  # a decimal comma
+        plain = plain.replace(",", ".")
     try:
-        value = json.loads(text.replace("_", "").replace(",", ""))
+        value = json.loads(plain)
     except ValueError:
         try:
             value = float(text)

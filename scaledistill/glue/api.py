@@ -75,7 +75,7 @@ EIGHT_TASKS = ("mnli", "qnli", "qqp", "rte", "sst2", "mrpc", "cola", "stsb")
 
 
 def evaluate(
-    model_name_or_path: str,
+    model_name_or_path: str | Path,
     tasks: str | Sequence[str] = EIGHT_TASKS,
     learning_rate: float | Sequence[float] = (1e-5, 3e-5, 5e-5),
     epochs: int | Sequence[int] = (3, 5, 10),
@@ -126,7 +126,8 @@ def evaluate(
             raise joined(explain(error.errors(), {}, EvaluationSettings)) from error
     name = model_name or Path(os.path.abspath(model_name_or_path)).name
     with named(**ARGUMENTS):
-        return run_grid({name: model_name_or_path}, settings, Path(output_dir), workers=workers)
+        models = {name: str(model_name_or_path)}
+        return run_grid(models, settings, Path(output_dir), workers=workers)
 
 
 def create_summary_table(
@@ -277,7 +278,7 @@ def evaluate_run(config: DistillConfig, message: str) -> tuple[str, int, str]:
             models[TEACHER] = _teacher_folder(config)
         try:
             with named(**SETTINGS):
-                result = run_grid(models, settings, output, stop=stop.reason)
+                result = run_grid(models, settings, output, own_output=True, stop=stop.reason)
         except GridStoppedError:
             why = (
                 f"the evaluation was stopped ({stop.acknowledge()}); rerun the same command to "

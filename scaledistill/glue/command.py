@@ -249,6 +249,10 @@ def parse(arguments: Sequence[str] | None, prog: str = PROG) -> argparse.Namespa
         unread = [name for name, value in vars(options).items() if value and name not in kept]
         if unread:
             parse.error(f"{_option(unread[0])} is not read with --probe; leave it out")
+    if options.list:
+        for name in ("json", "published", "speed"):
+            if getattr(options, name):
+                parse.error(f"--{name} is not read with --list; leave it out")
     if not (options.tasks or options.probe):
         parse.error("--tasks is missing (or --probe stsb, for a score without fine-tuning)")
     if options.json and not options.json.parent.is_dir():

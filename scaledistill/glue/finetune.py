@@ -35,9 +35,10 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from scaledistill.errors import DivergedError, named
+from scaledistill.errors import DataError, DivergedError, named
 from scaledistill.glue.cell import Cell
 from scaledistill.glue.features import Features, prepare
+from scaledistill.glue.files import model_sha256
 from scaledistill.glue.metrics import only_answer
 from scaledistill.glue.tasks import TASKS, Task
 from scaledistill.models.architectures import ARCHITECTURES
@@ -89,6 +90,11 @@ def fine_tune(
     # know the attribute.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model, new_weights = _load_model(model_folder, task, cell.model)
+    if model_sha256(model_folder) != cell.model_sha256:
+        raise DataError(
+            f"the model {cell.model} in {model_folder} has changed since the grid was started; "
+            "start the grid again, with a copy of the model if a run still exports it"
+        )
     data = prepare(
         cell, model_folder, data_folder, list(inspect.signature(model.forward).parameters)
     )

@@ -23,7 +23,7 @@ from scaledistill.config.schema import EvaluationSettings
 from scaledistill.errors import DataError, Field, SettingError, counted, named
 from scaledistill.glue.cell import Cell, read_error, read_record, remove_partial_files, write_error
 from scaledistill.glue.output import write_summary
-from scaledistill.glue.plan import Plan, make_plan
+from scaledistill.glue.plan import Model, Plan, make_plan
 from scaledistill.glue.summary import GRID, Summary, summary_of
 from scaledistill.glue.worker import Share, Worker
 from scaledistill.storage.files import locked, read_json, write_json
@@ -69,6 +69,7 @@ def run_grid(
     quick: bool = False,
     workers: int | None = None,
     published: bool = False,
+    own_output: bool = False,
     on_update: OnUpdate | None = None,
     stop: Callable[[], object] = lambda: None,
 ) -> GridResult:
@@ -84,6 +85,7 @@ def run_grid(
         workers: number of cells that run at a time (default: one per GPU; one without GPUs). On
             CPUs they share the cores.
         published: add published scores to the tables.
+        own_output: see `write_grid`.
         on_update: called with each update (default: write the end of each cell to the log).
         stop: called about once a second; a true result stops the grid.
 
@@ -100,6 +102,7 @@ def run_grid(
         quick=quick,
         workers=workers,
         published=published,
+        own_output=own_output,
         on_update=on_update,
         stop=stop,
     )
@@ -112,6 +115,7 @@ def run_plan(
     quick: bool,
     workers: int,
     published: bool,
+    own_output: bool = False,
     on_update: OnUpdate | None = None,
     stop: Callable[[], object] = lambda: None,
     first: Worker | None = None,
@@ -131,7 +135,7 @@ def run_plan(
         with named(folder="output"):
             stack.enter_context(locked(output))
         remove_partial_files(output)
-        write_grid(plan, output, quick=quick)
+        write_grid(plan, output, quick=quick, own_output=own_output)
         waiting = [cell for cell in plan.cells if read_record(cell, output) is None]
         if kept := len(plan.cells) - len(waiting):
             log.info("%d of %d cells are finished already", kept, len(plan.cells))
@@ -150,8 +154,12 @@ def run_plan(
     )
 
 
-def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
+def write_grid(plan: Plan, output: Path, *, quick: bool, own_output: bool = False) -> None:
     """Write the list of cells for the summary: the plan's, and comparable earlier ones.
+
+    Args:
+        own_output: the folder is that of the plan's models; other models of their names are older
+            versions of them.
 
     Raises:
         SettingError: one of the plan's models has the name of another model in the folder.
@@ -163,7 +171,8 @@ def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
         if (
             model
             and model.sha256 != cell.model_sha256
-            and os.path.abspath(path) != os.path.abspath(model.path)
+            and path not in (model.path, _location(model))
+            and not own_output
         ):
             raise SettingError(
                 "output",
@@ -180,7 +189,7 @@ def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
         )
     cells = list(dict.fromkeys([*kept, *plan.cells]))
     models = before["models"] | {
-        name: {"path": model.path, "parameters": model.parameters}
+        name: {"path": _location(model), "parameters": model.parameters}
         for name, model in plan.models.items()
     }
     names = dict.fromkeys(cell.model for cell in cells)
@@ -192,6 +201,11 @@ def write_grid(plan: Plan, output: Path, *, quick: bool) -> None:
             "cells": [asdict(cell) for cell in cells],
         },
     )
+
+
+def _location(model: Model) -> str:
+    """Return a model's folder, absolute, or its hub name."""
+    return os.path.abspath(model.path) if os.path.isdir(model.path) else model.path
 
 
 def _compares(cell: Cell, plan: Plan) -> bool:

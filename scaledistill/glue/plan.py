@@ -31,8 +31,9 @@ from scaledistill.errors import (
     SourceError,
     named,
 )
-from scaledistill.glue.cell import MODEL_NAME, Cell, Conditions, hash_of
+from scaledistill.glue.cell import MODEL_NAME, Cell, Conditions
 from scaledistill.glue.features import data_sha256
+from scaledistill.glue.files import model_sha256
 from scaledistill.glue.metrics import check_installed
 from scaledistill.glue.read import read_split
 from scaledistill.glue.squad import check_questions, stride_of
@@ -46,14 +47,7 @@ from scaledistill.models.teacher import (
     resolve_folder,
 )
 from scaledistill.models.weights import weight_files
-from scaledistill.storage.files import sha256_of
 
-# Part of a model's hash, in this order: other files, or another order, would give models with
-# finished cells another hash.
-HASHED_TOKENIZER_FILES = (
-    *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
-    *("sentencepiece.bpe.model", "spm.model", "tokenizer_config.json", "special_tokens_map.json"),
-)
 MODEL_FILES = (*WEIGHT_FILES, *TOKENIZER_FILES)
 CHARACTERS_PER_TOKEN = 4.3  # English, WordPiece
 PADDING = 2.0  # tokens computed per token of text; a batch is padded to its longest example
@@ -299,16 +293,11 @@ def _check_files(name: str, path: str, tasks: Sequence[Task]) -> Model:
                 expected=f": {file} cannot be read ({error})",
                 remedy="fetch the model again",
             ) from error
-    files = [
-        "config.json",
-        *weight_files(folder),
-        *(file for file in HASHED_TOKENIZER_FILES if (folder / file).is_file()),
-    ]
     return Model(
         name=name,
         path=path,
         folder=folder,
-        sha256=hash_of(f"{file} {sha256_of(folder / file)}" for file in files),
+        sha256=model_sha256(folder),
         parameters=sum(sizes.values()),
         encoder_parameters=sum(size for key, size in sizes.items() if "embed" not in key),
         positions=positions(config),

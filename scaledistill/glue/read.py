@@ -6,6 +6,7 @@ have no meaning in the original TSV files: a row is the text between two line fe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -137,8 +138,9 @@ def _nearby(task: Task, split: str, data_folder: Path) -> str | None:
     if any(path.is_dir() and _plain(path.name) in names for path in data_folder.iterdir()):
         return None
     for inner in sorted(path for path in data_folder.iterdir() if path.is_dir()):
-        if any(_plain(path.name) in names and has_file(path) for path in inner.iterdir()):
-            return f"has the tasks one level deeper; give {inner}"
+        with contextlib.suppress(OSError):  # of others, such as lost+found
+            if any(_plain(path.name) in names and has_file(path) for path in inner.iterdir()):
+                return f"has the tasks one level deeper; give {inner}"
     return None
 
 

@@ -27,7 +27,9 @@ from typing import IO, Any, NamedTuple, cast
 from scaledistill.errors import ConfigError, DataError, DivergedError
 from scaledistill.glue.cell import Cell, write_error, write_record
 
-COMMAND = (sys.executable, "-m", __name__)
+# Without the working folder on the path, as with the command itself: it may have a datasets.py.
+_MAIN = f"import sys; sys.path[:] = filter(None, sys.path); from {__name__} import main; main()"
+COMMAND = (sys.executable, "-c", _MAIN)
 PROGRESS_SECONDS = 1.0
 # Launchers set variables with these prefixes; with them a worker would wait for other ranks.
 LAUNCHERS = (
@@ -40,6 +42,7 @@ LAUNCHERS = (
     "FSDP_",
     "GROUP_",
     "ROLE_",
+    *("OMPI_", "PMI_", "PMIX_", "MV2_"),
 )
 
 

@@ -15,13 +15,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from cells import CONFIG, SMALL, Cell, Job, Lab
 from results import Results
 
-from scaledistill.data.manifest import manifest_path
+from scaledistill.data.manifest import Manifest, manifest_path
 from scaledistill.errors import ConfigError, DataError, counted
 from scaledistill.glue.listing import duration
 
@@ -30,9 +31,9 @@ FULL = """\
 The tier "full" is MiniLMv2's published recipe. It takes days of GPU time; run these commands on a
 cluster:
 
-  python tools/make_shards.py --dataset wikimedia/wikipedia:20231101.en \\
+  python tools/make_shards.py --dataset wikimedia/wikipedia --dataset-config 20231101.en \\
     --tokenizer google-bert/bert-large-uncased --sequence-length 512 --held-out-fraction 0.001 \\
-    --output shards/wikipedia
+    --output shards/wiki-512
   deepspeed launch/distill.py --config configs/large_to_l6.json
   python tools/glue.py --model student=runs/large_to_l6/export/l6-h384 \\
     --model teacher=google-bert/bert-large-uncased --tasks mnli,qnli,qqp,rte,sst2,mrpc,cola,stsb \\
@@ -194,6 +195,7 @@ def make_shards(options: argparse.Namespace) -> None:
     for name, files in (("train", options.text), ("validation", [options.held_out])):
         folder = Path(config["data"][name])
         if manifest_path(folder).exists():
+            _check_inputs(folder, files)
             continue
         command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), *map(str, files)]
         command += ["--tokenizer", config["teacher"]["model"], "--output", str(folder.parent)]
@@ -202,6 +204,22 @@ def make_shards(options: argparse.Namespace) -> None:
         ).returncode
         if code:
             raise DataError(f"make_shards.py ended with exit code {code}; see its message above")
+
+
+def _check_inputs(folder: Path, files: Sequence[Path]) -> None:
+    """Check that shards were made from these files; bertdistiller reads the files themselves.
+
+    Raises:
+        DataError: they were made from others.
+    """
+    made_from = Manifest.load(folder).source.get("files")
+    found = {Path(str(name)).name for name in made_from} if isinstance(made_from, list) else set()
+    if found != {file.name for file in files}:
+        raise DataError(
+            f"{folder} was made from {', '.join(sorted(found)) or 'other data'}, found "
+            f"{', '.join(file.name for file in files)} on the command line; name the same files, "
+            f"or remove {folder.parent}"
+        )
 
 
 def report(options: argparse.Namespace) -> None:
