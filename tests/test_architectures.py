@@ -533,8 +533,8 @@ def test_a_tokenizer_that_an_export_could_not_keep(
     tree["students"]["l2"] |= {"architecture": "qwen2", "init": "random"}
     with pytest.raises(
         ConfigError,
-        match=r"^students\.l2\.architecture: transformers does not read the tokenizer of .* of type "
-        r"'qwen2' \(it makes a Qwen2Tokenizer\); the student needs another architecture$",
+        match=r"^students\.l2\.architecture: transformers does not read the tokenizer of .* of "
+        r"type 'qwen2' \(it makes a Qwen2Tokenizer\); the student needs another architecture$",
     ):
         plan_run(parse_config(tree), 1, torch.device("cpu"))
 

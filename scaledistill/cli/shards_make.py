@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from scaledistill.data.prepare.compression import ReadProgress
     from scaledistill.data.prepare.make import ShardReport
+    from scaledistill.data.prepare.sources import SplitBy
 
 PROG = "scaledistill shards make"
 LINE_SECONDS = 10  # between progress lines if stderr is not a terminal
@@ -240,7 +241,7 @@ def open_source(
     if options.wds:
         documents = sources.webdataset_documents(paths, column=column, progress=progress)
         return documents, {"kind": "webdataset", "column": column, "files": files}
-    split_by = options.documents or "blank-line"
+    split_by: SplitBy = options.documents or "blank-line"
     documents = sources.file_documents(paths, column=column, split_by=split_by, progress=progress)
     return documents, {
         "kind": "files",
