@@ -324,21 +324,16 @@ def _locked(path: Path, *, remove: bool = True) -> Iterator[int]:
 
 
 def _open_lock(path: Path, create: int = 0) -> int:
-    """Open a lock file, so that other users who share the folder can open it too."""
+    """Open a lock file; another user's in a shared cache for reading, if it cannot be written."""
     # In a folder like /tmp, O_CREAT may not open another user's file.
     for flags in (os.O_RDWR | create, os.O_RDWR):
         with contextlib.suppress(PermissionError):
-            lock = os.open(path, flags, 0o666)
-            break
-    else:
-        return os.open(path, os.O_RDONLY)  # of an earlier version
-    with contextlib.suppress(PermissionError):  # another user's, who has done it
-        os.fchmod(lock, 0o666)
-    return lock
+            return os.open(path, flags, 0o666)
+    return os.open(path, os.O_RDONLY)
 
 
 def _set_reservation(lock: int, num_bytes: int) -> None:
-    with contextlib.suppress(OSError):  # another user's lock file, of an earlier version
+    with contextlib.suppress(OSError):  # another user's lock file, left by a killed process
         os.truncate(lock, num_bytes)
 
 
