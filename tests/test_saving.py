@@ -467,6 +467,12 @@ def test_a_run_goes_on_from_its_copy(
     assert run_ranks(fresh, 1, elsewhere)[0][0] == "done"
     assert losses_of(elsewhere) == losses_of(whole)
     assert mirror.checkpoints(f"{place}.1") == ["step-000000006", "step-000000003"]
+    # A restart after a start that ended before the copies were moved.
+    (Path(elsewhere["run"]["folder"]) / ".starting-over").touch()
+    shutil.rmtree(Path(elsewhere["run"]["folder"]) / "checkpoints")
+    assert run_ranks(distil_all, 1, [elsewhere])[0][0][0] == "done"
+    assert mirror.checkpoints(f"{place}.2") == ["step-000000006", "step-000000003"]
+    assert not (Path(elsewhere["run"]["folder"]) / ".starting-over").exists()
     assert (kind, code) == ("ConfigError", 2)
     assert "checkpoint.remote='https://host/run' cannot hold checkpoints" in message
     assert status_of(refused)["state"] == "failed"

@@ -49,6 +49,8 @@ from scaledistill.training.validation import Validation, Validator
 
 log = logging.getLogger(__name__)
 
+STARTING_OVER = ".starting-over"
+"""A file in a new run's folder until the older run's copies are moved away."""
 COMPILING_STEPS = 10
 """After this many steps nothing more is compiled: batches with new shapes then run uncompiled."""
 
@@ -148,9 +150,8 @@ def _run(
                 runfolder.owned(Path(run.folder), last_step, ranks, fresh=fresh)
             )
             with failing_together():
-                remote = config.checkpoint.remote if fresh and ranks.is_main else None
-                if remote and (aside := mirror.set_aside(remote)):
-                    log.info("--fresh: the old run's copies are kept as %s", aside)
+                if config.checkpoint.remote and ranks.is_main:
+                    set_copies_aside(config.checkpoint.remote, Path(run.folder), fresh=fresh)
             watchdog.record_failure = partial(
                 status.write_failure, "failed", exit_code=EXIT_ENVIRONMENT
             )
@@ -188,6 +189,20 @@ def _run(
             message = f"{counted(session.step, 'step')} run, the profile is in {folder}"
             return RunResult("dry run", EXIT_DONE, session.step, message)
         return _train(session, status, last_step, stop, watchdog.at, train_step)
+
+
+def set_copies_aside(remote: str, folder: Path, *, fresh: bool) -> None:
+    """Move an older run's copies away if this run starts over, or if such a start was ended here.
+
+    Without that, a restart would resume the older run from them.
+    """
+    mark = folder / STARTING_OVER
+    if fresh:
+        mark.touch()
+    if mark.exists():
+        if aside := mirror.set_aside(remote):
+            log.info("--fresh: the old run's copies are kept as %s", aside)
+        mark.unlink()
 
 
 def _train(
