@@ -26,7 +26,8 @@ $(TEACHER): | $(READY)
 quickstart: $(READY) $(TEACHER)
 	ls shards/quickstart/train/*manifest* > /dev/null 2>&1 || $(BIN)/python tools/make_shards.py --installed-docs \
 	  --tokenizer $(TEACHER) --sequence-length 128 --max-tokens 2500000 --held-out-fraction 0.02 --output shards/quickstart
-	PATH="$(abspath $(BIN)):$$PATH" NUM_PROCESSES=2 launch/node.sh --config configs/quickstart.json
+	PATH="$(abspath $(BIN)):$$PATH" NUM_PROCESSES=$$(nvidia-smi -L > /dev/null 2>&1 && echo 1 || echo 2) \
+	  launch/node.sh --config configs/quickstart.json
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST)

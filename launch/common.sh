@@ -1,9 +1,15 @@
 # Functions for the launchers, which source this file. A script's first comment is its help.
 # shellcheck shell=bash
+[[ $0 == /* ]] && script=$0 || script=$PWD/$0
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if ! command -v deepspeed >/dev/null && [[ -x $root/.venv/bin/deepspeed ]]; then
   PATH=$root/.venv/bin:$PATH # the environment that `make venv` creates
 fi
+# Debian and RHEL have the second only.
+python=$(command -v python || command -v python3) || {
+  echo "$0: no python3 on PATH" >&2
+  exit 2
+}
 
 fail() {
   echo "$(basename "$0"): $1" >&2
@@ -12,7 +18,7 @@ fail() {
 
 help_if_asked() { # "$@": after --help, print the script's first comment and exit
   if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    sed -n '2,/^$/{/^#SBATCH/d;s/^# \{0,1\}//p;}' "$0"
+    sed -n '2,/^$/{/^#SBATCH/d;s/^# \{0,1\}//p;}' "$script"
     exit 0
   fi
 }
@@ -20,7 +26,7 @@ help_if_asked() { # "$@": after --help, print the script's first comment and exi
 # free_port [FIRST [only]]: print the first free port from FIRST up, or with "only" FIRST if it is
 # free; without FIRST any free port.
 free_port() {
-  python - "${1:-0}" "${2:-}" <<'PYTHON'
+  "$python" - "${1:-0}" "${2:-}" <<'PYTHON'
 import socket, sys
 first, number = int(sys.argv[1]), 1 if sys.argv[2] == "only" else 500
 for port in range(first, first + number if first else 1):
@@ -56,7 +62,7 @@ choose_gpus() {
 # run_deepspeed OPTIONS…: replace this shell by DeepSpeed's launcher; on Ctrl-C wait for the ranks,
 # without the launcher's traceback.
 run_deepspeed() {
-  exec python -c '
+  exec "$python" -c '
 import os, sys
 from deepspeed.launcher.runner import main
 try:

@@ -4,8 +4,8 @@
 #
 # Run it on one host. Each line of the hostfile has a host and its GPUs: "node1 slots=8". It needs
 # pdsh here, ssh without a password to every host, and this folder at the same path on all hosts.
-# The variables NCCL_*, PYTHON*, PATH and LD_LIBRARY_PATH are passed to the other hosts; put others
-# into a file .deepspeed_env (NAME=VALUE lines) here or in your home folder.
+# DeepSpeed passes the variables PYTHON* and, if this host has a GPU, NCCL_* to the other hosts; put
+# others, such as PATH, into a file .deepspeed_env (NAME=VALUE lines) here or in your home folder.
 #
 # Rerun the same command to resume. To stop the run, create a file named STOP in the run folder; on
 # Ctrl-C DeepSpeed's launcher kills the processes on all hosts.

@@ -38,12 +38,22 @@ HEAD_ADDRESS=${HEAD_ADDRESS:-${PET_MASTER_ADDR:-}}
 [[ $HEAD_ADDRESS ]] ||
   fail "HEAD_ADDRESS is not set; give the name or address of one of the nodes, see --help"
 MASTER_PORT=${MASTER_PORT:-${PET_MASTER_PORT:-29500}}
+nodes=${NUM_NODES:-${PET_NNODES:-1}}
 
 # torchrun would compare the host's name to find out whether it is the head, and announce that name.
-# Both fail if the name resolves to another interface or to 127.0.1.1.
-addresses=$(python - "$HEAD_ADDRESS" "$MASTER_PORT" <<'PYTHON'
-import socket, sys, time
-head, port = sys.argv[1:]
+# Both fail if the name resolves to another interface or, as on the head itself under Debian, to
+# 127.0.1.1.
+addresses=$("$python" - "$HEAD_ADDRESS" "$MASTER_PORT" "$nodes" <<'PYTHON'
+import ipaddress, socket, sys, time
+head, port, nodes = sys.argv[1:]
+def is_loopback(address):
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+def is_name(address):
+    try:
+        ipaddress.ip_address(address)
+        return False
+    except ValueError:
+        return address != "localhost"
 for attempt in range(60):  # a pod's name may resolve a little later than the pod starts
     try:
         family, kind, _, _, address = socket.getaddrinfo(head, int(port), type=socket.SOCK_DGRAM)[0]
@@ -69,6 +79,18 @@ with socket.socket(family, socket.SOCK_STREAM) as probe:
         is_head = "true"
     except OSError:
         is_head = "false"
+if is_loopback(own) and is_name(head) and nodes != "1":
+    # Of the interface with the default route; nothing is sent.
+    remote = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}[family]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((remote, 1))
+            own = probe.getsockname()[0]
+        except OSError:
+            sys.exit(
+                f"HEAD_ADDRESS={head} is {own} here, where no other node can reach it, and there "
+                "is no default route; set LOCAL_ADDRESS to this node's address"
+            )
 print(is_head, own)
 PYTHON
 ) || exit 2
@@ -103,7 +125,7 @@ agent=$$ # `exec` below turns this shell into torchrun
 # Otherwise all restarts of a job share one store, where ranks find the addresses of ended ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-exec torchrun --nnodes "${NUM_NODES:-${PET_NNODES:-1}}" \
+exec torchrun --nnodes "$nodes" \
   --nproc-per-node "${NUM_PROCESSES:-${PET_NPROC_PER_NODE:-auto}}" \
   --max-restarts "${MAX_RESTARTS:-3}" --rdzv-backend c10d --rdzv-id "${JOB_ID:-distill}" \
   --rdzv-endpoint "$HEAD_ADDRESS:$MASTER_PORT" --rdzv-conf "is_host=$is_head" \

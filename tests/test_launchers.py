@@ -90,6 +90,10 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
 def test_help_tells_every_variable(script: Path) -> None:
     ended = run(script.name, "--help")
     assert (ended.returncode, ended.stderr) == (0, "")
+    elsewhere = subprocess.run(
+        ["bash", script.name, "--help"], capture_output=True, text=True, check=False, cwd=LAUNCH
+    )
+    assert elsewhere.stdout == ended.stdout
     assert "set -euo pipefail" in script.read_text()
     read = re.findall(r"\$\{([A-Z_]+):[-+]", script.read_text())
     settable = {name for name in read if not name.startswith(("SLURM_", "PET_", "PYTHON"))}
@@ -295,6 +299,17 @@ def test_torchrun_gets_the_head_s_address(stand_ins: Path) -> None:
     assert options["--rdzv-endpoint"] == "127.0.0.1:1234"
     assert options["--rdzv-conf"] == "is_host=true"
     assert options["--local-addr"] == "127.0.0.1"
+    (stand_ins / "sitecustomize.py").write_text(
+        "import socket\nfind = socket.getaddrinfo\n"
+        "socket.getaddrinfo = lambda host, *more, **options: "
+        "find('127.0.1.1' if host == 'head' else host, *more, **options)\n"
+    )
+    named = environment(stand_ins, HEAD_ADDRESS="head", NUM_NODES=2, PYTHONPATH=stand_ins)
+    ended = run("torchrun_multi_node.sh", env=named)
+    if "no default route" not in ended.stderr:  # a machine without any network
+        words = ended.stdout.splitlines()
+        assert not words[words.index("--local-addr") + 1].startswith("127.")
+        assert words[words.index("--rdzv-conf") + 1] == "is_host=true"
     pod = environment(
         stand_ins,
         PET_MASTER_ADDR="192.0.2.1",
@@ -307,6 +322,23 @@ def test_torchrun_gets_the_head_s_address(stand_ins: Path) -> None:
         words = found.stdout.splitlines()
         assert words[words.index("--rdzv-conf") + 1] == "is_host=false"
         assert words[words.index("--nnodes") + 1] == "2"
+
+
+def test_python_3_is_enough(tmp_path: Path) -> None:
+    """Debian and RHEL have no command `python`."""
+    dirname = str(shutil.which("dirname"))
+    for name, path in {"python3": sys.executable, "dirname": dirname, "deepspeed": dirname}.items():
+        (tmp_path / name).symlink_to(path)
+    ended = subprocess.run(
+        [str(shutil.which("bash")), "-c", f". {LAUNCH}/common.sh; free_port; echo $python"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    port, python = ended.stdout.split()
+    assert port.isdecimal()
+    assert python == str(tmp_path / "python3")
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -417,10 +449,12 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 90) ->
 # A run of five steps, 0.2 s each, as far as status.json and the STOP file show it; fails at
 # FAIL_AT.
 TORCHRUN = """echo "$@" >>"$LOG.torchrun"
-python - "$FOLDER" <<'PYTHON'
+python - "$FOLDER" "$@" <<'PYTHON'
 import json, os, pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
 path = folder / "status.json"
+if "--fresh" in sys.argv:
+    path.unlink(missing_ok=True)
 step = json.loads(path.read_text())["step"] if path.exists() else 0
 def end(state, code, message):
     path.write_text(json.dumps({"state": state, "step": step, "exit_code": code, "message": message,
@@ -466,12 +500,15 @@ def test_slurm_decides_by_status_json(
     )
     assert "status.json: failed, step 4" in job(FAIL_AT=4, FAIL_CODE=2)
     (folder / "STOP").touch()
-    assert "status.json: stopped, step 5" in job()  # by a person
+    assert "status.json: stopped, step 1" in job()  # by a person
     assert slurm.requeued() == again
     assert "ended with code 0, status.json: done, step 5" in job(restarts=1)
     assert slurm.requeued() == again
+    assert "requeued: it failed after step 2" in job(FAIL_AT=2, FAIL_CODE=3), "of a new run"
     launched = Path(f"{slurm.log}.torchrun").read_text().splitlines()
-    assert ["--fresh" in line for line in launched] == [True, True, False, True, True, False]
+    assert ["--fresh" in line for line in launched] == [
+        *(True, True, False, True, True, False, True)
+    ]
     assert all(re.search(r"--nnodes 1 --nproc-per-node 2 .*:247\d\d ", line) for line in launched)
 
 
