@@ -110,7 +110,9 @@ def test_a_run_on_two_ranks_is_stopped_and_resumed(config_file: MakeFile, tmp_pa
         checkpoint={"every_steps": 1000, "keep": 1},
         train={"max_steps": 400, "schedule": "warmup_stable_decay"},
     )
-    command = [sys.executable, "-m", "scaledistill", "distill", "--config", file, "--num-ranks", 2]
+    (tmp_path / "datasets.py").write_text("raise ImportError('of the working folder')")
+    program = Path(sys.executable).parent / "scaledistill"
+    command = [program, "distill", "--config", file, "--num-ranks", 2]
     environment = {
         key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")
     } | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -38,6 +38,11 @@ from scaledistill.errors import (
 if TYPE_CHECKING:
     from scaledistill.config.schema import DistillConfig
 
+# Unlike -m, and like the command itself, without modules from the working folder.
+RANK = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from scaledistill.cli.command import main; sys.exit(main())"
+)
 PROG = "scaledistill distill"
 REPORT_SECONDS = 30.0
 """How long a failing rank waits before it exits, so that the reporting rank on its machine can
@@ -318,12 +323,10 @@ def _start_ranks(
     from scaledistill.distributed.start import start_ranks
     from scaledistill.storage.files import read_json
 
-    # With -m, Python would look for modules in the working folder first, unlike the command itself.
-    os.environ["PYTHONSAFEPATH"] = "1"
     if CLONE:
         paths = [str(CLONE), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = ["-m", "scaledistill", "distill", *arguments]
+    command = ["-c", RANK, "distill", *arguments]
     code = start_ranks(command, num_ranks, quiet=not options.debug)
     if code == EXIT_DONE and not (options.dry_run or options.profile):
         # Under torchrun, ranks that were stopped exit with 0; see `main`.

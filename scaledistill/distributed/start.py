@@ -66,7 +66,7 @@ def start_ranks(arguments: Sequence[str], num_ranks: int, *, quiet: bool = True)
     on to the ranks. Call it in the main thread.
 
     Args:
-        arguments: of the interpreter, such as `["-m", "scaledistill", …]`.
+        arguments: of the interpreter, such as `["script.py", …]`.
         num_ranks: the number of ranks.
         quiet: hide the messages of torchrun's agent.
 
