@@ -6,7 +6,7 @@ PYTEST ?= --numprocesses auto --dist worksteal
 READY := $(VENV)/.ready
 TEACHER := models/all-MiniLM-L6-v2
 
-.PHONY: venv quickstart test test-full test-docs test-faults lint format bench docs clean
+.PHONY: venv quickstart test test-full test-gpu test-docs test-faults lint format bench docs clean
 
 venv: $(READY)
 
@@ -40,6 +40,10 @@ test-full: $(READY)
 test-docs: docs $(TEACHER)
 	$(BIN)/python -m pytest -m docs --timeout 900 tests/test_documentation.py tests/test_probe.py
 
+# What needs a GPU; the other tests see none.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu --timeout 1200
+
 # Kills, stops, damage, full disks, hostile input: 50 minutes on two cores. JSON=FILE for the figures.
 test-faults: $(READY)
 	$(BIN)/python tests/faults/run.py $(if $(JSON),--json $(JSON))
@@ -59,8 +63,9 @@ format: $(READY)
 # Everything in docs/benchmarks.md for this machine: about 25 minutes on two cores, the peer's environment aside.
 bench: $(READY)
 	mkdir -p runs/bench
-	for tool in data relations save step; do \
-	  $(BIN)/python tools/bench/$$tool.py --json runs/bench/$$tool.json --markdown runs/bench/$$tool.md || exit; done
+	failed=; for tool in data relations save step; do \
+	  $(BIN)/python tools/bench/$$tool.py --json runs/bench/$$tool.json --markdown runs/bench/$$tool.md || failed="$$failed $$tool"; \
+	  done; test -z "$$failed" || { echo "not as expected:$$failed" >&2; exit 1; }
 
 # The documentation as a site in build/site; a broken link is an error.
 docs: $(READY)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,15 @@ TEACHER_SIZES = {
     "max_position_embeddings": 64,
 }
 WORDS = [f"w{number:03}" for number in range(195)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all but the tests of GPUs: ranks, engines and figures are those of CPUs."""
+    if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        # Launches that tiny batches choose are not for runs.
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 
 
 @pytest.fixture(params=[False, True], ids=["slow-bf16", "fast-bf16"])

@@ -176,7 +176,7 @@ def test_gradient_buckets(tiny_config: Callable[..., DistillConfig]) -> None:
 
 
 def test_relation_memory_grows_as_the_backends_do(
-    tiny_config: Callable[..., DistillConfig],
+    tiny_config: Callable[..., DistillConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def relation_bytes(backend: str, sequence_length: int) -> int:
         config = tiny_config(
@@ -195,6 +195,9 @@ def test_relation_memory_grows_as_the_backends_do(
     assert relation_bytes("sdpa", 64) == pytest.approx(64 * gradients, abs=8)
     # Of both models' rows: sums, factors.
     assert relation_bytes("triton", 64) == pytest.approx(64 * 4 * maps, abs=8)
+    with monkeypatch.context() as patch:  # heads wider than the kernels take
+        patch.setattr("scaledistill.preflight.estimate.MAX_HEAD_WIDTH", 1)
+        assert relation_bytes("triton", 64) == relation_bytes("reference", 64)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def recorder(
         max_steps=10,
         resumed_at=resumed_at,
         trackers=trackers,
-        config={"run": {"seed": 1}},
+        config={"run": {"seed": 1}, "data": "https://me:pw@host/shards"},
         **names,
     )
 
@@ -104,6 +104,27 @@ def test_a_last_line_that_was_cut(end: str, tmp_path: Path) -> None:
     with recorder(tmp_path, resumed_at=2) as record:
         record.record(row(3))
     assert read_rows(path) == [row(1), row(2), row(3)]
+
+
+def test_a_folder_s_name_is_no_formula(tmp_path: Path) -> None:
+    """Variables that nobody expanded; an error of the picture would fail the finished run."""
+    folder = tmp_path / "$MODEL_$LR"
+    folder.mkdir()
+    with recorder(folder) as record:
+        record.record(row(1))
+    assert (folder / "loss.png").is_file()
+
+
+def test_a_picture_that_cannot_be_drawn_fails_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def draw(folder: Path) -> None:
+        raise ValueError("a font is missing")
+
+    monkeypatch.setattr("scaledistill.metrics.recorder.draw_losses", draw)
+    with recorder(tmp_path) as record:
+        record.record(row(1))
+    assert f"{tmp_path}: no loss.png: a font is missing" in caplog.text
 
 
 def test_no_rows(tmp_path: Path) -> None:

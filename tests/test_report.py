@@ -253,6 +253,47 @@ def test_runs_of_equal_names(tmp_path: Path) -> None:
     assert f"{folders[0]} vs. {folders[1]}" in Page(text).texts["h1"]
 
 
+def test_a_run_is_shown_once(tmp_path: Path) -> None:
+    folder = write_long_run(tmp_path / "run", 30)
+    text = write_report([folder, tmp_path / "." / "run"], tmp_path / "page.html").read_text()
+    assert Page(text).texts["h1"] == "run\n"
+
+
+def test_what_happened_amid_many_saves_is_shown(tmp_path: Path) -> None:
+    folder = write_long_run(tmp_path / "run", 30)
+    events = [
+        Event("saved", step, f"checkpoint of step {step}", time_of(step)) for step in range(900)
+    ]
+    events.insert(450, Event("dropped", 450, "student b is dropped", time_of(450)))
+    (folder / "events.jsonl").write_text("".join(event.line() for event in events))
+    text = Page(write_report([folder], tmp_path / "page.html").read_text()).texts
+    assert "student b is dropped" in text["td"]
+    assert "All events, with 900 saves" in text["summary"]
+    assert "501 events in between are left out." in text["p"]
+    assert "time (UTC)" in text["th"]
+
+
+def test_the_time_of_a_run_under_way(tmp_path: Path) -> None:
+    """Its last event may be a save of hours ago."""
+    folder = write_long_run(tmp_path / "run", 30)
+    status = {"state": "running", "updated": "2026-01-02T20:00:00+00:00"}
+    (folder / "status.json").write_text(json.dumps(status))
+    text = write_report([folder], tmp_path / "page.html").read_text()
+    assert "<dt>time</dt><dd>1 day, 10:00:00</dd>" in text
+
+
+def test_bytes_that_are_no_utf_8(tmp_path: Path) -> None:
+    folder = write_long_run(tmp_path / "run", 30)
+    (folder / "status.json").write_text('{"state": "failed", "message": "caf\\udce9.txt"}')
+    assert "caf?.txt" in write_report([folder], tmp_path / "page.html").read_text()
+
+
+def test_students_without_a_configuration(tmp_path: Path) -> None:
+    folder = write_long_run(tmp_path / "run", 30, students=2)
+    (folder / "config.json").unlink()
+    assert Page(write_report([folder], tmp_path / "page.html").read_text()).data["charts"]
+
+
 def test_a_run_of_an_older_version(tmp_path: Path) -> None:
     folder = write_long_run(tmp_path / "run", 30)
     for name in ("events.jsonl", "maps.json", "config.json", "status.json"):

@@ -74,6 +74,7 @@ def test_matrix_rate_counts_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured_matrix_rate(torch.device("cpu"), torch.float32, size=4) == 2 * 4 * 4 * 16
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_phases_of_a_gpu_are_those_of_its_stream() -> None:
     device = torch.device("cuda", torch.cuda.current_device())

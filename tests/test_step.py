@@ -127,6 +127,7 @@ def test_one_wait_for_the_device_per_step(tiny_config, attention: str) -> None:
         assert by_owner == {"ours": 1}
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("attention", ["row", "document"])
 def test_a_forward_on_a_gpu_waits_for_nothing(tiny_config, attention: str) -> None:

@@ -280,8 +280,10 @@ def train_ranked(folder: Path, how: str) -> dict[str, Any]:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         stage = {"stage": int(how[-1]), "stage3_gather_16bit_weights_on_model_save": True}
         changes["deepspeed"] = {**ZERO, "zero_optimization": stage}
-    if how == "fsdp":
+    if how.startswith("fsdp"):
         changes |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "reshard_after_forward": True}}
+    if how == "fsdp-sharded":
+        changes["fsdp_config"]["state_dict_type"] = "SHARDED_STATE_DICT"
     return train(folder, **changes)
 
 
@@ -292,6 +294,7 @@ def train_ranked(folder: Path, how: str) -> dict[str, Any]:
         "zero2",
         pytest.param("zero3", marks=pytest.mark.full),
         pytest.param("fsdp", marks=pytest.mark.full),
+        pytest.param("fsdp-sharded", marks=pytest.mark.full),
     ],
 )
 def test_two_ranks_equal_one_process(one_process: dict[str, Any], tmp_path: Path, how: str) -> None:
@@ -365,10 +368,15 @@ def test_mistakes(tmp_path: Path) -> None:
     for change, message in (
         ({"teacher_layer": 5}, "teacher_layer=5 is beyond the model's 4 layers; use 1 to 4"),
         ({"student_layer": 3}, "student_layer=3 is beyond the model's 2 layers"),
+        ({"student_layer": 1}, "student_layer=1, but the student has 2 blocks, of which the later"),
         ({"num_relation_heads": 8}, "num_relation_heads=8 does not divide the student's width 12"),
     ):
         with pytest.raises(ConfigError, match=message):
             MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path, **change))
+    for name in ("compute_loss_func", "compute_metrics"):
+        unused: dict[str, Any] = {name: print}
+        with pytest.raises(ConfigError, match=f"^{name} is not used: the loss is that of the"):
+            MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path), **unused)
     with pytest.raises(ConfigError, match="needs model, the student, and args"):
         MiniLMTrainer(teacher_model=teacher)
     other = BertModel(
@@ -564,12 +572,20 @@ def test_a_teacher_stored_in_16_bits_runs_in_fp32(stored: torch.dtype, tmp_path:
     assert {each.dtype for each in kept.teacher.parameters()} == {expected}
 
 
+@pytest.mark.parametrize("launched", [False, True])
 def test_the_teacher_runs_in_the_precision_of_the_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    launched: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """That of `accelerate launch --mixed_precision bf16`, too."""
     teacher, student = models()
     exact = MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path))
-    mixed = MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path, bf16=True))
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    stated = {} if launched else {"bf16": True}
+    mixed = MiniLMTrainer(model=student, teacher_model=teacher, args=arguments(tmp_path, **stated))
     assert ("bf16=True on a CPU" in caplog.text) == (mixed.args.device.type == "cpu")
     wrapped = mixed.accelerator.prepare(mixed.model)
     rows = record.collate(record.examples()[:6])

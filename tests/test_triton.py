@@ -42,9 +42,12 @@ with pytest.MonkeyPatch.context() as environment:
     from scaledistill.relations import triton_kernels
 
 # Entries that are dropped may overflow: scores of tokens that don't see each other.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
+# What a GPU's fused multiply-add leaves where a row has one token, whose gradient is 0.
+ROUNDING = 2e-6 if CUDA else 0.0
 R = 2
 LENGTHS = [1, 7, 64, 100, 129]
 WIDTHS = {"16/6": (16, 6), "64/24": (64, 24), "4/4": (4, 4), "24/64": (24, 64), "6/16": (6, 16)}
@@ -207,7 +210,7 @@ def check(
         (found.total, found.by_pair),
         (expected.total, expected.by_pair),
         rtol=LOSS_TOLERANCE,
-        atol=1e-6 * scale**2,
+        atol=(1e-6 + ROUNDING) * scale**2,
         check_dtype=False,
     )
     (expected_grad,) = torch.autograd.grad(3 * expected.total, exact_student)
@@ -215,7 +218,8 @@ def check(
     assert grad.dtype == student_dtype
     assert not grad[nan_BT.to(DEVICE)].count_nonzero()
     error = (grad.double() - expected_grad).norm()
-    assert error <= GRAD_TOLERANCE[student_dtype] * scale**2 * expected_grad.norm() + 1e-9
+    bound = GRAD_TOLERANCE[student_dtype] * expected_grad.norm() + ROUNDING
+    assert error <= bound * scale**2 + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -447,6 +451,12 @@ def test_winners_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     }
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / "launches.json"]
 
+    short = winners()
+    for _ in range(2):
+        assert short.choose("never runs", among, lambda _: math.inf) == among[0]
+    assert "never runs: no launch could be measured, often because memory is short" in caplog.text
+    assert short.choose("never runs", among, seconds) == among[0], "not measured in each step"
+    assert short.choose("key", among[:2], seconds) == among[0]
     late = winners()
     assert late.choose("nothing runs", among, lambda _: math.inf) == among[0]
     assert late.choose("nothing runs", among, seconds) == among[2], "memory that was short is back"

@@ -247,13 +247,23 @@ class MiniLMTrainer(Trainer):
         view.save_pretrained = partial(_save_whole, model, prefix, model.dtype)
         self.student = model
         super().__init__(view, args, *other, **options)
-        if args.bf16 and args.device.type == "cpu" and self.is_world_process_zero():
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if getattr(self, name, None) is not None:
+                raise ConfigError(
+                    f"{name} is not used: the loss is that of the relations, and there are no "
+                    "predictions; leave it out"
+                )
+        # It may come from `accelerate launch` instead of `args`.
+        precision = self.accelerator.mixed_precision
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        self._dtype = dtypes.get(precision, torch.float32)
+        if precision == "bf16" and args.device.type == "cpu" and self.is_world_process_zero():
             log.warning("%s", BF16_ON_CPU)
         # The loss is a mean over sequences, not scaled by a number of tokens.
         self.model_accepts_loss_kwargs = False
         with named(model="teacher_model"):
             # Autocast lowers fp32. Weights that have the training precision already keep it.
-            keeps = teacher_model.dtype == _training_dtype(args)
+            keeps = teacher_model.dtype == self._dtype
             dtype = teacher_model.dtype if keeps else torch.float32
             self.teacher = Teacher(teacher_model, args.teacher_layer, dtype=dtype).to(args.device)
 
@@ -270,7 +280,7 @@ class MiniLMTrainer(Trainer):
         """
         mask_BT = self._mask(inputs)
         tokens = TokenInputs(inputs["input_ids"], mask_BT)
-        dtype = _training_dtype(self.args)
+        dtype = self._dtype
         with torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
             target = self.teacher(tokens, **_passed_on(self.teacher.config, inputs))
         found = self._view(tokens, model, **_passed_on(self.student.config, inputs))
@@ -310,6 +320,17 @@ class MiniLMTrainer(Trainer):
         """Return the loss of a batch; there are no predictions."""
         with self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the full student. Collective under DeepSpeed and FSDP."""
+        if self.is_fsdp_enabled and not _internal_call:
+            kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            if "FULL_STATE_DICT" not in kind:  # `Trainer` would write nothing
+                state_dict = self.accelerator.get_state_dict(self.model)
+                if self.args.should_save:
+                    self._save(output_dir or self.args.output_dir, state_dict=state_dict)
+                return
+        super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -359,10 +380,6 @@ class MiniLMTrainer(Trainer):
                 f"are {names}"
             )
         student.load_state_dict({name: state[name] for name in own})
-
-
-def _training_dtype(args: TrainingArguments) -> torch.dtype:
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def _save_whole(
@@ -428,6 +445,12 @@ def _check_models(
         check_layer(args.teacher_layer, first.num_hidden_layers)
     with named(layer="student_layer"):
         check_layer(args.student_layer, second.num_hidden_layers)
+    if args.student_layer < second.num_hidden_layers:
+        raise ConfigError(
+            f"student_layer={args.student_layer}, but the student has {second.num_hidden_layers} "
+            "blocks, of which the later ones would not be trained; set student_layer to their "
+            "number, or make the student with create_student"
+        )
     widths = {"teacher": qkv_widths(first), "student": qkv_widths(second)}
     with named(num_heads="num_relation_heads", pairs="relations"):
         check_relation_heads(args.num_relation_heads, widths, args.pairs)

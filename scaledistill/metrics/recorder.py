@@ -85,7 +85,14 @@ class Recorder:
         self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._max_steps = max_steps
-        self._trackers = Trackers(trackers, folder, config, project=project, run_name=run_name)
+        self._trackers = Trackers(
+            trackers,
+            folder,
+            config,
+            project=project,
+            run_name=run_name,
+            resumed_at=resumed_at,
+        )
         # A resumed run repeats the later steps, and records them again.
         kept = [row for row in read_rows(self._path) if row["step"] <= resumed_at]
         write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in kept).encode())
@@ -224,9 +231,12 @@ class Recorder:
         """Close the file and draw the loss curve; runs in the background thread."""
         try:
             self._file.close()
-            draw_losses(self._folder)
         except OSError as error:
             log.warning("%s: the record is not complete: %s", self._folder, error.strerror)
+        try:
+            draw_losses(self._folder)
+        except Exception as error:  # noqa: BLE001 - a picture must not fail the run
+            log.warning("%s: no loss.png: %s", self._folder, error)
 
 
 def _console() -> Console:
@@ -345,7 +355,8 @@ def draw_losses(folder: Path) -> None:
                 markersize=4,
                 label=f"validation{label}",
             )
-    axes.set(xlabel="optimizer step", ylabel="relation loss", title=folder.name, yscale="log")
+    axes.set(xlabel="optimizer step", ylabel="relation loss", yscale="log")
+    axes.set_title(folder.name, parse_math=False)  # two $ would be a formula
     for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatted(ScalarFormatter())
     axes.grid(alpha=0.3, which="both")

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from scaledistill.errors import SettingError
 from scaledistill.storage.files import read_json, write_json
+from scaledistill.storage.remote import without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +114,13 @@ class Trackers:
         *,
         project: str | None = None,
         run_name: str | None = None,
+        resumed_at: int = 0,
     ) -> None:
         """Start the trackers, each continuing the run that `trackers.json` names, if any.
+
+        Args:
+            config: the run's settings; credentials in URLs are left out.
+            resumed_at: the step that the run resumes from. TensorBoard then hides later ones.
 
         Raises:
             ConfigError: see `check_trackers`.
@@ -126,7 +132,7 @@ class Trackers:
             project or folder.resolve().name,
             run_name or folder.resolve().name,
         )
-        self._is_named = run_name is not None
+        self._is_named, self._resumed_at = run_name is not None, resumed_at
         self._known = read_json(folder / RECORD) or {}
         self._running: dict[str, Any] = {}
         self._failed: dict[str, Any] = {}
@@ -191,7 +197,7 @@ class Trackers:
         continued = name in self._known
         self._remember(name, tracker, options)
         if not continued:  # MLflow refuses a parameter that changes, such as a moved folder
-            tracker.store_init_configuration({"config": json.dumps(config)})
+            tracker.store_init_configuration({"config": without_credentials(json.dumps(config))})
 
     def _options(self, name: str) -> dict[str, Any]:
         """Return the options that start a tracker's run, or continue its earlier one."""
@@ -207,6 +213,8 @@ class Trackers:
             return {"run_id": before} if before else {"run_name": run_name}
         if name == "trackio":
             return {"name": before or self._run_name, "resume": "allow" if before else "never"}
+        if name == "tensorboard" and self._resumed_at:
+            return {"purge_step": self._resumed_at + 1}
         return {}
 
     def _remember(self, name: str, tracker: Any, options: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import exported, set_dropout
 from scaledistill.models.view import QKVView, capture_view, forward_flops
 from scaledistill.relations import QKV
-from scaledistill.relations.spec import letters_of
+from scaledistill.relations.spec import MAX_HEAD_WIDTH, letters_of
 
 # Sequences in the micro-batch that is counted: so many that, divided by them, sizes that do not
 # depend on their number vanish.
@@ -278,9 +278,12 @@ def _forward(view: QKVView, tensors: dict[str, Tensor], tokens: TokenInputs) -> 
 
 
 def _loss(loss: StudentLoss, teacher: QKV, student: QKV, tokens: TokenInputs) -> Tensor:
+    letters = letters_of(loss.pairs)
+    widths = [getattr(model, letter).shape[2] for model in (teacher, student) for letter in letters]
+    if loss.backend == "triton" and max(widths) // loss.num_heads > MAX_HEAD_WIDTH:
+        loss = replace(loss, backend="reference")
     if loss.backend == "reference":
         return loss(teacher, student, tokens).total
-    letters = letters_of(loss.pairs)
     inputs = [getattr(student, letter) for letter in letters]
     # Triton's backward recomputes the scores from both models' tensors, and from the logarithmic
     # sums of their rows and the factors derived from them.

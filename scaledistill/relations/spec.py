@@ -19,6 +19,10 @@ from torch import Tensor
 
 from scaledistill.errors import SettingError
 
+MAX_HEAD_WIDTH = 128
+"""The widest heads of `triton`: for wider ones in float32, even tiles of 32 tokens spill registers
+and take over 100 KiB of a multiprocessor."""
+
 
 class QKV(NamedTuple):
     """Queries, keys and values of one transformer block, each `[B, T, D]`.

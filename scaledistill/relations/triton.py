@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from scaledistill.relations.reference import reference_loss
-from scaledistill.relations.spec import QKV, RelationSpec
+from scaledistill.relations.spec import MAX_HEAD_WIDTH, QKV, RelationSpec
 from scaledistill.relations.triton_kernels import (
     NO_PAIR,
     Model,
@@ -41,9 +41,8 @@ from scaledistill.relations.triton_kernels import (
 )
 from scaledistill.relations.triton_launch import Launch, Winners, cache_file, candidates
 
-# For wider heads in float32, even tiles of 32 tokens spill registers and take over 100 KiB of a
-# multiprocessor.
-MAX_HEAD_WIDTH = 128
+MOST_PROGRAMS = 8192
+"""More fill every GPU alike."""
 # Triton 3.6 fails to compile a pipeline of this kernel's loads for compute capability 9.0.
 PIPELINED_BACKWARD = Version(triton.__version__) >= Version("3.7")
 Result = TypeVar("Result")
@@ -305,7 +304,10 @@ def _run_fastest(
             return run(among[0])
         kind = f"{kernel}{' causal' * spec.causal}{' keyed' * (spec.keys_BT is not None)}"
         models = f"teacher {E_T} {teacher[0].dtype} student {E_S} {student[0].dtype}"
-        key = f"{kind} T{triton.next_power_of_2(length)} {models}"
+        # A launch that suits a few programs need not suit many.
+        programs = spec.share_BT.shape[0] * spec.num_heads * triton.cdiv(length, 64)
+        programs = min(triton.next_power_of_2(programs), MOST_PROGRAMS)
+        key = f"{kind} T{triton.next_power_of_2(length)} {models} programs {programs}"
         return run(
             _winners(device).choose(key, among, lambda launch: _seconds(lambda: run(launch)))
         )

@@ -83,13 +83,14 @@ class Winners:
     def __init__(self, file: Path, hardware: str) -> None:
         self._file, self._hardware = file, hardware
         self._chosen: dict[str, Launch] = {}
+        self._failed: set[str] = set()
 
     def choose(self, key: str, among: list[Launch], seconds: Callable[[Launch], float]) -> Launch:
         """Return the launch kept under `key`, or time all, keep the fastest and return it.
 
         A launch that cannot run takes infinite seconds.
         """
-        if key not in self._chosen:
+        if self._chosen.get(key) not in among:
             kept = self._read().get(self._hardware, {}).get(key)
             if kept is not None and Launch(*kept) in among:
                 self._chosen[key] = Launch(*kept)
@@ -97,6 +98,14 @@ class Winners:
                 times = {launch: seconds(launch) for launch in among}
                 fastest = min(among, key=times.__getitem__)
                 if not math.isfinite(times[fastest]):
+                    if key in self._failed:  # measuring in each step would be slower
+                        self._chosen[key] = among[0]
+                        logger.warning(
+                            "%s: no launch could be measured, often because memory is short; the "
+                            "default is used",
+                            key,
+                        )
+                    self._failed.add(key)
                     return among[0]  # perhaps too large a batch: a smaller one measures again
                 self._chosen[key] = fastest
                 logger.info("%s: fastest of %d launches is %s", key, len(among), fastest)

@@ -11,14 +11,16 @@ import html
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from scaledistill.errors import DataError
+from scaledistill.errors import DataError, counted
 from scaledistill.metrics.display import clock, loss_text, short
+from scaledistill.metrics.events import Event
 from scaledistill.metrics.rows import by_student
 from scaledistill.report.charts import (
     Chart,
@@ -58,9 +60,11 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         MissingLibraryError: the charting library is not installed.
         OSError: the file cannot be written.
     """
+    folders = list({folder.resolve(): folder for folder in folders}.values())
     runs = _with_unique_names([read_run(folder) for folder in folders], folders)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(output, page(runs, vega_script()).encode())
+    # A folder's name or a message may have bytes that are no UTF-8.
+    write_bytes(output, page(runs, vega_script()).encode(errors="replace"))
     return output
 
 
@@ -199,6 +203,9 @@ def _training_seconds(run: RunRecord) -> float:
         except (ValueError, TypeError):
             continue
         last = now
+    if begin and last and run.status.get("state") in ("running", "evaluating"):
+        with suppress(ValueError, TypeError):  # no event since may be as late
+            last = max(last, datetime.fromisoformat(str(run.status.get("updated"))))
     return seconds + ((last - begin).total_seconds() if begin and last else 0.0)
 
 
@@ -296,26 +303,31 @@ def _events(runs: Sequence[RunRecord]) -> str:
         if not run.events:
             parts.append(_card(f'{title}<p class="soft">No events.jsonl in this folder.</p>'))
             continue
-        events, text = list(run.events), ""
-        if len(events) > MOST_EVENTS:
-            left = len(events) - MOST_EVENTS
-            text = f'<p class="soft">{left:,} events in between are left out.</p>'
-            events = events[: MOST_EVENTS // 2] + events[-MOST_EVENTS // 2 :]
         # Saves are many and alike: only the others are open to view.
-        notable = [event for event in events if event.kind != "saved"]
-        saved = len(events) - len(notable)
-        body = title + _table(_EVENT_HEADER, map(_event_row, notable), "events") + text
-        if saved:
-            rows = _table(_EVENT_HEADER, map(_event_row, events), "events")
-            body += f"<details><summary>All events, with {saved} saves</summary>{rows}</details>"
+        notable = [event for event in run.events if event.kind != "saved"]
+        body = title + _event_table(notable)
+        if saved := len(run.events) - len(notable):
+            body += (
+                f"<details><summary>All events, with {saved:,} saves</summary>"
+                f"{_event_table(run.events)}</details>"
+            )
         parts.append(_card(body))
     return _stacked(parts)
 
 
-_EVENT_HEADER: Sequence[Cell] = ("time", ("step", "number"), "event", "")
+def _event_table(events: Sequence[Event]) -> str:
+    """Return a table of the first and the last events, if they are many."""
+    if (left := len(events) - MOST_EVENTS) <= 0:
+        return _table(_EVENT_HEADER, map(_event_row, events), "events")
+    shown = [*events[: MOST_EVENTS // 2], *events[-MOST_EVENTS // 2 :]]
+    text = f'<p class="soft">{counted(left, "event")} in between are left out.</p>'
+    return _table(_EVENT_HEADER, map(_event_row, shown), "events") + text
 
 
-def _event_row(event: Any) -> list[Cell]:
+_EVENT_HEADER: Sequence[Cell] = ("time (UTC)", ("step", "number"), "event", "")
+
+
+def _event_row(event: Event) -> list[Cell]:
     when = event.time[:16].replace("T", " ")
     return [when, (f"{event.step:,}", "number"), (event.kind, event.kind), event.message]
 

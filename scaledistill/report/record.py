@@ -14,6 +14,7 @@ from typing import Any
 from scaledistill.errors import SourceError
 from scaledistill.metrics.events import EVENTS_FILE, Event, read_events
 from scaledistill.metrics.recorder import read_rows
+from scaledistill.metrics.rows import by_student
 from scaledistill.report.names import MAPS_FILE
 from scaledistill.storage.files import read_json
 
@@ -43,7 +44,8 @@ class RunRecord:
     @property
     def students(self) -> list[str]:
         """The names of the students."""
-        return list(self.config.get("students") or {"": None})
+        named = {name: None for row in self.rows for name in by_student(row, "loss")}
+        return list(self.config.get("students") or named or {"": None})
 
 
 def read_run(folder: Path) -> RunRecord:

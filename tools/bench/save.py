@@ -32,9 +32,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--shape",
         type=_shape,
-        default=(8, 128),
         metavar="BxT",
-        help="sequences x tokens per step (default: 8x128)",
+        help="sequences x tokens per step (default: 8x128; on a GPU 256x128)",
     )
     parser.add_argument(
         "--teacher",
@@ -67,18 +66,20 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_options(parser)
     options = parser.parse_args()
-    options.shapes, options.teacher_dtype, options.precision = [options.shape], "auto", "auto"
+    options.teacher_dtype, options.precision = "auto", "auto"
     return options
 
 
 def main() -> int:
     """Measure, publish the report and return the exit code."""
     options = parse_arguments()
-    if not os.environ.get("DS_ACCELERATOR"):
-        import torch
+    import torch
 
-        if not torch.cuda.is_available():
-            os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed warns if it has to detect that itself
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looks for it
+    options.shape = options.shape or ((256, 128) if gpu else (8, 128))
+    options.shapes = [options.shape]
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         write_models(options, folder)
@@ -94,7 +95,7 @@ def main() -> int:
             for value in (median, min(values), max(values))
         ]
         table.rows.append((figure.replace("_", " "), *cells))
-    report.publish(options)
+    report.publish(options, gpu=gpu)
     pause, step = (
         statistics.median(figures[name][1]) for name in ("pause_seconds", "step_seconds")
     )
