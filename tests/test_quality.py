@@ -297,6 +297,21 @@ def test_conclusion_of_an_ablation(
     assert report.conclude("random", runs(losses, probes), base).endswith(conclusion)
 
 
+def test_a_loss_says_nothing_about_other_relation_heads() -> None:
+    """It favours the students that were trained with as many."""
+
+    def runs(loss: float) -> list[dict[str, float]]:
+        return [
+            {"R48": loss + probe, "stsb_spearman": probe, "stsb_spearman_below": 0.1}
+            for probe in (0.70, 0.71, 0.69)
+        ]
+
+    text = report.conclude("heads-12", runs(0.5), runs(0.1))
+    assert text == (
+        "12 relation heads instead of 48: probe +0.0000 (p = 1); not significant, the default stays"
+    )
+
+
 @pytest.fixture
 def document(tmp_path: Path) -> Path:
     path = tmp_path / "quality.md"

@@ -40,6 +40,8 @@ DEFAULTS = {
     "dropout-0.1": "dropout 0.1 instead of 0",
 }
 """What each ablation changes."""
+OTHER_LOSS = ("heads-12",)
+"""Those that were trained with another loss than base."""
 MISSING = "missing"
 MINUS = str.maketrans("-", "\N{MINUS SIGN}")
 LAST, BELOW = "stsb_spearman", "stsb_spearman_below"
@@ -299,8 +301,11 @@ def ablation_table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
 def _range(values: Sequence[float], digits: int) -> str:
     if not values:
         return "–"
+    median = f"{statistics.median(values):.{digits}f}"
+    if len(values) == 1:
+        return median
     low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
-    return f"{statistics.median(values):.{digits}f} ({low}–{high})"
+    return f"{median} ({low}–{high})"
 
 
 def conclude(
@@ -309,14 +314,18 @@ def conclude(
     """Return whether a variant is better or worse than the default, and what follows from that.
 
     The comparison uses the held-out loss with the most relation heads, if both sides have it, and
-    the probe of the better block.
+    the probe of the better block. For the number of relation heads it uses the probe alone: a loss
+    favours the students that were trained with as many heads.
     """
     if min(len(ours), len(base)) < len(SMALL.seeds):
         return MISSING
     verdicts: list[float] = []
     texts = []
     top = f"R{max(HELD_OUT_HEADS)}"
-    losses = [[run[top] for run in side] if top in side[0] else [] for side in (ours, base)]
+    losses = [
+        [run[top] for run in side] if top in side[0] and name not in OTHER_LOSS else []
+        for side in (ours, base)
+    ]
     probes = [[max(run[LAST], run[BELOW]) for run in side] for side in (ours, base)]
     # A lower loss and a higher probe are better.
     for label, better, values in (("loss", -1, losses), ("probe", 1, probes)):
