@@ -16,4 +16,5 @@ MASTER_PORT=${MASTER_PORT:-$(free_port)}
 export MASTER_PORT
 gpus=()
 [[ -z ${NUM_PROCESSES:-} ]] || choose_gpus "$NUM_PROCESSES"
-run_deepspeed --quiet ${gpus[@]+"${gpus[@]}"} --master_port "$MASTER_PORT" "$root/launch/distill.py" "$@"
+run_deepspeed --quiet ${gpus[@]+"${gpus[@]}"} --master_port "$MASTER_PORT" \
+  "$root/launch/distill.py" "$@"

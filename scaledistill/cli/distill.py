@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from scaledistill.cli.parsing import positive, spin_briefly, step_or_newest
 from scaledistill.distributed.launcher import (
+    ISOLATED,
     check_numbers,
     is_launched,
     launcher_facts,
@@ -38,11 +39,7 @@ from scaledistill.errors import (
 if TYPE_CHECKING:
     from scaledistill.config.schema import DistillConfig
 
-# Unlike -m, and like the command itself, without modules from the working folder.
-RANK = (
-    "import sys; sys.path[:] = filter(None, sys.path); "
-    "from scaledistill.cli.command import main; sys.exit(main())"
-)
+RANK = f"{ISOLATED}from scaledistill.cli.command import main; sys.exit(main())"
 PROG = "scaledistill distill"
 REPORT_SECONDS = 30.0
 """How long a failing rank waits before it exits, so that the reporting rank on its machine can

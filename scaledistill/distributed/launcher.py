@@ -53,6 +53,11 @@ class LauncherFacts(NamedTuple):
     local_world_size: int
 
 
+ISOLATED = "import sys; sys.path[:] = filter(None, sys.path); "
+"""Begins what `python -c` runs in a process of ours. Like the command itself, and unlike `-m`, it
+then imports nothing from the working folder, which may have a datasets.py."""
+
+
 def stated_rank(name: Literal["RANK", "LOCAL_RANK"] = "RANK") -> str:
     """Return a rank as the launcher states it, unchecked; "0" without a launcher.
 

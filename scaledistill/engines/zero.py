@@ -141,20 +141,17 @@ class ZeroEngine:
 
     def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
         """Set the fp32 weights of a parameter, or one of its moments, from the full tensor."""
-        if not hasattr(parameter, "ds_id"):  # ZeRO-1 and ZeRO-2
-            if moment is None:
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, moment)
-            return
-        # DeepSpeed 0.19.8 cannot cut a full tensor whose elements the ranks do not divide.
-        size: int = cast(Any, parameter).partition_numel()
-        own = value.flatten()[self._ranks.rank * size :][:size]
-        part = nn.functional.pad(own, (0, size - own.numel()))
+        set_weights, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
+        if hasattr(parameter, "ds_id"):  # ZeRO-3
+            # DeepSpeed 0.19.8 cannot cut a full tensor whose elements the ranks do not divide.
+            set_weights, set_moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
+            size: int = cast(Any, parameter).partition_numel()
+            own = value.flatten()[self._ranks.rank * size :][:size]
+            value = nn.functional.pad(own, (0, size - own.numel()))
         if moment is None:
-            safe_set_local_fp32_param(parameter, part)
+            set_weights(parameter, value)
         else:
-            safe_set_local_optimizer_state(parameter, part, moment)
+            set_moment(parameter, value, moment)
 
     def _gather(self, get: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """Gather full tensors on rank 0; other ranks hold one full tensor at a time. Collective."""

@@ -24,12 +24,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+from scaledistill.distributed.launcher import ISOLATED
 from scaledistill.errors import ConfigError, DataError, DivergedError
 from scaledistill.glue.cell import Cell, write_error, write_record
 
-# Without the working folder on the path, as with the command itself: it may have a datasets.py.
-_MAIN = f"import sys; sys.path[:] = filter(None, sys.path); from {__name__} import main; main()"
-COMMAND = (sys.executable, "-c", _MAIN)
+COMMAND = (sys.executable, "-c", f"{ISOLATED}from {__name__} import main; main()")
 PROGRESS_SECONDS = 1.0
 # Launchers set variables with these prefixes; with them a worker would wait for other ranks.
 LAUNCHERS = (

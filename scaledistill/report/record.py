@@ -44,8 +44,10 @@ class RunRecord:
     @property
     def students(self) -> list[str]:
         """The names of the students."""
-        named = {name: None for row in self.rows for name in by_student(row, "loss")}
-        return list(self.config.get("students") or named or {"": None})
+        if configured := self.config.get("students"):
+            return list(configured)
+        recorded = dict.fromkeys(name for row in self.rows for name in by_student(row, "loss"))
+        return list(recorded) or [""]
 
 
 def read_run(folder: Path) -> RunRecord:

@@ -150,12 +150,11 @@ class ShardCache:
     """Whole remote files, named by their sha256, in one folder of at most `limit_bytes`.
 
     The least recently used files are evicted; files with other names are left alone. Several
-    processes of a host, also of several users, share the folder. A file
-    is downloaded under a lock of its own, checked, then renamed. The (sparse) size of the lock file
-    reserves room for the running download, so that the bound holds for all processes together. The
-    holder removes its lock file at the end; one that a killed process left is removed by the next
-    process that meets it. A file that is evicted while it is read stays readable, because it is
-    open.
+    processes of a host, also of several users, share the folder. A file is downloaded under a lock
+    of its own, checked, then renamed. The (sparse) size of the lock file reserves room for the
+    running download, so that the bound holds for all processes together. The holder removes its
+    lock file at the end; one that a killed process left is removed by the next process that meets
+    it. A file that is evicted while it is read stays readable, because it is open.
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = DEFAULT_BYTES) -> None:
