@@ -11,7 +11,9 @@ public name rename it by `named`, and `carry_out` makes messages and exit codes 
 from __future__ import annotations
 
 import difflib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -246,6 +248,27 @@ def say(prog: str, message: str) -> None:
     sys.stderr.write("".join(f"{prog}: {line}\n" for line in message.splitlines()))
 
 
+@contextmanager
+def _stopped_like_ctrl_c() -> Iterator[None]:
+    """Let a scheduler's SIGTERM, and a terminal that is closed, clean up like Ctrl-C.
+
+    Signals that are ignored, as under nohup, or handled already stay so.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if in_main_thread and signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def carry_out(
     work: Callable[[], int | None],
     prog: str,
@@ -260,10 +283,10 @@ def carry_out(
         work: returns an exit code, or None for done.
         names: the options, by the parameters that errors name.
         disk: what to check if a file cannot be read or written.
-        interrupted: what Ctrl-C leaves, for the message.
+        interrupted: what Ctrl-C, SIGTERM or SIGHUP leaves, for the message.
     """
     try:
-        with named(**(names or {})):
+        with _stopped_like_ctrl_c(), named(**(names or {})):
             return work() or EXIT_DONE
     except (ConfigError, DataError) as error:
         say(prog, str(error))

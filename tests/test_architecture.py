@@ -43,7 +43,8 @@ LIGHT_AT_THE_TOP = {
         "config.wording",
     ),
     *("errors", "data.prepare.text", "data.tokenizer", "data.prepare.make", "data.prepare.sources"),
-    *("distributed.launcher", "glue.cell", "glue.command", "publishing.hub"),
+    *("distributed.launcher", "glue.cell", "glue.command"),
+    *("publishing.hub", "publishing.request"),
     *("preflight", "preflight.doctor", "metrics.benchmark"),
 }
 

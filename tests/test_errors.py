@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 
 import pytest
 
 from scaledistill.config.naming import student_names
 from scaledistill.errors import (
     EXIT_CONFIG,
+    EXIT_DONE,
     EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
     ConfigError,
     DataError,
     Field,
     Problems,
     SettingError,
     SourceError,
+    carry_out,
     counted,
     did_you_mean,
     named,
@@ -172,3 +177,27 @@ def test_the_settings_of_a_student() -> None:
     )
     error.rename(student_names("s"))
     assert str(error) == "students.s.hidden_size=9; students.s.layer_mapstudents.s.init='random'"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_scheduler_or_a_closed_terminal_stops_a_subcommand_like_ctrl_c(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        code = carry_out(
+            lambda: signal.raise_signal(number), "make", interrupted="nothing was written"
+        )
+        assert code == EXIT_INTERRUPTED
+        assert capsys.readouterr().err == "make: interrupted; nothing was written\n"
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_that_nohup_ignores_does_not_stop_a_subcommand() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert carry_out(lambda: os.kill(os.getpid(), signal.SIGHUP), "make") == EXIT_DONE
+    finally:
+        signal.signal(signal.SIGHUP, before)

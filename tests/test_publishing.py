@@ -23,6 +23,7 @@ from scaledistill.models.export import export_student
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import load_config
 from scaledistill.publishing import formats, measure, onnx_model
+from scaledistill.publishing.request import FORMATS
 
 SETTINGS = json.dumps({"data": {"sequence_length": 16}})
 METADATA = {
@@ -93,7 +94,7 @@ def test_all_formats_of_a_student(
 
     source, output, sample = write(), tmp_path / "out" / "l2", tmp_path / "sample.txt"
     sample.write_text("\n".join(TEXTS))
-    wanted = [part for name in formats.FORMATS for part in ("--format", name)]
+    wanted = [part for name in FORMATS for part in ("--format", name)]
     assert run(source, *wanted, "--output", output, "--sample", sample) == 0
     assert [path.name for path in output.parent.iterdir()] == ["l2"]
 

@@ -15,8 +15,14 @@ from pathlib import Path
 
 from scaledistill.cli.parsing import Parser, positive, step_or_newest
 from scaledistill.errors import carry_out
+from scaledistill.publishing.request import (
+    FORMATS,
+    Options,
+    check_formats,
+    check_output,
+    check_source,
+)
 
-FORMATS = ("transformers", "sentence-transformers", "onnx", "onnx-int8")
 PROG = "scaledistill export"
 DESCRIPTION = """Write a student in the formats that people deploy.
 
@@ -137,13 +143,14 @@ def set_up_messages() -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    # Imported here, because they load torch.
-    from scaledistill.publishing.formats import Options, check_formats, check_output, write_formats
-    from scaledistill.publishing.source import open_student
-
     formats = tuple(dict.fromkeys(options.formats or ["transformers"]))
     check_formats(formats)
     check_output(options.output, force=options.force)
+    check_source(options.source)
+    # Imported here, because they load torch.
+    from scaledistill.publishing.formats import write_formats
+    from scaledistill.publishing.source import open_student
+
     step = "newest" if options.step is None else options.step
     student = open_student(
         options.source, student=options.student, step=step, teacher=options.teacher

@@ -13,9 +13,7 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -397,9 +395,6 @@ def run(options: argparse.Namespace, prog: str) -> None:
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line and return the exit code."""
     options = parse(arguments, prog)
-    if threading.current_thread() is threading.main_thread():
-        # A scheduler's SIGTERM cleans up like Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scaledistill").setLevel(logging.INFO)
     # The hub client logs each retry; the final failure is reported here.

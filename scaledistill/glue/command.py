@@ -12,9 +12,7 @@ import itertools
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -336,9 +334,6 @@ def settings_of(options: argparse.Namespace) -> EvaluationSettings:
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line and return the exit code."""
     options = parse(arguments, prog)
-    if threading.current_thread() is threading.main_thread():
-        # A scheduler's SIGTERM cleans up like Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scaledistill").setLevel(logging.INFO)
     # matplotlib warns if there is no home folder for its font cache.

@@ -153,7 +153,7 @@ class Worker:
 def main() -> None:
     """Fine-tune the cells from stdin until it closes; exit after an unexpected error."""
     # Signals are for the process that started this one; it ends its workers.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with it

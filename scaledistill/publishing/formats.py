@@ -12,14 +12,13 @@ Not handled here: reading the student (`publishing.source`), uploading (`publish
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,8 @@ from torch import Tensor
 
 from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.errors import (
-    ConfigError,
     DataError,
-    SettingError,
     SourceError,
-    did_you_mean,
-    near_miss,
 )
 from scaledistill.glue.card import check_scored, write_scores
 from scaledistill.metrics.benchmark import Report, Table, machine_facts
@@ -50,7 +45,7 @@ from scaledistill.models.card import (
     write_metadata,
     write_results,
 )
-from scaledistill.models.export import EXPORT, exchange, export_student
+from scaledistill.models.export import exchange, export_student
 from scaledistill.models.teacher import quiet_transformers
 from scaledistill.publishing import measure
 from scaledistill.publishing.onnx_model import (
@@ -60,21 +55,13 @@ from scaledistill.publishing.onnx_model import (
     quantize,
     write_onnx,
 )
+from scaledistill.publishing.request import SENTENCE, Options, check_formats, check_output
 from scaledistill.publishing.source import Student
 from scaledistill.storage.files import disk_remedy, sync, write_bytes, write_json
 
 log = logging.getLogger(__name__)
 
-SENTENCE = "sentence-transformers"
 SENTENCE_TASK = "sentence-similarity"
-NEEDS: dict[str, tuple[str, ...]] = {
-    "transformers": (),
-    SENTENCE: ("sentence_transformers",),
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "onnx-int8": ("onnx", "onnxscript", "onnxruntime"),
-}
-"""The packages that each format needs, of the extra "export"."""
-FORMATS = tuple(NEEDS)
 FIGURES = "export.json"
 MODULE = "0_Transformer"
 SAME = 1e-6
@@ -109,57 +96,6 @@ NOT_CUT = (
     "The student has one block, whose output the training did not reach, and no block below it "
     "to take vectors from: they come from that block as it was initialised. Fine-tune it first."
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to write, and what to measure on."""
-
-    formats: tuple[str, ...]
-    num_layers: int | None = None
-    """Keep the first blocks only."""
-    data_folder: Path | None = None
-    """GLUE files, for the STS-B probe."""
-    sample: Path | None = None
-    """A text file with a sentence per line, for the comparison with PyTorch."""
-    licence: str | None = None
-    base_model: str | None = None
-    glue: Path | None = None
-    """An output folder of the GLUE grid."""
-    glue_model: str | None = None
-    """The student's name there."""
-
-
-def check_formats(formats: Sequence[str]) -> None:
-    """Raise ConfigError unless all formats exist and their packages are installed."""
-    for name in formats:
-        if name not in NEEDS:
-            near = did_you_mean(near_miss(name, NEEDS))
-            raise SettingError("formats", name, f"is unknown{near}", f"use {', '.join(NEEDS)}")
-        missing = [one for one in NEEDS[name] if importlib.util.find_spec(one) is None]
-        if missing:
-            raise ConfigError(
-                f"--format {name} needs {' and '.join(missing)}, which "
-                f"{'is' if len(missing) == 1 else 'are'} not installed; "
-                "pip install 'scaledistill[export]'"
-            )
-
-
-def check_output(folder: Path, *, force: bool) -> None:
-    """Raise SettingError if `folder` exists, unless it is an older export and `force` is set."""
-    if not folder.exists():
-        return
-    if not force:
-        raise SettingError(
-            "output", str(folder), "exists", "name another folder, or replace it with --force"
-        )
-    if not (folder / EXPORT).is_file():
-        raise SettingError(
-            "output",
-            str(folder),
-            f"has no {EXPORT}, so it is not an export and --force does not replace it",
-            "name another folder",
-        )
 
 
 def write_formats(

@@ -27,7 +27,8 @@ from scaledistill.models.export import EXPORT, FORMAT, SETTINGS
 from scaledistill.models.student import exported
 from scaledistill.models.teacher import load_encoder
 from scaledistill.preflight.roster import student_states
-from scaledistill.storage.files import no_such_folder, read_json
+from scaledistill.publishing.request import check_source
+from scaledistill.storage.files import read_json
 from scaledistill.training.exports import find_checkpoint, students_of
 
 log = logging.getLogger(__name__)
@@ -110,9 +111,7 @@ def open_student(
         ConfigError: there is no such student or checkpoint, or the teacher is another one.
         DataError: the folder is none of these, or its files cannot be used.
     """
-    if not source.is_dir():
-        remedy = "give the folder of a run, a checkpoint or an export"
-        raise SourceError("source", str(source), f": {no_such_folder(source, remedy)}")
+    check_source(source)
     place, stated = source.absolute(), None if step == "newest" else step
     is_checkpoint = bool(FOLDER.fullmatch(place.name)) and (place / STATE).is_file()
     if is_checkpoint:
