@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_train import distil, make_tree, status_of
 
 from scaledistill.config.load import parse_config
 from scaledistill.errors import DataError
+from scaledistill.models.teacher import load_encoder
 from scaledistill.preflight import checks
 
 __all__ = ["make_tree"]
@@ -103,3 +105,19 @@ def test_a_check_asks_once_and_fetches_no_weights(
         match=r"teacher.model='some-org/other' is not a folder, and the hub gave no such mod",
     ):
         checks.plan_run(parse_config(make_tree(teacher={"model": "some-org/other"})), 1, CPU)
+
+
+def test_a_model_without_safetensors_on_the_hub(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "published"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with FakeHub(NAME, folder) as hub:
+        use_hub(monkeypatch, hub.url, tmp_path / "cache")
+        with pytest.raises(
+            DataError,
+            match=rf"^model='{NAME}' has no model.safetensors on the hub; .* convert them once: "
+            rf"AutoModel.from_pretrained\('{NAME}', use_safetensors=False\).save_pretrained",
+        ):
+            load_encoder(NAME)
+        assert not any(".bin" in path for path in hub.take()), "they are never downloaded"

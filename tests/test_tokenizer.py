@@ -294,6 +294,18 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(e.value)
 
 
+def test_a_sentencepiece_vocabulary_alone_names_the_packages_that_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tokenizer(tmp_path)
+    bare({"model_type": "deberta-v2"}, spm__model="unread")(tmp_path)
+    monkeypatch.setattr("scaledistill.data.tokenizer.find_spec", lambda name: None)
+    with pytest.raises(
+        DataError, match=r"loaded: .*: pip install sentencepiece protobuf; expected"
+    ):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [

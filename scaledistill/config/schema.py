@@ -262,8 +262,8 @@ class TrainSettings(Settings):
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: Annotated[Positive | Literal["auto"] | None, MAY_CHANGE] = None
     """Sequences per rank and forward; the accumulation steps follow from it. A size above a rank's
-    share of the batch is cut to that share, with a note in the log. "auto": as many as fit in
-    memory (default: the whole share)."""
+    share of the batch is cut to that share, with a note in the log; one above the whole batch is
+    refused. "auto": as many as fit in memory (default: the whole share)."""
     max_steps: Positive
     """Optimizer steps of the run."""
     learning_rate: Annotated[float, Field(gt=0)]
@@ -432,7 +432,8 @@ class RunEvaluation(EvaluationSettings):
     """
 
     tasks: list[NonEmpty] = Field(default_factory=list)
-    """As above; if empty, nothing is fine-tuned."""
+    """Some of "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli" and "squad2"; if
+    empty, nothing is fine-tuned."""
     probe: Literal["stsb"] | None = None
     """At each validation, score the current student without fine-tuning: Spearman's correlation of
     STS-B's dev labels with the cosine of mean-pooled hidden states. Logged as

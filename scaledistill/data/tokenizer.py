@@ -12,6 +12,7 @@ import json
 import logging
 import numbers
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,7 +38,8 @@ TOKENIZER_FILES = (
 )
 """The files of a model folder that a tokenizer needs."""
 DEFINITION = "tokenizer.json"
-VOCABULARY_FILES = (DEFINITION, "vocab.txt", "vocab.json", "*.model")
+SENTENCEPIECE = "*.model"
+VOCABULARY_FILES = (DEFINITION, "vocab.txt", "vocab.json", SENTENCEPIECE)
 PROBES = (
     "The Quick BROWN fox doesn't re-tokenise, does it? (No!)",
     " a leading space, then  two, a\ttab,\n\nnew lines\r\nand a no-break\u00a0space ",
@@ -129,6 +131,12 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
     for file in (DEFINITION, "tokenizer_config.json"):
         if (folder / file).is_file() and read_json(folder / file) is None:
             raise ValueError(f"its {file} is not a JSON object")
+    others = [name for name in VOCABULARY_FILES if name != SENTENCEPIECE]
+    if not any((folder / name).is_file() for name in others) and not find_spec("sentencepiece"):
+        raise ValueError(
+            "its only vocabulary is that of SentencePiece, which transformers converts with two "
+            "more packages: pip install sentencepiece protobuf"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     if type(tokenizer).__name__ == "EsmTokenizer":
         tokenizer = _fast_esm(tokenizer)

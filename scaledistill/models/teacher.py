@@ -61,6 +61,10 @@ The weights come in the order of their names. Collective."""
 CONFIG_FILES = ("config.json", "adapter_config.json", "*.py", "README.md")
 WEIGHT_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", INDEX)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+CONVERSION = (
+    "If you trust them, convert them once: AutoModel.from_pretrained({model}, "
+    "use_safetensors=False).save_pretrained(new_folder)"
+)
 
 
 def resolve_folder(
@@ -287,7 +291,7 @@ def _locate(
             check_layer(num_layers, config.num_hidden_layers)
     folder = resolve_folder(model, revision, WEIGHT_FILES)
     with named(model=Field("model", str(model))):
-        check_weight_files(folder)
+        check_weight_files(folder, None if Path(model).is_dir() else str(model))
         heads = omitted_weights(folder, config)
     if heads:
         logger.info(
@@ -432,10 +436,10 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def check_weight_files(folder: Path) -> None:
+def check_weight_files(folder: Path, hub_name: str | None = None) -> None:
     """Raise SourceError unless every weight file of a model's folder is there and is safetensors.
 
-    No file is opened.
+    No file is opened. Of the model `hub_name`, the folder has no other files of weights.
     """
     check_adapter(folder)
     try:
@@ -459,11 +463,17 @@ def check_weight_files(folder: Path) -> None:
             raise SourceError(
                 "model",
                 expected=f"has pickled weights only ({pickled[0]}), which can run code when loaded",
-                remedy=f"expected {missing[0]}. If you trust them, convert them once: "
-                "AutoModel.from_pretrained(folder, "
-                "use_safetensors=False).save_pretrained(new_folder), and copy the tokenizer there "
-                "as well (tokenizer*, vocab*, merges.txt, *.model, special_tokens_map.json, "
-                "added_tokens.json)",
+                remedy=f"expected {missing[0]}. {CONVERSION.format(model='folder')}, and copy the "
+                "tokenizer there as well (tokenizer*, vocab*, merges.txt, *.model, "
+                "special_tokens_map.json, added_tokens.json)",
+            )
+        if hub_name:
+            raise SourceError(
+                "model",
+                expected=f"has no {missing[0]} on the hub",
+                remedy="it may have pickled weights, which can run code when loaded. "
+                f"{CONVERSION.format(model=repr(hub_name))}, save its tokenizer there likewise, "
+                "and give that folder",
             )
         raise SourceError(
             "model",
