@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from test_shards import change_manifest
 
 from scaledistill.config.schema import DistillConfig
+from scaledistill.data.order import SampleOrder
 from scaledistill.data.prepare.make import make_shards
 from scaledistill.data.prepare.text import load_tokenizer
 from scaledistill.distributed.ranks import Ranks
-from scaledistill.errors import ConfigError, DataError
-from scaledistill.preflight import checks
+from scaledistill.errors import ConfigError, DataError, counted
+from scaledistill.preflight import checks, report
 from scaledistill.preflight.report import plan_table
 from scaledistill.preflight.roster import roster_notes, roster_of
 
@@ -95,6 +96,23 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
         ", 2 kept; ",
     ):
         assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("shard_rows", "text"),
+    [
+        ([127], "31 rows left out of an epoch (the same in each; lower data.num_lanes)"),
+        ([96], "0 rows left out of an epoch"),
+        ([100, 27], "31 rows left out of an epoch"),
+    ],
+)
+def test_rows_that_are_never_read_are_said(shard_rows: list[int], text: str) -> None:
+    order = SampleOrder(shard_rows, seed=0, num_lanes=32)
+    manifest = SimpleNamespace(rows=sum(shard_rows), shards=shard_rows)
+    source = SimpleNamespace(shards=SimpleNamespace(manifest=manifest), order=order)
+    plan: Any = SimpleNamespace(sources=[source])
+    found = report._source_text(plan, plan.sources[0], 1.0)
+    assert found == f"{sum(shard_rows)} rows in {counted(len(shard_rows), 'shard')}; {text}"
 
 
 def shown(plan: checks.Plan) -> str:

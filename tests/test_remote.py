@@ -473,8 +473,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         time.sleep(self.delay_seconds)
         name = self.path.rsplit("/", 1)[-1]
         fault = self.broken.pop(0) if name.endswith(".tar") and self.broken else ""
-        if fault == "status":
-            self.send_error(503)
+        if fault.isdecimal():
+            self.send_error(int(fault))
         elif fault == "cut":
             self.send_response(200)
             self.send_header("Content-Length", "5000")
@@ -505,7 +505,7 @@ def server(folder: Path) -> Iterator[http.server.ThreadingHTTPServer]:
 def test_http_with_faults(
     folder: Path, server: http.server.ThreadingHTTPServer, tmp_path: Path
 ) -> None:
-    Handler.broken = ["status", "cut", "", "cut"]
+    Handler.broken = ["503", "cut", "", "cut"]
     shards = ShardReader(f"http://127.0.0.1:{server.server_port}/", cache=ShardCache(tmp_path))
     np.testing.assert_array_equal(read_all(shards), IDS_NT)
     assert {name: count for name, count in Handler.sent.items() if name.endswith(".tar")} == {
@@ -513,6 +513,105 @@ def test_http_with_faults(
     }
     with pytest.raises(DataError, match=r"other/shards.manifest: FileNotFoundError"):
         ShardReader(f"{shards.location}/other", cache=ShardCache(tmp_path))
+
+
+def test_an_outage_is_waited_for(
+    server: http.server.ThreadingHTTPServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shards = ShardReader(f"http://127.0.0.1:{server.server_port}/", cache=ShardCache(tmp_path))
+    monkeypatch.setattr(remote, "PATIENCE_SECONDS", 60.0)
+    Handler.broken = ["503"] * 12
+    assert len(shards.read(0, range(8))) == 8
+    assert [text for text in caplog.messages if "attempt" in text] == [
+        text for text in caplog.messages if ": attempt " in text and "failed: " in text
+    ]
+    assert sum(": attempt " in text for text in caplog.messages) == 4, "not a line each time"
+    Handler.broken = ["403"] * 12
+    with pytest.raises(DataError, match=r"shard-000001.tar: failed 4 times, .*403"):
+        shards.read(1, range(8))
+    monkeypatch.setattr(remote, "PATIENCE_SECONDS", 0.0)
+    Handler.broken = ["503"] * 12
+    with pytest.raises(DataError, match=r"shard-000001.tar: failed 4 times, .*503"):
+        shards.read(1, range(8))
+
+
+def test_no_limit_to_a_download_that_proceeds(
+    server: http.server.ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, _ = remote._file_system(f"http://127.0.0.1:{server.server_port}/")
+    timeout = files.client_kwargs["timeout"]
+    assert (timeout.total, timeout.sock_connect, timeout.sock_read) == (None, 30, 60)
+
+
+def test_a_disk_smaller_than_the_cache_s_bound(
+    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
+    size = max(shard.bytes for shard in shards.manifest.shards)
+    disk_bytes = 3 * size
+
+    def usage(folder: Path) -> SimpleNamespace:
+        stored = sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
+        return SimpleNamespace(free=disk_bytes - stored)
+
+    monkeypatch.setattr(remote.shutil, "disk_usage", usage)
+    np.testing.assert_array_equal(read_all(shards), IDS_NT)
+    assert len(list(tmp_path.glob("*.tar"))) == 3, "older ones made room"
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    disk_bytes = size // 2
+    with pytest.raises(
+        DataError, match=rf"^data.cache_folder=.* no room for a shard of \d+ bytes: {disk_bytes} "
+    ):
+        shards.read(0, range(8))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_no_fault_of_the_network(
+    number: int, memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, attempts = ShardReader(memory_url, cache=ShardCache(tmp_path)), []
+
+    def get_file(*arguments: object) -> None:
+        attempts.append(arguments)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fsspec.filesystem("memory"), "get_file", get_file)
+    with pytest.raises(
+        DataError,
+        match=rf"^data.cache_folder={tmp_path}: {os.strerror(number)}, a shard of .*; set",
+    ):
+        shards.read(0, range(8))
+    assert len(attempts) == 1
+
+
+def test_files_of_another_user_count_but_cannot_be_evicted(
+    memory_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a folder like /tmp, where only its owner may remove a file."""
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path))
+    size = max(shard.bytes for shard in shards.manifest.shards)
+    shards = ShardReader(memory_url, cache=ShardCache(tmp_path, limit_bytes=3 * size))
+    theirs = [tmp_path / f"{number:064x}.tar" for number in range(2)]
+    lock = tmp_path / f"{2:064x}.lock"  # which a killed process of theirs left
+    for path in (*theirs, lock):
+        path.write_bytes(b"x" * size)
+    unlink = Path.unlink
+
+    def protected(path: Path, missing_ok: bool = False) -> None:
+        if path in (*theirs, lock):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", protected)
+    np.testing.assert_array_equal(read_all(shards), IDS_NT)
+    theirs.append(tmp_path / f"{3:064x}.tar")
+    theirs[-1].write_bytes(b"x" * size)
+    with pytest.raises(DataError, match=r"has no room for a shard .* belong to other users"):
+        read_all(shards)
 
 
 READ_ALL = """
@@ -542,7 +641,7 @@ def test_processes_share_a_cache(server: http.server.ThreadingHTTPServer, tmp_pa
 def test_credentials_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(DataError, match=r"http://\*\*\*@127\.0\.0\.1:1/a/shards.manifest") as error:
         ShardReader("http://me:pw@127.0.0.1:1/a", cache=ShardCache(tmp_path))
-    assert "attempt 1 of 4" in caplog.text
+    assert "attempt 1 failed" in caplog.text
     assert "me:pw" not in caplog.text + str(error.value)
     text = '{"train": "https://me:pw@host/a", "validation": "s3://bucket/b@2"}'
     assert remote.without_credentials(text) == text.replace("me:pw", "***")

@@ -5,19 +5,26 @@ names file and line.
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import json
 import lzma
+import os
 import tarfile
+import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
+from scaledistill.data.prepare.archives import count_files
 from scaledistill.data.prepare.compression import ReadProgress
 from scaledistill.data.prepare.docstrings import installed_docs
 from scaledistill.data.prepare.sources import (
@@ -146,6 +153,113 @@ def test_a_datasets_folder_of_text_is_read_by_line(
     assert "each line of its text files is a document; for documents of several" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("files", "left_out"),
+    [
+        ({"a.jsonl": "one", "b.parquet": "two"}, "a.jsonl"),
+        ({"training_notes.jsonl": "one", "books.jsonl": "two"}, "books.jsonl"),
+        ({"a.jsonl.gz": "one", "train/b.jsonl": "two"}, "a.jsonl.gz"),
+        ({"a.jsonl": "one", "b.jsonl": "two", "c.txt": "three"}, "c.txt"),
+    ],
+)
+def test_no_file_of_a_datasets_folder_is_left_out_silently(
+    tmp_path: Path, files: dict[str, str], left_out: str
+) -> None:
+    def put(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        table = name.endswith(".parquet")
+        data = parquet_bytes({"text": [text]}) if table else json_lines([text])
+        write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
+
+    for name, text in files.items():
+        put(name, text)
+    fails(
+        dataset_documents(str(tmp_path), config=None, split="train"),
+        rf"would be read, but not {tmp_path}/{left_out}: `datasets` reads one kind of file",
+    )
+    (tmp_path / left_out).unlink()
+    write(tmp_path / "LICENSE.txt", b"Do as you like.")
+    rest = [text for name, text in files.items() if name != left_out]
+    assert list(dataset_documents(str(tmp_path), config=None, split="train")) == rest
+
+
+def test_a_readme_chooses_the_files_of_a_datasets_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.jsonl", json_lines([name]))
+    write(
+        tmp_path / "README.md",
+        b"---\nconfigs:\n- config_name: default\n  data_files: b.jsonl\n---\n",
+    )
+    assert list(dataset_documents(str(tmp_path), config=None, split="train")) == ["b"]
+
+
+def test_other_types_in_a_later_file_of_a_datasets_folder(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", b'{"text": "one", "meta": {"x": 1}}\n')
+    write(tmp_path / "b.jsonl", b'{"text": "two", "meta": "s"}\n')
+    fails(
+        dataset_documents(str(tmp_path), config=None, split="train"),
+        r"row 2 cannot be read: .*; give its files instead of --dataset, then --column alone",
+    )
+
+
+@pytest.mark.parametrize("by_datasets", [False, True])
+def test_checksums_of_parquet_pages_are_compared(tmp_path: Path, by_datasets: bool) -> None:
+    path, buffer = tmp_path / "train.parquet", io.BytesIO()
+    table = pyarrow.table({"text": [f"document {number}" for number in range(50)]})
+    options = {"compression": "none", "use_dictionary": False}
+    pyarrow.parquet.write_table(table, buffer, write_page_checksum=True, **options)
+    damaged = buffer.getvalue().replace(b"document 17", b"documend 17")
+
+    def documents() -> Iterator[str]:
+        if by_datasets:
+            return dataset_documents(str(tmp_path), config=None, split="train")
+        return file_documents([path])
+
+    write(path, damaged)
+    fails(documents(), r"(is damaged or not Parquet|cannot be read): .*CRC checksum")
+    pyarrow.parquet.write_table(table, path, write_page_checksum=False, **options)
+    assert len(list(documents())) == 50
+
+
+def test_progress_of_archives_counts_each_byte_once(tmp_path: Path) -> None:
+    texts = {f"{number}.txt": b"text " * 1000 for number in range(1000)}
+    paths = [write(tmp_path / name, tar_bytes(texts)) for name in ("a.tar", "b.tar")]
+    progress, size = ReadProgress(), paths[0].stat().st_size
+    done = [progress.done_bytes / size for _ in webdataset_documents(paths, progress=progress)]
+    assert done[0] < 0.5
+    assert done[999] <= 1 + 1e-6 < done[1001] < 1.5
+    assert done == sorted(done)
+    assert progress.done_bytes == progress.total_bytes == 2 * size
+
+
+def test_the_members_of_an_archive_take_no_memory(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", tar_bytes({f"{number}.txt": b"x" for number in range(10_000)}))
+    tracemalloc.start()
+    with path.open("rb") as file:
+        assert count_files(path, file) == 10_000
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 2_000_000, "tarfile keeps half a kilobyte for each"
+
+
+def test_no_room_for_a_decompressed_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.tar.gz", gzip.compress(tar_bytes({"a.txt": b"x"})))
+
+    class Full(io.BufferedRandom):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full() -> Full:
+        return Full(io.FileIO(tmp_path / "copy", "w+"))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    fails(
+        webdataset_documents([path]),
+        rf"a.tar.gz: its decompressed copy does not fit in {tempfile.gettempdir()} \(No space left "
+        r"on device, after 0 bytes\); free space there, set TMPDIR",
+    )
+
+
 def test_a_connection_lost_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -157,7 +271,10 @@ def test_a_connection_lost_on_the_way(tmp_path: Path, monkeypatch: pytest.Monkey
             yield {"text": "one"}
             raise ConnectionError("Server Disconnected")
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Rows())
+    builder = SimpleNamespace(
+        config=SimpleNamespace(data_files=None), as_streaming_dataset=lambda split: Rows()
+    )
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder)
     fails(
         dataset_documents(str(tmp_path), config=None, split="train"),
         r"the connection was lost after 1 row \(Server Disconnected\); run the command again",
@@ -565,6 +682,15 @@ def test_bad_json_lines(tmp_path: Path, line: bytes, message: str) -> None:
 
 
 def test_bad_parquet(tmp_path: Path) -> None:
+    tables = [{"text": ["one"]}, {"text": []}, {"text": []}]
+    paths = [
+        write(tmp_path / f"{number}.parquet", parquet_bytes(table))
+        for number, table in enumerate(tables)
+    ]
+    with pytest.raises(
+        DataError, match=r"^2 input files are empty, of 3: .*1.parquet, .*2.parquet;"
+    ):
+        expand(list(map(str, paths)))
     good = parquet_bytes({"body": ["x" * 1000], "id": [1]})
     path = write(tmp_path / "a.parquet", good)
     fails(

@@ -1,10 +1,11 @@
 """Compute the order of samples from the shards' row counts, a seed and a sample number only.
 
 Epoch e: the shards, shuffled by (seed, e), are concatenated and cut into L equal lanes of
-consecutive rows; the few rows left over are dropped in this epoch. A lane is shuffled within fixed
-windows, so that a reader needs only one window of each lane in memory. Sample n is position n div L
-of lane n mod L. Step s with global batch size B uses samples [sB, (s+1)B), so one integer is the
-whole state, whatever the number of ranks.
+consecutive rows; the few rows left over are dropped in this epoch (the same ones in each epoch if
+there is a single shard). A lane is shuffled within fixed windows, so that a reader needs only one
+window of each lane in memory. Sample n is position n div L of lane n mod L. Step s with global
+batch size B uses samples [sB, (s+1)B), so one integer is the whole state, whatever the number of
+ranks.
 
 Inputs: rows per shard, sample numbers. Outputs: (shard, row). Not handled here: reading
 (`data.stream`).

@@ -262,9 +262,12 @@ def _data_rows(plan: Plan) -> dict[str, str]:
 
 def _source_text(plan: Plan, source: Source, share: float) -> str:
     manifest, order = source.shards.manifest, source.order
+    # Epochs differ in the order of the shards: of a single one, the same rows are left over.
+    always = " (the same in each; lower data.num_lanes)"
     text = (
         f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}; "
         f"{counted(order.dropped_rows_per_epoch, 'row')} left out of an epoch"
+        f"{always if order.dropped_rows_per_epoch and len(manifest.shards) == 1 else ''}"
     )
     return text if len(plan.sources) == 1 else f"{source.name}: {share:.2%} of the samples; {text}"
 

@@ -7,11 +7,13 @@ are accepted. Not handled here: what a shard is (`data.manifest`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import logging
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +32,12 @@ logger = logging.getLogger(__name__)
 SCHEMES = ("s3", "gs", "hf", "https", "http", "memory")
 WRITABLE = ("s3", "gs", "memory")
 ATTEMPTS = 4
-BACKOFF_SECONDS = 0.5
+BACKOFF_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 10.0
+BUSY = (408, 425, 429)
+"""The HTTP errors of the client's kind after which to try again."""
+PATIENCE_SECONDS = 300.0
+"""How long a running job tries to download a shard: servers restart, and networks fail, for
+minutes."""
 MOST_REMOVED = 1000
 DEFAULT_FOLDER = Path("~/.cache/scaledistill")
 DEFAULT_BYTES = 100_000_000_000
@@ -116,20 +123,25 @@ def change(url: str, action: Callable[[Any, str], Result]) -> Result:
     return _retry(url, fresh)
 
 
-def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
+class _FullDiskError(DataError):
+    """The disk of the cache is full."""
+
+
+def _retry(url: str, action: Callable[[Any, str], Result], seconds: float = 0.0) -> Result:
     """Call `action(filesystem, path)` until it succeeds, at most ATTEMPTS times.
 
-    The wait doubles after each attempt.
+    The wait doubles after each attempt. After ATTEMPTS, it goes on until `seconds` have passed if
+    the error may be temporary.
 
     Raises: DataError if every attempt failed, or at once if the file is missing or forbidden.
     """
     shown = without_credentials(url)
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
+    start = time.monotonic()
+    for attempt in itertools.count(1):
         try:
-            files, path = fsspec.core.url_to_fs(url)
-            return action(files, path)
+            return action(*_file_system(url))
+        except _FullDiskError:
+            raise
         except ImportError as error:
             raise DataError(
                 f"{shown}: its file system needs a package that is not installed: {error}"
@@ -139,11 +151,39 @@ def _retry(url: str, action: Callable[[Any, str], Result]) -> Result:
                 f"{shown}: {type(error).__name__}; check the URL, the access rights, and that the "
                 "program that wrote it finished"
             ) from error
-        except Exception as error:  # noqa: BLE001 - file systems differ in errors; the last is raised
-            failure = error
-            problem = f"{type(error).__name__}: {without_credentials(str(error))}"
-            logger.warning("%s: attempt %d of %d failed: %s", shown, attempt + 1, ATTEMPTS, problem)
-    raise DataError(f"{shown}: failed {ATTEMPTS} times, the last time with {problem}") from failure
+        except Exception as error:  # file systems differ in errors
+            reason = without_credentials(str(error)) or "no answer in time"
+            problem = f"{type(error).__name__}: {reason}"
+            if attempt >= ATTEMPTS and (
+                time.monotonic() - start >= seconds or not _may_be_temporary(error)
+            ):
+                raise DataError(
+                    f"{shown}: failed {attempt} times, the last time with {problem}"
+                ) from error
+            if attempt <= ATTEMPTS:
+                more = f"; trying for {seconds:.0f} s" if attempt == ATTEMPTS else ""
+                logger.warning("%s: attempt %d failed: %s%s", shown, attempt, problem, more)
+        time.sleep(min(BACKOFF_SECONDS * 2 ** (attempt - 1), LONGEST_WAIT_SECONDS))
+    raise AssertionError("unreachable")
+
+
+def _may_be_temporary(error: Exception) -> bool:
+    """Return whether waiting may help: not if the content is wrong or the request was refused."""
+    status = getattr(error, "status", None)  # of HTTP
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in BUSY
+    return not (refused or isinstance(error, DataError | TypeError | ValueError))
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL, and the path in it."""
+    options: dict[str, Any] = {}
+    if url.startswith("http"):
+        import aiohttp
+
+        # Its default ends a download after five minutes, even one that proceeds.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+        options["client_kwargs"] = {"timeout": timeout}
+    return fsspec.core.url_to_fs(url, **options)
 
 
 class ShardCache:
@@ -203,7 +243,7 @@ class ShardCache:
         The caller closes it.
 
         Raises: ConfigError if the file is larger than the cache; DataError if it can't be
-        downloaded or differs from the manifest.
+        downloaded, differs from the manifest, or does not fit on the disk.
         """
         if num_bytes > self.limit_bytes:
             raise ConfigError(
@@ -257,7 +297,12 @@ class ShardCache:
                     yield path, path.stat()
 
     def _reserve(self, lock: int, num_bytes: int, *, evict_kept: bool = True) -> bool:
-        """Make room and reserve it; return False if files in `keep` would have to be evicted."""
+        """Make room and reserve it; return False if files in `keep` would have to be evicted.
+
+        The room is that of the disk, if that has less than `limit_bytes`.
+
+        Raises: DataError if there is none and nothing is left to evict.
+        """
         while True:
             with _locked(self.folder / "cache.lock", remove=False):
                 locks = [(path, found.st_size) for path, found in self._own("lock")]
@@ -267,16 +312,25 @@ class ShardCache:
                     (path.stem in keep, found.st_mtime_ns, found.st_size, path)
                     for path, found in self._own("tar")
                 )
-                used = reserved + sum(size for _, _, size, _ in files)
+                stored = sum(size for _, _, size, _ in files)
+                free = shutil.disk_usage(self.folder).free
+                limit = min(self.limit_bytes, stored + free)
                 kept = reserved + sum(size for is_kept, _, size, _ in files if is_kept)
-                if not evict_kept and kept + num_bytes > self.limit_bytes:
+                if not evict_kept and kept + num_bytes > limit:
                     return False
-                while files and used + num_bytes > self.limit_bytes:
+                used = reserved + stored
+                while files and used + num_bytes > limit:
                     _, _, size, oldest = files.pop(0)
-                    oldest.unlink(missing_ok=True)
-                    used -= size
-                if fits := used + num_bytes <= self.limit_bytes:
+                    if _removed(oldest):
+                        used -= size
+                if fits := used + num_bytes <= limit:
                     _set_reservation(lock, num_bytes)
+                elif not reserved:
+                    raise _FullDiskError(
+                        f"data.cache_folder={self.folder} has no room for a shard of {num_bytes} "
+                        f"bytes: {free} bytes are free on its disk, and its other files belong to "
+                        "other users or programs; free some space, or name another folder"
+                    )
             # Earlier versions left one lock file per shard.
             for path, size in itertools.islice(locks, MOST_REMOVED):
                 if not size:
@@ -318,7 +372,7 @@ def _locked(path: Path, *, remove: bool = True) -> Iterator[int]:
         yield lock
     finally:
         if remove:
-            path.unlink(missing_ok=True)
+            _removed(path)
         os.close(lock)  # this unlocks it
 
 
@@ -359,7 +413,7 @@ def _reserved_bytes(path: Path) -> int:
         if found == "locked" and _is_at(lock, path):
             if size:
                 _remove_partials(path)
-            path.unlink(missing_ok=True)
+            _removed(path)
         # Without locks it is unknown whether its process is alive.
         return size if found == "in use" else 0
     finally:
@@ -369,7 +423,16 @@ def _reserved_bytes(path: Path) -> int:
 def _remove_partials(path: Path) -> None:
     """Remove a file's partial downloads by killed processes; the caller holds its lock."""
     for partial in path.parent.glob(f"{path.stem}*.partial"):
-        partial.unlink(missing_ok=True)
+        _removed(partial)
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file; return False if it is another user's, which a folder like /tmp protects."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        return False
+    return True
 
 
 def _download(url: str, path: Path, num_bytes: int, sha256: str) -> int:
@@ -377,7 +440,16 @@ def _download(url: str, path: Path, num_bytes: int, sha256: str) -> int:
     partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
 
     def get(files: Any, remote_path: str) -> int:
-        files.get_file(remote_path, str(partial))
+        try:
+            files.get_file(remote_path, str(partial))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _FullDiskError(
+                    f"data.cache_folder={path.parent}: {error.strerror}, a shard of {num_bytes} "
+                    "bytes does not fit; set data.cache_bytes to less than this user may store "
+                    "there, or name another folder"
+                ) from error
+            raise
         descriptor = os.open(partial, os.O_RDONLY)
         found, digest = os.fstat(descriptor).st_size, _sha256(descriptor)
         if (found, digest) == (num_bytes, sha256):
@@ -388,7 +460,7 @@ def _download(url: str, path: Path, num_bytes: int, sha256: str) -> int:
         )
 
     try:
-        descriptor = _retry(url, get)
+        descriptor = _retry(url, get, PATIENCE_SECONDS)
         flush(descriptor)
         partial.rename(path)
         return descriptor

@@ -12,6 +12,7 @@ import bz2
 import contextlib
 import io
 import lzma
+import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ class ReadProgress:
 
 
 class _CountedFile(io.FileIO):
-    """A file that adds what is read to a `ReadProgress`."""
+    """A file whose position counts towards a `ReadProgress`."""
 
     def __init__(self, path: Path, progress: ReadProgress) -> None:
         super().__init__(path)
@@ -63,6 +64,12 @@ class _CountedFile(io.FileIO):
         count = super().readinto(buffer) or 0
         self._progress.done_bytes += count
         return count
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        before = self.tell()
+        after = super().seek(offset, whence)
+        self._progress.done_bytes += after - before
+        return after
 
 
 # --- one stream ---
@@ -361,6 +368,16 @@ def seekable(path: Path, stream: IO[bytes]) -> Iterator[IO[bytes]]:
         return
     with tempfile.TemporaryFile() as copy:
         while piece := stream.read(READ_BYTES):
-            copy.write(piece)
+            try:
+                copy.write(piece)
+                copy.flush()
+            except OSError as error:
+                written = os.fstat(copy.fileno()).st_size
+                os.ftruncate(copy.fileno(), 0)  # closing the file writes what is buffered
+                raise DataError(
+                    f"{path}: its decompressed copy does not fit in {tempfile.gettempdir()} "
+                    f"({error.strerror}, after {written:,} bytes); free space there, set TMPDIR "
+                    "to a folder on a larger disk, or decompress the file"
+                ) from error
         copy.seek(0)
         yield copy

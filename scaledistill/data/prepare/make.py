@@ -391,7 +391,7 @@ class _HeldOut:
             length: tokens; an empty document does not count towards the limit.
         """
         chosen = key < self._fraction and (key in self._keys or len(self._keys) < self._limit)
-        if chosen and length:
+        if chosen and length and self._limit < float("inf"):
             self._keys.add(key)
         return chosen
 

@@ -1,7 +1,8 @@
 """Check input paths before any work is done.
 
 Inputs: paths as given or as matched by a pattern. Outputs: none, or a `DataError` that names the
-first path that is not a readable plain file, is empty, or is given twice. Not handled here: what
+first path that is not a readable plain file, is empty (a Parquet table without rows too), or is
+given twice. Not handled here: what
 the files hold (`data.prepare.content`).
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from scaledistill.data.prepare.compression import COMPRESSIONS, StoredError, open_stored
 from scaledistill.errors import DataError
 
+PARQUET_SUFFIXES = (".parquet", ".pq")
 _SHOWN_FILES = 5
 # Compressing an empty file gives at most this many bytes, a long file name included.
 _LARGEST_COMPRESSED_NOTHING = 512
@@ -103,6 +105,14 @@ def _twice(first: Path, second: Path) -> str:
 
 def _is_empty(path: Path, size: int) -> bool:
     """Return whether a file, or its decompressed content, is empty; its reader reports damage."""
+    if path.suffix.lower() in PARQUET_SUFFIXES and size:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return bool(pyarrow.parquet.read_metadata(path).num_rows == 0)
+        except (pyarrow.ArrowException, OSError):
+            return False
     if size == 0 or size > _LARGEST_COMPRESSED_NOTHING or path.suffix.lower() not in COMPRESSIONS:
         return size == 0
     try:

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -38,7 +38,7 @@ from scaledistill.data.prepare.content import (
     json_form,
 )
 from scaledistill.data.prepare.longtext import LARGEST_DOCUMENT_BYTES, placed, too_long
-from scaledistill.data.prepare.paths import check_inputs
+from scaledistill.data.prepare.paths import PARQUET_SUFFIXES, check_inputs
 from scaledistill.errors import DataError, counted
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,13 @@ logger = logging.getLogger(__name__)
 SplitBy = Literal["blank-line", "line", "file"]
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
-_PARQUET = (".parquet", ".pq")
 _TAR = (".tar", ".tgz")
 _TEXT = (".txt", ".text", ".md", "")
 _LINES_AT_ONCE = 4096
+# What `datasets` takes for data in a local folder, and names that hold none.
+_OF_DATASETS = (".txt", *_JSON_LINES, *PARQUET_SUFFIXES, ".csv", ".tsv", ".arrow")
+_NO_DATA = ("LICENSE", "LICENCE", "NOTICE", "README", "REQUIREMENTS", "DATASET_INFO", "STATE")
+_SHOWN_FILES = 5
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
@@ -116,7 +119,7 @@ def file_documents(
         nonlocal has_said
         kind = _kind(path)
         head = stream.peek(HEAD_BYTES)
-        if kind in _PARQUET:
+        if kind in PARQUET_SUFFIXES:
             _check_content(path, head, PARQUET)
             return _parquet_documents(path, stream, column)
         _check_content(path, head, None)
@@ -168,6 +171,7 @@ def dataset_documents(
         DataError: the data set, configuration, split or column is not available.
     """
     import datasets
+    from pyarrow.dataset import ParquetFragmentScanOptions
 
     datasets.disable_progress_bars()
     _read_every_byte()
@@ -176,7 +180,14 @@ def dataset_documents(
     try:
         if not os.path.isdir(name):
             _offline_unless_reachable(name)
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        builder = datasets.load_dataset_builder(name, config)
+        if os.path.isdir(name):
+            _check_all_chosen(name, builder.config.data_files or {})
+        if hasattr(builder.config, "fragment_scan_options"):  # of Parquet
+            builder.config.fragment_scan_options = ParquetFragmentScanOptions(
+                page_checksum_verification=True
+            )
+        rows = builder.as_streaming_dataset(split=split)
         if column in (rows.column_names or []):
             rows = rows.select_columns([column])  # Parquet then reads nothing else
         if rows.info.builder_name == "text":
@@ -202,10 +213,53 @@ def dataset_documents(
         ) from error
     except StoredError as error:
         raise DataError(f"{label}: one of its files {error}") from error
+    except TypeError as error:  # other types in a later file, perhaps in a column that is not read
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{label}, row {number + 1} cannot be read: {reason}; give its files instead of "
+            "--dataset, then --column alone is read"
+        ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{label} cannot be read: {error}; check --dataset, --dataset-config and --split"
         ) from error
+
+
+def _check_all_chosen(folder: str, chosen: Mapping[str, Iterable[str]]) -> None:
+    """Raise DataError if `datasets` would leave out data files of a local folder.
+
+    It reads files of the most frequent kind only, and if there are names with `train` or `test` in
+    them, those only. What a README.md chooses is not checked.
+
+    Args:
+        folder: the folder.
+        chosen: the files that it reads, by split.
+    """
+    from huggingface_hub import metadata_load
+
+    readme = Path(folder, "README.md")
+    if readme.is_file() and "configs" in (metadata_load(readme) or {}):
+        return
+    read = {os.path.realpath(path) for paths in chosen.values() for path in paths}
+    left_out = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        left_out += [
+            path
+            for name in sorted(names)
+            if not name.startswith((".", "_"))
+            and _kind(path := Path(place, name)) in _OF_DATASETS
+            and path.stem.partition(".")[0].upper() not in _NO_DATA
+            and os.path.realpath(path) not in read
+        ]
+    if left_out:
+        shown = ", ".join(map(str, left_out[:_SHOWN_FILES]))
+        more = f" and {len(left_out) - _SHOWN_FILES} more" if len(left_out) > _SHOWN_FILES else ""
+        raise DataError(
+            f"data set {folder!r}: {counted(len(read), 'file')} would be read, but not {shown}"
+            f"{more}: `datasets` reads one kind of file, and prefers names such as train; give the "
+            "files instead of --dataset, or move these elsewhere"
+        )
 
 
 def _read_every_byte() -> None:
@@ -287,11 +341,11 @@ def _check_kind(path: Path) -> None:
         raise DataError(f"{path} is a tar archive; read WebDataset text shards with --wds")
     if kind == ".lzma":
         raise DataError(f"{path} has the suffix of {LZMA.name}, which is not read; {LZMA.remedy}")
-    if kind not in (*_TEXT, *_JSON_LINES, *_PARQUET):
+    if kind not in (*_TEXT, *_JSON_LINES, *PARQUET_SUFFIXES):
         raise DataError(
             f"{path}: unknown suffix {kind!r}; expected {', '.join(filter(None, _TEXT))} or none "
-            f"(text), {', '.join(_JSON_LINES)} (JSON lines) or {', '.join(_PARQUET)}, each plain "
-            f"or {', '.join(COMPRESSIONS)}; convert it, or name it .txt if it is plain text"
+            f"(text), {', '.join(_JSON_LINES)} (JSON lines) or {', '.join(PARQUET_SUFFIXES)}, each "
+            f"plain or {', '.join(COMPRESSIONS)}; convert it, or name it .txt if it is plain text"
         )
 
 
@@ -430,7 +484,7 @@ def _parquet_documents(path: Path, stream: IO[bytes], column: str) -> Iterator[s
 
     with seekable(path, stream) as file:
         try:
-            table = pyarrow.parquet.ParquetFile(file)
+            table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
             if column not in table.schema_arrow.names:
                 names = sorted(table.schema_arrow.names)
                 raise DataError(
