@@ -110,6 +110,15 @@ class UploadHub:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def do_GET(self) -> None:
+                if self.path.partition("?")[0].endswith("/tree/main"):
+                    self._answer([
+                        {"type": "file", "path": path, "size": len(data), "oid": _digest(data)}
+                        for path, data in hub.files.items()
+                    ])  # fmt: skip
+                else:
+                    self._answer({"error": f"not a path of this hub: {self.path}"}, 404)
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 hub.tokens.add(self.headers.get("Authorization"))
@@ -131,6 +140,9 @@ class UploadHub:
                     lines = [json.loads(line) for line in body.splitlines()]
                     added = [line["value"] for line in lines if line["key"] == "file"]
                     hub.files |= {one["path"]: b64decode(one["content"]) for one in added}
+                    for line in lines:
+                        if line["key"] == "deletedFile":
+                            del hub.files[line["value"]["path"]]
                     hub.commits.append([one["path"] for one in added])
                     repo = path.removeprefix("/api/models/").removesuffix("/commit/main")
                     address = f"{hub.url}/{repo}/commit/{COMMIT}"
@@ -138,7 +150,7 @@ class UploadHub:
                 else:
                     self._answer({"error": f"not a path of this hub: {path}"}, 404)
 
-            def _answer(self, content: dict[str, object], code: int = 200) -> None:
+            def _answer(self, content: object, code: int = 200) -> None:
                 data = json.dumps(content).encode()
                 self.send_response(code)
                 self.send_header("Content-Length", str(len(data)))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from scaledistill.data.tokens import TokenInputs
+from scaledistill.errors import DataError
 from scaledistill.relations import QKV, relation_loss
 from scaledistill.report.maps import kl_per_head, student_maps
 
@@ -61,6 +62,12 @@ def test_maps_of_chosen_heads() -> None:
     torch.testing.assert_close(
         torch.tensor(maps[0].teacher[1]).view(4, 4).float(), expected, atol=0.51, rtol=0
     )
+
+
+def test_relations_that_are_not_finite() -> None:
+    kl = {"qq": torch.tensor([0.2, torch.nan])}
+    with pytest.raises(DataError, match="are not finite on these rows"):
+        student_maps(kl, qkv(8, 1), qkv(8, 2), [7], {"qq": 1.0}, 3)
 
 
 def test_a_single_head() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from scaledistill.models.export import export_student
 from scaledistill.models.student import build_student, student_config
 from scaledistill.models.teacher import load_config
 from scaledistill.publishing import formats, measure, onnx_model
+from scaledistill.publishing import source as publishing_source
 from scaledistill.publishing.request import FORMATS
 
 SETTINGS = json.dumps({"data": {"sequence_length": 16}})
@@ -58,9 +61,13 @@ def write(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Calla
             student.config,
             student.state_dict(),
             tap=tap,
-            tokenizer_source=tiny_teacher,
             card={"teacher": "`org/large`, layer 3", "init": "random"},
-            **{"metadata": METADATA, "settings": SETTINGS, **more},
+            **{
+                "metadata": METADATA,
+                "settings": SETTINGS,
+                "tokenizer_source": tiny_teacher,
+                **more,
+            },
         )
 
     return write
@@ -184,7 +191,10 @@ def test_random_inputs_are_not_as_long_as_long_models_allow() -> None:
 
 
 def test_a_tokenizer_without_a_padding_token(
-    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("sentence_transformers")
     source, sample = write(), tmp_path / "sample.txt"
@@ -200,6 +210,9 @@ def test_a_tokenizer_without_a_padding_token(
         in capsys.readouterr().err
     )
     assert not (tmp_path / "sentences").exists()
+    monkeypatch.setattr(formats, "check_formats", lambda names: None)
+    assert run(source, "--format", "onnx", "--output", tmp_path / "onnx") == 3
+    assert "has no padding token, which onnx needs" in capsys.readouterr().err
 
 
 def test_another_licence_leaves_nothing_of_the_teacher_s(
@@ -239,11 +252,115 @@ def test_one_format_of_a_student_that_is_cut(write: Callable[..., Path], tmp_pat
     assert "None: the loss was taken from" in card.text
     assert card.data.eval_results is None
     assert AutoModel.from_pretrained(output).config.num_hidden_layers == 1
+    assert run(source, "--format", "sentence-transformers", "--num-layers", 2, "--output",
+               tmp_path / "stated") == 0  # fmt: skip
+    assert AutoModel.from_pretrained(tmp_path / "stated").config.num_hidden_layers == 2
     # Exported again, it is not cut again, and what is not cut keeps its results.
     assert run(output, "--format", "sentence-transformers", "--output", tmp_path / "again") == 0
     assert AutoModel.from_pretrained(tmp_path / "again").config.num_hidden_layers == 1
     assert run(source, "--output", tmp_path / "whole") == 0
     assert ModelCard.load(tmp_path / "whole" / "README.md").data.eval_results == [result()]
+
+
+def test_scores_of_the_whole_student_are_not_those_of_a_cut_one(
+    write: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(formats, "check_formats", lambda names: None)
+    monkeypatch.setattr(formats, "check_scored", lambda name, folder: None)
+    source = write()
+    for more in (("--format", "sentence-transformers"), ("--num-layers", 1)):
+        assert run(source, *more, "--glue", "scores", "--output", tmp_path / "out") == 2
+        assert (
+            "--glue 'scores' has the scores of all 2 layers, but the export has 1; leave it out"
+        ) in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Importing from 'sentence_transformers:DeprecationWarning")
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_the_modules_of_a_sentence_transformers_model(
+    pooling: str, write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
+
+    encoder = Transformer(str(write(tap=None)), max_seq_length=6)
+    whole = [encoder, Pooling(16, pooling_mode=pooling), Normalize()]
+    source, output = tmp_path / "source", tmp_path / "out"
+    SentenceTransformer(modules=whole, device="cpu").save(str(source))
+    code = run(source, "--format", "sentence-transformers", "--output", output)
+    if pooling == "cls":
+        assert code == 2
+        assert (
+            "--format 'sentence-transformers' takes the mean of the hidden states, but the model's "
+            "modules.json says 'cls'; leave it out"
+        ) in capsys.readouterr().err
+        assert run(source, "--output", output) == 0
+        return
+    assert code == 0
+    models = [SentenceTransformer(str(folder), device="cpu") for folder in (source, output)]
+    expected, found = (torch.from_numpy(model.encode(TEXTS)) for model in models)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(len(TEXTS)))
+    assert models[1].max_seq_length == 6
+    assert "with length 1. Texts are truncated at 6 tokens" in (output / "README.md").read_text()
+
+
+def test_pooling_of_older_and_newer_versions() -> None:
+    for config, pooling in (
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": ["cls", "mean"]}, "cls + mean"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "mean + cls"),
+        ({}, "mean"),
+    ):
+        assert publishing_source._pooling(config) == pooling
+
+
+def test_large_outputs_may_differ_by_more() -> None:
+    ids, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+    hidden = torch.full((2, 3, 4), 120.0)
+
+    def form(apart: float) -> measure.Form:
+        return lambda ids_BT, mask_BT: (hidden + apart, hidden.mean(1) + apart)
+
+    found = measure.compare({"onnx": form(1e-3)}, form(0.0), [(ids, mask)])["onnx"]
+    assert found.largest == pytest.approx(1e-3, rel=0.1)
+    assert found.allowed == pytest.approx(120 * measure.TOLERANCE)
+
+
+def test_norwegian_is_no_boolean(tmp_path: Path) -> None:
+    for languages, expected in (("[en, no]", ["en", "no"]), ("no", "no")):
+        (tmp_path / "README.md").write_text(f"---\nlanguage: {languages}\n---\n# x")
+        assert teacher_metadata("org/large", tmp_path)["language"] == expected
+        write_metadata(tmp_path, license="mit")
+        assert ModelCard.load(tmp_path / "README.md").data["language"] == expected
+
+
+def test_special_tokens_as_transformers_4_reads_them(
+    write: Callable[..., Path], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    tokenizer.add_special_tokens({"extra_special_tokens": [WORDS[3], WORDS[5]]})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    shutil.copy(tiny_teacher / "config.json", tmp_path / "tokenizer")
+    folder = write(tokenizer_source=tmp_path / "tokenizer")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["additional_special_tokens"] == [WORDS[3], WORDS[5]]
+    assert "extra_special_tokens" not in settings
+    read = AutoTokenizer.from_pretrained(folder)
+    assert read.all_special_tokens == tokenizer.all_special_tokens
+
+
+def test_an_output_whose_name_is_not_utf_8(
+    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(write(), "--output", tmp_path / os.fsdecode(b"l2\xff")) == 2
+    assert f"--output '{tmp_path}/l2\ufffd' is not UTF-8; name" in capsys.readouterr().err
 
 
 def result() -> EvalResult:
@@ -353,7 +470,7 @@ def test_an_onnx_model_that_differs_is_not_exported(
         def __call__(self, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
             return torch.zeros(*ids_BT.shape, 16), torch.full((len(ids_BT), 16), value)
 
-    def no_export(encoder: object, path: Path) -> None:
+    def no_export(encoder: object, path: Path, *, normalizes: bool) -> None:
         path.touch()
 
     monkeypatch.setattr(formats, "check_formats", lambda names: None)
@@ -381,7 +498,7 @@ def test_an_int8_model_that_gives_nan_is_not_exported(
                 hidden, mean = reference[0](ids_BT, mask_BT)
             return hidden + self.value, mean
 
-    def no_export(encoder: Any, path: Path) -> None:
+    def no_export(encoder: Any, path: Path, *, normalizes: bool) -> None:
         reference.append(formats.SentenceEncoder(encoder).eval())
         path.touch()
 

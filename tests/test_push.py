@@ -105,6 +105,20 @@ def test_what_was_listed_goes_folder_by_folder(
     assert TOKEN not in out + err + caplog.text
 
 
+def test_what_only_an_older_export_had_is_removed(
+    export: Path, run: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    removed = ["0_Transformer/model.safetensors", "modules.json", "onnx/model_int8.onnx"]
+    kept = ["notes/mine.md", ".gitattributes"]
+    with UploadHub() as hub:
+        hub.files = dict.fromkeys([*removed, *kept, "onnx/model.onnx", "config.json"], b"old")
+        code, _, err = run(hub, export, "--repo", "me/l6", "--licence", "mit", "--yes")
+        assert code == 0, err
+        assert [path for path, data in hub.files.items() if data == b"old"] == kept
+        assert set(hub.files) == FILES | set(kept)
+    assert f"removing files of an older export: {', '.join(removed)}" in caplog.text
+
+
 def test_a_refusal_states_no_token(
     export: Path, run: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +17,20 @@ from torch.overrides import TorchFunctionMode
 import scaledistill
 from scaledistill.config.load import parse_config
 from scaledistill.distributed.ranks import process_group
+from scaledistill.errors import DataError
 from scaledistill.metrics.recorder import read_rows
 from scaledistill.metrics.stopwatch import Stopwatch
 from scaledistill.preflight import checks
+from scaledistill.relations import QKV
 from scaledistill.training.loop import COMPILING_STEPS, distill
 from scaledistill.training.session import Session, open_session
-from scaledistill.training.step import StepResult, student_loss, train_step, validation_losses
+from scaledistill.training.step import (
+    ExportProbe,
+    StepResult,
+    student_loss,
+    train_step,
+    validation_losses,
+)
 
 # What makes the host wait for a GPU: values, or shapes that depend on them.
 READS = {
@@ -207,3 +217,42 @@ def test_nothing_is_compiled_after_the_first_steps(
     plain = run(compile=False)
     assert plain[0] == []
     assert losses == pytest.approx(plain[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("in_run", "compared"), [([0.5, math.nan], 1), ([math.inf, math.nan], 0)])
+def test_rows_whose_loss_is_not_finite_are_not_compared_with_the_export(
+    in_run: list[float],
+    compared: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    qkv = QKV(*torch.zeros(3, 1, 2, 4))
+    losses = iter([*in_run, 0.5, 0.75])
+
+    def loss(*_: object) -> SimpleNamespace:
+        return SimpleNamespace(total=torch.tensor(next(losses)))
+
+    engine = SimpleNamespace(train_mode=lambda on: None, forward=lambda tokens: qkv)
+    config = SimpleNamespace(num_hidden_layers=1)
+    student: Any = SimpleNamespace(engine=engine, config=config, loss=loss)
+    session: Any = SimpleNamespace(
+        held_out=True,
+        validation_batches=lambda: [SimpleNamespace(tokens=None)] * 2,
+        teacher=lambda tokens: qkv,
+        ranks=SimpleNamespace(device=torch.device("cpu")),
+    )
+
+    class View:
+        module = torch.nn.Identity()
+
+        def __call__(self, tokens: object) -> QKV:
+            return qkv
+
+    monkeypatch.setattr("scaledistill.training.step.capture_view", lambda model, layer: View())
+    model: Any = None
+    probe = ExportProbe(session, student)
+    probe.check(model)
+    assert ("so the export is not compared" in caplog.text) is (compared == 0)
+    if compared:
+        with pytest.raises(DataError, match=r"is 0\.5000 in the run, but 0\.7500 once exported"):
+            probe.check(model)

@@ -46,6 +46,7 @@ NAMES = {
     "output": "--output",
     "data_folder": "--data-dir",
     "sample": "--sample",
+    "glue": "--glue",
     "name": "--glue-model",
 }
 """The options, by the parameters that errors name."""
@@ -87,8 +88,8 @@ def parser(prog: str = PROG) -> Parser:
         "--num-layers",
         type=positive,
         metavar="N",
-        help="keep the first N layers only. By default, all but transformers leave out a last "
-        "layer whose output was not trained",
+        help="keep the first N layers, in all forms. By default, all but transformers leave out a "
+        "last layer whose output was not trained",
     )
     card = parse.add_argument_group("what the model card says")
     card.add_argument(

@@ -27,7 +27,7 @@ from rich.logging import RichHandler
 from scaledistill.errors import DivergedError
 from scaledistill.metrics.display import Display, loss_text, speed
 from scaledistill.metrics.events import EVENTS_FILE, Event, WarningEvents, read_events
-from scaledistill.metrics.rows import by_student, student_value
+from scaledistill.metrics.rows import by_student, student_values
 from scaledistill.metrics.trackers import Trackers
 from scaledistill.storage.background import Background, ended
 from scaledistill.storage.files import write_bytes
@@ -317,10 +317,6 @@ def _log(row: Mapping[str, Any], max_steps: int, seconds_left: float | None) -> 
     log.info("step %d/%d  %s", row["step"], max_steps, line(row, seconds_left))
 
 
-def _loss_of(row: Mapping[str, Any], metric: str, student: str | None) -> float | None:
-    return student_value(row, metric, student) if student else row.get(metric)
-
-
 def draw_losses(folder: Path) -> None:
     """Draw `loss.png` from `metrics.jsonl`: training and validation loss by step and student."""
     rows = read_rows(folder / "metrics.jsonl")
@@ -337,19 +333,22 @@ def draw_losses(folder: Path) -> None:
     names = dict.fromkeys(name for row in rows for name in by_student(row, "loss"))
     if len(names) > MOST_DRAWN:
         names = {}  # their sum
-    for name in names or [None]:
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}, "validation_loss": {}}
+    for row in rows:
+        for metric, by_name in curves.items():
+            found = student_values(row, metric, names) if names else {"": row.get(metric)}
+            for name, value in found.items():
+                if value:
+                    by_name.setdefault(name, []).append((row["step"], value))
+    for name in names or [""]:
         label = f" of {name}" if name else ""
         colors = (None, None) if name else ("#1f77b4", "#d62728")
-        curves = {
-            metric: [(row["step"], x) for row in rows if (x := _loss_of(row, metric, name))]
-            for metric in ("loss", "validation_loss")
-        }
-        if curves["loss"]:
-            xy = zip(*curves["loss"], strict=True)
+        if curve := curves["loss"].get(name):
+            xy = zip(*curve, strict=True)
             axes.plot(*xy, color=colors[0], linewidth=1, label=f"training{label}")
-        if curves["validation_loss"]:
+        if curve := curves["validation_loss"].get(name):
             axes.plot(
-                *zip(*curves["validation_loss"], strict=True),
+                *zip(*curve, strict=True),
                 color=colors[1],
                 marker="o",
                 markersize=4,

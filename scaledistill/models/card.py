@@ -191,7 +191,14 @@ def read_card(folder: Path) -> ModelCard | None:
     """Return a folder's model card; None if it has no readable one."""
     try:
         text = (folder / README).read_text(encoding="utf-8")
-        return ModelCard(text, ignore_metadata_errors=True)
+        card = ModelCard(text, ignore_metadata_errors=True)
+        # YAML 1.1 takes `no`, Norwegian, for false.
+        language = card.data.get("language")
+        if isinstance(language, list):
+            card.data["language"] = ["no" if one is False else one for one in language]
+        elif language is False:
+            card.data["language"] = "no"
+        return card
     except Exception:  # noqa: BLE001 (someone else's file: YAML may fail in many ways)
         return None
 

@@ -159,11 +159,15 @@ def save_tokenizer(
         tokenizer.save_pretrained(folder)
         path = folder / "tokenizer_config.json"
         written = read_json(path) or {}
-        # transformers 4 does not know this class name.
+        # transformers 4 knows neither this class name nor this key.
         if written.get("tokenizer_class") == "TokenizersBackend":
-            write_json(path, written | {"tokenizer_class": "PreTrainedTokenizerFast"})
+            written["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(written.get("extra_special_tokens"), list):
+            written["additional_special_tokens"] = written.pop("extra_special_tokens")
+        write_json(path, written)
         read = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder))
-        if not gives_same_ids(read, tokenizer) or read.padding_side != "right":
+        same_tokens = read.all_special_tokens == tokenizer.all_special_tokens
+        if not (same_tokens and gives_same_ids(read, tokenizer) and read.padding_side == "right"):
             raise DataError(
                 f"transformers does not read the tokenizer of {source} back as its tokenizer.json "
                 f"says, in a folder of a model of type {config.model_type!r} (it makes a "

@@ -28,10 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from scaledistill.data.tokenizer import load_tokenizer
-from scaledistill.errors import (
-    DataError,
-    SourceError,
-)
+from scaledistill.errors import DataError, SettingError, SourceError
 from scaledistill.glue.card import check_scored, write_scores
 from scaledistill.metrics.benchmark import Report, Table, machine_facts
 from scaledistill.models.card import (
@@ -73,7 +70,7 @@ from sentence_transformers import SentenceTransformer
 vectors = SentenceTransformer("{name}").encode(["some text", "another"])
 ```
 
-Vectors are the mean of the hidden states of a text's tokens{cut}. Texts are truncated at \
+Vectors are the mean of the hidden states of a text's tokens{cut}{normal}. Texts are truncated at \
 {num_tokens} tokens."""
 ONNX_USE = """\
 ```python
@@ -91,7 +88,7 @@ hidden, vectors = session.run(None, {{name: texts[name] for name in names}})
 ```
 
 The outputs are the hidden states, [batch, tokens, width], and their means over each text's \
-tokens{cut}."""
+tokens{cut}{normal}."""
 NOT_CUT = (
     "The student has one block, whose output the training did not reach, and no block below it "
     "to take vectors from: they come from that block as it was initialised. Fine-tune it first."
@@ -111,6 +108,7 @@ def write_formats(
     """
     check_formats(options.formats)
     check_output(output, force=force)
+    num_layers = student.config.num_hidden_layers
     if options.num_layers is not None:
         student = student.cut(options.num_layers)
     given = {"base_model": options.base_model, "license": options.licence}
@@ -122,10 +120,19 @@ def write_formats(
     student = replace(student, metadata=metadata)
     target = Path(os.path.realpath(output))
     work = target.with_name(f".{target.name}.partial")
+    writer = _Writer(student, work / target.name, options)
+    written = writer.main.config.num_hidden_layers
+    if options.glue is not None and written != num_layers:
+        raise SettingError(
+            "glue",
+            str(options.glue),
+            f"has the scores of all {num_layers} layers, but the export has {written}",
+            "leave it out, or, without --num-layers, export the form transformers too",
+        )
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
-        report = _Writer(student, work / target.name, options).write()
+        report = writer.write()
         check_output(output, force=force)
         for path in sorted(work.rglob("*"), reverse=True):
             sync(path)
@@ -147,8 +154,10 @@ class _Writer:
         self.whole, self.folder, self.options = student, folder, options
         self.report = Report()
         deployed = [name for name in options.formats if name != "transformers"]
-        # What is deployed without fine-tuning must not end in a block that was never trained.
-        can_cut = 0 < student.trained_layers < student.config.num_hidden_layers
+        # By default, what is deployed without fine-tuning does not end in a block whose output was
+        # never trained.
+        is_stated = options.num_layers is not None
+        can_cut = not is_stated and 0 < student.trained_layers < student.config.num_hidden_layers
         self.pooled = student.cut(student.trained_layers) if deployed and can_cut else student
         self.not_cut = student.trained_layers == 0 and bool(deployed)
         self.main = student if "transformers" in options.formats else self.pooled
@@ -160,6 +169,8 @@ class _Writer:
 
     def write(self) -> Report:
         formats, options = self.options.formats, self.options
+        if deployed := [name for name in formats if name != "transformers"]:
+            self._check_vectors(deployed[0])
         self._write_model(self.folder, self.main)
         readme = self.main.readme
         if readme is None and self.main.tap is None:  # not a student of ours, and without a card
@@ -170,7 +181,7 @@ class _Writer:
         known = {key: value for key, value in fields.items() if value}
         write_metadata(self.folder, **known, **_without_formats(self.folder))
         encoder = self.pooled.encoder()
-        reference = SentenceEncoder(encoder).eval()
+        reference = SentenceEncoder(encoder, normalizes=self.pooled.normalizes).eval()
 
         @torch.inference_mode()
         def run(ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +198,7 @@ class _Writer:
             self.pooled.config.save_pretrained(onnx)
             files["onnx"] = onnx / "model.onnx"
             log.info("writing the ONNX model")
-            write_onnx(encoder, files["onnx"])
+            write_onnx(encoder, files["onnx"], normalizes=self.pooled.normalizes)
             forms["onnx"] = OnnxEncoder(files["onnx"])
         if "onnx-int8" in formats:
             files["onnx-int8"] = onnx / "model_int8.onnx"
@@ -220,20 +231,32 @@ class _Writer:
             settings=student.settings,
         )
 
-    def _write_sentence(self) -> Path:
-        """Write what `SentenceTransformer` reads; return the folder of its model.
+    def _check_vectors(self, form: str) -> None:
+        """Raise DataError if a form cannot give the vectors of the student's texts.
 
         Raises:
+            SettingError: they are others than means.
             SourceError: the tokenizer has no padding token.
         """
+        if self.pooled.pooling != "mean":
+            raise SettingError(
+                "formats",
+                form,
+                "takes the mean of the hidden states, but the model's modules.json says "
+                f"{self.pooled.pooling!r}",
+                "leave it out: the form transformers has no vectors",
+            )
         tokenizer = self.pooled.tokenizer
         if load_tokenizer(tokenizer, self.pooled.revision).pad_token is None:
             raise SourceError(
                 "tokenizer_source",
                 tokenizer,
-                f"has no padding token, which {SENTENCE} needs",
+                f"has no padding token, which {form} needs",
                 "set pad_token in its tokenizer_config.json",
             )
+
+    def _write_sentence(self) -> Path:
+        """Write what `SentenceTransformer` reads; return the folder of its model."""
         place, module = "", self.folder
         if self.pooled is not self.main:
             place, module = MODULE, self.folder / MODULE
@@ -242,6 +265,8 @@ class _Writer:
                 (module / name).unlink(missing_ok=True)
         # The class names of versions 2 to 5, which later ones still read.
         modules = [("Transformer", place), ("Pooling", "1_Pooling")]
+        if self.pooled.normalizes:
+            modules.append(("Normalize", "2_Normalize"))
         content = [
             {
                 "idx": number,
@@ -330,8 +355,8 @@ class _Writer:
             report.add(f"{name}/least cosine", found.cosine, "cosine")
             report.figures[-1]["n"] = num
             exact = name == "onnx"
-            if not (found.largest <= measure.TOLERANCE if exact else math.isfinite(found.largest)):
-                expected = f"at most {measure.TOLERANCE:g}" if exact else "a finite number"
+            if not (found.largest <= found.allowed if exact else math.isfinite(found.largest)):
+                expected = f"at most {found.allowed:.2g}" if exact else "a finite number"
                 raise DataError(
                     f"the {name} model differs from PyTorch by {found.largest:.1e} on {num} "
                     f"inputs, expected {expected}; nothing was exported. Leave onnx and onnx-int8 "
@@ -383,7 +408,13 @@ class _Writer:
             if self.is_cut or (pooled.tap == "extra")
             else ""
         )
-        values = {"name": folder.name, "num_tokens": pooled.num_tokens, "cut": cut}
+        normal = ", with length 1" if pooled.normalizes else ""
+        values = {
+            "name": folder.name,
+            "num_tokens": pooled.num_tokens,
+            "cut": cut,
+            "normal": normal,
+        }
         if "transformers" in formats:
             uses.append(use_text(folder.name, self.main.config))
         if SENTENCE in formats:

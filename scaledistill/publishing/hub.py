@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 README = "README.md"
+OWNED = (
+    *("0_Transformer/", "1_Pooling/", "2_Normalize/", "onnx/", "modules.json", "model.safetensors"),
+    *("sentence_bert_config.json", "export.json", "scaledistill.json", "distill.json"),
+)
+"""Paths, or how they begin, that only exports have: a new export replaces those of an older one."""
 LICENCES = "apache-2.0, mit, cc-by-4.0, cc-by-sa-4.0, cc-by-nc-4.0, other"
 
 
@@ -89,8 +94,9 @@ def plan_upload(
 def upload(planned: Upload, *, private: bool = False) -> str:
     """Create the repository if needed, upload the files, and return its address.
 
-    The model card is changed first as planned. The root, with the model card, comes last. A file
-    that the repository already has is not sent again, so rerunning resumes.
+    The model card is changed first as planned. The root, with the model card, comes last; with it,
+    files are removed that only an older export in the repository had. A file that the repository
+    already has is not sent again, so rerunning resumes.
 
     Raises:
         DataError: the hub refuses something or cannot be reached; the message has no token.
@@ -112,6 +118,15 @@ def upload(planned: Upload, *, private: bool = False) -> str:
     api = HfApi(library_name="scaledistill")
     with _explained(planned.repo):
         address = api.create_repo(planned.repo, private=private, exist_ok=True)
+        sent = {
+            f"{folder}/{name}" if folder else name
+            for folder, files in planned.folders.items()
+            for name in files
+        }
+        there = api.list_repo_files(planned.repo)
+        old = sorted(path for path in there if path.startswith(OWNED) and path not in sent)
+        if old:
+            log.info("removing files of an older export: %s", ", ".join(old))
         for folder, files in planned.folders.items():
             log.info("uploading %s (%d files)", folder or "the files at the top", len(files))
             api.upload_folder(
@@ -119,6 +134,7 @@ def upload(planned: Upload, *, private: bool = False) -> str:
                 folder_path=planned.export / folder,
                 path_in_repo=folder,
                 allow_patterns=[glob.escape(name) for name in files],
+                delete_patterns=None if folder else [glob.escape(path) for path in old],
                 commit_message=f"Upload {folder or 'model card and model'} with scaledistill",
             )
     return str(address)

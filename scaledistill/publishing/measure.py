@@ -33,7 +33,8 @@ NUM_SENTENCES, CHECK_BATCH = 200, 8
 BATCHES, TOKENS, MOST_TOKENS = (1, 32), 128, 512
 ROUNDS, ROUND_SECONDS, MAX_SECONDS = 5, 0.2, 15.0
 TOLERANCE = 1e-4
-"""The largest allowed difference of an unquantised form from PyTorch."""
+"""The largest allowed difference of an unquantised form from PyTorch, relative to the largest
+output if that is more than 1."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ class Difference:
     """Of the components of the means, absolute."""
     cosine: float
     """The smallest cosine of two means of the same sentence."""
+    scale: float
+    """The largest component of the reference, absolute."""
+
+    @property
+    def allowed(self) -> float:
+        """The largest difference of a form that computes the same."""
+        return TOLERANCE * max(1.0, self.scale)
 
 
 def sample_batches(
@@ -107,10 +115,11 @@ def compare(
     """
     largest: dict[str, list[Tensor]] = {name: [] for name in forms}
     cosines: dict[str, list[Tensor]] = {name: [] for name in forms}
-    sums, count = dict.fromkeys(forms, 0.0), 0
+    sums, count, scale = dict.fromkeys(forms, 0.0), 0, 0.0
     for ids_BT, mask_BT in batches:
         true_hidden, true_mean = reference(ids_BT, mask_BT)
         real = mask_BT.bool()
+        scale = max(scale, float(true_hidden[real].abs().max()))
         count += true_mean.numel()
         for name, form in forms.items():
             hidden, mean = form(ids_BT, mask_BT)
@@ -123,7 +132,7 @@ def compare(
     def difference(name: str) -> Difference:
         # Python's max and min would drop NaN.
         most, least = torch.stack(largest[name]).max(), torch.stack(cosines[name]).min()
-        return Difference(float(most), sums[name] / count, float(least))
+        return Difference(float(most), sums[name] / count, float(least), scale)
 
     return {name: difference(name) for name in forms}
 

@@ -25,18 +25,22 @@ OUTPUTS = ("last_hidden_state", "sentence_embedding")
 
 
 class SentenceEncoder(nn.Module):
-    """An encoder whose second output, [B, D], is the mean of the hidden states of real tokens."""
+    """An encoder whose second output, [B, D], is the mean of the hidden states of real tokens.
 
-    def __init__(self, encoder: PreTrainedModel) -> None:
+    With `normalizes`, the means have length 1.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, *, normalizes: bool = False) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.normalizes = encoder, normalizes
 
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         hidden_BTD = self.encoder(
             input_ids=input_ids_BT, attention_mask=attention_mask_BT
         ).last_hidden_state
         mask_BT1 = attention_mask_BT.unsqueeze(-1).to(hidden_BTD.dtype)
-        return hidden_BTD, (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
+        mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
+        return hidden_BTD, nn.functional.normalize(mean_BD) if self.normalizes else mean_BD
 
 
 class OnnxEncoder:
@@ -61,8 +65,10 @@ class OnnxEncoder:
         return torch.from_numpy(hidden), torch.from_numpy(mean)
 
 
-def write_onnx(encoder: PreTrainedModel, path: Path) -> None:
+def write_onnx(encoder: PreTrainedModel, path: Path, *, normalizes: bool = False) -> None:
     """Write an encoder as an ONNX file with inputs of any batch size and length.
+
+    Its outputs are those of `SentenceEncoder`.
 
     Raises:
         SettingError: PyTorch's exporter cannot export this architecture.
@@ -74,7 +80,7 @@ def write_onnx(encoder: PreTrainedModel, path: Path) -> None:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                SentenceEncoder(encoder).eval(),
+                SentenceEncoder(encoder, normalizes=normalizes).eval(),
                 (ids_BT, mask_BT),
                 dynamo=True,
                 dynamic_shapes=(any_size, any_size),

@@ -7,6 +7,7 @@ handled here: reading the student (`publishing.source`), writing it (`publishing
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ class Options:
 
     formats: tuple[str, ...]
     num_layers: int | None = None
-    """Keep the first blocks only."""
+    """Keep the first blocks only, in every form; by default, forms with vectors leave out a last
+    block whose output was not trained."""
     data_folder: Path | None = None
     """GLUE files, for the STS-B probe."""
     sample: Path | None = None
@@ -67,7 +69,15 @@ def check_formats(formats: Sequence[str]) -> None:
 
 
 def check_output(folder: Path, *, force: bool) -> None:
-    """Raise SettingError if `folder` exists, unless it is an older export and `force` is set."""
+    """Raise SettingError if `folder` exists, unless it is an older export and `force` is set.
+
+    Names that are not UTF-8, which tokenizers cannot write, are refused too.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(folder).decode(errors="replace")
+        raise SettingError("output", shown, "is not UTF-8", "name another folder") from None
     if not folder.exists():
         return
     if not force:

@@ -7,11 +7,12 @@ written. Not handled here: formats (`publishing.formats`).
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +59,11 @@ class Student:
     """The settings of its run, JSON."""
     readme: str | None = None
     """The model card that it has already."""
+    pooling: str = "mean"
+    """How sentence-transformers makes a vector of the hidden states; "mean" is all that formats
+    with vectors can have."""
+    normalizes: bool = False
+    """Whether it then gives the vector length 1."""
 
     @property
     def trained_layers(self) -> int:
@@ -186,6 +192,8 @@ def _from_folder(folder: Path) -> Student:
     own.pop("base_model", None)  # it is this model itself
     settings = folder / SETTINGS
     rows = ((read_json(settings) or {}).get("data") or {}).get("sequence_length")
+    sentence = _sentence_modules(folder)
+    limits = [rows, *(() if known else sentence.limits)]
     return Student(
         name=folder.resolve().name,
         config=config,
@@ -196,11 +204,55 @@ def _from_folder(folder: Path) -> Student:
         metadata=record["metadata"] if known else own,
         settings=settings.read_text(encoding="utf-8") if settings.is_file() else None,
         readme=(folder / README).read_text(encoding="utf-8") if card is not None else None,
-        num_tokens=_num_tokens(config, rows if isinstance(rows, int) else None),
+        num_tokens=_num_tokens(config, *limits),
+        pooling=sentence.pooling,
+        normalizes=sentence.normalizes,
     )
 
 
-def _num_tokens(config: PreTrainedConfig, rows: int | None) -> int:
+class _SentenceModules(NamedTuple):
+    """What sentence-transformers does in a folder."""
+
+    pooling: str
+    normalizes: bool
+    limits: tuple[object, ...]
+    """What may be the longest input, in tokens."""
+
+
+def _sentence_modules(folder: Path) -> _SentenceModules:
+    """Read the modules of a folder that sentence-transformers wrote; any other takes the mean."""
+    encoder, pooling, kinds = folder, "mean", []
+    try:
+        modules = json.loads((folder / "modules.json").read_text())
+        for module in modules:
+            kinds.append(module["type"].rpartition(".")[2])
+            if kinds[-1] == "Transformer":
+                encoder = folder / module["path"]
+            if kinds[-1] == "Pooling":
+                pooling = _pooling(read_json(folder / module["path"] / "config.json") or {})
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pooling = "unreadable"
+    if kinds[2:] not in ([], ["Normalize"]):
+        pooling = " + ".join(kinds)
+    limits = (
+        (read_json(encoder / "sentence_bert_config.json") or {}).get("max_seq_length"),
+        (read_json(encoder / "tokenizer_config.json") or {}).get("model_max_length"),
+    )
+    return _SentenceModules(pooling, "Normalize" in kinds, limits)
+
+
+def _pooling(config: Mapping[str, Any]) -> str:
+    """Return the modes of a Pooling module, in the form of versions up to 5 or of later ones."""
+    prefix = "pooling_mode_"
+    modes = [key.removeprefix(prefix) for key in config if key.startswith(prefix) and config[key]]
+    found = config.get("pooling_mode") or modes or "mean"
+    found = [found] if isinstance(found, str) else found
+    return " + ".join(mode.removesuffix("_tokens").removesuffix("_token") for mode in found)
+
+
+def _num_tokens(config: PreTrainedConfig, *limits: object) -> int:
     """Return the longest input; positions beyond the training rows have untrained embeddings."""
-    limits = [limit for limit in (positions(config), rows) if limit]
-    return min(limits, default=LONGEST)
+    known = [limit for limit in (positions(config), *limits) if isinstance(limit, int) and limit]
+    return min(known, default=LONGEST)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from scaledistill.data.tokens import TokenInputs
+from scaledistill.errors import DataError
 from scaledistill.relations import QKV
 from scaledistill.relations.reference import log_relations, relation_kl
 from scaledistill.relations.spec import letters_of, make_spec
@@ -117,7 +118,12 @@ def student_maps(
         kl: from `kl_per_head`.
         teacher, student: for the sentences, `[B, T, D]`.
         lengths: of the sentences, in tokens; what follows is padding.
+
+    Raises:
+        DataError: `kl` is not finite.
     """
+    if not all(kl_R.isfinite().all() for kl_R in kl.values()):
+        raise DataError("relations of the teacher or of a student are not finite on these rows")
     maps: dict[str, list[HeadMaps]] = {pair: [] for pair in pairs}
     for pair, kl_R in kl.items():
         order, R = kl_R.argsort().tolist(), len(kl_R)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from scaledistill.metrics.stopwatch import Stopwatch
 from scaledistill.models.view import capture_view
 from scaledistill.relations import QKV, RelationLoss
 from scaledistill.training.session import Session, Student
+
+log = logging.getLogger(__name__)
 
 STOP_CHECK_BATCHES = 4
 """Validation batches between checks for a stop request, each of which waits for the GPU."""
@@ -199,6 +203,7 @@ class ExportProbe:
     """The loss of a student under training on a few rows, to compare its export with.
 
     The rows are the first of `data.validation` if it is set, else those of the first training step.
+    Rows whose loss is not finite under training, as in fp16, are not compared.
     """
 
     @torch.no_grad()
@@ -214,11 +219,14 @@ class ExportProbe:
             )
             # Of the stream, no more than the first step's.
             most = PROBE_BATCHES if session.held_out else session.run.accumulation
-            self._batches = list(islice(batches, min(PROBE_BATCHES, most)))
-        self._targets = [session.teacher(batch.tokens) for batch in self._batches]
-        outputs = [engine.forward(batch.tokens) for batch in self._batches]
-        self._dtype = outputs[0].q.dtype
-        self._loss = self._mean_loss(outputs)
+            probed = list(islice(batches, min(PROBE_BATCHES, most)))
+        self._compared: list[tuple[Batch, QKV, float]] = []
+        for batch in probed:
+            target, found = session.teacher(batch.tokens), engine.forward(batch.tokens)
+            self._dtype = found.q.dtype
+            loss = float(student.loss(target, found, batch.tokens).total)
+            if math.isfinite(loss):
+                self._compared.append((batch, target, loss))
         engine.train_mode(True)
 
     @torch.no_grad()
@@ -232,26 +240,29 @@ class ExportProbe:
             DataError: its loss differs from the run's by more than rounding can explain.
         """
         config, device = self._student.config, self._session.ranks.device
+        rows = "data.validation" if self._session.held_out else "data.train"
+        if not self._compared:
+            log.warning(
+                "the student's loss is not finite on the first rows of %s, so the export is not "
+                "compared with it",
+                rows,
+            )
+            return
         view = capture_view(model, config.num_hidden_layers)
         view.module.to(device, self._dtype).eval()
-        loss = self._mean_loss([view(batch.tokens) for batch in self._batches])
+        loss = fmean(
+            float(self._student.loss(target, view(batch.tokens), batch.tokens).total)
+            for batch, target, _ in self._compared
+        )
+        expected = fmean(in_run for _, _, in_run in self._compared)
         relative, absolute = PROBE_TOLERANCE[self._dtype]
-        if not abs(loss - self._loss) <= relative * abs(self._loss) + absolute:
-            rows = "data.validation" if self._session.held_out else "data.train"
+        if not abs(loss - expected) <= relative * abs(expected) + absolute:
             raise DataError(
-                f"the student's loss on rows of {rows} is {self._loss:.4f} in the run, but "
+                f"the student's loss on rows of {rows} is {expected:.4f} in the run, but "
                 f"{loss:.4f} once exported and loaded again; expected equal losses within "
                 f"{relative:.0%}. The export was not put in place, and the run's checkpoints may "
                 "be wrong too: start over with other settings in `engine`, and report this"
             )
-
-    def _mean_loss(self, outputs: list[QKV]) -> float:
-        loss = self._student.loss
-        compared = zip(self._targets, outputs, self._batches, strict=True)
-        total = sum(
-            float(loss(target, found, batch.tokens).total) for target, found, batch in compared
-        )
-        return total / len(outputs)
 
 
 def seed_dropout(*numbers: int) -> None:
