@@ -17,5 +17,8 @@ options+=(--min-free-gb "${MIN_FREE_GB:-5}")
 if [[ ${NUM_PROCESSES:-auto} =~ ^[0-9]+$ ]] && command -v nvidia-smi >/dev/null; then
   options+=(--num-gpus "$NUM_PROCESSES") # without GPUs, it is the number of ranks on CPUs
 fi
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m scaledistill doctor "${options[@]}" |
+# Not by -m, which imports files of the working folder.
+main="import sys; sys.path[:] = filter(None, sys.path)
+from scaledistill.cli.command import main; sys.exit(main())"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -c "$main" doctor "${options[@]}" |
   sed "s/^/node $(hostname): /"

@@ -41,6 +41,7 @@ from scaledistill.models.export import export_student
 from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import (
     build_student,
+    check_init,
     even_layer_map,
     exported,
     of_equal_kinds,
@@ -159,6 +160,15 @@ def test_dropout_is_for_training_only(name: str) -> None:
     assert not torch.equal(hidden, student(input_ids=IDS_BT).last_hidden_state)
 
 
+def test_modernbert_drops_the_output_of_attention_too() -> None:
+    student = build_student(None, student_config(tiny_config("modernbert", SIZES), **SAME))
+    assert student.config.attention_dropout == 0
+    set_dropout(student, 0.5)
+    assert [block.attn.out_drop.p for block in student.layers] == [0.5] * SAME["num_layers"]
+    set_dropout(student, 0.0)
+    assert not any(module.p for module in student.modules() if isinstance(module, nn.Dropout))
+
+
 def packed(name: str, attention: str) -> tuple[Tensor, list[Tensor]]:
     """Return Q, K and V of a row of two documents, and of each document alone."""
     config = tiny_config(name, {**SIZES, "initializer_range": 0.15})
@@ -271,6 +281,17 @@ def test_copied_layers_are_of_the_same_kind() -> None:
         assert max(abs(x - y) for x, y in zip(found, even, strict=True)) <= 4
     assert of_equal_kinds([4, 7, 11, 14, 18, 21], kinds[:6], kinds, 21) == [4, 8, 11, 13, 18, 21]
     assert of_equal_kinds([1, 2, 3], [full, near, near], [full] * 3, 3) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("last", [3, 4])
+def test_the_projection_of_tap_extra_starts_from_the_captured_layer(last: int) -> None:
+    teacher = tiny_config("modernbert", SIZES)
+    assert len(set(teacher.layer_types[:4])) == 2
+    sizes = SAME | {"num_layers": 2}
+    student = student_config(teacher, **sizes, tap="extra")
+    layers = check_init("teacher", student, teacher, capture_layer=last, tap="extra")
+    assert (len(layers), layers[-1]) == (3, last)
+    assert layers == sorted(set(layers))
 
 
 def test_modernbert_cut() -> None:

@@ -403,6 +403,15 @@ def test_a_probe_that_hangs_ends_with_what_it_started(
         time.sleep(0.05)
 
 
+def test_a_probe_imports_nothing_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise ImportError('not the random of Python')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(doctor.ProbeError, match="KeyError: 'no such probe'"):
+        Machine().probe("no such probe")
+
+
 def test_a_probe_that_hangs_is_interrupted_first(tmp_path: Path) -> None:
     code = (
         "import pathlib, signal, time\n"

@@ -202,6 +202,32 @@ def test_without_a_gpu_the_prediction_is_taken(tiny_config: Callable[..., Distil
         assert choose(run, unused, unused, unused, replace(ranks, device=CPU)) == 2
 
 
+@pytest.mark.parametrize("tried", [False, True])
+def test_a_resumed_run_keeps_its_micro_batch_if_it_still_fits(
+    tried: bool, tiny_config: Callable[..., DistillConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    from scaledistill.distributed.ranks import process_group
+
+    def attempt(size: int) -> None:
+        if size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    unused: Any = None
+    with process_group(60) as ranks:
+        run = resolved(tiny_config(train={"global_batch_size": 16, "micro_batch_size": 4}))
+
+        def chosen(before: int) -> int:
+            how = attempt if tried else None
+            return choose(
+                run, unused, unused, unused, replace(ranks, device=CPU), how, before=before
+            )
+
+        assert [chosen(before) for before in (1, 4)] == [1, 4]
+        assert not caplog.records
+        assert chosen(8) == 4
+    assert "train.micro_batch_size was 8, which does not fit in memory here" in caplog.text
+
+
 def write_files(root: Path, files: dict[str, object]) -> None:
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,9 @@ from test_train import (
 from scaledistill.config.load import parse_config
 from scaledistill.config.schedule import learning_rate
 from scaledistill.errors import EXIT_STOPPED
+from scaledistill.models.export import export_student
+from scaledistill.models.student import build_student, student_config
+from scaledistill.models.teacher import load_config
 from scaledistill.preflight.roster import student_states
 from scaledistill.training.exports import export_checkpoint
 
@@ -324,3 +328,44 @@ def test_a_checkpoint_of_one_student_as_it_was_before_can_be_resumed(make_tree: 
     own.pop("first_step")
     assert student_states(before) == {"a": own}
     assert own["optimizer_steps"] == expected["step"]
+
+
+def distil_and_lose_the_start(tree: dict[str, Any], start: Path) -> list[Any]:
+    """Make a run, lose its last checkpoint and the folder that it started from, and resume without
+    validation.
+    """
+    from scaledistill.distributed.ranks import process_group
+
+    with process_group(60):
+        ends = [distil(tree)]
+        shutil.rmtree(Path(tree["run"]["folder"]) / "checkpoints" / "step-000000002")
+        start.rename(start.with_name("moved"))
+        tree["train"]["validation_every_steps"] = 0
+        return [*ends, distil(tree), torch.are_deterministic_algorithms_enabled()]
+
+
+def test_a_resume_needs_no_folder_that_a_student_started_from(
+    make_tree: MakeTree, tiny_teacher: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    student = build_student(None, student_config(load_config(tiny_teacher), **SMALL), seed=3)
+    start = export_student(
+        tmp_path / "start",
+        student.config,
+        student.state_dict(),
+        tokenizer_source=tiny_teacher,
+        card={"init": "random"},
+    )
+    students = {"l2": {**SMALL, "init": str(start)}}
+    blocks = {
+        "train": {"max_steps": 2, "warmup_steps": 0, "validation_every_steps": 1},
+        "checkpoint": {"every_steps": 1},
+        "data": {"validation": str(tiny_shards / "validation")},
+        "run": {"deterministic": True},
+    }
+    tree = {**make_tree(**blocks), "students": students}
+    *ends, is_deterministic = run_ranks(distil_and_lose_the_start, 1, tree, start)[0]
+    assert [end[0] for end in ends] == ["done", "done"], ends
+    assert [row["step"] for row in rows_of(tree)] == [1, 2]
+    card = (Path(tree["run"]["folder"]) / "export" / "l2" / "README.md").read_text()
+    assert f"| validation loss at step 1 | {rows_of(tree)[0]['validation_loss']:.4f} |" in card
+    assert not is_deterministic, "that is over with the run"

@@ -17,6 +17,7 @@ from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -157,13 +158,12 @@ class FsdpEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the fp32 weights on rank 0's CPU; empty elsewhere. Collective."""
-        return self._gather(dict(self._module.named_parameters()))
+        return self._gather(self._shards())
 
     def state(self) -> EngineState:
         """Return everything that is needed to resume; see `EngineState`. Collective."""
         moments = {
-            name: self._optimizer.state[parameter]
-            for name, parameter in self._module.named_parameters()
+            name: self._optimizer.state[parameter] for name, parameter in self._shards().items()
         }
         return EngineState(
             weights=self.weights(),
@@ -175,7 +175,7 @@ class FsdpEngine:
     @torch.no_grad()
     def load_state(self, state: EngineState) -> None:
         """Set everything that is needed to resume; see `Engine.load_state`. Collective."""
-        for name, parameter in self._module.named_parameters():
+        for name, parameter in self._shards().items():
             entry = self._optimizer.state[parameter]
             _fill(parameter, state.weights[name])
             _fill(entry["exp_avg"], state.exp_avg[name])
@@ -184,6 +184,16 @@ class FsdpEngine:
 
     def close(self) -> None:
         """Do nothing; see `Engine.close`."""
+
+    def _shards(self) -> dict[str, Tensor]:
+        """Return the parameters, of which this rank has its shards.
+
+        Without `reshard_after_forward`, a forward without backward leaves them gathered.
+        """
+        for module in self._module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return dict(self._module.named_parameters())
 
     def _gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gather full tensors on rank 0; other ranks hold one full tensor at a time. Collective."""

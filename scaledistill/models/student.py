@@ -386,7 +386,10 @@ def check_init(
         even = even_layer_map(num_layers + extra, last)
         if not row.windowed:
             return even
-        return of_equal_kinds(even, config.layer_types, teacher_config.layer_types, last)
+        # The block that tap "extra" adds only projects: it has no kind.
+        kinds = config.layer_types[:num_layers]
+        chosen = of_equal_kinds(even[:num_layers], kinds, teacher_config.layer_types, last - extra)
+        return [*chosen, last] if extra else chosen
     if len(layer_map) != num_layers:
         raise SettingError(
             "layer_map",
@@ -472,6 +475,9 @@ def set_dropout(model: nn.Module, probability: float) -> None:
         attention = block.get_submodule(path)
         if hasattr(attention, attribute):  # the last block of a view has projections only
             setattr(attention, attribute, probability)
+        # ModernBERT makes none for its attention's output if its config says 0.
+        if probability and isinstance(getattr(attention, "out_drop", None), nn.Identity):
+            attention.out_drop = nn.Dropout(probability)
 
 
 def _check_folder(folder: str, config: PreTrainedConfig, tap: str) -> None:

@@ -113,11 +113,20 @@ def plan_run(
     attempt = problems.attempt
     resolved = attempt(resolve_for_gpus if gpu_bytes else resolve, config, world_size, device)
     teacher = attempt(_teacher_config, config)
+    state = None
+    if writes and not fresh:
+        state = newest_state(Path(config.run.folder) / "checkpoints")
+    # Their weights are in the checkpoint; where they started may be gone.
+    resumed = roster_of(state, config).resumed if state else ()
     students: dict[str, PretrainedConfig] = {}
     for name in config.students if teacher else ():
-        if shape := attempt(_student_config, config, name, teacher):
+        if shape := attempt(_student_config, config, name, teacher, name not in resumed):
             students[name] = shape
-    inits = {f"students.{name}.init": spec.init for name, spec in config.students.items()}
+    inits = {
+        f"students.{name}.init": spec.init
+        for name, spec in config.students.items()
+        if name not in resumed
+    }
     for setting, model in {"teacher.model": config.teacher.model, **inits}.items():
         # Models from the hub are checked when their weights are fetched.
         if model not in ("random", "teacher") and Path(model).is_dir():
@@ -152,13 +161,7 @@ def plan_run(
     sources, order = ordered or ((), None)
     notes: list[str] = []
     roster = None
-    if (
-        resolved
-        and order
-        and writes
-        and not fresh
-        and (state := newest_state(Path(config.run.folder) / "checkpoints"))
-    ):
+    if resolved and order and state:
         attempt(check_same_run, state, resolved.config, order)
         roster = roster_of(state, config)
         notes = roster_notes(roster, config, state["step"])
@@ -281,8 +284,9 @@ def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -
 
 
 def _student_config(
-    config: DistillConfig, name: str, teacher: PretrainedConfig
+    config: DistillConfig, name: str, teacher: PretrainedConfig, starts: bool
 ) -> PretrainedConfig:
+    """Check a student, and its first weights if it starts in this run; return its model config."""
     spec = config.students[name]
     student = student_shape(config, name, teacher)
     options: dict[str, Any] = {
@@ -290,8 +294,9 @@ def _student_config(
         "capture_layer": config.teacher.layer,
         "tap": spec.tap,
     }
-    with named(**student_names(name)):
-        check_init(spec.init, student, teacher, **options)
+    if starts:
+        with named(**student_names(name)):
+            check_init(spec.init, student, teacher, **options)
     with named(student=f"students.{name}"):
         causal_relations(teacher, student)
     if student.model_type != teacher.model_type:

@@ -28,6 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from scaledistill.distributed.launcher import ISOLATED
 from scaledistill.errors import ConfigError, DataError, counted
 
 if TYPE_CHECKING:
@@ -203,7 +204,10 @@ class Machine:
         }
         paths = [str(PACKAGE.parent), environ.get("PYTHONPATH", "")]
         environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, "-m", "scaledistill.preflight.probes", name]
+        code = (
+            f"{ISOLATED}from scaledistill.preflight.probes import main; sys.exit(main(sys.argv[1]))"
+        )
+        command = [sys.executable, "-c", code, name]
         try:
             ended = self.run(command, environ, PROBE_SECONDS)
         except subprocess.TimeoutExpired:

@@ -75,6 +75,8 @@ def choose(
     facts: Estimate,
     ranks: Ranks,
     attempt: Callable[[int], None] | None = None,
+    *,
+    before: int | None = None,
 ) -> int:
     """Return the largest micro-batch that every rank has memory for. Collective.
 
@@ -90,6 +92,8 @@ def choose(
         attempt: tries a size and raises `torch.OutOfMemoryError` if it does not fit (default: on a
             GPU a `Trial`). With a sharded teacher, the default is to return the prediction, since
             all ranks would have to run its forward together.
+        before: that of the run that is resumed, with as many ranks. If it still fits, it is
+            returned, so that sums are rounded as before.
 
     Raises:
         ConfigError: not even the smallest fits.
@@ -101,14 +105,26 @@ def choose(
             margin = int(MARGIN_FRACTION * torch.cuda.mem_get_info(device)[1])
             held_bytes = facts.state_bytes - facts.teacher_bytes + margin
             attempt = Trial(run, teacher, students, device, held_bytes)
-        if attempt:
+        if attempt and before and fits(attempt, before):
+            size = before
+        elif attempt:
             sizes, found = candidates(run), f"a step was tried on {device}"
             size = largest_that_fits(sizes, partial(fits, attempt), first=size, found=found)
+        elif before:
+            size = min(size, before)
+        if attempt:
             del attempt
             _release(device)
     size = min(gather_objects(size))
     if ranks.is_main:
-        log.info("train.micro_batch_size: %d sequences, the most that fit", size)
+        why = "as before" if size == before else "the most that fit"
+        log.info("train.micro_batch_size: %d sequences, %s", size, why)
+        if before and size < before:
+            log.warning(
+                "train.micro_batch_size was %d, which does not fit in memory here: the losses "
+                "differ from those of an uninterrupted run by rounding",
+                before,
+            )
     return size
 
 

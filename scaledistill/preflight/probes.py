@@ -200,7 +200,3 @@ def main(name: str) -> int:
 def _root_cause(error: BaseException) -> BaseException:
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return _root_cause(before) if before else error
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -142,6 +142,11 @@ def _run(
         )
         stack.enter_context(stop.listening())
         if config.run.deterministic:
+            stack.callback(
+                torch.use_deterministic_algorithms,
+                torch.are_deterministic_algorithms_enabled(),
+                warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+            )
             torch.use_deterministic_algorithms(True)
         status = None
         if not trial:
@@ -322,6 +327,7 @@ def take_over(session: Session, validation: Validation | None) -> None:
     for student in session.students:
         loss = validation.losses[student.name] if validation else math.nan
         student.last_validation = loss if math.isfinite(loss) else None
+        student.validated_at = session.step
         if validation:
             student.best = validation.best[student.name]
 
@@ -357,7 +363,12 @@ def finished(
     stop.answer = "all steps are done and saved; the run ends as soon as the student is exported"
     folders = []
     for student in session.students:
-        losses, probe = {"validation loss": student.last_validation}, ExportProbe(session, student)
+        # A resume may have turned validation off.
+        before = (
+            "" if student.validated_at in (None, step) else f" at step {student.validated_at:,}"
+        )
+        losses = {f"validation loss{before}": student.last_validation}
+        probe = ExportProbe(session, student)
         folders.append(str(session.export(student, student.name, losses, probe.check)))
     write_session_maps(session)
     curve = Path(session.config.run.folder) / "loss.png"

@@ -100,6 +100,8 @@ class Student:
     `validation_identity`."""
     last_validation: float | None = None
     """The last validation loss; None before the first, or if it was not finite."""
+    validated_at: int | None = None
+    """The step of the last validation; None before it, and in checkpoints of older versions."""
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of one of the run's steps, counted from 0."""
@@ -225,6 +227,7 @@ class Session:
                 "skipped_steps": student.skipped_steps,
                 "best": student.best,
                 "last_validation": student.last_validation,
+                "validated_at": student.validated_at,
             }
         facts = {
             "step": self.step,
@@ -404,15 +407,17 @@ def open_session(
         with reported_once(ranks):
             _check_same_teacher(checkpoint, config, teacher)
     same_ranks = checkpoint and checkpoint.state["world_size"] == ranks.world_size
-    # A student that was added needs memory too.
-    if checkpoint and sized_by and same_ranks and not roster.added:
-        run = run.with_micro_batch(checkpoint.state["config"]["train"]["micro_batch_size"])
-    elif sized_by:
+    if sized_by:
+        before = None
+        # A student that was added needs memory too.
+        if checkpoint and same_ranks and not roster.added:
+            before = checkpoint.state["config"]["train"]["micro_batch_size"]
         views = {
             name: capture_view(model, model.config.num_hidden_layers)
             for name, model in models.items()
         }
-        run = run.with_micro_batch(choose(run, teacher, views, sized_by, ranks))
+        size = choose(run, teacher, views, sized_by, ranks, before=before)
+        run = run.with_micro_batch(size)
     peak = peak_flops(ranks.device) or measured_matrix_rate(ranks.device, run.teacher_dtype)
     replicated = teacher_settings.placement == "replicate"
     own_engine = engine_traits(run.for_student(names[0]))  # the first student's; all have the same
@@ -628,3 +633,4 @@ def _restore(session: Session, checkpoint: Checkpoint, roster: Roster) -> None:
         )
         student.skipped_steps, student.best = state["skipped_steps"], state["best"]
         student.last_validation = state["last_validation"]
+        student.validated_at = state.get("validated_at")
