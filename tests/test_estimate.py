@@ -147,6 +147,20 @@ def test_fsdp_memory(tiny_config: Callable[..., DistillConfig]) -> None:
     assert (facts().optimizer_on_host, facts(cpu_offload=True).optimizer_on_host) == (False, True)
 
 
+def test_recomputed_blocks_keep_no_activations(tiny_config: Callable[..., DistillConfig]) -> None:
+    students = {"l2": {"num_layers": 12, "hidden_size": 48, "num_attention_heads": 3}}
+
+    def activations(engine: dict[str, Any]) -> int:
+        config = tiny_config(engine=engine, students=students)
+        return estimate_of(config).activation_bytes_per_sequence
+
+    fsdp: dict[str, Any] = {"name": "fsdp"}
+    kept = activations(fsdp)
+    assert kept == activations({"name": "deepspeed"})
+    recomputed = activations({**fsdp, "fsdp": {"activation_checkpointing": True}})
+    assert 3 < kept / recomputed < 12, "about one block of twelve, and the inputs of each"
+
+
 def test_host_memory_holds_what_was_offloaded(tiny_config: Callable[..., DistillConfig]) -> None:
     offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     config = tiny_config(

@@ -110,19 +110,29 @@ def test_running_out_of_memory_is_an_answer_other_errors_are_not() -> None:
         fits(failing_with(RuntimeError("CUDA error: device-side assert triggered")), 4)
 
 
-@pytest.mark.parametrize("attention", ["row", "document"])
+@pytest.mark.parametrize(
+    ("attention", "recomputes"), [("row", False), ("document", False), ("row", True)]
+)
 def test_a_trial_makes_a_step_and_leaves_the_student_alone(
-    attention: str, tiny_config: Callable[..., DistillConfig], monkeypatch: pytest.MonkeyPatch
+    attention: str,
+    recomputes: bool,
+    tiny_config: Callable[..., DistillConfig],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = tiny_config(train={"precision": "bf16"}, data={"attention": attention})
+    engine = {"name": "fsdp", "fsdp": {"activation_checkpointing": True}} if recomputes else {}
+    config = tiny_config(train={"precision": "bf16"}, data={"attention": attention}, engine=engine)
     encoder = load_encoder(config.teacher.model, num_layers=3)
     student = build_student(encoder, checks.student_shape(config, "l2", encoder.config))
     view = capture_view(student, 2)
     before = {name: parameter.clone() for name, parameter in view.module.named_parameters()}
     teacher = Teacher(encoder, 3, dtype=torch.bfloat16)
     trial = Trial(resolved(config), teacher, {"l2": view}, CPU, held_bytes=1000)
+    [(tried, _)] = trial._students
+    forwards: list[None] = []
+    tried.blocks[0].register_forward_pre_hook(lambda *_: forwards.append(None))
     trial(6)
-    copies = dict(trial._students[0][1].named_parameters())
+    assert len(forwards) == 1 + recomputes
+    copies = dict(tried.module.named_parameters())
     assert all(
         parameter.grad is None and torch.equal(parameter, before[name])
         for name, parameter in view.module.named_parameters()

@@ -120,6 +120,10 @@ class EngineTraits(Protocol):
         """Whether fp32 weights and moments are offloaded to host memory."""
 
     @property
+    def recomputes_blocks(self) -> bool:
+        """Whether the backward runs each block's forward again."""
+
+    @property
     def compiles_student(self) -> bool:
         """Whether the student's blocks can be compiled."""
 

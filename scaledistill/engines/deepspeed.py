@@ -286,6 +286,8 @@ class ZeroTraits:
         """Whether fp32 weights and moments are offloaded."""
         return self._offloads("optimizer")
 
+    recomputes_blocks = False
+
     @property
     def compiles_student(self) -> bool:
         """Whether weights stay whole during a block, see `compiles_sharded_teacher`."""

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -51,6 +50,11 @@ class FsdpTraits:
     def optimizer_on_host(self) -> bool:
         """Whether the shards are kept in host memory."""
         return self.run.config.engine.fsdp.cpu_offload
+
+    @property
+    def recomputes_blocks(self) -> bool:
+        """See `EngineTraits`."""
+        return self.run.config.engine.fsdp.activation_checkpointing
 
     def memory(self, trained: int, gathered: int) -> EngineBytes:
         """See `EngineTraits.memory`. Forwards read gathered copies of the fp32 weights."""
@@ -252,9 +256,11 @@ def _shard(
         "reshard_after_forward": not keep_gathered,
     }
     options["offload_policy"] = on_host if offload else OffloadPolicy()
+    if recompute:
+        view.recompute_blocks()
     blocks = view.blocks
     for block in blocks:
-        fully_shard(checkpoint(block) if recompute else block, **options)
+        fully_shard(block, **options)
     fully_shard(view.module, **options)
     for block, following in pairwise(cast("list[Any]", blocks)):
         block.set_modules_to_forward_prefetch([following])

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -53,6 +54,15 @@ class QKVView:
     def blocks(self) -> list[nn.Module]:
         """The blocks of `module`; the last one has projections only."""
         return list(self.module.get_submodule(architecture_of(self.config).blocks).children())
+
+    def copy(self) -> QKVView:
+        """Return a view whose module is a copy."""
+        return replace(self, module=copy.deepcopy(self.module))
+
+    def recompute_blocks(self) -> None:
+        """Let the backward run each block's forward again, instead of keeping its activations."""
+        for block in self.blocks:
+            checkpoint(block)
 
     def __call__(
         self, tokens: TokenInputs, module: Callable[..., Any] | None = None, **more: Any

@@ -7,7 +7,6 @@ also tried; not on CPUs, where a process that takes too much memory is killed.
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from transformers import PretrainedConfig
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.distributed.failures import is_out_of_memory
 from scaledistill.distributed.ranks import Ranks, failing_together, gather_objects
+from scaledistill.engines import engine_traits
 from scaledistill.errors import ConfigError
 from scaledistill.models.loss import StudentLoss
 from scaledistill.models.teacher import Teacher
@@ -186,14 +186,14 @@ class Trial:
     ) -> None:
         self._data, self._teacher = run.config.data, teacher
         self._device, self._held_bytes = device, held_bytes
-        self._students = [
-            (
-                view,
-                copy.deepcopy(view.module).to(device, run.student_dtype),
-                StudentLoss.of(run.config, name, (teacher.config, view.config)),
-            )
-            for name, view in students.items()
-        ]
+        self._students: list[tuple[QKVView, StudentLoss]] = []
+        for name, view in students.items():
+            tried = view.copy()
+            tried.module.to(device, run.student_dtype)
+            if engine_traits(run).recomputes_blocks:
+                tried.recompute_blocks()
+            loss = StudentLoss.of(run.config, name, (teacher.config, view.config))
+            self._students.append((tried, loss))
 
     def __call__(self, size: int) -> None:
         """Try a micro-batch of `size` sequences.
@@ -201,14 +201,14 @@ class Trial:
         Raises:
             torch.OutOfMemoryError: it does not fit.
         """
-        for _, module, _ in self._students:
-            module.zero_grad()
+        for view, _ in self._students:
+            view.module.zero_grad()
         _release(self._device)
         held = torch.empty(self._held_bytes, dtype=torch.uint8, device=self._device)
         tokens = sample_tokens(self._data, size, self._device)
         target = self._teacher(tokens)
-        for view, module, compute in self._students:
-            output = view(tokens, module)
+        for view, compute in self._students:
+            output = view(tokens)
             loss = compute(target, output, tokens)
             del output
             loss.total.backward()
