@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -245,7 +245,9 @@ class PeerError(RuntimeError):
 
 def say(prog: str, message: str) -> None:
     """Write a message to stderr, each line with the name of the command."""
-    sys.stderr.write("".join(f"{prog}: {line}\n" for line in message.splitlines()))
+    with suppress(OSError):  # a terminal that was closed
+        sys.stderr.write("".join(f"{prog}: {line}\n" for line in message.splitlines()))
+        sys.stderr.flush()
 
 
 @contextmanager

@@ -307,6 +307,8 @@ def test_the_modules_of_a_sentence_transformers_model(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(len(TEXTS)))
     assert models[1].max_seq_length == 6
+    again = publishing_source.open_student(output)
+    assert (again.num_tokens, again.normalizes) == (6, True)
     assert "with length 1. Texts are truncated at 6 tokens" in (output / "README.md").read_text()
 
 

@@ -73,9 +73,12 @@ def test_only_a_list_without_yes(export: Path, run: Callable[..., tuple[int, str
         assert (code, hub.commits, hub.created, hub.tokens) == (0, [], [], set())
     assert listed(out) == {name: (export / name).stat().st_size for name in FILES}
     assert "README.md: license becomes mit" in out
-    assert "5 files, 0.0 MB would go to me/l6; add --yes to upload" in out
+    assert (
+        "5 files, 0.0 MB would go to me/l6; files that only an older export there has would be"
+        in out
+    )
     _, out, _ = run(hub, export, "--repo", "me/l6", "--licence", "mit", "--private")
-    assert "would go to me/l6 (private if it is new); add --yes to upload" in out
+    assert "would go to me/l6 (private if it is new); files that only" in out
     assert (export / "README.md").read_bytes() == before
 
 
@@ -111,10 +114,15 @@ def test_what_only_an_older_export_had_is_removed(
     removed = ["0_Transformer/model.safetensors", "modules.json", "onnx/model_int8.onnx"]
     kept = ["notes/mine.md", ".gitattributes"]
     with UploadHub() as hub:
-        hub.files = dict.fromkeys([*removed, *kept, "onnx/model.onnx", "config.json"], b"old")
+        foreign = [*removed, *kept, "onnx/model.onnx", "config.json"]
+        hub.files = dict.fromkeys(foreign, b"old")
+        assert run(hub, export, "--repo", "me/l6", "--licence", "mit", "--yes")[0] == 0
+        assert set(hub.files) == FILES | set(foreign), "no export of ours was there"
+        hub.files = dict.fromkeys([*foreign, "scaledistill.json"], b"old")
         code, _, err = run(hub, export, "--repo", "me/l6", "--licence", "mit", "--yes")
         assert code == 0, err
         assert [path for path, data in hub.files.items() if data == b"old"] == kept
+        removed.append("scaledistill.json")
         assert set(hub.files) == FILES | set(kept)
     assert f"removing files of an older export: {', '.join(removed)}" in caplog.text
 

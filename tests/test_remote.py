@@ -544,6 +544,9 @@ def test_no_limit_to_a_download_that_proceeds(
     files, _ = remote._file_system(f"http://127.0.0.1:{server.server_port}/")
     timeout = files.client_kwargs["timeout"]
     assert (timeout.total, timeout.sock_connect, timeout.sock_read) == (None, 30, 60)
+    monkeypatch.setitem(fsspec.config.conf, "http", {"client_kwargs": {"trust_env": True}})
+    files, _ = remote._file_system(f"http://127.0.0.1:{server.server_port}/")
+    assert files.client_kwargs["trust_env"] is True, "as the user has configured"
 
 
 def test_a_disk_smaller_than_the_cache_s_bound(
@@ -562,9 +565,13 @@ def test_a_disk_smaller_than_the_cache_s_bound(
     assert len(list(tmp_path.glob("*.tar"))) == 3, "older ones made room"
     for path in tmp_path.glob("*.tar"):
         path.unlink()
+    own_lock = tmp_path / f"{shards.manifest.shards[0].sha256}.lock"
+    own_lock.touch()
+    os.truncate(own_lock, size)  # a killed process of the same shard reserved it
     disk_bytes = size // 2
     with pytest.raises(
-        DataError, match=rf"^data.cache_folder=.* no room for a shard of \d+ bytes: {disk_bytes} "
+        DataError,
+        match=rf"^data.cache_folder=.* no room for a shard .*: {disk_bytes} bytes are",
     ):
         shards.read(0, range(8))
 
@@ -608,9 +615,20 @@ def test_files_of_another_user_count_but_cannot_be_evicted(
 
     monkeypatch.setattr(Path, "unlink", protected)
     np.testing.assert_array_equal(read_all(shards), IDS_NT)
+    # Fetching ahead evicts nothing in use, though what else there is cannot be removed.
+    cache, entries = shards._cache, shards.manifest.shards
+    assert cache
+    [kept] = [entry for entry in entries if cache.path(entry.sha256).exists()]
+    cache.keep_for(0, [kept.sha256])
+    for entry in entries[:2]:
+        options = {"num_bytes": entry.bytes, "sha256": entry.sha256}
+        assert not cache.fetch(f"{memory_url}/{entry.file}", **options)
+    assert cache.path(kept.sha256).exists()
     theirs.append(tmp_path / f"{3:064x}.tar")
     theirs[-1].write_bytes(b"x" * size)
-    with pytest.raises(DataError, match=r"has no room for a shard .* belong to other users"):
+    with pytest.raises(
+        DataError, match=rf"no room for a shard .* other users .*: data.cache_bytes={3 * size}; rai"
+    ):
         read_all(shards)
 
 

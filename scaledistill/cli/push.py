@@ -80,7 +80,10 @@ def _push(options: argparse.Namespace) -> None:
     total = f"{count} files, {planned.num_bytes / 1e6:,.1f} MB"
     where = f"{planned.repo}{' (private if it is new)' if options.private else ''}"
     if not options.yes:
-        sys.stdout.write(f"{total} would go to {where}; add --yes to upload\n")
+        sys.stdout.write(
+            f"{total} would go to {where}; files that only an older export there has would be "
+            "removed; add --yes to upload\n"
+        )
         return
     address = upload(planned, private=options.private)
     sys.stdout.write(f"{total} are in {address}\n")

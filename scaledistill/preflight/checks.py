@@ -116,16 +116,16 @@ def plan_run(
     state = None
     if writes and not fresh:
         state = newest_state(Path(config.run.folder) / "checkpoints")
-    # Their weights are in the checkpoint; where they started may be gone.
-    resumed = roster_of(state, config).resumed if state else ()
+    # The others' weights are in the checkpoint; where they started may be gone.
+    starting = roster_of(state, config).added if state else tuple(config.students)
     students: dict[str, PretrainedConfig] = {}
     for name in config.students if teacher else ():
-        if shape := attempt(_student_config, config, name, teacher, name not in resumed):
+        if shape := attempt(_student_config, config, name, teacher, name in starting):
             students[name] = shape
     inits = {
         f"students.{name}.init": spec.init
         for name, spec in config.students.items()
-        if name not in resumed
+        if name in starting
     }
     for setting, model in {"teacher.model": config.teacher.model, **inits}.items():
         # Models from the hub are checked when their weights are fetched.

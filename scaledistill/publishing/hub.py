@@ -28,7 +28,9 @@ OWNED = (
     *("0_Transformer/", "1_Pooling/", "2_Normalize/", "onnx/", "modules.json", "model.safetensors"),
     *("sentence_bert_config.json", "export.json", "scaledistill.json", "distill.json"),
 )
-"""Paths, or how they begin, that only exports have: a new export replaces those of an older one."""
+"""Paths of exports, or how they begin: a new export removes those of an older one."""
+EXPORT = "scaledistill.json"
+"""Each export has it; see `models.export`."""
 LICENCES = "apache-2.0, mit, cc-by-4.0, cc-by-sa-4.0, cc-by-nc-4.0, other"
 
 
@@ -124,7 +126,8 @@ def upload(planned: Upload, *, private: bool = False) -> str:
             for name in files
         }
         there = api.list_repo_files(planned.repo)
-        old = sorted(path for path in there if path.startswith(OWNED) and path not in sent)
+        owned = [path for path in there if path.startswith(OWNED)] if EXPORT in there else []
+        old = sorted(set(owned) - sent)
         if old:
             log.info("removing files of an older export: %s", ", ".join(old))
         for folder, files in planned.folders.items():

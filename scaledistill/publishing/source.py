@@ -193,7 +193,7 @@ def _from_folder(folder: Path) -> Student:
     settings = folder / SETTINGS
     rows = ((read_json(settings) or {}).get("data") or {}).get("sequence_length")
     sentence = _sentence_modules(folder)
-    limits = [rows, *(() if known else sentence.limits)]
+    limits = [rows, *(() if known and rows else sentence.limits)]
     return Student(
         name=folder.resolve().name,
         config=config,

@@ -182,7 +182,9 @@ def _file_system(url: str) -> tuple[Any, str]:
 
         # Its default ends a download after five minutes, even one that proceeds.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-        options["client_kwargs"] = {"timeout": timeout}
+        # Given options replace the configured ones of the same name.
+        configured = fsspec.config.conf.get(url.partition(":")[0], {}).get("client_kwargs", {})
+        options["client_kwargs"] = {"timeout": timeout, **configured}
     return fsspec.core.url_to_fs(url, **options)
 
 
@@ -280,12 +282,15 @@ class ShardCache:
         with _locked(path.with_suffix(".lock")) as lock:
             if (descriptor := _open_used(path, num_bytes)) is not None:
                 return descriptor  # another process was faster
-            if lock_file(lock) == "locked":
+            if lock_file(lock) == "locked":  # what a killed process left
                 _remove_partials(path)
+                _set_reservation(lock, 0)
             if not self._reserve(lock, num_bytes, evict_kept=evict_kept):
                 return None
             try:
-                return _download(url, path, num_bytes, sha256)
+                # Who fetches ahead need not wait for a server: the reader will ask again.
+                patience = PATIENCE_SECONDS if evict_kept else 0.0
+                return _download(url, path, num_bytes, sha256, patience)
             finally:
                 _set_reservation(lock, 0)
 
@@ -320,16 +325,24 @@ class ShardCache:
                     return False
                 used = reserved + stored
                 while files and used + num_bytes > limit:
-                    _, _, size, oldest = files.pop(0)
+                    is_kept, _, size, oldest = files.pop(0)
+                    if is_kept and not evict_kept:  # others' files cannot be removed instead
+                        return False
                     if _removed(oldest):
                         used -= size
                 if fits := used + num_bytes <= limit:
                     _set_reservation(lock, num_bytes)
                 elif not reserved:
+                    is_bound = limit == self.limit_bytes
                     raise _FullDiskError(
                         f"data.cache_folder={self.folder} has no room for a shard of {num_bytes} "
-                        f"bytes: {free} bytes are free on its disk, and its other files belong to "
-                        "other users or programs; free some space, or name another folder"
+                        "bytes beside files of other users or programs: "
+                        + (
+                            f"data.cache_bytes={limit}; raise it"
+                            if is_bound
+                            else f"{free} bytes are free on its disk; free some space"
+                        )
+                        + ", or name another folder"
                     )
             # Earlier versions left one lock file per shard.
             for path, size in itertools.islice(locks, MOST_REMOVED):
@@ -435,7 +448,7 @@ def _removed(path: Path) -> bool:
     return True
 
 
-def _download(url: str, path: Path, num_bytes: int, sha256: str) -> int:
+def _download(url: str, path: Path, num_bytes: int, sha256: str, patience: float) -> int:
     # A name per process, because without file locks two processes may download the file.
     partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
 
@@ -460,7 +473,7 @@ def _download(url: str, path: Path, num_bytes: int, sha256: str) -> int:
         )
 
     try:
-        descriptor = _retry(url, get, PATIENCE_SECONDS)
+        descriptor = _retry(url, get, patience)
         flush(descriptor)
         partial.rename(path)
         return descriptor

@@ -51,7 +51,8 @@ _TEXT = (".txt", ".text", ".md", "")
 _LINES_AT_ONCE = 4096
 # What `datasets` takes for data in a local folder, and names that hold none.
 _OF_DATASETS = (".txt", *_JSON_LINES, *PARQUET_SUFFIXES, ".csv", ".tsv", ".arrow")
-_NO_DATA = ("LICENSE", "LICENCE", "NOTICE", "README", "REQUIREMENTS", "DATASET_INFO", "STATE")
+_NO_DATA = ("LICENSE", "LICENCE", "NOTICE", "README", "REQUIREMENTS")
+_SETTINGS = ("config.json", "dataset_info.json", "dataset_infos.json", "dummy_data.zip")
 _SHOWN_FILES = 5
 
 
@@ -180,6 +181,13 @@ def dataset_documents(
     try:
         if not os.path.isdir(name):
             _offline_unless_reachable(name)
+        if os.path.isdir(name) and any(
+            os.path.exists(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")
+        ):
+            raise DataError(
+                f"data set {name!r} was written by save_to_disk, perhaps with cached copies; write "
+                "it as Parquet (load_from_disk(FOLDER).to_parquet(FILE)) and give that file"
+            )
         builder = datasets.load_dataset_builder(name, config)
         if os.path.isdir(name):
             _check_all_chosen(name, builder.config.data_files or {})
@@ -229,7 +237,7 @@ def _check_all_chosen(folder: str, chosen: Mapping[str, Iterable[str]]) -> None:
     """Raise DataError if `datasets` would leave out data files of a local folder.
 
     It reads files of the most frequent kind only, and if there are names with `train` or `test` in
-    them, those only. What a README.md chooses is not checked.
+    them, those only. What a README.md or .huggingface.yaml chooses is not checked.
 
     Args:
         folder: the folder.
@@ -237,8 +245,8 @@ def _check_all_chosen(folder: str, chosen: Mapping[str, Iterable[str]]) -> None:
     """
     from huggingface_hub import metadata_load
 
-    readme = Path(folder, "README.md")
-    if readme.is_file() and "configs" in (metadata_load(readme) or {}):
+    readme, settings = Path(folder, "README.md"), Path(folder, ".huggingface.yaml")
+    if settings.is_file() or (readme.is_file() and "configs" in (metadata_load(readme) or {})):
         return
     read = {os.path.realpath(path) for paths in chosen.values() for path in paths}
     left_out = []
@@ -248,6 +256,7 @@ def _check_all_chosen(folder: str, chosen: Mapping[str, Iterable[str]]) -> None:
             path
             for name in sorted(names)
             if not name.startswith((".", "_"))
+            and name not in _SETTINGS
             and _kind(path := Path(place, name)) in _OF_DATASETS
             and path.stem.partition(".")[0].upper() not in _NO_DATA
             and os.path.realpath(path) not in read
