@@ -88,7 +88,7 @@ def test_ranks_and_engines_change_mid_epoch(tmp_path, tiny_teacher, tiny_shards)
         # Three ranks divide few of the parameters.
         (3, 16, ENGINES["zero3"], {}),
         (3, 18, ENGINES["zero3"], {"train": {"micro_batch_size": 2}}),
-        (1, 19, ENGINES["fsdp-gathered"], {}),
+        (1, 19, {"name": "fsdp", "fsdp": {"reshard_after_forward": False}}, {}),
         (2, STEPS, ENGINES["zero1"], {"train": {"micro_batch_size": 2}}),
     ]
     changed, changed_samples = run(in_folder("changed"), legs)

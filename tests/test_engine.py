@@ -34,7 +34,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2-offload": zero(2, offload_optimizer=ON_HOST),
     "zero3-offload": zero(3, offload_optimizer=ON_HOST, offload_param=ON_HOST),
     "fsdp": {"name": "fsdp"},
-    "fsdp-gathered": {"name": "fsdp", "fsdp": {"reshard_after_forward": False}},
     "fsdp-offload": {
         "name": "fsdp",
         "fsdp": {"cpu_offload": True, "activation_checkpointing": True},
