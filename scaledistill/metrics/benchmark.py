@@ -23,7 +23,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, cast
 
-from scaledistill.errors import counted
 
 VERSIONED = ("torch", "transformers", "deepspeed", "triton")
 
@@ -179,7 +178,7 @@ def machine_facts(gpu: str | None) -> dict[str, str]:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0))
     hardware = (
-        f"{model[1] if model else platform.machine()}, {counted(cores, 'core')}, "
+        f"{model[1] if model else platform.machine()}, {cores} core{'s' * (cores != 1)}, "
         f"{memory / 2**30:.0f} GiB"
     )
     return {
