@@ -23,7 +23,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, cast
 
-
 VERSIONED = ("torch", "transformers", "deepspeed", "triton")
 
 
