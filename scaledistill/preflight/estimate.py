@@ -238,7 +238,7 @@ def _bytes_per_sequence(
     The views are on the meta device, but the step runs on fake CPU tensors: on the meta device,
     attention would not use the fused kernel that it uses on real tensors.
     """
-    student_view = student_view.copy()
+    teacher_view, student_view = teacher_view.copy(), student_view.copy()
     teacher_view.module.eval()
     student_view.module.train()
     set_dropout(student_view.module, run.config.students[name].dropout)
@@ -248,12 +248,13 @@ def _bytes_per_sequence(
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher_tensors = _fake_tensors(teacher_view.module, run.teacher_dtype)
         student_tensors = _fake_tensors(student_view.module, run.student_dtype)
-        # In the module itself, for a forward that is run again in the backward.
+        # In the modules themselves, for a forward that is run again in the backward.
+        _set_tensors(teacher_view.module, teacher_tensors)
         _set_tensors(student_view.module, student_tensors)
         tokens = sample_tokens(run.config.data, _COUNTED_SEQUENCES)
         with _LiveBytes(*teacher_tensors.values(), *student_tensors.values()) as live:
             with torch.no_grad():
-                target = _forward(teacher_view, teacher_tensors, tokens)
+                target = teacher_view(tokens)
             output = student_view(tokens)
             # Restart the peak, to see what the loss's forward adds; the backward raises it further.
             kept, peak, live.peak = live.now, live.peak, live.now
@@ -280,13 +281,6 @@ def _set_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         place, _, leaf = name.rpartition(".")
         owner: Any = module.get_submodule(place)
         (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor
-
-
-def _forward(view: QKVView, tensors: dict[str, Tensor], tokens: TokenInputs) -> QKV:
-    def module(**inputs: Tensor) -> Any:
-        return torch.func.functional_call(view.module, tensors, kwargs=inputs)
-
-    return view(tokens, module)
 
 
 def _loss(loss: StudentLoss, teacher: QKV, student: QKV, tokens: TokenInputs) -> Tensor:

@@ -105,16 +105,16 @@ def choose(
             margin = int(MARGIN_FRACTION * torch.cuda.mem_get_info(device)[1])
             held_bytes = facts.state_bytes - facts.teacher_bytes + margin
             attempt = Trial(run, teacher, students, device, held_bytes)
-        if attempt and before and fits(attempt, before):
-            size = before
-        elif attempt:
-            sizes, found = candidates(run), f"a step was tried on {device}"
-            size = largest_that_fits(sizes, partial(fits, attempt), first=size, found=found)
-        elif before:
-            size = min(size, before)
         if attempt:
+            if before and fits(attempt, before):
+                size = before
+            else:
+                sizes, found = candidates(run), f"a step was tried on {device}"
+                size = largest_that_fits(sizes, partial(fits, attempt), first=size, found=found)
             del attempt
             _release(device)
+        elif before:
+            size = min(size, before)
     size = min(gather_objects(size))
     if ranks.is_main:
         why = "as before" if size == before else "the most that fit"

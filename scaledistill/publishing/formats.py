@@ -153,13 +153,13 @@ class _Writer:
     def __init__(self, student: Student, folder: Path, options: Options) -> None:
         self.whole, self.folder, self.options = student, folder, options
         self.report = Report()
-        deployed = [name for name in options.formats if name != "transformers"]
+        self.deployed = [name for name in options.formats if name != "transformers"]
         # By default, what is deployed without fine-tuning does not end in a block whose output was
         # never trained.
         is_stated = options.num_layers is not None
         can_cut = not is_stated and 0 < student.trained_layers < student.config.num_hidden_layers
-        self.pooled = student.cut(student.trained_layers) if deployed and can_cut else student
-        self.not_cut = student.trained_layers == 0 and bool(deployed)
+        self.pooled = student.cut(student.trained_layers) if self.deployed and can_cut else student
+        self.not_cut = student.trained_layers == 0 and bool(self.deployed)
         self.main = student if "transformers" in options.formats else self.pooled
 
     @property
@@ -169,8 +169,8 @@ class _Writer:
 
     def write(self) -> Report:
         formats, options = self.options.formats, self.options
-        if deployed := [name for name in formats if name != "transformers"]:
-            self._check_vectors(deployed[0])
+        if self.deployed:
+            self._check_vectors(self.deployed[0])
         self._write_model(self.folder, self.main)
         readme = self.main.readme
         if readme is None and self.main.tap is None:  # not a student of ours, and without a card

@@ -2,8 +2,7 @@
 
 Inputs: paths as given or as matched by a pattern. Outputs: none, or a `DataError` that names the
 first path that is not a readable plain file, is empty (a Parquet table without rows too), or is
-given twice. Not handled here: what
-the files hold (`data.prepare.content`).
+given twice. Not handled here: what the files hold (`data.prepare.content`).
 """
 
 from __future__ import annotations
@@ -50,13 +49,18 @@ def check_inputs(paths: Sequence[Path]) -> None:
         if _is_empty(path, status.st_size):
             empty.append(path)
     if empty:
-        shown = ", ".join(map(str, empty[:_SHOWN_FILES]))
-        more = f" and {len(empty) - _SHOWN_FILES} more" if len(empty) > _SHOWN_FILES else ""
         are, them = ("input file is", "it") if len(empty) == 1 else ("input files are", "them")
         raise DataError(
-            f"{len(empty)} {are} empty, of {len(paths)}: {shown}{more}; leave {them} out, or make "
-            f"{them} again"
+            f"{len(empty)} {are} empty, of {len(paths)}: {first_few(empty)}; leave {them} out, or "
+            f"make {them} again"
         )
+
+
+def first_few(paths: Sequence[Path]) -> str:
+    """Return the first paths as text, and how many more there are."""
+    shown = ", ".join(map(str, paths[:_SHOWN_FILES]))
+    more = f" and {len(paths) - _SHOWN_FILES} more" if len(paths) > _SHOWN_FILES else ""
+    return f"{shown}{more}"
 
 
 def _status(path: Path) -> os.stat_result:

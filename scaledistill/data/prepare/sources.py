@@ -38,7 +38,7 @@ from scaledistill.data.prepare.content import (
     json_form,
 )
 from scaledistill.data.prepare.longtext import LARGEST_DOCUMENT_BYTES, placed, too_long
-from scaledistill.data.prepare.paths import PARQUET_SUFFIXES, check_inputs
+from scaledistill.data.prepare.paths import PARQUET_SUFFIXES, check_inputs, first_few
 from scaledistill.errors import DataError, counted
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,6 @@ _LINES_AT_ONCE = 4096
 _OF_DATASETS = (".txt", *_JSON_LINES, *PARQUET_SUFFIXES, ".csv", ".tsv", ".arrow")
 _NO_DATA = ("LICENSE", "LICENCE", "NOTICE", "README", "REQUIREMENTS")
 _SETTINGS = ("config.json", "dataset_info.json", "dataset_infos.json", "dummy_data.zip")
-_SHOWN_FILES = 5
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
@@ -262,12 +261,10 @@ def _check_all_chosen(folder: str, chosen: Mapping[str, Iterable[str]]) -> None:
             and os.path.realpath(path) not in read
         ]
     if left_out:
-        shown = ", ".join(map(str, left_out[:_SHOWN_FILES]))
-        more = f" and {len(left_out) - _SHOWN_FILES} more" if len(left_out) > _SHOWN_FILES else ""
         raise DataError(
-            f"data set {folder!r}: {counted(len(read), 'file')} would be read, but not {shown}"
-            f"{more}: `datasets` reads one kind of file, and prefers names such as train; give the "
-            "files instead of --dataset, or move these elsewhere"
+            f"data set {folder!r}: {counted(len(read), 'file')} would be read, but not "
+            f"{first_few(left_out)}: `datasets` reads one kind of file, and prefers "
+            "names such as train; give the files instead of --dataset, or move these elsewhere"
         )
 
 
