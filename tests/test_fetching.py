@@ -17,7 +17,7 @@ from test_train import distil, make_tree, status_of
 
 from scaledistill.config.load import parse_config
 from scaledistill.errors import DataError
-from scaledistill.models.teacher import load_encoder
+from scaledistill.models.teacher import check_weight_files, load_encoder, resolve_folder
 from scaledistill.preflight import checks
 
 __all__ = ["make_tree"]
@@ -121,3 +121,18 @@ def test_a_model_without_safetensors_on_the_hub(
         ):
             load_encoder(NAME)
         assert not any(".bin" in path for path in hub.take()), "they are never downloaded"
+
+
+def test_weights_that_were_not_downloaded(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network, some versions of the hub's client return an incomplete folder."""
+    message = r"lacks model.safetensors in the hub's cache \(.*\); rerun where there is a network"
+    with FakeHub(NAME, tiny_teacher) as hub:
+        use_hub(monkeypatch, hub.url, tmp_path / "cache")
+        folder = resolve_folder(NAME, None, ["config.json"])
+        with pytest.raises(DataError, match=message):
+            check_weight_files(folder, NAME)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=message):
+        check_weight_files(folder, NAME)

@@ -8,7 +8,9 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -269,14 +271,23 @@ def test_scores_of_the_whole_student_are_not_those_of_a_cut_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(formats, "check_formats", lambda names: None)
-    monkeypatch.setattr(formats, "check_scored", lambda name, folder: None)
     source = write()
+    parameters = sum(value.numel() for value in load_file(source / "model.safetensors").values())
+    row = SimpleNamespace(parameters=parameters)
+    monkeypatch.setattr(formats, "check_scored", lambda name, folder: row)
     for more in (("--format", "sentence-transformers"), ("--num-layers", 1)):
         assert run(source, *more, "--glue", "scores", "--output", tmp_path / "out") == 2
         assert (
-            "--glue 'scores' has the scores of all 2 layers, but the export has 1; leave it out"
+            "--glue 'scores' has no scores of the first 1 of 2 layers, as the export has them; "
+            "leave it out"
         ) in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    assert run(source, "--num-layers", 1, "--output", tmp_path / "l1") == 0
+    cut = load_file(tmp_path / "l1" / "model.safetensors")
+    row.parameters = sum(value.numel() for value in cut.values())
+    monkeypatch.setattr(formats, "write_scores", lambda export, name, output: None)
+    scored = (*more, "--glue", "scores", "--glue-model", "l1")
+    assert run(source, *scored, "--output", tmp_path / "scored") == 0
 
 
 @pytest.mark.filterwarnings("ignore:Importing from 'sentence_transformers:DeprecationWarning")
@@ -288,10 +299,16 @@ def test_the_modules_of_a_sentence_transformers_model(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling, Transformer
 
-    encoder = Transformer(str(write(tap=None)), max_seq_length=6)
-    whole = [encoder, Pooling(16, pooling_mode=pooling), Normalize()]
+    encoder = Transformer(str(write(tap=None)), max_seq_length=6, do_lower_case=True)
+    whole = [encoder, Pooling(16, pooling_mode=pooling, include_prompt=False), Normalize()]
     source, output = tmp_path / "source", tmp_path / "out"
-    SentenceTransformer(modules=whole, device="cpu").save(str(source))
+    SentenceTransformer(
+        modules=whole,
+        device="cpu",
+        prompts={"query": f"{WORDS[3]} {WORDS[4]}: ", "passage": WORDS[5]},
+        default_prompt_name="query",
+        similarity_fn_name="dot",
+    ).save(str(source))
     code = run(source, "--format", "sentence-transformers", "--output", output)
     if pooling == "cls":
         assert code == 2
@@ -303,12 +320,18 @@ def test_the_modules_of_a_sentence_transformers_model(
         return
     assert code == 0
     models = [SentenceTransformer(str(folder), device="cpu") for folder in (source, output)]
-    expected, found = (torch.from_numpy(model.encode(TEXTS)) for model in models)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    texts = [text.upper() for text in TEXTS]
+    for options in ({}, {"prompt_name": "passage"}, {"prompt": ""}):
+        expected, found = (torch.from_numpy(model.encode(texts, **options)) for model in models)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert models[1].similarity_fn_name == "dot"
     torch.testing.assert_close(found.norm(dim=1), torch.ones(len(TEXTS)))
     assert models[1].max_seq_length == 6
     again = publishing_source.open_student(output)
-    assert (again.num_tokens, again.normalizes) == (6, True)
+    assert again.num_tokens == 6
+    assert again.sentence.settings["prompts"]["passage"] == WORDS[5]
+    kept = publishing_source.open_student(source).sentence
+    assert replace(again.sentence, limits=()) == replace(kept, limits=())
     assert "with length 1. Texts are truncated at 6 tokens" in (output / "README.md").read_text()
 
 

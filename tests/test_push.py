@@ -112,7 +112,7 @@ def test_what_only_an_older_export_had_is_removed(
     export: Path, run: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
 ) -> None:
     removed = ["0_Transformer/model.safetensors", "modules.json", "onnx/model_int8.onnx"]
-    kept = ["notes/mine.md", ".gitattributes"]
+    kept = ["notes/mine.md", ".gitattributes", "onnx/model_quantized.onnx", "onnx/model_O2.onnx"]
     with UploadHub() as hub:
         foreign = [*removed, *kept, "onnx/model.onnx", "config.json"]
         hub.files = dict.fromkeys(foreign, b"old")

@@ -568,6 +568,8 @@ def test_a_disk_smaller_than_the_cache_s_bound(
     own_lock = tmp_path / f"{shards.manifest.shards[0].sha256}.lock"
     own_lock.touch()
     os.truncate(own_lock, size)  # a killed process of the same shard reserved it
+    # It was another user's, whose file this process may not change.
+    monkeypatch.setattr(remote, "_set_reservation", lambda lock, num_bytes: None)
     disk_bytes = size // 2
     with pytest.raises(
         DataError,
@@ -663,3 +665,25 @@ def test_credentials_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "me:pw" not in caplog.text + str(error.value)
     text = '{"train": "https://me:pw@host/a", "validation": "s3://bucket/b@2"}'
     assert remote.without_credentials(text) == text.replace("me:pw", "***")
+
+
+@pytest.mark.parametrize(
+    ("facts", "is_temporary"),
+    [
+        ({"status": 404}, False),
+        ({"code": 401}, False),
+        ({"code": "403"}, False),
+        ({"response": SimpleNamespace(status_code=416)}, False),
+        ({"status": 429}, True),
+        ({"response": SimpleNamespace(status_code=503)}, True),
+        ({"response": {"Error": {"Code": "SlowDown"}}}, True),
+        ({}, True),
+    ],
+)
+def test_refused_requests_are_not_repeated_for_minutes(
+    facts: dict[str, Any], is_temporary: bool
+) -> None:
+    """aiohttp, gcsfs, huggingface_hub and botocore state the answer in fields of their own."""
+    error = OSError("failed")
+    error.__dict__.update(facts)
+    assert remote._may_be_temporary(error) is is_temporary

@@ -342,13 +342,24 @@ def distil_and_lose_the_start(tree: dict[str, Any], start: Path) -> list[Any]:
         shutil.rmtree(Path(tree["run"]["folder"]) / "checkpoints" / "step-000000002")
         start.rename(start.with_name("moved"))
         tree["train"]["validation_every_steps"] = 0
-        return [*ends, distil(tree), torch.are_deterministic_algorithms_enabled()]
+        # On another machine, which has the copies of the checkpoints alone.
+        checkpoint = {"every_steps": 1, "remote": f"{tree['run']['folder']}/checkpoints"}
+        run = {**tree["run"], "folder": f"{tree['run']['folder']}-moved"}
+        moved = distil({**tree, "checkpoint": checkpoint, "run": run})
+        return [*ends, moved, distil(tree), torch.are_deterministic_algorithms_enabled()]
 
 
+@pytest.mark.parametrize("architecture", [None, "distilbert"])
 def test_a_resume_needs_no_folder_that_a_student_started_from(
-    make_tree: MakeTree, tiny_teacher: Path, tiny_shards: Path, tmp_path: Path
+    architecture: str | None,
+    make_tree: MakeTree,
+    tiny_teacher: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
 ) -> None:
-    student = build_student(None, student_config(load_config(tiny_teacher), **SMALL), seed=3)
+    config = student_config(load_config(tiny_teacher), architecture=architecture, **SMALL)
+    config.initializer_range = 0.03  # of the folder's model, no default
+    student = build_student(None, config, seed=3)
     start = export_student(
         tmp_path / "start",
         student.config,
@@ -356,7 +367,7 @@ def test_a_resume_needs_no_folder_that_a_student_started_from(
         tokenizer_source=tiny_teacher,
         card={"init": "random"},
     )
-    students = {"l2": {**SMALL, "init": str(start)}}
+    students = {"l2": {**SMALL, "init": str(start), "architecture": architecture}}
     blocks = {
         "train": {"max_steps": 2, "warmup_steps": 0, "validation_every_steps": 1},
         "checkpoint": {"every_steps": 1},
@@ -365,8 +376,10 @@ def test_a_resume_needs_no_folder_that_a_student_started_from(
     }
     tree = {**make_tree(**blocks), "students": students}
     *ends, is_deterministic = run_ranks(distil_and_lose_the_start, 1, tree, start)[0]
-    assert [end[0] for end in ends] == ["done", "done"], ends
+    assert [end[0] for end in ends] == ["done", "done", "done"], ends
     assert [row["step"] for row in rows_of(tree)] == [1, 2]
-    card = (Path(tree["run"]["folder"]) / "export" / "l2" / "README.md").read_text()
+    export = Path(tree["run"]["folder"]) / "export" / "l2"
+    assert architecture is None or load_config(export).initializer_range == 0.03
+    card = (export / "README.md").read_text()
     assert f"| validation loss at step 1 | {rows_of(tree)[0]['validation_loss']:.4f} |" in card
     assert not is_deterministic, "that is over with the run"

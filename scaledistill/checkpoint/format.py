@@ -281,9 +281,15 @@ def _fetch(url: str, partial: Path) -> str | None:
     return verify(partial)
 
 
-def newest_state(root: Path) -> dict[str, Any] | None:
-    """Return the newest checkpoint's JSON, unverified; None if there is no readable one."""
-    return next(filter(None, (read_json(folder / STATE) for folder in committed(root))), None)
+def newest_state(root: Path, remote: str | None = None) -> dict[str, Any] | None:
+    """Return the newest checkpoint's JSON, unverified; None if there is no readable one.
+
+    `remote` is read as well, if it can be.
+    """
+    for folder in committed(root):
+        if (state := read_json(folder / STATE)) is not None:
+            return (mirror.newest_state(remote, folder.name) if remote else None) or state
+    return mirror.newest_state(remote) if remote else None
 
 
 def verify(folder: Path) -> str | None:

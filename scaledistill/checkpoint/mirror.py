@@ -7,14 +7,16 @@ files (`checkpoint.format`).
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from scaledistill.checkpoint.names import FOLDER, MANIFEST
+from scaledistill.checkpoint.names import FOLDER, MANIFEST, STATE
 from scaledistill.errors import ConfigError, DataError
 from scaledistill.storage.remote import WRITABLE, change, is_url
 
@@ -70,6 +72,26 @@ def checkpoints(remote: str) -> list[str]:
         return [name for name in _folders(files, path) if files.exists(f"{path}/{name}/{MANIFEST}")]
 
     return _named(remote, find)
+
+
+def newest_state(remote: str, after: str = "") -> dict[str, Any] | None:
+    """Return the JSON of the newest checkpoint, unverified, if its name is above `after`.
+
+    Returns None if there is none, or `remote` cannot be read.
+    """
+
+    def read(files: Any, path: str) -> dict[str, Any] | None:
+        """Return the newest copy's JSON."""
+        for name in _folders(files, path):
+            if name > after and files.exists(f"{path}/{name}/{MANIFEST}"):
+                with suppress(FileNotFoundError, ValueError, RecursionError):
+                    return json.loads(files.cat_file(f"{path}/{name}/{STATE}"))
+        return None
+
+    try:
+        return _named(remote, read)
+    except (ConfigError, DataError):
+        return None
 
 
 def upload(folder: Path, remote: str, keep: int) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult
 
 from scaledistill.errors import SettingError
 from scaledistill.glue.cell import Cell, read_record
-from scaledistill.glue.summary import GRID, Choice, Summary, column_title, summary_of
+from scaledistill.glue.summary import GRID, Choice, Row, Summary, column_title, summary_of
 from scaledistill.glue.tasks import TASKS
 from scaledistill.metrics.benchmark import Table
 from scaledistill.models.card import write_card_section, write_results
@@ -32,20 +32,19 @@ METRIC_TYPES = {
 }
 
 
-def check_scored(name: str, output: Path) -> Summary:
-    """Return the summary of a grid that has a model.
+def check_scored(name: str, output: Path) -> Row:
+    """Return a model's row of a grid's table.
 
     Raises:
         DataError: a grid has never been run in `output`.
         SettingError: it has no such model.
     """
-    summary = summary_of(output)
-    known = [row.name for row in summary.rows]
+    known = {row.name: row for row in summary_of(output).rows}
     if name not in known:
         raise SettingError(
             "name", name, f"is not a model of {output}", f"use {' or '.join(known) or 'another'}"
         )
-    return summary
+    return known[name]
 
 
 def write_scores(export: Path, name: str, output: Path) -> None:
@@ -59,7 +58,8 @@ def write_scores(export: Path, name: str, output: Path) -> None:
         DataError: a grid has never been run in `output`.
         SettingError: it has no such model.
     """
-    summary = check_scored(name, output)
+    check_scored(name, output)
+    summary = summary_of(output)
     table = _seeds_table(summary, name, output)
     text = "\n\n".join([summary.markdown().strip(), table.markdown()])
     write_card_section(export, "Evaluation", text)

@@ -47,8 +47,6 @@ def measured_matrix_rate(
 
     Takes about 0.2 s. On a CPU this is what this process's threads reach, whatever else runs.
     """
-    size = size or (8192 if device.type == "cuda" else 768)
-    a, b = (torch.ones(size, columns, device=device, dtype=dtype) for columns in (size, 4 * size))
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -57,8 +55,12 @@ def measured_matrix_rate(
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
+    if size is None:
+        # Where bf16 is emulated, a larger product would take seconds.
+        size = 8192 if device.type == "cuda" else 512 if dtype == torch.float32 else 256
+    a, b = (torch.ones(size, width, device=device, dtype=dtype) for width in (size, 4 * size))
     tries = [seconds()]
-    while len(tries) < 6 and sum(tries) < 1:  # with an emulated dtype, one may take seconds
+    while len(tries) < 5 and sum(tries) < 0.3:
         tries.append(seconds())
     return 8 * size**3 / min(tries)
 

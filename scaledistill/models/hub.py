@@ -118,3 +118,17 @@ def model_folder(
         folder, frozenset(patterns) | (found.patterns if found else frozenset())
     )
     return folder
+
+
+def has_file(name: str, folder: Path, file: str) -> bool:
+    """Return whether the hub has a file of a model that its local `folder` lacks.
+
+    Also True if the hub gives no answer.
+    """
+    from huggingface_hub import HfApi
+
+    commit = folder.name if COMMIT.fullmatch(folder.name) else None
+    try:
+        return file in HfApi().list_repo_files(name, revision=commit)
+    except Exception:  # noqa: BLE001 (no network, offline mode, an outage: the client raises many)
+        return True

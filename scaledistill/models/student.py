@@ -88,6 +88,7 @@ def student_config(
     tap: str = "last",
     architecture: str | None = None,
     init: str = "random",
+    start: PreTrainedConfig | None = None,
 ) -> PreTrainedConfig:
     """Return a student's config: the teacher's, vocabulary and dropout included, with new sizes.
 
@@ -103,6 +104,7 @@ def student_config(
             the special tokens and the length are the teacher's, and all else is the default of
             that architecture.
         init: of the student; a folder's config then takes the place of these defaults.
+        start: this config, if it is known; by default it is read from the folder.
 
     Raises:
         SettingError: an architecture is not supported, the heads do not divide the width, the key
@@ -116,7 +118,7 @@ def student_config(
     if architecture in (None, teacher_config.model_type):
         config = copy.deepcopy(plain_config(teacher_config))
     else:
-        config = _of_another_family(architecture, teacher_config, init)
+        config = _of_another_family(architecture, teacher_config, init, start)
     row = architecture_of(config)
     if hidden_size % num_attention_heads:
         divisors = [heads for heads in range(1, hidden_size + 1) if hidden_size % heads == 0]
@@ -217,7 +219,9 @@ def _key_value_heads(
     return wanted or max((n for n in divisors if n <= most), default=1)
 
 
-def _of_another_family(architecture: str, teacher: PreTrainedConfig, init: str) -> PreTrainedConfig:
+def _of_another_family(
+    architecture: str, teacher: PreTrainedConfig, init: str, start: PreTrainedConfig | None
+) -> PreTrainedConfig:
     """Return a config of any size that reads the teacher's token ids, as many in a row.
 
     Raises:
@@ -228,7 +232,7 @@ def _of_another_family(architecture: str, teacher: PreTrainedConfig, init: str) 
     config = default_config(architecture)
     if init not in ("random", "teacher"):
         with named(model="init"):
-            config = copy.deepcopy(load_config(init))
+            config = copy.deepcopy(start or load_config(init))
         if config.model_type != architecture:
             raise SettingError(
                 "init",

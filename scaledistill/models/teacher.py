@@ -37,7 +37,7 @@ from scaledistill.models.architectures import (
     settle_padding,
 )
 from scaledistill.models.configs import check_computation, plain_dict
-from scaledistill.models.hub import model_folder
+from scaledistill.models.hub import has_file, model_folder
 from scaledistill.models.view import QKVView, capture_view
 from scaledistill.models.weights import (
     INDEX,
@@ -467,7 +467,13 @@ def check_weight_files(folder: Path, hub_name: str | None = None) -> None:
                 "tokenizer there as well (tokenizer*, vocab*, merges.txt, *.model, "
                 "special_tokens_map.json, added_tokens.json)",
             )
-        if hub_name:
+        if hub_name and has_file(hub_name, folder, missing[0]):
+            raise SourceError(
+                "model",
+                expected=f"lacks {missing[0]} in the hub's cache ({folder})",
+                remedy="rerun where there is a network, without HF_HUB_OFFLINE, to download it",
+            )
+        if hub_name and not (folder / INDEX).is_file():
             raise SourceError(
                 "model",
                 expected=f"has no {missing[0]} on the hub",

@@ -28,12 +28,16 @@ from scaledistill.models.architectures import (
     Architecture,
     architecture_of,
     base_encoder,
+    build_encoder,
     check_layer,
     first_position,
 )
 from scaledistill.models.attention import document_attention, row_attention
 from scaledistill.models.configs import plain_config
 from scaledistill.relations import QKV
+
+_flops: dict[tuple[str, int, int], int] = {}
+"""What `view_flops` has counted, by the config's JSON, layers and tokens."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,26 @@ def forward_flops(module: nn.Module, num_tokens: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         torch.func.functional_call(module, shapes, kwargs=inputs)
     return counter.get_total_flops()
+
+
+def view_flops(config: PreTrainedConfig, num_layers: int, num_tokens: int) -> int:
+    """Return the `forward_flops` of a model's view of `num_layers`.
+
+    Those of deep views are extrapolated from shallow ones, because all blocks are alike, and kept
+    for the process: counting takes long.
+    """
+    key = (config.to_json_string(use_diff=False), num_layers, num_tokens)
+    if key not in _flops:
+        model = build_encoder(config, device="meta")
+
+        def counted(layers: int) -> int:
+            """Count the operations of a view of so many layers."""
+            return forward_flops(capture_view(model, layers).module, num_tokens)
+
+        deeper = max(0, num_layers - 3)
+        shallow = counted(num_layers - deeper)
+        _flops[key] = shallow + deeper * (shallow - counted(2)) if deeper else shallow
+    return _flops[key]
 
 
 class _CapturedBlock(nn.Module):

@@ -53,7 +53,7 @@ from scaledistill.models.teacher import (
 from scaledistill.preflight.estimate import Estimate, estimate
 from scaledistill.preflight.microbatch import free_bytes, predict
 from scaledistill.preflight.resolve import resolve, resolve_for_gpus
-from scaledistill.preflight.roster import check_added, roster_notes, roster_of
+from scaledistill.preflight.roster import check_added, roster_notes, roster_of, trained_config
 from scaledistill.relations import check_relation_heads
 from scaledistill.storage.remote import ShardCache, is_url
 
@@ -115,12 +115,12 @@ def plan_run(
     teacher = attempt(_teacher_config, config)
     state = None
     if writes and not fresh:
-        state = newest_state(Path(config.run.folder) / "checkpoints")
+        state = newest_state(Path(config.run.folder) / "checkpoints", config.checkpoint.remote)
     # The others' weights are in the checkpoint; where they started may be gone.
     starting = roster_of(state, config).added if state else tuple(config.students)
     students: dict[str, PretrainedConfig] = {}
     for name in config.students if teacher else ():
-        if shape := attempt(_student_config, config, name, teacher, name in starting):
+        if shape := attempt(_student_config, config, name, teacher, state, name in starting):
             students[name] = shape
     inits = {
         f"students.{name}.init": spec.init
@@ -261,8 +261,17 @@ def _check_weights(config: DistillConfig, setting: str, model: str) -> None:
         omitted_weights(Path(model), load_config(model, trust_remote_code=trusted))
 
 
-def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -> PretrainedConfig:
+def student_shape(
+    config: DistillConfig,
+    name: str,
+    teacher: PretrainedConfig,
+    state: Mapping[str, Any] | None = None,
+) -> PretrainedConfig:
     """Return the model config of a student under training, from its settings.
+
+    Args:
+        state: of the checkpoint that has the student, if one has: then no folder is needed that it
+            started from.
 
     Raises:
         ConfigError: see `student_config`.
@@ -280,15 +289,20 @@ def student_shape(config: DistillConfig, name: str, teacher: PretrainedConfig) -
             tap=spec.tap,
             architecture=spec.architecture,
             init=spec.init,
+            start=trained_config(state, name) if state else None,
         )
 
 
 def _student_config(
-    config: DistillConfig, name: str, teacher: PretrainedConfig, starts: bool
+    config: DistillConfig,
+    name: str,
+    teacher: PretrainedConfig,
+    state: Mapping[str, Any] | None,
+    starts: bool,
 ) -> PretrainedConfig:
     """Check a student, and its first weights if it starts in this run; return its model config."""
     spec = config.students[name]
-    student = student_shape(config, name, teacher)
+    student = student_shape(config, name, teacher, state)
     options: dict[str, Any] = {
         "layer_map": spec.layer_map,
         "capture_layer": config.teacher.layer,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schema import DataSettings
@@ -28,7 +28,7 @@ from scaledistill.engines import EngineBytes, engine_traits
 from scaledistill.models.architectures import architecture_of, build_encoder
 from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import exported, set_dropout
-from scaledistill.models.view import QKVView, capture_view, forward_flops
+from scaledistill.models.view import QKVView, capture_view, view_flops
 from scaledistill.relations import QKV
 from scaledistill.relations.spec import MAX_HEAD_WIDTH, letters_of
 
@@ -129,7 +129,7 @@ def estimate(
     config, data, length = run.config, run.config.data, run.config.data.sequence_length
     whole_teacher = build_encoder(teacher, device="meta")
     teacher_view = capture_view(whole_teacher, config.teacher.layer)
-    teacher_flops = _forward_flops(whole_teacher, config.teacher.layer, length)
+    teacher_flops = view_flops(teacher, config.teacher.layer, length)
     placements = _placements(run, teacher_view)
     # Without a backward, activations do not add up over layers: two blocks in a row need as much
     # memory as many, unless the model keeps the output of each.
@@ -190,7 +190,7 @@ def _student_part(
     return _StudentPart(
         size=StudentSize(sum(parameter.numel() for parameter in kept.values()), trained),
         # The backward takes twice the forward: one product for the inputs, one for the weights.
-        flops=3 * _forward_flops(full, shape.num_hidden_layers, run.config.data.sequence_length),
+        flops=3 * view_flops(shape, shape.num_hidden_layers, run.config.data.sequence_length),
         held=engine.memory(trained, _gathered_elements(view)),
         optimizer_on_host=engine.optimizer_on_host,
         activations=activations,
@@ -201,17 +201,6 @@ def _student_part(
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _forward_flops(model: PreTrainedModel, num_layers: int, length: int) -> int:
-    """Return the FLOPs of a view of `num_layers`, extrapolated from shallow views.
-
-    All blocks are alike, and counting takes long.
-    """
-    if num_layers <= 3:
-        return forward_flops(capture_view(model, num_layers).module, length)
-    two, three = (forward_flops(capture_view(model, layers).module, length) for layers in (2, 3))
-    return three + (num_layers - 3) * (three - two)
 
 
 def sample_tokens(

@@ -122,7 +122,8 @@ def choose(
         if before and size < before:
             log.warning(
                 "train.micro_batch_size was %d, which does not fit in memory here: the losses "
-                "differ from those of an uninterrupted run by rounding",
+                "differ from those of an uninterrupted run by rounding, and with dropout by its "
+                "masks",
                 before,
             )
     return size

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
 from scaledistill.config.schedule import from_step
 from scaledistill.config.schema import DistillConfig
 from scaledistill.errors import ConfigError, counted
@@ -72,6 +74,17 @@ def student_states(state: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
         name: own | {key: state[key][name] for key in by_name}
         for name in state["config"]["students"]
     }
+
+
+def trained_config(state: Mapping[str, Any], name: str) -> PretrainedConfig | None:
+    """Return the model config of a student in a checkpoint's state; None if that does not say.
+
+    Earlier versions did not; nor can a config be read here that needs Python code of its own.
+    """
+    found = student_states(state).get(name, {}).get("model_config")
+    if not found or found["model_type"] not in CONFIG_MAPPING:
+        return None
+    return CONFIG_MAPPING[found["model_type"]].from_dict(found)
 
 
 def check_added(roster: Roster, config: DistillConfig, step: int) -> None:

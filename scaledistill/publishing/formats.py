@@ -53,7 +53,7 @@ from scaledistill.publishing.onnx_model import (
     write_onnx,
 )
 from scaledistill.publishing.request import SENTENCE, Options, check_formats, check_output
-from scaledistill.publishing.source import Student
+from scaledistill.publishing.source import SENTENCE_SETTINGS, Student
 from scaledistill.storage.files import disk_remedy, sync, write_bytes, write_json
 
 log = logging.getLogger(__name__)
@@ -113,8 +113,9 @@ def write_formats(
         student = student.cut(options.num_layers)
     given = {"base_model": options.base_model, "license": options.licence}
     stated = {key: value for key, value in given.items() if value}
+    scored = None
     if options.glue is not None:
-        check_scored(options.glue_model or student.name, options.glue)
+        scored = check_scored(options.glue_model or student.name, options.glue).parameters
     metadata = dict(student.metadata)
     restate(metadata, **stated)
     student = replace(student, metadata=metadata)
@@ -122,12 +123,13 @@ def write_formats(
     work = target.with_name(f".{target.name}.partial")
     writer = _Writer(student, work / target.name, options)
     written = writer.main.config.num_hidden_layers
-    if options.glue is not None and written != num_layers:
+    if options.glue is not None and written != num_layers and scored != writer.num_parameters:
         raise SettingError(
             "glue",
             str(options.glue),
-            f"has the scores of all {num_layers} layers, but the export has {written}",
-            "leave it out, or, without --num-layers, export the form transformers too",
+            f"has no scores of the first {written} of {num_layers} layers, as the export has them",
+            "leave it out, or, without --num-layers, export the form transformers too; an export "
+            "of these layers can be scored by itself",
         )
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -163,6 +165,11 @@ class _Writer:
         self.main = student if "transformers" in options.formats else self.pooled
 
     @property
+    def num_parameters(self) -> int:
+        """The number of parameters of the transformers model."""
+        return sum(value.numel() for value in self.main.state.values())
+
+    @property
     def is_cut(self) -> bool:
         """Whether the vectors come from a block below the student's last."""
         return self.pooled is not self.whole
@@ -181,7 +188,7 @@ class _Writer:
         known = {key: value for key, value in fields.items() if value}
         write_metadata(self.folder, **known, **_without_formats(self.folder))
         encoder = self.pooled.encoder()
-        reference = SentenceEncoder(encoder, normalizes=self.pooled.normalizes).eval()
+        reference = SentenceEncoder(encoder, normalizes=self.pooled.sentence.normalizes).eval()
 
         @torch.inference_mode()
         def run(ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +205,7 @@ class _Writer:
             self.pooled.config.save_pretrained(onnx)
             files["onnx"] = onnx / "model.onnx"
             log.info("writing the ONNX model")
-            write_onnx(encoder, files["onnx"], normalizes=self.pooled.normalizes)
+            write_onnx(encoder, files["onnx"], normalizes=self.pooled.sentence.normalizes)
             forms["onnx"] = OnnxEncoder(files["onnx"])
         if "onnx-int8" in formats:
             files["onnx-int8"] = onnx / "model_int8.onnx"
@@ -238,12 +245,12 @@ class _Writer:
             SettingError: they are others than means.
             SourceError: the tokenizer has no padding token.
         """
-        if self.pooled.pooling != "mean":
+        if self.pooled.sentence.pooling != "mean":
             raise SettingError(
                 "formats",
                 form,
                 "takes the mean of the hidden states, but the model's modules.json says "
-                f"{self.pooled.pooling!r}",
+                f"{self.pooled.sentence.pooling!r}",
                 "leave it out: the form transformers has no vectors",
             )
         tokenizer = self.pooled.tokenizer
@@ -257,7 +264,7 @@ class _Writer:
 
     def _write_sentence(self) -> Path:
         """Write what `SentenceTransformer` reads; return the folder of its model."""
-        place, module = "", self.folder
+        place, module, sentence = "", self.folder, self.pooled.sentence
         if self.pooled is not self.main:
             place, module = MODULE, self.folder / MODULE
             self._write_model(module, self.pooled)
@@ -265,7 +272,7 @@ class _Writer:
                 (module / name).unlink(missing_ok=True)
         # The class names of versions 2 to 5, which later ones still read.
         modules = [("Transformer", place), ("Pooling", "1_Pooling")]
-        if self.pooled.normalizes:
+        if sentence.normalizes:
             modules.append(("Normalize", "2_Normalize"))
         content = [
             {
@@ -277,17 +284,19 @@ class _Writer:
             for number, (kind, path) in enumerate(modules)
         ]
         write_bytes(self.folder / "modules.json", (json.dumps(content, indent=2) + "\n").encode())
-        limits = {"max_seq_length": self.pooled.num_tokens, "do_lower_case": False}
+        limits = {"max_seq_length": self.pooled.num_tokens, "do_lower_case": sentence.lowercases}
         write_json(module / "sentence_bert_config.json", limits)
         (self.folder / "1_Pooling").mkdir()
         modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
-        write_json(
-            self.folder / "1_Pooling" / "config.json",
-            {
-                "word_embedding_dimension": self.pooled.config.hidden_size,
-                **{f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes},
-            },
-        )
+        pooling = {
+            "word_embedding_dimension": self.pooled.config.hidden_size,
+            **{f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes},
+        }
+        if not sentence.includes_prompt:  # versions before 2.4 do not know this key
+            pooling["include_prompt"] = False
+        write_json(self.folder / "1_Pooling" / "config.json", pooling)
+        if sentence.settings:
+            write_json(self.folder / SENTENCE_SETTINGS, dict(sentence.settings))
         return module
 
     def _check_sentence(self, reference: measure.Form) -> None:
@@ -310,7 +319,7 @@ class _Writer:
             return_tensors="pt",
         )
         expected = reference(inputs["input_ids"], inputs["attention_mask"])[1]
-        found = model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
+        found = model.encode(texts, prompt="", convert_to_tensor=True, show_progress_bar=False)
         largest = float((found - expected).abs().max())
         if not largest <= SAME * max(1.0, float(expected.abs().max())):
             raise DataError(
@@ -408,7 +417,7 @@ class _Writer:
             if self.is_cut or (pooled.tap == "extra")
             else ""
         )
-        normal = ", with length 1" if pooled.normalizes else ""
+        normal = ", with length 1" if pooled.sentence.normalizes else ""
         values = {
             "name": folder.name,
             "num_tokens": pooled.num_tokens,

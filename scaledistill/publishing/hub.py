@@ -24,11 +24,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 README = "README.md"
-OWNED = (
-    *("0_Transformer/", "1_Pooling/", "2_Normalize/", "onnx/", "modules.json", "model.safetensors"),
-    *("sentence_bert_config.json", "export.json", "scaledistill.json", "distill.json"),
+OWNED = frozenset(
+    [
+        *("model.safetensors", "export.json", "scaledistill.json", "distill.json"),
+        *("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"),
+        "config_sentence_transformers.json",
+        *("onnx/config.json", "onnx/model.onnx", "onnx/model.onnx.data", "onnx/model_int8.onnx"),
+    ]
 )
-"""Paths of exports, or how they begin: a new export removes those of an older one."""
+"""Paths that exports write, by form; the model and tokenizer of all forms have the same names."""
+OWNED_FOLDER = "0_Transformer/"
+"""Where the form sentence-transformers has its model, if another is at the top."""
 EXPORT = "scaledistill.json"
 """Each export has it; see `models.export`."""
 LICENCES = "apache-2.0, mit, cc-by-4.0, cc-by-sa-4.0, cc-by-nc-4.0, other"
@@ -126,8 +132,8 @@ def upload(planned: Upload, *, private: bool = False) -> str:
             for name in files
         }
         there = api.list_repo_files(planned.repo)
-        owned = [path for path in there if path.startswith(OWNED)] if EXPORT in there else []
-        old = sorted(set(owned) - sent)
+        owned = [path for path in there if path in OWNED or path.startswith(OWNED_FOLDER)]
+        old = sorted(set(owned) - sent) if EXPORT in there else []
         if old:
             log.info("removing files of an older export: %s", ", ".join(old))
         for folder, files in planned.folders.items():

@@ -10,9 +10,9 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +36,28 @@ log = logging.getLogger(__name__)
 
 LONGEST = 512
 """Tokens of an input if neither the model nor a run limits them."""
+SENTENCE_SETTINGS = "config_sentence_transformers.json"
+SENTENCE_KEYS = ("prompts", "default_prompt_name", "similarity_fn_name")
+"""What of these settings an export keeps."""
+
+
+@dataclass(frozen=True)
+class SentenceModules:
+    """What sentence-transformers does with a model's texts and hidden states."""
+
+    pooling: str = "mean"
+    """How it makes a vector of the hidden states; "mean" is all that formats with vectors can
+    have."""
+    normalizes: bool = False
+    """Whether it then gives the vector length 1."""
+    lowercases: bool = False
+    """Whether it lowercases the texts, beside what the tokenizer does."""
+    includes_prompt: bool = True
+    """Whether the tokens of a prompt count in the mean."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The prompts and the measure of similarity, as they are stored."""
+    limits: tuple[object, ...] = ()
+    """What may be the longest input, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +81,7 @@ class Student:
     """The settings of its run, JSON."""
     readme: str | None = None
     """The model card that it has already."""
-    pooling: str = "mean"
-    """How sentence-transformers makes a vector of the hidden states; "mean" is all that formats
-    with vectors can have."""
-    normalizes: bool = False
-    """Whether it then gives the vector length 1."""
+    sentence: SentenceModules = SentenceModules()
 
     @property
     def trained_layers(self) -> int:
@@ -205,23 +223,14 @@ def _from_folder(folder: Path) -> Student:
         settings=settings.read_text(encoding="utf-8") if settings.is_file() else None,
         readme=(folder / README).read_text(encoding="utf-8") if card is not None else None,
         num_tokens=_num_tokens(config, *limits),
-        pooling=sentence.pooling,
-        normalizes=sentence.normalizes,
+        sentence=sentence,
     )
 
 
-class _SentenceModules(NamedTuple):
-    """What sentence-transformers does in a folder."""
-
-    pooling: str
-    normalizes: bool
-    limits: tuple[object, ...]
-    """What may be the longest input, in tokens."""
-
-
-def _sentence_modules(folder: Path) -> _SentenceModules:
+def _sentence_modules(folder: Path) -> SentenceModules:
     """Read the modules of a folder that sentence-transformers wrote; any other takes the mean."""
     encoder, pooling, kinds = folder, "mean", []
+    pool: Mapping[str, Any] = {}
     try:
         modules = json.loads((folder / "modules.json").read_text())
         for module in modules:
@@ -229,18 +238,25 @@ def _sentence_modules(folder: Path) -> _SentenceModules:
             if kinds[-1] == "Transformer":
                 encoder = folder / module["path"]
             if kinds[-1] == "Pooling":
-                pooling = _pooling(read_json(folder / module["path"] / "config.json") or {})
+                pool = read_json(folder / module["path"] / "config.json") or {}
+                pooling = _pooling(pool)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pooling = "unreadable"
     if kinds[2:] not in ([], ["Normalize"]):
         pooling = " + ".join(kinds)
-    limits = (
-        (read_json(encoder / "sentence_bert_config.json") or {}).get("max_seq_length"),
-        (read_json(encoder / "tokenizer_config.json") or {}).get("model_max_length"),
+    transformer = read_json(encoder / "sentence_bert_config.json") or {}
+    tokenizer = read_json(encoder / "tokenizer_config.json") or {}
+    whole = read_json(folder / SENTENCE_SETTINGS) or {}
+    return SentenceModules(
+        pooling,
+        normalizes="Normalize" in kinds,
+        lowercases=bool(transformer.get("do_lower_case")),
+        includes_prompt=bool(pool.get("include_prompt", True)),
+        settings={key: whole[key] for key in SENTENCE_KEYS if whole.get(key)} if kinds else {},
+        limits=(transformer.get("max_seq_length"), tokenizer.get("model_max_length")),
     )
-    return _SentenceModules(pooling, "Normalize" in kinds, limits)
 
 
 def _pooling(config: Mapping[str, Any]) -> str:

@@ -169,9 +169,16 @@ def _retry(url: str, action: Callable[[Any, str], Result], seconds: float = 0.0)
 
 def _may_be_temporary(error: Exception) -> bool:
     """Return whether waiting may help: not if the content is wrong or the request was refused."""
-    status = getattr(error, "status", None)  # of HTTP
-    refused = isinstance(status, int) and 400 <= status < 500 and status not in BUSY
+    status = _http_status(error)
+    refused = status is not None and 400 <= status < 500 and status not in BUSY
     return not (refused or isinstance(error, DataError | TypeError | ValueError))
+
+
+def _http_status(error: Exception) -> int | None:
+    """Return the status of HTTP in an error of aiohttp, gcsfs, Azure, requests or httpx."""
+    holders, names = (error, getattr(error, "response", None)), ("status", "code", "status_code")
+    found = (str(getattr(holder, name, None)) for holder in holders for name in names)
+    return next((int(text) for text in found if text.isdecimal()), None)
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -312,7 +319,12 @@ class ShardCache:
             with _locked(self.folder / "cache.lock", remove=False):
                 locks = [(path, found.st_size) for path, found in self._own("lock")]
                 keep = self.keep
-                reserved = sum(_reserved_bytes(path) for path, size in locks if size)
+                reserved = sum(
+                    _reserved_bytes(path)
+                    for path, size in locks
+                    # The size of another user's lock file cannot be changed by its new holder.
+                    if size and not _is_at(lock, path)
+                )
                 files = sorted(
                     (path.stem in keep, found.st_mtime_ns, found.st_size, path)
                     for path, found in self._own("tar")

@@ -240,7 +240,7 @@ def students_of(
         teacher_config = load_config(found.model, found.revision, found.trust_remote_code)
     students = {}
     for name in trained if wanted is None else [wanted]:
-        model = student_shape(settled, name, teacher_config)
+        model = student_shape(settled, name, teacher_config, state)
         weights = checkpoint.tensors(f"{name}.weights")
         losses = _losses_at(Path(run_folder), step, name)
         steps = step - trained[name].get("first_step", 0)

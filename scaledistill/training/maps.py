@@ -105,7 +105,7 @@ def write_checkpoint_maps(config: DistillConfig) -> None:
     # A resumed run may have removed some, and not saved since.
     trained = student_states(checkpoint.state)
     for name in (name for name in config.students if name in trained):
-        model = build_encoder(student_shape(config, name, whole))
+        model = build_encoder(student_shape(config, name, whole, checkpoint.state))
         model.load_state_dict(checkpoint.tensors(f"{name}.weights"))
         view = capture_view(model, model.config.num_hidden_layers)
         view.module.to(device).eval()

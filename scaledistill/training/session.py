@@ -8,6 +8,7 @@ checkpoints and its exports. Not handled here: the step (`training.step`), when 
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -50,7 +51,7 @@ from scaledistill.models.attention import use_varlen_attention
 from scaledistill.models.loss import StudentLoss
 from scaledistill.models.student import build_student
 from scaledistill.models.teacher import Teacher, encoder_on_meta, load_config, load_encoder
-from scaledistill.models.view import capture_view, forward_flops
+from scaledistill.models.view import capture_view, view_flops
 from scaledistill.preflight.checks import (
     DataSets,
     check_same_run,
@@ -228,6 +229,7 @@ class Session:
                 "best": student.best,
                 "last_validation": student.last_validation,
                 "validated_at": student.validated_at,
+                "model_config": json.loads(student.config.to_json_string(use_diff=False)),
             }
         facts = {
             "step": self.step,
@@ -391,9 +393,10 @@ def open_session(
             fetch_weights(config.students[name].init, None, ranks)
         with failing_together(), named(**student_names(name)):
             models[name] = _create_student(config, name, encoder, whole, stored, source)
-    teacher_flops = _flops_per_token(encoder, config.teacher.layer, config)
+    length = config.data.sequence_length
+    teacher_flops = view_flops(whole, config.teacher.layer, length) / length
     flops = {
-        name: 3 * _flops_per_token(model, model.config.num_hidden_layers, config)
+        name: 3 * view_flops(model.config, model.config.num_hidden_layers, length) / length
         for name, model in models.items()
     }
     with named(**teacher_names(teacher_settings)):
@@ -512,7 +515,7 @@ def _create_student(
     spec = config.students[name]
     model = build_student(
         encoder,
-        student_shape(config, name, teacher),
+        student_shape(config, name, teacher, checkpoint.state if checkpoint else None),
         init="random" if checkpoint else spec.init,
         layer_map=None if checkpoint else spec.layer_map,
         tap=spec.tap,
@@ -559,12 +562,6 @@ def _train_student(
         num_bytes,
         flops_per_token,
     )
-
-
-def _flops_per_token(model: PreTrainedModel, layer: int, config: DistillConfig) -> float:
-    """Return the FLOPs of a forward up to a layer, per token."""
-    length = config.data.sequence_length
-    return forward_flops(capture_view(model, layer).module, length) / length
 
 
 def _check_same_everywhere(
