@@ -11,6 +11,7 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 help_if_asked "$@"
 
+[[ $# != 0 ]] || fail "expected a run folder; --help says more"
 options=(--only "versions,gpu,network,disk,shm,limits" --run-folder "$1")
 options+=(--min-free-gb "${MIN_FREE_GB:-5}")
 [[ -z ${2:-} ]] || options+=(--shared-file "$2")

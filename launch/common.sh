@@ -46,6 +46,7 @@ PYTHON
 # which DeepSpeed ignores beside such options.
 # shellcheck disable=SC2034 # the scripts read `gpus`
 choose_gpus() {
+  [[ $1 =~ ^[1-9][0-9]*$ ]] || fail "found NUM_PROCESSES=$1, expected 1 or more"
   gpus=(--num_gpus "$1")
   if [[ -n ${CUDA_VISIBLE_DEVICES-} ]] && command -v nvidia-smi >/dev/null; then
     local found="found CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES" visible

@@ -182,12 +182,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], int, str]] = {
     "batch and ranks": (
         {},
         3,
-        r"train\.global_batch_size=8 is not divisible by 3 ranks; use 6 or 12",
+        r"train\.global_batch_size=8 is not divisible by 3 ranks; use 6 or 12, or 2 or 4 ranks",
     ),
     "more ranks than sequences": (
         {},
         16,
-        r"train\.global_batch_size=8 is not divisible by 16 ranks; use 16",
+        r"train\.global_batch_size=8 is not divisible by 16 ranks; use 16, or 8 ranks",
     ),
     "batch and micro-batch": (
         {"train": {"micro_batch_size": 3}},
@@ -448,9 +448,11 @@ def test_first_weights_that_are_pickled(tiny_config: MakeConfig, teacher: Path) 
 
 
 def test_too_few_rows_for_the_lanes(tiny_config: MakeConfig) -> None:
-    [line] = problems_of(tiny_config(data={"num_lanes": 4000}), DataError)
+    [line] = problems_of(tiny_config(data={"num_lanes": 4000}), ConfigError)
     assert re.fullmatch(
-        r"\d+ rows don't fill data\.num_lanes=4000 lanes; lower it or add data", line
+        r"data\.num_lanes=4000 is more than the (\d+) rows of the data; use at most \1, or add "
+        r"data",
+        line,
     ), line
 
 

@@ -334,7 +334,7 @@ def test_validate_plans_for_other_numbers_of_ranks(
     arguments = ["--config", str(config_file()), "--validate", "--world-size"]
     assert main([*arguments, "7"]) == 2
     assert (
-        "train.global_batch_size=8 is not divisible by 7 ranks; use 7 or 14"
+        "train.global_batch_size=8 is not divisible by 7 ranks; use 7 or 14, or 4 or 8 ranks"
         in capsys.readouterr().err
     )
     assert main([*arguments, "4"]) == 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,41 @@ def test_overrides(tmp_path: Path) -> None:
         load_config(path, ["train.max_steps.x=1"])
     with pytest.raises(ConfigError, match=r"trian: unknown key; did you mean 'train'\?"):
         load_config(path, ["trian.max_steps=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.warmup_steps=11", "train: warmup_steps=11 is more than max_steps=10; lower it"),
+        ("students={}", "students has 0 entries, expected at least one"),
+        ("train.max_steps=0", "train.max_steps: found 0 (int); expected"),
+        ("relations.pairs.qx=1", "relations.pairs: unknown pair 'qx'"),
+    ],
+)
+def test_errors_of_the_command_line_name_no_line_of_the_file(
+    override: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.json"
+    own = {
+        "train": {**BASE["train"], "warmup_steps": 1},
+        "relations": {"num_heads": 12, "pairs": {"qq": 1}},
+    }
+    path.write_text(json.dumps({**BASE, **own}))
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        load_config(path, [override])
+
+
+def test_a_misspelt_init(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(BASE))
+    with pytest.raises(
+        ConfigError,
+        match=r"^students.l3.init: found 'teacer'; did you mean 'teacher'\? A folder of that name "
+        r"is './teacer'",
+    ):
+        load_config(path, ["students.l3.init=teacer"])
+    for folder in ("./teacer", "runs/teacher"):
+        assert load_config(path, [f"students.l3.init={folder}"]).students["l3"].init == folder
 
 
 def test_bad_files(tmp_path: Path) -> None:

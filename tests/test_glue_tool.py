@@ -365,6 +365,7 @@ def test_folders_near_a_model_name_it(run: Run, model: Path, tmp_path: Path) -> 
     run_folder = tmp_path / "run"
     (run_folder / "checkpoints" / "step-3").mkdir(parents=True)
     (run_folder / "metrics.jsonl").touch()
+    (run_folder / "config.json").write_text('{"teacher": {}}')
     _, _, err = run(model=run_folder)
     assert (
         "is the folder of a run that has exported no model yet; finish it, then give its "

@@ -26,7 +26,9 @@ def test_a_preset_is_written(name: str | None, capsys: pytest.CaptureFixture[str
         "next: set teacher.model, data.train and the sizes in it, then",
         f"      scaledistill distill --config {file} --validate",
     ]
-    assert load_config(file) == load_config(ROOT / "configs" / "quickstart.json")
+    # A clone's Makefile fills the folder that its preset names.
+    hub = ["teacher.model=sentence-transformers/all-MiniLM-L6-v2"]
+    assert load_config(file) == load_config(ROOT / "configs" / "quickstart.json", hub)
     assert ("# Optimizer steps of the run." in file.read_text()) == (name != "x.json")
 
 

@@ -211,6 +211,19 @@ def test_ctrl_c_under_node_sh(config_file: MakeFile, tmp_path: Path) -> None:
     )
 
 
+def test_arguments_that_launchers_refuse(stand_ins: Path) -> None:
+    ended = run("check_node.sh", env=environment(stand_ins))
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        "check_node.sh: expected a run folder; --help says more\n",
+    )
+    ended = run("node.sh", "--config", "x.json", env=environment(stand_ins, NUM_PROCESSES=0))
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        "node.sh: found NUM_PROCESSES=0, expected 1 or more\n",
+    )
+
+
 def test_a_port_of_the_meeting_that_is_in_use(stand_ins: Path) -> None:
     put(stand_ins, "torchrun", "echo started\n")
     with socket.socket() as other:

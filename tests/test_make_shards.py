@@ -599,7 +599,12 @@ def test_the_other_sources_of_the_tool(
             "--rows-per-shard 300; use a multiple of 256, such as 512",
         ),
         (["max_tokens.txt"], 3, "input file 'max_tokens.txt' does not exist"),
-        (["a.csv"], 3, "a.csv: unknown suffix '.csv'"),
+        (["a.csv"], 3, "a.csv is a table; read the tables in a folder with --dataset FOLDER"),
+        (
+            ["bad.txt", "--column", "x"],
+            2,
+            "--column 'x' is read only in JSON lines and Parquet, found text files alone",
+        ),
         (["nowhere.txt"], 3, "input file 'nowhere.txt' does not exist"),
         (["bad.txt", "empty.txt"], 3, "1 input file is empty, of 2: empty.txt; leave it out"),
         (

@@ -370,7 +370,9 @@ def test_a_source_at_fault_is_named(
         writer.write(np.zeros((40, 16), int), np.array([(row, 0, 16) for row in range(40)]))
     other = {**second, "shards": str(tmp_path / "foreign")}
     refused(DataError, r"data\.train\.1=.* was made with the tokenizer other", first, other)
-    with pytest.raises(DataError, match=r"data\.train\.1: \d+ rows don't fill data\.num_lanes=300"):
+    with pytest.raises(
+        ConfigError, match=r"data\.train\.1: data\.num_lanes=300 is more than the \d+ rows of the"
+    ):
         checks.plan_run(tiny_config(data={"train": [first, second], "num_lanes": 300}), 1, CPU)
 
 

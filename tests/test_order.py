@@ -8,7 +8,7 @@ import pytest
 
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.stream import ShardReader, ShardStream
-from scaledistill.errors import ConfigError, DataError
+from scaledistill.errors import ConfigError
 
 SHAPES = [
     ([100, 37, 64, 11], 4, 7),
@@ -124,8 +124,8 @@ def test_order_mixes_about_as_well_as_uniform_sampling() -> None:
         ({"seed": 0, "window_rows": 0}, ConfigError, "window_rows=0; expected at least 1"),
         (
             {"seed": 0, "num_lanes": 11},
-            DataError,
-            "10 rows don't fill num_lanes=11 lanes; lower it",
+            ConfigError,
+            "num_lanes=11 is more than the 10 rows of the data; use at most 10, or add data",
         ),
     ],
 )

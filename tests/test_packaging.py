@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,8 @@ def test_the_wheel_works_alone(output: Path, tmp_path: Path) -> None:
             written = here / "launch" / path.name
             assert written.read_bytes() == path.read_bytes()
             assert os.access(written, os.X_OK) == path.read_bytes().startswith(b"#!")
+            for preset in re.findall(r"configs/\w+\.json", path.read_text()):
+                assert (here / preset).is_file(), f"{path.name} starts it"
     node = subprocess.run(["launch/node.sh", "--help"], cwd=here, capture_output=True, text=True)
     assert "NUM_PROCESSES" in node.stdout
     # Nothing of the user's is lost.

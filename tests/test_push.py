@@ -73,6 +73,7 @@ def test_only_a_list_without_yes(export: Path, run: Callable[..., tuple[int, str
         assert (code, hub.commits, hub.created, hub.tokens) == (0, [], [], set())
     assert listed(out) == {name: (export / name).stat().st_size for name in FILES}
     assert "README.md: license becomes mit" in out
+    assert "README.md: names no teacher; --base-model NAME states its hub name" in out
     assert (
         "5 files, 0.0 MB would go to me/l6; files that only an older export there has would be"
         in out

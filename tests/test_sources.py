@@ -653,11 +653,12 @@ def test_empty_and_wrong_files(tmp_path: Path) -> None:
     [
         ("a.tar.gz", "a.tar.gz is a tar archive; read WebDataset text shards with --wds"),
         (
-            "a.csv",
-            r"a.csv: unknown suffix '.csv'; expected .txt, .text, .md or none \(text\), .jsonl, .* "
+            "a.doc",
+            r"a.doc: unknown suffix '.doc'; expected .txt, .text, .md or none \(text\), .jsonl, .* "
             r"name it .txt if",
         ),
-        ("a.csv.xz", r"a.csv.xz: unknown suffix '.csv'"),
+        ("a.csv.xz", r"a.csv.xz is a table; .* --dataset FOLDER --column NAME"),
+        ("a.doc.xz", r"a.doc.xz: unknown suffix '.doc'"),
         ("a.txt.lz4", r"unknown suffix '.lz4'; .* each plain or .gz, .xz, .zst, .bz2"),
         (
             "a.txt.lzma",

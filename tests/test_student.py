@@ -122,6 +122,11 @@ def test_config_of_a_student() -> None:
         named(**student_names("l6")),
     ):
         student_config(TEACHERS["bert"], num_layers=6, hidden_size=384, num_attention_heads=5)
+    # Heads that the teacher's could not be cut to are not suggested.
+    with pytest.raises(ConfigError, match=r"num_attention_heads=5 .*hidden_size=36; use 4 or 6$"):
+        student_config(
+            TEACHERS["bert"], num_layers=3, hidden_size=36, num_attention_heads=5, init="teacher"
+        )
 
 
 def test_random_weights_are_seeded_and_disturb_nothing() -> None:
@@ -212,7 +217,7 @@ def refusals() -> list[tuple[dict[str, int], dict[str, object], str]]:
         (
             small | {"num_attention_heads": 1},
             {},
-            "hidden_size / num_attention_heads=24 is more than the teacher's 12",
+            "hidden_size / num_attention_heads=24 is more than the teacher's 12, .* use 2 or more",
         ),
         (
             small | {"intermediate_size": 96},

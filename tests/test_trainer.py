@@ -60,6 +60,19 @@ def arguments(folder: Path, **changes: Any) -> MiniLMTrainingArguments:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("evaluation_strategy", "evaluation_strategy: use eval_strategy$"),
+        ("group_by_length", 'group_by_length: use train_sampling_strategy="group_by_length"$'),
+        ("student_layers", "student_layers: it is unknown; did you mean student_layer\\?$"),
+    ],
+)
+def test_arguments_that_do_not_exist(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^MiniLMTrainingArguments: {message}"):
+        arguments(tmp_path, **{name: True})
+
+
 def models() -> tuple[BertModel, BertModel]:
     """Return the recorded teacher and student."""
     return BertModel.from_pretrained(RECORDED / "teacher"), BertModel.from_pretrained(

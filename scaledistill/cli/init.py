@@ -22,8 +22,10 @@ FILE ends in .yaml, and then says what each setting does, or in .json."""
 EPILOG = """examples:
   %(prog)s --preset large_to_l6 my.yaml
   %(prog)s --preset large_to_l6_a6000 my.yaml --with-launchers"""
-NEEDED = ("large_to_l6_a6000.json",)
+NEEDED = ("large_to_l6.json", "large_to_l6_a6000.json")
 """Presets that a launcher starts if it is given none."""
+ON_THE_HUB = {"models/all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
+"""The folder that a clone's Makefile fills, and where it is from."""
 
 
 def parser(prog: str = PROG) -> Parser:
@@ -104,10 +106,15 @@ def _content(preset: str, target: Path) -> bytes:
     source = find_preset(preset)
     suffix = target.suffix.lower()
     if suffix == ".json":
-        return source.read_bytes()
+        text = source.read_text(encoding="utf-8")
+        for folder, name in ON_THE_HUB.items():
+            text = text.replace(f'"{folder}"', f'"{name}"')
+        return text.encode()
     if suffix not in YAML_SUFFIXES:
         raise ConfigError(f"{target}: found the suffix {suffix!r}, expected .yaml, .yml or .json")
     tree = read_preset(source)
+    teacher = tree["teacher"]
+    teacher["model"] = ON_THE_HUB.get(teacher["model"], teacher["model"])
     head = (
         f"# {preset}: {summary(tree)}\n"
         "# All settings, with defaults: scaledistill distill --config FILE --print-config yaml\n"

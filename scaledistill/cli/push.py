@@ -71,6 +71,8 @@ def _push(options: argparse.Namespace) -> None:
     )
     for key, value in planned.changes.items():
         sys.stdout.write(f"README.md: {key} becomes {value}\n")
+    if not planned.has_base_model:
+        sys.stdout.write("README.md: names no teacher; --base-model NAME states its hub name\n")
     count = 0
     for folder, files in planned.folders.items():
         for name, size in files.items():

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from scaledistill.cli.parsing import Parser
 from scaledistill.data.sizes import ROWS_PER_SHARD, Part
-from scaledistill.errors import carry_out, counted, say
+from scaledistill.errors import SettingError, carry_out, counted, say
 from scaledistill.metrics.benchmark import output_file
 
 if TYPE_CHECKING:
@@ -239,6 +239,13 @@ def open_source(
     if options.wds:
         documents = sources.webdataset_documents(paths, column=column, progress=progress)
         return documents, {"kind": "webdataset", "column": column, "files": files}
+    if options.column and all(sources.is_text(path) for path in paths):
+        raise SettingError(
+            "column",
+            options.column,
+            "is read only in JSON lines and Parquet, found text files alone",
+            "leave it out",
+        )
     split_by: SplitBy = options.documents or "blank-line"
     documents = sources.file_documents(paths, column=column, split_by=split_by, progress=progress)
     return documents, {

@@ -92,9 +92,13 @@ class _Places:
         # A message about a block, or the whole file, starts with the setting that is at fault.
         first = re.match(r": ([\w.-]+)|([\w.-]+)", rest)
         words = tuple((first[1] or first[2]).split(".")) if first else ()
-        line = self._lines.get((*block, *words)) if words else None
-        if line is None and any(block[: len(key)] == key for key in self._overridden):
-            return ConfigError(*problem.pieces)  # the command line, not the file, has it
+        at_fault = (*block, *words)
+        said = re.findall(r"\w+", rest)
+        for key in self._overridden:
+            mentioned = block and key[: len(block)] == block and key[-1] in said
+            if mentioned or at_fault[: len(key)] == key:
+                return ConfigError(*problem.pieces)  # the command line, not the file, has it
+        line = self._lines.get(at_fault)
         for size in range(len(block), 0, -1):
             line = line or self._lines.get(block[:size])
         where = f"{self._path}:{line}: " if line else ""

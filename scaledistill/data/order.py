@@ -20,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 from scaledistill.config.schema import NUM_LANES, WINDOW_ROWS
-from scaledistill.errors import DataError, Field, SettingError
+from scaledistill.errors import Field, SettingError
 
 ORDER_VERSION = 1
 _ROWS, _SHARDS = 0, 1  # what is shuffled; part of the generator's key
@@ -57,10 +57,11 @@ class SampleOrder:
             )
         self.num_rows = sum(shard_rows)
         if self.num_rows < num_lanes:
-            raise DataError(
-                f"{self.num_rows} rows don't fill ",
-                Field("num_lanes", num_lanes),
-                " lanes; lower it or add data",
+            raise SettingError(
+                "num_lanes",
+                num_lanes,
+                f"is more than the {self.num_rows} rows of the data",
+                f"use at most {self.num_rows}, or add data",
             )
         self.seed = seed
         self.num_lanes = num_lanes

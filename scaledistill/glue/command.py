@@ -55,9 +55,9 @@ EPILOG = """exit codes: 0 done, 2 wrong options, 3 wrong data or environment, or
 130 interrupted
 
 examples:
-  %(prog)s --model runs/student --model google-bert/bert-base-uncased \\
+  %(prog)s --model runs/l6/export/l6 --model google-bert/bert-base-uncased \\
     --tasks cola,rte --data-dir glue --output runs/glue
-  %(prog)s --probe stsb --model runs/student"""
+  %(prog)s --probe stsb --model runs/l6/export/l6"""
 
 # Options of run_glue.py and similar tools, and the option that does the same here.
 FOREIGN = {

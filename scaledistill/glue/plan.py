@@ -308,7 +308,8 @@ def _model_inside(path: Path) -> str | None:
     """Return which folder to give instead of a run folder or a file; None for other paths."""
     if path.is_file():
         return f"is a file; give its folder, {path.parent}"
-    if not path.is_dir() or (path / "config.json").is_file():
+    is_run = (path / "metrics.jsonl").is_file()  # it has a config.json too, its own
+    if not path.is_dir() or ((path / "config.json").is_file() and not is_run):
         return None
     runs = [above for above in path.absolute().parents[:3] if (above / "metrics.jsonl").is_file()]
     for parent in (path, path / "export", *(run / "export" for run in runs)):

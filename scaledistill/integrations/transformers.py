@@ -16,7 +16,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from scaledistill.data.tokens import TokenInputs
-from scaledistill.errors import ConfigError, DataError, Field, named
+from scaledistill.errors import ConfigError, DataError, Field, did_you_mean, named, near_miss
 from scaledistill.integrations.datasets import prepare_dataset as prepare_dataset
 from scaledistill.models.architectures import (
     base_encoder,
@@ -79,6 +79,24 @@ STUDENT_NAMES: dict[str, str | Field] = {
 """The arguments of `create_student`, by the parameters of `models.student`."""
 
 
+REMOVED = {
+    "evaluation_strategy": "use eval_strategy",
+    "no_cuda": "use use_cpu=True",
+    "use_mps_device": "remove it: MPS is detected",
+    "per_gpu_train_batch_size": "use per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "use per_device_eval_batch_size",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "overwrite_output_dir": "remove it: resume_from_checkpoint decides whether to resume",
+    "save_safetensors": "remove it: weights are always saved as safetensors",
+    "group_by_length": 'use train_sampling_strategy="group_by_length"',
+    "push_to_hub_token": "use hub_token",
+    "fp16_backend": "remove it: PyTorch's autocast is used",
+    "half_precision_backend": "remove it: PyTorch's autocast is used",
+    "fp16_opt_level": "remove it: PyTorch's autocast is used",
+}
+"""Arguments that transformers 5 removed, and what to do instead."""
+
+
 @dataclass
 class MiniLMTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the settings of distillation. Layers count from 1.
@@ -126,6 +144,15 @@ class MiniLMTrainingArguments(TrainingArguments):
             )
         },
     )
+
+    def __new__(cls, *values: Any, **named_values: Any) -> MiniLMTrainingArguments:
+        """Refuse unknown arguments with a remedy, before the generated constructor does."""
+        known = [each.name for each in fields(cls) if each.init]
+        for name in named_values:
+            if name not in known:
+                remedy = REMOVED.get(name) or f"it is unknown{did_you_mean(near_miss(name, known))}"
+                raise ConfigError(f"{cls.__name__}: {name}: {remedy}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.warmup_ratio is not None:

@@ -495,7 +495,7 @@ def default_config(architecture: str) -> PreTrainedConfig:
         "architecture",
         architecture,
         "is not supported",
-        f"{f'did you mean {near!r}? ' if near else ''}Use {SUPPORTED}",
+        f"{f'did you mean {near!r}? Use' if near else 'use'} {SUPPORTED}",
     )
 
 

@@ -122,6 +122,9 @@ def student_config(
     row = architecture_of(config)
     if hidden_size % num_attention_heads:
         divisors = [heads for heads in range(1, hidden_size + 1) if hidden_size % heads == 0]
+        if init == "teacher" and head_dim is None:  # whose heads are cut
+            most = head_size(teacher_config)
+            divisors = [heads for heads in divisors if hidden_size // heads <= most] or divisors
         nearest = sorted(sorted(divisors, key=lambda heads: abs(heads - num_attention_heads))[:2])
         raise SettingError(
             "num_attention_heads",
@@ -521,11 +524,14 @@ def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
         ("intermediate_size", getattr(config, row.ffn_width), getattr(teacher, row.ffn_width)),
     ):
         if found > most:
+            remedy = f"use at most {most}"
+            if key == "hidden_size / num_attention_heads":
+                remedy = f"use {-(-config.hidden_size // most)} or more heads"
             raise SettingError(
                 f"config.{key}",
                 found,
                 f"is more than the teacher's {most}, from which it would be cut",
-                (f"use at most {most}, or ", Field("init", "random")),
+                (f"{remedy}, or ", Field("init", "random")),
             )
     embedding_size = getattr(teacher, "embedding_size", teacher.hidden_size)
     projects = embedding_size != teacher.hidden_size

@@ -32,7 +32,15 @@ from scaledistill.data.prepare.text import load_tokenizer, tokenizer_fingerprint
 from scaledistill.data.reader import ShardReader, check_cache
 from scaledistill.data.tokenizer import TOKENIZER_FILES
 from scaledistill.distributed.ranks import Ranks
-from scaledistill.errors import ConfigError, DataError, Field, Problems, counted, named
+from scaledistill.errors import (
+    ConfigError,
+    DataError,
+    Field,
+    Problems,
+    SettingError,
+    counted,
+    named,
+)
 from scaledistill.metrics.trackers import check_trackers
 from scaledistill.models.architectures import (
     architecture_of,
@@ -519,10 +527,10 @@ def _order(
                 order = reader.order(
                     seed=seed, num_lanes=data.num_lanes, window_rows=data.window_rows
                 )
-            except DataError as error:
+            except SettingError as error:
                 if len(shards) == 1:
                     raise
-                raise DataError(f"{setting}: ", *error.pieces) from error
+                raise ConfigError(f"{setting}: ", *error.pieces) from error
             sources.append(Source(spec.name or setting, reader, order))
         weights = [spec.weight for spec in data.sources.values()]
         return tuple(sources), mix([each.order for each in sources], weights, seed=seed)

@@ -99,7 +99,12 @@ def _indivisible(batch: int, world_size: int, share: int, micro: int | None) -> 
     ranks = counted(world_size, "rank")
     if micro is None or batch % world_size:
         what = ranks if micro is None else f"{ranks} × train.micro_batch_size={micro}"
-        return f"train.global_batch_size={batch} is not divisible by {what}; use {batches}"
+        fitting = [n for n in range(1, batch + 1) if batch % (n * (micro or 1)) == 0]
+        near = [n for n in fitting if n < world_size][-1:]
+        near += [n for n in fitting if n > world_size][:1]
+        text = f"train.global_batch_size={batch} is not divisible by {what}; use {batches}"
+        # A resume refuses another batch.
+        return f"{text}, or {' or '.join(map(str, near))} ranks" if near else text
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     nearest = sorted(sorted(sizes, key=lambda size: abs(size - micro))[:4])
     return (

@@ -50,6 +50,8 @@ class Upload:
     """By folder, relative to the export, the root last: sizes in bytes by file name."""
     changes: dict[str, str]
     """The fields of the model card's metadata that would be set first."""
+    has_base_model: bool = True
+    """Whether the model card then names the teacher."""
 
     @property
     def num_bytes(self) -> int:
@@ -96,7 +98,8 @@ def plan_upload(
         )
     wanted = {"license": licence, "base_model": base_model}
     changes = {key: value for key, value in wanted.items() if value and card.data.get(key) != value}
-    return Upload(repo, export, _files(export), changes)
+    has_base_model = bool(base_model or card.data.get("base_model"))
+    return Upload(repo, export, _files(export), changes, has_base_model)
 
 
 def upload(planned: Upload, *, private: bool = False) -> str:

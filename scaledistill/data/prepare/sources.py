@@ -48,9 +48,11 @@ SplitBy = Literal["blank-line", "line", "file"]
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _TAR = (".tar", ".tgz")
 _TEXT = (".txt", ".text", ".md", "")
+_TABLES = (".csv", ".tsv", ".arrow")
+"""Read by `datasets` only."""
 _LINES_AT_ONCE = 4096
 # What `datasets` takes for data in a local folder, and names that hold none.
-_OF_DATASETS = (".txt", *_JSON_LINES, *PARQUET_SUFFIXES, ".csv", ".tsv", ".arrow")
+_OF_DATASETS = (".txt", *_JSON_LINES, *PARQUET_SUFFIXES, *_TABLES)
 _NO_DATA = ("LICENSE", "LICENCE", "NOTICE", "README", "REQUIREMENTS")
 _SETTINGS = ("config.json", "dataset_info.json", "dataset_infos.json", "dummy_data.zip")
 
@@ -340,6 +342,11 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
+def is_text(path: Path) -> bool:
+    """Return whether a file's name says that it is text, without keys or columns."""
+    return _kind(path) in _TEXT[:-1]
+
+
 def _check_kind(path: Path) -> None:
     """Raise DataError for a file that can be refused by its suffix."""
     kind = _kind(path)
@@ -347,6 +354,10 @@ def _check_kind(path: Path) -> None:
         raise DataError(f"{path} is a tar archive; read WebDataset text shards with --wds")
     if kind == ".lzma":
         raise DataError(f"{path} has the suffix of {LZMA.name}, which is not read; {LZMA.remedy}")
+    if kind in _TABLES:
+        raise DataError(
+            f"{path} is a table; read the tables in a folder with --dataset FOLDER --column NAME"
+        )
     if kind not in (*_TEXT, *_JSON_LINES, *PARQUET_SUFFIXES):
         raise DataError(
             f"{path}: unknown suffix {kind!r}; expected {', '.join(filter(None, _TEXT))} or none "
