@@ -251,7 +251,7 @@ def say(prog: str, message: str) -> None:
 
 
 @contextmanager
-def _stopped_like_ctrl_c() -> Iterator[None]:
+def stopped_like_ctrl_c() -> Iterator[None]:
     """Let a scheduler's SIGTERM, and a terminal that is closed, clean up like Ctrl-C.
 
     Signals that are ignored, as under nohup, or handled already stay so.
@@ -288,7 +288,7 @@ def carry_out(
         interrupted: what Ctrl-C, SIGTERM or SIGHUP leaves, for the message.
     """
     try:
-        with _stopped_like_ctrl_c(), named(**(names or {})):
+        with stopped_like_ctrl_c(), named(**(names or {})):
             return work() or EXIT_DONE
     except (ConfigError, DataError) as error:
         say(prog, str(error))

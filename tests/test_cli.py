@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -548,3 +549,22 @@ def test_an_interrupt_says_what_there_is(
 
 def test_parser_takes_what_launchers_add() -> None:
     assert cli.parser().parse_args(["--config", "x", "--local-rank", "3"]).local_rank == 3
+
+
+@pytest.mark.parametrize("option", ["--export", "--validate"])
+def test_sigterm_cleans_up_like_ctrl_c(
+    option: str, config_file: MakeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = []
+
+    def work(*arguments: object) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            left.append(True)
+        return 0
+
+    monkeypatch.setattr(cli, f"_{option[2:]}", work)
+    assert main(["--config", str(config_file()), option]) == 130
+    assert left

@@ -34,6 +34,7 @@ from scaledistill.errors import (
     DivergedError,
     PeerError,
     named,
+    stopped_like_ctrl_c,
 )
 
 if TYPE_CHECKING:
@@ -242,10 +243,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
             if is_main:
                 sys.stdout.write(_printed(config, options.print_config))
             return EXIT_DONE
-        if options.export is not None:
-            return _export(config, options.export, is_main)
-        if options.validate:
-            return _validate(config, options, is_main)
+        if options.export is not None or options.validate:
+            with stopped_like_ctrl_c():
+                if options.validate:
+                    return _validate(config, options, is_main)
+                return _export(config, options.export, is_main)
         if num_ranks := _ranks_to_start(options.num_ranks):
             given = sys.argv[1:] if arguments is None else arguments
             return _start_ranks(config, options, num_ranks, given)
