@@ -551,7 +551,7 @@ def test_parser_takes_what_launchers_add() -> None:
     assert cli.parser().parse_args(["--config", "x", "--local-rank", "3"]).local_rank == 3
 
 
-@pytest.mark.parametrize("option", ["--export", "--validate"])
+@pytest.mark.parametrize("option", ["--export=newest", "--validate"])
 def test_sigterm_cleans_up_like_ctrl_c(
     option: str, config_file: MakeFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -565,6 +565,7 @@ def test_sigterm_cleans_up_like_ctrl_c(
             left.append(True)
         return 0
 
-    monkeypatch.setattr(cli, f"_{option[2:]}", work)
+    for name in ("_export", "_validate"):
+        monkeypatch.setattr(cli, name, work)
     assert main(["--config", str(config_file()), option]) == 130
     assert left

@@ -77,8 +77,9 @@ A student of another type than the teacher's shares its vocabulary, special toke
 length, and starts from random weights or from the folder of a model of its type. All else is the
 default of transformers' config class, except: {defaults}.
 
-With `data.attention="document"`, teacher and student must both support it. Each model gets the inputs of its own kind: position ids that start after the
-padding id for RoBERTa and its kin, token type ids only where there are several types.
+With `data.attention="document"`, teacher and student must both support it. Each model gets the
+inputs of its own kind: position ids that start after the padding id for RoBERTa and its kin, token
+type ids only where there are several types.
 
 Parameters have the names of the model's own code, in checkpoints and exports.
 
@@ -101,8 +102,9 @@ LIMITS = {
     "deberta-v2": "the relative embeddings, their norm and the convolution are part of the model; "
     "the relative embeddings train from two blocks on; rows are at most as long as "
     "`max_position_embeddings`, with or without a table of positions",
-    "deberta": "the relative embeddings are as in DeBERTa v2; queries and values include their biases, but not the scale by which "
-    "the model divides queries; with `train.compile` each block is compiled in two parts",
+    "deberta": "the relative embeddings are as in DeBERTa v2; queries and values include their "
+    "biases, but not the scale by which the model divides queries; with `train.compile` each block "
+    "is compiled in two parts",
     "albert": "all layers are one block, so that `teacher.layer` is a number of passes through it, "
     "and a student has as many passes as `num_layers`, at the same number of parameters; with "
     '`init: "teacher"` its block is cut from the teacher\'s, and `layer_map` is refused; '
