@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -72,13 +73,20 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield "scaledistill:" + (inner or "__init__")
 
 
+@functools.cache
 def parse(name: str) -> ast.Module:
+    """Return the tree of a module; the tests share it and do not change it."""
     return ast.parse(MODULES[name].read_text(), str(MODULES[name]))
+
+
+@functools.cache
+def imports_of(name: str) -> frozenset[str]:
+    return frozenset(imports(parse(name)))
 
 
 @pytest.mark.parametrize("package", THIRD_PARTIES)
 def test_imports_of_third_parties(package: str) -> None:
-    found = {name for name in MODULES if package in imports(parse(name))}
+    found = {name for name in MODULES if package in imports_of(name)}
     allowed = THIRD_PARTIES[package]
     assert {
         name for name in found if name not in allowed and name.rpartition(".")[0] not in allowed
@@ -90,14 +98,16 @@ def test_imports_of_third_parties(package: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(LIGHT_AT_THE_TOP))
 def test_nothing_heavy_at_the_top(name: str) -> None:
-    tree = parse(name)
-    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not {"torch", "transformers", "datasets", "webdataset", "rich"} & set(imports(tree))
+    at_the_top = [
+        node for node in parse(name).body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    found = {imported for node in at_the_top for imported in imports(node)}
+    assert not {"torch", "transformers", "datasets", "webdataset", "rich"} & found
 
 
 def test_only_the_command_line_starts_a_run() -> None:
     loop = "scaledistill:training.loop"
-    assert {name for name in MODULES if loop in imports(parse(name))} == {"__init__", "cli.distill"}
+    assert {name for name in MODULES if loop in imports_of(name)} == {"__init__", "cli.distill"}
     lazily = [
         node for node in parse("__init__").body if isinstance(node, ast.Import | ast.ImportFrom)
     ]
@@ -116,8 +126,7 @@ def test_few_names_lie_at_the_top() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_is_quiet(name: str) -> None:
-    text = MODULES[name].read_text()
-    tree = ast.parse(text)
+    text, tree = MODULES[name].read_text(), parse(name)
     called = {
         node.func.id
         for node in ast.walk(tree)

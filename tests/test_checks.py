@@ -25,6 +25,7 @@ from scaledistill.config.schema import DistillConfig
 from scaledistill.data.order import SampleOrder
 from scaledistill.data.prepare.make import make_shards
 from scaledistill.data.prepare.text import load_tokenizer
+from scaledistill.data.reader import ShardReader
 from scaledistill.distributed.ranks import Ranks
 from scaledistill.errors import ConfigError, DataError, counted
 from scaledistill.preflight import checks, report
@@ -78,6 +79,7 @@ def test_the_plan(tiny_config: MakeConfig, tiny_shards: Path) -> None:
     plan = checks.plan_run(config, 3, CPU)
     assert (plan.run.config.train.precision, plan.run.config.teacher.dtype) == ("bf16", "bf16")
     assert plan.run.config.train.micro_batch_size == 8
+    assert plan.order.fingerprint() == order_of(config).fingerprint()
     manifest = plan.sources[0].shards.manifest
     assert manifest.rows == sum(shard.rows for shard in manifest.shards)
     assert plan.free_disk_bytes == pytest.approx(shutil.disk_usage(tiny_shards).free, rel=0.2)
@@ -618,6 +620,15 @@ def test_the_plan_of_bert_large_takes_seconds(
     assert not (large_tree / "run").exists()
 
 
+def order_of(config: DistillConfig) -> SampleOrder:
+    """Return the order of a run on one data set, without the other checks of a plan."""
+    data = config.data
+    assert isinstance(data.train, str)
+    return ShardReader(data.train).order(
+        seed=config.run.seed, num_lanes=data.num_lanes, window_rows=data.window_rows
+    )
+
+
 def state_of(config: DistillConfig, step: int, order: Any) -> dict[str, Any]:
     """What a checkpoint says of the run that wrote it."""
     return {"config": config.model_dump(), "data": order.fingerprint(), "step": step}
@@ -643,7 +654,7 @@ def test_max_steps_may_change_where_no_step_was_made_otherwise(
     old, new = (
         tiny_config(train={"max_steps": steps, "warmup_steps": 5}) for steps in (before, now)
     )
-    order = checks.plan_run(new, 1, CPU).order
+    order = order_of(new)
     if goes_on:
         checks.check_same_run(state_of(old, step, order), new, order)
         return
@@ -686,7 +697,7 @@ def test_a_schedule_may_change_where_no_step_was_made_otherwise(
     step: int, now: dict[str, Any], changes: str | None, same: int, tiny_config: MakeConfig
 ) -> None:
     old, new = tiny_config(train=WSD), tiny_config(train={**WSD, **now})
-    order = checks.plan_run(new, 1, CPU).order
+    order = order_of(new)
     if changes is None:
         checks.check_same_run(state_of(old, step, order), new, order)
         return
@@ -717,7 +728,7 @@ def test_a_schedule_may_change_where_no_step_was_made_otherwise(
 
 def test_a_checkpoint_from_before_schedules_could_be_chosen(tiny_config: MakeConfig) -> None:
     old = tiny_config(train={"max_steps": 20, "warmup_steps": 5})
-    order = checks.plan_run(old, 1, CPU).order
+    order = order_of(old)
     state = state_of(old, 15, order)
     for key in ("schedule", "decay_steps"):
         del state["config"]["train"][key]
@@ -734,7 +745,7 @@ def test_a_checkpoint_from_before_schedules_could_be_chosen(tiny_config: MakeCon
 
 def test_a_finished_run_is_continued_from_its_export(tiny_config: MakeConfig) -> None:
     old, new = (tiny_config(train={"max_steps": steps, "warmup_steps": 0}) for steps in (10, 20))
-    order = checks.plan_run(new, 1, CPU).order
+    order = order_of(new)
     (Path(new.run.folder) / "export" / "l2").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"and students\.l2\.init=.*/run/export/l2$"):
         checks.check_same_run(state_of(old, 10, order), new, order)
@@ -754,7 +765,7 @@ def with_students(config: DistillConfig, **students: dict[str, Any]) -> DistillC
 
 def test_students_may_be_added_and_left_out(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"max_steps": 20, "warmup_steps": 5})
-    order = checks.plan_run(config, 1, CPU).order
+    order = order_of(config)
     old = with_students(config, a={}, b={})
     state = state_of(old, 12, order)
     state |= {"students": {"a": {"first_step": 0}, "b": {"first_step": 4}}}
@@ -804,7 +815,7 @@ def test_students_may_be_added_and_left_out(tiny_config: MakeConfig) -> None:
 
 def test_a_dropped_student_stays_out(tiny_config: MakeConfig) -> None:
     config = tiny_config()
-    order = checks.plan_run(config, 1, CPU).order
+    order = order_of(config)
     both = with_students(config, a={}, b={})
     state = {**state_of(both, 4, order), "students": {"a": {}}}
     state["dropped"] = {"b": {"step": 3, "reason": "it diverged", "skipped_steps": 2}}
@@ -820,7 +831,7 @@ def test_a_dropped_student_stays_out(tiny_config: MakeConfig) -> None:
 
 def test_another_order_is_named_once(tiny_config: MakeConfig) -> None:
     old, new = tiny_config(data={"window_rows": 32}), tiny_config(data={"window_rows": 16})
-    before, now = (checks.plan_run(config, 1, CPU).order for config in (old, new))
+    before, now = order_of(old), order_of(new)
     with pytest.raises(
         ConfigError, match=r"with other settings: data\.window_rows: 32 -> 16\. Restore them"
     ):
