@@ -160,8 +160,9 @@ def test_an_evaluation_stops_and_goes_on(make_tree: Callable[..., dict[str, Any]
 
 def stop_and_go_on(tree: dict[str, Any]) -> list[dict[str, Any]]:
     """Return `status.json` after an evaluation that is stopped, one that goes on, and one that
-    cannot be.
+    cannot be; its fine-tuning takes no time.
     """
+    worker.COMMAND = glue_stub.COMMAND
     config, folder = parse_config(tree), Path(tree["run"]["folder"])
     result = train.distill(parse_config({**tree, "evaluation": None}))
     (folder / "STOP").touch()
