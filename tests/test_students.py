@@ -332,7 +332,7 @@ def distil_from_the_form_of_before(tree: dict[str, Any], whole: dict[str, Any]) 
         own = state.pop("students")["a"]
         by_student = ("optimizer_steps", "loss_scaler")
         before = {**state, **{key: {"a": own[key]} for key in by_student}}
-        later = ("first_step", "validated_at")
+        later = ("first_step", "validated_at", "model_config")
         before |= {key: own[key] for key in own.keys() - {*by_student, *later}}
         digests = {path.name: sha256_of(path) for path in folder.glob("*.safetensors")}
         digests["state.json"] = write_state(folder / "state.json", json.dumps(before))
