@@ -1,8 +1,7 @@
 """The GLUE runner with fine-tuning that takes no time: for tests of how processes are started,
 stopped and lost.
 
-`glue_stub.py worker` is a worker; `glue_stub.py OPTION …` is the command line, whose workers are
-such.
+`COMMAND` starts such a worker.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from scaledistill.glue import worker
 from scaledistill.glue.cell import Cell
 from scaledistill.glue.tasks import TASKS
 
-COMMAND = (sys.executable, __file__, "worker")
+COMMAND = (sys.executable, __file__)
 
 
 def fine_tune(cell: Cell, *_: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -39,13 +38,7 @@ def fine_tune(cell: Cell, *_: Any) -> tuple[dict[str, Any], list[dict[str, Any]]
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "worker":
-        sys.modules["scaledistill.glue.finetune"] = types.SimpleNamespace(  # type: ignore[assignment]
-            fine_tune=fine_tune, take_share=lambda **share: None
-        )
-        worker.main()
-    else:
-        worker.COMMAND = COMMAND
-        from scaledistill.glue.command import main
-
-        sys.exit(main())
+    sys.modules["scaledistill.glue.finetune"] = types.SimpleNamespace(  # type: ignore[assignment]
+        fine_tune=fine_tune, take_share=lambda **share: None
+    )
+    worker.main()

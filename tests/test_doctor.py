@@ -422,8 +422,11 @@ def test_a_probe_that_hangs_is_interrupted_first(tmp_path: Path) -> None:
         "finally: lock.rename('released')\n"
     )
     script = f'cd {tmp_path} && exec {sys.executable} -c "{code}"'
-    with pytest.raises(subprocess.TimeoutExpired):
-        doctor._run(["bash", "-c", script], {"PATH": "/usr/bin:/bin"}, 5.0)
+    for seconds in (1.0, 10.0):  # on a busy machine, the first may end before Python has started
+        with pytest.raises(subprocess.TimeoutExpired):
+            doctor._run(["bash", "-c", script], {"PATH": "/usr/bin:/bin"}, seconds)
+        if (tmp_path / "released").exists():
+            break
     assert (tmp_path / "released").exists()
 
 

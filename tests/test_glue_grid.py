@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import glue_stub
 import pytest
 from conftest import WORDS
+from ranks import Job
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
@@ -404,6 +404,21 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def glue_in_folder(arguments: list[str], folder: Path) -> None:
+    """Run the command line in this process, with workers that take half a second for each cell, its
+    words in `folder`.
+    """
+    from scaledistill.glue.command import main
+
+    for name in [name for name in os.environ if name.startswith(worker_module.LAUNCHERS)]:
+        del os.environ[name]  # users start it without a launcher
+    os.environ["GLUE_STUB_SECONDS"] = "0.5"
+    worker_module.COMMAND = glue_stub.COMMAND
+    for number, name in ((1, "output"), (2, "words")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os._exit(main(arguments))
+
+
 def test_interrupted_twice_it_ends_with_the_same_numbers(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,27 +436,28 @@ def test_interrupted_twice_it_ends_with_the_same_numbers(
     }
     options |= {"epochs": 2, "seeds": "1,2", "batch-size": 8, "max-length": 24, "output": output}
     arguments = ["--group-by-length", *(f"--{name}={value}" for name, value in options.items())]
-    command = [sys.executable, glue_stub.__file__, *arguments]
+    generator = random.Random(5)
     kept: dict[Path, tuple[int, bytes]] = {}
     for kill in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"GLUE_STUB_SECONDS": "1"},
-        )
-        while (
-            len(list(output.glob("cells/*/*/*.json"))) <= len(kept) / 2 and process.poll() is None
-        ):
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.8))
-        workers = children(process.pid)
-        process.send_signal(kill)
-        _, words = process.communicate(timeout=20)
+        job = Job(glue_in_folder, 1, arguments, tmp_path)
+        [process] = job.processes
+        try:
+            while len(list(output.glob("cells/*/*/*.json"))) <= len(kept) / 2 and (
+                process.is_alive()
+            ):
+                time.sleep(0.01)
+            time.sleep(generator.uniform(0, 0.3))
+            words = (tmp_path / "words").read_text()
+            assert process.is_alive(), words
+            workers = children(process.pid)
+            os.kill(process.pid, kill)
+            process.join(20)
+        finally:
+            job.kill()
+        words = (tmp_path / "words").read_text()
         assert len(workers) == 1, words
         if kill == signal.SIGINT:
-            assert process.returncode == 130, words
+            assert process.exitcode == 130, words
             assert (
                 f"glue: interrupted; finished cells are kept in {output}; rerun the same command "
                 "to resume" in words
