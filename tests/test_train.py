@@ -399,15 +399,9 @@ def distil_with_misplaced_weights(tree: dict[str, Any]) -> tuple[str, int, str]:
     return distil(tree)
 
 
-@pytest.mark.parametrize(
-    ("rows", "tap", "ranks_before"), [("validation", "last", 2), ("train", "extra", 1)]
-)
+@pytest.mark.parametrize(("rows", "tap"), [("validation", "last"), ("train", "extra")])
 def test_an_export_that_computes_something_else_fails_the_run(
-    make_tree: Callable[..., dict[str, Any]],
-    tiny_shards: Path,
-    rows: str,
-    tap: str,
-    ranks_before: int,
+    make_tree: Callable[..., dict[str, Any]], tiny_shards: Path, rows: str, tap: str
 ) -> None:
     student = {
         "num_layers": 2,
@@ -424,8 +418,7 @@ def test_an_export_that_computes_something_else_fails_the_run(
         blocks["data"] = {"validation": str(tiny_shards / "validation")}
         blocks["train"] |= {"validation_every_steps": 2, "validation_rows": 11}
     tree = make_tree(**blocks)
-    # The comparison holds where nothing is wrong.
-    assert run_ranks(distil, ranks_before, tree)[0][0] == "done"
+    assert run_ranks(distil, 2, tree)[0][0] == "done"  # the comparison holds where nothing is wrong
     export = Path(tree["run"]["folder"]) / "export" / "l2" / "model.safetensors"
     before = export.read_bytes()
     shutil.rmtree(Path(tree["run"]["folder"]) / "checkpoints")
