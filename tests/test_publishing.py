@@ -274,7 +274,7 @@ def test_scores_of_the_whole_student_are_not_those_of_a_cut_one(
     source = write()
     parameters = sum(value.numel() for value in load_file(source / "model.safetensors").values())
     row = SimpleNamespace(parameters=parameters)
-    monkeypatch.setattr(formats, "check_scored", lambda name, folder: row)
+    monkeypatch.setattr(formats, "scored_row", lambda name, folder: row)
     for more in (("--format", "sentence-transformers"), ("--num-layers", 1)):
         assert run(source, *more, "--glue", "scores", "--output", tmp_path / "out") == 2
         assert (

@@ -33,8 +33,7 @@ class SampleOrder:
     rows), so that the reads at window changes spread over the steps; a lane that fits in one window
     has one. `identity`: the manifest's sha256; by default a hash of `shard_rows`.
 
-    Raises: ConfigError for a seed, lane count or window out of range; DataError if there are fewer
-    rows than lanes.
+    Raises: ConfigError for a seed, lane count or window out of range, or more lanes than rows.
     """
 
     def __init__(

@@ -32,19 +32,14 @@ METRIC_TYPES = {
 }
 
 
-def check_scored(name: str, output: Path) -> Row:
+def scored_row(name: str, output: Path) -> Row:
     """Return a model's row of a grid's table.
 
     Raises:
         DataError: a grid has never been run in `output`.
         SettingError: it has no such model.
     """
-    known = {row.name: row for row in summary_of(output).rows}
-    if name not in known:
-        raise SettingError(
-            "name", name, f"is not a model of {output}", f"use {' or '.join(known) or 'another'}"
-        )
-    return known[name]
+    return _row(summary_of(output), name, output)
 
 
 def write_scores(export: Path, name: str, output: Path) -> None:
@@ -58,13 +53,22 @@ def write_scores(export: Path, name: str, output: Path) -> None:
         DataError: a grid has never been run in `output`.
         SettingError: it has no such model.
     """
-    check_scored(name, output)
     summary = summary_of(output)
+    _row(summary, name, output)
     table = _seeds_table(summary, name, output)
     text = "\n\n".join([summary.markdown().strip(), table.markdown()])
     write_card_section(export, "Evaluation", text)
     if results := _results(summary, name):
         write_results(export, export.name, results)
+
+
+def _row(summary: Summary, name: str, output: Path) -> Row:
+    known = {row.name: row for row in summary.rows}
+    if name not in known:
+        raise SettingError(
+            "name", name, f"is not a model of {output}", f"use {' or '.join(known) or 'another'}"
+        )
+    return known[name]
 
 
 def _results(summary: Summary, name: str) -> list[EvalResult]:

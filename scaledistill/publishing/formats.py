@@ -29,7 +29,7 @@ from torch import Tensor
 
 from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.errors import DataError, SettingError, SourceError
-from scaledistill.glue.card import check_scored, write_scores
+from scaledistill.glue.card import scored_row, write_scores
 from scaledistill.metrics.benchmark import Report, Table, machine_facts
 from scaledistill.models.card import (
     README,
@@ -115,7 +115,7 @@ def write_formats(
     stated = {key: value for key, value in given.items() if value}
     scored = None
     if options.glue is not None:
-        scored = check_scored(options.glue_model or student.name, options.glue).parameters
+        scored = scored_row(options.glue_model or student.name, options.glue).parameters
     metadata = dict(student.metadata)
     restate(metadata, **stated)
     student = replace(student, metadata=metadata)
