@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -242,20 +243,28 @@ def test_a_student_without_a_trained_layer_is_not_cut(
     )
 
 
-def test_one_format_of_a_student_that_is_cut(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_one_format_of_a_student_that_is_cut(
+    write: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The card is about the cut model, so results of the whole one are not on it."""
     pytest.importorskip("sentence_transformers")
+    caplog.set_level(logging.INFO)
     source, output = write(), tmp_path / "l2"
     write_results(source, "small", [result()])
     assert ModelCard.load(source / "README.md").data.eval_results == [result()]
     assert run(source, "--format", "sentence-transformers", "--output", output) == 0
     card = ModelCard.load(output / "README.md")
     assert "| layers | the first 1 of the student's 2 |" in card.text
+    assert "vectors are those of block 1, the last one that was trained; --num-layers 2" in (
+        caplog.text
+    )
+    caplog.clear()
     assert "None: the loss was taken from" in card.text
     assert card.data.eval_results is None
     assert AutoModel.from_pretrained(output).config.num_hidden_layers == 1
     assert run(source, "--format", "sentence-transformers", "--num-layers", 2, "--output",
                tmp_path / "stated") == 0  # fmt: skip
+    assert "vectors are those of block" not in caplog.text
     assert AutoModel.from_pretrained(tmp_path / "stated").config.num_hidden_layers == 2
     # Exported again, it is not cut again, and what is not cut keeps its results.
     assert run(output, "--format", "sentence-transformers", "--output", tmp_path / "again") == 0

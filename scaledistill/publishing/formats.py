@@ -178,6 +178,15 @@ class _Writer:
         formats, options = self.options.formats, self.options
         if self.deployed:
             self._check_vectors(self.deployed[0])
+        below, last = (one.config.num_hidden_layers for one in (self.pooled, self.whole))
+        if below < last:
+            better = self.whole.card.get("init") == "teacher"
+            log.info(
+                "vectors are those of block %d, the last one that was trained; --num-layers %d "
+                "takes those of block %d%s",
+                *(below, last, last),
+                ", which may be better, because it is the teacher's" if better else "",
+            )
         self._write_model(self.folder, self.main)
         readme = self.main.readme
         if readme is None and self.main.tap is None:  # not a student of ours, and without a card
