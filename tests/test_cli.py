@@ -553,7 +553,10 @@ def test_parser_takes_what_launchers_add() -> None:
 
 @pytest.mark.parametrize("option", ["--export=newest", "--validate"])
 def test_sigterm_cleans_up_like_ctrl_c(
-    option: str, config_file: MakeFile, monkeypatch: pytest.MonkeyPatch
+    option: str,
+    config_file: MakeFile,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     left = []
 
@@ -569,3 +572,4 @@ def test_sigterm_cleans_up_like_ctrl_c(
         monkeypatch.setattr(cli, name, work)
     assert main(["--config", str(config_file()), option]) == 130
     assert left
+    assert capsys.readouterr().err.endswith("interrupted\n")

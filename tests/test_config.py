@@ -232,19 +232,6 @@ def test_errors_of_the_command_line_name_no_line_of_the_file(
         load_config(path, [override])
 
 
-def test_a_misspelt_init(tmp_path: Path) -> None:
-    path = tmp_path / "c.json"
-    path.write_text(json.dumps(BASE))
-    with pytest.raises(
-        ConfigError,
-        match=r"^students.l3.init: found 'teacer'; did you mean 'teacher'\? A folder of that name "
-        r"is './teacer'",
-    ):
-        load_config(path, ["students.l3.init=teacer"])
-    for folder in ("./teacer", "runs/teacher"):
-        assert load_config(path, [f"students.l3.init={folder}"]).students["l3"].init == folder
-
-
 def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "quickstart.json").write_text("{")
     with pytest.raises(

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -297,6 +296,9 @@ def test_scores_of_the_whole_student_are_not_those_of_a_cut_one(
     monkeypatch.setattr(formats, "write_scores", lambda export, name, output: None)
     scored = (*more, "--glue", "scores", "--glue-model", "l1")
     assert run(source, *scored, "--output", tmp_path / "scored") == 0
+    # The layers of an ALBERT share their parameters.
+    monkeypatch.setattr(formats, "architecture_of", lambda config: SimpleNamespace(repeats_block=1))
+    assert run(source, *scored, "--output", tmp_path / "albert") == 2
 
 
 @pytest.mark.filterwarnings("ignore:Importing from 'sentence_transformers:DeprecationWarning")
@@ -308,7 +310,7 @@ def test_the_modules_of_a_sentence_transformers_model(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling, Transformer
 
-    encoder = Transformer(str(write(tap=None)), max_seq_length=6, do_lower_case=True)
+    encoder = Transformer(str(write(tap=None)), max_seq_length=6)
     whole = [encoder, Pooling(16, pooling_mode=pooling, include_prompt=False), Normalize()]
     source, output = tmp_path / "source", tmp_path / "out"
     SentenceTransformer(
@@ -318,6 +320,9 @@ def test_the_modules_of_a_sentence_transformers_model(
         default_prompt_name="query",
         similarity_fn_name="dot",
     ).save(str(source))
+    # As versions before 6 have stored it.
+    limits = {"max_seq_length": 6, "do_lower_case": True}
+    (source / "sentence_bert_config.json").write_text(json.dumps(limits))
     code = run(source, "--format", "sentence-transformers", "--output", output)
     if pooling == "cls":
         assert code == 2
@@ -330,6 +335,7 @@ def test_the_modules_of_a_sentence_transformers_model(
     assert code == 0
     models = [SentenceTransformer(str(folder), device="cpu") for folder in (source, output)]
     texts = [text.upper() for text in TEXTS]
+    torch.testing.assert_close(models[0].encode(texts), models[0].encode(TEXTS))
     for options in ({}, {"prompt_name": "passage"}, {"prompt": ""}):
         expected, found = (torch.from_numpy(model.encode(texts, **options)) for model in models)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -340,8 +346,22 @@ def test_the_modules_of_a_sentence_transformers_model(
     assert again.num_tokens == 6
     assert again.sentence.settings["prompts"]["passage"] == WORDS[5]
     kept = publishing_source.open_student(source).sentence
-    assert replace(again.sentence, limits=()) == replace(kept, limits=())
+    assert kept.lowercases
+    assert again.sentence == kept
     assert "with length 1. Texts are truncated at 6 tokens" in (output / "README.md").read_text()
+
+
+def test_lowercasing_that_onnx_has_not(
+    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    source = write(tap=None)
+    (source / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    assert run(source, "--format", "onnx", "--output", tmp_path / "out") == 2
+    assert (
+        "--format 'onnx' does not lowercase texts, as the model's sentence_bert_config.json asks; "
+        "leave it out" in capsys.readouterr().err
+    )
 
 
 def test_pooling_of_older_and_newer_versions() -> None:

@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from scaledistill.config.naming import student_names
-from scaledistill.errors import ConfigError, DataError, named
+from scaledistill.errors import ConfigError, DataError, SourceError, named
 from scaledistill.models import export
+from scaledistill.models import student as student_module
 from scaledistill.models.architectures import build_encoder
 from scaledistill.models.card import untrained_parameters
 from scaledistill.models.export import export_student
@@ -123,10 +124,25 @@ def test_config_of_a_student() -> None:
     ):
         student_config(TEACHERS["bert"], num_layers=6, hidden_size=384, num_attention_heads=5)
     # Heads that the teacher's could not be cut to are not suggested.
-    with pytest.raises(ConfigError, match=r"num_attention_heads=5 .*hidden_size=36; use 4 or 6$"):
+    with pytest.raises(ConfigError, match=r"num_attention_heads=5 .*hidden_size=36; use 3 or 4$"):
         student_config(
             TEACHERS["bert"], num_layers=3, hidden_size=36, num_attention_heads=5, init="teacher"
         )
+
+
+def test_a_misspelt_init(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(model: str) -> PreTrainedConfig:
+        raise SourceError("model", model, "is not a folder, and the hub gave no such model")
+
+    monkeypatch.setattr(student_module, "load_config", missing)
+    config = student_config(TEACHERS["bert"], **SMALL)
+    with pytest.raises(
+        ConfigError,
+        match=r"^init='teacer' is neither a folder nor a hub name; did you mean 'teacher'\?$",
+    ):
+        check_init("teacer", config, TEACHERS["bert"])
+    with pytest.raises(DataError, match=r"^init='other' is not a folder, and the hub gave no such"):
+        check_init("other", config, TEACHERS["bert"])
 
 
 def test_random_weights_are_seeded_and_disturb_nothing() -> None:
@@ -218,6 +234,11 @@ def refusals() -> list[tuple[dict[str, int], dict[str, object], str]]:
             small | {"num_attention_heads": 1},
             {},
             "hidden_size / num_attention_heads=24 is more than the teacher's 12, .* use 2 or more",
+        ),
+        (
+            small | {"hidden_size": 28, "num_attention_heads": 2},
+            {},
+            "hidden_size / num_attention_heads=14 is more than .* use 4 or more heads, or",
         ),
         (
             small | {"intermediate_size": 96},

@@ -73,6 +73,17 @@ def test_arguments_that_do_not_exist(name: str, message: str, tmp_path: Path) ->
         arguments(tmp_path, **{name: True})
 
 
+def test_arguments_of_a_subclass(tmp_path: Path) -> None:
+    class Mine(MiniLMTrainingArguments):
+        def __init__(self, *, alpha: float = 0.5, **named_values: Any) -> None:
+            super().__init__(**named_values)
+            self.alpha = alpha
+
+    known = {**record.ARGUMENTS, "output_dir": str(tmp_path)}
+    assert Mine(alpha=0.3, **known).alpha == 0.3
+    assert copy.deepcopy(Mine(**known)).alpha == 0.5
+
+
 def models() -> tuple[BertModel, BertModel]:
     """Return the recorded teacher and student."""
     return BertModel.from_pretrained(RECORDED / "teacher"), BertModel.from_pretrained(

@@ -89,6 +89,7 @@ def newest_state(remote: str, after: str = "") -> dict[str, Any] | None:
         return None
 
     try:
+        _check_scheme(remote)
         return _named(remote, read)
     except (ConfigError, DataError):
         return None

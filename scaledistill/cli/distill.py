@@ -285,6 +285,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
         from scaledistill.run.resume_hint import resume_hint
 
         trial = options.dry_run or options.profile or options.validate or options.print_config
+        trial = trial or options.export
         if is_main:
             log.error("interrupted%s", "" if trial else f"; {resume_hint(config.run.folder)}")
         return EXIT_INTERRUPTED

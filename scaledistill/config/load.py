@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from scaledistill.config.presets import CLONE
-from scaledistill.config.schema import SCHEMA_KEY, DistillConfig, StudentSettings
+from scaledistill.config.schema import INIT_WORDS, SCHEMA_KEY, DistillConfig, StudentSettings
 from scaledistill.config.wording import explain, takes
 from scaledistill.config.yaml_text import lines_of, parse_yaml
 from scaledistill.errors import ConfigError, DataError, Field, did_you_mean, joined, near_miss
@@ -144,7 +144,7 @@ def check_paths(config: DistillConfig, path: str | Path, *, warns: bool = True) 
     named = {**sources, "data.validation": config.data.validation}
     named |= {"teacher.model": config.teacher.model}
     for name, student in config.students.items():
-        if student.init not in ("random", "teacher"):
+        if student.init not in INIT_WORDS:
             named[f"students.{name}.init"] = student.init
     named |= {
         "evaluation.data_folder": config.evaluation.data_folder if config.evaluation else None

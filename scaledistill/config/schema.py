@@ -24,12 +24,13 @@ from pydantic import (
 )
 
 from scaledistill.config.defaults import BATCH_SIZE, EPOCHS, LEARNING_RATES, SEEDS
-from scaledistill.errors import near_miss
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+INIT_WORDS = ("random", "teacher")
+"""Values of a student's `init` that are neither a folder nor a model's name."""
 TRAINED_ALONE = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
 """Settings of a student that override those of the same names in `train`."""
 MAY_CHANGE = "may change on resume"
@@ -140,17 +141,6 @@ class StudentSettings(Settings):
     """Weight decay of this student (default: `train.weight_decay`)."""
     max_grad_norm: Annotated[float, Field(ge=0)] | None = None
     """Clipping of this student's gradients (default: `train.max_grad_norm`)."""
-
-    @field_validator("init")
-    @classmethod
-    def _check_init(cls, init: str) -> str:
-        words = ("random", "teacher")
-        near = None if init in words or "/" in init else near_miss(init, words, cutoff=0.85)
-        if near:
-            raise ValueError(
-                f"found {init!r}; did you mean {near!r}? A folder of that name is './{init}'"
-            )
-        return init
 
     @model_validator(mode="after")
     def _check(self) -> StudentSettings:

@@ -11,12 +11,13 @@ Legend: B sequences, T tokens, D width.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -146,11 +147,13 @@ class MiniLMTrainingArguments(TrainingArguments):
     )
 
     def __new__(cls, *values: Any, **named_values: Any) -> MiniLMTrainingArguments:
-        """Refuse unknown arguments with a remedy, before the generated constructor does."""
-        known = [each.name for each in fields(cls) if each.init]
-        for name in named_values:
-            if name not in known:
-                remedy = REMOVED.get(name) or f"it is unknown{did_you_mean(near_miss(name, known))}"
+        """Refuse unknown arguments with a remedy, before the constructor does."""
+        parameters = inspect.signature(cls.__init__).parameters
+        takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        for name in named_values if not takes_any else ():
+            if name not in parameters:
+                near = near_miss(name, parameters, cutoff=0.8)
+                remedy = REMOVED.get(name) or f"it is unknown{did_you_mean(near)}"
                 raise ConfigError(f"{cls.__name__}: {name}: {remedy}")
         return super().__new__(cls)
 

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from scaledistill.errors import Field, SettingError, named
+from scaledistill.config.schema import INIT_WORDS
+from scaledistill.errors import Field, SettingError, SourceError, named, near_miss
 from scaledistill.models.architectures import (
     Architecture,
     architecture_of,
@@ -124,7 +125,9 @@ def student_config(
         divisors = [heads for heads in range(1, hidden_size + 1) if hidden_size % heads == 0]
         if init == "teacher" and head_dim is None:  # whose heads are cut
             most = head_size(teacher_config)
-            divisors = [heads for heads in divisors if hidden_size // heads <= most] or divisors
+            most_heads = teacher_config.num_attention_heads
+            fitting = [n for n in divisors if n <= most_heads and hidden_size // n <= most]
+            divisors = fitting or divisors
         nearest = sorted(sorted(divisors, key=lambda heads: abs(heads - num_attention_heads))[:2])
         raise SettingError(
             "num_attention_heads",
@@ -233,9 +236,8 @@ def _of_another_family(
         SourceError: the folder holds no model.
     """
     config = default_config(architecture)
-    if init not in ("random", "teacher"):
-        with named(model="init"):
-            config = copy.deepcopy(start or load_config(init))
+    if init not in INIT_WORDS:
+        config = copy.deepcopy(start or _config_of(init))
         if config.model_type != architecture:
             raise SettingError(
                 "init",
@@ -257,7 +259,7 @@ def _of_another_family(
             "counts positions from pad_token_id, which the teacher's config lacks",
             "choose another architecture, or set it in the teacher's config.json",
         )
-    if init in ("random", "teacher"):
+    if init in INIT_WORDS:
         config.max_position_embeddings = max_sequence_length(teacher) + first_position(config)
         # Heads that are not as wide as usual go with the default sizes.
         row.set_head_size(config, config.hidden_size // config.num_attention_heads)
@@ -488,8 +490,7 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 
 
 def _check_folder(folder: str, config: PreTrainedConfig, tap: str) -> None:
-    with named(model="init"):
-        found = load_config(folder)
+    found = _config_of(folder)
     if tap == "extra":
         config = copy.deepcopy(config)
         set_depth(config, config.num_hidden_layers - 1)
@@ -502,6 +503,19 @@ def _check_folder(folder: str, config: PreTrainedConfig, tap: str) -> None:
             f"has {_values(found, differing)}, but the student has {_values(config, differing)}",
             ("give a model of the same shape or change ", Field("config")),
         )
+
+
+def _config_of(init: str) -> PreTrainedConfig:
+    """Return the config of the model that a student starts from."""
+    try:
+        with named(model="init"):
+            return load_config(init)
+    except SourceError as error:
+        if near := near_miss(init, INIT_WORDS, cutoff=0.85):
+            raise SettingError(
+                "init", init, "is neither a folder nor a hub name", f"did you mean {near!r}?"
+            ) from error
+        raise
 
 
 def _values(config: PreTrainedConfig, keys: Sequence[str]) -> str:
@@ -526,7 +540,10 @@ def _check_cut(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
         if found > most:
             remedy = f"use at most {most}"
             if key == "hidden_size / num_attention_heads":
-                remedy = f"use {-(-config.hidden_size // most)} or more heads"
+                least = -(-config.hidden_size // most)
+                while config.hidden_size % least:
+                    least += 1
+                remedy = f"use {least} or more heads"
             raise SettingError(
                 f"config.{key}",
                 found,

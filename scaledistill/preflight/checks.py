@@ -25,7 +25,12 @@ from scaledistill.checkpoint.names import committed, step_of
 from scaledistill.config.naming import student_names, teacher_names
 from scaledistill.config.resolved import ResolvedRun
 from scaledistill.config.schedule import SCHEDULE_KEYS, from_step, same_rates, with_schedule_of
-from scaledistill.config.schema import DistillConfig, TrainSettings, differing_keys
+from scaledistill.config.schema import (
+    INIT_WORDS,
+    DistillConfig,
+    TrainSettings,
+    differing_keys,
+)
 from scaledistill.data.manifest import MAX_UNKNOWN_FRACTION
 from scaledistill.data.mixture import Order, Source, mix, mixing_problem, shared_shards
 from scaledistill.data.prepare.text import load_tokenizer, tokenizer_fingerprint
@@ -137,7 +142,7 @@ def plan_run(
     }
     for setting, model in {"teacher.model": config.teacher.model, **inits}.items():
         # Models from the hub are checked when their weights are fetched.
-        if model not in ("random", "teacher") and Path(model).is_dir():
+        if model not in INIT_WORDS and Path(model).is_dir():
             attempt(_check_weights, config, setting, model)
     is_main = ranks is None or ranks.is_main
     # Rank 0 alone has trackers, and writes to the remote folder, to probe it.

@@ -677,12 +677,13 @@ def check_hub(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     """Ask the hub for each model that the configuration names and that is not a folder here."""
     if wanted.config is None:
         return
+    from scaledistill.config.schema import INIT_WORDS
     from scaledistill.storage.files import is_path
 
     teacher = wanted.config.teacher
     models = {"teacher.model": (teacher.model, teacher.revision)}
     for name, student in wanted.config.students.items():
-        if student.init not in ("random", "teacher"):
+        if student.init not in INIT_WORDS:
             models[f"students.{name}.init"] = (student.init, None)
     for setting, (model, revision) in models.items():
         if Path(model).is_dir():

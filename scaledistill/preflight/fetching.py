@@ -10,15 +10,12 @@ import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
-from scaledistill.config.schema import DistillConfig
+from scaledistill.config.schema import INIT_WORDS, DistillConfig
 from scaledistill.data.tokenizer import TOKENIZER_FILES
 from scaledistill.distributed.ranks import Ranks, gather_objects
 from scaledistill.models.hub import known_models, learn
 from scaledistill.models.teacher import CONFIG_FILES, WEIGHT_FILES, resolve_folder
 from scaledistill.storage.files import is_path
-
-NO_NAMES = ("random", "teacher")
-"""Values of `init` that are neither a folder nor a model's name."""
 
 
 def fetch_configs(config: DistillConfig, ranks: Ranks) -> None:
@@ -36,7 +33,7 @@ def fetch_weights(model: str, revision: str | None, ranks: Ranks) -> None:
 def _fetch(models: Iterable[tuple[str, str | None]], patterns: Sequence[str], ranks: Ranks) -> None:
     is_first = ranks.local_rank == 0
     for model, revision in models if is_first else ():
-        if not is_path(model) and model not in NO_NAMES:
+        if not is_path(model) and model not in INIT_WORDS:
             with suppress(Exception):  # raised again, on all ranks, when the model is needed
                 resolve_folder(model, revision, patterns)
     here = socket.gethostname()

@@ -31,6 +31,7 @@ from scaledistill.data.tokenizer import load_tokenizer
 from scaledistill.errors import DataError, SettingError, SourceError
 from scaledistill.glue.card import scored_row, write_scores
 from scaledistill.metrics.benchmark import Report, Table, machine_facts
+from scaledistill.models.architectures import architecture_of
 from scaledistill.models.card import (
     README,
     card_section,
@@ -123,7 +124,10 @@ def write_formats(
     work = target.with_name(f".{target.name}.partial")
     writer = _Writer(student, work / target.name, options)
     written = writer.main.config.num_hidden_layers
-    if options.glue is not None and written != num_layers and scored != writer.num_parameters:
+    # Of ALBERT, whose layers share their parameters, the number of these does not tell.
+    tells = not architecture_of(student.config).repeats_block
+    is_scored = written == num_layers or (tells and scored == writer.num_parameters)
+    if options.glue is not None and not is_scored:
         raise SettingError(
             "glue",
             str(options.glue),
@@ -176,8 +180,8 @@ class _Writer:
 
     def write(self) -> Report:
         formats, options = self.options.formats, self.options
-        if self.deployed:
-            self._check_vectors(self.deployed[0])
+        for form in self.deployed:
+            self._check_vectors(form)
         below, last = (one.config.num_hidden_layers for one in (self.pooled, self.whole))
         if below < last:
             better = self.whole.card.get("init") == "teacher"
@@ -251,7 +255,7 @@ class _Writer:
         """Raise DataError if a form cannot give the vectors of the student's texts.
 
         Raises:
-            SettingError: they are others than means.
+            SettingError: they are others than means, or of texts that are lowercased first.
             SourceError: the tokenizer has no padding token.
         """
         if self.pooled.sentence.pooling != "mean":
@@ -261,6 +265,13 @@ class _Writer:
                 "takes the mean of the hidden states, but the model's modules.json says "
                 f"{self.pooled.sentence.pooling!r}",
                 "leave it out: the form transformers has no vectors",
+            )
+        if self.pooled.sentence.lowercases and form != SENTENCE:
+            raise SettingError(
+                "formats",
+                form,
+                "does not lowercase texts, as the model's sentence_bert_config.json asks",
+                "leave it out",
             )
         tokenizer = self.pooled.tokenizer
         if load_tokenizer(tokenizer, self.pooled.revision).pad_token is None:
@@ -318,10 +329,10 @@ class _Writer:
 
         with quiet_transformers():
             model = SentenceTransformer(str(self.folder), device="cpu", local_files_only=True)
-        texts = ["a text", "another, longer text about something else", "!"]
+        texts = ["a Text", "another, longer text about something else", "!"]
         tokenizer = load_tokenizer(self.folder)
         inputs = tokenizer(
-            texts,
+            [text.lower() for text in texts] if self.pooled.sentence.lowercases else texts,
             padding=True,
             truncation=True,
             max_length=self.pooled.num_tokens,
