@@ -110,7 +110,8 @@ def state(results: Results) -> str:
     if not finished:
         return f"No result yet: all {len(names)} cells are {MISSING}."
     hours = sum(record["seconds"] for record in finished) / 3600
-    where = sorted({record["hardware"] for record in finished})
+    # Earlier versions wrote "1 cores".
+    where = sorted({re.sub(r"\b1 cores", "1 core", record["hardware"]) for record in finished})
     commits = sorted({record["commit"] for record in finished})
     lines = [
         f"{len(finished)} of {counted(len(names), 'cell')} are finished. They took {hours:.1f} "
