@@ -286,10 +286,9 @@ def newest_state(root: Path, remote: str | None = None) -> dict[str, Any] | None
 
     `remote` is read as well, if it can be.
     """
-    for folder in committed(root):
-        if (state := read_json(folder / STATE)) is not None:
-            return (mirror.newest_state(remote, folder.name) if remote else None) or state
-    return mirror.newest_state(remote) if remote else None
+    states = ((folder.name, read_json(folder / STATE)) for folder in committed(root))
+    name, state = next(((name, state) for name, state in states if state), ("", None))
+    return (mirror.newest_state(remote, name) if remote else None) or state
 
 
 def verify(folder: Path) -> str | None:

@@ -7,6 +7,7 @@ files (`checkpoint.format`).
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -69,7 +70,7 @@ def checkpoints(remote: str) -> list[str]:
 
     def find(files: Any, path: str) -> list[str]:
         """Return the folders that have a manifest."""
-        return [name for name in _folders(files, path) if files.exists(f"{path}/{name}/{MANIFEST}")]
+        return list(_whole(files, path))
 
     return _named(remote, find)
 
@@ -82,10 +83,9 @@ def newest_state(remote: str, after: str = "") -> dict[str, Any] | None:
 
     def read(files: Any, path: str) -> dict[str, Any] | None:
         """Return the newest copy's JSON."""
-        for name in _folders(files, path):
-            if name > after and files.exists(f"{path}/{name}/{MANIFEST}"):
-                with suppress(FileNotFoundError, ValueError, RecursionError):
-                    return json.loads(files.cat_file(f"{path}/{name}/{STATE}"))
+        for name in itertools.takewhile(lambda name: name > after, _whole(files, path)):
+            with suppress(FileNotFoundError, ValueError, RecursionError):
+                return json.loads(files.cat_file(f"{path}/{name}/{STATE}"))
         return None
 
     try:
@@ -176,6 +176,11 @@ def _folders(files: Any, path: str) -> Iterator[str]:
     entries = files.ls(path, detail=True) if files.exists(path) else []
     names = {_name(entry) for entry in entries if entry["type"] == "directory"}
     yield from sorted(filter(FOLDER.fullmatch, names), reverse=True)
+
+
+def _whole(files: Any, path: str) -> Iterator[str]:
+    """Yield those of the folders that have a manifest."""
+    return (name for name in _folders(files, path) if files.exists(f"{path}/{name}/{MANIFEST}"))
 
 
 def _name(entry: dict[str, Any]) -> str:

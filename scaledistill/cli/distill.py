@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 RANK = f"{ISOLATED}from scaledistill.cli.command import main; sys.exit(main())"
 PROG = "scaledistill distill"
+MODES = ("print_config", "explain", "validate", "dry_run", "profile", "export")
+"""Options that ask for something else than a run that can be resumed."""
 REPORT_SECONDS = 30.0
 """How long a failing rank waits before it exits, so that the reporting rank on its machine can
 print the error first."""
@@ -177,8 +179,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 def _check_together(parse: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse combinations in which an option would be ignored."""
-    modes = ("print_config", "explain", "validate", "dry_run", "profile", "export")
-    given = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(options, mode) is not None]
+    given = [f"--{mode.replace('_', '-')}" for mode in MODES if getattr(options, mode) is not None]
     if len(given) > 1:
         parse.error(f"{' and '.join(given)} do different things; give one of them")
     if options.fresh and given and given[0] in ("--print-config", "--explain", "--export"):
@@ -284,10 +285,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     except KeyboardInterrupt:
         from scaledistill.run.resume_hint import resume_hint
 
-        trial = options.dry_run or options.profile or options.validate or options.print_config
-        trial = trial or options.export
+        is_run = all(getattr(options, mode) is None for mode in MODES)
         if is_main:
-            log.error("interrupted%s", "" if trial else f"; {resume_hint(config.run.folder)}")
+            log.error("interrupted%s", f"; {resume_hint(config.run.folder)}" if is_run else "")
         return EXIT_INTERRUPTED
 
 

@@ -180,8 +180,8 @@ class _Writer:
 
     def write(self) -> Report:
         formats, options = self.options.formats, self.options
-        for form in self.deployed:
-            self._check_vectors(form)
+        if self.deployed:
+            self._check_vectors()
         below, last = (one.config.num_hidden_layers for one in (self.pooled, self.whole))
         if below < last:
             better = self.whole.card.get("init") == "teacher"
@@ -251,25 +251,27 @@ class _Writer:
             settings=student.settings,
         )
 
-    def _check_vectors(self, form: str) -> None:
-        """Raise DataError if a form cannot give the vectors of the student's texts.
+    def _check_vectors(self) -> None:
+        """Check that the forms with vectors can give those of the student's texts.
 
         Raises:
             SettingError: they are others than means, or of texts that are lowercased first.
             SourceError: the tokenizer has no padding token.
         """
-        if self.pooled.sentence.pooling != "mean":
+        form, sentence = self.deployed[0], self.pooled.sentence
+        if sentence.pooling != "mean":
             raise SettingError(
                 "formats",
                 form,
                 "takes the mean of the hidden states, but the model's modules.json says "
-                f"{self.pooled.sentence.pooling!r}",
+                f"{sentence.pooling!r}",
                 "leave it out: the form transformers has no vectors",
             )
-        if self.pooled.sentence.lowercases and form != SENTENCE:
+        onnx = [name for name in self.deployed if name != SENTENCE]
+        if sentence.lowercases and onnx:
             raise SettingError(
                 "formats",
-                form,
+                onnx[0],
                 "does not lowercase texts, as the model's sentence_bert_config.json asks",
                 "leave it out",
             )
